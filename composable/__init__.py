@@ -1,0 +1,1 @@
+"""composable: experts that never met, plugged together."""

@@ -1,0 +1,109 @@
+"""Every exception that composable raises on purpose.
+
+    ComposableError
+    ├── InterfaceError            the contract: a bad or unmet router interface
+    ├── PackagingError
+    │   ├── VersionError          not a semantic version
+    │   ├── ConstraintError       not a version range
+    │   ├── ManifestError         a bad expert.toml, backbone.toml or composable.toml
+    │   ├── LockError             a bad or stale composable.lock
+    │   ├── RegistryError         a registry that cannot answer, or refuses
+    │   ├── UnknownExpertError    no such package in any registry
+    │   ├── ResolutionError       no set of versions satisfies the requirements
+    │   ├── IntegrityError        bytes that are not what was promised
+    │   └── TensorFileError       a safetensors file that must not be loaded
+    ├── ModelError                arrays that the model cannot take
+    ├── TextError                 text that cannot be trained on, scored or continued
+    ├── TrainingError             training that cannot start, resume or go on
+    └── VettingError              an expert that must not be published
+
+A message says what was wrong (the value), where (a dotted path or a file), what was expected, and
+ends with a hint where the cure is known. What a caller may want to act on is an attribute.
+"""
+
+from __future__ import annotations
+
+
+class ComposableError(Exception):
+    """Base of all deliberate errors.
+
+    Args:
+        message: What was wrong, with the offending value and what was expected.
+        where: Dotted path or file that holds the offending value, if there is one.
+        hint: What to do about it, if that is known.
+    """
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text}\n  hint: {self.hint}" if self.hint else text
+
+    def within(self, prefix: str) -> ComposableError:
+        """Return this error with `prefix` put before its location, as it climbs out of a table."""
+        self.where = f"{prefix}.{self.where}" if self.where else prefix
+        return self
+
+
+class InterfaceError(ComposableError):
+    """A router interface that is malformed, or that an expert does not fit."""
+
+
+class PackagingError(ComposableError):
+    """Anything about experts as packages."""
+
+
+class VersionError(PackagingError):
+    """A string that is not a semantic version."""
+
+
+class ConstraintError(PackagingError):
+    """A string that is not a version range."""
+
+
+class ManifestError(PackagingError):
+    """A manifest with a missing, unknown or invalid field; `where` is its dotted path."""
+
+
+class LockError(PackagingError):
+    """A lock file that is malformed, or that no longer fits its project."""
+
+
+class RegistryError(PackagingError):
+    """A registry that cannot answer, or that refuses what it was sent."""
+
+
+class UnknownExpertError(PackagingError):
+    """A name that no registry of the project knows."""
+
+
+class ResolutionError(PackagingError):
+    """No set of versions satisfies the requirements; the message tells the story."""
+
+
+class IntegrityError(PackagingError):
+    """Bytes whose size or digest is not the one promised."""
+
+
+class TensorFileError(PackagingError):
+    """A safetensors file that failed the check that comes before loading."""
+
+
+class ModelError(ComposableError):
+    """Arrays or settings that the model cannot take."""
+
+
+class TextError(ComposableError):
+    """Text that is empty, too long for the context, or not what the tokenizer reads."""
+
+
+class TrainingError(ComposableError):
+    """Training that cannot start, cannot resume, or has diverged."""
+
+
+class VettingError(ComposableError):
+    """An expert that failed vetting and must not be published."""

@@ -1,0 +1,45 @@
+"""The key of dimension letters: the only place they are defined.
+
+Array names end in these letters (`x_BTD`), einsum and einops use them, `Param(dims="DF")` carries
+them, and `parallel.sharding` maps them to mesh axes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+DIMS: Final[dict[str, str]] = {
+    "B": "batch: sequences",
+    "T": "time: positions of a sequence",
+    "S": "source: positions that attention reads (cache length when decoding)",
+    "V": "vocabulary: tokens",
+    "D": "model width",
+    "N": "query heads",
+    "K": "key and value heads",
+    "H": "width of one head",
+    "F": "hidden width of a feed-forward body",
+    "R": "rank of a low-rank body",
+    "W": "hidden width of a scout",
+    "C": "classes that scouts predict",
+    "E": "experts in the bank, the backbone first",
+    "L": "slots: upper layers where bodies plug in",
+    "J": "choices: experts chosen per token (top k)",
+    "M": "tokens in a flat batch (B times T)",
+    "P": "rows of a dispatched, block-padded batch",
+}
+
+
+def shape_of(dims: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Return the shape that dimension letters stand for.
+
+    Args:
+        dims: Dimension letters, for example "DF".
+        sizes: Size of each letter.
+
+    Returns:
+        One size per letter.
+
+    Raises:
+        KeyError: For a letter that is not in the key or has no size.
+    """
+    return tuple(sizes[letter] for letter in dims if DIMS[letter])
