@@ -1,0 +1,171 @@
+"""The router interface: what a backbone publishes and every expert trains against.
+
+It is data with a digest. Same major version: every published expert still plugs in. Whatever an
+expert's scores or weights depend on is named here; nothing else of the backbone is promised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self
+
+from composable.errors import InterfaceError
+from composable.interface.digest import canonical_json, digest_bytes, is_digest
+
+SCHEMA: Final = 1
+DTYPES: Final = ("BF16", "F32")
+BodyKind = Literal["ffn", "lora"]
+BODY_KINDS: Final[tuple[BodyKind, ...]] = ("ffn", "lora")
+# The matrices of a slot and the letters of their dimensions.
+SLOT_DIMS: Final = {"w_gate": "DF", "w_up": "DF", "w_down": "FD"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a tensor file must hold under one name: an exact shape and one of `dtypes`."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterInterface:
+    """The contract between a backbone, its router and every expert.
+
+    Args:
+        name: Name of the backbone that publishes it.
+        version: Semantic version of the contract.
+        backbone: Digest of all backbone weights; the upper layers that bodies were trained in.
+        trunk: Digest of the weights below the tap; they fix every scout's features.
+        tokenizer: Digest of the tokenizer's definition.
+        class_map: Digest of the frozen map from tokens to classes.
+        anchor: Digest of the public anchor text that ships with the backbone.
+        vocab_size: Tokens.
+        n_classes: Classes that scouts predict, at most 1,024.
+        d_model: Width of the trunk's features.
+        d_ff: Hidden width of a full feed-forward body.
+        tap: Layers in the trunk; the router reads the residual stream after them.
+        slots: Indices of the upper layers where bodies plug in, ascending.
+        scout_max_width: Widest hidden layer that a scout may have.
+        lora_max_rank: Highest rank of a low-rank body.
+        discount: Factor on the track record per token, in (0, 1].
+        top_k: Experts mixed per token.
+        backbone_prior: Prior weight of the backbone; the experts share the rest evenly.
+        switch_rate: Probability per token, in [0, 1), that safe mode's posterior restarts from
+            the prior, as after a change of document.
+        honours: Digests of earlier interfaces whose experts plug in unchanged.
+        schema: Version of this record's meaning.
+
+    Raises:
+        InterfaceError: For a value out of its range; `where` names the field.
+    """
+
+    name: str
+    version: str
+    backbone: str
+    trunk: str
+    tokenizer: str
+    class_map: str
+    anchor: str
+    vocab_size: int
+    n_classes: int
+    d_model: int
+    d_ff: int
+    tap: int
+    slots: tuple[int, ...]
+    scout_max_width: int
+    lora_max_rank: int
+    discount: float
+    top_k: int
+    backbone_prior: float
+    switch_rate: float
+    honours: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, field: str, expected: str) -> None:
+            if not holds:
+                value = getattr(self, field)
+                raise InterfaceError(f"{value!r} is not {expected}", where=f"interface.{field}")
+
+        require(self.schema == SCHEMA, "schema", f"{SCHEMA}, the one this release reads")
+        for field in ("backbone", "trunk", "tokenizer", "class_map", "anchor"):
+            require(is_digest(getattr(self, field)), field, "a digest (sha256: and 64 hex digits)")
+        require(all(map(is_digest, self.honours)), "honours", "a list of digests")
+        for field in ("vocab_size", "d_model", "d_ff", "scout_max_width", "lora_max_rank", "top_k"):
+            value = getattr(self, field)
+            require(isinstance(value, int) and value > 0, field, "a positive whole number")
+        require(0 < self.n_classes <= 1024, "n_classes", "between 1 and 1,024")
+        require(self.tap >= 1, "tap", "at least 1: the trunk holds no slot")
+        ascending = list(self.slots) == sorted(set(self.slots)) and len(self.slots) > 0
+        require(ascending, "slots", "a non-empty ascending list of layers")
+        require(self.slots[0] >= self.tap, "slots", f"all at or above the tap ({self.tap})")
+        require(0 < self.discount <= 1, "discount", "in (0, 1]")
+        require(0 < self.backbone_prior < 1, "backbone_prior", "in (0, 1)")
+        require(0 <= self.switch_rate < 1, "switch_rate", "in [0, 1)")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form."""
+        return digest_bytes(canonical_json(self.to_dict()))
+
+    def honours_digest(self, digest: str) -> bool:
+        """Say whether an expert trained against `digest` plugs in."""
+        return digest == self.digest or digest in self.honours
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` reads back."""
+        data = dataclasses.asdict(self)
+        return {**data, "slots": list(self.slots), "honours": list(self.honours)}
+
+    def to_json(self) -> str:
+        """Return the interface as readable JSON text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "interface") -> Self:
+        """Read an interface from plain data.
+
+        Raises:
+            InterfaceError: For missing, unknown, ill-typed or out-of-range fields.
+        """
+        if not isinstance(data, dict):
+            raise InterfaceError("expected a table of fields", where=where)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in data.keys() - fields.keys():
+            raise InterfaceError("unknown field", where=f"{where}.{name}")
+        types = {"str": str, "int": int, "float": (int, float), "tuple": (list, tuple)}
+        for name, field in fields.items():
+            if name not in data:
+                if field.default is dataclasses.MISSING:
+                    raise InterfaceError("missing field", where=f"{where}.{name}")
+                continue
+            wanted = types[str(field.type).split("[")[0]]
+            if not isinstance(data[name], wanted) or isinstance(data[name], bool):  # type: ignore[arg-type]
+                raise InterfaceError(
+                    f"{data[name]!r} has the wrong type, expected {field.type}",
+                    where=f"{where}.{name}",
+                )
+        items = {"slots": int, "honours": str}
+        for name, wanted_item in items.items():
+            if not all(type(item) is wanted_item for item in data.get(name, ())):
+                expected = f"a list of {wanted_item.__name__}"
+                raise InterfaceError(f"expected {expected}", where=f"{where}.{name}")
+        tuples = {name: tuple(data[name]) for name in items if name in data}
+        return cls(**{**data, **tuples})
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "interface.json") -> Self:
+        """Read an interface from JSON text.
+
+        Raises:
+            InterfaceError: For text that is not JSON, or not an interface.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InterfaceError(f"not JSON: {error}", where=where) from error
+        return cls.from_dict(data, where)

@@ -1,0 +1,64 @@
+"""What an expert's tensor files must hold: names, shapes and dtypes, derived from the interface.
+
+Tensor names are the on-disk format; renaming one is a major version.
+"""
+
+from __future__ import annotations
+
+from composable.errors import InterfaceError
+from composable.interface.contract import SLOT_DIMS, BodyKind, RouterInterface, TensorSpec
+from composable.interface.dims import shape_of
+
+
+def body_signature(
+    interface: RouterInterface, kind: BodyKind, rank: int | None = None
+) -> dict[str, TensorSpec]:
+    """Return the tensors of a body, by name.
+
+    A `ffn` body replaces the matrices of every slot: `slots.4.w_up`. A `lora` body adds a product
+    of rank R to each of them: `slots.4.w_up.a` and `slots.4.w_up.b`.
+
+    Args:
+        interface: The contract.
+        kind: "ffn" or "lora".
+        rank: Rank R of a `lora` body; None for `ffn`.
+
+    Raises:
+        InterfaceError: For an unknown kind, or a rank that is missing or out of bounds.
+    """
+    sizes = {"D": interface.d_model, "F": interface.d_ff}
+    if kind == "ffn":
+        return {
+            f"slots.{layer}.{matrix}": TensorSpec(shape=shape_of(dims, sizes))
+            for layer in interface.slots
+            for matrix, dims in SLOT_DIMS.items()
+        }
+    if kind != "lora":
+        raise InterfaceError(f"{kind!r} is not a body kind (ffn, lora)", where="body.kind")
+    if rank is None or not 1 <= rank <= interface.lora_max_rank:
+        raise InterfaceError(
+            f"{rank!r} is not a rank between 1 and {interface.lora_max_rank}", where="body.rank"
+        )
+    sizes["R"] = rank
+    return {
+        f"slots.{layer}.{matrix}.{part}": TensorSpec(shape=shape_of(letters, sizes))
+        for layer in interface.slots
+        for matrix, dims in SLOT_DIMS.items()
+        for part, letters in (("a", dims[0] + "R"), ("b", "R" + dims[1]))
+    }
+
+
+def scout_signature(interface: RouterInterface, width: int) -> dict[str, TensorSpec]:
+    """Return the tensors of a scout with hidden width W, by name.
+
+    Raises:
+        InterfaceError: For a width that the interface does not allow.
+    """
+    if not 1 <= width <= interface.scout_max_width:
+        raise InterfaceError(
+            f"{width!r} is not a width between 1 and {interface.scout_max_width}",
+            where="scout.width",
+        )
+    sizes = {"D": interface.d_model, "W": width, "C": interface.n_classes}
+    dims = {"w_in": "DW", "b_in": "W", "w_out": "WC", "b_out": "C"}
+    return {name: TensorSpec(shape=shape_of(letters, sizes)) for name, letters in dims.items()}
