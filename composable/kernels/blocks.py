@@ -1,0 +1,196 @@
+"""Run a function on every block in use, with the weights of the block's own expert.
+
+One primitive, `run_blocks`, carries every kernel of this package: matrix products and whole
+feed-forward bodies, forwards and backwards, differ only in the function that is run per block. It
+has one implementation per kind of platform, same meaning:
+
+- `loop_blocks` (CPU): a loop over the blocks in use, with a trip count known only at run time. No
+  row is multiplied by another expert's weights and blocks that hold nothing cost nothing. One
+  expert's weights are sliced once per group, and what a block computes on the way stays in cache.
+- `batch_blocks` (everything else): accelerators want one large batched product rather than many
+  small ones in a row, each waiting for the host to ask whether the loop goes on. Blocks are taken
+  in chunks, each with its expert's weights beside it, so all P / block static blocks are computed.
+
+`lax.ragged_dot` is neither: on CPU and GPU, XLA expands it to every row times every expert.
+
+What it does not do: differentiate (its users define their gradients, leg by leg), choose blocks
+(`dispatch.py`) or choose the functions (`grouped_matmul.py`, `grouped_swiglu.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from composable.kernels.dispatch import Dispatch
+
+Arrays = tuple[Array, ...]
+BlockOutputs = tuple[Arrays, Arrays]
+# (rows of one block, weights of its expert) -> (rows out, contributions to per-expert sums).
+BlockFunction = Callable[[Arrays, Arrays], BlockOutputs]
+
+# A vmapped loop with a traced trip count would run every member to the longest count and select
+# after each step; one member after the other does only the work there is.
+_one_by_one: Callable[[Callable[..., BlockOutputs]], Callable[..., BlockOutputs]]
+_one_by_one = jax.custom_batching.sequential_vmap
+
+# `batch_blocks` gathers at most about this many bytes of weights at a time.
+_GATHERED_BYTES = 1 << 28
+
+
+def run_blocks(
+    fn: BlockFunction, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Run `fn` on every block in use, by the implementation for the platform compiled for.
+
+    The platform is the one that the computation is lowered for, not the default backend, so a
+    computation placed on the CPU of a machine with a GPU takes the CPU's path.
+
+    Args:
+        fn: Pure function of (rows, weights): the block's slice of each array of `rows`, and its
+            expert's slice of each array of `weights`. Returns (rows out, sums): arrays whose
+            first axis is the block's rows, and arrays to add up over the blocks of an expert.
+        rows: Arrays whose first axis is P.
+        weights: Arrays whose first axis is E.
+        dispatch: Which blocks there are and whose they are.
+
+    Returns:
+        Arrays with first axis P, zero in blocks not in use; and arrays with first axis E, zero
+        for experts without rows.
+    """
+
+    def by_loop(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
+        return loop_blocks(fn, rows, weights, dispatch)
+
+    def by_batch(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
+        return batch_blocks(fn, rows, weights, dispatch)
+
+    outputs: BlockOutputs = lax.platform_dependent(
+        rows, weights, dispatch, cpu=_one_by_one(by_loop), default=by_batch
+    )
+    return outputs
+
+
+def loop_blocks(
+    fn: BlockFunction, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Run `fn` block after block, in a loop over groups and, inside, over the group's blocks.
+
+    Args:
+        fn: See `run_blocks`.
+        rows: See `run_blocks`.
+        weights: See `run_blocks`.
+        dispatch: See `run_blocks`.
+
+    Returns:
+        See `run_blocks`.
+    """
+    block = dispatch.block
+    n_rows = dispatch.expert_of_block.shape[0] * block
+    out_shapes, sum_shapes = _shapes_of_one_block(fn, rows, weights, block)
+
+    def run_group(
+        state: tuple[Array, Arrays, Arrays],
+    ) -> tuple[Array, Arrays, Arrays]:
+        first, outs, sums = state
+        expert = dispatch.expert_of_block[first]
+        end = dispatch.end_block_E[expert]
+        own_weights = tuple(lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in weights)
+
+        def run_block(index: Array, state: BlockOutputs) -> BlockOutputs:
+            outs, totals = state
+            start = index * block
+            own_rows = tuple(lax.dynamic_slice_in_dim(row, start, block) for row in rows)
+            new_outs, parts = fn(own_rows, own_weights)
+            outs = tuple(
+                lax.dynamic_update_slice_in_dim(out, new, start, axis=0)
+                for out, new in zip(outs, new_outs, strict=True)
+            )
+            return outs, tuple(total + part for total, part in zip(totals, parts, strict=True))
+
+        totals = tuple(jnp.zeros(s.shape, s.dtype) for s in sum_shapes)
+        outs, totals = lax.fori_loop(first, end, run_block, (outs, totals))
+        sums = tuple(
+            lax.dynamic_update_index_in_dim(all_sums, total, expert, axis=0)
+            for all_sums, total in zip(sums, totals, strict=True)
+        )
+        return end, outs, sums
+
+    outs = tuple(jnp.zeros((n_rows, *s.shape[1:]), s.dtype) for s in out_shapes)
+    sums = tuple(jnp.zeros((dispatch.n_experts, *s.shape), s.dtype) for s in sum_shapes)
+    _, outs, sums = lax.while_loop(
+        lambda state: state[0] < dispatch.n_blocks_used, run_group, (jnp.int32(0), outs, sums)
+    )
+    return outs, sums
+
+
+def batch_blocks(
+    fn: BlockFunction, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Run `fn` on chunks of blocks at a time, each block beside a copy of its expert's weights.
+
+    Args:
+        fn: See `run_blocks`.
+        rows: See `run_blocks`.
+        weights: See `run_blocks`.
+        dispatch: See `run_blocks`.
+
+    Returns:
+        See `run_blocks`.
+    """
+    block = dispatch.block
+    n_blocks = dispatch.expert_of_block.shape[0]
+    _, sum_shapes = _shapes_of_one_block(fn, rows, weights, block)
+    bytes_per_block = sum(w[0].size * w.dtype.itemsize for w in weights) + sum(
+        s.size * s.dtype.itemsize for s in sum_shapes
+    )
+    chunk = min(n_blocks, max(1, _GATHERED_BYTES // max(1, bytes_per_block)))
+    n_chunks = -(-n_blocks // chunk)
+    n_missing = n_chunks * chunk - n_blocks
+
+    def split_rows(row: Array) -> Array:
+        row = jnp.pad(row, [(0, n_missing * block), *[(0, 0)] * (row.ndim - 1)])
+        return row.reshape(n_chunks, chunk, block, *row.shape[1:])
+
+    def run_chunk(sums: Arrays, chunk_of: tuple[Arrays, Array, Array]) -> BlockOutputs:
+        own_rows, experts, is_used = chunk_of
+        own_weights = tuple(w[experts] for w in weights)
+        outs, parts = jax.vmap(fn)(own_rows, own_weights)
+
+        def keep_used(array: Array) -> Array:
+            return jnp.where(is_used.reshape(-1, *[1] * (array.ndim - 1)), array, 0)
+
+        sums = tuple(
+            total.at[experts].add(keep_used(part)) for total, part in zip(sums, parts, strict=True)
+        )
+        return sums, tuple(keep_used(out) for out in outs)
+
+    index = jnp.arange(n_chunks * chunk)
+    experts = jnp.pad(dispatch.expert_of_block, (0, n_missing))
+    sums = tuple(jnp.zeros((dispatch.n_experts, *s.shape), s.dtype) for s in sum_shapes)
+    sums, outs = lax.scan(
+        run_chunk,
+        sums,
+        (
+            tuple(split_rows(row) for row in rows),
+            experts.reshape(n_chunks, chunk),
+            (index < dispatch.n_blocks_used).reshape(n_chunks, chunk),
+        ),
+    )
+    outs = tuple(out.reshape(-1, *out.shape[3:])[: n_blocks * block] for out in outs)
+    return outs, sums
+
+
+def _shapes_of_one_block(
+    fn: BlockFunction, rows: Arrays, weights: Arrays, block: int
+) -> tuple[tuple[jax.ShapeDtypeStruct, ...], tuple[jax.ShapeDtypeStruct, ...]]:
+    """Shapes and types of what `fn` returns for one block."""
+
+    def run_first(rows: Arrays, weights: Arrays) -> BlockOutputs:
+        return fn(tuple(row[:block] for row in rows), tuple(w[0] for w in weights))
+
+    out_shapes, sum_shapes = jax.eval_shape(run_first, rows, weights)
+    return out_shapes, sum_shapes

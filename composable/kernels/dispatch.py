@@ -1,0 +1,276 @@
+"""Dispatch: which row of the grouped batch holds which token, decided once for all upper layers.
+
+A router gives every token J choices of expert. This file sorts those M * J choices by expert, once,
+and gives each expert a *group* of rows that starts on a block boundary, so that a kernel can take a
+whole block with one expert's weights. Inside a group the rows keep the order of the tokens. What a
+kernel computes for a row therefore depends on the token, on the expert's own weights and on the
+expert's own rows before it, never on the slot in the bank that the expert sits in nor on how many
+experts there are.
+
+It moves rows and builds index tables; it does not multiply matrices (`grouped_matmul.py`), choose
+experts (`model/router.py`) or move rows between devices (`parallel/`).
+
+Data flow:
+
+    expert_MJ --make_dispatch--> Dispatch            once per forward pass
+    x_MD --gather_rows--> x_PD --kernel--> y_PD --combine_rows--> y_MD       in every slot
+"""
+
+# ruff: noqa: N802, N815  (names end in dimension letters)
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from composable.errors import ModelError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dispatch:
+    """Index tables of one routing decision. A pytree: pass it through jit, scan and remat.
+
+    Blocks are numbered from 0; block b holds rows b * block to (b + 1) * block - 1. Blocks past
+    `n_blocks_used` exist only because shapes are static, and so does every row of theirs.
+
+    Attributes:
+        choice_P: int32, the flat choice (token * J + j) that a row holds; M * J for padding.
+        position_MJ: int32, the row that holds a choice; P for a choice of no expert.
+        expert_of_block: int32 of length P / block, the expert whose group the block belongs to.
+            Of blocks past `n_blocks_used` it says nothing, but is a valid index.
+        end_block_E: int32, one past the last block of each expert's group. An expert without
+            tokens has an empty group.
+        block: Rows per block; static.
+    """
+
+    choice_P: Array
+    position_MJ: Array
+    expert_of_block: Array
+    end_block_E: Array
+    block: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def token_P(self) -> Array:
+        """int32, the source token of each row; M for padding."""
+        return self.choice_P // self.position_MJ.shape[-1]
+
+    @property
+    def n_blocks_used(self) -> Array:
+        """int32 scalar, the number of blocks that hold at least one choice; traced, not static."""
+        return self.end_block_E[..., -1]
+
+    @property
+    def n_experts(self) -> int:
+        """The number of experts E; static."""
+        return self.end_block_E.shape[-1]
+
+
+def count_blocks(n_choices: int, n_experts: int, block: int) -> int:
+    """Return the least static number of blocks that holds any routing of that many choices.
+
+    A group of n > 0 rows takes ceil(n / block) <= (n - 1) / block + 1 blocks; summed over at most
+    min(E, n_choices) groups this gives the bound, and one routing attains it.
+
+    Args:
+        n_choices: Choices in the batch, M * J.
+        n_experts: Number of experts E.
+        block: Rows per block.
+
+    Returns:
+        The number of blocks, P / block.
+    """
+    n_groups = min(n_experts, n_choices)
+    return (n_choices - n_groups) // block + n_groups
+
+
+def default_block(n_tokens: int, n_choices: int) -> int:
+    """Return the number of rows per block that `benchmarks/grouped_matmul.py` found best on CPU.
+
+    It does not depend on the number of experts, on purpose: matrix products of other sizes may
+    round differently, and installing an expert must not change a bit of what the others compute.
+
+    Args:
+        n_tokens: Tokens in the flat batch, M.
+        n_choices: Choices per token, J.
+
+    Returns:
+        A power of two from 1 (decoding one sequence) to 64.
+    """
+    rows = n_tokens * n_choices
+    return max(1, min(64, 1 << (rows.bit_length() - 4))) if rows >= 16 else 1
+
+
+def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
+    """Sort choices by expert into groups of whole blocks.
+
+    The sort is stable and is the only one: its inverse is a scatter of row numbers.
+
+    Args:
+        expert_MJ: Integers, the expert that each choice of each token names. A number outside
+            0 .. n_experts - 1 means no expert: that choice takes no row, costs no work and adds
+            nothing to its token (padding tokens, fewer living experts than J).
+        n_experts: Number of experts E in the bank; static.
+        block: Rows per block; static. See `default_block`.
+
+    Returns:
+        The index tables, with P = count_blocks(M * J, n_experts, block) * block rows.
+
+    Raises:
+        ModelError: If there is no token, no choice, no expert, or no row in a block.
+    """
+    chex.assert_rank(expert_MJ, 2)
+    chex.assert_type(expert_MJ, int)
+    n_tokens, n_choices = expert_MJ.shape
+    n = n_tokens * n_choices
+    if n < 1:
+        raise ModelError(f"expert_MJ has shape {expert_MJ.shape}; expected at least one choice")
+    if n_experts < 1:
+        raise ModelError(f"n_experts is {n_experts}; expected at least 1")
+    if block < 1:
+        raise ModelError(f"block is {block}; expected at least 1 row per block")
+
+    expert_MJ = jnp.where((expert_MJ >= 0) & (expert_MJ < n_experts), expert_MJ, n_experts)
+    flat_expert = expert_MJ.astype(jnp.int32).reshape(n)
+    order = jnp.argsort(flat_expert, stable=True).astype(jnp.int32)
+    sorted_expert = flat_expert[order]
+
+    # Ends of the groups, in choices (in sorted order) and in blocks.
+    end_E = jnp.searchsorted(sorted_expert, jnp.arange(n_experts), side="right").astype(jnp.int32)
+    begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_E[:-1]])
+    blocks_E = -((begin_E - end_E) // block)  # ceil((end - begin) / block)
+    end_block_E = jnp.cumsum(blocks_E, dtype=jnp.int32)
+    begin_block_E = end_block_E - blocks_E
+
+    n_blocks = count_blocks(n, n_experts, block)
+    n_rows = n_blocks * block
+    expert_of_block = jnp.searchsorted(end_block_E, jnp.arange(n_blocks), side="right")
+    expert_of_block = jnp.minimum(expert_of_block, n_experts - 1).astype(jnp.int32)
+
+    # Row p of expert e's group holds the sorted choice begin_E[e] + (p - first row of the group).
+    shift_E = begin_E - begin_block_E * block
+    expert_P = jnp.repeat(expert_of_block, block, total_repeat_length=n_rows)
+    sorted_P = jnp.arange(n_rows, dtype=jnp.int32) + shift_E[expert_P]
+    choice_P = jnp.where(sorted_P < end_E[expert_P], order[jnp.minimum(sorted_P, n - 1)], n)
+
+    # The same map the other way; `order` is a permutation, so a scatter inverts it.
+    shift_of_sorted = shift_E[jnp.minimum(sorted_expert, n_experts - 1)]
+    row = jnp.where(
+        sorted_expert < n_experts, jnp.arange(n, dtype=jnp.int32) - shift_of_sorted, n_rows
+    )
+    position = jnp.zeros(n, jnp.int32).at[order].set(row, unique_indices=True)
+    return Dispatch(
+        choice_P=choice_P,
+        position_MJ=position.reshape(n_tokens, n_choices),
+        expert_of_block=expert_of_block,
+        end_block_E=end_block_E,
+        block=block,
+    )
+
+
+def gather_rows(x_MD: Array, dispatch: Dispatch) -> Array:
+    """Copy tokens to their rows.
+
+    The gradient gathers too: a token's gradient is the sum over its J rows, in choice order.
+
+    Args:
+        x_MD: Tokens.
+        dispatch: Where they go.
+
+    Returns:
+        x_PD: Rows, in the type of x_MD; padding rows are zero.
+    """
+    chex.assert_rank(x_MD, 2)
+    chex.assert_axis_dimension(x_MD, 0, dispatch.position_MJ.shape[0])
+    return _gather_rows(x_MD, dispatch)
+
+
+def combine_rows(y_PD: Array, weights_MJ: Array, dispatch: Dispatch) -> Array:
+    """Add up the rows of each token's choices, weighted.
+
+    The sum runs in choice order (j = 0 first) and in float32, so it does not depend on the slots
+    that the experts sit in.
+
+    Args:
+        y_PD: Rows. Padding rows are never read.
+        weights_MJ: Weight of each choice.
+        dispatch: The one that x_PD was gathered by.
+
+    Returns:
+        y_MD: Tokens, in the type of y_PD.
+    """
+    chex.assert_rank(y_PD, 2)
+    chex.assert_axis_dimension(y_PD, 0, dispatch.choice_P.shape[0])
+    chex.assert_shape(weights_MJ, dispatch.position_MJ.shape)
+    return _combine_rows(y_PD, weights_MJ, dispatch)
+
+
+def _take(array: Array, index: Array) -> Array:
+    """Take along axis 0, zero where the index is past the end (indices are never negative)."""
+    return array.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _gather_rows(x_MD: Array, dispatch: Dispatch) -> Array:
+    return _take(x_MD, dispatch.token_P)
+
+
+def _gather_rows_forward(x_MD: Array, dispatch: Dispatch) -> tuple[Array, Dispatch]:
+    return _gather_rows(x_MD, dispatch), dispatch
+
+
+def _gather_rows_backward(dispatch: Dispatch, dx_PD: Array) -> tuple[Array, None]:
+    n_choices = dispatch.position_MJ.shape[1]
+    dx_MD = sum(
+        _take(dx_PD, dispatch.position_MJ[:, j]).astype(jnp.float32) for j in range(n_choices)
+    )
+    return jnp.asarray(dx_MD).astype(dx_PD.dtype), None
+
+
+_gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+@jax.custom_vjp
+def _combine_rows(y_PD: Array, weights_MJ: Array, dispatch: Dispatch) -> Array:
+    n_choices = dispatch.position_MJ.shape[1]
+    y_MD = sum(
+        weights_MJ[:, j, None].astype(jnp.float32)
+        * _take(y_PD, dispatch.position_MJ[:, j]).astype(jnp.float32)
+        for j in range(n_choices)
+    )
+    return jnp.asarray(y_MD).astype(y_PD.dtype)
+
+
+def _combine_rows_forward(
+    y_PD: Array, weights_MJ: Array, dispatch: Dispatch
+) -> tuple[Array, tuple[Array, Array, Dispatch]]:
+    return _combine_rows(y_PD, weights_MJ, dispatch), (y_PD, weights_MJ, dispatch)
+
+
+def _combine_rows_backward(
+    residuals: tuple[Array, Array, Dispatch], dy_MD: Array
+) -> tuple[Array, Array, None]:
+    y_PD, weights_MJ, dispatch = residuals
+    weights_P = _take(weights_MJ.reshape(-1), dispatch.choice_P)
+    dy_PD = weights_P[:, None].astype(jnp.float32) * _take(dy_MD, dispatch.token_P)
+    n_choices = dispatch.position_MJ.shape[1]
+    dweights_MJ = jnp.stack(
+        [
+            jnp.einsum(
+                "md,md->m",
+                dy_MD,
+                _take(y_PD, dispatch.position_MJ[:, j]),
+                preferred_element_type=jnp.float32,
+            )
+            for j in range(n_choices)
+        ],
+        axis=1,
+    )
+    return dy_PD.astype(y_PD.dtype), dweights_MJ.astype(weights_MJ.dtype), None
+
+
+_combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)

@@ -1,0 +1,122 @@
+"""Grouped matmul: each row times the matrix of its own expert, and the gradients of that.
+
+The gradient has three legs, each a function of its own so that each can be given another kernel
+where one is better: `multiply_rows` (forward), `multiply_rows_transposed` (input gradient) and
+`sum_outer_products` (weight gradient). All of them run on `blocks.run_blocks` today.
+
+A leg whose result nobody uses is dropped by the compiler: frozen experts (weights that are not
+differentiated) pay for no weight gradient under jit.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from composable.kernels.blocks import Arrays, BlockOutputs, run_blocks
+from composable.kernels.dispatch import Dispatch
+
+
+def grouped_matmul(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
+    """Multiply each row by the matrix of its own expert.
+
+    Differentiable once, in x_PD and w_EDF, in reverse mode. Sums run in float32 whatever the types.
+
+    Args:
+        x_PD: Rows, from `gather_rows`.
+        w_EDF: One matrix per expert.
+        dispatch: The expert of each block of rows.
+
+    Returns:
+        y_PF: Products, in the type of x_PD; rows of blocks not in use are zero.
+    """
+    chex.assert_rank([x_PD, w_EDF], [2, 3])
+    chex.assert_shape(w_EDF, (dispatch.n_experts, x_PD.shape[1], None))
+    chex.assert_axis_dimension(x_PD, 0, dispatch.choice_P.shape[0])
+    return _grouped_matmul(x_PD, w_EDF, dispatch)
+
+
+def multiply_rows(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
+    """Compute the forward leg, y = x w.
+
+    Args:
+        x_PD: Rows.
+        w_EDF: One matrix per expert.
+        dispatch: The expert of each block of rows.
+
+    Returns:
+        y_PF, in the type of x_PD.
+    """
+
+    def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
+        (x_PD,), (w_DF,) = rows, weights
+        y_PF = jnp.einsum("pd,df->pf", x_PD, w_DF, preferred_element_type=jnp.float32)
+        return (y_PF.astype(x_PD.dtype),), ()
+
+    (y_PF,), _ = run_blocks(multiply, (x_PD,), (w_EDF,), dispatch)
+    return y_PF
+
+
+def multiply_rows_transposed(dy_PF: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
+    """Compute the input-gradient leg, dx = dy w^T.
+
+    Args:
+        dy_PF: Gradient of the rows that the forward leg returned.
+        w_EDF: One matrix per expert.
+        dispatch: The expert of each block of rows.
+
+    Returns:
+        dx_PD, in the type of dy_PF.
+    """
+
+    def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
+        (dy_PF,), (w_DF,) = rows, weights
+        dx_PD = jnp.einsum("pf,df->pd", dy_PF, w_DF, preferred_element_type=jnp.float32)
+        return (dx_PD.astype(dy_PF.dtype),), ()
+
+    (dx_PD,), _ = run_blocks(multiply, (dy_PF,), (w_EDF,), dispatch)
+    return dx_PD
+
+
+def sum_outer_products(x_PD: Array, dy_PF: Array, dispatch: Dispatch) -> Array:
+    """Compute the weight-gradient leg, dw = x^T dy over the rows of each expert.
+
+    Args:
+        x_PD: Rows.
+        dy_PF: Gradient of the rows that the forward leg returned.
+        dispatch: The expert of each block of rows.
+
+    Returns:
+        dw_EDF, in float32; zero for experts without rows.
+    """
+
+    def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
+        x_PD, dy_PF = rows
+        dw_DF = jnp.einsum("pd,pf->df", x_PD, dy_PF, preferred_element_type=jnp.float32)
+        return (), (dw_DF,)
+
+    _, (dw_EDF,) = run_blocks(multiply, (x_PD, dy_PF), (), dispatch)
+    return dw_EDF
+
+
+@jax.custom_vjp
+def _grouped_matmul(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
+    return multiply_rows(x_PD, w_EDF, dispatch)
+
+
+def _forward(
+    x_PD: Array, w_EDF: Array, dispatch: Dispatch
+) -> tuple[Array, tuple[Array, Array, Dispatch]]:
+    return _grouped_matmul(x_PD, w_EDF, dispatch), (x_PD, w_EDF, dispatch)
+
+
+def _backward(residuals: tuple[Array, Array, Dispatch], dy_PF: Array) -> tuple[Array, Array, None]:
+    x_PD, w_EDF, dispatch = residuals
+    dx_PD = multiply_rows_transposed(dy_PF, w_EDF, dispatch)
+    dw_EDF = sum_outer_products(x_PD, dy_PF, dispatch).astype(w_EDF.dtype)
+    return dx_PD, dw_EDF, None
+
+
+_grouped_matmul.defvjp(_forward, _backward)

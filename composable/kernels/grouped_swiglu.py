@@ -1,0 +1,146 @@
+"""Grouped SwiGLU: each row through the whole feed-forward body of its own expert, fused per block.
+
+The three products of a block run back to back, so the hidden activations (F wide, several times
+the model width) never leave the cache. Measured on CPU this beats three grouped matmuls by far;
+`docs/kernels.md` has the numbers. The backward pass computes the hidden activations again instead
+of storing them, also in one pass over the blocks.
+
+Whether the weights are differentiated is known when the gradient is traced, and the backward
+pass is built for it: frozen experts get a pass without weight gradients.
+"""
+
+# ruff: noqa: N815  (names end in dimension letters)
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from composable.kernels.blocks import Arrays, BlockOutputs, run_blocks
+from composable.kernels.dispatch import Dispatch
+
+
+def grouped_swiglu(
+    x_PD: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array, dispatch: Dispatch
+) -> Array:
+    """Apply to each row the gated feed-forward body of its own expert.
+
+    Differentiable once, in x_PD and the weights, in reverse mode. Sums run in float32; the hidden
+    activations are rounded to the type of x_PD before the last product.
+
+    Args:
+        x_PD: Rows, from `gather_rows`.
+        w_gate_EDF: Gate matrix of each expert.
+        w_up_EDF: Up matrix of each expert.
+        w_down_EFD: Down matrix of each expert.
+        dispatch: The expert of each block of rows.
+
+    Returns:
+        y_PD: (silu(x @ w_gate) * (x @ w_up)) @ w_down, in the type of x_PD; rows of blocks not in
+            use are zero.
+
+    References:
+        Shazeer, 2020, arXiv:2002.05202, equation 6.
+    """
+    chex.assert_rank([x_PD, w_gate_EDF, w_up_EDF, w_down_EFD], [2, 3, 3, 3])
+    chex.assert_equal_shape([w_gate_EDF, w_up_EDF])
+    width, hidden = w_gate_EDF.shape[1:]
+    chex.assert_shape(x_PD, (dispatch.choice_P.shape[0], width))
+    chex.assert_shape(w_gate_EDF, (dispatch.n_experts, width, hidden))
+    chex.assert_shape(w_down_EFD, (dispatch.n_experts, hidden, width))
+    return _grouped_swiglu(x_PD, (w_gate_EDF, w_up_EDF, w_down_EFD), dispatch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Residuals:
+    """What the backward pass needs; `train_weights` is static."""
+
+    x_PD: Array
+    weights: Arrays
+    dispatch: Dispatch
+    train_weights: bool = dataclasses.field(metadata={"static": True})
+
+
+@jax.custom_vjp
+def _grouped_swiglu(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Array:
+    (y_PD,), _ = run_blocks(_run_body, (x_PD,), weights, dispatch)
+    return y_PD
+
+
+def _forward(x_PD: Any, weights: Any, dispatch: Any) -> tuple[Array, _Residuals]:
+    """Run the body; leaves come as (value, is it differentiated) because of `symbolic_zeros`."""
+    residuals = _Residuals(
+        x_PD=x_PD.value,
+        weights=tuple(w.value for w in weights),
+        dispatch=jax.tree.map(lambda leaf: leaf.value, dispatch),
+        train_weights=any(w.perturbed for w in weights),
+    )
+    y_PD = _grouped_swiglu(residuals.x_PD, residuals.weights, residuals.dispatch)
+    return y_PD, residuals
+
+
+def _backward(
+    residuals: _Residuals, dy_PD: Any
+) -> tuple[Array | None, tuple[Array | None, ...], None]:
+    x_PD, weights, dispatch = residuals.x_PD, residuals.weights, residuals.dispatch
+    if isinstance(dy_PD, jax.custom_derivatives.SymbolicZero):
+        return None, (None, None, None), None
+    if not residuals.train_weights:
+        (dx_PD,), _ = run_blocks(_differentiate_rows, (x_PD, dy_PD), weights, dispatch)
+        return dx_PD, (None, None, None), None
+    (dx_PD,), sums = run_blocks(_differentiate_all, (x_PD, dy_PD), weights, dispatch)
+    return dx_PD, tuple(dw.astype(w.dtype) for dw, w in zip(sums, weights, strict=True)), None
+
+
+_grouped_swiglu.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _product(subscripts: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
+def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block forward."""
+    (x_PD,), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
+    gate_PF = _product("pd,df->pf", x_PD, w_gate_DF)
+    up_PF = _product("pd,df->pf", x_PD, w_up_DF)
+    hidden_PF = (jax.nn.silu(gate_PF) * up_PF).astype(x_PD.dtype)
+    return (_product("pf,fd->pd", hidden_PF, w_down_FD).astype(x_PD.dtype),), ()
+
+
+def _differentiate_rows(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block backward, input gradient only: 5 products."""
+    dx_PD, _, _, _ = _differentiate_hidden(rows, weights)
+    return (dx_PD,), ()
+
+
+def _differentiate_all(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block backward, input and weight gradients: 8 products."""
+    x_PD, dy_PD = rows
+    dx_PD, hidden_PF, dgate_PF, dup_PF = _differentiate_hidden(rows, weights)
+    dw_gate_DF = _product("pd,pf->df", x_PD, dgate_PF)
+    dw_up_DF = _product("pd,pf->df", x_PD, dup_PF)
+    dw_down_FD = _product("pf,pd->fd", hidden_PF, dy_PD)
+    return (dx_PD,), (dw_gate_DF, dw_up_DF, dw_down_FD)
+
+
+def _differentiate_hidden(rows: Arrays, weights: Arrays) -> tuple[Array, Array, Array, Array]:
+    """Input gradient, hidden activations again, and the gradients of gate and up."""
+    (x_PD, dy_PD), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
+    gate_PF = _product("pd,df->pf", x_PD, w_gate_DF)
+    up_PF = _product("pd,df->pf", x_PD, w_up_DF)
+    sigmoid_PF = jax.nn.sigmoid(gate_PF)
+    silu_PF = gate_PF * sigmoid_PF
+    dhidden_PF = _product("pd,fd->pf", dy_PD, w_down_FD)
+    # silu'(g) = s + g s (1 - s) = s + silu(g) (1 - s), with s = sigmoid(g).
+    dgate_PF = dhidden_PF * up_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF))
+    dgate_PF = dgate_PF.astype(x_PD.dtype)
+    dup_PF = (dhidden_PF * silu_PF).astype(x_PD.dtype)
+    dx_PD = _product("pf,df->pd", dgate_PF, w_gate_DF) + _product("pf,df->pd", dup_PF, w_up_DF)
+    return dx_PD.astype(x_PD.dtype), (silu_PF * up_PF).astype(x_PD.dtype), dgate_PF, dup_PF
