@@ -1,0 +1,315 @@
+"""Every write of the project goes through this file.
+
+A file is written under a unique temporary name on the same filesystem, hashed on the way, synced,
+renamed into place, and then its directory is synced. A reader, or the next command after a crash or
+a power cut, sees the old content or the new, never a mixture, and no caller needs a lock for that.
+Left-over temporary files are recognised by name and swept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Final, Self
+
+from composable.errors import IntegrityError
+
+CHUNK: Final = 1 << 20
+READ_ONLY: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+_PREFIX: Final = ".tmp-"
+_NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
+
+
+class Sink:
+    """A file that appears under its name only when it is whole.
+
+    Use it as a context manager: leaving the block normally commits, leaving it by an exception
+    discards what was written.
+
+    Args:
+        path: Where the file shall appear; an older file there is replaced.
+        digest: `sha256:…` that the bytes must have, if it is known beforehand.
+        size: Bytes that must come, if known beforehand; more are refused as they arrive.
+        is_read_only: Whether to take away write permission, as for content-addressed files.
+
+    Attributes:
+        digest: SHA-256 of what was written so far, as `sha256:…`.
+        size: Bytes written so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        digest: str | None = None,
+        size: int | None = None,
+        is_read_only: bool = False,
+    ) -> None:
+        self.path = path
+        self.size = 0
+        self._expected_digest = digest
+        self._expected_size = size
+        self._is_read_only = is_read_only
+        self._hash = hashlib.sha256()
+        make_directory(path.parent)
+        self._temporary = _temporary_name(path.parent)
+        self._file: BinaryIO = self._temporary.open("xb")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what was written so far, as `sha256:…`."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`.
+
+        Raises:
+            IntegrityError: When more arrives than `size` allows.
+        """
+        self.size += len(data)
+        if self._expected_size is not None and self.size > self._expected_size:
+            raise IntegrityError(
+                f"more than the expected {self._expected_size:,} bytes arrived",
+                where=str(self.path),
+            )
+        self._hash.update(data)
+        self._file.write(data)
+
+    def commit(self) -> None:
+        """Verify, sync and move the file into place.
+
+        Raises:
+            IntegrityError: When size or digest is not the one promised.
+        """
+        self._verify()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._is_read_only:
+            self._temporary.chmod(READ_ONLY)
+        self._temporary.replace(self.path)
+        sync_directory(self.path.parent)
+
+    def discard(self) -> None:
+        """Drop what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _verify(self) -> None:
+        if self._expected_size is not None and self.size != self._expected_size:
+            raise IntegrityError(
+                f"only {self.size:,} of {self._expected_size:,} bytes arrived",
+                where=str(self.path),
+            )
+        if self._expected_digest is not None and self.digest != self._expected_digest:
+            raise IntegrityError(
+                f"the bytes have digest {self.digest}, expected {self._expected_digest}",
+                where=str(self.path),
+                hint="the source is damaged or was changed; nothing was kept",
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.discard()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            self.discard()
+            raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with Sink(path) as sink:
+        sink.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def create_bytes(path: Path, data: bytes) -> bool:
+    """Write `data` to `path` unless something is there; of many at once exactly one succeeds.
+
+    Returns:
+        Whether this call created the file.
+    """
+    make_directory(path.parent)
+    temporary = _temporary_name(path.parent)
+    try:
+        with Sink(temporary) as sink:
+            sink.write(data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_without_links(path, data)
+        sync_directory(path.parent)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link of `source`, or a copy where links cannot be made.
+
+    The directory of `target` is not synced: a caller that places many files syncs once.
+
+    Raises:
+        FileExistsError: When `target` exists.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "exists", str(target)) from error
+        with source.open("rb") as file, Sink(target, is_read_only=True) as sink:
+            for chunk in iter(lambda: file.read(CHUNK), b""):
+                sink.write(chunk)
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents, each one synced into its parent."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
+def make_scratch_directory(parent: Path) -> Path:
+    """Create an empty directory under `parent` that `sweep` removes if a crash leaves it."""
+    make_directory(parent)
+    path = _temporary_name(parent)
+    path.mkdir()
+    return path
+
+
+def rename_directory(source: Path, target: Path) -> bool:
+    """Give the finished directory `source` its name, unless the name is taken.
+
+    Returns:
+        Whether `target` is now what `source` was.
+    """
+    sync_directory(source)
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) or target.exists():
+            return False
+        raise
+    sync_directory(target.parent)
+    return True
+
+
+def remove_file(path: Path) -> bool:
+    """Remove a file and sync its directory; say whether it was there."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    sync_directory(path.parent)
+    return True
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory and all in it, under a temporary name first so that it goes at once."""
+    doomed = _temporary_name(path.parent)
+    try:
+        path.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(directory: Path, older_than_seconds: float = 3600.0) -> int:
+    """Remove temporary files and directories that crashed writers left directly in `directory`.
+
+    Returns:
+        How many were removed.
+    """
+    count = 0
+    for path in directory.glob(f"{_PREFIX}*") if directory.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.lstat().st_mtime < older_than_seconds:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+            count += 1
+    return count
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive power loss, where the platform can."""
+    if os.name == "nt":
+        return  # Windows has no handle to sync; its file systems journal names
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def polite_lock(path: Path) -> Iterator[None]:
+    """Hold a file lock for the block, or go on without one after a while.
+
+    Only an optimisation, so that concurrent writers do not redo each other's work. File locks lie
+    on some network filesystems; nothing that is correct with this lock may be wrong without it.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path, timeout=10)
+    held = False
+    with contextlib.suppress(OSError, filelock.Timeout, NotImplementedError):
+        make_directory(path.parent)
+        lock.acquire()
+        held = True
+    try:
+        yield
+    finally:
+        if held:
+            lock.release()
+
+
+def _temporary_name(directory: Path) -> Path:
+    return directory / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _create_without_links(path: Path, data: bytes) -> bool:
+    """Create exclusively where hard links are missing; a crash may leave a cut file."""
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    sync_directory(path.parent)
+    return True
