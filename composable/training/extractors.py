@@ -1,0 +1,137 @@
+"""Extractors: from an unpacked package to documents.
+
+One function per kind of package. Each yields every document that the package holds, whole; which
+of them are used, and how much of each, is the recipe's choice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from composable.errors import TextError
+from composable.training.documents import Document
+
+# What a text cannot use: control characters other than tab and newline, and byte order marks.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f\ufeff]")
+
+# Parts of the standard library that are tests, other people's data, or made for one machine.
+_NOT_MODULES = re.compile(
+    r"(^|/)(tests?|idlelib|lib2to3|turtledemo|ensurepip|encodings|pydoc_data|html/entities"
+    r"|site-packages|dist-packages|lib-dynload|config-[^/]*|__pycache__|_sysconfigdata[^/]*)(/|$)"
+)
+
+# A heading of a Metamath database: a comment that opens with a line of text between two rules.
+_METAMATH_HEADING = re.compile(
+    r"^\$\([ \t]*\n\s*"
+    r"(?P<rule>#{9,}|#\*[#*]{9,}|=-[-=]{9,}|-\.[-.]{9,})\n(?P<title>[^\n]+)\n(?P=rule)\n",
+    re.MULTILINE,
+)
+# A section with fewer bytes is a bare heading, kept with the section that it introduces.
+_METAMATH_HEADING_BYTES = 1_000
+
+# The licences of the Free Software Foundation and those made from them, by their SPDX ids.
+_COPYLEFT_ID = re.compile(r"GPL|GFDL")
+# Notices under those licences, and licences whose own text must not be changed, or only on terms.
+_RESTRICTED_TEXT = re.compile(
+    r"under the terms of the GNU"
+    r"|verbatim copies of this (licen[cs]e|document|manual)"
+    r"|copies of this document must be verbatim"
+    r"|(chang|modif|add)\w+( or \w+ to| of)? (it|this (licen[cs]e|document))( in any way)? is"
+    r" (not (allowed|permitted)|forbidden)"
+    r"|(distribute|communicate) this licen[cs]e( document)?( without modification|\.)"
+    r"|licen[cs]e may not be (modified|changed|altered)"
+    r"|may only be modified"
+    r"|licen[cs]e text (is )?(copyright|©)"
+    r"|text of this [\w ]*licen[cs]e is (copyright|released|licensed)",
+    re.IGNORECASE,
+)
+
+# English has fewer letters with accents than this; French has about three in a hundred.
+_ENGLISH_ACCENTED = 0.005
+
+
+def clean_text(data: bytes, where: str) -> str:
+    """Return text as documents hold it: plain newlines, no control characters, one final newline.
+
+    Args:
+        data: UTF-8.
+        where: What the bytes are called, for the error.
+
+    Raises:
+        TextError: `data` is not UTF-8.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise TextError(f"not UTF-8 at byte {error.start}", where=where) from error
+    text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return text.strip("\n") + "\n"
+
+
+def extract_speeches(root: Path) -> Iterator[Document]:
+    """Yield each `data/*.txt` of an npm package, named by its file name without the suffix."""
+    for file in sorted((root / "package" / "data").glob("*.txt")):
+        yield Document(file.stem, clean_text(file.read_bytes(), file.name))
+
+
+def extract_python_modules(root: Path) -> Iterator[Document]:
+    """Yield each module of a standard library, named by its path.
+
+    Left out are tests, IDLE, lib2to3, tables (encodings, entities, help topics), installed
+    packages and the build configuration of one machine.
+    """
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root).as_posix()
+        if not _NOT_MODULES.search(name.removesuffix(".py")):
+            yield Document(name, clean_text(file.read_bytes(), name))
+
+
+def extract_metamath_sections(root: Path) -> Iterator[Document]:
+    """Yield the sections of `set.mm`, from heading to heading: comments, statements and proofs.
+
+    A heading with next to nothing under it is kept with the section that follows. A document is
+    named by the title of its first heading, numbered from the second of that title on.
+    """
+    text = clean_text((root / "usr/share/metamath/databases/set.mm").read_bytes(), "set.mm")
+    headings = list(_METAMATH_HEADING.finditer(text))
+    seen = Counter[str]()
+    first = 0
+    for i, heading in enumerate(headings):
+        end = headings[i + 1].start() if i + 1 < len(headings) else len(text)
+        if end - heading.start() < _METAMATH_HEADING_BYTES and i + 1 < len(headings):
+            continue
+        title = " ".join(headings[first]["title"].split())
+        seen[title] += 1
+        name = title if seen[title] == 1 else f"{title} ({seen[title]})"
+        yield Document(name, text[headings[first].start() : end].strip("\n") + "\n")
+        first = i + 1
+
+
+def extract_license_texts(root: Path) -> Iterator[Document]:
+    """Yield the English licences of `spdx-full.json` that may be changed, named by their SPDX ids.
+
+    Left out is the GPL family (GPL, LGPL, AGPL, GFDL), every licence that says of its own text
+    that it must not be changed, because a document may be a part of its text, and every text in
+    another language, which is told by its accented letters.
+    """
+    licenses = json.loads((root / "package" / "spdx-full.json").read_bytes())
+    for name, entry in sorted(licenses.items()):
+        text = clean_text(entry["licenseText"].encode(), name)
+        is_restricted = _COPYLEFT_ID.search(name) or _RESTRICTED_TEXT.search(" ".join(text.split()))
+        n_accented = sum(letter.isalpha() and not letter.isascii() for letter in text)
+        if not is_restricted and n_accented <= _ENGLISH_ACCENTED * len(text):
+            yield Document(name, text)
+
+
+Extractor = Callable[[Path], Iterator[Document]]
+EXTRACTORS: Mapping[str, Extractor] = {
+    "license-texts": extract_license_texts,
+    "metamath-sections": extract_metamath_sections,
+    "python-modules": extract_python_modules,
+    "speeches": extract_speeches,
+}
+"""The extractors by the name that a recipe calls them."""

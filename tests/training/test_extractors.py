@@ -1,0 +1,101 @@
+import json
+
+import pytest
+
+from composable.errors import TextError
+from composable.training.extractors import EXTRACTORS, clean_text
+
+
+def write_files(root, texts):
+    for name, words in texts.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(words if isinstance(words, bytes) else words.encode())
+    return root
+
+
+def extract(name, root):
+    return {document.id: document.text for document in EXTRACTORS[name](root)}
+
+
+def test_clean_text():
+    assert clean_text(b"\xef\xbb\xbf\r\n a\tb\0\x0c\r\rc\x7f\n\n", "") == " a\tb\n\nc\n"
+    with pytest.raises(TextError, match="not UTF-8 at byte 1"):
+        clean_text(b"a\xff", "file")
+
+
+def test_speeches(tmp_path):
+    files = {"package/data/1801_b.txt": "Second.", "package/data/1800_a.txt": "First.\r\n"}
+    root = write_files(tmp_path, files | {"package/data/1800_a.json": "{}"})
+    assert list(extract("speeches", root).items()) == [
+        ("1800_a", "First.\n"),
+        ("1801_b", "Second.\n"),
+    ]
+
+
+def test_python_modules_leave_out_tests_and_tables(tmp_path):
+    kept = ["bisect.py", "json/decoder.py", "testing.py", "unittest/case.py"]
+    left_out = [
+        "test/test_a.py",
+        "ctypes/test/a.py",
+        "unittest/test/b.py",
+        "idlelib/run.py",
+        "encodings/cp037.py",
+        "html/entities.py",
+        "site-packages/numpy/a.py",
+        "_sysconfigdata__linux.py",
+        "config-3.11-x86_64-linux-gnu/c.py",
+        "LICENSE.txt",
+    ]
+    root = write_files(tmp_path, dict.fromkeys(kept + left_out, "x = 1"))
+    assert list(extract("python-modules", root)) == kept
+
+
+def heading(rule, title):
+    return f"$(\n{rule}\n{title:>20}\n{rule}\n$)\n\n"
+
+
+CHAPTER, SECTION, PART = "#*" * 39 + "#", "=-" * 39 + "=", "-." * 39 + "-"
+LEMMAS = "  lem $p |- ( ph -> ph ) $= ABC $.\n\n" * 40
+
+
+def test_metamath_sections_run_from_heading_to_heading(tmp_path):
+    pieces = [
+        "$( preface $)\n",
+        heading(SECTION, "Logic") + LEMMAS,
+        heading(CHAPTER, "Sets") + heading(SECTION, "Unions") + LEMMAS,
+        heading(PART, "Logic") + LEMMAS,
+        heading(SECTION, "The end"),
+    ]
+    root = write_files(tmp_path, {"usr/share/metamath/databases/set.mm": "".join(pieces)})
+    assert extract("metamath-sections", root) == {
+        name: piece.strip("\n") + "\n"
+        for name, piece in zip(["Logic", "Sets", "Logic (2)", "The end"], pieces[1:], strict=True)
+    }
+
+
+FREE = "Permission is granted to anyone to use this for any purpose."
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("LGPL-2.1-only", FREE),
+        ("GFDL-1.3", FREE),
+        ("SMAIL-GPL", FREE),
+        ("eCos-2.0", "redistribute it under the terms of the GNU General Public License"),
+        ("LPPL-1.0", "copy verbatim copies of this license document,\n but"),
+        ("Artistic-2.0", "changing it is not allowed."),
+        ("CDL-1.0", "but changing or adding to it in any way is not permitted."),
+        ("OSL-1.0", "granted to copy and distribute this license without modification."),
+        ("QPL-1.0", "Everyone is permitted to copy and distribute this license document."),
+        ("EPL-1.0", "the Agreement is copyrighted and may only be modified in the following"),
+        ("BUSL-1.1", "License text copyright (c) 2017"),
+        ("CAL-1.0", "The text of this license is released under the Creative Commons"),
+        ("LAL-1.3", "Avec la présente licence, l'auteur autorise à copier ses œuvres créées."),
+    ],
+)
+def test_licences_that_must_not_be_cut_are_left_out(tmp_path, name, words):
+    licenses = {name: {"licenseText": words}, "Free": {"licenseText": FREE}}
+    root = write_files(tmp_path, {"package/spdx-full.json": json.dumps(licenses)})
+    assert extract("license-texts", root) == {"Free": FREE + "\n"}
