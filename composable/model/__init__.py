@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: layers, attention, bodies, scout, router, bank, backbone, decoding."""

@@ -1,0 +1,143 @@
+"""The backbone: a causal transformer cut at the tap into a trunk and an upper part.
+
+What runs in the feed-forward place of an upper layer is the caller's: the backbone's own block, an
+expert's body, or a mixture. So the same code serves training, a single path and composition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from composable.model.config import BackboneConfig
+from composable.model.layers import Attention, FeedForward, KVCache, rms_norm
+from composable.model.scout import Scout
+
+# (layer index, normalised input BTD) -> output BTD.
+FeedForwardFn = Callable[[int, jax.Array], jax.Array]
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = nnx.Param(jnp.ones(cfg.d_model), dims="D")
+        self.attention = Attention(cfg, rngs=rngs)
+        self.ffn_norm = nnx.Param(jnp.ones(cfg.d_model), dims="D")
+        self.ffn = FeedForward(cfg, rngs=rngs)
+
+
+class Backbone(nnx.Module):
+    """A frozen model with its router interface's parts: trunk, tap, class map and own scout.
+
+    Args:
+        cfg: Architecture.
+        class_map_V: Class of every token; the identity where there are as many classes as tokens.
+        n_classes: Number of classes C.
+        rngs: Source of the initial weights.
+    """
+
+    def __init__(
+        self, cfg: BackboneConfig, class_map_V: jax.Array, n_classes: int, *, rngs: nnx.Rngs
+    ) -> None:
+        self.cfg = cfg
+        scale = cfg.d_model**-0.5
+        self.embed = nnx.Param(
+            jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.d_model)) * scale, dims="VD"
+        )
+        self.layers = nnx.List([Layer(cfg, rngs=rngs) for _ in range(cfg.n_layers)])
+        self.norm = nnx.Param(jnp.ones(cfg.d_model), dims="D")
+        self.scout = Scout(cfg.d_model, cfg.scout_width, n_classes, rngs=rngs)
+        self.class_map = nnx.Variable(jnp.asarray(class_map_V, jnp.int32))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return the backbone's own logits, shape BTV, float32."""
+        x_BTD, _ = self.trunk(tokens_BT)
+        logits_BTV, _ = self.upper(x_BTD, self.own_feed_forward)
+        return logits_BTV
+
+    def own_feed_forward(self, layer: int, x_BTD: jax.Array) -> jax.Array:
+        """Run the backbone's own feed-forward block of a layer."""
+        return self.layers[layer].ffn(x_BTD)
+
+    def trunk(
+        self,
+        tokens_BT: jax.Array,
+        position: jax.Array | int = 0,
+        caches: Sequence[KVCache] | None = None,
+    ) -> tuple[jax.Array, list[KVCache]]:
+        """Run the layers below the tap; nothing installed ever changes what they compute.
+
+        Args:
+            tokens_BT: Token ids.
+            position: Position of the first of them.
+            caches: One cache per trunk layer, when decoding.
+
+        Returns:
+            The residual stream at the tap, shape BTD, and the new caches.
+        """
+        x_BTD = self.embed[...][tokens_BT]
+        layers = range(self.cfg.tap)
+        x_BTD, caches = self._run(layers, x_BTD, self.own_feed_forward, position, caches)
+        # The barrier keeps the compiler from fusing the trunk with what reads it, so its bits do
+        # not depend on what is installed above.
+        return jax.lax.optimization_barrier(x_BTD), caches
+
+    def features(self, x_BTD: jax.Array) -> jax.Array:
+        """Return what scouts read, shape BTD float32: the tap's residual stream at unit scale."""
+        ones_D = jnp.ones(self.cfg.d_model, jnp.float32)
+        feature_BTD = rms_norm(x_BTD.astype(jnp.float32), ones_D, self.cfg.norm_eps)
+        return jax.lax.optimization_barrier(feature_BTD)
+
+    def upper(
+        self,
+        x_BTD: jax.Array,
+        feed_forward: FeedForwardFn,
+        position: jax.Array | int = 0,
+        caches: Sequence[KVCache] | None = None,
+    ) -> tuple[jax.Array, list[KVCache]]:
+        """Run the layers from the tap on with the given feed-forward, and predict.
+
+        Args:
+            x_BTD: Residual stream at the tap.
+            feed_forward: What runs in every slot.
+            position: Position of the first token.
+            caches: One cache per upper layer, when decoding.
+
+        Returns:
+            Logits, shape BTV float32, and the new caches.
+        """
+        x_BTD, caches = self._run(self.cfg.slots, x_BTD, feed_forward, position, caches)
+        x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embed[...])
+        return logits_BTV.astype(jnp.float32), caches
+
+    def _run(
+        self,
+        layers: Sequence[int],
+        x_BTD: jax.Array,
+        feed_forward: FeedForwardFn,
+        position: jax.Array | int,
+        caches: Sequence[KVCache] | None,
+    ) -> tuple[jax.Array, list[KVCache]]:
+        written = []
+        for i, index in enumerate(layers):
+            layer = self.layers[index]
+            h_BTD = rms_norm(x_BTD, layer.attention_norm[...], self.cfg.norm_eps)
+            cache = None if caches is None else caches[i]
+            h_BTD, cache = layer.attention(h_BTD, position, cache)
+            if cache is not None:
+                written.append(cache)
+            x_BTD = x_BTD + h_BTD
+            h_BTD = rms_norm(x_BTD, layer.ffn_norm[...], self.cfg.norm_eps)
+            x_BTD = x_BTD + feed_forward(index, h_BTD)
+        return x_BTD, written
+
+    def empty_caches(self, batch: int, length: int, layers: Sequence[int]) -> list[KVCache]:
+        """Return zeroed caches of `length` positions for the given layers."""
+        shape = (batch, length, self.cfg.n_kv_heads, self.cfg.d_head)
+        dtype = self.embed[...].dtype
+        return [KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers]

@@ -1,0 +1,159 @@
+"""The bank: installed bodies and scouts, stacked for the device, with room to spare.
+
+Slot 0 is the backbone. Installing writes one slot in place (the old arrays are donated) at a traced
+index, and removing clears its alive mark: neither recompiles anything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from composable.interface import RouterInterface
+from composable.model.backbone import Backbone
+from composable.model.body import MATRICES, Body, SlotMatrices, backbone_slot
+from composable.model.router import ScoutBank
+from composable.model.scout import Scout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """Stacked experts.
+
+    Args:
+        slots: For every slot of the interface, in order, its matrices stacked over E: "w_gate" and
+            "w_up" of shape EDF, "w_down" of shape EFD.
+        scouts: Stacked scouts.
+        alive_E: Which entries hold an expert.
+        key_E: Each expert's own number, by which ties are settled; the backbone's is 0.
+    """
+
+    slots: tuple[SlotMatrices, ...]
+    scouts: ScoutBank
+    alive_E: jax.Array
+    key_E: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """Experts that fit, the backbone included."""
+        return int(self.alive_E.shape[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class BankEntry:
+    """One expert in the form that the bank stores.
+
+    Args:
+        slots: For every slot its full matrices.
+        scout: The scout, padded to the interface's widest.
+        key: The expert's own number, at least 1.
+    """
+
+    slots: tuple[SlotMatrices, ...]
+    scout: ScoutBank
+    key: jax.Array
+
+
+def make_entry(
+    backbone: Backbone, interface: RouterInterface, body: Body, scout: Scout, key: int
+) -> BankEntry:
+    """Return an expert as the bank stores it: body merged, scout padded."""
+    slots = tuple(body.merged(backbone, layer) for layer in interface.slots)
+    return BankEntry(slots=slots, scout=_pad(scout, interface), key=jnp.uint32(key))
+
+
+def empty_bank(backbone: Backbone, interface: RouterInterface, capacity: int) -> Bank:
+    """Return a bank that holds the backbone alone."""
+    own = BankEntry(
+        slots=tuple(backbone_slot(backbone, layer) for layer in interface.slots),
+        scout=_pad(backbone.scout, interface),
+        key=jnp.uint32(0),
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), own)
+    bank = Bank(
+        slots=zeros.slots,
+        scouts=zeros.scout,
+        alive_E=jnp.zeros(capacity, bool),
+        key_E=jnp.full(capacity, 2**32 - 1, jnp.uint32),
+    )
+    return install(bank, 0, own)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def install(bank: Bank, index: jax.Array | int, entry: BankEntry) -> Bank:
+    """Write an expert into an entry of the bank, in place.
+
+    Args:
+        bank: The bank; its arrays are donated and must not be used again.
+        index: Which entry; traced, so one compilation serves all.
+        entry: The expert.
+    """
+    put = functools.partial(jax.tree.map, lambda stack, one: stack.at[index].set(one))
+    return Bank(
+        slots=put(bank.slots, entry.slots),
+        scouts=put(bank.scouts, entry.scout),
+        alive_E=bank.alive_E.at[index].set(True),
+        key_E=bank.key_E.at[index].set(entry.key),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def remove(bank: Bank, index: jax.Array | int) -> Bank:
+    """Clear an entry, in place: its arrays become zero and its alive mark falls."""
+    clear = functools.partial(jax.tree.map, lambda stack: stack.at[index].set(0))
+    return Bank(
+        slots=clear(bank.slots),
+        scouts=clear(bank.scouts),
+        alive_E=bank.alive_E.at[index].set(False),
+        key_E=bank.key_E.at[index].set(jnp.uint32(2**32 - 1)),
+    )
+
+
+def grow(bank: Bank, capacity: int) -> Bank:
+    """Return a copy of the bank with more entries."""
+    more = capacity - bank.capacity
+
+    def pad(stack: jax.Array, value: int = 0) -> jax.Array:
+        widths = [(0, more)] + [(0, 0)] * (stack.ndim - 1)
+        return jnp.pad(stack, widths, constant_values=value)
+
+    slots, scouts = jax.tree.map(pad, (bank.slots, bank.scouts))
+    return Bank(
+        slots=slots,
+        scouts=scouts,
+        alive_E=jnp.pad(bank.alive_E, (0, more)),
+        key_E=pad(bank.key_E, 2**32 - 1),
+    )
+
+
+def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
+    """Return the mean of the living experts' bodies (the backbone left out), for comparison.
+
+    References:
+        Wortsman et al. 2022, arXiv:2203.05482 (uniform soup).
+    """
+    weight_E = bank.alive_E.at[0].set(False).astype(jnp.float32)
+    weight_E = weight_E / jnp.maximum(weight_E.sum(), 1)
+    return jax.tree.map(lambda stack: jnp.einsum("E,E...->...", weight_E, stack), bank.slots)
+
+
+def entry_slots(bank: Bank, index: jax.Array | int) -> tuple[Mapping[str, jax.Array], ...]:
+    """Return the matrices of one entry of the bank, for every slot."""
+    return tuple({name: slot[name][index] for name in MATRICES} for slot in bank.slots)
+
+
+def _pad(scout: Scout, interface: RouterInterface) -> ScoutBank:
+    """Return a scout with its hidden width padded to the interface's bound."""
+    more = interface.scout_max_width - scout.b_in[...].shape[0]
+    return ScoutBank(
+        jnp.pad(scout.w_in[...], ((0, 0), (0, more))).astype(jnp.float32),
+        jnp.pad(scout.b_in[...], (0, more)).astype(jnp.float32),
+        jnp.pad(scout.w_out[...], ((0, more), (0, 0))).astype(jnp.float32),
+        scout.b_out[...].astype(jnp.float32),
+    )

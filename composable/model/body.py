@@ -1,0 +1,137 @@
+"""Bodies: the parameters of an expert that do the work in the slots.
+
+Both kinds start as the backbone's own feed-forward, so an untrained expert changes nothing.
+`merged` gives every kind the one form that the bank stacks: the full matrices of each slot.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from composable.errors import ModelError
+from composable.interface import BodyKind
+from composable.interface.contract import SLOT_DIMS
+from composable.model.backbone import Backbone, FeedForwardFn
+from composable.model.layers import swiglu
+from composable.model.scout import Scout
+
+MATRICES: Final = tuple(SLOT_DIMS)
+# Matrix name -> array, for one slot.
+SlotMatrices = dict[str, jax.Array]
+
+
+class FullSlot(nnx.Module):
+    """The three matrices of a SwiGLU block, replacing the backbone's."""
+
+    def __init__(self, matrices: SlotMatrices) -> None:
+        for name, dims in SLOT_DIMS.items():
+            setattr(self, name, nnx.Param(jnp.asarray(matrices[name]), dims=dims))
+
+
+class LowRank(nnx.Module):
+    """A change `a b` of rank R to one matrix; `b` starts at zero.
+
+    References:
+        Hu et al. 2021, arXiv:2106.09685, with the scale folded into `b`.
+    """
+
+    def __init__(self, shape: tuple[int, int], dims: str, rank: int, *, rngs: nnx.Rngs) -> None:
+        rows, columns = shape
+        initial = jax.random.normal(rngs.params(), (rows, rank)) * rows**-0.5
+        self.a = nnx.Param(initial, dims=dims[0] + "R")
+        self.b = nnx.Param(jnp.zeros((rank, columns)), dims="R" + dims[1])
+
+
+class LowRankSlot(nnx.Module):
+    """A low-rank change to each of a slot's three matrices."""
+
+    def __init__(self, matrices: SlotMatrices, rank: int, *, rngs: nnx.Rngs) -> None:
+        for name, dims in SLOT_DIMS.items():
+            setattr(self, name, LowRank(matrices[name].shape, dims, rank, rngs=rngs))
+
+
+class Body(nnx.Module):
+    """The slots of an expert.
+
+    Args:
+        backbone: The backbone whose feed-forward blocks it starts from.
+        kind: "ffn" replaces them, "lora" changes them by a product of rank `rank`.
+        rank: Rank R of a "lora" body; None for "ffn".
+        rngs: Source of the initial weights; only "lora" draws any.
+
+    Raises:
+        ModelError: For an unknown kind, or a rank where none belongs or none where one does.
+    """
+
+    def __init__(
+        self, backbone: Backbone, kind: BodyKind, rank: int | None = None, *, rngs: nnx.Rngs
+    ) -> None:
+        if kind not in ("ffn", "lora"):
+            raise ModelError(f"{kind!r} is not a body kind (ffn, lora)", where="body.kind")
+        if (rank is None) != (kind == "ffn"):
+            raise ModelError(f"rank {rank!r} does not go with kind {kind!r}", where="body.rank")
+        self.kind = kind
+        own = {layer: backbone_slot(backbone, layer) for layer in backbone.cfg.slots}
+        self.slots = nnx.Dict(
+            {
+                str(layer): FullSlot(matrices)
+                if rank is None
+                else LowRankSlot(matrices, rank, rngs=rngs)
+                for layer, matrices in own.items()
+            }
+        )
+
+    def merged(self, backbone: Backbone, layer: int) -> SlotMatrices:
+        """Return the full matrices of one slot, as the bank holds them."""
+        slot = self.slots[str(layer)]
+        if self.kind == "ffn":
+            return {name: getattr(slot, name)[...] for name in MATRICES}
+        own = backbone_slot(backbone, layer)
+        return {
+            name: own[name] + getattr(slot, name).a[...] @ getattr(slot, name).b[...]
+            for name in MATRICES
+        }
+
+    def feed_forward(self, backbone: Backbone) -> FeedForwardFn:
+        """Return what to run in every slot when this body is always on."""
+
+        def run(layer: int, x_BTD: jax.Array) -> jax.Array:
+            matrices = self.merged(backbone, layer)
+            return swiglu(x_BTD, *(matrices[name] for name in MATRICES))
+
+        return run
+
+
+class Expert(nnx.Module):
+    """A body and its scout: what a contributor trains.
+
+    Args:
+        backbone: The frozen backbone.
+        kind: Kind of the body.
+        rank: Rank of a "lora" body.
+        scout_width: Hidden width of the scout.
+        rngs: Source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        kind: BodyKind,
+        scout_width: int,
+        rank: int | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.body = Body(backbone, kind, rank, rngs=rngs)
+        n_classes = backbone.scout.b_out[...].shape[0]
+        self.scout = Scout(backbone.cfg.d_model, scout_width, n_classes, rngs=rngs)
+
+
+def backbone_slot(backbone: Backbone, layer: int) -> SlotMatrices:
+    """Return the backbone's own matrices of one slot."""
+    ffn = backbone.layers[layer].ffn
+    return {name: getattr(ffn, name)[...] for name in MATRICES}

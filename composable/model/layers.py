@@ -1,0 +1,146 @@
+"""The pieces of a transformer layer that hold no choice of experts: norm, RoPE, attention, SwiGLU.
+
+Initial scales follow GPT-2's habit (residual outputs shrink with depth). Nothing here shards or
+casts: weights and activations share the dtype that the caller gave them.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from composable.model.config import BackboneConfig
+
+# Queries are taken in blocks, each against the keys up to its own end: about half of the causal
+# square is never computed. 128 was the fastest block on two CPU cores at 512 positions.
+_QUERY_BLOCK: Final = 128
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer for S positions, of which the first `length` are filled."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Scale to unit root mean square along D, computed in float32.
+
+    References:
+        Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """
+    x32_BTD = x_BTD.astype(jnp.float32)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), -1, keepdims=True) + eps)
+    return (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D
+
+
+def rope(x_BTNH: jax.Array, position_T: jax.Array, theta: float) -> jax.Array:
+    """Rotate pairs (i, i + H/2) of every head by angles that grow with position.
+
+    References:
+        Su et al. 2021, arXiv:2104.09864, eq. 34, in the half-split layout of Llama checkpoints.
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_T[:, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions.
+
+    References:
+        Ainslie et al. 2023, arXiv:2305.13245.
+    """
+
+    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
+        d, n, k, h = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+        normal = jax.random.normal
+        self.w_q = nnx.Param(normal(rngs.params(), (d, n, h)) * d**-0.5, dims="DNH")
+        self.w_k = nnx.Param(normal(rngs.params(), (d, k, h)) * d**-0.5, dims="DKH")
+        self.w_v = nnx.Param(normal(rngs.params(), (d, k, h)) * d**-0.5, dims="DKH")
+        residual = (n * h) ** -0.5 * (2 * cfg.n_layers) ** -0.5
+        self.w_o = nnx.Param(normal(rngs.params(), (n, h, d)) * residual, dims="NHD")
+        self.rope_theta = cfg.rope_theta
+
+    def __call__(
+        self, x_BTD: jax.Array, position: jax.Array | int = 0, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attend from T positions to all before them.
+
+        Args:
+            x_BTD: Normalised residual stream.
+            position: Position of the first of the T tokens in its sequence.
+            cache: Keys and values so far; None when the T positions are the whole sequence.
+
+        Returns:
+            The attention output, shape BTD, and the cache with these positions written.
+        """
+        n_tokens = x_BTD.shape[1]
+        position_T = position + jnp.arange(n_tokens)
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q[...])
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k[...])
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_v[...])
+        q_BTNH = rope(q_BTNH, position_T, self.rope_theta)
+        k_BTKH = rope(k_BTKH, position_T, self.rope_theta)
+        if cache is None:
+            y_BTNH = _causal_attention(q_BTNH, k_BTKH, v_BTKH)
+        else:
+            at = (0, position, 0, 0)
+            cache = KVCache(
+                jax.lax.dynamic_update_slice(cache.k_BSKH, k_BTKH, at),
+                jax.lax.dynamic_update_slice(cache.v_BSKH, v_BTKH, at),
+            )
+            mask_TS = jnp.arange(cache.k_BSKH.shape[1]) <= position_T[:, None]
+            y_BTNH = jax.nn.dot_product_attention(
+                q_BTNH, cache.k_BSKH, cache.v_BSKH, mask=mask_TS[None, None]
+            )
+        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.w_o[...]), cache
+
+
+def _causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    """Attend block by block of queries, so that masked keys beyond a block's end cost nothing."""
+    n_tokens = q_BTNH.shape[1]
+    blocks = []
+    for start in range(0, n_tokens, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, n_tokens)
+        mask_TS = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        blocks.append(
+            jax.nn.dot_product_attention(
+                q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask=mask_TS[None, None]
+            )
+        )
+    return jnp.concatenate(blocks, axis=1)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: `(silu(x w_gate) * (x w_up)) w_down`. A slot holds one; a full body replaces it.
+
+    References:
+        Shazeer 2020, arXiv:2002.05202, eq. 6.
+    """
+
+    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
+        d, f = cfg.d_model, cfg.d_ff
+        normal = jax.random.normal
+        residual = f**-0.5 * (2 * cfg.n_layers) ** -0.5
+        self.w_gate = nnx.Param(normal(rngs.params(), (d, f)) * d**-0.5, dims="DF")
+        self.w_up = nnx.Param(normal(rngs.params(), (d, f)) * d**-0.5, dims="DF")
+        self.w_down = nnx.Param(normal(rngs.params(), (f, d)) * residual, dims="FD")
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Return the block's output, shape BTD."""
+        return swiglu(x_BTD, self.w_gate[...], self.w_up[...], self.w_down[...])
+
+
+def swiglu(
+    x_BTD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
+) -> jax.Array:
+    """Return `(silu(x w_gate) * (x w_up)) w_down`, shape BTD."""
+    return (jax.nn.silu(x_BTD @ w_gate_DF) * (x_BTD @ w_up_DF)) @ w_down_FD

@@ -1,0 +1,262 @@
+"""`Model`: what a user holds. A composed model with names, checks and compiled calls.
+
+The arrays are in `parts`, a tree that goes through `jax.jit`, `grad` and `vmap`; so does a whole
+`Model`, whose names travel as static data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from composable.errors import ModelError, TextError
+from composable.interface import RouterInterface
+from composable.model import bank as banks
+from composable.model import composed
+from composable.model.backbone import Backbone
+from composable.model.body import Body, SlotMatrices
+from composable.model.composed import Parts
+from composable.model.decoding import Mode, continue_tokens
+from composable.model.scout import Scout
+from composable.model.tokenizer import ByteTokenizer
+
+BACKBONE = "backbone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pluggable:
+    """An expert as a model takes it.
+
+    Args:
+        name: What `route` and `path` call it.
+        body: Its body.
+        scout: Its scout.
+        key: A number of its own, from its digest, that settles exact ties between experts.
+    """
+
+    name: str
+    body: Body
+    scout: Scout
+    key: int
+
+
+@jax.tree_util.register_pytree_node_class
+class Model:
+    """A backbone with experts plugged in.
+
+    Args:
+        backbone: The frozen model.
+        interface: Its contract.
+        experts: What to plug in, in any order.
+        capacity: Entries of the bank, the backbone's included; by default the next power of two.
+            Installing within it compiles nothing.
+
+    Raises:
+        ModelError: If two experts have one name.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        interface: RouterInterface,
+        experts: Sequence[Pluggable] = (),
+        *,
+        capacity: int | None = None,
+    ) -> None:
+        needed = len(experts) + 1
+        capacity = max(capacity or 1, _power_of_two(needed))
+        bank = banks.empty_bank(backbone, interface, capacity)
+        self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
+        self.names: tuple[str | None, ...] = (BACKBONE,) + (None,) * (capacity - 1)
+        self.tokenizer = ByteTokenizer()
+        for expert in sorted(experts, key=lambda expert: expert.name):
+            self.install(expert)
+
+    def tree_flatten(self) -> tuple[tuple[Parts], tuple[str | None, ...]]:
+        """Split into arrays and names, for jax."""
+        return (self.parts,), self.names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str | None, ...], children: tuple[Parts]) -> Model:
+        """Rebuild from arrays and names, for jax."""
+        model = object.__new__(cls)
+        (model.parts,) = children
+        model.names = names
+        model.tokenizer = ByteTokenizer()
+        return model
+
+    @property
+    def interface(self) -> RouterInterface:
+        """The contract that its experts fit."""
+        return self.parts.interface
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the installed experts, sorted."""
+        return sorted(name for name in self.names[1:] if name is not None)
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, in tokens."""
+        return self.parts.backbone.cfg.context
+
+    def install(self, expert: Pluggable) -> None:
+        """Plug an expert in; within the bank's capacity this compiles nothing.
+
+        Raises:
+            ModelError: If its name is taken.
+        """
+        if expert.name in self.names:
+            raise ModelError(f"an expert named {expert.name!r} is already plugged in")
+        backbone, interface, bank = self.parts.backbone, self.interface, self.parts.bank
+        if None not in self.names:
+            bank = banks.grow(bank, 2 * bank.capacity)
+            self.names += (None,) * (bank.capacity - len(self.names))
+        index = self.names.index(None)
+        entry = banks.make_entry(backbone, interface, expert.body, expert.scout, expert.key)
+        bank = banks.install(bank, index, entry)
+        self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
+        self.names = (*self.names[:index], expert.name, *self.names[index + 1 :])
+
+    def remove(self, name: str) -> None:
+        """Unplug an expert.
+
+        Raises:
+            ModelError: If no such expert is plugged in.
+        """
+        index = self._index(name, experts_only=True)
+        bank = banks.remove(self.parts.bank, index)
+        self.parts = Parts(backbone=self.parts.backbone, bank=bank, interface=self.interface)
+        self.names = (*self.names[:index], None, *self.names[index + 1 :])
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return logits in mix mode.
+
+        Args:
+            tokens_BT: Token ids of whole documents or their begins, as `encode` returns them.
+
+        Returns:
+            Logits of the next token, shape BTV float32.
+
+        Raises:
+            ModelError: If the tokens do not have two dimensions, or are not integers.
+            TextError: If they are longer than the context.
+        """
+        tokens_BT = self._checked(tokens_BT)
+        return _mix(self.parts, tokens_BT)
+
+    def safe(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return log probabilities in safe mode, shape BTV; see `composed.safe` for its bound."""
+        return _safe(self.parts, self._checked(tokens_BT))
+
+    def route(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return who is trusted, where: weights per token and expert, shape BTE.
+
+        Entry e belongs to `names[e]`; the backbone comes first.
+        """
+        return _route(self.parts, self._checked(tokens_BT))
+
+    def path(self, tokens_BT: jax.Array, name: str = BACKBONE) -> jax.Array:
+        """Return logits of one expert always on, or of the backbone alone, shape BTV."""
+        return _path(self.parts, self._checked(tokens_BT), self._index(name))
+
+    def average_slots(self) -> tuple[SlotMatrices, ...]:
+        """Return the mean of the installed bodies: the merge that composition competes with."""
+        return banks.average_slots(self.parts.bank)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Return tokens_T of a text, the begin token first."""
+        return self.tokenizer.encode(text)
+
+    def stream(
+        self, prompt: str, max_tokens: int = 100, *, temperature: float = 0.0, seed: int = 0,
+        mode: Mode = "mix",
+    ) -> Iterator[str]:
+        """Yield the continuation of a prompt piece by piece; arguments as for `generate`."""
+        import codecs
+
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        tokens = continue_tokens(
+            self.parts, self.encode(prompt), max_tokens, temperature=temperature, seed=seed,
+            mode=mode,
+        )
+        for token in tokens:
+            if piece := decoder.decode(bytes([token])):
+                yield piece
+        if piece := decoder.decode(b"", final=True):
+            yield piece
+
+    def _index(self, name: str, experts_only: bool = False) -> int:
+        if name not in self.names or (experts_only and name == BACKBONE):
+            plugged = ", ".join(self.experts) or "none"
+            raise ModelError(f"no expert named {name!r} is plugged in (there are: {plugged})")
+        return self.names.index(name)
+
+    def _checked(self, tokens_BT: jax.Array) -> jax.Array:
+        tokens_BT = jnp.asarray(tokens_BT)
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise ModelError(
+                f"tokens of shape {tokens_BT.shape} and dtype {tokens_BT.dtype}, expected whole "
+                "numbers of shape (B, T)",
+                hint="model.encode(text)[None] is a batch of one",
+            )
+        if tokens_BT.shape[1] > self.context:
+            raise TextError(
+                f"{tokens_BT.shape[1]} tokens do not fit the context of {self.context}",
+                hint="cut the text, or score it in windows with composable.vetting",
+            )
+        return tokens_BT
+
+
+def generate(
+    model: Model,
+    prompt: str,
+    max_tokens: int = 100,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    mode: Mode = "mix",
+) -> str:
+    """Return the continuation of a prompt.
+
+    Args:
+        model: The model.
+        prompt: Text to continue, not empty.
+        max_tokens: Tokens to make.
+        temperature: Softmax temperature; 0 always takes the likeliest token.
+        seed: Seed of the draws.
+        mode: "mix" or "safe".
+
+    Raises:
+        TextError: If the prompt is empty, or does not fit the context with what is asked for.
+    """
+    pieces = model.stream(prompt, max_tokens, temperature=temperature, seed=seed, mode=mode)
+    return "".join(pieces)
+
+
+@jax.jit
+def _mix(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
+    return composed.mix(parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]))[0]
+
+
+@jax.jit
+def _route(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
+    return composed.route(parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]))[0]
+
+
+@jax.jit
+def _safe(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
+    return composed.safe(parts, tokens_BT, composed.safe_state(parts, tokens_BT.shape[0]))[0]
+
+
+@jax.jit
+def _path(parts: Parts, tokens_BT: jax.Array, index: jax.Array) -> jax.Array:
+    return composed.path(parts, tokens_BT, banks.entry_slots(parts.bank, index))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,135 @@
+"""The router: experts win tokens by predicting.
+
+    e[i,t] = log q_i(class(t) | trunk features at t-1)       evidence
+    S[i,t] = discount * S[i,t-1] + e[i,t]                    track record
+    w[.,t] = softmax over the top k of (log prior_i + S[i,t])
+
+Pure functions on arrays. An expert's evidence and track record are computed by the same program on
+the same numbers whatever else is installed, so they are the same to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from composable.model.scout import class_log_probs
+
+# What a non-finite prediction counts as, in nats: worse than any scout that works.
+_WORST = -1e4
+# The log weight of what must never be chosen: zero after exp, and finite, so gradients stay so.
+NEVER = -1e30
+
+
+class ScoutBank(NamedTuple):
+    """Scouts of all experts, narrower ones padded with zeros (gelu(0) = 0 adds nothing)."""
+
+    w_in_EDW: jax.Array
+    b_in_EW: jax.Array
+    w_out_EWC: jax.Array
+    b_out_EC: jax.Array
+
+
+class RouterState(NamedTuple):
+    """What the router carries along a document, beside the KV cache."""
+
+    track_BE: jax.Array  # track records so far, nats
+    feature_BD: jax.Array  # trunk features at the last position
+    started_B: jax.Array  # whether there was a last position
+
+
+class Choice(NamedTuple):
+    """One routing decision per token, shared by all slots; best expert first."""
+
+    expert_BTJ: jax.Array
+    weight_BTJ: jax.Array
+
+
+def empty_state(batch: int, n_experts: int, d_model: int) -> RouterState:
+    """Return the state at the begin of a document."""
+    return RouterState(
+        jnp.zeros((batch, n_experts), jnp.float32),
+        jnp.zeros((batch, d_model), jnp.float32),
+        jnp.zeros(batch, bool),
+    )
+
+
+def evidence(
+    scouts: ScoutBank, feature_BTD: jax.Array, classes_BT: jax.Array, state: RouterState
+) -> jax.Array:
+    """Return how well each scout predicted each token, from the features just before it.
+
+    Args:
+        scouts: Stacked scouts.
+        feature_BTD: Trunk features of these positions.
+        classes_BT: Class of the token at each of these positions.
+        state: State before the first of them.
+
+    Returns:
+        Log likelihoods in nats, shape BTE; zero where there is no position before.
+    """
+    before_BTD = jnp.concatenate([state.feature_BD[:, None], feature_BTD[:, :-1]], axis=1)
+
+    def one_scout(scout: ScoutBank) -> jax.Array:
+        log_prob_BTC = class_log_probs(before_BTD, *scout)
+        log_prob_BT = jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1)[..., 0]
+        return jnp.where(jnp.isfinite(log_prob_BT), log_prob_BT, _WORST)
+
+    # One scout at a time, each through the same program: the bits of its score cannot depend on
+    # how many others there are, as they could in one batched product.
+    log_prob_BTE = jnp.moveaxis(jax.lax.map(one_scout, scouts), 0, -1)
+    predicted_BT = jnp.ones(classes_BT.shape, bool).at[:, 0].set(state.started_B)
+    return jnp.where(predicted_BT[..., None], log_prob_BTE, 0.0)
+
+
+def track_record(evidence_BTE: jax.Array, track_BE: jax.Array, discount: float) -> jax.Array:
+    """Return the discounted sums of evidence, shape BTE.
+
+    Args:
+        evidence_BTE: Log likelihoods in nats.
+        track_BE: Track records before the first position.
+        discount: Factor per token.
+    """
+
+    def step(track_BE: jax.Array, evidence_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        track_BE = discount * track_BE + evidence_BE
+        return track_BE, track_BE
+
+    _, track_TBE = jax.lax.scan(step, track_BE, jnp.moveaxis(evidence_BTE, 1, 0))
+    return jnp.moveaxis(track_TBE, 0, 1)
+
+
+def log_prior(alive_E: jax.Array, backbone_prior: float) -> jax.Array:
+    """Return log prior weights: the backbone's share, the rest evenly to the living experts.
+
+    Args:
+        alive_E: Which slots of the bank hold an expert; the backbone's is always alive.
+        backbone_prior: The backbone's share, in (0, 1).
+    """
+    n_experts = jnp.maximum(alive_E.sum() - 1, 1)
+    share_E = jnp.where(
+        jnp.arange(alive_E.shape[0]) == 0, backbone_prior, (1 - backbone_prior) / n_experts
+    )
+    return jnp.where(alive_E, jnp.log(share_E), NEVER)
+
+
+def choose(score_BTE: jax.Array, key_E: jax.Array, k: int) -> Choice:
+    """Return the k best experts of each token and their softmax weights.
+
+    Args:
+        score_BTE: Log prior plus track record; NEVER for a dead slot.
+        key_E: A number of each expert's own that settles exact ties, so that the slot it happens
+            to sit in never does.
+        k: How many.
+    """
+    order_E = jnp.argsort(key_E)
+    top_BTJ, rank_BTJ = jax.lax.top_k(score_BTE[..., order_E], min(k, score_BTE.shape[-1]))
+    return Choice(order_E[rank_BTJ], jax.nn.softmax(top_BTJ, axis=-1))
+
+
+def dense_weights(choice: Choice, n_experts: int) -> jax.Array:
+    """Return a choice as one weight per expert, shape BTE, zero for those not chosen."""
+    chosen_BTJE = jax.nn.one_hot(choice.expert_BTJ, n_experts, dtype=choice.weight_BTJ.dtype)
+    return jnp.einsum("BTJ,BTJE->BTE", choice.weight_BTJ, chosen_BTJE)

@@ -1,0 +1,53 @@
+"""Scouts: small predictors on the trunk's features, by which experts win tokens.
+
+A scout reads the normalised trunk features at position t-1 and predicts the class of token t. The
+library normalises what it says, so a scout cannot claim more than one unit of probability.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Scout(nnx.Module):
+    """A perceptron with one hidden layer: features D to hidden W to classes C.
+
+    Args:
+        d_model: Width D of the trunk's features.
+        width: Hidden width W.
+        n_classes: Classes C.
+        rngs: Source of the initial weights.
+    """
+
+    def __init__(self, d_model: int, width: int, n_classes: int, *, rngs: nnx.Rngs) -> None:
+        normal = jax.random.normal
+        self.w_in = nnx.Param(
+            normal(rngs.params(), (d_model, width)) * d_model**-0.5, dims="DW"
+        )
+        self.b_in = nnx.Param(jnp.zeros(width), dims="W")
+        # Near-uniform at first: an untrained scout predicts badly and so wins nothing.
+        self.w_out = nnx.Param(
+            normal(rngs.params(), (width, n_classes)) * 0.1 * width**-0.5, dims="WC"
+        )
+        self.b_out = nnx.Param(jnp.zeros(n_classes), dims="C")
+
+    def __call__(self, feature_BTD: jax.Array) -> jax.Array:
+        """Return log probabilities over the next token's class, shape BTC, float32."""
+        return class_log_probs(
+            feature_BTD, self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...]
+        )
+
+
+def class_log_probs(
+    feature_BTD: jax.Array,
+    w_in_DW: jax.Array,
+    b_in_W: jax.Array,
+    w_out_WC: jax.Array,
+    b_out_C: jax.Array,
+) -> jax.Array:
+    """Return a scout's normalised log probabilities, shape BTC, always in float32."""
+    feature_BTD = feature_BTD.astype(jnp.float32)
+    hidden_BTW = jax.nn.gelu(feature_BTD @ w_in_DW.astype(jnp.float32) + b_in_W)
+    return jax.nn.log_softmax(hidden_BTW @ w_out_WC.astype(jnp.float32) + b_out_C, axis=-1)

@@ -1,0 +1,91 @@
+"""Which dimension lives on which mesh axis: every sharding decision of the project is this table.
+
+A parameter's letters come from `nnx.Param(dims=...)`; the compiler propagates the rest from the
+parameters and the batch. A dimension that its axis does not divide stays whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from composable.errors import ModelError
+from composable.interface import DIMS
+
+_AXIS_OF: Final[dict[str, str]] = {
+    "D": "fsdp",
+    "F": "tensor",
+    "N": "tensor",
+    "K": "tensor",
+    "V": "tensor",
+    "W": "tensor",
+}
+# A batch is split over every device that holds a different part of it.
+BATCH_SPEC: Final = PartitionSpec(("data", "fsdp"))
+
+
+def spec_of(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Return where an array with these dimension letters lives.
+
+    Args:
+        dims: One letter per dimension.
+        shape: The array's shape; a size that the axis does not divide is not split.
+        mesh: The device mesh.
+
+    Raises:
+        ModelError: For letters that do not fit the shape or are not in the key.
+    """
+    if len(dims) != len(shape) or not set(dims) <= DIMS.keys():
+        raise ModelError(f"dimension letters {dims!r} do not name the shape {shape}")
+    axes = [_AXIS_OF.get(letter) for letter in dims]
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        )
+    )
+
+
+def shard_tree(tree: Any, mesh: Mesh) -> Any:
+    """Place every parameter of a tree by its dimension letters; leave other arrays whole.
+
+    Args:
+        tree: Module, state, or any tree that holds `nnx.Variable` leaves.
+        mesh: The device mesh.
+
+    Returns:
+        The same tree, its arrays on the mesh.
+    """
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Variable):
+            dims = leaf.get_metadata().get("dims")
+            value = leaf[...]
+            spec = spec_of(dims, value.shape, mesh) if dims else PartitionSpec()
+            return leaf.replace(_put(value, NamedSharding(mesh, spec)))
+        return _put(leaf, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _put(value: Any, sharding: NamedSharding) -> jax.Array:
+    """Place a host value that every process holds whole."""
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def place_batch(local_BT: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Make the global batch from this process's rows.
+
+    Args:
+        local_BT: The rows that this process loaded.
+        mesh: The device mesh.
+
+    Returns:
+        An array whose first dimension is the sum over processes, split by `BATCH_SPEC`.
+    """
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH_SPEC), local_BT)

@@ -1,0 +1,1 @@
+"""Documents, data, objectives, the loop, checkpoints; the same code on a laptop and on a pod."""

@@ -1,0 +1,72 @@
+"""Documents to batches: shuffled windows of tokens from a grain pipeline that resumes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from composable.errors import TextError
+from composable.model.tokenizer import ByteTokenizer
+from composable.training.documents import Document
+
+
+def token_stream(documents: Sequence[Document], tokenizer: ByteTokenizer) -> np.ndarray:
+    """Return all documents as one run of tokens, each after its begin-of-document token.
+
+    Raises:
+        TextError: If there are no documents, or one of them is not text.
+    """
+    if not documents:
+        raise TextError("there are no documents to train on")
+    return np.concatenate([tokenizer.encode(document.text) for document in documents])
+
+
+def batches(
+    stream: np.ndarray,
+    *,
+    window: int,
+    batch_size: int,
+    seed: int,
+    process: int = 0,
+    n_processes: int = 1,
+) -> grain.DatasetIterator:
+    """Return an endless iterator over batches of token windows, with a state that can be saved.
+
+    Each epoch covers the stream in `window`-sized steps, in a new order and at new offsets.
+
+    Args:
+        stream: Tokens of all documents, one dimension.
+        window: Positions to predict; a row holds one token more.
+        batch_size: Rows over all processes; a multiple of `n_processes`.
+        seed: Seed of order and offsets.
+        process: Index of this process.
+        n_processes: Number of processes, each of which gets its own rows.
+
+    Returns:
+        Batches of int32 tokens, shape (batch_size / n_processes, window + 1).
+
+    Raises:
+        TextError: If the stream is shorter than one row.
+    """
+    if len(stream) < window + 1:
+        raise TextError(
+            f"{len(stream)} tokens of text, but one row takes {window + 1}",
+            hint="give more text, or a shorter window",
+        )
+    last = len(stream) - window - 1
+
+    def cut(index: int, rng: np.random.Generator) -> np.ndarray:
+        start = min(index * window + int(rng.integers(window)), last)
+        return stream[start : start + window + 1].astype(np.int32)
+
+    rows = (
+        grain.MapDataset.range(max(1, last // window))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(cut)
+    )
+    rows = rows[process::n_processes]
+    return iter(rows.batch(batch_size // n_processes).to_iter_dataset())

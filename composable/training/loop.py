@@ -1,0 +1,218 @@
+"""The training loop: one for backbone and experts, on one device or many hosts.
+
+What is trained is the first argument of the objective; what is frozen is not in it, so it has no
+gradient and no optimiser state. The loop knows nothing of models: it sees trees and a loss.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from composable.errors import TrainingError
+from composable.parallel import make_mesh, place_batch, shard_tree
+from composable.training.checkpoints import Checkpoints
+
+# (trained, frozen, tokens of shape (B, T+1)) -> mean loss in nats, and named figures to log.
+Objective = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
+# (step, steps, figures of the step)
+Progress = Callable[[int, int, Mapping[str, float]], None]
+
+
+class BatchIterator(Protocol):
+    """What the loop asks of data: batches, and a position that can be saved."""
+
+    def __next__(self) -> np.ndarray: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train: AdamW with warm-up and cosine decay.
+
+    Args:
+        steps: Optimiser steps.
+        batch_size: Rows per step over all processes.
+        window: Positions per row.
+        learning_rate: Peak.
+        final_fraction: Share of the peak that the rate ends at.
+        warmup_fraction: Share of the steps that the rate rises.
+        weight_decay: Decoupled, on every matrix; vectors are not decayed.
+        clip_norm: Global norm that gradients are cut to.
+        seed: Seed of the initial weights and of the data's order.
+        checkpoint_every: Steps between checkpoints, where a directory is given.
+        log_every: Steps between logged figures.
+
+    Raises:
+        TrainingError: For a value out of its range; `where` names the field.
+    """
+
+    steps: int
+    batch_size: int
+    window: int
+    learning_rate: float
+    final_fraction: float = 0.1
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 200
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "window", "learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                value = getattr(self, name)
+                raise TrainingError(f"{value!r} is not positive", where=f"training.{name}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole run predicts."""
+        return self.steps * self.batch_size * self.window
+
+
+@dataclass(kw_only=True)
+class Fitted:
+    """What training left behind.
+
+    Args:
+        trained: The trained tree.
+        history: Logged figures: step, loss in nats per token, tokens per second, and the
+            objective's own.
+        seconds: Wall time of the steps.
+    """
+
+    trained: Any
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
+    """Return clipped AdamW with warm-up and cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=cfg.learning_rate,
+        warmup_steps=max(1, int(cfg.steps * cfg.warmup_fraction)),
+        decay_steps=cfg.steps,
+        end_value=cfg.learning_rate * cfg.final_fraction,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=cfg.weight_decay,
+            mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
+        ),
+    )
+
+
+def fit(
+    objective: Objective,
+    trained: Any,
+    frozen: Any,
+    data: BatchIterator,
+    cfg: TrainConfig,
+    *,
+    mesh: Mesh | None = None,
+    directory: Path | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Train a tree to lower an objective, resuming where an earlier run of the same stopped.
+
+    Args:
+        objective: Loss of (trained, frozen, tokens).
+        trained: Tree of parameters to train; left untouched.
+        frozen: Tree that the objective reads; never differentiated.
+        data: Batches of this process.
+        cfg: How to train.
+        mesh: Devices; all of them as data parallel by default.
+        directory: Where checkpoints and TensorBoard curves go; none are written without it.
+        progress: Called at every step with the newest figures.
+
+    Returns:
+        The trained tree and what was logged. The loss in the log is of the step's own batch.
+
+    Raises:
+        TrainingError: If the loss is not finite, or the checkpoint belongs to another run.
+    """
+    mesh = mesh or make_mesh()
+    optimizer = make_optimizer(cfg)
+    trained, frozen = shard_tree(trained, mesh), shard_tree(frozen, mesh)
+    opt_state = jax.jit(optimizer.init)(trained)
+
+    def step_fn(trained: Any, opt_state: Any, frozen: Any, tokens: jax.Array) -> Any:
+        grad_fn = jax.value_and_grad(objective, has_aux=True)
+        (loss, figures), grads = grad_fn(trained, frozen, tokens)
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
+        figures = {"loss": loss, "grad_norm": optax.global_norm(grads), **figures}
+        return optax.apply_updates(trained, updates), opt_state, figures
+
+    step_jit = jax.jit(step_fn, donate_argnums=(0, 1))
+    # The step's outputs are donated inputs of the next; a copy keeps the caller's arrays alive.
+    trained = jax.tree.map(jnp.copy, trained)
+
+    done = 0
+    checkpoints = Checkpoints(directory / "checkpoints", cfg) if directory else None
+    if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
+        done, trained, opt_state, data_state = restored
+        data.set_state(data_state)
+    writer = _curve_writer(directory)
+    result = Fitted(trained=trained)
+    start = logged = time.perf_counter()
+    since = done
+    for step in range(done + 1, cfg.steps + 1):
+        tokens = place_batch(next(data), mesh)
+        trained, opt_state, figures = step_jit(trained, opt_state, frozen, tokens)
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):
+            row = {name: float(value) for name, value in figures.items()}
+            now = time.perf_counter()
+            tokens_seen = (step - since) * cfg.batch_size * cfg.window
+            row |= {"step": step, "tokens_per_second": tokens_seen / (now - logged)}
+            since, logged = step, now
+            if not np.isfinite(row["loss"]):
+                raise TrainingError(
+                    f"the loss is {row['loss']} at step {step}",
+                    hint="lower the learning rate, or look for broken text",
+                )
+            result.history.append(row)
+            for name, value in row.items():
+                writer(name, value, step)
+        if progress:
+            progress(step, cfg.steps, result.history[-1] if result.history else {})
+        if checkpoints and (step % cfg.checkpoint_every == 0 or step == cfg.steps):
+            checkpoints.save(step, trained, opt_state, data.get_state())
+    result.trained = jax.block_until_ready(trained)
+    result.seconds = time.perf_counter() - start
+    if checkpoints:
+        checkpoints.close()
+    writer(None, 0.0, 0)
+    return result
+
+
+def _curve_writer(directory: Path | None) -> Callable[[str | None, float, int], None]:
+    """Return a function that adds a point to a TensorBoard curve; name None closes the file."""
+    if directory is None or jax.process_index() != 0:
+        return lambda name, value, step: None
+    from tensorboardX import SummaryWriter
+
+    curves = SummaryWriter(str(directory / "curves"))
+
+    def write(name: str | None, value: float, step: int) -> None:
+        if name is None:
+            curves.close()
+        elif name != "step":
+            curves.add_scalar(name, value, step)
+
+    return write

@@ -1,0 +1,81 @@
+"""What backbones and experts are trained to do. Scouts learn beside them, from the same pass.
+
+Every objective has the form (trained, frozen, tokens) -> (loss in nats per token, figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from composable.model.backbone import Backbone
+from composable.model.body import Body
+from composable.model.scout import Scout
+
+_BITS = 1.0 / jnp.log(2.0)
+
+
+def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Return the mean cross entropy in nats per token."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
+
+
+def scout_loss(scout: Scout, feature_BTD: jax.Array, classes_BT: jax.Array) -> jax.Array:
+    """Return the mean negative log probability of the next token's class, in nats.
+
+    The features are constants: a scout never shapes the trunk that it reads.
+    """
+    log_prob_BTC = scout(jax.lax.stop_gradient(feature_BTD))
+    return -jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1).mean()
+
+
+def backbone_objective(graph: nnx.GraphDef) -> Any:
+    """Return the objective of a whole backbone with its own scout.
+
+    Args:
+        graph: Structure of the backbone; the trained tree is its parameters, the frozen one the
+            rest (the class map).
+    """
+
+    def objective(
+        params: nnx.State, rest: nnx.State, tokens_BT: jax.Array
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        backbone: Backbone = nnx.merge(graph, params, rest)
+        inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        x_BTD, _ = backbone.trunk(inputs_BT)
+        logits_BTV, _ = backbone.upper(x_BTD, backbone.own_feed_forward)
+        loss = next_token_loss(logits_BTV, targets_BT)
+        classes_BT = backbone.class_map[...][targets_BT]
+        scout = scout_loss(backbone.scout, backbone.features(x_BTD), classes_BT)
+        return loss + scout, {"bits_per_token": loss * _BITS, "scout_bits": scout * _BITS}
+
+    return objective
+
+
+def expert_objective(graph: nnx.GraphDef) -> Any:
+    """Return the objective of an expert: its body always on, the backbone frozen beneath it.
+
+    Args:
+        graph: Structure of an `Expert`; the trained tree is its parameters, the frozen one the
+            backbone.
+    """
+
+    def objective(
+        params: nnx.State, backbone: Backbone, tokens_BT: jax.Array
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        expert = nnx.merge(graph, params)
+        inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        x_BTD, _ = backbone.trunk(inputs_BT)
+        body: Body = expert.body
+        logits_BTV, _ = backbone.upper(x_BTD, body.feed_forward(backbone))
+        loss = next_token_loss(logits_BTV, targets_BT)
+        classes_BT = backbone.class_map[...][targets_BT]
+        scout = scout_loss(expert.scout, backbone.features(x_BTD), classes_BT)
+        return loss + scout, {"bits_per_token": loss * _BITS, "scout_bits": scout * _BITS}
+
+    return objective
