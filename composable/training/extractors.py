@@ -50,8 +50,8 @@ _RESTRICTED_TEXT = re.compile(
     re.IGNORECASE,
 )
 
-# English has fewer letters with accents than this; French has about three in a hundred.
-_ENGLISH_ACCENTED = 0.005
+# At least this share of the words of an English text is "the" or "and".
+_ENGLISH_SHARE = 0.02
 
 
 def clean_text(data: bytes, where: str) -> str:
@@ -116,14 +116,15 @@ def extract_license_texts(root: Path) -> Iterator[Document]:
 
     Left out is the GPL family (GPL, LGPL, AGPL, GFDL), every licence that says of its own text
     that it must not be changed, because a document may be a part of its text, and every text in
-    another language, which is told by its accented letters.
+    another language, which is told by its lack of two English words.
     """
     licenses = json.loads((root / "package" / "spdx-full.json").read_bytes())
     for name, entry in sorted(licenses.items()):
         text = clean_text(entry["licenseText"].encode(), name)
         is_restricted = _COPYLEFT_ID.search(name) or _RESTRICTED_TEXT.search(" ".join(text.split()))
-        n_accented = sum(letter.isalpha() and not letter.isascii() for letter in text)
-        if not is_restricted and n_accented <= _ENGLISH_ACCENTED * len(text):
+        words = text.lower().split()
+        is_english = words.count("the") + words.count("and") >= _ENGLISH_SHARE * len(words)
+        if is_english and not is_restricted:
             yield Document(name, text)
 
 

@@ -74,7 +74,7 @@ def test_metamath_sections_run_from_heading_to_heading(tmp_path):
     }
 
 
-FREE = "Permission is granted to anyone to use this for any purpose."
+FREE = "Permission is granted to use, copy and change the software."
 
 
 @pytest.mark.parametrize(
