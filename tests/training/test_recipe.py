@@ -1,7 +1,6 @@
 import io
 import json
 import platform
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -29,10 +28,6 @@ from composable.training.recipe import (
     make_texts,
     select_documents,
 )
-
-EXPERTS = Path(__file__).parents[2] / "experts"
-SHIPPED = sorted(path.parent.parent for path in EXPERTS.glob("*/text/train.jsonl"))
-RECIPES = sorted(path.parent for path in EXPERTS.glob("*/recipe.toml"))
 
 
 def write_package(path, files):
@@ -289,34 +284,3 @@ def test_the_command_prints_the_digests(recipe, tmp_path, capsys):
         assert json.loads(digest) == digest_bytes(data)
     assert main([str(tmp_path / "nowhere"), *arguments[1:]]) == 1
     assert "nowhere" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("folder", RECIPES, ids=lambda path: path.name)
-def test_shipped_recipes_are_pinned(folder):
-    recipe = load_recipe(folder)
-    assert set(recipe.digests) == {"train", "heldout"}
-    assert not re.search(r"GPL|GFDL", recipe.source.license)
-
-
-def shingles(text):
-    words = re.findall(r"\w+", text.lower())
-    return set(zip(*(words[i:] for i in range(5)), strict=False))
-
-
-@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
-def test_shipped_text_is_the_recipes_and_heldout_text_is_unseen(folder):
-    check_digests(load_recipe(folder), folder / "text")
-    train = read_documents([folder / "text" / "train.jsonl"])
-    heldout = read_documents([folder / "text" / "heldout.jsonl"])
-    assert len(heldout) >= 12
-    assert sum(len(document.text.encode()) for document in heldout) >= 100_000
-    seen = [shingles(document.text) for document in train]
-    for document in heldout:
-        own = shingles(document.text)
-        assert max(len(own & other) / min(len(own), len(other)) for other in seen) <= 0.5
-
-
-def test_shipped_text_is_small():
-    assert len(SHIPPED) >= 3
-    total = sum(path.stat().st_size for path in EXPERTS.rglob("*.jsonl"))
-    assert total <= 3_400_000
