@@ -69,6 +69,10 @@ class Table:
         """Return the names of the fields that are there."""
         return list(self._data)
 
+    def is_table(self, field: str) -> bool:
+        """Say whether a field is there and is a table."""
+        return isinstance(self._data.get(field), dict)
+
     def text(self, field: str, default: Any = _REQUIRED, *, max_length: int = 10_000) -> str:
         """Return a field as text.
 
@@ -222,11 +226,16 @@ def format_key(key: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return text, a number, a truth value, or a list or table of them, as TOML writes it."""
+    """Return text, a number, a truth value, or a list or table of them, as TOML writes it.
+
+    A list of tables takes one line for each, so that a change shows as one line.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+        return "[\n" + "".join(f"  {format_value(item)},\n" for item in value) + "]"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, Mapping):

@@ -1,0 +1,143 @@
+"""A release: one version of an expert as a registry's index tells it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from composable.errors import PackagingError, RegistryError
+from composable.interface.digest import canonical_json, is_digest
+from composable.packaging.constraint import Constraint
+from composable.packaging.manifest import InterfaceNeed, Manifest, PackageFile
+from composable.packaging.names import check_file_name, check_package_name
+from composable.packaging.version import Version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """One version of an expert as the index tells it.
+
+    Args:
+        name: Package name.
+        version: Version.
+        interface: The router interface that it plugs into.
+        manifest: Digest of its manifest.
+        files: Its files but the manifest.
+        requires: Experts that it builds on.
+        conflicts: Experts that it cannot be installed with.
+        is_yanked: Whether it was withdrawn from new resolutions.
+        published: When, as RFC 3339 in UTC.
+        description: One line, for search.
+        tags: Languages and domains, for search.
+    """
+
+    name: str
+    version: Version
+    interface: InterfaceNeed
+    manifest: str
+    files: tuple[PackageFile, ...]
+    requires: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+    conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+    is_yanked: bool = False
+    published: str = ""
+    description: str = ""
+    tags: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, manifest: Manifest, published: str) -> Self:
+        """Return the release that a packed manifest describes."""
+        return cls(
+            name=manifest.name,
+            version=manifest.version,
+            interface=manifest.interface,
+            manifest=manifest.digest,
+            files=manifest.files,
+            requires=manifest.requires,
+            conflicts=manifest.conflicts,
+            published=published,
+            description=manifest.description,
+            tags=(*manifest.languages, *manifest.domains),
+        )
+
+    def to_line(self) -> bytes:
+        """Return the line of the index, without its end."""
+        interface = {
+            "name": self.interface.name,
+            "requires": str(self.interface.requires),
+            "digest": self.interface.digest,
+        }
+        files = [{"name": f.name, "size": f.size, "digest": f.digest} for f in self.files]
+        return canonical_json(
+            {
+                "name": self.name,
+                "version": str(self.version),
+                "interface": interface,
+                "manifest": self.manifest,
+                "files": files,
+                "requires": {name: str(range_) for name, range_ in self.requires.items()},
+                "conflicts": {name: str(range_) for name, range_ in self.conflicts.items()},
+                "yanked": self.is_yanked,
+                "published": self.published,
+                "description": self.description,
+                "tags": list(self.tags),
+            }
+        )
+
+    @classmethod
+    def from_line(cls, line: bytes, name: str, where: str) -> Self:
+        """Read a line of the index; fields that later releases add are passed over.
+
+        Args:
+            line: One JSON object.
+            name: The package whose index it stands in.
+            where: File and line, for errors.
+
+        Raises:
+            RegistryError: For a line that is not a release of `name`.
+        """
+        try:
+            data = json.loads(line)
+            if data["name"] != name:
+                raise ValueError(f"a release of {str(data['name'])[:80]!r}, expected {name!r}")
+            digests = [data["manifest"], data["interface"]["digest"]]
+            digests += [file["digest"] for file in data["files"]]
+            if not all(map(is_digest, digests)):
+                raise ValueError("a digest is malformed")
+            sizes = [file["size"] for file in data["files"]]
+            if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
+                raise ValueError("a size is malformed")
+            if not isinstance(data["yanked"], bool):
+                raise ValueError("'yanked' is not true or false")
+            return cls(
+                name=name,
+                version=Version(data["version"]),
+                interface=InterfaceNeed(
+                    name=check_package_name(data["interface"]["name"]),
+                    requires=Constraint(data["interface"]["requires"]),
+                    digest=data["interface"]["digest"],
+                ),
+                manifest=data["manifest"],
+                files=tuple(
+                    PackageFile(
+                        name=check_file_name(file["name"]), size=file["size"], digest=file["digest"]
+                    )
+                    for file in data["files"]
+                ),
+                requires=_read_ranges(data["requires"]),
+                conflicts=_read_ranges(data["conflicts"]),
+                is_yanked=data["yanked"],
+                published=str(data["published"]),
+                description=str(data.get("description", "")),
+                tags=tuple(map(str, data.get("tags", ()))),
+            )
+        except PackagingError as error:
+            raise RegistryError(error.message, where=where) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RegistryError(f"not a release: {error}", where=where) from error
+
+
+def _read_ranges(data: Mapping[str, Any]) -> dict[str, Constraint]:
+    return {check_package_name(name): Constraint(text) for name, text in data.items()}
