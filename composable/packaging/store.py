@@ -1,0 +1,180 @@
+"""The store: every file of every installed expert, once, by its SHA-256.
+
+All projects share one store. A blob is verified while it is written and appears under its name only
+when it is whole; it is never changed afterwards. So writers need no lock: two that add the same
+blob put the same bytes in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from composable.packaging import atomic
+from composable.packaging.registry import Progress, blob_path
+
+STORE_VARIABLE: Final = "COMPOSABLE_STORE"
+# A blob may be in the store a moment before the environment that needs it is.
+PRUNE_GRACE_SECONDS: Final = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptBlob:
+    """A blob whose bytes are not what its name says.
+
+    Args:
+        digest: What its name says.
+        found: Digest of its bytes.
+        quarantine: Where it was moved to.
+    """
+
+    digest: str
+    found: str
+    quarantine: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What `Store.prune` removed.
+
+    Args:
+        digests: The blobs.
+        bytes_freed: Their sizes in all; less on disk where an environment still links to one.
+    """
+
+    digests: tuple[str, ...]
+    bytes_freed: int
+
+
+class Store:
+    """A content-addressed folder.
+
+    Args:
+        path: The folder; by default `$COMPOSABLE_STORE`, or else `store` in the user's cache.
+    """
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.root = Path(path).absolute() if path is not None else _default_path()
+
+    def path(self, digest: str) -> Path:
+        """Return where a blob lies, or would lie.
+
+        Raises:
+            IntegrityError: For text that is not a digest.
+        """
+        return self.root / blob_path(digest)
+
+    def has(self, digest: str, size: int | None = None) -> bool:
+        """Say whether a blob is there, and of that size where one is given."""
+        try:
+            found = self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return False
+        return size is None or found == size
+
+    def add(self, source: BinaryIO | bytes | Path, digest: str, size: int | None = None) -> Path:
+        """Add a blob, unless it is there already.
+
+        Args:
+            source: A binary stream, bytes, or a file.
+            digest: What its digest must be.
+            size: What its size must be, if that is known.
+
+        Returns:
+            Where it lies.
+
+        Raises:
+            IntegrityError: When it is not what was promised; nothing is kept then.
+        """
+        if self.has(digest, size):
+            return self.path(digest)
+        if isinstance(source, Path):
+            with source.open("rb") as stream:
+                return self.add(stream, digest, size)
+        with self.sink(digest, size) as sink:
+            if isinstance(source, bytes):
+                sink.write(source)
+            else:
+                for chunk in iter(lambda: source.read(atomic.CHUNK), b""):
+                    sink.write(chunk)
+        return self.path(digest)
+
+    def sink(self, digest: str, size: int | None = None) -> atomic.Sink:
+        """Return a sink that puts a blob in place if it proves to be what was promised."""
+        path = self.path(digest)
+        atomic.sweep(path.parent)
+        return atomic.Sink(path, digest=digest, size=size, is_read_only=True)
+
+    def digests(self) -> list[str]:
+        """Return the digests of all blobs, sorted."""
+        return sorted(f"sha256:{path.name}" for path in self._blobs())
+
+    def verify(self, progress: Progress | None = None) -> list[CorruptBlob]:
+        """Read every blob and move those whose bytes are not what they should be out of the way.
+
+        A blob that is gone is fetched again by the next `sync`, so finding it repairs it.
+
+        Returns:
+            The corrupt ones.
+        """
+        corrupt = []
+        blobs = self._blobs()
+        for done, path in enumerate(blobs, 1):
+            with path.open("rb") as stream:
+                found = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+            if found != f"sha256:{path.name}":
+                corrupt.append(self._quarantine(path, found))
+            if progress is not None:
+                progress("verify", done, len(blobs))
+        return corrupt
+
+    def prune(self, keep: Iterable[str], older_than_seconds: float = PRUNE_GRACE_SECONDS) -> Pruned:
+        """Remove blobs that nobody needs.
+
+        Args:
+            keep: Digests to keep.
+            older_than_seconds: Younger blobs stay: an install may be about to use them.
+        """
+        kept = set(keep)
+        removed: list[str] = []
+        freed = 0
+        for path in self._blobs():
+            digest = f"sha256:{path.name}"
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if digest in kept or time.time() - status.st_mtime < older_than_seconds:
+                    continue
+                path.unlink()
+                removed.append(digest)
+                freed += status.st_size
+        for folder in self.root.glob("blobs/*"):
+            atomic.sweep(folder, older_than_seconds)
+        return Pruned(digests=tuple(removed), bytes_freed=freed)
+
+    def size(self) -> int:
+        """Return the bytes of all blobs together."""
+        return sum(path.stat().st_size for path in self._blobs())
+
+    def _blobs(self) -> list[Path]:
+        return sorted(path for path in self.root.glob("blobs/*/*") if not path.name.startswith("."))
+
+    def _quarantine(self, path: Path, found: str) -> CorruptBlob:
+        target = self.root / "quarantine" / path.name
+        atomic.make_directory(target.parent)
+        path.replace(target)
+        return CorruptBlob(digest=f"sha256:{path.name}", found=found, quarantine=target)
+
+
+def _default_path() -> Path:
+    named = os.environ.get(STORE_VARIABLE)
+    if named:
+        return Path(named).absolute()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("composable", appauthor=False)) / "store"
