@@ -1,0 +1,248 @@
+"""The story of a failed resolution: what was asked, what stands in the way, what would help.
+
+A proof of the solver is a list of facts about sets of choices. Here they become sentences about
+versions and ranges as the user and the authors wrote them. Every cure that is offered was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final
+
+from composable.packaging.constraint import ANY, Constraint, Requirement
+from composable.packaging.names import did_you_mean
+from composable.packaging.resolver import World
+from composable.packaging.solver import ChoiceSet, Fact, Proof, Solver
+from composable.packaging.universe import INTERFACE_PREFIX, Candidate
+
+MAX_CURES: Final = 4
+MAX_SUSPECTS: Final = 8
+_ORDER: Final = {"root": 0, "need": 1, "conflict": 2, "none": 3}
+_Ranges = Callable[[Candidate], Mapping[str, Constraint]]
+
+
+def explain_failure(world: World, proof: Proof, solver: Solver) -> str:
+    """Return why a problem has no solution and what would make it solvable.
+
+    Args:
+        world: The problem.
+        proof: What the solver found.
+        solver: Tries out the cures.
+    """
+    sentences: dict[str, None] = {}
+    for fact in sorted(proof.facts, key=lambda fact: _ORDER[fact.kind]):
+        sentences |= dict.fromkeys(_tell(world, fact))
+    cures = _Cures(world, proof, solver).find()
+    story = "".join(f"\n  {sentence}" for sentence in sentences)
+    if not cures:
+        return f"what you ask for cannot be installed together:\n{story}"
+    one = "Any one of these would make it solvable" if len(cures) > 1 else "This would solve it"
+    advice = "".join(f"\n  - {cure}" for cure in cures)
+    return f"what you ask for cannot be installed together:\n{story}\n\n{one}:\n{advice}"
+
+
+def _tell(world: World, fact: Fact) -> Iterator[str]:
+    """Yield the sentences for one fact."""
+    if fact.kind == "root":
+        yield from _tell_root(world, fact)
+    elif fact.kind == "none":
+        yield from _tell_none(world, fact)
+    elif fact.kind == "conflict":
+        ranges = _ranges(world, fact, lambda candidate: candidate.conflicts)
+        yield f"{_subject(world, fact, 'cannot')} be installed with {fact.other}{ranges}."
+    elif fact.other.startswith(INTERFACE_PREFIX):
+        ranges = _ranges(world, fact, lambda c: {fact.other: c.interface[1]} if c.interface else {})
+        name = fact.other.removeprefix(INTERFACE_PREFIX)
+        yield f"{_subject(world, fact, 'plugs', 'plug')} into router interface {name}{ranges}."
+    else:
+        ranges = _ranges(world, fact, lambda candidate: candidate.requires)
+        yield f"{_subject(world, fact, 'needs', 'need')} {fact.other}{ranges}."
+
+
+def _tell_root(world: World, fact: Fact) -> Iterator[str]:
+    if fact.name.startswith(INTERFACE_PREFIX):
+        name = fact.name.removeprefix(INTERFACE_PREFIX)
+        yield f"Your backbone's router interface is {name} {(world.interface or {})[name]}."
+    for requirement in _requirements_behind(world, fact):
+        yield f"You ask for {requirement}."
+
+
+def _requirements_behind(world: World, fact: Fact) -> list[Requirement]:
+    """Return the user's requirements that a root fact stands for."""
+    shelf = world.shelf(fact.name)
+    return [
+        requirement
+        for requirement in world.requires
+        if requirement.name == fact.name and shelf.within(requirement.constraint) == fact.choices
+    ]
+
+
+def _tell_none(world: World, fact: Fact) -> Iterator[str]:
+    """Say why nothing can be chosen: nothing is there, or all that is there is barred."""
+    if fact.name.startswith(INTERFACE_PREFIX):
+        return  # the facts beside it say which range is needed and which version there is
+    shelf = world.shelf(fact.name)
+    if not shelf.candidates:
+        hint = did_you_mean(fact.name, world.source.names())
+        yield f"There is no expert {fact.name!r}{f' ({hint})' if hint else ''}."
+        return
+    barred = [c for i, c in enumerate(shelf.candidates) if i in fact.choices]
+    for candidate in reversed(barred):
+        yield f"{fact.name} {candidate.version} {_bar(candidate)}."
+    if not barred:
+        ranges = [str(r) for r in shelf.ranges_of(fact.choices)]
+        asked = f" in {' or '.join(ranges)}" if ranges else ""
+        there = _list([str(candidate.version) for candidate in shelf.candidates])
+        yield f"There is no {fact.name}{asked}, only {there}."
+
+
+def _bar(candidate: Candidate) -> str:
+    """Say why a candidate may not be chosen."""
+    return candidate.refusal or "was yanked, and is neither locked nor pinned exactly"
+
+
+def _subject(world: World, fact: Fact, verb: str, plural: str | None = None) -> str:
+    """Name the versions that a fact is about and that could be chosen, and join the verb."""
+    shelf = world.shelf(fact.name)
+    open_to_choice = ChoiceSet(shelf.selectable)
+    versions = shelf.versions(fact.choices & open_to_choice) or shelf.versions(fact.choices)
+    available = shelf.versions(open_to_choice)
+    if len(versions) == 1:
+        return f"{fact.name} {versions[0]} {verb}"
+    if versions == available:
+        return f"Every version of {fact.name} {verb}"
+    start = available.index(versions[0]) if versions[0] in available else 0
+    if len(versions) > 2 and versions == available[start : start + len(versions)]:
+        return f"{fact.name} {versions[0]} to {versions[-1]} {plural or verb}"
+    return f"{fact.name} {_list([str(version) for version in versions])} {plural or verb}"
+
+
+def _ranges(world: World, fact: Fact, ranges_of: _Ranges) -> str:
+    """Return the ranges on the other package as the authors wrote them."""
+    shelf, other = world.shelf(fact.name), world.shelf(fact.other)
+    written = {
+        str(range_): None
+        for index, candidate in enumerate(shelf.candidates)
+        if index in fact.choices and (range_ := ranges_of(candidate).get(fact.other)) is not None
+        if other.within(range_) == fact.allowed
+    }
+    return f" {' or '.join(written)}" if written and list(written) != [str(ANY)] else ""
+
+
+def _list(items: Sequence[str]) -> str:
+    """Join in words, leaving out the middle of a long list."""
+    if len(items) > 6:
+        return f"{', '.join(items[:2])}, … and {items[-1]} ({len(items)} in all)"
+    return ", ".join(items[:-1]) + (" and " if len(items) > 1 else "") + items[-1]
+
+
+class _Cures:
+    """Changes that would make a problem solvable, each tried before it is offered."""
+
+    def __init__(self, world: World, proof: Proof, solver: Solver) -> None:
+        self._world = world
+        self._proof = proof
+        self._solver = solver
+        blamed = [
+            r for f in proof.facts if f.kind == "root" for r in _requirements_behind(world, f)
+        ]
+        self._blamed = list(dict.fromkeys(blamed))[:MAX_SUSPECTS]
+
+    def find(self) -> list[str]:
+        """Return the cures that work, the least invasive first."""
+        cures = [
+            *(cure for r in self._blamed if (cure := self._try_relaxing(r))),
+            *self._try_another_interface(),
+            *self._try_yanked(),
+        ]
+        if not cures:
+            cures = [*self._try_prereleases(), *self._try_leaving_out()]
+        return cures[:MAX_CURES]
+
+    def _solve(
+        self,
+        requires: Iterable[Requirement],
+        *,
+        with_yanked: Iterable[str] = (),
+        is_interface_checked: bool = True,
+    ) -> dict[str, Candidate] | None:
+        world = World(
+            self._world.source,
+            list(requires),
+            self._world.interface if is_interface_checked else None,
+            self._world.locked,
+            with_yanked=with_yanked,
+        )
+        answer = self._solver.solve(world)
+        if isinstance(answer, Proof):
+            return None
+        return {name: world.shelf(name).candidates[choice] for name, choice in answer.items()}
+
+    def _with(self, old: Requirement, *new: Requirement) -> list[Requirement]:
+        return [r for each in self._world.requires for r in (new if each == old else (each,))]
+
+    def _try_relaxing(self, requirement: Requirement) -> str | None:
+        if requirement.constraint == ANY:
+            return None
+        answer = self._solve(self._with(requirement, Requirement(requirement.name)))
+        if answer is None:
+            return None
+        version = answer[requirement.name].version
+        if requirement.constraint.contains(version):
+            # Only an exact pin does more than hold versions: it lets a yanked one in.
+            return None
+        return f"ask for {requirement.name} {version} instead of {requirement.constraint}"
+
+    def _try_another_interface(self) -> Iterator[str]:
+        interface = self._world.interface
+        if not interface:
+            return
+        answer = self._solve(self._world.requires, is_interface_checked=False)
+        for name, candidate in sorted((answer or {}).items()):
+            if candidate.interface is None:
+                continue
+            needed, range_ = candidate.interface
+            if needed not in interface or not range_.contains(interface[needed]):
+                yield (
+                    f"use a backbone whose router interface is {needed} {range_}, "
+                    f"for {name} {candidate.version}"
+                )
+                return
+
+    def _try_yanked(self) -> Iterator[str]:
+        names = [
+            fact.name
+            for fact in self._proof.facts
+            if fact.kind == "none" and any(c.is_yanked for c in self._candidates(fact))
+        ]
+        answer = self._solve(self._world.requires, with_yanked=names) if names else None
+        for name in dict.fromkeys(names):
+            if answer and name in answer and answer[name].is_yanked:
+                yield f"ask for {name}=={answer[name].version} exactly to accept what was yanked"
+
+    def _candidates(self, fact: Fact) -> list[Candidate]:
+        shelf = self._world.shelf(fact.name)
+        return [c for i, c in enumerate(shelf.candidates) if i in fact.choices]
+
+    def _try_prereleases(self) -> Iterator[str]:
+        for requirement in self._blamed:
+            shelf = self._world.shelf(requirement.name)
+            early = [c.version for c in shelf.candidates if c.version.is_prerelease]
+            for version in reversed(early[-3:]):
+                exact = Requirement(requirement.name, Constraint.exactly(version))
+                if self._solve(self._with(requirement, exact)) is not None:
+                    yield f"ask for the prerelease {requirement.name}=={version}"
+                    break
+
+    def _try_leaving_out(self) -> Iterator[str]:
+        for requirement in self._blamed:
+            if self._solve(self._with(requirement)) is not None:
+                yield f"leave out {requirement.name}"
+        rest, dropped = list(self._world.requires), list[str]()
+        for requirement in self._blamed:
+            if self._solve(rest) is not None:
+                break
+            rest = [r for r in rest if r != requirement]
+            dropped.append(requirement.name)
+        if len(dropped) > 1 and self._solve(rest) is not None:
+            yield f"leave out {_list(list(dict.fromkeys(dropped)))}"

@@ -1,0 +1,312 @@
+"""From requirements and what there is to one version for every package, or the story why not.
+
+The policy is here: the router interface is a package of its own; candidates that fit it come first,
+then the newest; a locked version is kept while it is allowed; yanked versions are taken only when
+locked or pinned exactly by the user; a refused candidate never. How to search is the solver's.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from composable.errors import ResolutionError
+from composable.packaging.constraint import ANY, Constraint, Requirement
+from composable.packaging.solver import ChoiceSet, Proof, PubGrub, Solver
+from composable.packaging.universe import INTERFACE_PREFIX, Candidate, Source, Universe
+from composable.packaging.version import Version
+
+_NOTHING: Final[Mapping[str, ChoiceSet]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """One version for every package that is wanted or needed.
+
+    Args:
+        packages: The version by name, sorted by name; interfaces are not among them.
+        wanted_by: For each name who asked for it, with the range: the user, as `""`, or packages.
+    """
+
+    packages: Mapping[str, Version]
+    wanted_by: Mapping[str, Sequence[tuple[str, Constraint]]]
+
+
+class World:
+    """All that is known of the packages met so far, as the solver's `Problem`.
+
+    Args:
+        source: Where candidates are found.
+        requires: What the user wants.
+        interface: Version of each router interface; None when interfaces are not checked.
+        locked: Versions to prefer.
+        with_yanked: Names whose yanked versions may be chosen, to see whether that would help.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        requires: Sequence[Requirement],
+        interface: Mapping[str, Version] | None,
+        locked: Mapping[str, Version],
+        *,
+        with_yanked: Iterable[str] = (),
+    ) -> None:
+        self.source = source
+        self.requires = list(requires)
+        self.interface = interface
+        self.locked = locked
+        self._with_yanked = frozenset(with_yanked)
+        self._shelves: dict[str, Shelf] = {}
+        self._heights: dict[str, int] = {}
+
+    def shelf(self, name: str) -> Shelf:
+        """Return the candidates of a package or interface."""
+        if name not in self._shelves:
+            self._shelves[name] = self._fill_shelf(name)
+        return self._shelves[name]
+
+    def roots(self) -> list[tuple[str, ChoiceSet]]:
+        """Return what the user wants, the interfaces first."""
+        interfaces = [(f"{INTERFACE_PREFIX}{name}", ANY) for name in sorted(self.interface or ())]
+        wanted = [(requirement.name, requirement.constraint) for requirement in self.requires]
+        return [(name, self.shelf(name).within(range_)) for name, range_ in interfaces + wanted]
+
+    def best(self, name: str, allowed: ChoiceSet) -> int | None:
+        """Return the locked candidate, or the newest that fits the interface, or the newest."""
+        shelf = self.shelf(name)
+        for preferred in (shelf.locked, shelf.fitting, shelf.selectable):
+            found = allowed.bits & preferred
+            if found:
+                return found.bit_length() - 1
+        return None
+
+    def needs(self, name: str, choice: int) -> Mapping[str, ChoiceSet]:
+        """Return what a candidate needs, its router interface included."""
+        shelf = self.shelf(name)
+        if choice not in shelf.needs:
+            found = {
+                other: self.shelf(other).within(range_)
+                for other, range_ in self.requirements(shelf.candidates[choice])
+            }
+            for like in shelf.alike(choice):
+                shelf.needs[like] = found
+        return shelf.needs[choice]
+
+    def conflicts(self, name: str, choice: int) -> Mapping[str, ChoiceSet]:
+        """Return what a candidate cannot stand beside."""
+        conflicts = self.shelf(name).candidates[choice].conflicts
+        if not conflicts:
+            return _NOTHING
+        return {other: self.shelf(other).within(range_) for other, range_ in conflicts.items()}
+
+    def alike(self, name: str, choice: int) -> ChoiceSet:
+        """Return the candidates with the same needs and conflicts."""
+        return self.shelf(name).alike(choice)
+
+    def urgency(self, name: str, allowed: ChoiceSet) -> tuple[int, ...]:
+        """Decide interfaces first, and a package after those that build on it.
+
+        By then all who want it have spoken, so it is not chosen too new and forced back, or worse,
+        kept at the expense of one of them.
+        """
+        choices = (allowed.bits & self.shelf(name).selectable).bit_count()
+        return (not name.startswith(INTERFACE_PREFIX), choices > 1, -self._height(name), choices)
+
+    def requirements(self, candidate: Candidate) -> list[tuple[str, Constraint]]:
+        """Return what a candidate requires, its router interface first."""
+        wanted = list(candidate.requires.items())
+        if candidate.interface is not None and self.interface is not None:
+            name, range_ = candidate.interface
+            wanted.insert(0, (f"{INTERFACE_PREFIX}{name}", range_))
+        return wanted
+
+    def _fill_shelf(self, name: str) -> Shelf:
+        if name.startswith(INTERFACE_PREFIX):
+            version = (self.interface or {}).get(name.removeprefix(INTERFACE_PREFIX))
+            shelf = Shelf([Candidate(version=version)] if version is not None else [])
+            shelf.selectable = shelf.fitting = int(version is not None)
+            return shelf
+        pinned = {r.constraint.pinned for r in self.requires if r.name == name}
+        shelf = Shelf(self.source.candidates(name))
+        for index, candidate in enumerate(shelf.candidates):
+            is_locked = self.locked.get(name) == candidate.version
+            allows_yanked = is_locked or candidate.version in pinned or name in self._with_yanked
+            if candidate.refusal or (candidate.is_yanked and not allows_yanked):
+                continue
+            shelf.selectable |= 1 << index
+            shelf.locked |= is_locked << index
+            shelf.fitting |= self._fits(candidate) << index
+        return shelf
+
+    def _fits(self, candidate: Candidate) -> bool:
+        if candidate.interface is None or self.interface is None:
+            return True
+        name, range_ = candidate.interface
+        return name in self.interface and range_.contains(self.interface[name])
+
+    def _height(self, name: str) -> int:
+        """Return the longest chain of newest candidates below a package."""
+        pending = [name]
+        while pending:
+            top = pending[-1]
+            known = self._heights.get(top)
+            if known is not None and known >= 0:
+                pending.pop()
+                continue
+            best = self.best(top, ChoiceSet.full())
+            below = () if best is None else tuple(self.shelf(top).candidates[best].requires)
+            open_names = [other for other in below if other not in self._heights]
+            if known is None and open_names:
+                self._heights[top] = -1  # being measured; a cycle counts as no height
+                pending.extend(open_names)
+                continue
+            self._heights[top] = 1 + max((self._heights[other] for other in below), default=-1)
+            pending.pop()
+        return self._heights[name]
+
+
+class Shelf:
+    """The candidates of one package, numbered by version, oldest first.
+
+    Args:
+        candidates: In any order.
+
+    Attributes:
+        candidates: Sorted by version.
+        selectable: Bits of those that may be chosen.
+        fitting: Bits of those that may be chosen and fit the router interface.
+        locked: Bit of the one that is locked.
+        needs: What the choices asked for so far need.
+    """
+
+    def __init__(self, candidates: Iterable[Candidate]) -> None:
+        self.candidates = sorted(candidates, key=lambda candidate: candidate.version)
+        self.selectable = self.fitting = self.locked = 0
+        self.needs: dict[int, Mapping[str, ChoiceSet]] = {}
+        self._order = [candidate.version.precedence for candidate in self.candidates]
+        self._prereleases = [
+            (index, candidate.version)
+            for index, candidate in enumerate(self.candidates)
+            if candidate.version.is_prerelease
+        ]
+        self._within: dict[Constraint, ChoiceSet] = {}
+        self._alike: dict[int, ChoiceSet] = {}
+
+    def within(self, range_: Constraint) -> ChoiceSet:
+        """Return the candidates that a range holds.
+
+        Where there is none, a bit beyond all candidates stands for the range: a set that nothing
+        can be chosen from, but that still tells one range from another in a proof.
+        """
+        found = self._within.get(range_)
+        if found is None:
+            bits = self._bits_within(range_)
+            found = ChoiceSet(bits or 1 << (len(self.candidates) + len(self._within)))
+            self._within[range_] = found
+        return found
+
+    def alike(self, choice: int) -> ChoiceSet:
+        """Return the candidates with the same needs and conflicts."""
+        if not self._alike:
+            groups: dict[object, int] = {}
+            keys = [_needs_key(candidate) for candidate in self.candidates]
+            for index, key in enumerate(keys):
+                groups[key] = groups.get(key, 0) | 1 << index
+            self._alike = {index: ChoiceSet(groups[key]) for index, key in enumerate(keys)}
+        return self._alike[choice]
+
+    def ranges_of(self, choices: ChoiceSet) -> list[Constraint]:
+        """Return the ranges met so far that hold exactly these choices."""
+        return [range_ for range_, held in self._within.items() if held == choices]
+
+    def versions(self, choices: ChoiceSet) -> list[Version]:
+        """Return the versions of choices, oldest first."""
+        return [c.version for i, c in enumerate(self.candidates) if i in choices]
+
+    def _bits_within(self, range_: Constraint) -> int:
+        """Intersect the comparators' intervals, then apply the prerelease rule."""
+        bits = (1 << len(self.candidates)) - 1
+        for comparator in range_.comparators:
+            lower, upper = comparator.bounds
+            start = bisect.bisect_left(self._order, lower)
+            stop = bisect.bisect_left(self._order, upper)
+            interval = (1 << max(stop, start)) - (1 << start)
+            bits &= ~interval if comparator.op == "!=" else interval
+        for index, version in self._prereleases:
+            if bits >> index & 1 and not range_.contains(version):
+                bits &= ~(1 << index)
+        return bits
+
+
+def resolve(universe: Universe, *, solver: Solver | None = None) -> Resolution:
+    """Choose one version for every package of a universe that is wanted or needed.
+
+    Args:
+        universe: What there is, what is wanted and what is locked.
+        solver: The search; PubGrub by default.
+
+    Raises:
+        ResolutionError: When no choice will do; the message tells why and what would.
+    """
+    return resolve_from(
+        universe,
+        universe.requires,
+        interface=universe.interface,
+        locked=universe.locked,
+        solver=solver,
+    )
+
+
+def resolve_from(
+    source: Source,
+    requires: Sequence[Requirement],
+    *,
+    interface: Mapping[str, Version] | None = None,
+    locked: Mapping[str, Version] | None = None,
+    solver: Solver | None = None,
+) -> Resolution:
+    """Choose one version for every package that is wanted or needed.
+
+    Args:
+        source: Where candidates are found.
+        requires: What the user wants.
+        interface: Version of each router interface; None when interfaces are not checked.
+        locked: Versions to keep where they are allowed.
+        solver: The search; PubGrub by default.
+
+    Raises:
+        ResolutionError: When no choice will do; the message tells why and what would.
+    """
+    solver = solver or PubGrub()
+    world = World(source, requires, interface, locked or {})
+    answer = solver.solve(world)
+    if isinstance(answer, Proof):
+        from composable.packaging.explain import explain_failure
+
+        raise ResolutionError(explain_failure(world, answer, solver))
+    chosen = {
+        name: world.shelf(name).candidates[choice]
+        for name, choice in sorted(answer.items())
+        if not name.startswith(INTERFACE_PREFIX)
+    }
+    wanted_by: dict[str, list[tuple[str, Constraint]]] = {name: [] for name in chosen}
+    for requirement in requires:
+        wanted_by[requirement.name].append(("", requirement.constraint))
+    for name, candidate in chosen.items():
+        for other, range_ in sorted(candidate.requires.items()):
+            wanted_by[other].append((name, range_))
+    return Resolution(
+        packages={name: candidate.version for name, candidate in chosen.items()},
+        wanted_by=wanted_by,
+    )
+
+
+def _needs_key(candidate: Candidate) -> object:
+    return (
+        tuple(sorted((name, str(range_)) for name, range_ in candidate.requires.items())),
+        tuple(sorted((name, str(range_)) for name, range_ in candidate.conflicts.items())),
+        candidate.interface,
+    )

@@ -1,0 +1,283 @@
+"""The port to a version solver, and PubGrub behind it.
+
+A solver knows no packages, ranges or registries. It sees names and, for each name, small integers
+to choose from, in sets; the `Problem` says which sets are wanted and which choice is best.
+
+References:
+    Weizenbaum, "PubGrub: Next-Generation Version Solving", 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
+
+from composable.errors import ResolutionError
+
+if TYPE_CHECKING:
+    from nab_resolver.types import Incompatibility
+
+MAX_ROUNDS: Final = 1_000_000_000  # never give up where a solution exists
+
+
+class ChoiceSet:
+    """A set of the choices for one name, as the bits of an integer.
+
+    A Python integer has sign bits without end, so complements are exact: `~0` is every choice
+    there is or could be, and set algebra is integer algebra.
+
+    Args:
+        bits: Bit i is set when choice i is in the set.
+    """
+
+    __slots__ = ("bits",)
+
+    def __init__(self, bits: int = 0) -> None:
+        self.bits = bits
+
+    @classmethod
+    def empty(cls) -> ChoiceSet:
+        """Return the set of no choice."""
+        return cls(0)
+
+    @classmethod
+    def full(cls) -> ChoiceSet:
+        """Return the set of all choices."""
+        return cls(-1)
+
+    @classmethod
+    def singleton(cls, choice: int) -> ChoiceSet:
+        """Return the set of one choice."""
+        return cls(1 << choice)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no choice is in the set."""
+        return not self.bits
+
+    def is_subset(self, other: ChoiceSet) -> bool:
+        """Say whether all choices here are in `other`."""
+        return not self.bits & ~other.bits
+
+    def is_superset(self, other: ChoiceSet) -> bool:
+        """Say whether all choices in `other` are here."""
+        return not other.bits & ~self.bits
+
+    def is_disjoint(self, other: ChoiceSet) -> bool:
+        """Say whether no choice is in both."""
+        return not self.bits & other.bits
+
+    def relation(self, other: ChoiceSet) -> Relation:
+        """Say both of `is_subset` and `is_disjoint`."""
+        return Relation(not self.bits & ~other.bits, not self.bits & other.bits)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the choices of a finite set, lowest first."""
+        bits = self.bits
+        while bits > 0:
+            lowest = bits & -bits
+            yield lowest.bit_length() - 1
+            bits ^= lowest
+
+    def __contains__(self, choice: int) -> bool:
+        return bool(self.bits >> choice & 1)
+
+    def __and__(self, other: object) -> ChoiceSet:
+        return ChoiceSet(self.bits & other.bits) if isinstance(other, ChoiceSet) else NotImplemented
+
+    def __or__(self, other: object) -> ChoiceSet:
+        return ChoiceSet(self.bits | other.bits) if isinstance(other, ChoiceSet) else NotImplemented
+
+    def __sub__(self, other: object) -> ChoiceSet:
+        if not isinstance(other, ChoiceSet):
+            return NotImplemented
+        return ChoiceSet(self.bits & ~other.bits)
+
+    def __invert__(self) -> ChoiceSet:
+        return ChoiceSet(~self.bits)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ChoiceSet) and self.bits == other.bits
+
+    def __hash__(self) -> int:
+        return hash(self.bits)
+
+    def __repr__(self) -> str:
+        return f"ChoiceSet({self.bits:#b})"
+
+
+class Relation(NamedTuple):
+    """How the members of one set sit against another's."""
+
+    is_subset: bool
+    is_disjoint: bool
+
+
+class Problem(Protocol):
+    """What a solver is asked to solve. Every answer must stay the same throughout."""
+
+    def roots(self) -> Sequence[tuple[str, ChoiceSet]]:
+        """Return what is wanted; a name may be there more than once."""
+
+    def best(self, name: str, allowed: ChoiceSet) -> int | None:
+        """Return the best choice that is allowed, or None when none is."""
+
+    def needs(self, name: str, choice: int) -> Mapping[str, ChoiceSet]:
+        """Return what a choice needs; a set without a real choice is not empty, but unchoosable."""
+
+    def conflicts(self, name: str, choice: int) -> Mapping[str, ChoiceSet]:
+        """Return what a choice cannot stand beside, if it is there at all."""
+
+    def alike(self, name: str, choice: int) -> ChoiceSet:
+        """Return the choices with the same needs and conflicts as this one, itself included."""
+
+    def urgency(self, name: str, allowed: ChoiceSet) -> tuple[int, ...]:
+        """Return a sort key of which name to decide next, lowest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One fact that a proof of unsolvability rests on.
+
+    Args:
+        kind: `root`, something wanted; `need`, what choices need; `conflict`, what they cannot
+            stand beside; `none`, that nothing can be chosen from a set.
+        name: The name it is about.
+        choices: The choices of that name it is about; those wanted for `root`.
+        other: The name needed or in conflict.
+        allowed: The choices of `other` that are needed or in conflict.
+    """
+
+    kind: Literal["root", "need", "conflict", "none"]
+    name: str
+    choices: ChoiceSet
+    other: str = ""
+    allowed: ChoiceSet | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Why a problem has no solution.
+
+    Args:
+        facts: What it rests on, each once, in the order of the derivation.
+    """
+
+    facts: tuple[Fact, ...]
+
+
+class Solver(Protocol):
+    """The port: anything that can solve a problem."""
+
+    def solve(self, problem: Problem) -> dict[str, int] | Proof:
+        """Return a choice for every name that is wanted or needed, or why there is none."""
+
+
+class PubGrub:
+    """The PubGrub algorithm of nab-resolver."""
+
+    def solve(self, problem: Problem) -> dict[str, int] | Proof:
+        """Return a choice for every name that is wanted or needed, or why there is none.
+
+        Raises:
+            ResolutionError: When the solver itself fails, which no problem should make it do.
+        """
+        from nab_resolver import errors
+        from nab_resolver.resolver import Resolver
+        from nab_resolver.types import RootRequirement
+
+        resolver: Resolver[str, int] = Resolver(
+            _make_provider(problem), max_iterations=MAX_ROUNDS, range_type=ChoiceSet
+        )
+        try:
+            roots = [RootRequirement(name, wanted) for name, wanted in problem.roots()]
+            return dict(resolver.solve(roots).pins)
+        except errors.ResolutionTerminatedError as error:
+            raise ResolutionError(
+                f"the solver failed: {error}",
+                hint="this is a fault of composable; please report it",
+            ) from error
+        except errors.ResolutionError as error:
+            assert error.incompatibility is not None  # only a terminated one has no proof
+            return Proof(_collect_facts(error.incompatibility))
+
+
+def _make_provider(problem: Problem) -> Any:
+    """Return the problem in the words of nab-resolver."""
+    from nab_resolver.resolver import BaseProvider
+    from nab_resolver.types import Incompatibility, IncompatibilityCause, Term
+
+    class Provider(BaseProvider[str, int]):
+        def __init__(self) -> None:
+            self.pending: list[Incompatibility[str, int]] = []
+            self.told: set[tuple[str, int]] = set()
+
+        def choose_version(self, package: str, version_range: Any) -> int | None:
+            choice = problem.best(package, version_range)
+            if choice is not None and (package, choice) not in self.told:
+                conflicts = problem.conflicts(package, choice)
+                alike = problem.alike(package, choice)
+                self.told.update((package, other) for other in alike)
+                for name, refused in conflicts.items():
+                    terms = [Term[str, int](package, alike), Term[str, int](name, refused)]
+                    self.pending.append(Incompatibility(terms, IncompatibilityCause.DEPENDENCY))
+            return choice
+
+        def consume_pending_clauses(self) -> list[Incompatibility[str, int]]:
+            pending, self.pending = self.pending, []
+            return pending
+
+        def has_satisfying_version(self, package: str, version_range: Any) -> bool:
+            return problem.best(package, version_range) is not None
+
+        def get_dependencies(self, package: str, version: int) -> Mapping[str, Any]:
+            return problem.needs(package, version)
+
+        def widen_decision(self, package: str, version: int) -> Any:
+            return problem.alike(package, version)
+
+        def prioritize(
+            self,
+            package: str,
+            version_range: Any,
+            conflict_counts: Mapping[str, int],
+            culprit_counts: Mapping[str, int] | None = None,
+        ) -> Any:
+            return problem.urgency(package, version_range)
+
+    return Provider()
+
+
+def _collect_facts(root: Incompatibility[Any, Any]) -> tuple[Fact, ...]:
+    """Return the leaves of a derivation, each once, left causes first."""
+    from nab_resolver.types import IncompatibilityCause
+
+    facts: dict[Fact, None] = {}
+    for node in root.walk():
+        if node.cause is IncompatibilityCause.DERIVED:
+            continue
+        first, last = node.terms[0], node.terms[-1]
+        choices, last_choices = _as_set(first.constraint), _as_set(last.constraint)
+        if node.cause is IncompatibilityCause.ROOT:
+            fact = Fact(kind="root", name=last.package, choices=last_choices)
+        elif node.cause is not IncompatibilityCause.DEPENDENCY:
+            fact = Fact(kind="none", name=first.package, choices=choices)
+        elif len(node.terms) == 1:  # a package that needs another version of itself
+            itself, allowed = first.package, _as_set(node.dependency_range)
+            fact = Fact(kind="need", name=itself, choices=choices, other=itself, allowed=allowed)
+        else:
+            fact = Fact(
+                kind="conflict" if last.is_positive() else "need",
+                name=first.package,
+                choices=choices,
+                other=last.package,
+                allowed=last_choices,
+            )
+        facts[fact] = None
+    return tuple(facts)
+
+
+def _as_set(range_: object) -> ChoiceSet:
+    assert isinstance(range_, ChoiceSet)  # no other kind was given to the resolver
+    return range_
