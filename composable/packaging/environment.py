@@ -1,0 +1,240 @@
+"""Environments: what a project has installed, as generations with one pointer.
+
+    .composable/current                           the number of the generation in use
+    .composable/generations/7/composable.lock     what it holds
+    .composable/generations/7/experts/<name>/     the expert's files, linked from the store
+
+A generation is built beside the others under a temporary name, synced and renamed; then the
+pointer is replaced. A process that is killed anywhere leaves the old generation in use, and the
+next command sweeps what is left over. Older generations stay for rollback.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from composable.errors import IntegrityError, LockError, PackagingError
+from composable.packaging import atomic
+from composable.packaging.lock import LOCK_FILE, Lock, LockedExpert
+from composable.packaging.manifest import EXPERT_FILE, Manifest
+from composable.packaging.registry import Progress
+from composable.packaging.store import Store
+
+FOLDER: Final = ".composable"
+KEPT_GENERATIONS: Final = 5
+# A younger generation may be one that another process is about to point to.
+_SETTLED_SECONDS: Final = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One state that an environment was or is in.
+
+    Args:
+        number: Its number; later ones are higher.
+        path: Its directory.
+    """
+
+    number: int
+    path: Path
+
+    @property
+    def lock(self) -> Lock:
+        """The lock that it was installed from."""
+        return Lock.read(self.path / LOCK_FILE)
+
+    def expert_path(self, name: str) -> Path:
+        """Return the directory of an installed expert.
+
+        Raises:
+            PackagingError: When it is not installed.
+        """
+        path = self.path / "experts" / name
+        if not (path / EXPERT_FILE).is_file():
+            raise PackagingError(f"{name!r} is not installed", hint="run `composable sync`")
+        return path
+
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of an installed expert."""
+        return Manifest.read(self.expert_path(name))
+
+    def holds(self, text: str, lock: Lock) -> bool:
+        """Say whether this is what installing `lock`, whose text is `text`, would make."""
+        try:
+            if (self.path / LOCK_FILE).read_text(encoding="utf-8") != text:
+                return False
+            for expert in lock.experts:
+                folder = self.path / "experts" / expert.name
+                (folder / EXPERT_FILE).stat()
+                for file in expert.files:
+                    if (folder / file.name).stat().st_size != file.size:
+                        return False
+        except FileNotFoundError:
+            return False
+        return True
+
+
+class Environment:
+    """The installed experts of one project.
+
+    Args:
+        root: The project's `.composable` directory; created by the first install.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def current(self) -> Generation | None:
+        """The generation in use, or None before the first install.
+
+        Raises:
+            PackagingError: When the pointer is damaged or points to nothing.
+        """
+        try:
+            text = (self.root / "current").read_text().strip()
+        except FileNotFoundError:
+            return None
+        if text.isascii() and text.isdigit():
+            generation = self._generation(int(text))
+            if generation.path.is_dir():
+                return generation
+        raise PackagingError(
+            f"points to generation {text[:20]!r}, which is not there",
+            where=str(self.root / "current"),
+            hint="remove that file and run `composable sync`",
+        )
+
+    @property
+    def lock(self) -> Lock:
+        """The lock of the generation in use; an empty one before the first install."""
+        current = self.current
+        return current.lock if current is not None else Lock()
+
+    def holds(self, lock: Lock) -> bool:
+        """Say whether `lock` is what is in use, with every file in place."""
+        return self._find(lock) is not None
+
+    def generations(self) -> list[Generation]:
+        """Return all generations that are kept, oldest first."""
+        folder = self.root / "generations"
+        found = folder.iterdir() if folder.is_dir() else ()
+        numbers = sorted(int(path.name) for path in found if path.name.isdigit())
+        return [self._generation(number) for number in numbers]
+
+    def expert_path(self, name: str) -> Path:
+        """Return the directory of an installed expert.
+
+        Raises:
+            PackagingError: When it is not installed.
+        """
+        current = self.current
+        if current is None:
+            raise PackagingError("nothing is installed yet", hint="run `composable sync`")
+        return current.expert_path(name)
+
+    def manifests(self) -> list[Manifest]:
+        """Return the manifests of all installed experts, sorted by name."""
+        current = self.current
+        if current is None:
+            return []
+        return [current.manifest(expert.name) for expert in current.lock.experts]
+
+    def install(self, lock: Lock, store: Store, *, progress: Progress | None = None) -> Generation:
+        """Make `lock` the generation in use. If it already is, nothing is written.
+
+        Args:
+            lock: What to install.
+            store: Holds every file of it.
+            progress: Called with a label, experts done and experts in all.
+
+        Returns:
+            The generation in use.
+
+        Raises:
+            IntegrityError: When the store lacks a file.
+            LockError: When a manifest says something else than the lock.
+        """
+        if (current := self._find(lock)) is not None:
+            return current
+        with atomic.polite_lock(self.root / "lock"):
+            if (current := self._find(lock)) is not None:
+                return current
+            atomic.sweep(self.root / "generations")
+            scratch = atomic.make_scratch_directory(self.root / "generations")
+            try:
+                for done, expert in enumerate(lock.experts, 1):
+                    _place(expert, scratch / "experts" / expert.name, store)
+                    if progress is not None:
+                        progress("install", done, len(lock.experts))
+                atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
+                number = max((g.number for g in self.generations()), default=0) + 1
+                while not atomic.rename_directory(scratch, self._generation(number).path):
+                    number += 1
+            except BaseException:
+                atomic.remove_directory(scratch)
+                raise
+            self._point_to(number)
+            self._forget_old(number)
+        return self._generation(number)
+
+    def rollback(self) -> Generation:
+        """Put the generation before the one in use back in use.
+
+        Raises:
+            PackagingError: When there is none.
+        """
+        current = self.current
+        older = [g for g in self.generations() if current and g.number < current.number]
+        if not older:
+            raise PackagingError("there is no older generation", where=str(self.root))
+        self._point_to(older[-1].number)
+        return older[-1]
+
+    def _find(self, lock: Lock) -> Generation | None:
+        """Return the generation in use if it is whole and holds `lock`."""
+        try:
+            current = self.current
+        except PackagingError:
+            return None  # a damaged pointer, which the next install mends
+        return current if current is not None and current.holds(lock.to_toml(), lock) else None
+
+    def _generation(self, number: int) -> Generation:
+        return Generation(number=number, path=self.root / "generations" / str(number))
+
+    def _point_to(self, number: int) -> None:
+        atomic.write_text(self.root / "current", f"{number}\n")
+
+    def _forget_old(self, current: int) -> None:
+        older = [g for g in self.generations() if g.number < current]
+        for generation in older[: -KEPT_GENERATIONS + 1]:
+            if time.time() - generation.path.stat().st_mtime > _SETTLED_SECONDS:
+                atomic.remove_directory(generation.path)
+
+
+def _place(expert: LockedExpert, folder: Path, store: Store) -> None:
+    """Link the files of one expert and check that its manifest agrees with the lock."""
+    atomic.make_directory(folder)
+    wanted = [(EXPERT_FILE, expert.manifest), *((f.name, f.digest) for f in expert.files)]
+    for name, digest in wanted:
+        try:
+            atomic.link_or_copy(store.path(digest), folder / name)
+        except FileNotFoundError as error:
+            raise IntegrityError(
+                f"the store has no {name} of {expert.name} {expert.version} ({digest})",
+                where=str(store.root),
+                hint="run `composable sync`",
+            ) from error
+    atomic.sync_directory(folder)
+    manifest = Manifest.read(folder)
+    claims = (manifest.name, manifest.version, manifest.interface.digest, dict(manifest.requires))
+    locked = (expert.name, expert.version, expert.interface, dict(expert.requires))
+    if claims != locked or set(manifest.files) != set(expert.files):
+        raise LockError(
+            f"the manifest of {expert.name} {expert.version} says otherwise than its registry did",
+            where=LOCK_FILE,
+            hint=f"registry {expert.registry!r} is damaged or dishonest; nothing was installed",
+        )

@@ -1,0 +1,303 @@
+"""The project file `composable.toml`: which backbone, which registries, which experts.
+
+Edits keep what the user wrote: order, comments and spacing of everything that is not edited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from composable.errors import ManifestError, PackagingError
+from composable.packaging import atomic
+from composable.packaging.constraint import Constraint, Requirement
+from composable.packaging.environment import FOLDER, Environment
+from composable.packaging.lock import LOCK_FILE, Lock
+from composable.packaging.names import check_package_name, did_you_mean
+from composable.packaging.registry import Registry, open_registry
+from composable.packaging.toml import Table, format_toml, format_value, parse_toml
+
+PROJECT_FILE: Final = "composable.toml"
+_HEADER: Final = re.compile(r"\s*\[\s*([A-Za-z0-9_.\"' -]+?)\s*\]\s*(#.*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One expert that a project asks for.
+
+    Args:
+        constraint: Versions that will do.
+        registry: Name of the registry that it comes from; None for the default one.
+    """
+
+    constraint: Constraint
+    registry: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """What `composable.toml` says. Immutable: edits write the file and return the new project.
+
+    Args:
+        root: Directory of the file.
+        backbone: The backbone, as the user names it.
+        registries: Location of each registry, as the user wrote it.
+        default_registry: Where experts come from that are bound to no other; None without any.
+        experts: What is wanted, by package name, in the file's order.
+        bindings: Registry of packages that only other experts ask for.
+    """
+
+    root: Path
+    backbone: str
+    registries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    default_registry: str | None = None
+    experts: Mapping[str, Wanted] = dataclasses.field(default_factory=dict)
+    bindings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The project file."""
+        return self.root / PROJECT_FILE
+
+    @property
+    def lock_path(self) -> Path:
+        """The lock file."""
+        return self.root / LOCK_FILE
+
+    @property
+    def environment(self) -> Environment:
+        """The project's environment, installed or not."""
+        return Environment(self.root / FOLDER)
+
+    @property
+    def requirements(self) -> list[Requirement]:
+        """What is wanted, in the file's order."""
+        return [Requirement(name, wanted.constraint) for name, wanted in self.experts.items()]
+
+    @property
+    def lock(self) -> Lock | None:
+        """The lock, or None when there is none yet.
+
+        Raises:
+            LockError: For a bad lock file.
+        """
+        return Lock.read(self.lock_path) if self.lock_path.exists() else None
+
+    def registry_of(self, name: str) -> str:
+        """Return the name of the one registry that a package may come from.
+
+        Raises:
+            ManifestError: When the project has several registries and none is the default.
+        """
+        wanted = self.experts.get(name)
+        bound = (wanted.registry if wanted else None) or self.bindings.get(name)
+        if bound or self.default_registry:
+            return bound or str(self.default_registry)
+        raise ManifestError(
+            f"no registry for {name!r}",
+            where=f"{PROJECT_FILE}: registries",
+            hint='name one under [registries], and with several say `registry = "NAME"` '
+            "under [project]",
+        )
+
+    def open_registry(self, name: str) -> Registry:
+        """Return a registry by its name in this project.
+
+        Raises:
+            ManifestError: When the project does not name it.
+        """
+        if name not in self.registries:
+            raise ManifestError(
+                f"no registry {name!r}",
+                where=f"{PROJECT_FILE}: registries",
+                hint=did_you_mean(name, self.registries),
+            )
+        return open_registry(self.registries[name], self.root)
+
+    @classmethod
+    def find(cls, start: Path | None = None) -> Self:
+        """Read the project file of `start`, by default the working directory, or a parent of it.
+
+        Raises:
+            PackagingError: When there is none up to the root of the file system.
+        """
+        start = (start or Path.cwd()).resolve()
+        for folder in (start, *start.parents):
+            if (folder / PROJECT_FILE).is_file():
+                return cls.read(folder)
+        raise PackagingError(
+            f"no {PROJECT_FILE} here or above",
+            where=str(start),
+            hint="run `composable init` to make this directory a project",
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read `composable.toml`, or that file in a directory.
+
+        Raises:
+            ManifestError: When there is none, or it is bad; `where` is the dotted path.
+        """
+        path = path / PROJECT_FILE if path.is_dir() else path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise ManifestError("there is no such file", where=str(path)) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ManifestError(f"cannot be read: {error}", where=str(path)) from error
+        return cls._from_table(parse_toml(text, PROJECT_FILE), path.parent.absolute())
+
+    @classmethod
+    def create(cls, root: Path, backbone: str, registries: Mapping[str, str] | None = None) -> Self:
+        """Write a new project file.
+
+        Raises:
+            PackagingError: When there is one already.
+        """
+        text = format_toml([("project", {"backbone": backbone}), ("registries", registries or {})])
+        text += "\n[experts]\n"
+        cls._from_table(parse_toml(text, PROJECT_FILE), root)
+        if not atomic.create_bytes(root / PROJECT_FILE, text.encode()):
+            raise PackagingError("is there already", where=str(root / PROJECT_FILE))
+        return cls.read(root)
+
+    @classmethod
+    def _from_table(cls, top: Table, root: Path) -> Self:
+        head = top.table("project")
+        backbone = head.text("backbone", max_length=1000)
+        table = top.table("registries", {})
+        registries = {
+            check_package_name(name, table.where(name)): table.text(name) for name in table.names()
+        }
+        default = head.text("registry", None)
+        if default is None and len(registries) == 1:
+            default = next(iter(registries))
+        experts = _read_experts(top.table("experts", {}))
+        binding_table = top.table("bindings", {})
+        bindings = {
+            check_package_name(name, binding_table.where(name)): binding_table.text(name)
+            for name in binding_table.names()
+        }
+        named = {f"experts.{name}.registry": wanted.registry for name, wanted in experts.items()}
+        named |= {f"bindings.{name}": registry for name, registry in bindings.items()}
+        for field, registry in {"project.registry": default, **named}.items():
+            if registry is not None and registry not in registries:
+                raise ManifestError(
+                    f"no registry {registry!r}",
+                    where=top.where(field),
+                    hint=did_you_mean(registry, registries) or "name it under [registries]",
+                )
+        head.finish()
+        top.finish()
+        return cls(
+            root=root,
+            backbone=backbone,
+            registries=registries,
+            default_registry=default,
+            experts=experts,
+            bindings=bindings,
+        )
+
+    def add(self, requirement: Requirement, *, registry: str | None = None) -> Self:
+        """Ask for an expert, or change what is asked of one, in the file.
+
+        Args:
+            requirement: Name and range.
+            registry: Name of the registry to bind it to; by default as before, or the default one.
+
+        Returns:
+            The new project.
+
+        Raises:
+            ManifestError: For a registry that the project does not name.
+        """
+        before = self.experts.get(requirement.name)
+        registry = registry or (before.registry if before else None)
+        value: Any = str(requirement.constraint)
+        if registry is not None:
+            value = {"version": value, "registry": registry}
+        return self._edit(requirement.name, f"{requirement.name} = {format_value(value)}")
+
+    def remove(self, name: str) -> Self:
+        """Stop asking for an expert, in the file.
+
+        Raises:
+            PackagingError: When the project does not ask for it.
+        """
+        if name not in self.experts:
+            raise PackagingError(
+                f"the project does not ask for {name!r}",
+                where=str(self.path),
+                hint=did_you_mean(name, self.experts),
+            )
+        return self._edit(name, None)
+
+    def _edit(self, name: str, line: str | None) -> Self:
+        """Replace, add or drop one line under `[experts]` and nothing else."""
+        text = self.path.read_text(encoding="utf-8")
+        edited = _edit_experts(text, name, line)
+        before = _read_without(text, name, self.root)
+        try:
+            after = _read_without(edited, name, self.root)
+        except ManifestError as error:
+            if "registry" in (error.where or ""):
+                raise
+            after = None
+        if after != before:
+            raise PackagingError(
+                f"cannot edit {name!r} without touching the rest",
+                where=str(self.path),
+                hint=f"edit the line of {name!r} under [experts] by hand",
+            )
+        atomic.write_text(self.path, edited)
+        return type(self).read(self.root)
+
+
+def _read_experts(table: Table) -> dict[str, Wanted]:
+    experts = {}
+    for name in table.names():
+        check_package_name(name, table.where(name))
+        if table.is_table(name):
+            entry = table.table(name)
+            constraint = entry.value("version", Constraint)
+            experts[name] = Wanted(constraint=constraint, registry=entry.text("registry", None))
+            entry.finish()
+        else:
+            experts[name] = Wanted(constraint=table.value(name, Constraint))
+    return experts
+
+
+def _read_without(text: str, name: str, root: Path) -> Project:
+    """Read a project as it would be if it did not ask for `name`."""
+    project = Project._from_table(parse_toml(text, PROJECT_FILE), root)
+    experts = {other: wanted for other, wanted in project.experts.items() if other != name}
+    return dataclasses.replace(project, experts=experts)
+
+
+def _edit_experts(text: str, name: str, line: str | None) -> str:
+    """Return the text with the entry of `name` under `[experts]` replaced, added or dropped."""
+    lines = text.splitlines()
+    starts = [i for i, row in enumerate(lines) if _header_of(row) == "experts"]
+    if not starts:
+        return text.rstrip("\n") + f"\n\n[experts]\n{line}\n" if line else text
+    start = starts[0] + 1
+    stop = next((i for i in range(start, len(lines)) if _header_of(lines[i])), len(lines))
+    entry = re.compile(rf"\s*(\"{name}\"|'{name}'|{name})\s*=")
+    for index in range(start, stop):
+        if entry.match(lines[index]):
+            lines[index : index + 1] = [line] if line else []
+            return "\n".join(lines) + "\n"
+    if line:
+        while stop > start and not lines[stop - 1].strip():
+            stop -= 1
+        lines.insert(stop, line)
+    return "\n".join(lines) + "\n"
+
+
+def _header_of(row: str) -> str | None:
+    match = _HEADER.fullmatch(row)
+    return match[1] if match else None
