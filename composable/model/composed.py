@@ -142,6 +142,11 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
     return dense_weights(choice, parts.bank.capacity), MixState(router, caches)
 
 
+def track_records(parts: Parts, tokens_BT: jax.Array, state: RouterState) -> jax.Array:
+    """Return every expert's track record at every position, shape BTE, in nats."""
+    return _listen(parts, tokens_BT, state, None)[1]
+
+
 def path(
     parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]
 ) -> jax.Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,6 +12,7 @@ from flax import nnx
 
 from composable.errors import ModelError
 
+M = TypeVar("M", bound=nnx.Module)
 # Names of dtypes as tensor files spell them.
 _NUMPY_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -22,37 +24,50 @@ def to_tensors(module: nnx.Module, dtype: str = "F32") -> dict[str, np.ndarray]:
         module: Any module.
         dtype: "F32" or "BF16", what floating-point variables are rounded to; integers stay.
     """
-    return {
-        ".".join(map(str, path)): _to_host(np.asarray(variable[...]), dtype)
-        for path, variable in nnx.to_flat_state(nnx.state(module))
-    }
+
+    def to_host(array: np.ndarray) -> np.ndarray:
+        return array.astype(_NUMPY_DTYPES[dtype]) if array.dtype.kind == "f" else array
+
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {_name(path): to_host(np.asarray(variable[...])) for path, variable in flat}
 
 
-def _to_host(array: np.ndarray, dtype: str) -> np.ndarray:
-    return array.astype(_NUMPY_DTYPES[dtype]) if array.dtype.kind == "f" else array
-
-
-def load_tensors(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
-    """Set a module's variables from named arrays, in float32.
+def shapes_of(make: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's variables by name, without making its arrays.
 
     Args:
-        module: Module with the structure that the names describe; changed in place.
+        make: Makes the module.
+    """
+    flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(make)))
+    return {_name(path): tuple(variable.get_value().shape) for path, variable in flat}
+
+
+def from_tensors(make: Callable[[], M], tensors: Mapping[str, np.ndarray]) -> M:
+    """Return a module whose variables are the given arrays, floating-point ones in float32.
+
+    Args:
+        make: Makes a module of the right structure; only its shapes are used.
         tensors: One array for every variable, and no others.
 
     Raises:
         ModelError: For a missing or unknown name, or another shape.
     """
-    state = nnx.state(module)
-    variables = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    for name in variables.keys() ^ tensors.keys():
-        problem = "is missing" if name in variables else "is not a variable of this module"
+    graph, state = nnx.split(nnx.eval_shape(make))
+    flat = nnx.to_flat_state(state)
+    names = {_name(path) for path, _ in flat}
+    for name in names ^ tensors.keys():
+        problem = "is missing" if name in names else "is not a variable of this module"
         raise ModelError(f"tensor {name!r} {problem}")
-    for name, variable in variables.items():
-        array = tensors[name]
-        if array.shape != variable[...].shape:
-            raise ModelError(
-                f"tensor {name!r} has shape {array.shape}, expected {variable[...].shape}"
-            )
+    filled = []
+    for path, variable in flat:
+        array, shape = tensors[_name(path)], tuple(variable.get_value().shape)
+        if array.shape != shape:
+            raise ModelError(f"tensor {_name(path)!r} has shape {array.shape}, expected {shape}")
         is_integer = np.issubdtype(array.dtype, np.integer)
-        variable[...] = jnp.asarray(array if is_integer else array.astype(np.float32))
-    nnx.update(module, state)
+        value = jnp.asarray(array if is_integer else array.astype(np.float32))
+        filled.append((path, variable.replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _name(path: tuple[object, ...]) -> str:
+    return ".".join(map(str, path))

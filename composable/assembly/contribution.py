@@ -1,0 +1,191 @@
+"""A contributor's path: an expert's folder is trained, vetted and published.
+
+The folder holds `expert.toml` and README, and after training the tensors. What must not be
+published (held-out text, checkpoints, curves) lives in its `.work` folder.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+from flax import nnx
+
+from composable.assembly.backbones import BackboneRelease
+from composable.assembly.experts import load_expert, make_expert, save_expert
+from composable.errors import TextError
+from composable.model.tokenizer import ByteTokenizer
+from composable.packaging import atomic
+from composable.packaging.manifest import Manifest
+from composable.packaging.packing import fit_interface
+from composable.packaging.registry import FolderRegistry
+from composable.training.data import batches, token_stream
+from composable.training.documents import (
+    Document,
+    read_documents,
+    split_documents,
+    write_documents,
+)
+from composable.training.loop import Progress, TrainConfig, fit
+from composable.training.objectives import expert_objective
+from composable.vetting.card import require_passed, write_card
+from composable.vetting.checks import MAX_BYTES, Verdict, vet
+
+WORK: Final = ".work"
+HELDOUT_FILE: Final = "heldout.jsonl"
+TRAINING_FILE: Final = "training.json"
+HELDOUT_FRACTION: Final = 0.1
+# Vetting scores this many documents of either text at most.
+VETTED_DOCUMENTS: Final = 16
+
+
+def expert_config(steps: int, seed: int = 0) -> TrainConfig:
+    """Return how experts of `tiny-bytes` are trained: 4,096 tokens a step."""
+    return TrainConfig(
+        steps=steps,
+        batch_size=8,
+        window=512,
+        learning_rate=2e-3,
+        seed=seed,
+        checkpoint_every=200,
+    )
+
+
+def train_expert(
+    release: BackboneRelease,
+    folder: Path,
+    data: Sequence[Path],
+    cfg: TrainConfig,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train the expert of a folder on text, and write its tensors there.
+
+    One document in ten is held out for vetting, chosen by its id.
+
+    Args:
+        release: The backbone.
+        folder: The expert, with `expert.toml`.
+        data: Text files, JSON-lines files or folders of them.
+        cfg: How to train.
+        progress: Called at every step.
+
+    Returns:
+        What was recorded: tokens, seconds, seed, device, last figures.
+
+    Raises:
+        ManifestError, InterfaceError: If the manifest is bad or for another interface.
+        TextError: If there is no text, or only one document.
+    """
+    manifest = Manifest.read(folder)
+    fit_interface(manifest, release.interface)
+    documents = read_documents(data)
+    if len(documents) < 2:
+        raise TextError(
+            "one document cannot be split into training and held-out text",
+            where=str(data[0]),
+            hint="give several files, or a .jsonl file with one document per line",
+        )
+    train, heldout = split_documents(documents, HELDOUT_FRACTION, salt=manifest.name)
+    work = folder / WORK
+    work.mkdir(exist_ok=True)
+    write_documents(work / HELDOUT_FILE, heldout)
+
+    expert = make_expert(release, manifest, cfg.seed)
+    graph, params = nnx.split(expert)
+    stream = token_stream(train, ByteTokenizer())
+    data_iterator = batches(
+        stream,
+        window=cfg.window,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        process=jax.process_index(),
+        n_processes=jax.process_count(),
+    )
+    fitted = fit(
+        expert_objective(graph),
+        params,
+        release.backbone,
+        data_iterator,
+        cfg,
+        directory=work,
+        progress=progress,
+    )
+    save_expert(folder, nnx.merge(graph, fitted.trained), manifest)
+    record = {
+        "documents": len(train),
+        "text_bytes": sum(len(document.text.encode()) for document in train),
+        "tokens": cfg.tokens,
+        "seconds": round(fitted.seconds, 1),
+        "seed": cfg.seed,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
+        "last": fitted.history[-1] if fitted.history else {},
+    }
+    atomic.write_text(work / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def check_expert(
+    release: BackboneRelease,
+    folder: Path,
+    data: Sequence[Path] = (),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verdict:
+    """Vet the expert of a folder and write its card.
+
+    Args:
+        release: The backbone.
+        folder: The expert, trained.
+        data: Held-out text; by default what training held out.
+        progress: Called with scoring passes done and in all.
+
+    Raises:
+        TextError: If there is no held-out text.
+        TensorFileError: If the tensors must not be loaded.
+    """
+    manifest = Manifest.read(folder)
+    expert = load_expert(release, folder)
+    heldout = folder / WORK / HELDOUT_FILE
+    if not data and not heldout.exists():
+        raise TextError(
+            "there is no held-out text to vet on",
+            where=str(folder),
+            hint="train first, or give text with --data",
+        )
+    documents = read_documents(data or [heldout])
+    verdict = vet(
+        release.backbone,
+        release.interface,
+        expert,
+        _texts(documents),
+        _texts(release.anchor),
+        progress=progress,
+    )
+    training = folder / WORK / TRAINING_FILE
+    record = json.loads(training.read_text()) if training.exists() else {}
+    write_card(folder, manifest, release.interface, verdict, record)
+    return verdict
+
+
+def publish_expert(
+    release: BackboneRelease, folder: Path, registry: FolderRegistry
+) -> Manifest:
+    """Publish a vetted expert.
+
+    Raises:
+        VettingError: If it was not vetted as it is, or failed.
+        RegistryError: If the registry refuses it.
+    """
+    require_passed(folder, release.interface)
+    return registry.publish(folder, interface=release.interface)
+
+
+def _texts(documents: Sequence[Document]) -> list[bytes]:
+    """Return the begins of the first documents, cut so that no character is split."""
+    cut = [document.text.encode()[:MAX_BYTES] for document in documents[:VETTED_DOCUMENTS]]
+    return [text.decode(errors="ignore").encode() for text in cut]

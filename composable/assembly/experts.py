@@ -1,0 +1,66 @@
+"""Expert packages to pluggable parts and back."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from composable.assembly.backbones import BackboneRelease
+from composable.interface import body_signature, scout_signature
+from composable.model.body import Expert
+from composable.model.model import Pluggable
+from composable.model.tensors import from_tensors, to_tensors
+from composable.packaging.manifest import BODY_FILE, SCOUT_FILE, Manifest
+from composable.packaging.packing import fit_interface
+from composable.packaging.tensors import read_tensors, write_tensors
+
+
+def make_expert(release: BackboneRelease, manifest: Manifest, seed: int = 0) -> Expert:
+    """Return an untrained expert of the kind that a manifest describes."""
+    return Expert(
+        release.backbone,
+        kind=manifest.body.kind,
+        rank=manifest.body.rank,
+        scout_width=manifest.scout_width,
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def load_expert(release: BackboneRelease, folder: Path) -> Pluggable:
+    """Load an expert package for a backbone; every tensor is checked before it is used.
+
+    Args:
+        release: The backbone that it is for.
+        folder: The package.
+
+    Raises:
+        ManifestError: If its manifest is bad.
+        InterfaceError: If it was trained against an interface that this backbone does not honour.
+        TensorFileError: If its tensors are not those of the interface.
+    """
+    manifest = Manifest.read(folder)
+    fit_interface(manifest, release.interface)
+    body_spec = body_signature(release.interface, manifest.body.kind, manifest.body.rank)
+    scout_spec = scout_signature(release.interface, manifest.scout_width)
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        **_prefixed("body", read_tensors(folder / BODY_FILE, body_spec)),
+        **_prefixed("scout", read_tensors(folder / SCOUT_FILE, scout_spec)),
+    }
+    expert = from_tensors(partial(make_expert, release, manifest), tensors)
+    # 32 bits of the manifest's digest: the same release has the same key everywhere.
+    key = int(manifest.digest.removeprefix("sha256:")[:8], 16)
+    return Pluggable(name=manifest.name, body=expert.body, scout=expert.scout, key=max(1, key))
+
+
+def save_expert(folder: Path, expert: Expert, manifest: Manifest) -> None:
+    """Write an expert's tensors: body in the manifest's dtype, scout in float32."""
+    write_tensors(folder / BODY_FILE, to_tensors(expert.body, manifest.body.dtype))
+    write_tensors(folder / SCOUT_FILE, to_tensors(expert.scout, "F32"))
+
+
+def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{name}": array for name, array in tensors.items()}

@@ -1,0 +1,78 @@
+"""The card: what was trained and measured of an expert, machine-readable, and how to measure again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from composable.errors import VettingError
+from composable.interface import RouterInterface
+from composable.packaging import atomic
+from composable.packaging.manifest import BODY_FILE, SCOUT_FILE, Manifest
+from composable.interface import digest_bytes
+from composable.vetting.checks import Verdict
+
+CARD_FILE: Final = "card.json"
+
+
+def write_card(
+    folder: Path,
+    manifest: Manifest,
+    interface: RouterInterface,
+    verdict: Verdict,
+    training: dict[str, Any],
+) -> dict[str, Any]:
+    """Write `card.json` into an expert's folder and return what it says.
+
+    Args:
+        folder: The expert.
+        manifest: Its manifest.
+        interface: What it was vetted against.
+        verdict: The outcome.
+        training: What training recorded.
+    """
+    card = {
+        "expert": f"{manifest.name}@{manifest.version}",
+        "interface": {"name": interface.name, "digest": interface.digest},
+        "tensors": _tensor_digests(folder),
+        "passed": verdict.passed,
+        "checks": [dataclasses.asdict(check) for check in verdict.checks],
+        "measured": verdict.measured,
+        "training": training,
+        "measure_again": "composable check DIR --data HELD_OUT_TEXT",
+    }
+    atomic.write_text(folder / CARD_FILE, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    return card
+
+
+def require_passed(folder: Path, interface: RouterInterface) -> dict[str, Any]:
+    """Return an expert's card if it allows publishing.
+
+    Raises:
+        VettingError: If there is no card, it is of other tensors or another interface, or a check
+            failed.
+    """
+    where, hint = str(folder / CARD_FILE), f"run: composable check {folder}"
+    try:
+        card: dict[str, Any] = json.loads((folder / CARD_FILE).read_text())
+    except FileNotFoundError as error:
+        raise VettingError("the expert was not vetted", where=where, hint=hint) from error
+    except ValueError as error:
+        raise VettingError(f"not JSON: {error}", where=where, hint=hint) from error
+    if card.get("tensors") != _tensor_digests(folder):
+        raise VettingError("the tensors changed since they were vetted", where=where, hint=hint)
+    if card.get("interface", {}).get("digest") != interface.digest:
+        raise VettingError("vetted against another interface", where=where, hint=hint)
+    failed = [check for check in card.get("checks", []) if not check.get("passed")]
+    if failed or not card.get("passed"):
+        story = "; ".join(
+            f"{check['name']}: {check['found']}, expected {check['expected']}" for check in failed
+        )
+        raise VettingError(f"a check failed: {story}", where=where)
+    return card
+
+
+def _tensor_digests(folder: Path) -> dict[str, str]:
+    return {name: digest_bytes((folder / name).read_bytes()) for name in (BODY_FILE, SCOUT_FILE)}
