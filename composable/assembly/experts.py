@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from composable.assembly.backbones import BackboneRelease
-from composable.interface import body_signature, scout_signature
+from composable.errors import IntegrityError
+from composable.interface import body_signature, digest_bytes, scout_signature
 from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.model.tensors import from_tensors, to_tensors
@@ -40,10 +41,13 @@ def load_expert(release: BackboneRelease, folder: Path) -> Pluggable:
     Raises:
         ManifestError: If its manifest is bad.
         InterfaceError: If it was trained against an interface that this backbone does not honour.
+        IntegrityError: If its files are not those that its manifest lists.
         TensorFileError: If its tensors are not those of the interface.
     """
     manifest = Manifest.read(folder)
     fit_interface(manifest, release.interface)
+    for file in manifest.files:
+        _check_digest(folder / file.name, file.digest)
     body_spec = body_signature(release.interface, manifest.body.kind, manifest.body.rank)
     scout_spec = scout_signature(release.interface, manifest.scout_width)
     tensors: dict[str, np.ndarray[Any, Any]] = {
@@ -60,6 +64,16 @@ def save_expert(folder: Path, expert: Expert, manifest: Manifest) -> None:
     """Write an expert's tensors: body in the manifest's dtype, scout in float32."""
     write_tensors(folder / BODY_FILE, to_tensors(expert.body, manifest.body.dtype))
     write_tensors(folder / SCOUT_FILE, to_tensors(expert.scout, "F32"))
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    found = digest_bytes(path.read_bytes())
+    if found != digest:
+        raise IntegrityError(
+            f"the bytes have digest {found}, but the manifest lists {digest}",
+            where=str(path),
+            hint="run `composable sync`, which fetches damaged files again",
+        )
 
 
 def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:

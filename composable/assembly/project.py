@@ -1,0 +1,149 @@
+"""From names to a model: requirements are resolved, locked, installed and plugged in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from composable.assembly.backbones import BackboneRelease, load_backbone
+from composable.assembly.experts import load_expert
+from composable.errors import PackagingError
+from composable.interface import canonical_json, digest_bytes
+from composable.model.model import Model, Pluggable
+from composable.packaging.constraint import Requirement
+from composable.packaging.environment import Environment
+from composable.packaging.locking import lock_project, sync_project
+from composable.packaging.project import Project, Wanted
+
+REGISTRY_VARIABLE: Final = "COMPOSABLE_REGISTRY"
+
+
+def load(
+    backbone: str | None = None,
+    experts: Sequence[str] | None = None,
+    *,
+    registry: str | Path | None = None,
+    capacity: int | None = None,
+) -> Model:
+    """Return a model: a backbone with experts plugged in.
+
+    Without `experts`, what the project around the working directory has installed. With them, the
+    newest releases that fit together, from `registry`, or else the project's registries, or else
+    the folder in COMPOSABLE_REGISTRY; they are installed once and found again the next time.
+
+    Args:
+        backbone: Name of a backbone that ships with composable, or the folder of one; by default
+            the project's.
+        experts: Requirements such as "python-code>=1.0" or "set-mm"; none at all is the backbone
+            alone.
+        registry: A folder of packages.
+        capacity: Entries of the bank; see `Model`.
+
+    Returns:
+        The model, on the default device.
+
+    Raises:
+        PackagingError: If something does not exist, does not resolve, or is damaged.
+    """
+    if experts is None:
+        project = Project.find()
+        release = load_backbone(backbone or project.backbone)
+        environment = sync_project(project, interface=release.interface)
+    else:
+        release = load_backbone(backbone or Project.find().backbone)
+        environment = _install(release, [Requirement.parse(text) for text in experts], registry)
+    folders = [environment.expert_path(m.name) for m in environment.manifests()]
+    plugged = [load_expert(release, folder) for folder in folders]
+    return Model(release.backbone, release.interface, plugged, capacity=capacity)
+
+
+def expert(
+    requirement: str, *, backbone: str | None = None, registry: str | Path | None = None
+) -> Pluggable:
+    """Return one expert as modules, for research code of one's own.
+
+    Args:
+        requirement: For example "set-mm@1.0.0".
+        backbone: The backbone that it is for; by default the one that its manifest names.
+        registry: As for `load`.
+
+    Returns:
+        The expert: `body` and `scout` are flax modules.
+
+    Raises:
+        PackagingError: If it does not exist, does not resolve, or is damaged.
+    """
+    wanted = Requirement.parse(requirement)
+    release = load_backbone(backbone or _default_backbone())
+    environment = _install(release, [wanted], registry)
+    return load_expert(release, environment.expert_path(wanted.name))
+
+
+def _default_backbone() -> str:
+    try:
+        return Project.find().backbone
+    except PackagingError:
+        return "tiny-bytes"
+
+
+def _install(
+    release: BackboneRelease, wanted: Sequence[Requirement], registry: str | Path | None
+) -> Environment:
+    """Resolve and install requirements into an environment of their own, in the user's cache."""
+    registries, default, bindings = _registries(registry)
+    experts = {
+        requirement.name: Wanted(
+            constraint=requirement.constraint, registry=bindings.get(requirement.name)
+        )
+        for requirement in wanted
+    }
+    identity = {
+        "interface": release.interface.digest,
+        "experts": {name: str(want.constraint) for name, want in experts.items()},
+        "registries": registries,
+    }
+    key = digest_bytes(canonical_json(identity)).removeprefix("sha256:")[:16]
+    cache = Path(platformdirs.user_cache_dir("composable", appauthor=False))
+    project = Project(
+        root=cache / "environments" / key,
+        backbone=str(release.folder),
+        registries=registries,
+        default_registry=default,
+        experts=experts,
+        bindings=bindings,
+    )
+    lock = lock_project(project, release.interface, upgrade=True)
+    return sync_project(project, lock, interface=release.interface)
+
+
+def _registries(
+    registry: str | Path | None,
+) -> tuple[dict[str, str], str | None, dict[str, str]]:
+    """Return where experts come from: locations by name, the default name, bindings by package."""
+    location = registry or os.environ.get(REGISTRY_VARIABLE)
+    if registry is None:
+        try:
+            project = Project.find()
+        except PackagingError:
+            project = None
+        if project is not None:
+            locations = {
+                name: place if ":" in place else str((project.root / place).resolve())
+                for name, place in project.registries.items()
+            }
+            bindings = dict(project.bindings)
+            for name, want in project.experts.items():
+                if want.registry is not None:
+                    bindings[name] = want.registry
+            return locations, project.default_registry, bindings
+    if location is None:
+        raise PackagingError(
+            "there is no registry to take experts from",
+            hint=f"give registry=FOLDER, set {REGISTRY_VARIABLE}, or work inside a project",
+        )
+    return {"default": str(Path(location).resolve())}, "default", {}
+
