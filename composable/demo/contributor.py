@@ -1,0 +1,79 @@
+"""One contributor of the demo: an own process that can read its own text and the backbone, no more.
+
+It prints one JSON object per line: what it may not read, its progress, what it published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from composable.demo.sandbox import python_paths, restrict
+
+
+def main(arguments: list[str]) -> None:
+    """Contribute: train, check and publish the expert of a folder.
+
+    Args:
+        arguments: Folder of the expert, folder of the backbone, registry, steps, seed, and a file
+            of somebody else that must turn out to be unreadable.
+    """
+    folder, backbone, registry, others = (Path(arguments[i]) for i in (0, 1, 2, 5))
+    steps, seed = int(arguments[3]), int(arguments[4])
+    # Temporary files of libraries go to the contributor's own folder, too.
+    os.environ["TMPDIR"] = str(folder)
+    registry.mkdir(parents=True, exist_ok=True)
+    mechanism = restrict(read=[*python_paths(), backbone], write=[folder, registry])
+    say("confined", mechanism=mechanism, refused=_refusal(others))
+
+    from composable.assembly.backbones import load_backbone
+    from composable.assembly.contribution import (
+        check_expert,
+        expert_config,
+        publish_expert,
+        train_expert,
+    )
+    from composable.packaging.registry import FolderRegistry
+
+    release = load_backbone(str(backbone))
+    cfg = expert_config(steps, seed)
+    record = train_expert(
+        release,
+        folder,
+        [folder / "text"],
+        cfg,
+        progress=lambda step, steps, row: say("train", done=step, total=steps, **row),
+    )
+    verdict = check_expert(
+        release, folder, progress=lambda done, total: say("check", done=done, total=total)
+    )
+    manifest = publish_expert(release, folder, FolderRegistry(registry))
+    say(
+        "published",
+        name=manifest.name,
+        version=str(manifest.version),
+        seconds=record["seconds"],
+        measured=verdict.measured,
+        bytes=sum(file.size for file in manifest.files),
+    )
+
+
+def say(event: str, **fields: Any) -> None:
+    """Tell the process that started this one."""
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def _refusal(path: Path) -> str | None:
+    """Return why a file cannot be read, or None if it can."""
+    try:
+        path.read_bytes()
+    except OSError as error:
+        return f"{type(error).__name__}: {error.strerror}"
+    return None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
