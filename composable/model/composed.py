@@ -241,7 +241,7 @@ def _mixed_feed_forward(parts: Parts, choice: Choice) -> FeedForwardFn:
     expert_MJ = choice.expert_BTJ.reshape(-1, n_choices)
     weight_MJ = choice.weight_BTJ.reshape(-1, n_choices)
     capacity = parts.bank.capacity
-    block = default_block(batch * n_tokens * n_choices, capacity)
+    block = default_block(batch * n_tokens, n_choices)
     dispatch = make_dispatch(expert_MJ, capacity, block)
 
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
