@@ -119,7 +119,9 @@ class RouterInterface:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` reads back."""
         data = dataclasses.asdict(self)
-        return {**data, "slots": list(self.slots), "honours": list(self.honours)}
+        # 1 and 1.0 are equal but spelt differently; equal interfaces must have one digest.
+        floats = {name: float(data[name]) for name in ("discount", "backbone_prior", "switch_rate")}
+        return {**data, **floats, "slots": list(self.slots), "honours": list(self.honours)}
 
     def to_json(self) -> str:
         """Return the interface as readable JSON text."""
