@@ -1,0 +1,168 @@
+import dataclasses
+import json
+
+import pytest
+
+from composable.errors import InterfaceError
+from composable.interface import RouterInterface, canonical_json, digest_bytes
+
+DIGESTS = {
+    field: "sha256:" + letter * 64
+    for field, letter in zip(
+        ("backbone", "trunk", "tokenizer", "class_map", "anchor"), "abcde", strict=True
+    )
+}
+FIELDS = {
+    "schema": 1,
+    "name": "tiny",
+    "version": "1.2.0",
+    **DIGESTS,
+    "vocab_size": 256,
+    "n_classes": 256,
+    "d_model": 32,
+    "d_ff": 64,
+    "tap": 1,
+    "slots": [1, 2],
+    "scout_max_width": 16,
+    "lora_max_rank": 8,
+    "discount": 0.95,
+    "top_k": 2,
+    "backbone_prior": 0.5,
+    "switch_rate": 0.01,
+    "honours": ["sha256:" + "f" * 64],
+}
+# Every published expert records a digest of this form: if this constant has to change, then every
+# expert that exists stops plugging in.
+GOLDEN = "sha256:8456104567122cad074747bdd3a10eb4f4d5ae003e7e3563cd4de9c668459869"
+
+
+@pytest.fixture
+def interface():
+    return RouterInterface.from_dict(FIELDS)
+
+
+def test_the_digest_is_the_one_it_always_was(interface):
+    assert interface.digest == GOLDEN
+
+
+def test_the_digest_is_of_the_canonical_json(interface):
+    text = json.dumps(FIELDS, sort_keys=True, separators=(",", ":"))
+    assert interface.digest == digest_bytes(text.encode())
+
+
+def test_the_digest_does_not_hang_on_order_spelling_or_spaces(interface):
+    shuffled = dict(sorted(FIELDS.items(), key=lambda item: item[0][::-1]))
+    assert RouterInterface.from_json(json.dumps(shuffled, indent=7)).digest == interface.digest
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(RouterInterface)])
+def test_every_field_is_in_the_digest(interface, field):
+    if field == "schema":
+        return  # only one value is readable
+    value = getattr(interface, field)
+    other = {
+        str: lambda: DIGESTS["anchor"][:-1] + "0" if value.startswith("sha256:") else value + "0",
+        int: lambda: value + 1 if field != "tap" else 1,
+        float: lambda: value / 2,
+        tuple: lambda: value[:1] if field == "slots" else (),
+    }[type(value)]()
+    if field == "tap":
+        interface = dataclasses.replace(interface, slots=(2,))
+        other = 2
+    assert dataclasses.replace(interface, **{field: other}).digest != interface.digest
+
+
+def test_an_interface_survives_its_json(interface):
+    assert RouterInterface.from_json(interface.to_json()) == interface
+    assert RouterInterface.from_dict(interface.to_dict()) == interface
+    assert interface.to_json().endswith("}\n")
+
+
+def test_honours_may_be_left_out(interface):
+    shorter = {name: value for name, value in FIELDS.items() if name not in ("honours", "schema")}
+    assert RouterInterface.from_dict(shorter) == dataclasses.replace(interface, honours=())
+
+
+def test_it_honours_itself_and_what_it_lists(interface):
+    assert interface.honours_digest(interface.digest)
+    assert interface.honours_digest(interface.honours[0])
+    assert not interface.honours_digest(DIGESTS["anchor"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("schema", 2),
+        ("schema", "1"),
+        ("name", 3),
+        ("version", None),
+        *((name, "sha256:" + "A" * 64) for name in DIGESTS),
+        ("backbone", "a" * 64),
+        ("trunk", "sha256:" + "a" * 63),
+        ("trunk", "sha256:" + "a" * 64 + "\n"),
+        ("vocab_size", 0),
+        ("vocab_size", 256.0),
+        ("n_classes", 0),
+        ("n_classes", 1025),
+        ("n_classes", True),
+        ("d_model", -1),
+        ("d_ff", 0),
+        ("tap", 0),
+        ("slots", []),
+        ("slots", [2, 1]),
+        ("slots", [1, 1]),
+        ("slots", [0, 1]),
+        ("slots", [1, "2"]),
+        ("slots", [1, True]),
+        ("slots", "12"),
+        ("scout_max_width", 0),
+        ("lora_max_rank", 0),
+        ("lora_max_rank", False),
+        ("discount", 0),
+        ("discount", 1.01),
+        ("discount", "0.9"),
+        ("discount", float("nan")),
+        ("top_k", 0),
+        ("backbone_prior", 0.0),
+        ("backbone_prior", 1.0),
+        ("backbone_prior", float("nan")),
+        ("switch_rate", -0.1),
+        ("switch_rate", 1),
+        ("switch_rate", float("nan")),
+        ("honours", ["sha256:"]),
+        ("honours", [1]),
+        ("honours", "sha256:" + "f" * 64),
+        ("colour", "blue"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_a_bad_field_is_refused_by_its_path(field, value):
+    with pytest.raises(InterfaceError) as caught:
+        RouterInterface.from_dict({**FIELDS, field: value})
+    assert caught.value.where == f"interface.{field}"
+
+
+@pytest.mark.parametrize("field", sorted(FIELDS.keys() - {"honours", "schema"}))
+def test_a_missing_field_is_refused_by_its_path(field):
+    shorter = {name: value for name, value in FIELDS.items() if name != field}
+    with pytest.raises(InterfaceError, match="missing field") as caught:
+        RouterInterface.from_dict(shorter)
+    assert caught.value.where == f"interface.{field}"
+
+
+def test_a_float_may_be_written_as_a_whole_number_and_has_the_same_digest():
+    whole, point = (RouterInterface.from_dict({**FIELDS, "discount": x}) for x in (1, 1.0))
+    assert whole == point
+    assert whole.digest == point.digest
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"interface"'])
+def test_text_that_is_no_interface_is_refused(text):
+    with pytest.raises(InterfaceError) as caught:
+        RouterInterface.from_json(text)
+    assert caught.value.where == "interface.json"
+
+
+def test_canonical_json_cannot_say_nan():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"discount": float("nan")})
