@@ -198,7 +198,8 @@ class Model:
 
     def _checked(self, tokens_BT: jax.Array) -> jax.Array:
         tokens_BT = jnp.asarray(tokens_BT)
-        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        is_batch = tokens_BT.ndim == 2 and tokens_BT.size > 0
+        if not is_batch or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ModelError(
                 f"tokens of shape {tokens_BT.shape} and dtype {tokens_BT.dtype}, expected whole "
                 "numbers of shape (B, T)",
