@@ -20,16 +20,17 @@ ANCHOR_FILE: Final = "anchor.jsonl"
 _SHIPPED: Final = Path(__file__).parent.parent / "backbones"
 
 
-def find_backbone(name: str) -> Path:
+def find_backbone(name: str, base: Path | None = None) -> Path:
     """Return the folder of a backbone package.
 
     Args:
         name: Name of a backbone that ships with the project, or a folder.
+        base: Directory that relative folders are counted from; by default the working directory.
 
     Raises:
         PackagingError: If there is none.
     """
-    for folder in (_SHIPPED / name, Path(name)):
+    for folder in (_SHIPPED / name, (base or Path()) / name):
         if (folder / BACKBONE_FILE).is_file():
             return folder
     shipped = ", ".join(sorted(path.parent.name for path in _SHIPPED.glob(f"*/{BACKBONE_FILE}")))

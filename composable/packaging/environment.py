@@ -11,6 +11,7 @@ next command sweeps what is left over. Older generations stay for rollback.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,33 @@ class Environment:
             self._forget_old(number)
         return self._generation(number)
 
+    def verify(self, progress: Progress | None = None) -> list[Path]:
+        """Read every installed file and remove those that are not what the lock says.
+
+        What is removed, the next install puts in place again.
+
+        Args:
+            progress: Called with a label, experts done and experts in all.
+
+        Returns:
+            The files that were damaged or gone.
+        """
+        current = self.current
+        if current is None:
+            return []
+        experts = current.lock.experts
+        damaged = []
+        for done, expert in enumerate(experts, 1):
+            folder = current.path / "experts" / expert.name
+            wanted = [(EXPERT_FILE, expert.manifest), *((f.name, f.digest) for f in expert.files)]
+            for name, digest in wanted:
+                if not _has_digest(folder / name, digest):
+                    atomic.remove_file(folder / name)
+                    damaged.append(folder / name)
+            if progress is not None:
+                progress("verify", done, len(experts))
+        return damaged
+
     def rollback(self) -> Generation:
         """Put the generation before the one in use back in use.
 
@@ -213,6 +241,14 @@ class Environment:
         for generation in older[: -KEPT_GENERATIONS + 1]:
             if time.time() - generation.path.stat().st_mtime > _SETTLED_SECONDS:
                 atomic.remove_directory(generation.path)
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}" == digest
+    except FileNotFoundError:
+        return False
 
 
 def _place(expert: LockedExpert, folder: Path, store: Store) -> None:

@@ -204,6 +204,12 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
                 f"{_short(expert.interface)}, which {interface.name} {interface.version} "
                 "does not honour"
             )
+    needed = list(project.experts)
+    for name in needed:
+        needed.extend(other for other in lock[name].requires if other not in needed)
+    for name in versions:
+        if name not in needed:
+            refuse(f"{name} is locked, but no longer asked for")
     for name, location in lock.registries.items():
         if project.registries.get(name) != location:
             refuse(f"registry {name!r} is at another place than {location!r}")

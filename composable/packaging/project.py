@@ -155,10 +155,18 @@ class Project:
     def create(cls, root: Path, backbone: str, registries: Mapping[str, str] | None = None) -> Self:
         """Write a new project file.
 
+        Args:
+            root: Directory of the project.
+            backbone: Name or folder of the backbone.
+            registries: Locations by name; with several, the first is the default.
+
         Raises:
             PackagingError: When there is one already.
         """
-        text = format_toml([("project", {"backbone": backbone}), ("registries", registries or {})])
+        registries = registries or {}
+        default = next(iter(registries)) if len(registries) > 1 else None
+        head = {"backbone": backbone, "registry": default}
+        text = format_toml([("project", head), ("registries", registries)])
         text += "\n[experts]\n"
         cls._from_table(parse_toml(text, PROJECT_FILE), root)
         if not atomic.create_bytes(root / PROJECT_FILE, text.encode()):

@@ -115,6 +115,10 @@ class Store:
         """Return the digests of all blobs, sorted."""
         return sorted(f"sha256:{path.name}" for path in self._blobs())
 
+    def digests_in_use(self) -> list[str]:
+        """Return the digests of the blobs that an environment of any project links to, sorted."""
+        return sorted(f"sha256:{path.name}" for path in self._blobs() if path.stat().st_nlink > 1)
+
     def verify(self, progress: Progress | None = None) -> list[CorruptBlob]:
         """Read every blob and move those whose bytes are not what they should be out of the way.
 
