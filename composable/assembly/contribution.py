@@ -17,6 +17,7 @@ from flax import nnx
 
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.experts import load_expert, make_expert, save_expert
+from composable.assembly.publication import publish_vetted
 from composable.errors import TextError
 from composable.model.tokenizer import ByteTokenizer
 from composable.packaging import atomic
@@ -32,7 +33,7 @@ from composable.training.documents import (
 )
 from composable.training.loop import Progress, TrainConfig, fit
 from composable.training.objectives import expert_objective
-from composable.vetting.card import require_passed, write_card
+from composable.vetting.card import write_card
 from composable.vetting.checks import MAX_BYTES, Verdict, vet
 
 WORK: Final = ".work"
@@ -181,8 +182,7 @@ def publish_expert(
         VettingError: If it was not vetted as it is, or failed.
         RegistryError: If the registry refuses it.
     """
-    require_passed(folder, release.interface)
-    return registry.publish(folder, interface=release.interface)
+    return publish_vetted(folder, release.interface, registry)
 
 
 def _texts(documents: Sequence[Document]) -> list[bytes]:

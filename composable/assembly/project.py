@@ -55,6 +55,8 @@ def load(
         environment = sync_project(project, interface=release.interface)
     else:
         release = load_backbone(backbone or Project.find().backbone)
+        if not experts:
+            return Model(release.backbone, release.interface, capacity=capacity)
         environment = _install(release, [Requirement.parse(text) for text in experts], registry)
     folders = [environment.expert_path(m.name) for m in environment.manifests()]
     plugged = [load_expert(release, folder) for folder in folders]

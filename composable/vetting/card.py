@@ -1,18 +1,19 @@
-"""The card: what was trained and measured of an expert, machine-readable, and how to measure again."""
+"""The card: what was measured of an expert, machine-readable, and how to measure it again."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from composable.errors import VettingError
-from composable.interface import RouterInterface
+from composable.interface import RouterInterface, digest_bytes
 from composable.packaging import atomic
 from composable.packaging.manifest import BODY_FILE, SCOUT_FILE, Manifest
-from composable.interface import digest_bytes
-from composable.vetting.checks import Verdict
+
+if TYPE_CHECKING:
+    from composable.vetting.checks import Verdict
 
 CARD_FILE: Final = "card.json"
 
@@ -61,7 +62,13 @@ def require_passed(folder: Path, interface: RouterInterface) -> dict[str, Any]:
         raise VettingError("the expert was not vetted", where=where, hint=hint) from error
     except ValueError as error:
         raise VettingError(f"not JSON: {error}", where=where, hint=hint) from error
-    if card.get("tensors") != _tensor_digests(folder):
+    try:
+        tensors = _tensor_digests(folder)
+    except FileNotFoundError as error:
+        raise VettingError(
+            "the tensors are not there", where=str(error.filename), hint="train the expert first"
+        ) from error
+    if card.get("tensors") != tensors:
         raise VettingError("the tensors changed since they were vetted", where=where, hint=hint)
     if card.get("interface", {}).get("digest") != interface.digest:
         raise VettingError("vetted against another interface", where=where, hint=hint)
