@@ -1,0 +1,5 @@
+"""`python -m composable.cli` is `composable`."""
+
+from composable.cli.main import run
+
+run()

@@ -1,0 +1,221 @@
+"""Commands of a contributor: from an empty folder to a published expert, and back out of one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from composable.cli import bars
+from composable.cli.output import Json, Quiet, format_table, show
+
+app = typer.Typer(rich_markup_mode=None)
+
+ExpertFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The expert's folder.", show_default=False)
+]
+# An option takes one value, so `--data *.txt` leaves the other files to be arguments.
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", metavar="FILES", help="Text: files or folders.", show_default=False),
+]
+MoreData = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="FILES", help="More text, as of --data.", show_default=False),
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|DIR", help="The backbone; by default the one of expert.toml."),
+]
+RegistryFolder = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of the registry.",
+        envvar="COMPOSABLE_REGISTRY",
+        show_default=False,
+    ),
+]
+Release = Annotated[str, typer.Argument(metavar="NAME@VERSION", show_default=False)]
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    backbone: Annotated[
+        str, typer.Option(metavar="NAME|DIR", help="The backbone to train for.")
+    ] = "tiny-bytes",
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Start an expert from the template.
+
+    Makes a folder NAME in the working directory.
+    """
+    from composable.packaging.backbones import find_backbone, read_interface
+    from composable.packaging.manifest import BackbonePackage
+    from composable.packaging.template import create_expert
+
+    home = find_backbone(backbone)
+    package = BackbonePackage.read(home)
+    folder = Path(name)
+    create_expert(folder, name, package.name, read_interface(home))
+    show(
+        f"created {folder}/: describe the expert in {folder / 'expert.toml'}, then\n"
+        f"  composable train {folder} --data FILES",
+        {"created": str(folder), "backbone": package.name},
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
+@app.command()
+def train(
+    folder: ExpertFolder,
+    more: MoreData = None,
+    data: Data = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    backbone: Backbone = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Train an expert on your text; run again to resume.
+
+    FILES are text files, .jsonl files with one document per line, or folders of them. One document
+    in ten is held out for `composable check`.
+    """
+    files = [*(data or ()), *(more or ())]
+    if not files:
+        raise typer.BadParameter("give the text to train on", param_hint="--data")
+    from composable.packaging.manifest import Manifest
+
+    backbone = backbone or Manifest.read(folder).backbone
+    from composable.assembly.backbones import load_backbone
+    from composable.assembly.contribution import expert_config, train_expert
+
+    release = load_backbone(backbone)
+    with bars.show_training(is_quiet=is_quiet) as progress:
+        record = train_expert(release, folder, files, expert_config(steps, seed), progress=progress)
+    show(
+        f"trained {folder} on {record['documents']} documents in {record['seconds']} s: "
+        f"{bars.format_figures(record['last'])}",
+        record,
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
+@app.command()
+def check(
+    folder: ExpertFolder,
+    more: MoreData = None,
+    data: Data = None,
+    backbone: Backbone = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Vet an expert and write its card.
+
+    Without --data, on the text that training held out. Exits with 1 if a check failed.
+    """
+    from composable.packaging.manifest import Manifest
+
+    backbone = backbone or Manifest.read(folder).backbone
+    from composable.assembly.backbones import load_backbone
+    from composable.assembly.contribution import check_expert
+
+    files = [*(data or ()), *(more or ())]
+    release = load_backbone(backbone)
+    with bars.show_counts("check", is_quiet=is_quiet) as progress:
+        verdict = check_expert(release, folder, files, progress=progress)
+    rows = [
+        (
+            check.name,
+            "ok" if check.passed else "FAILED",
+            f"{check.found}; expected {check.expected}",
+        )
+        for check in verdict.checks
+    ]
+    outcome: dict[str, Any] = {
+        "passed": verdict.passed,
+        "checks": [dataclasses.asdict(check) for check in verdict.checks],
+        "measured": verdict.measured,
+    }
+    show(format_table((), rows), outcome, as_json=as_json, is_quiet=is_quiet and verdict.passed)
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def publish(
+    folder: ExpertFolder,
+    registry: RegistryFolder,
+    backbone: Backbone = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Publish a vetted expert to a registry.
+
+    A release never changes: publishing the same content again changes nothing.
+    """
+    from composable.assembly.publication import publish_vetted
+    from composable.packaging.backbones import find_backbone, read_interface
+    from composable.packaging.manifest import Manifest
+    from composable.packaging.registry import FolderRegistry
+
+    home = find_backbone(backbone or Manifest.read(folder).backbone)
+    with bars.show_bytes(is_quiet=is_quiet) as progress:
+        manifest = publish_vetted(
+            folder, read_interface(home), FolderRegistry(registry), progress=progress
+        )
+    show(
+        f"published {manifest.name} {manifest.version} to {registry}",
+        {
+            "name": manifest.name,
+            "version": str(manifest.version),
+            "manifest": manifest.digest,
+            "registry": str(registry),
+        },
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
+@app.command()
+def yank(
+    release: Release, registry: RegistryFolder, as_json: Json = False, is_quiet: Quiet = False
+) -> None:
+    """Withdraw a release from new resolutions.
+
+    Locks that have it keep working.
+    """
+    name, version = _read_release(release)
+    from composable.packaging.registry import FolderRegistry
+
+    FolderRegistry(registry).yank(name, version)
+    show(f"yanked {name} {version}", {"yanked": release}, as_json=as_json, is_quiet=is_quiet)
+
+
+@app.command()
+def unyank(
+    release: Release, registry: RegistryFolder, as_json: Json = False, is_quiet: Quiet = False
+) -> None:
+    """Take back a yank."""
+    name, version = _read_release(release)
+    from composable.packaging.registry import FolderRegistry
+
+    FolderRegistry(registry).unyank(name, version)
+    show(f"unyanked {name} {version}", {"unyanked": release}, as_json=as_json, is_quiet=is_quiet)
+
+
+def _read_release(text: str) -> tuple[str, Any]:
+    """Read `NAME@VERSION`."""
+    from composable.packaging.constraint import Requirement
+
+    wanted = Requirement.parse(text)
+    if wanted.constraint.pinned is None:
+        raise typer.BadParameter(f"{text!r} is not one release", param_hint="NAME@VERSION")
+    return wanted.name, wanted.constraint.pinned

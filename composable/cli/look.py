@@ -1,0 +1,269 @@
+"""Commands that look at projects and registries and change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from composable.cli.output import Json, format_bytes, format_table, show
+from composable.cli.project import open_project
+
+if TYPE_CHECKING:
+    from composable.packaging.project import Project
+    from composable.packaging.survey import Details, Need
+
+app = typer.Typer(rich_markup_mode=None)
+
+Folder = Annotated[
+    str | None,
+    typer.Option(
+        "--registry", metavar="DIR", help="Look there instead of in the project's registries."
+    ),
+]
+
+
+@app.command(name="list")
+def list_(as_json: Json = False) -> None:
+    """List what is installed."""
+    from composable.packaging.project import Project
+
+    experts = Project.find().environment.lock.experts
+    rows = [
+        (e.name, e.version, format_bytes(sum(file.size for file in e.files)), e.registry)
+        for e in experts
+    ]
+    data = [
+        {
+            "name": e.name,
+            "version": str(e.version),
+            "bytes": sum(file.size for file in e.files),
+            "registry": e.registry,
+        }
+        for e in experts
+    ]
+    text = format_table(("NAME", "VERSION", "SIZE", "REGISTRY"), rows)
+    show(text or "nothing is installed", data, as_json=as_json)
+
+
+@app.command()
+def tree(as_json: Json = False) -> None:
+    """Show what is locked as a tree."""
+    from composable.packaging.lock import Lock
+    from composable.packaging.project import Project
+    from composable.packaging.survey import grow_tree
+
+    project = Project.find()
+    needs = grow_tree(project, Lock.read(project.root))
+    text = "\n".join(_draw(needs)) or "nothing is locked"
+    show(text, [_to_data(need) for need in needs], as_json=as_json)
+
+
+@app.command()
+def why(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)], as_json: Json = False
+) -> None:
+    """Show who asks for an expert."""
+    from composable.packaging.lock import Lock
+    from composable.packaging.project import PROJECT_FILE, Project
+    from composable.packaging.survey import find_reasons
+
+    project = Project.find()
+    lock = Lock.read(project.root)
+    chains = find_reasons(project, lock, name)
+    lines = [f"{name} {lock.versions[name]}"]
+    for chain in chains:
+        who = [PROJECT_FILE, *(f"{step.name} {lock.versions[step.name]}" for step in chain[:-1])]
+        steps = (f"{w} wants {step}" for w, step in zip(who, chain, strict=True))
+        lines.append("  " + ", ".join(steps))
+    data = [
+        [{"name": step.name, "range": str(step.constraint)} for step in chain] for chain in chains
+    ]
+    show(
+        "\n".join(lines),
+        {"name": name, "version": str(lock.versions[name]), "reasons": data},
+        as_json=as_json,
+    )
+
+
+@app.command()
+def outdated(as_json: Json = False) -> None:
+    """List experts of which there is a newer release."""
+    from composable.packaging.lock import Lock
+    from composable.packaging.survey import find_outdated
+
+    project, interface = open_project()
+    found = find_outdated(project, Lock.read(project.root), interface)
+    rows = [(item.name, item.locked, item.allowed, item.newest) for item in found]
+    data = [{key: str(value) for key, value in dataclasses.asdict(i).items()} for i in found]
+    text = format_table(("NAME", "LOCKED", "ALLOWED", "NEWEST"), rows)
+    show(text or "everything is up to date", data, as_json=as_json)
+
+
+@app.command()
+def search(
+    word: Annotated[str, typer.Argument(metavar="WORD", show_default=False)],
+    registry: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Search the registries by name, description and tags."""
+    from composable.packaging.survey import search_experts
+
+    found = list(search_experts(_shop(registry), word))
+    rows = [(r.name, r.version, name, r.description) for name, r in found]
+    data = [
+        {
+            "name": r.name,
+            "version": str(r.version),
+            "registry": name,
+            "description": r.description,
+            "tags": list(r.tags),
+            "interface": f"{r.interface.name} {r.interface.requires}",
+        }
+        for name, r in found
+    ]
+    text = format_table(("NAME", "VERSION", "REGISTRY", "DESCRIPTION"), rows)
+    show(text or f"nothing found for {word!r}", data, as_json=as_json)
+
+
+@app.command()
+def info(
+    requirement: Annotated[str, typer.Argument(metavar="NAME[@V]", show_default=False)],
+    registry: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a registry tells of an expert."""
+    from composable.packaging.constraint import Requirement
+    from composable.packaging.survey import describe_expert
+
+    details = describe_expert(_shop(registry), Requirement.parse(requirement))
+    facts = dict(_facts(details))
+    show(format_table((), facts.items()), _all_facts(details), as_json=as_json)
+
+
+@app.command()
+def resolve(
+    universe: Annotated[
+        Path,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE.json",
+            help="What there is and is wanted.",
+            show_default=False,
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Resolve a universe given as a JSON file.
+
+    Prints {"packages": {NAME: VERSION}}, or why there is no solution, with exit code 1.
+    """
+    import json
+
+    from composable.errors import ManifestError
+    from composable.packaging.resolver import resolve as resolve_universe
+    from composable.packaging.universe import Universe
+
+    try:
+        data = json.loads(universe.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"not JSON: {error}", where=str(universe)) from error
+    packages = resolve_universe(Universe.from_dict(data, universe.name)).packages
+    chosen = {name: str(version) for name, version in packages.items()}
+    show("", {"packages": chosen}, as_json=True)
+
+
+def _shop(registry: str | None) -> Project:
+    """Return the project, or one that knows nothing but a folder of packages."""
+    from composable.packaging.project import Project
+
+    if registry is None:
+        return Project.find()
+    return Project(
+        root=Path.cwd(),
+        backbone="",
+        registries={"default": registry},
+        default_registry="default",
+    )
+
+
+def _draw(needs: Sequence[Need], indent: str = "") -> Iterator[str]:
+    """Yield the lines of a tree."""
+    for index, need in enumerate(needs):
+        is_last = index == len(needs) - 1
+        branch = "└── " if is_last else "├── "
+        asked = "" if str(need.range) == "*" else f" ({need.range})"
+        again = " (see above)" if need.is_repeated else ""
+        yield f"{indent}{branch}{need.name} {need.version}{asked}{again}"
+        yield from _draw(need.needs, indent + ("    " if is_last else "│   "))
+
+
+def _to_data(need: Need) -> dict[str, Any]:
+    return {
+        "name": need.name,
+        "version": str(need.version),
+        "range": str(need.range),
+        "needs": [_to_data(other) for other in need.needs],
+        "repeated": need.is_repeated,
+    }
+
+
+def _facts(details: Details) -> Iterator[tuple[str, str]]:
+    """Yield what people want to know of a release, the empty left out."""
+    release, manifest = details.release, details.manifest
+    yanked = " (yanked)" if release.is_yanked else ""
+    yield "name", release.name
+    yield "version", f"{release.version}{yanked}"
+    requires = ", ".join(f"{name} {range_}" for name, range_ in manifest.requires.items())
+    conflicts = ", ".join(f"{name} {range_}" for name, range_ in manifest.conflicts.items())
+    size = sum(file.size for file in manifest.files)
+    facts = {
+        "description": manifest.description,
+        "licence": manifest.license,
+        "authors": ", ".join(manifest.authors),
+        "interface": f"{manifest.interface.name} {manifest.interface.requires}",
+        "body": manifest.body.kind + (f", rank {manifest.body.rank}" if manifest.body.rank else ""),
+        "languages": ", ".join(manifest.languages),
+        "domains": ", ".join(manifest.domains),
+        "derives from": manifest.derives_from or "",
+        "requires": requires,
+        "conflicts": conflicts,
+        "data": manifest.training.data if manifest.training else "",
+        "size": format_bytes(size),
+        "published": release.published,
+        "measured": format_measured(details.card),
+        "versions": ", ".join(
+            f"{r.version}{' (yanked)' if r.is_yanked else ''}" for r in details.versions
+        ),
+    }
+    yield from ((key, value) for key, value in facts.items() if value)
+
+
+def _all_facts(details: Details) -> dict[str, Any]:
+    return {
+        **dict(_facts(details)),
+        "manifest": details.release.manifest,
+        "yanked": details.release.is_yanked,
+        "interface_digest": details.release.interface.digest,
+        "size": sum(file.size for file in details.release.files),
+        "files": [dataclasses.asdict(file) for file in details.release.files],
+        "versions": [str(release.version) for release in details.versions],
+        "card": details.card,
+    }
+
+
+def format_measured(card: dict[str, Any]) -> str:
+    """Return what a card says was measured, in a line; nothing where it does not say."""
+    measured = card.get("measured", {})
+    bits = measured.get("bits_per_byte", {})
+    try:
+        return (
+            f"{bits['own_backbone']:.3f} to {bits['own_expert']:.3f} bits per byte on its own "
+            f"held-out text; public text {measured['anchor_loss']:+.2%}"
+        )
+    except (KeyError, TypeError, ValueError):
+        return ""

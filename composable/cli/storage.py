@@ -1,0 +1,95 @@
+"""Commands on the store: is it whole, what is in it, what can go."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from composable.cli import bars
+from composable.cli.output import Json, Quiet, format_bytes, format_table, show
+
+app = typer.Typer(rich_markup_mode=None)
+cache = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Look into the store, which all projects share.",
+)
+app.add_typer(cache, name="cache")
+
+
+@app.command()
+def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
+    """Read every stored and installed file and find damage.
+
+    Damaged files are taken out of the way, so that the next `composable sync` brings them again.
+    Exits with 1 if there are any.
+    """
+    from composable.errors import PackagingError
+    from composable.packaging.project import Project
+    from composable.packaging.store import Store
+
+    store = Store()
+    with bars.show_counts("verify", is_quiet=is_quiet) as count:
+        progress = None if count is None else lambda label, done, total: count(done, total)
+        corrupt = store.verify(progress)
+        try:
+            project = Project.find()
+        except PackagingError:
+            damaged = []  # no project here: the store is all there is
+        else:
+            damaged = project.environment.verify(progress)
+    rows = [("store", blob.digest) for blob in corrupt]
+    rows += [("installed", str(path)) for path in damaged]
+    n = len(store.digests())
+    text = format_table((), rows) or f"all is well: {n} file{'s' * (n != 1)} in the store"
+    if rows:
+        text += "\nrun `composable sync` to bring them again"
+    data = {"corrupt": [blob.digest for blob in corrupt], "damaged": [str(p) for p in damaged]}
+    show(text, data, as_json=as_json, is_quiet=is_quiet and not rows)
+    if rows:
+        raise typer.Exit(1)
+
+
+@cache.command(name="list")
+def list_(as_json: Json = False) -> None:
+    """List the files in the store."""
+    from composable.packaging.store import Store
+
+    store = Store()
+    in_use = set(store.digests_in_use())
+    files = [(digest, store.path(digest).stat().st_size) for digest in store.digests()]
+    rows = [(d, format_bytes(size), "in use" if d in in_use else "") for d, size in files]
+    total = f"{len(files)} file{'s' * (len(files) != 1)}, {format_bytes(store.size())}"
+    data = [{"digest": d, "bytes": size, "in_use": d in in_use} for d, size in files]
+    show("\n".join(filter(None, (format_table((), rows), total))), data, as_json=as_json)
+
+
+@cache.command()
+def prune(
+    older_than: Annotated[
+        float, typer.Option(metavar="HOURS", min=0, help="Keep what is younger.")
+    ] = 1.0,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Remove files that no environment links to."""
+    from composable.packaging.store import Store
+
+    store = Store()
+    pruned = store.prune(store.digests_in_use(), older_than * 3600)
+    n = len(pruned.digests)
+    show(
+        f"removed {n} file{'s' * (n != 1)}, {format_bytes(pruned.bytes_freed)}",
+        {"removed": list(pruned.digests), "bytes_freed": pruned.bytes_freed},
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
+@cache.command(name="dir")
+def dir_() -> None:
+    """Print where the store is."""
+    from composable.packaging.store import Store
+
+    print(Store().root)
