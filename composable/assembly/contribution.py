@@ -31,7 +31,7 @@ from composable.training.documents import (
     split_documents,
     write_documents,
 )
-from composable.training.loop import Progress, TrainConfig, fit
+from composable.training.loop import Progress, TrainConfig, fit, muon
 from composable.training.objectives import expert_objective
 from composable.vetting.card import write_card
 from composable.vetting.checks import MAX_BYTES, Verdict, vet
@@ -41,18 +41,17 @@ HELDOUT_FILE: Final = "heldout.jsonl"
 TRAINING_FILE: Final = "training.json"
 HELDOUT_FRACTION: Final = 0.1
 # Vetting scores this many documents of either text at most.
-VETTED_DOCUMENTS: Final = 16
+VETTED_DOCUMENTS: Final = 8
 
 
 def expert_config(steps: int, seed: int = 0) -> TrainConfig:
-    """Return how experts of `tiny-bytes` are trained: 4,096 tokens a step."""
+    """Return how experts of `tiny-bytes` are trained: with Muon, 1,024 tokens a step.
+
+    Many small steps taught more per second than few large ones, and windows of half the context
+    lost nothing: attention is the backbone's, and was trained at the full one.
+    """
     return TrainConfig(
-        steps=steps,
-        batch_size=8,
-        window=512,
-        learning_rate=2e-3,
-        seed=seed,
-        checkpoint_every=200,
+        steps=steps, batch_size=4, window=256, learning_rate=1e-2, seed=seed, checkpoint_every=400
     )
 
 
@@ -113,6 +112,7 @@ def train_expert(
         release.backbone,
         data_iterator,
         cfg,
+        optimizer=muon(cfg),
         directory=work,
         progress=progress,
     )

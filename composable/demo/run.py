@@ -60,7 +60,7 @@ from composable.vetting.evaluation import (
 BACKBONE_NAME: Final = "tiny-bytes"
 CONTRIBUTORS: Final = ("python-code", "set-mm", "legal")
 PUBLIC: Final = "public"
-STEPS: Final = 200
+STEPS: Final = 400
 # Each held-out document is scored up to here; spliced ones are made this long.
 SCORED_BYTES: Final = 2048
 _SPLICED: Final = 16
