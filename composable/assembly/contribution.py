@@ -48,10 +48,17 @@ def expert_config(steps: int, seed: int = 0) -> TrainConfig:
     """Return how experts of `tiny-bytes` are trained: with Muon, 1,024 tokens a step.
 
     Many small steps taught more per second than few large ones, and windows of half the context
-    lost nothing: attention is the backbone's, and was trained at the full one.
+    lost nothing: attention is the backbone's, and was trained at the full one. With more than four
+    devices every device gets one row.
     """
+    n_devices = jax.device_count()
     return TrainConfig(
-        steps=steps, batch_size=4, window=256, learning_rate=1e-2, seed=seed, checkpoint_every=400
+        steps=steps,
+        batch_size=-(-4 // n_devices) * n_devices,
+        window=256,
+        learning_rate=1e-2,
+        seed=seed,
+        checkpoint_every=400,
     )
 
 
