@@ -211,7 +211,7 @@ def combine_rows(y_PD: Array, weights_MJ: Array, dispatch: Dispatch) -> Array:
 
 def _take(array: Array, index: Array) -> Array:
     """Take along axis 0, zero where the index is past the end (indices are never negative)."""
-    return array.at[index].get(mode="fill", fill_value=0)
+    return jnp.take(array, index, axis=0, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
