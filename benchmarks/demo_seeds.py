@@ -1,12 +1,15 @@
 """Does the demo hold for other seeds? Runs it for several and tabulates recovery and cost.
 
-python -m benchmarks.demo_seeds --json docs/demo_seeds.json
+    python -m benchmarks.demo_seeds --json docs/demo_seeds.json --docs docs/demo.md README.md
+
+The documents get tables between their markers: `figures` the whole, `table` the first seed's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -43,24 +46,89 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def tables(summary: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
+    """Return Markdown by marker."""
+    first = results[0]
+    methods = ("backbone", "own_expert", "average", "mix", "safe")
+    head = (
+        "| bits per byte | backbone | own expert | average of experts | **mix** | **safe** |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+
+    def cell(row: dict[str, Any], method: str) -> str:
+        value = row.get(method)
+        if isinstance(value, dict):
+            return f"{value['mean']:.3f} ± {value['sd']:.3f}"
+        return "–" if value is None else f"{value:.3f}"
+
+    def line(name: str, row: dict[str, Any]) -> str:
+        return f"| {name} | " + " | ".join(cell(row, method) for method in methods) + " |\n"
+
+    one = {**first["domains"], "public text": first["public"], "spliced": first["spliced"]}
+    recovered = first["recovery"]
+    table = head + "".join(line(name, row) for name, row in one.items())
+    table += f"| *recovery* | 0 % | 100 % | | **{recovered['mix']:.1%}** | "
+    table += f"**{recovered['safe']:.1%}** |\n"
+    table += f"\n*{first['machine']}; {first['date']}; {sum(first['seconds'].values()):.0f} s, "
+    table += f"{first['peak_rss_bytes'] / 1e9:.1f} GB.*\n"
+
+    seeds = ", ".join(str(result["seed"]) for result in results)
+    figures = f"### One run (seed {first['seed']})\n\n{table}\n"
+    figures += "| step | seconds |\n|---|---|\n"
+    figures += "".join(f"| {step} | {value:.1f} |\n" for step, value in first["seconds"].items())
+    figures += f"| **all** | **{sum(first['seconds'].values()):.1f}** |\n\n"
+    figures += "".join(
+        f"- {'holds' if claim['holds'] else '**does not hold**'}: {claim['claim']} "
+        f"({claim['found']})\n"
+        for claim in first["claims"]
+    )
+    figures += f"\n### Seeds {seeds}: mean ± standard deviation\n\n{head}"
+    figures += "".join(line(name, row) for name, row in summary["text"].items())
+    figures += "| *recovery* | 0 % | 100 % | | " + " | ".join(
+        f"{summary['recovery'][mode]['mean']:.2%} ± {summary['recovery'][mode]['sd']:.2%}"
+        for mode in ("mix", "safe")
+    )
+    figures += f" |\n\nOne run took {cell(summary, 'seconds')} s.\n"
+    return {"table": table, "figures": figures}
+
+
+def fill(path: Path, texts: dict[str, str]) -> None:
+    """Replace what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a document."""
+    document = path.read_text()
+    for name, text in texts.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin in document:
+            before, rest = document.split(begin, 1)
+            document = f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}"
+    path.write_text(document)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--docs", type=Path, nargs="*", default=[])
+    parser.add_argument("--figure", type=Path, help="where to keep the first seed's figure")
     arguments = parser.parse_args()
     results = []
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(run_demo(Path(folder) / "demo", seed=seed, steps=arguments.steps))
+            demo = Path(folder) / "demo"
+            results.append(run_demo(demo, seed=seed, steps=arguments.steps))
+            if arguments.figure and len(results) == 1:
+                shutil.copy(demo / "figure.png", arguments.figure)
     summary = summarise(results)
     for name, methods in summary["text"].items():
         cells = "  ".join(f"{m} {v['mean']:.3f}±{v['sd']:.3f}" for m, v in methods.items())
         print(f"{name:12} {cells}")
     for mode, value in summary["recovery"].items():
         print(f"recovery {mode}: {value['mean']:.2%} ± {value['sd']:.2%}")
+    for path in arguments.docs:
+        fill(path, tables(summary, results))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"summary": summary, "runs": results}, indent=1) + "\n")
+        data = {"summary": summary, "runs": results}
+        arguments.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

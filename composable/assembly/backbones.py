@@ -156,7 +156,7 @@ def save_backbone(
     return interface
 
 
-def digests(tensors: Mapping[str, np.ndarray], cfg: BackboneConfig) -> dict[str, str]:
+def digests(tensors: Mapping[str, np.ndarray], cfg: BackboneConfig) -> dict[str, Any]:
     """Return the digests that an interface names: all weights, the trunk's, the class map's."""
     below = tuple(f"layers.{layer}." for layer in range(cfg.tap))
     trunk = {name: x for name, x in tensors.items() if name == "embed" or name.startswith(below)}

@@ -18,10 +18,10 @@ from flax import nnx
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.experts import load_expert, make_expert, save_expert
 from composable.assembly.publication import publish_vetted
-from composable.errors import TextError
+from composable.errors import TextError, VettingError
 from composable.model.tokenizer import ByteTokenizer
 from composable.packaging import atomic
-from composable.packaging.manifest import Manifest
+from composable.packaging.manifest import BODY_FILE, Manifest
 from composable.packaging.packing import fit_interface
 from composable.packaging.registry import FolderRegistry
 from composable.training.data import batches, token_stream
@@ -154,9 +154,16 @@ def check_expert(
 
     Raises:
         TextError: If there is no held-out text.
+        VettingError: If the expert was not trained yet.
         TensorFileError: If the tensors must not be loaded.
     """
     manifest = Manifest.read(folder)
+    if not (folder / BODY_FILE).exists():
+        raise VettingError(
+            "the expert was not trained yet",
+            where=str(folder),
+            hint=f"run: composable train {folder} --data FILES",
+        )
     expert = load_expert(release, folder)
     heldout = folder / WORK / HELDOUT_FILE
     if not data and not heldout.exists():
@@ -180,9 +187,7 @@ def check_expert(
     return verdict
 
 
-def publish_expert(
-    release: BackboneRelease, folder: Path, registry: FolderRegistry
-) -> Manifest:
+def publish_expert(release: BackboneRelease, folder: Path, registry: FolderRegistry) -> Manifest:
     """Publish a vetted expert.
 
     Raises:

@@ -1,6 +1,6 @@
 """Training a backbone from its recipe, and packing it with interface, scout, anchor and card.
 
-    python -m composable.assembly.pretraining experts/tiny-bytes --out composable/backbones/tiny-bytes
+    python -m composable.assembly.pretraining experts/tiny-bytes --out DIR
 
 Interrupted, it goes on from its last checkpoint when it is started again.
 """
@@ -75,7 +75,8 @@ def pretrain(
     shape = tiny_bytes()
     classes_V = jnp.arange(shape.vocab_size)
     backbone = Backbone(shape, classes_V, shape.vocab_size, rngs=nnx.Rngs(cfg.seed))
-    graph, params, rest = nnx.split(backbone, nnx.Param, ...)
+    parts: Any = nnx.split(backbone, nnx.Param, ...)
+    graph, params, rest = parts
     data = batches(
         token_stream(documents, ByteTokenizer()),
         window=cfg.window,
@@ -106,7 +107,7 @@ def pack(
     anchor, measured = cut[::2], cut[1::2]
     write_documents(recipe / "text" / "heldout.jsonl", measured)
     write = {"README.md": _README, "card.json": "{}\n"}
-    save = {
+    save: dict[str, Any] = {
         "name": "tiny-bytes",
         "version": "1.0.0",
         "anchor": anchor,
@@ -127,7 +128,7 @@ def pack(
         "measured": {
             "bits_per_byte": round(score.bits_per_byte, 5),
             "documents": len(texts),
-            "bytes": int(score.bytes_D.sum()),
+            "bytes": int(score.n_bytes.sum()),
         },
         "training": {
             "recipe": load_recipe(recipe).source.package,

@@ -148,4 +148,3 @@ def _registries(
             hint=f"give registry=FOLDER, set {REGISTRY_VARIABLE}, or work inside a project",
         )
     return {"default": str(Path(location).resolve())}, "default", {}
-

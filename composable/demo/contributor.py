@@ -26,7 +26,9 @@ def main(arguments: list[str]) -> None:
     # Temporary files of libraries go to the contributor's own folder, too.
     os.environ["TMPDIR"] = str(folder)
     registry.mkdir(parents=True, exist_ok=True)
-    mechanism = restrict(read=[*python_paths(), backbone], write=[folder, registry])
+    # /dev/shm holds the semaphores of multiprocessing, which the curve writer uses.
+    shared = [path for path in (Path("/dev/shm"),) if path.exists()]
+    mechanism = restrict(read=[*python_paths(), backbone], write=[folder, registry, *shared])
     say("confined", mechanism=mechanism, refused=_refusal(others))
 
     from composable.assembly.backbones import load_backbone

@@ -6,7 +6,6 @@ sceptic would.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import os
@@ -22,14 +21,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
-import numpy as np
-from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from composable.assembly.backbones import BackboneRelease, load_backbone
-from composable.assembly.contribution import WORK, check_expert
-from composable.assembly.experts import load_expert, make_expert, save_expert
+from composable.assembly.experts import load_expert
+from composable.demo.measure import PUBLIC, claims_of, measure
+from composable.demo.properties import CAPACITY, show_properties
 from composable.demo.report import Trace, print_table, write_readme_figure, write_report
 from composable.errors import ComposableError, TrainingError
 from composable.model.model import Model, Pluggable
@@ -37,37 +35,15 @@ from composable.packaging.constraint import Requirement
 from composable.packaging.locking import lock_project, sync_project
 from composable.packaging.manifest import EXPERT_FILE, Manifest
 from composable.packaging.project import Project
-from composable.packaging.registry import FolderRegistry
-from composable.packaging.version import Version
-from composable.training.documents import (
-    Document,
-    Spliced,
-    read_documents,
-    splice_documents,
-    write_documents,
-)
-from composable.vetting.checks import recovery
-from composable.vetting.evaluation import (
-    Scorer,
-    mix_scorer,
-    path_scorer,
-    safe_scorer,
-    score_documents,
-    slots_scorer,
-    trace_routing,
-)
+from composable.training.documents import Document, Spliced, read_documents, splice_documents
+from composable.vetting.evaluation import trace_routing
 
 BACKBONE_NAME: Final = "tiny-bytes"
 CONTRIBUTORS: Final = ("python-code", "set-mm", "legal")
-PUBLIC: Final = "public"
 STEPS: Final = 400
-# Each held-out document is scored up to here; spliced ones are made this long.
-SCORED_BYTES: Final = 2048
 _SPLICED: Final = 16
 _SEGMENT_BYTES: Final = (256, 640)
 _SEGMENTS: Final = 4
-# Room for the experts, the backbone and a hostile guest: one compilation serves all.
-_CAPACITY: Final = 8
 
 
 def run_demo(
@@ -112,13 +88,13 @@ def run_demo(
             experts[name] = _contribute(console, folder, release, registry, name, steps, seed)
     with _timed(console, seconds, "install"):
         model, plugged, project = _install(console, folder, release, registry)
-    with _timed(console, seconds, "measure"):
-        result = _measure(console, model, texts, public, spliced)
-    with _timed(console, seconds, "properties"):
-        result["properties"] = _properties(
-            console, folder, release, project, plugged, public, spliced
+    with _timed(console, seconds, "measure"), _bar(console, "measure") as show:
+        result = measure(model, texts, public, spliced, progress=show)
+    with _timed(console, seconds, "properties"), _bar(console, "properties") as show:
+        result["properties"] = show_properties(
+            folder, release, project, plugged, public, spliced, progress=show
         )
-    result["claims"] = _claims(result)
+    result["claims"] = claims_of(result)
     traces = [_trace(model, document) for document in spliced[:3]]
     result |= {
         "seconds": {step: round(value, 1) for step, value in seconds.items()},
@@ -170,7 +146,8 @@ def _fresh(folder: Path) -> Path:
     if folder.exists() and any(folder.iterdir()):
         if not mark.exists():
             raise ComposableError(
-                "the folder holds something that no demo made", where=str(folder),
+                "the folder holds something that no demo made",
+                where=str(folder),
                 hint="name another folder",
             )
         shutil.rmtree(folder)
@@ -200,6 +177,14 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.fields[note]}"),
         console=console,
     )
+
+
+@contextmanager
+def _bar(console: Console, label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show one bar and yield what moves it."""
+    with _progress(console) as bars:
+        task = bars.add_task(label, total=None, note="")
+        yield lambda done, total, note: bars.update(task, completed=done, total=total, note=note)
 
 
 def _contribute(
@@ -283,89 +268,8 @@ def _install(
         "  resolved, locked and installed "
         + ", ".join(f"{expert.name} {expert.version}" for expert in lock.experts)
     )
-    model = Model(release.backbone, release.interface, plugged, capacity=_CAPACITY)
+    model = Model(release.backbone, release.interface, plugged, capacity=CAPACITY)
     return model, plugged, project
-
-
-def _measure(
-    console: Console,
-    model: Model,
-    texts: Mapping[str, Sequence[Document]],
-    public: Sequence[Document],
-    spliced: Sequence[Spliced],
-) -> dict[str, Any]:
-    """Return bits per byte of every text under every method."""
-    methods: dict[str, Scorer] = {
-        "backbone": path_scorer(model),
-        "average": slots_scorer(model, model.average_slots()),
-        "mix": mix_scorer(model),
-        "safe": safe_scorer(model),
-    }
-    groups = {name: _begins(documents) for name, documents in texts.items()}
-    groups[PUBLIC] = _begins(public)
-    groups["spliced"] = [document.text for document in spliced]
-    table: dict[str, dict[str, float]] = {}
-    with _progress(console) as bars:
-        passes = len(groups) * len(methods) + len(texts)
-        task = bars.add_task("measure", total=passes, note="")
-        for group, documents in groups.items():
-            scorers = dict(methods)
-            if group in texts:
-                scorers["own_expert"] = path_scorer(model, group)
-            for method, scorer in scorers.items():
-                score = score_documents(scorer, documents, context=model.context)
-                table.setdefault(group, {})[method] = round(score.bits_per_byte, 5)
-                bars.update(task, advance=1, note=f"{group}, {method}")
-    domains = {name: table[name] for name in texts}
-    recovered = {
-        mode: [
-            recovery(row["backbone"], row["own_expert"], row[mode]) for row in domains.values()
-        ]
-        for mode in ("mix", "safe")
-    }
-    return {
-        "domains": domains,
-        "public": table[PUBLIC],
-        "spliced": table["spliced"],
-        "recovery": {mode: round(float(np.mean(values)), 5) for mode, values in recovered.items()},
-    }
-
-
-def _claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Hold the figures against what composition promises."""
-    public, spliced = result["public"], result["spliced"]
-    public_mix = public["mix"] / public["backbone"] - 1
-    public_safe = public["safe"] / public["backbone"] - 1
-    rival = min(spliced["backbone"], spliced["average"])
-    claims = [
-        ("recovery in mix mode is at least 97 %", result["recovery"]["mix"], 0.97, False),
-        ("recovery in safe mode is at least 99 %", result["recovery"]["safe"], 0.99, False),
-        ("public text loses at most 1 % in mix mode", public_mix, 0.01, True),
-        ("public text loses nothing in safe mode", public_safe, 0.0, True),
-        (
-            "spliced text takes at most 0.8 of what backbone or average need",
-            spliced["mix"] / rival,
-            0.8,
-            True,
-        ),
-    ]
-    return [
-        {
-            "claim": claim,
-            "found": round(found, 5),
-            "holds": bool(found <= limit if is_most else found >= limit),
-        }
-        for claim, found, limit, is_most in claims
-    ] + [
-        {"claim": item["name"], "found": item["found"], "holds": item["passed"]}
-        for item in result["properties"]
-    ]
-
-
-def _begins(documents: Sequence[Document]) -> list[bytes]:
-    """Return the begins of documents, cut so that no character is split."""
-    cut = [document.text.encode()[:SCORED_BYTES] for document in documents]
-    return [text.decode(errors="ignore").encode() for text in cut]
 
 
 def _trace(model: Model, document: Spliced) -> Trace:
@@ -374,163 +278,9 @@ def _trace(model: Model, document: Spliced) -> Trace:
     return Trace(document.text, tuple(document.segments), names, weight_TE)
 
 
-def _properties(
-    console: Console,
-    folder: Path,
-    release: BackboneRelease,
-    project: Project,
-    plugged: Sequence[Pluggable],
-    public: Sequence[Document],
-    spliced: Sequence[Spliced],
-) -> list[dict[str, Any]]:
-    """Show what makes it open source: removing, reordering, refusing, withstanding."""
-    shows: dict[str, Callable[[], tuple[bool, str]]] = {
-        "remove": lambda: _show_remove(release, plugged, spliced),
-        "reorder": lambda: _show_reorder(release, plugged, spliced),
-        "refuse": lambda: _show_refusal(folder, release, project),
-        "withstand": lambda: _show_hostile(folder, release, plugged, public),
-    }
-    properties = []
-    with _progress(console) as bars:
-        task = bars.add_task("properties", total=len(shows), note="")
-        for name, show in shows.items():
-            bars.update(task, note=name)
-            passed, found = show()
-            properties.append({"name": name, "passed": passed, "found": found})
-            bars.update(task, advance=1)
-    return properties
-
-
-def _tokens(model: Model, spliced: Sequence[Spliced]) -> np.ndarray:
-    rows = [model.encode(document.text)[: model.context] for document in spliced[:4]]
-    return np.stack([row for row in rows if len(row) == model.context])
-
-
-def _same_bits(one: Model, other: Model, tokens_BT: np.ndarray) -> tuple[bool, int]:
-    """Compare two models in both modes; return whether all values agree, and how many there are."""
-    pairs = [
-        (np.asarray(one(tokens_BT)), np.asarray(other(tokens_BT))),
-        (np.asarray(one.safe(tokens_BT)), np.asarray(other.safe(tokens_BT))),
-    ]
-    # Compared as integers: -0.0 and 0.0 differ, and so would two kinds of NaN.
-    same = all((a.view(np.int32) == b.view(np.int32)).all() for a, b in pairs)
-    return same, sum(a.size for a, _ in pairs)
-
-
-def _show_remove(
-    release: BackboneRelease, plugged: Sequence[Pluggable], spliced: Sequence[Spliced]
-) -> tuple[bool, str]:
-    """Remove an expert; the logits are those of the model that never had it."""
-    gone = plugged[1]
-    model = Model(release.backbone, release.interface, plugged, capacity=_CAPACITY)
-    model.remove(gone.name)
-    rest = [expert for expert in plugged if expert is not gone]
-    never = Model(release.backbone, release.interface, rest, capacity=_CAPACITY)
-    same, n_values = _same_bits(model, never, _tokens(model, spliced))
-    verb = "equal" if same else "differ from"
-    return same, (
-        f"{gone.name} removed: all {n_values:,} logits {verb}, bit for bit, those of the model "
-        "that never had it"
-    )
-
-
-def _show_reorder(
-    release: BackboneRelease, plugged: Sequence[Pluggable], spliced: Sequence[Spliced]
-) -> tuple[bool, str]:
-    """Install in another order; the logits are the same."""
-    model = Model(release.backbone, release.interface, plugged, capacity=_CAPACITY)
-    other = Model(release.backbone, release.interface, capacity=_CAPACITY)
-    order = list(reversed(plugged))
-    for expert in order:
-        other.install(expert)
-    same, n_values = _same_bits(model, other, _tokens(model, spliced))
-    names = ", ".join(expert.name for expert in order)
-    verb = "equal" if same else "differ from"
-    return same, f"installed as {names}: all {n_values:,} logits {verb}, bit for bit, the first"
-
-
-def _show_refusal(folder: Path, release: BackboneRelease, project: Project) -> tuple[bool, str]:
-    """Ask for an expert of another interface version; resolution refuses and says why."""
-    name = CONTRIBUTORS[0]
-    future = folder / "contributors" / f"{name}-2"
-    shutil.copytree(
-        folder / "contributors" / name, future, ignore=shutil.ignore_patterns(WORK, "text", "log*")
-    )
-    manifest = Manifest.read(future)
-    other_digest = "sha256:" + "0" * 64
-    manifest = dataclasses.replace(
-        manifest,
-        version=Version("2.0.0"),
-        interface=dataclasses.replace(
-            manifest.interface,
-            requires=Requirement.parse("interface>=2.0,<3").constraint,
-            digest=other_digest,
-        ),
-    )
-    (future / EXPERT_FILE).write_text(manifest.to_toml())
-    FolderRegistry(folder / "registry").publish(future)
-    asked = Requirement.parse(f"{name}>=2.0")
-    wanted = dataclasses.replace(project.experts[name], constraint=asked.constraint)
-    wanting = dataclasses.replace(
-        project,
-        experts={name: wanted},
-        registries={"demo": str(folder / "registry")},
-        root=folder / "refused",
-    )
-    try:
-        lock_project(wanting, release.interface, is_dry_run=True)
-    except ComposableError as error:
-        return True, f"{asked} refused: {error}"
-    return False, f"{asked} was not refused"
-
-
-def _show_hostile(
-    folder: Path,
-    release: BackboneRelease,
-    plugged: Sequence[Pluggable],
-    public: Sequence[Document],
-) -> tuple[bool, str]:
-    """Plug in an expert with an untrained scout and a huge random body."""
-    source, own = folder / "contributors" / CONTRIBUTORS[0], folder / "contributors" / "hostile"
-    own.mkdir()
-    manifest = dataclasses.replace(Manifest.read(source), name="hostile")
-    (own / EXPERT_FILE).write_text(manifest.to_toml())
-    expert = make_expert(release, manifest, seed=1)
-    key = jax.random.key(1)
-    noise = jax.tree.map(
-        lambda x: 100.0 * jax.random.normal(key, x.shape), nnx.state(expert.body)
-    )
-    nnx.update(expert.body, noise)
-    save_expert(own, expert, manifest)
-    shutil.copytree(source / WORK, own / WORK)
-    verdict = check_expert(release, own)
-    failed = [check.name for check in verdict.checks if not check.passed]
-
-    clean = Model(release.backbone, release.interface, plugged, capacity=_CAPACITY)
-    dirty = Model(release.backbone, release.interface, plugged, capacity=_CAPACITY)
-    dirty.install(load_expert(release, own))
-    documents = _begins(public)
-    change = {}
-    for mode, scorer in (("mix", mix_scorer), ("safe", safe_scorer)):
-        before, after = (
-            score_documents(scorer(model), documents, context=model.context).bits_per_byte
-            for model in (clean, dirty)
-        )
-        change[mode] = after / before - 1
-    index = dirty.names.index("hostile")
-    taken = np.concatenate([trace_routing(dirty, text)[:, index] for text in documents])
-    passed = max(map(abs, change.values())) < 1e-3 and bool(failed)
-    return passed, (
-        f"an untrained scout with a huge random body took {taken.mean():.4%} of the public text's "
-        f"bytes and changed its bits by {change['mix']:+.4%} in mix mode, {change['safe']:+.4%} in "
-        f"safe mode; vetting refuses it ({', '.join(failed)})"
-    )
-
-
 def _print_properties(console: Console, properties: Sequence[Mapping[str, Any]]) -> None:
     console.print()
     for item in properties:
         mark = "[green]✓[/]" if item["passed"] else "[red]✗[/]"
         console.print(f"{mark} [bold]{item['name']}[/]  ", end="")
         console.print(item["found"], markup=False, highlight=False)
-

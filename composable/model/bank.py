@@ -7,7 +7,6 @@ index, and removing clears its alive mark: neither recompiles anything.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -143,7 +142,7 @@ def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
     return jax.tree.map(lambda stack: jnp.einsum("E,E...->...", weight_E, stack), bank.slots)
 
 
-def entry_slots(bank: Bank, index: jax.Array | int) -> tuple[Mapping[str, jax.Array], ...]:
+def entry_slots(bank: Bank, index: jax.Array | int) -> tuple[SlotMatrices, ...]:
     """Return the matrices of one entry of the bank, for every slot."""
     return tuple({name: slot[name][index] for name in MATRICES} for slot in bank.slots)
 

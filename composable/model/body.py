@@ -39,7 +39,7 @@ class LowRank(nnx.Module):
         Hu et al. 2021, arXiv:2106.09685, with the scale folded into `b`.
     """
 
-    def __init__(self, shape: tuple[int, int], dims: str, rank: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, shape: tuple[int, ...], dims: str, rank: int, *, rngs: nnx.Rngs) -> None:
         rows, columns = shape
         initial = jax.random.normal(rngs.params(), (rows, rank)) * rows**-0.5
         self.a = nnx.Param(initial, dims=dims[0] + "R")

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from composable.interface import RouterInterface
-from composable.kernels import combine_rows, default_block, gather_rows, grouped_swiglu, make_dispatch
+from composable.kernels import (
+    combine_rows,
+    default_block,
+    gather_rows,
+    grouped_swiglu,
+    make_dispatch,
+)
 from composable.model.backbone import Backbone, FeedForwardFn
 from composable.model.bank import Bank, entry_slots
 from composable.model.body import MATRICES
@@ -80,6 +86,10 @@ class SafeState(NamedTuple):
     caches: Caches | None = None
 
 
+# Log probabilities of one path, BTV, and its caches.
+_PathOutput = tuple[jax.Array, tuple[KVCache, ...]]
+
+
 def mix_state(parts: Parts, batch: int, cache_length: int | None = None) -> MixState:
     """Return mix mode's state at the begin of a document.
 
@@ -123,11 +133,13 @@ def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array,
     x_BTD, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
     choice = _trust(parts, track_BTE)
     feed_forward = _mixed_feed_forward(parts, choice)
-    upper = None if caches is None else caches.upper
-    position = 0 if state.caches is None else state.caches.position
-    logits_BTV, upper = parts.backbone.upper(x_BTD, feed_forward, position, upper)
-    if caches is not None:
-        caches = caches._replace(upper=tuple(upper))
+    if state.caches is None or caches is None:
+        logits_BTV, _ = parts.backbone.upper(x_BTD, feed_forward)
+    else:
+        logits_BTV, written = parts.backbone.upper(
+            x_BTD, feed_forward, state.caches.position, caches.upper
+        )
+        caches = caches._replace(upper=tuple(written))
     return logits_BTV, MixState(router, caches)
 
 
@@ -147,9 +159,7 @@ def track_records(parts: Parts, tokens_BT: jax.Array, state: RouterState) -> jax
     return _listen(parts, tokens_BT, state, None)[1]
 
 
-def path(
-    parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]
-) -> jax.Array:
+def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]) -> jax.Array:
     """Return logits with one body always on, shape BTV float32; the router is not asked.
 
     Args:
@@ -247,7 +257,7 @@ def _mixed_feed_forward(parts: Parts, choice: Choice) -> FeedForwardFn:
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
         slot = parts.bank.slots[parts.interface.slots.index(layer)]
         x_PD = gather_rows(x_BTD.reshape(batch * n_tokens, -1), dispatch)
-        y_PD = grouped_swiglu(x_PD, *(slot[name] for name in MATRICES), dispatch)
+        y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
         # A contribution that is not finite counts as zero: 0 * inf must not reach the sum.
         y_PD = jnp.where(jnp.isfinite(y_PD), y_PD, 0)
         return combine_rows(y_PD, weight_MJ.astype(y_PD.dtype), dispatch).reshape(x_BTD.shape)
@@ -255,9 +265,7 @@ def _mixed_feed_forward(parts: Parts, choice: Choice) -> FeedForwardFn:
     return run
 
 
-def _fixed_feed_forward(
-    parts: Parts, slots: Sequence[Mapping[str, jax.Array]]
-) -> FeedForwardFn:
+def _fixed_feed_forward(parts: Parts, slots: Sequence[Mapping[str, jax.Array]]) -> FeedForwardFn:
     """Return one body, always on."""
     index_of = parts.interface.slots.index
 
@@ -286,15 +294,15 @@ def _paths(
     own = () if caches is None else caches.upper
     position = 0 if caches is None else caches.position
 
-    def run(index: jax.Array, cache: tuple[KVCache, ...]) -> tuple[jax.Array, tuple[KVCache, ...]]:
+    def run(index: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
         feed_forward = _fixed_feed_forward(parts, entry_slots(bank, index))
-        logits_BTV, cache = backbone.upper(x_BTD, feed_forward, position, cache or None)
+        logits_BTV, written = backbone.upper(x_BTD, feed_forward, position, cache or None)
         # A path that breaks predicts nothing: the uniform distribution.
         sound_BT1 = jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True)
         log_prob_BTV = jax.nn.log_softmax(jnp.where(sound_BT1, logits_BTV, 0.0), axis=-1)
-        return log_prob_BTV, tuple(cache)
+        return log_prob_BTV, tuple(written)
 
-    def one(entry: tuple[jax.Array, jax.Array, tuple[KVCache, ...]]) -> tuple[jax.Array, tuple]:
+    def one(entry: tuple[jax.Array, jax.Array, tuple[KVCache, ...]]) -> _PathOutput:
         index, needed, cache = entry
         return jax.lax.cond(needed, run, lambda _, cache: (uniform_BTV, cache), index, cache)
 

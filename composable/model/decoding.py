@@ -5,7 +5,7 @@ Two compilations serve any text: a prefill chunk of fixed length and a single st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -19,7 +19,10 @@ from composable.model.tokenizer import BEGIN
 
 Mode = Literal["mix", "safe"]
 _PREFILL: Final = 32
-_MODES: Final = {"mix": (mix, mix_state), "safe": (safe, safe_state)}
+_MODES: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
+    "mix": (mix, mix_state),
+    "safe": (safe, safe_state),
+}
 
 
 @partial(jax.jit, static_argnames="mode", donate_argnames="state")

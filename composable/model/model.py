@@ -133,7 +133,7 @@ class Model:
         self.parts = Parts(backbone=self.parts.backbone, bank=bank, interface=self.interface)
         self.names = (*self.names[:index], None, *self.names[index + 1 :])
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
         """Return logits in mix mode.
 
         Args:
@@ -149,18 +149,18 @@ class Model:
         tokens_BT = self._checked(tokens_BT)
         return _mix(self.parts, tokens_BT)
 
-    def safe(self, tokens_BT: jax.Array) -> jax.Array:
+    def safe(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
         """Return log probabilities in safe mode, shape BTV; see `composed.safe` for its bound."""
         return _safe(self.parts, self._checked(tokens_BT))
 
-    def route(self, tokens_BT: jax.Array) -> jax.Array:
+    def route(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
         """Return who is trusted, where: weights per token and expert, shape BTE.
 
         Entry e belongs to `names[e]`; the backbone comes first.
         """
         return _route(self.parts, self._checked(tokens_BT))
 
-    def path(self, tokens_BT: jax.Array, name: str = BACKBONE) -> jax.Array:
+    def path(self, tokens_BT: jax.typing.ArrayLike, name: str = BACKBONE) -> jax.Array:
         """Return logits of one expert always on, or of the backbone alone, shape BTV."""
         return _path(self.parts, self._checked(tokens_BT), self._index(name))
 
@@ -173,7 +173,12 @@ class Model:
         return self.tokenizer.encode(text)
 
     def stream(
-        self, prompt: str, max_tokens: int = 100, *, temperature: float = 0.0, seed: int = 0,
+        self,
+        prompt: str,
+        max_tokens: int = 100,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
         mode: Mode = "mix",
     ) -> Iterator[str]:
         """Yield the continuation of a prompt piece by piece; arguments as for `generate`."""
@@ -181,7 +186,11 @@ class Model:
 
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         tokens = continue_tokens(
-            self.parts, self.encode(prompt), max_tokens, temperature=temperature, seed=seed,
+            self.parts,
+            self.encode(prompt),
+            max_tokens,
+            temperature=temperature,
+            seed=seed,
             mode=mode,
         )
         for token in tokens:
@@ -196,8 +205,8 @@ class Model:
             raise ModelError(f"no expert named {name!r} is plugged in (there are: {plugged})")
         return self.names.index(name)
 
-    def _checked(self, tokens_BT: jax.Array) -> jax.Array:
-        tokens_BT = jnp.asarray(tokens_BT)
+    def _checked(self, tokens: jax.typing.ArrayLike) -> jax.Array:
+        tokens_BT = jnp.asarray(tokens)
         is_batch = tokens_BT.ndim == 2 and tokens_BT.size > 0
         if not is_batch or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ModelError(

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from composable.model.scout import class_log_probs
 
-# What a non-finite prediction counts as, in nats: worse than any scout that works.
+# What a prediction counts as that is not finite or lower still, in nats: worse than any scout that
+# works, and few enough that sums along a document stay finite.
 _WORST = -1e4
 # The log weight of what must never be chosen: zero after exp, and finite, so gradients stay so.
 NEVER = -1e30
@@ -75,7 +76,7 @@ def evidence(
     def one_scout(scout: ScoutBank) -> jax.Array:
         log_prob_BTC = class_log_probs(before_BTD, *scout)
         log_prob_BT = jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1)[..., 0]
-        return jnp.where(jnp.isfinite(log_prob_BT), log_prob_BT, _WORST)
+        return jnp.where(jnp.isfinite(log_prob_BT), jnp.maximum(log_prob_BT, _WORST), _WORST)
 
     # One scout at a time, each through the same program: the bits of its score cannot depend on
     # how many others there are, as they could in one batched product.

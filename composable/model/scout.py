@@ -23,9 +23,7 @@ class Scout(nnx.Module):
 
     def __init__(self, d_model: int, width: int, n_classes: int, *, rngs: nnx.Rngs) -> None:
         normal = jax.random.normal
-        self.w_in = nnx.Param(
-            normal(rngs.params(), (d_model, width)) * d_model**-0.5, dims="DW"
-        )
+        self.w_in = nnx.Param(normal(rngs.params(), (d_model, width)) * d_model**-0.5, dims="DW")
         self.b_in = nnx.Param(jnp.zeros(width), dims="W")
         # Near-uniform at first: an untrained scout predicts badly and so wins nothing.
         self.w_out = nnx.Param(

@@ -40,9 +40,7 @@ class Checkpoints:
             ),
         )
 
-    def restore(
-        self, trained: Any, opt_state: Any
-    ) -> tuple[int, Any, Any, dict[str, Any]] | None:
+    def restore(self, trained: Any, opt_state: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
         """Return (step, trained, opt_state, data state) of the newest checkpoint, or None.
 
         Args:

@@ -62,11 +62,7 @@ def batches(
         return stream[start : start + window + 1].astype(np.int32)
 
     rows = (
-        grain.MapDataset.range(max(1, last // window))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(cut)
+        grain.MapDataset.range(max(1, last // window)).seed(seed).shuffle().repeat().random_map(cut)
     )
     rows = rows[process::n_processes]
     return iter(rows.batch(batch_size // n_processes).to_iter_dataset())

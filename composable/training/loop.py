@@ -31,9 +31,14 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 class BatchIterator(Protocol):
     """What the loop asks of data: batches, and a position that can be saved."""
 
-    def __next__(self) -> np.ndarray: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def __next__(self) -> np.ndarray:
+        """Return the next batch, shape (B, T+1)."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position in the data, as plain data."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position that `get_state` returned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +139,7 @@ def muon(cfg: TrainConfig) -> optax.GradientTransformation:
     """
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.contrib.muon(
-            schedule(cfg), weight_decay=cfg.weight_decay, consistent_rms=0.2
-        ),
+        optax.contrib.muon(schedule(cfg), weight_decay=cfg.weight_decay, consistent_rms=0.2),
     )
 
 

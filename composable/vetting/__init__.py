@@ -1,0 +1,1 @@
+"""Evaluation, the checks that an expert must pass, and the card that records them."""

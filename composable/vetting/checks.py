@@ -125,8 +125,8 @@ def vet(
         _check_isolation(backbone, interface, expert, heldout[0]),
         Check(
             name="finite",
-            passed=all(np.isfinite(score.nats_D).all() for score in scores.values()),
-            found=f"{sum(np.isfinite(score.nats_D).all() for score in scores.values())} of "
+            passed=all(np.isfinite(score.nats).all() for score in scores.values()),
+            found=f"{sum(np.isfinite(score.nats).all() for score in scores.values())} of "
             f"{len(scores)} scorings finite",
             expected="all",
         ),

@@ -33,21 +33,21 @@ class Score:
     """What a text cost.
 
     Args:
-        nats_D: Negative log likelihood of each document.
-        bytes_D: Bytes of each document.
+        nats: Negative log likelihood of each document.
+        n_bytes: Bytes of each document.
     """
 
-    nats_D: np.ndarray
-    bytes_D: np.ndarray
+    nats: np.ndarray
+    n_bytes: np.ndarray
 
     @property
     def bits_per_byte(self) -> float:
         """Total bits over total bytes."""
-        return float(self.nats_D.sum() / self.bytes_D.sum() / np.log(2))
+        return float(self.nats.sum() / self.n_bytes.sum() / np.log(2))
 
 
 # (tokens BT, targets BT, state) -> (negative log likelihood BT, state); state None begins.
-Scorer = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Scorer = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike, Any], tuple[jax.Array, Any]]
 
 
 def mix_scorer(model: Model) -> Scorer:
@@ -91,7 +91,7 @@ def score_documents(
     Raises:
         TextError: If there are no documents, or one is empty.
     """
-    nats_D, bytes_D = [], []
+    nats, n_bytes = [], []
     for start in range(0, len(documents), BATCH):
         chunk = documents[start : start + BATCH]
         tokens_BT, mask_BT = _to_windows(chunk, context, max_bytes)
@@ -102,13 +102,13 @@ def score_documents(
             inputs_BT = tokens_BT[:, :-1][:, window]
             nll_BT, state = scorer(inputs_BT, tokens_BT[:, 1:][:, window], state)
             nats_B += np.where(mask_BT[:, window], np.asarray(nll_BT, np.float64), 0).sum(axis=1)
-        nats_D.append(nats_B[: len(chunk)])
-        bytes_D.append(mask_BT.sum(axis=1)[: len(chunk)])
+        nats.append(nats_B[: len(chunk)])
+        n_bytes.append(mask_BT.sum(axis=1)[: len(chunk)])
         if progress:
             progress(min(start + BATCH, len(documents)), len(documents))
     if not documents:
         raise TextError("there are no documents to score")
-    return Score(np.concatenate(nats_D), np.concatenate(bytes_D))
+    return Score(np.concatenate(nats), np.concatenate(n_bytes))
 
 
 def trace_routing(model: Model, document: bytes) -> np.ndarray:
@@ -132,7 +132,9 @@ def _to_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens of shape (BATCH, n * context + 1) and which targets count."""
     encode = ByteTokenizer().encode
-    rows = [encode(document)[: None if max_bytes is None else max_bytes + 1] for document in documents]
+    rows = [
+        encode(document)[: None if max_bytes is None else max_bytes + 1] for document in documents
+    ]
     longest = max(len(row) for row in rows) - 1
     width = -(-longest // context) * context
     tokens_BT = np.zeros((BATCH, width + 1), np.int32)
