@@ -53,12 +53,11 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
         TrainingError: If the devices do not divide evenly.
     """
     n_devices = jax.device_count()
-    data, rest = divmod(n_devices, fsdp * tensor)
-    if rest or min(fsdp, tensor) < 1:
+    if min(fsdp, tensor) < 1 or n_devices % (fsdp * tensor):
         raise TrainingError(
             f"{n_devices} devices do not divide into fsdp={fsdp} times tensor={tensor}",
             where="mesh",
         )
-    shape = (data, fsdp, tensor)
+    shape = (n_devices // (fsdp * tensor), fsdp, tensor)
     assert math.prod(shape) == n_devices
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
