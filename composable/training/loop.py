@@ -183,7 +183,7 @@ def fit(
         grad_fn = jax.value_and_grad(objective, has_aux=True)
         (loss, figures), grads = grad_fn(trained, frozen, tokens)
         updates, opt_state = optimizer.update(grads, opt_state, trained)
-        figures = {"loss": loss, "grad_norm": optax.global_norm(grads), **figures}
+        figures = {"loss": loss, "grad_norm": optax.tree.norm(grads), **figures}
         return optax.apply_updates(trained, updates), opt_state, figures
 
     step_jit = jax.jit(step_fn, donate_argnums=(0, 1))
