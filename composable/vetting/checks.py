@@ -71,8 +71,12 @@ class Verdict:
 
 
 def recovery(backbone: float, own: float, composed_: float) -> float:
-    """Return the share of the gap between backbone and own expert that a composed model closes."""
-    return (backbone - composed_) / (backbone - own)
+    """Return the share of the gap between backbone and own expert that a composed model closes.
+
+    Where there is no gap there is nothing to close, and the share is 0.
+    """
+    gap = backbone - own
+    return (backbone - composed_) / gap if gap else 0.0
 
 
 def vet(
@@ -146,19 +150,24 @@ def vet(
         ),
     )
     measured = {
-        "bits_per_byte": {name: round(value, 5) for name, value in bits.items()},
-        "gain": round(gain, 5),
-        "anchor_loss": round(loss, 5),
-        "anchor_taken": round(float(np.mean(taken)), 5),
-        "recovery_mix": round(
-            recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"]), 5
+        "bits_per_byte": {name: _figure(value) for name, value in bits.items()},
+        "gain": _figure(gain),
+        "anchor_loss": _figure(loss),
+        "anchor_taken": _figure(float(np.mean(taken))),
+        "recovery_mix": _figure(
+            recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"])
         ),
-        "recovery_safe": round(
-            recovery(bits["own_backbone"], bits["own_expert"], bits["own_safe"]), 5
+        "recovery_safe": _figure(
+            recovery(bits["own_backbone"], bits["own_expert"], bits["own_safe"])
         ),
         "documents": {"own": len(heldout), "anchor": len(anchor), "max_bytes": MAX_BYTES},
     }
     return Verdict(checks=checks, measured=measured)
+
+
+def _figure(value: float) -> float | None:
+    """Return a figure as the card records it; JSON has no word for what is not finite."""
+    return round(value, 5) if np.isfinite(value) else None
 
 
 def _check_isolation(
