@@ -75,7 +75,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         TensorFileError: For a header that breaks a rule, or a file of another size than it says.
     """
-    with path.open("rb") as file:
+    with _open(path) as file:
         return _read_header(file, path)
 
 
@@ -89,7 +89,7 @@ def check_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> None:
     Raises:
         TensorFileError: Naming the file, the tensor, what was expected and what is there.
     """
-    with path.open("rb") as file:
+    with _open(path) as file:
         header = _read_header(file, path)
         _compare(header, expected, path)
         for name, info in header.items():
@@ -118,7 +118,7 @@ def read_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> dict[str, np
     import numpy as np
 
     arrays: dict[str, np.ndarray] = {}
-    with path.open("rb") as file:
+    with _open(path) as file:
         header = _read_header(file, path)
         _compare(header, expected, path)
         for name in expected:
@@ -178,6 +178,13 @@ def write_tensors(
         for name, block in blocks:
             _refuse_non_finite(block, infos[name], name, path, 0)
             sink.write(block)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise TensorFileError("there is no such file", where=str(path)) from error
 
 
 def _refuse(path: Path, message: str, tensor: str | None = None) -> NoReturn:
