@@ -99,9 +99,9 @@ def train(
     release = load_backbone(backbone)
     with bars.show_training(is_quiet=is_quiet) as progress:
         record = train_expert(release, folder, files, expert_config(steps, seed), progress=progress)
+    figures = bars.format_figures(record["last"]) or "all steps were done before"
     show(
-        f"trained {folder} on {record['documents']} documents in {record['seconds']} s: "
-        f"{bars.format_figures(record['last'])}",
+        f"trained {folder} on {record['documents']} documents in {record['seconds']} s: {figures}",
         record,
         as_json=as_json,
         is_quiet=is_quiet,
