@@ -5,6 +5,7 @@ Every objective has the form (trained, frozen, tokens) -> (loss in nats per toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ from composable.model.backbone import Backbone
 from composable.model.body import Body
 from composable.model.scout import Scout
 
-_BITS = 1.0 / jnp.log(2.0)
+# Bits per nat; not by jnp, which would start jax before the processes of a run have met.
+_BITS = 1.0 / math.log(2.0)
 
 
 def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
