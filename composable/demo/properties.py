@@ -191,7 +191,7 @@ def _show_hostile(
         )
         change[mode] = after / before - 1
     index = dirty.names.index("hostile")
-    taken = np.concatenate([trace_routing(dirty, text)[:, index] for text in documents])
+    taken = np.concatenate(trace_routing(dirty, documents))[:, index]
     passed = max(map(abs, change.values())) < MAX_CHANGE and bool(failed)
     return passed, (
         f"an untrained scout with a huge random body took {taken.mean():.4%} of the public text's "

@@ -95,7 +95,7 @@ def run_demo(
             folder, release, project, plugged, public, spliced, progress=show
         )
     result["claims"] = claims_of(result)
-    traces = [_trace(model, document) for document in spliced[:3]]
+    traces = _traces(model, spliced[:3])
     result |= {
         "seconds": {step: round(value, 1) for step, value in seconds.items()},
         "peak_rss_bytes": 1024
@@ -272,10 +272,13 @@ def _install(
     return model, plugged, project
 
 
-def _trace(model: Model, document: Spliced) -> Trace:
-    weight_TE = trace_routing(model, document.text)
+def _traces(model: Model, documents: Sequence[Spliced]) -> list[Trace]:
+    weights = trace_routing(model, [document.text for document in documents])
     names = tuple(name or "" for name in model.names)
-    return Trace(document.text, tuple(document.segments), names, weight_TE)
+    return [
+        Trace(document.text, document.segments, names, weight_TE)
+        for document, weight_TE in zip(documents, weights, strict=True)
+    ]
 
 
 def _print_properties(console: Console, properties: Sequence[Mapping[str, Any]]) -> None:

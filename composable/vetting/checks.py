@@ -22,7 +22,6 @@ from composable.vetting.evaluation import (
     Score,
     mix_scorer,
     path_scorer,
-    safe_scorer,
     score_documents,
     trace_routing,
 )
@@ -106,10 +105,8 @@ def vet(
         "own_backbone": (path_scorer(model), heldout),
         "own_expert": (path_scorer(model, expert.name), heldout),
         "own_mix": (mix_scorer(model), heldout),
-        "own_safe": (safe_scorer(model), heldout),
         "anchor_backbone": (path_scorer(model), anchor),
         "anchor_mix": (mix_scorer(model), anchor),
-        "anchor_safe": (safe_scorer(model), anchor),
     }
     scores: dict[str, Score] = {}
     for name, (scorer, documents) in runs.items():
@@ -120,7 +117,8 @@ def vet(
             progress(len(scores), len(runs) + 1)
     bits = {name: score.bits_per_byte for name, score in scores.items()}
     index = model.names.index(expert.name)
-    taken = [trace_routing(model, document[:MAX_BYTES])[:, index].mean() for document in anchor]
+    traces = trace_routing(model, anchor, max_bytes=MAX_BYTES)
+    taken = np.concatenate(traces)[:, index].mean()
     if progress:
         progress(len(runs) + 1, len(runs) + 1)
     gain = 1 - bits["own_expert"] / bits["own_backbone"]
@@ -153,13 +151,8 @@ def vet(
         "bits_per_byte": {name: _figure(value) for name, value in bits.items()},
         "gain": _figure(gain),
         "anchor_loss": _figure(loss),
-        "anchor_taken": _figure(float(np.mean(taken))),
-        "recovery_mix": _figure(
-            recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"])
-        ),
-        "recovery_safe": _figure(
-            recovery(bits["own_backbone"], bits["own_expert"], bits["own_safe"])
-        ),
+        "anchor_taken": _figure(float(taken)),
+        "recovery": _figure(recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"])),
         "documents": {"own": len(heldout), "anchor": len(anchor), "max_bytes": MAX_BYTES},
     }
     return Verdict(checks=checks, measured=measured)

@@ -111,20 +111,31 @@ def score_documents(
     return Score(np.concatenate(nats), np.concatenate(n_bytes))
 
 
-def trace_routing(model: Model, document: bytes) -> np.ndarray:
-    """Return who was trusted to predict each byte of a document.
+def trace_routing(
+    model: Model, documents: Sequence[bytes], *, max_bytes: int | None = None
+) -> list[np.ndarray]:
+    """Return who was trusted to predict each byte of every document.
+
+    Args:
+        model: The model.
+        documents: UTF-8 texts, not empty.
+        max_bytes: Trace at most this many bytes of each document.
 
     Returns:
-        Weights of shape (bytes, E); entry e belongs to `model.names[e]`.
+        Weights of shape (bytes, E) for each document; entry e belongs to `model.names[e]`.
     """
-    context = model.context
-    tokens_BT, mask_BT = _to_windows([document], context, None)
-    state, pieces = None, []
-    for at in range(0, mask_BT.shape[1], context):
-        inputs_BT = tokens_BT[:, :-1][:, at : at + context]
-        weight_BTE, state = _route(model.parts, inputs_BT, state)
-        pieces.append(np.asarray(weight_BTE[0]))
-    return np.concatenate(pieces)[: len(document)]
+    traces = []
+    for start in range(0, len(documents), BATCH):
+        chunk = documents[start : start + BATCH]
+        tokens_BT, mask_BT = _to_windows(chunk, model.context, max_bytes)
+        state, pieces = None, []
+        for at in range(0, mask_BT.shape[1], model.context):
+            inputs_BT = tokens_BT[:, :-1][:, at : at + model.context]
+            weight_BTE, state = _route(model.parts, inputs_BT, state)
+            pieces.append(np.asarray(weight_BTE))
+        weight_BTE = np.concatenate(pieces, axis=1)
+        traces += [weight_BTE[i][mask_BT[i]] for i in range(len(chunk))]
+    return traces
 
 
 def _to_windows(

@@ -1,0 +1,69 @@
+import json
+import shutil
+
+import pytest
+
+from composable.errors import VettingError
+from composable.interface import digest_bytes
+from composable.vetting.card import CARD_FILE, require_passed
+
+
+@pytest.fixture
+def folder(trained_folder, tmp_path):
+    return shutil.copytree(trained_folder, tmp_path / "logic")
+
+
+def change_card(folder, **changes):
+    card = json.loads((folder / CARD_FILE).read_text())
+    (folder / CARD_FILE).write_text(json.dumps({**card, **changes}))
+
+
+def test_a_vetted_expert_may_be_published(folder, release):
+    card = require_passed(folder, release.interface)
+    assert card["expert"] == "logic@1.0.0"
+    assert card["interface"] == {"name": "tiny", "digest": release.interface.digest}
+    for name, digest in card["tensors"].items():
+        assert digest == digest_bytes((folder / name).read_bytes())
+    assert "composable check" in card["measure_again"]
+
+
+def test_without_a_card_there_is_no_publishing(folder, release):
+    (folder / CARD_FILE).unlink()
+    with pytest.raises(VettingError, match="was not vetted") as caught:
+        require_passed(folder, release.interface)
+    assert "composable check" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["body.safetensors", "scout.safetensors"])
+def test_tensors_that_changed_since_must_be_vetted_again(folder, release, name):
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(VettingError, match="changed since they were vetted"):
+        require_passed(folder, release.interface)
+
+
+def test_a_card_of_another_interface_does_not_count(folder, tiny):
+    with pytest.raises(VettingError, match="another interface"):
+        require_passed(folder, tiny.interface)
+
+
+def test_a_failed_check_is_told_with_its_figures(folder, release):
+    checks = [{"name": "gain", "passed": False, "found": "3 to 3", "expected": "1% less"}]
+    change_card(folder, checks=checks, passed=False)
+    with pytest.raises(VettingError, match="gain: 3 to 3, expected 1% less"):
+        require_passed(folder, release.interface)
+
+
+def test_a_card_that_contradicts_itself_does_not_count(folder, release):
+    checks = [{"name": "gain", "passed": False, "found": "3 to 3", "expected": "1% less"}]
+    change_card(folder, checks=checks, passed=True)
+    with pytest.raises(VettingError, match="gain"):
+        require_passed(folder, release.interface)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"tensors": 3}', '{"interface": []}'])
+def test_a_damaged_card_does_not_count(folder, release, text):
+    (folder / CARD_FILE).write_text(text)
+    with pytest.raises(VettingError):
+        require_passed(folder, release.interface)

@@ -1,0 +1,117 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from composable.assembly.contribution import _texts
+from composable.assembly.experts import load_expert
+from composable.errors import TextError
+from composable.training.documents import read_documents
+from composable.vetting.checks import Check, Verdict, recovery, vet
+
+
+@pytest.fixture(scope="module")
+def texts(release, trained_folder):
+    """Return (held-out private text, public text)."""
+    heldout = read_documents([trained_folder / ".work" / "heldout.jsonl"])
+    return _texts(heldout), _texts(release.anchor)
+
+
+@pytest.fixture(scope="module")
+def good(release, trained_folder):
+    return load_expert(release, trained_folder)
+
+
+def vet_expert(release, expert, texts):
+    return vet(release.backbone, release.interface, expert, *texts)
+
+
+def failed(verdict):
+    return {check.name for check in verdict.checks if not check.passed}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "own", "composed", "share"),
+    [(4.0, 2.0, 2.0, 1.0), (4.0, 2.0, 4.0, 0.0), (4.0, 2.0, 3.0, 0.5), (4.0, 2.0, 1.0, 1.5)],
+)
+def test_recovery_is_the_share_of_the_gap_that_is_closed(backbone, own, composed, share):
+    assert recovery(backbone, own, composed) == pytest.approx(share)
+
+
+def test_a_verdict_passes_when_every_check_does():
+    checks = [Check(name=n, passed=p, found="", expected="") for n, p in (("a", True), ("b", True))]
+    assert Verdict(checks=tuple(checks), measured={}).passed
+    checks.append(Check(name="c", passed=False, found="", expected=""))
+    assert not Verdict(checks=tuple(checks), measured={}).passed
+
+
+def test_a_good_expert_passes_with_its_figures(trained_folder):
+    card = json.loads((trained_folder / "card.json").read_text())
+    assert card["passed"], card["checks"]
+    assert [check["name"] for check in card["checks"]] == ["isolation", "finite", "gain", "anchor"]
+    measured = card["measured"]
+    bits = measured["bits_per_byte"]
+    assert bits["own_expert"] < 0.8 * bits["own_backbone"]
+    assert measured["gain"] == pytest.approx(
+        1 - bits["own_expert"] / bits["own_backbone"], abs=1e-4
+    )
+    assert measured["recovery"] > 0.5
+    assert measured["anchor_taken"] < 0.5
+    assert card["training"]["tokens"] == 60 * 8 * 32
+
+
+def test_an_expert_that_knows_nothing_new_fails(release, tiny, good, texts):
+    from flax import nnx
+
+    from composable.model.body import Expert
+
+    fresh = Expert(release.backbone, kind="ffn", scout_width=8, rngs=nnx.Rngs(0))
+    untrained = dataclasses.replace(good, body=fresh.body, scout=fresh.scout)
+    verdict = vet_expert(release, untrained, texts)
+    assert failed(verdict) == {"gain"}
+    assert verdict.measured["gain"] == 0
+    json.dumps(verdict.measured, allow_nan=False)
+
+
+def test_an_expert_that_takes_public_text_and_spoils_it_fails(release, tiny, good, texts):
+    """The backbone's own scout with a bias for public letters, and a body that knows nothing."""
+    scout = tiny.expert("thief", width=16).scout
+    backbone = release.backbone.scout
+    for name in ("w_in", "b_in", "w_out", "b_out"):
+        getattr(scout, name)[...] = getattr(backbone, name)[...]
+    body = tiny.expert("noise", noise=3.0).body
+    thief = dataclasses.replace(good, body=body, scout=scout)
+    verdict = vet_expert(release, thief, texts)
+    assert failed(verdict) == {"gain", "anchor"}
+    assert verdict.measured["anchor_loss"] > 0.01
+    bits = verdict.measured["bits_per_byte"]
+    # Safe mode's bound for documents of 300 bytes: one bit, and 0.007 bits a byte for switching.
+    assert bits["anchor_safe"] <= bits["anchor_backbone"] + 1 / 300 + 0.008
+
+
+def test_a_body_that_overflows_is_told(release, tiny, good, texts):
+    broken = dataclasses.replace(good, body=tiny.expert("huge", noise=1e25).body)
+    verdict = vet_expert(release, broken, texts)
+    assert {"finite", "gain"} <= failed(verdict)
+    json.dumps(verdict.measured, allow_nan=False)
+    assert "isolation" not in failed(verdict)
+
+
+def test_progress_counts_the_passes(release, good, texts):
+    heard = []
+    vet(release.backbone, release.interface, good, *texts, progress=lambda *at: heard.append(at))
+    assert heard == [(i, 8) for i in range(1, 9)]
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_vetting_without_text_is_refused(release, good, texts, missing):
+    given = [[] if i == missing else text for i, text in enumerate(texts)]
+    with pytest.raises(TextError):
+        vet(release.backbone, release.interface, good, *given)
+
+
+def test_figures_are_numbers_that_json_can_say(release, good, texts):
+    measured = vet_expert(release, good, texts).measured
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    assert all(np.isfinite(x) for x in measured["bits_per_byte"].values())
