@@ -215,14 +215,21 @@ def _make_provider(problem: Problem) -> Any:
 
         def choose_version(self, package: str, version_range: Any) -> int | None:
             choice = problem.best(package, version_range)
-            if choice is not None and (package, choice) not in self.told:
-                conflicts = problem.conflicts(package, choice)
-                alike = problem.alike(package, choice)
-                self.told.update((package, other) for other in alike)
-                for name, refused in conflicts.items():
-                    terms = [Term[str, int](package, alike), Term[str, int](name, refused)]
+            if choice is None or (package, choice) in self.told:
+                return choice
+            # Tell what the choice needs before it is made. Propagation then drops it at once if
+            # that cannot be had; made first, it would have to be unmade by a long jump back.
+            alike = problem.alike(package, choice)
+            self.told.update((package, other) for other in alike)
+            facts = [
+                (name, wanted, False) for name, wanted in problem.needs(package, choice).items()
+            ]
+            facts += [(name, bad, True) for name, bad in problem.conflicts(package, choice).items()]
+            for name, choices, is_positive in facts:
+                if name != package:
+                    terms = [Term(package, alike), Term(name, choices, positive=is_positive)]
                     self.pending.append(Incompatibility(terms, IncompatibilityCause.DEPENDENCY))
-            return choice
+            return None if self.pending else choice
 
         def consume_pending_clauses(self) -> list[Incompatibility[str, int]]:
             pending, self.pending = self.pending, []
