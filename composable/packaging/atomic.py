@@ -12,8 +12,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -238,6 +236,8 @@ def remove_file(path: Path) -> bool:
 
 def remove_directory(path: Path) -> None:
     """Remove a directory and all in it, under a temporary name first so that it goes at once."""
+    import shutil
+
     doomed = _temporary_name(path.parent)
     try:
         path.rename(doomed)
@@ -252,6 +252,8 @@ def sweep(directory: Path, older_than_seconds: float = 3600.0) -> int:
     Returns:
         How many were removed.
     """
+    import shutil
+
     count = 0
     for path in directory.glob(f"{_PREFIX}*") if directory.is_dir() else ():
         with contextlib.suppress(FileNotFoundError):
@@ -299,7 +301,7 @@ def polite_lock(path: Path) -> Iterator[None]:
 
 
 def _temporary_name(directory: Path) -> Path:
-    return directory / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+    return directory / f"{_PREFIX}{os.getpid()}-{os.urandom(8).hex()}"
 
 
 def _create_without_links(path: Path, data: bytes) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -92,5 +91,7 @@ def confusable_key(name: str) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Return a hint that names the closest of `known`, or None when nothing is close."""
+    import difflib  # here: only errors need it
+
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else None

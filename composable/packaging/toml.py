@@ -6,7 +6,6 @@ type, and what nobody asked for is refused with the closest known name.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -197,6 +196,8 @@ class Table:
         return value
 
     def _near_miss(self, field: str) -> str | None:
+        import difflib
+
         close = difflib.get_close_matches(field, self._data.keys() - self._asked.keys(), n=1)
         return f"there is {close[0]!r}, which is unknown: a slip?" if close else None
 
