@@ -1,0 +1,236 @@
+"""Ranges: Cargo's meaning, pip's spellings, npm's fixtures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from composable.errors import ConstraintError, VersionError
+from composable.packaging import Constraint, Requirement, Version
+
+NODE_SEMVER: dict[str, list[Any]] = json.loads(
+    (Path(__file__).parent / "data" / "node-semver.json").read_text()
+)
+
+
+@pytest.mark.parametrize(
+    ("range_", "inside", "outside"),
+    [
+        # The tables of the Cargo Book.
+        ("1.2.3", "1.2.3 1.9.0", "1.2.2 2.0.0"),
+        ("1.2", "1.2.0 1.9.9", "1.1.9 2.0.0"),
+        ("1", "1.0.0 1.9.9", "0.9.9 2.0.0"),
+        ("^0.2.3", "0.2.3 0.2.9", "0.2.2 0.3.0"),
+        ("^0.2", "0.2.0 0.2.9", "0.1.9 0.3.0"),
+        ("^0.0.3", "0.0.3", "0.0.2 0.0.4 0.1.0"),
+        ("^0.0", "0.0.0 0.0.9", "0.1.0"),
+        ("^0", "0.0.0 0.9.9", "1.0.0"),
+        ("~1.2.3", "1.2.3 1.2.9", "1.2.2 1.3.0"),
+        ("~1.2", "1.2.0 1.2.9", "1.1.9 1.3.0"),
+        ("~1", "1.0.0 1.9.9", "0.9.9 2.0.0"),
+        ("*", "0.0.0 99.0.0", "1.0.0-rc.1"),
+        ("1.*", "1.0.0 1.9.9", "0.9.9 2.0.0"),
+        ("1.2.*", "1.2.0 1.2.9", "1.1.9 1.3.0"),
+        ("1.*.*", "1.0.0 1.9.9", "2.0.0"),
+        (">=1.2.0", "1.2.0 9.0.0", "1.1.9"),
+        (">1", "2.0.0", "1.0.0 1.9.9"),
+        (">1.2", "1.3.0", "1.2.0 1.2.9"),
+        ("<2", "1.9.9 0.0.0", "2.0.0 2.0.1"),
+        ("<=1.2", "1.2.9", "1.3.0"),
+        ("=1.2.3", "1.2.3", "1.2.2 1.2.4"),
+        ("=1.2", "1.2.0 1.2.9", "1.3.0"),
+        (">=1.2, <1.5", "1.2.0 1.4.9", "1.1.9 1.5.0"),
+        # pip's.
+        ("==1.2.3", "1.2.3", "1.2.4"),
+        ("==1.2.*", "1.2.0 1.2.9", "1.3.0"),
+        ("!=1.2.3", "1.2.2 1.2.4", "1.2.3"),
+        ("!=1.2.*", "1.1.9 1.3.0", "1.2.0 1.2.9"),
+        ("~=1.2", "1.2.0 1.9.9", "1.1.9 2.0.0"),
+        ("~=0.2", "0.2.0 0.9.9", "0.1.9 1.0.0"),
+        ("~=1.2.3", "1.2.3 1.2.9", "1.2.2 1.3.0"),
+        ("^1, !=1.4.2", "1.4.1 1.4.3", "1.4.2"),
+        # Prereleases, by Cargo's rule.
+        ("^1.0.0-rc.1", "1.0.0-rc.1 1.0.0-rc.2 1.0.0 1.3.0", "1.0.0-beta 1.1.0-rc.1 2.0.0-rc.1"),
+        (">=1.0.0-rc.1, <2", "1.0.0-rc.1 1.5.0", "1.5.0-rc.1 2.0.0-rc.1"),
+        ("=1.0.0-rc.1", "1.0.0-rc.1 1.0.0-rc.1+build", "1.0.0-rc.2 1.0.0"),
+        ("<2.0.0-rc.1", "1.0.0 2.0.0-beta", "2.0.0-rc.1 2.0.0 1.5.0-rc.1"),
+        ("<2", "1.9.9", "2.0.0-rc.1 1.9.9-rc.1"),
+        ("!=1.0.0-rc.1", "1.0.0", "1.0.0-rc.2 1.0.0-rc.1"),
+        ("~1.2.3-rc.1", "1.2.3-rc.1 1.2.4", "1.2.4-rc.1 1.3.0"),
+    ],
+)  # fmt: skip
+def test_what_a_range_holds(range_: str, inside: str, outside: str) -> None:
+    constraint = Constraint(range_)
+    for text in inside.split():
+        assert constraint.contains(Version(text)), f"{range_} must hold {text}"
+    for text in outside.split():
+        assert not constraint.contains(Version(text)), f"{range_} must not hold {text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("1.2", "^1.2"),
+        ("==1.2.3", "=1.2.3"),
+        ("=1.2", "1.2.*"),
+        ("1.x", "1.*"),
+        ("X", "*"),
+        ("< 2,>=1.2", ">=1.2, <2"),
+        ("~=1.2.3", "~1.2.3"),
+        ("~=1.2", ">=1.2, <2"),
+        ("!=1.2.*", "!=1.2.*"),
+        ("^1.2.3+build", "^1.2.3"),
+        ("^1, ^1", "^1"),
+        ("=1.0.0-rc.1", "=1.0.0-rc.1"),
+    ],
+)
+def test_canonical_spelling(text: str, canonical: str) -> None:
+    assert str(Constraint(text)) == canonical
+    assert Constraint(text) == Constraint(canonical)
+    assert hash(Constraint(text)) == hash(Constraint(canonical))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ",", "1,", "foo", "1.2.3.4", "^", ">=", "1.*.3", "^*", ">=*", "1.2-rc", "=>1", "1 2",
+        "1 - 2", "1 || 2", "v1", "~=1", "~=1.*", "===1.0.0", "~>1", "01", "^1.2.3-", "1.2.*-rc",
+        "*, <2", "١", "^1\n", "1," * 40 + "1", "9" * 400, "x" * 5000,
+    ],
+)  # fmt: skip
+def test_what_is_no_range(text: str) -> None:
+    with pytest.raises(ConstraintError) as caught:
+        Constraint(text)
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("1 - 2", "write '>=1, <=2'"),
+        ("1 || 2", "alternatives"),
+        (">=1 <2", "comma"),
+        ("^v1", "leave out the 'v'"),
+        ("~=1", "write '^1'"),
+        ("", "write '*'"),
+    ],
+)
+def test_hint_says_how_to_write_it(text: str, hint: str) -> None:
+    with pytest.raises(ConstraintError) as caught:
+        Constraint(text)
+    assert hint in str(caught.value.hint)
+
+
+def test_pinned() -> None:
+    assert Constraint("==1.2.3-rc.1").pinned == Version("1.2.3-rc.1")
+    for text in ("^1.2.3", "=1.2", "=1.2.3, <2", "*"):
+        assert Constraint(text).pinned is None
+
+
+numbers = st.integers(0, 3).map(str)
+prereleases = st.sampled_from(["", "", "", "-0", "-alpha", "-alpha.1", "-rc.1"])
+versions = st.builds(
+    lambda a, b, c, p: Version(f"{a}.{b}.{c}{p}"), numbers, numbers, numbers, prereleases
+)
+operators = st.sampled_from(["", "=", "==", "!=", "^", "~", ">", ">=", "<", "<="])
+comparators = st.one_of(
+    st.builds(lambda op, v: f"{op}{v}", operators, versions),
+    st.builds(lambda op, a: f"{op}{a}", operators, numbers),
+    st.builds(lambda op, a, b: f"{op}{a}.{b}", operators, numbers, numbers),
+    st.builds(lambda a, b: f"{a}.{b}.*", numbers, numbers),
+    st.builds(lambda a, b: f"~={a}.{b}", numbers, numbers),
+)
+ranges = st.lists(comparators, min_size=1, max_size=3).map(", ".join)
+
+
+@given(ranges, st.lists(versions, max_size=20))
+def test_spelling_canonically_changes_nothing(text: str, some: list[Version]) -> None:
+    constraint = Constraint(text)
+    again = Constraint(str(constraint))
+    assert str(again) == str(constraint)
+    assert [constraint.contains(v) for v in some] == [again.contains(v) for v in some]
+
+
+@given(ranges, ranges, versions)
+def test_a_comma_is_an_and_for_releases(one: str, other: str, version: Version) -> None:
+    if not version.is_prerelease:
+        both = Constraint(f"{one}, {other}").contains(version)
+        assert both == (Constraint(one).contains(version) and Constraint(other).contains(version))
+
+
+@given(versions)
+def test_not_equal_is_the_complement_of_equal(version: Version) -> None:
+    release = Version(".".join(map(str, version.release)))
+    for text in ("1.2.3", "1.2", "1"):
+        assert Constraint(f"={text}").contains(release) != Constraint(f"!={text}").contains(release)
+
+
+# Forms of npm's that we refuse on purpose; docs/packaging.md has the table.
+def is_npm_only(range_: str, version: object, options: object) -> bool:
+    return (
+        "||" in range_  # alternatives
+        or " - " in range_  # hyphen ranges
+        or range_ == ""  # the empty range
+        or range_[1:] in ("x",) or range_ == ">=*"  # an operator before a bare wildcard
+        or "~>" in range_  # Ruby's tilde
+        or "v" in range_ or str(version).startswith("v")  # a leading v
+        or re.search(r"[0-9x]\s+\S", range_) is not None  # blanks instead of commas
+        or "3alpha" in range_ or "0beta" in str(version)  # loose mode
+        or not isinstance(version, str) or version in ("glorp", "not a version")
+    )  # fmt: skip
+
+
+def is_another_meaning(range_: str, options: object) -> bool:
+    # npm reads a bare version as "exactly"; Cargo, and we, as "compatible with".
+    # npm can be told to let all prereleases in; here a range must name one.
+    has_option = isinstance(options, dict) and "includePrerelease" in options
+    return has_option or range_ in ("1.0.0", "2.3")
+
+
+@pytest.mark.parametrize("kind", ["range-include", "range-exclude"])
+def test_node_semver_ranges(kind: str) -> None:
+    n_agreeing = 0
+    for range_, version, *rest in NODE_SEMVER[kind]:
+        options = rest[0] if rest else None
+        if is_npm_only(range_, version, options):
+            with pytest.raises((ConstraintError, VersionError)):
+                Constraint(range_).contains(Version(version))
+        elif not is_another_meaning(range_, options):
+            held = Constraint(range_).contains(Version(version))
+            assert held == (kind == "range-include"), (range_, version)
+            n_agreeing += 1
+    assert n_agreeing >= 50
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "range_"),
+    [
+        ("set-mm", "set-mm", "*"),
+        ("german>=1.2,<2", "german", ">=1.2, <2"),
+        ("german ^1.2", "german", "^1.2"),
+        ("german 1.2", "german", "^1.2"),
+        ("german@1.2.0", "german", "=1.2.0"),
+        ("german==1.2.*", "german", "1.2.*"),
+        ("german!=1.2.3", "german", "!=1.2.3"),
+        ("german*", "german", "*"),
+    ],
+)
+def test_requirements(text: str, name: str, range_: str) -> None:
+    requirement = Requirement.parse(text)
+    assert requirement == Requirement(name, Constraint(range_))
+    assert Requirement.parse(str(requirement)) == requirement
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "German", "a b", "../x", "german@1.2", "german@^1", "@1.0.0", "con", "x" * 70, ">=1"],
+)
+def test_what_is_no_requirement(text: str) -> None:
+    with pytest.raises(ConstraintError):
+        Requirement.parse(text)
