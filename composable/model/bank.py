@@ -120,7 +120,7 @@ def grow(bank: Bank, capacity: int) -> Bank:
 
     def pad(stack: jax.Array, value: int = 0) -> jax.Array:
         widths = [(0, more)] + [(0, 0)] * (stack.ndim - 1)
-        return jnp.pad(stack, widths, constant_values=value)
+        return jnp.pad(stack, widths, constant_values=jnp.asarray(value, stack.dtype))
 
     slots, scouts = jax.tree.map(pad, (bank.slots, bank.scouts))
     return Bank(
