@@ -110,9 +110,9 @@ def log_prior(alive_E: jax.Array, backbone_prior: float) -> jax.Array:
         backbone_prior: The backbone's share, in (0, 1).
     """
     n_experts = jnp.maximum(alive_E.sum() - 1, 1)
-    share_E = jnp.where(
-        jnp.arange(alive_E.shape[0]) == 0, backbone_prior, (1 - backbone_prior) / n_experts
-    )
+    # Of a strong type: a weak one in the first state would compile every step twice.
+    own = jnp.float32(backbone_prior)
+    share_E = jnp.where(jnp.arange(alive_E.shape[0]) == 0, own, (1 - own) / n_experts)
     return jnp.where(alive_E, jnp.log(share_E), NEVER)
 
 
