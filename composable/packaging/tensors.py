@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -180,7 +181,7 @@ def write_tensors(
             sink.write(block)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedReader:
     try:
         return path.open("rb")
     except FileNotFoundError as error:
