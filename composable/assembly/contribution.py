@@ -19,6 +19,7 @@ from composable.assembly.backbones import BackboneRelease
 from composable.assembly.experts import load_expert, make_expert, save_expert
 from composable.assembly.publication import publish_vetted
 from composable.errors import TextError, VettingError
+from composable.interface import body_signature, scout_signature
 from composable.model.tokenizer import ByteTokenizer
 from composable.packaging import atomic
 from composable.packaging.manifest import BODY_FILE, Manifest
@@ -90,6 +91,9 @@ def train_expert(
     """
     manifest = Manifest.read(folder)
     fit_interface(manifest, release.interface)
+    # Raise before training, not after, for a body or scout that the interface does not allow.
+    body_signature(release.interface, manifest.body.kind, manifest.body.rank)
+    scout_signature(release.interface, manifest.scout_width)
     documents = read_documents(data)
     if len(documents) < 2:
         raise TextError(
