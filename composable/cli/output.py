@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Final
@@ -31,7 +30,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; 
 def show(text: str, data: Any, *, as_json: bool, is_quiet: bool = False) -> None:
     """Print the outcome of a command: `data` as JSON where that is asked for, or else `text`."""
     if as_json:
-        print(json.dumps(data, indent=2, ensure_ascii=False))
+        _print_json(data)
     elif text and not is_quiet:
         print(text)
 
@@ -45,7 +44,7 @@ def show_error(error: ComposableError, ctx: typer.Context) -> None:
             "where": error.where,
             "hint": error.hint,
         }
-        print(json.dumps({"error": data}, indent=2, ensure_ascii=False))
+        _print_json({"error": data})
     else:
         print(f"error: {error}", file=sys.stderr)
 
@@ -79,3 +78,9 @@ def format_bytes(size: float) -> str:
     while size >= 1000 and larger:
         size, unit = size / 1000, larger.pop(0)
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _print_json(data: Any) -> None:
+    import json  # here: `--help` does without
+
+    print(json.dumps(data, indent=2, ensure_ascii=False))
