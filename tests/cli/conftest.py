@@ -1,0 +1,187 @@
+"""A command line to call, and experts that fit a backbone and know nothing, made without jax."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from composable.assembly.publication import publish_vetted
+from composable.cli.main import app
+from composable.interface import body_signature, scout_signature
+from composable.packaging.backbones import find_backbone, read_interface
+from composable.packaging.constraint import Constraint
+from composable.packaging.manifest import BackbonePackage, Body, InterfaceNeed, Manifest
+from composable.packaging.registry import FolderRegistry
+from composable.packaging.tensors import write_tensors
+from composable.packaging.version import Version
+from composable.vetting.card import write_card
+
+
+class Outcome:
+    """What a command did."""
+
+    def __init__(self, result):
+        self.code = result.exit_code
+        self.out = result.stdout
+        self.err = result.stderr
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """Return a function that runs `composable` in an empty directory; bugs raise."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Outcome(result)
+
+    return call
+
+
+@pytest.fixture
+def works(cli):
+    """Return a function that runs a command that must succeed, and returns what it printed."""
+
+    def call(*arguments):
+        outcome = cli(*arguments)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    return call
+
+
+class Fakes:
+    """Writes and publishes experts that are random numbers with a card.
+
+    Args:
+        root: Where their folders lie.
+        registry: Where they are published.
+        backbone: Whose interface they fit.
+    """
+
+    def __init__(self, root, registry, backbone="tiny-bytes"):
+        self.root = root
+        self.registry = FolderRegistry(registry)
+        self.home = find_backbone(str(backbone))
+        self.interface = read_interface(self.home)
+
+    def write(self, name, version="1.0.0", *, requires=None, needs="^1.0", digest=None, seed=0):
+        """Write a low-rank expert, as if it had been trained and vetted."""
+        folder = self.root / f"{name}-{version}"
+        manifest = Manifest(
+            name=name,
+            version=Version(version),
+            backbone=BackbonePackage.read(self.home).name,
+            interface=InterfaceNeed(
+                name=self.interface.name, requires=Constraint(needs), digest=digest
+            ),
+            body=Body(kind="lora", rank=1),
+            scout_width=1,
+            description=f"Knows nothing of {name}.",
+            domains=("nothing",),
+            requires={other: Constraint(text) for other, text in (requires or {}).items()},
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "expert.toml").write_text(manifest.to_toml())
+        random = np.random.default_rng(seed)
+        signatures = {
+            "body.safetensors": body_signature(self.interface, "lora", 1),
+            "scout.safetensors": scout_signature(self.interface, 1),
+        }
+        for file, specs in signatures.items():
+            tensors = {
+                tensor: random.normal(0, 1e-3, spec.shape).astype(np.float32)
+                for tensor, spec in specs.items()
+            }
+            write_tensors(folder / file, tensors)
+        self.vet(folder)
+        return folder
+
+    def vet(self, folder, *, passed=True):
+        """Write a card for the tensors in a folder."""
+        measured = {
+            "bits_per_byte": {"own_backbone": 2.0, "own_expert": 1.0},
+            "anchor_loss": 0.001,
+        }
+        verdict = SimpleNamespace(passed=passed, checks=(), measured=measured)
+        write_card(folder, Manifest.read(folder), self.interface, verdict, {})
+
+    def publish(self, name, version="1.0.0", **arguments):
+        """Publish a fake; one for another interface goes around the gate, which would refuse it."""
+        folder = self.write(name, version, **arguments)
+        if arguments.keys() & {"needs", "digest"}:
+            self.registry.publish(folder)
+        else:
+            publish_vetted(folder, self.interface, self.registry)
+        return folder
+
+    def spoil(self, digest):
+        """Change one byte of a published file."""
+        path = self.registry.path / "blobs" / digest[7:9] / digest[7:]
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.chmod(0o644)
+        path.write_bytes(data)
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    return Fakes(tmp_path / "experts", tmp_path / "registry")
+
+
+@pytest.fixture
+def make_fakes(tmp_path):
+    """Return a function that makes fakes for another registry or backbone."""
+
+    def make(registry, backbone="tiny-bytes"):
+        return Fakes(tmp_path / f"experts-for-{registry}", tmp_path / registry, backbone)
+
+    return make
+
+
+@pytest.fixture
+def project(works, fakes, tmp_path):
+    """Make the directory a project with a registry of three experts; return its path."""
+    fakes.publish("german", "1.0.0")
+    fakes.publish("german", "1.2.0", seed=1)
+    fakes.publish("german", "2.0.0", seed=2)
+    fakes.publish("physics", requires={"german": "^1.0"}, seed=3)
+    works("init", "--registry", "registry")
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_backbone(tiny, tmp_path):
+    """Return the folder of a backbone package that trains and runs in a blink."""
+    from composable.assembly.backbones import save_backbone
+    from composable.training.documents import Document
+
+    fields = (
+        "discount",
+        "top_k",
+        "backbone_prior",
+        "switch_rate",
+        "scout_max_width",
+        "lora_max_rank",
+    )
+    folder = tmp_path / "tiny-backbone"
+    save_backbone(
+        folder,
+        tiny.backbone,
+        name="tiny",
+        version="1.0.0",
+        anchor=[Document("one", "It was a dark night. " * 4)],
+        router={field: getattr(tiny.interface, field) for field in fields},
+        texts={},
+        description="Nothing but noise.",
+        license_="CC0-1.0",
+    )
+    return folder

@@ -1,0 +1,190 @@
+"""A contributor's path through the commands, and the gate at its end."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+
+from composable.packaging.manifest import Manifest
+from composable.packaging.registry import FolderRegistry
+
+
+def test_new_fills_in_the_template(works):
+    works("new", "my-expert")
+    manifest = Manifest.read(Path("my-expert"))
+    assert (manifest.name, manifest.backbone) == ("my-expert", "tiny-bytes")
+    assert Path("my-expert/README.md").read_text().startswith("# my-expert\n")
+
+
+def test_new_refuses_a_name_that_is_taken(cli, works):
+    works("new", "my-expert")
+    Path("my-expert/README.md").write_text("mine")
+    outcome = cli("new", "my-expert")
+    assert outcome.code == 1
+    assert "there is something by that name already" in outcome.err
+    assert Path("my-expert/README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["My_Expert", "../elsewhere", "con"])
+def test_new_refuses_what_no_package_may_be_called(cli, tmp_path, name):
+    assert cli("new", name).code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_asks_for_text(cli, works):
+    works("new", "my-expert")
+    outcome = cli("train", "my-expert")
+    assert outcome.code == 2
+    assert "--data" in outcome.err
+
+
+def test_bad_manifest_is_named_by_dotted_path(cli, works):
+    works("new", "my-expert")
+    path = Path("my-expert/expert.toml")
+    path.write_text(path.read_text().replace('kind = "ffn"', 'kind = "fnn"'))
+    outcome = cli("check", "my-expert")
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: expert.toml: body.kind: 'fnn'")
+    assert "did you mean 'ffn'?" in outcome.err
+
+
+def test_publish_refuses_what_was_not_vetted(cli, fakes):
+    folder = fakes.write("german")
+    (folder / "card.json").unlink()
+    outcome = cli("publish", folder, "--registry", "registry")
+    assert outcome.code == 1
+    assert "was not vetted" in outcome.err
+    assert "composable check" in outcome.err
+    assert not Path("registry").exists()
+
+
+def test_publish_refuses_what_failed(cli, fakes):
+    folder = fakes.write("german")
+    fakes.vet(folder, passed=False)
+    assert "a check failed" in cli("publish", folder, "--registry", "registry").err
+
+
+def test_publish_refuses_what_changed_since_it_was_vetted(cli, fakes):
+    folder = fakes.write("german")
+    card = (folder / "card.json").read_bytes()
+    fakes.write("german", seed=1)
+    (folder / "card.json").write_bytes(card)
+    assert "changed since" in cli("publish", folder, "--registry", "registry").err
+
+
+def test_publish_again_changes_nothing_and_other_content_is_refused(cli, works, fakes):
+    folder = fakes.write("german")
+    works("publish", folder, "--registry", "registry")
+    works("publish", folder, "--registry", "registry")
+    fakes.write("german", seed=1)
+    outcome = cli("publish", folder, "--registry", "registry")
+    assert outcome.code == 1
+    assert "already published with other content" in outcome.err
+    assert "raise the version" in outcome.err
+
+
+def test_publish_refuses_a_truncated_file(cli, fakes):
+    folder = fakes.write("german")
+    body = folder / "body.safetensors"
+    body.write_bytes(body.read_bytes()[:-1])
+    fakes.vet(folder)
+    outcome = cli("publish", folder, "--registry", "registry", "--json")
+    assert outcome.code == 1
+    assert outcome.json["error"]["kind"] == "TensorFileError"
+    assert "body.safetensors" in outcome.json["error"]["where"]
+
+
+def test_publish_refuses_nan_weights(cli, fakes):
+    folder = fakes.write("german")
+    scout = folder / "scout.safetensors"
+    scout.write_bytes(scout.read_bytes()[:-4] + struct.pack("<f", math.nan))
+    fakes.vet(folder)
+    outcome = cli("publish", folder, "--registry", "registry", "--json")
+    assert outcome.code == 1
+    assert "not finite" in outcome.json["error"]["message"]
+
+
+def test_publish_refuses_another_interface(cli, fakes):
+    folder = fakes.write("german", needs="^9.0")
+    outcome = cli("publish", folder, "--registry", "registry")
+    assert outcome.code == 1
+    assert "expert.toml: interface.requires" in outcome.err
+
+
+def test_registry_can_come_from_the_environment(works, fakes, monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPOSABLE_REGISTRY", str(tmp_path / "registry"))
+    works("publish", fakes.write("german"))
+    works("yank", "german@1.0.0")
+
+
+def test_yanked_is_not_chosen_but_stays_locked(cli, works, project):
+    works("install", "german<2")
+    works("yank", "german@1.2.0", "--registry", "registry")
+    assert works("sync").out == "nothing to change: 1 expert\n"
+    assert works("upgrade").out == "~ german 1.2.0 -> 1.0.0\n"
+    works("unyank", "german@1.2.0", "--registry", "registry")
+    assert works("upgrade").out == "~ german 1.0.0 -> 1.2.0\n"
+
+
+def test_yank_of_a_release_that_is_not_there(cli, project):
+    outcome = cli("yank", "german@7.0.0", "--registry", "registry")
+    assert outcome.code == 1
+    assert "there are 1.0.0, 1.2.0, 2.0.0" in outcome.err
+
+
+def test_from_new_to_published(cli, works, tiny_backbone):
+    """The whole path on a backbone of noise: whatever vetting says, publishing obeys."""
+    from composable.assembly.contribution import WORK
+
+    backbone = ("--backbone", tiny_backbone)
+    works("new", "my-expert", *backbone)
+    assert Manifest.read(Path("my-expert")).backbone == "tiny"
+    outcome = cli("check", "my-expert", *backbone)
+    assert outcome.code == 1
+    assert "was not trained yet" in outcome.err
+
+    Path("texts").mkdir()
+    for index in range(12):
+        Path(f"texts/{index}.txt").write_text(f"{index} and {index} is {2 * index}. " * 40)
+    Path("empty.txt").touch()
+    outcome = cli("train", "my-expert", "--data", "empty.txt", *backbone)
+    assert outcome.code == 1
+    assert "empty.txt" in outcome.err
+
+    manifest = Path("my-expert/expert.toml")
+    text = manifest.read_text()
+    manifest.write_text(text.replace("width = 16", "width = 64"))
+    outcome = cli("train", "my-expert", "--data", "texts", *backbone)
+    assert outcome.code == 1
+    assert "scout.width: 64 is not a width between 1 and 16" in outcome.err
+    manifest.write_text(text)
+
+    texts = sorted(Path("texts").iterdir())
+    record = works("train", "my-expert", "--data", *texts, "--steps", 3, "--json", *backbone).json
+    heldout = Path("my-expert", WORK, "heldout.jsonl").read_text().splitlines()
+    assert record["documents"] + len(heldout) == 12
+    again = works("train", "my-expert", "--data", *texts, "--steps", 3, "--json", *backbone).json
+    assert again["last"] == {}  # all steps were done before
+
+    outcome = cli("train", "my-expert", "--data", "texts", "--steps", 4, *backbone)
+    assert outcome.code == 1
+    assert "trained with another steps" in outcome.err
+
+    outcome = cli("check", "my-expert", "--json", *backbone)
+    assert outcome.code in (0, 1), outcome.err
+    card = json.loads(Path("my-expert/card.json").read_text())
+    assert outcome.code == (0 if card["passed"] else 1)
+    assert outcome.json["checks"] == card["checks"]
+    published = cli("publish", "my-expert", "--registry", "registry", *backbone)
+    assert published.code == outcome.code
+    if card["passed"]:
+        (release,) = FolderRegistry("registry").versions("my-expert")
+        assert WORK in {path.name for path in Path("my-expert").iterdir()}
+        assert sorted(file.name for file in release.files) == [
+            "README.md",
+            "body.safetensors",
+            "card.json",
+            "scout.safetensors",
+        ]

@@ -1,0 +1,114 @@
+"""Commands that look: what they print, and that JSON says the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+UNIVERSE = {
+    "interface": {"tiny": "1.0.0"},
+    "packages": {
+        "german": {"1.0.0": {"interface": "^1.0"}, "2.0.0": {"interface": "^2.0"}},
+        "physics": {"1.0.0": {"requires": {"german": "*"}, "interface": "^1.0"}},
+    },
+    "requires": {"physics": "*"},
+}
+
+
+@pytest.fixture
+def installed(works, project):
+    works("install", "german>=1.0,<2", "physics")
+
+
+def test_tree(works, installed):
+    assert works("tree").out.splitlines() == [
+        "├── german 1.2.0 (>=1.0, <2)",
+        "└── physics 1.0.0",
+        "    └── german 1.2.0 (^1.0)",
+    ]
+    german, physics = works("tree", "--json").json
+    assert (german["name"], german["range"]) == ("german", ">=1.0, <2")
+    assert [need["name"] for need in physics["needs"]] == ["german"]
+
+
+def test_why_names_everyone_who_asks(works, installed):
+    assert works("why", "german").out.splitlines() == [
+        "german 1.2.0",
+        "  composable.toml wants german >=1.0, <2",
+        "  composable.toml wants physics, physics 1.0.0 wants german ^1.0",
+    ]
+    assert len(works("why", "german", "--json").json["reasons"]) == 2
+
+
+def test_why_of_what_is_not_there(cli, installed):
+    assert "did you mean 'german'?" in cli("why", "germn").err
+
+
+def test_list(works, installed):
+    assert [row.split()[:2] for row in works("list").out.splitlines()] == [
+        ["NAME", "VERSION"],
+        ["german", "1.2.0"],
+        ["physics", "1.0.0"],
+    ]
+    assert [row["name"] for row in works("list", "--json").json] == ["german", "physics"]
+
+
+def test_outdated_tells_allowed_from_newest(works, installed, fakes):
+    fakes.publish("german", "1.3.0", seed=5)
+    assert works("outdated", "--json").json == [
+        {"name": "german", "locked": "1.2.0", "allowed": "1.3.0", "newest": "2.0.0"}
+    ]
+
+
+def test_outdated_looks_past_yanked_releases_and_prereleases(works, project, fakes):
+    fakes.publish("german", "3.0.0-rc.1", seed=5)
+    works("yank", "german@2.0.0", "--registry", "registry")
+    works("install", "german")
+    assert works("outdated").out == "everything is up to date\n"
+
+
+def test_search_reads_names_descriptions_and_tags(works, project):
+    for word, found in {"GERM": ["german"], "nothing": ["german", "physics"], "rust": []}.items():
+        assert [row["name"] for row in works("search", word, "--json").json] == found
+    assert works("search", "rust").out == "nothing found for 'rust'\n"
+
+
+def test_info_shows_manifest_and_card(works, project):
+    facts = works("info", "physics").out
+    assert "german ^1.0" in facts
+    assert "2.000 to 1.000 bits per byte" in facts
+    data = works("info", "german@1.0.0", "--json").json
+    assert (data["version"], data["versions"]) == ("1.0.0", ["1.0.0", "1.2.0", "2.0.0"])
+    assert data["card"]["expert"] == "german@1.0.0"
+
+
+def test_info_of_a_release_that_is_not_there(cli, project):
+    assert "there are 1.0.0, 1.2.0, 2.0.0" in cli("info", "german@7.0.0").err
+
+
+def test_info_and_search_work_without_a_project(works, fakes):
+    fakes.publish("german")
+    assert works("info", "german", "--registry", "registry", "--json").json["name"] == "german"
+    assert "german" in works("search", "german", "--registry", "registry").out
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_resolve_prints_packages(works, tmp_path, flags):
+    Path("universe.json").write_text(json.dumps(UNIVERSE))
+    outcome = works("resolve", "--universe", "universe.json", *flags)
+    assert outcome.json == {"packages": {"german": "1.0.0", "physics": "1.0.0"}}
+
+
+def test_resolve_explains(cli, tmp_path):
+    Path("universe.json").write_text(json.dumps({**UNIVERSE, "requires": {"german": "^2.0"}}))
+    outcome = cli("resolve", "--universe", "universe.json")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "router interface tiny" in outcome.err
+    outcome = cli("resolve", "--universe", "universe.json", "--json")
+    assert outcome.json["error"]["kind"] == "ResolutionError"
+
+
+@pytest.mark.parametrize("text", ["{", '{"packages": {"german": {"one": {}}}}'])
+def test_resolve_refuses_a_bad_universe(cli, tmp_path, text):
+    Path("universe.json").write_text(text)
+    assert "error: universe.json" in cli("resolve", "--universe", "universe.json").err
