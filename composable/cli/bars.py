@@ -19,7 +19,7 @@ _BITS_PER_NAT = 1.4426950408889634
 
 @contextmanager
 def show_bytes(*, is_quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show one bar per file that is being copied or fetched, with its bytes."""
+    """Show a bar with bytes for each file while it is being copied or fetched."""
     if is_quiet or not sys.stderr.isatty():
         yield None
         return
@@ -31,9 +31,11 @@ def show_bytes(*, is_quiet: bool) -> Iterator[Callable[[str, int, int], None] | 
     tasks: dict[str, Any] = {}
 
     def progress(label: str, done: int, total: int) -> None:
+        if label == "install":
+            return  # counts experts, and takes no time: they are links
         if label not in tasks:
             tasks[label] = bars.add_task(label, total=total)
-        bars.update(tasks[label], completed=done, total=total)
+        bars.update(tasks[label], completed=done, total=total, visible=done < total)
 
     with bars:
         yield progress
