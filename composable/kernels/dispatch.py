@@ -16,8 +16,6 @@ Data flow:
     x_MD --gather_rows--> x_PD --kernel--> y_PD --combine_rows--> y_MD       in every slot
 """
 
-# ruff: noqa: N802, N815  (names end in dimension letters)
-
 from __future__ import annotations
 
 import dataclasses
@@ -55,7 +53,7 @@ class Dispatch:
     block: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def token_P(self) -> Array:
+    def token_P(self) -> Array:  # noqa: N802
         """int32, the source token of each row; M for padding."""
         return self.choice_P // self.position_MJ.shape[-1]
 

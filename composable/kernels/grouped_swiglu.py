@@ -2,14 +2,13 @@
 
 The three products of a block run back to back, so the hidden activations (F wide, several times
 the model width) never leave the cache. Measured on CPU this beats three grouped matmuls by far;
-`docs/kernels.md` has the numbers. The backward pass computes the hidden activations again instead
-of storing them, also in one pass over the blocks.
+`docs/kernels.md` has the numbers.
 
-Whether the weights are differentiated is known when the gradient is traced, and the backward
-pass is built for it: frozen experts get a pass without weight gradients.
+Under differentiation the forward pass also keeps gate and up (2 P F numbers in the type of x_PD),
+which measured faster than computing them again; wrap the caller in `jax.checkpoint` to spend the
+time instead of the memory. Whether the weights are differentiated is known when the gradient is
+traced, and the backward pass is built for it: frozen experts get a pass without weight gradients.
 """
-
-# ruff: noqa: N815  (names end in dimension letters)
 
 from __future__ import annotations
 
@@ -59,12 +58,13 @@ def grouped_swiglu(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Residuals:
-    """What the backward pass needs; `train_weights` is static."""
+    """What the backward pass needs. x_PD is None where the weights are frozen."""
 
-    x_PD: Array
+    x_PD: Array | None
+    gate_PF: Array
+    up_PF: Array
     weights: Arrays
     dispatch: Dispatch
-    train_weights: bool = dataclasses.field(metadata={"static": True})
 
 
 @jax.custom_vjp
@@ -75,26 +75,29 @@ def _grouped_swiglu(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Array:
 
 def _forward(x_PD: Any, weights: Any, dispatch: Any) -> tuple[Array, _Residuals]:
     """Run the body; leaves come as (value, is it differentiated) because of `symbolic_zeros`."""
-    residuals = _Residuals(
-        x_PD=x_PD.value,
-        weights=tuple(w.value for w in weights),
-        dispatch=jax.tree.map(lambda leaf: leaf.value, dispatch),
-        train_weights=any(w.perturbed for w in weights),
+    are_trained = any(w.perturbed for w in weights)
+    x_PD, weights, dispatch = jax.tree.map(lambda leaf: leaf.value, (x_PD, weights, dispatch))
+    (y_PD, gate_PF, up_PF), _ = run_blocks(_run_body_and_keep, (x_PD,), weights, dispatch)
+    return y_PD, _Residuals(
+        x_PD=x_PD if are_trained else None,
+        gate_PF=gate_PF,
+        up_PF=up_PF,
+        weights=weights,
+        dispatch=dispatch,
     )
-    y_PD = _grouped_swiglu(residuals.x_PD, residuals.weights, residuals.dispatch)
-    return y_PD, residuals
 
 
 def _backward(
     residuals: _Residuals, dy_PD: Any
 ) -> tuple[Array | None, tuple[Array | None, ...], None]:
-    x_PD, weights, dispatch = residuals.x_PD, residuals.weights, residuals.dispatch
     if isinstance(dy_PD, jax.custom_derivatives.SymbolicZero):
         return None, (None, None, None), None
-    if not residuals.train_weights:
-        (dx_PD,), _ = run_blocks(_differentiate_rows, (x_PD, dy_PD), weights, dispatch)
+    weights, dispatch = residuals.weights, residuals.dispatch
+    rows = (dy_PD, residuals.gate_PF, residuals.up_PF)
+    if residuals.x_PD is None:
+        (dx_PD,), _ = run_blocks(_differentiate_rows, rows, weights, dispatch)
         return dx_PD, (None, None, None), None
-    (dx_PD,), sums = run_blocks(_differentiate_all, (x_PD, dy_PD), weights, dispatch)
+    (dx_PD,), sums = run_blocks(_differentiate_all, (*rows, residuals.x_PD), weights, dispatch)
     return dx_PD, tuple(dw.astype(w.dtype) for dw, w in zip(sums, weights, strict=True)), None
 
 
@@ -106,24 +109,31 @@ def _product(subscripts: str, left: Array, right: Array) -> Array:
 
 
 def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
-    """One block forward."""
+    """One block forward: 3 products."""
+    (y_PD, _, _), _ = _run_body_and_keep(rows, weights)
+    return (y_PD,), ()
+
+
+def _run_body_and_keep(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block forward, and what the backward pass needs of it."""
     (x_PD,), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
     gate_PF = _product("pd,df->pf", x_PD, w_gate_DF)
     up_PF = _product("pd,df->pf", x_PD, w_up_DF)
     hidden_PF = (jax.nn.silu(gate_PF) * up_PF).astype(x_PD.dtype)
-    return (_product("pf,fd->pd", hidden_PF, w_down_FD).astype(x_PD.dtype),), ()
+    y_PD = _product("pf,fd->pd", hidden_PF, w_down_FD)
+    return tuple(out.astype(x_PD.dtype) for out in (y_PD, gate_PF, up_PF)), ()
 
 
 def _differentiate_rows(rows: Arrays, weights: Arrays) -> BlockOutputs:
-    """One block backward, input gradient only: 5 products."""
+    """One block backward, input gradient only: 3 products."""
     dx_PD, _, _, _ = _differentiate_hidden(rows, weights)
     return (dx_PD,), ()
 
 
 def _differentiate_all(rows: Arrays, weights: Arrays) -> BlockOutputs:
-    """One block backward, input and weight gradients: 8 products."""
-    x_PD, dy_PD = rows
-    dx_PD, hidden_PF, dgate_PF, dup_PF = _differentiate_hidden(rows, weights)
+    """One block backward, input and weight gradients: 6 products."""
+    dy_PD, gate_PF, up_PF, x_PD = rows
+    dx_PD, hidden_PF, dgate_PF, dup_PF = _differentiate_hidden((dy_PD, gate_PF, up_PF), weights)
     dw_gate_DF = _product("pd,pf->df", x_PD, dgate_PF)
     dw_up_DF = _product("pd,pf->df", x_PD, dup_PF)
     dw_down_FD = _product("pf,pd->fd", hidden_PF, dy_PD)
@@ -132,15 +142,14 @@ def _differentiate_all(rows: Arrays, weights: Arrays) -> BlockOutputs:
 
 def _differentiate_hidden(rows: Arrays, weights: Arrays) -> tuple[Array, Array, Array, Array]:
     """Input gradient, hidden activations again, and the gradients of gate and up."""
-    (x_PD, dy_PD), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
-    gate_PF = _product("pd,df->pf", x_PD, w_gate_DF)
-    up_PF = _product("pd,df->pf", x_PD, w_up_DF)
+    (dy_PD, gate_PF, up_PF), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
+    gate_PF, up_PF = gate_PF.astype(jnp.float32), up_PF.astype(jnp.float32)
     sigmoid_PF = jax.nn.sigmoid(gate_PF)
     silu_PF = gate_PF * sigmoid_PF
     dhidden_PF = _product("pd,fd->pf", dy_PD, w_down_FD)
     # silu'(g) = s + g s (1 - s) = s + silu(g) (1 - s), with s = sigmoid(g).
     dgate_PF = dhidden_PF * up_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF))
-    dgate_PF = dgate_PF.astype(x_PD.dtype)
-    dup_PF = (dhidden_PF * silu_PF).astype(x_PD.dtype)
+    dgate_PF = dgate_PF.astype(dy_PD.dtype)
+    dup_PF = (dhidden_PF * silu_PF).astype(dy_PD.dtype)
     dx_PD = _product("pf,df->pd", dgate_PF, w_gate_DF) + _product("pf,df->pd", dup_PF, w_up_DF)
-    return dx_PD.astype(x_PD.dtype), (silu_PF * up_PF).astype(x_PD.dtype), dgate_PF, dup_PF
+    return dx_PD.astype(dy_PD.dtype), (silu_PF * up_PF).astype(dy_PD.dtype), dgate_PF, dup_PF

@@ -82,7 +82,7 @@ def routings(draw) -> tuple[np.ndarray, int, int]:
 
 
 @given(routings())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_tables_hold_every_choice_once_in_order(routing: tuple[np.ndarray, int, int]) -> None:
     expert_MJ, n_experts, block = routing
     dispatch = dispatch_of(expert_MJ, n_experts, block)
