@@ -1,0 +1,283 @@
+"""Composition: causality, isolation, what hostile experts can and cannot do, safe mode's bound."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from composable.model import bank as banks
+from composable.model import composed
+from composable.model.bank import Bank
+from composable.model.router import ScoutBank
+
+track_records = jax.jit(
+    lambda parts, tokens_BT: composed.track_records(
+        parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]).router
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def experts(tiny):
+    return {name: tiny.expert(name) for name in ("a", "b", "c")}
+
+
+@pytest.fixture(scope="module")
+def model(tiny, experts):
+    return tiny.model(*experts.values())
+
+
+MODES = {
+    "mix": lambda model, tokens_BT: model(tokens_BT),
+    "safe": lambda model, tokens_BT: model.safe(tokens_BT),
+    "route": lambda model, tokens_BT: model.route(tokens_BT),
+    "backbone": lambda model, tokens_BT: model.path(tokens_BT),
+}
+by_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@by_mode
+def test_later_tokens_change_nothing_before_them(tiny, model, mode):
+    tokens_BT, at = tiny.tokens(), 10
+    changed_BT = tokens_BT.copy()
+    changed_BT[:, at:] = tiny.tokens(seed=1)[:, at:]
+    before, after = (np.asarray(MODES[mode](model, x)) for x in (tokens_BT, changed_BT))
+    if mode == "mix":
+        # Rows of one expert are multiplied together, so another later token may be another row
+        # of the same product, and rounds alike; where that fails, by a unit in the last place.
+        np.testing.assert_allclose(before[:, :at], after[:, :at], atol=1e-5)
+    else:
+        np.testing.assert_array_equal(before[:, :at], after[:, :at])
+    assert (before[:, at:] != after[:, at:]).any(axis=(0, 2)).all()
+
+
+def test_one_documents_track_record_does_not_hear_another(tiny, model):
+    together_BTE = track_records(model.parts, tiny.tokens())
+    swapped_BTE = track_records(model.parts, tiny.tokens()[::-1])
+    np.testing.assert_array_equal(together_BTE, swapped_BTE[::-1])
+
+
+def test_track_records_are_the_same_to_the_bit_whatever_else_is_installed(tiny, experts):
+    tokens_BT, alone = tiny.tokens(), {}
+    for name, expert in experts.items():
+        model = tiny.model(expert)
+        alone[name] = np.asarray(track_records(model.parts, tokens_BT))[..., 1]
+        alone["backbone"] = np.asarray(track_records(model.parts, tokens_BT))[..., 0]
+    hostile = tiny.expert("hostile", noise=1e18, scout_noise=1e6)
+    for order in itertools.permutations(experts):
+        crowd = [experts[name] for name in order]
+        for plugged, capacity in ((crowd, 4), (crowd[:2], 4), ([hostile, *crowd], 8)):
+            model = tiny.model(*plugged, capacity=capacity)
+            track_BTE = np.asarray(track_records(model.parts, tokens_BT))
+            for name in alone.keys() & set(model.names):
+                index = model.names.index(name)
+                np.testing.assert_array_equal(track_BTE[..., index], alone[name])
+
+
+@by_mode
+def test_removing_restores_every_bit(tiny, experts, mode):
+    tokens_BT = tiny.tokens()
+    model = tiny.model(experts["a"], experts["b"])
+    before = np.asarray(MODES[mode](model, tokens_BT))
+    model.install(experts["c"])
+    between = np.asarray(MODES[mode](model, tokens_BT))
+    assert mode == "backbone" or (before != between).any()
+    model.remove("c")
+    np.testing.assert_array_equal(MODES[mode](model, tokens_BT), before)
+    model.remove("a")
+    model.install(experts["a"])
+    np.testing.assert_array_equal(MODES[mode](model, tokens_BT), before)
+
+
+@pytest.mark.parametrize("mode", ["mix", "safe"])
+def test_the_order_of_installing_changes_no_bit(tiny, experts, mode):
+    tokens_BT, expected = tiny.tokens(), None
+    for order in itertools.permutations(experts):
+        model = tiny.model(*(experts[name] for name in order))
+        found = np.asarray(MODES[mode](model, tokens_BT))
+        expected = found if expected is None else expected
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["mix", "safe"])
+def test_the_order_of_installing_changes_no_bit_where_all_experts_tie(tiny, experts, mode):
+    scout = experts["a"].scout
+    twins = [dataclasses.replace(expert, scout=scout) for expert in experts.values()]
+    tokens_BT = tiny.tokens()
+    found = [MODES[mode](tiny.model(*order), tokens_BT) for order in itertools.permutations(twins)]
+    for logits_BTV in found:
+        np.testing.assert_array_equal(logits_BTV, found[0])
+
+
+def test_spare_capacity_changes_no_bit(tiny, experts):
+    tokens_BT = tiny.tokens()
+    small, large = (tiny.model(*experts.values(), capacity=capacity) for capacity in (4, 8))
+    np.testing.assert_array_equal(small(tokens_BT), large(tokens_BT))
+
+
+def test_route_gives_weights_to_the_living_only(tiny, experts):
+    model = tiny.model(*experts.values())
+    model.remove("b")
+    weight_BTE = np.asarray(model.route(tiny.tokens()))
+    np.testing.assert_allclose(weight_BTE.sum(-1), 1, atol=1e-6)  # float32 softmax
+    assert ((weight_BTE > 0).sum(-1) <= model.interface.top_k).all()
+    assert (weight_BTE[..., model.names.index(None)] == 0).all()
+
+
+def test_route_is_the_softmax_of_prior_and_track_record(tiny, model):
+    tokens_BT = tiny.tokens()
+    prior = model.interface.backbone_prior
+    track_BTE = np.asarray(track_records(model.parts, tokens_BT), np.float64)
+    score_BTE = track_BTE + np.log([prior, *[(1 - prior) / 3] * 3])
+    second_BT1 = np.sort(score_BTE, axis=-1)[..., -2:-1]
+    score_BTE = np.where(score_BTE >= second_BT1, score_BTE, -np.inf)
+    weight_BTE = np.exp(score_BTE - score_BTE.max(-1, keepdims=True))
+    weight_BTE /= weight_BTE.sum(-1, keepdims=True)
+    # At the first token all experts tie; that is another test. Scores of order 100 in float32 are
+    # known to 1e-5, and so are their differences.
+    np.testing.assert_allclose(model.route(tokens_BT)[:, 1:], weight_BTE[:, 1:], atol=1e-4)
+
+
+def test_a_model_without_experts_is_its_backbone(tiny):
+    model, tokens_BT = tiny.model(capacity=4), tiny.tokens()
+    # The grouped kernel and the plain product sum in another order; logits are of order 5.
+    np.testing.assert_allclose(model(tokens_BT), model.path(tokens_BT), atol=1e-4)
+    log_prob_BTV = jax.nn.log_softmax(model.path(tokens_BT))
+    np.testing.assert_allclose(model.safe(tokens_BT), log_prob_BTV, atol=1e-4)
+
+
+def test_an_expert_that_alone_predicts_takes_over(tiny):
+    """A scout that is sure of byte 7 takes a text of nothing else, and mix becomes its path."""
+    sure = tiny.expert("sure")
+    sure.scout.b_out[...] = sure.scout.b_out[...].at[7].set(60.0)
+    tokens_BT = np.full((1, 24), 7, np.int32)
+    tokens_BT[:, 0] = 0
+    model = tiny.model(sure)
+    weight_TE = np.asarray(model.route(tokens_BT))[0]
+    assert weight_TE[0, 0] == pytest.approx(0.5), "the prior, before anybody predicted anything"
+    assert (weight_TE[8:, 1] > 0.999).all()
+
+
+# ---------------------------------------------------------------------------------- hostile experts
+
+PLANS = ("sound", "copy", "huge body", "nan body", "inf body", "huge scout", "nan scout", "dead")
+
+
+def random_bank(tiny, rng, plans, capacity=4):
+    """Return a bank made directly, so that it may hold what no package could."""
+    own = banks.empty_bank(tiny.backbone, tiny.interface, capacity)
+    slots = [{name: np.array(stack) for name, stack in slot.items()} for slot in own.slots]
+    scouts = [np.array(x) for x in own.scouts]
+    alive_E = np.ones(capacity, bool)
+    for e, plan in enumerate(plans, start=1):
+        for slot in slots:
+            for stack in slot.values():
+                noise = rng.normal(size=stack.shape[1:]).astype(np.float32)
+                stack[e] = stack[0] + (0 if plan == "copy" else 0.2 * noise)
+                if plan == "huge body":
+                    stack[e] = noise * 10.0 ** rng.integers(2, 38)
+                elif plan in ("nan body", "inf body"):
+                    stack[e][rng.random(noise.shape) < 0.1] = float(plan[:3])
+        for stack in scouts:
+            stack[e] = rng.normal(size=stack.shape[1:]).astype(np.float32)
+            if plan == "huge scout":
+                stack[e] *= 10.0 ** rng.integers(2, 38)
+            elif plan == "nan scout":
+                stack[e] = np.nan
+        alive_E[e] = plan != "dead"
+    key_E = np.concatenate([[0], 1 + rng.permutation(capacity - 1)]).astype(np.uint32)
+    return Bank(
+        slots=tuple({name: jnp.asarray(x) for name, x in slot.items()} for slot in slots),
+        scouts=ScoutBank(*map(jnp.asarray, scouts)),
+        alive_E=jnp.asarray(alive_E),
+        key_E=jnp.asarray(key_E),
+    )
+
+
+@jax.jit
+def run_safe(parts, tokens_BT):
+    """Return safe mode's log probabilities and the state after them."""
+    return composed.safe(parts, tokens_BT, composed.safe_state(parts, tokens_BT.shape[0]))
+
+
+def nats(log_prob_BTV, tokens_BT):
+    """Return the cost of each document after its begin token."""
+    picked = np.take_along_axis(np.asarray(log_prob_BTV)[:, :-1], tokens_BT[:, 1:, None], axis=-1)
+    return -picked[..., 0].astype(np.float64).sum(axis=1)
+
+
+# Without switching, and with one expert awake at a time.
+ONE_DOCUMENT = {"discount": 1.0, "backbone_prior": 0.7, "switch_rate": 0.0, "top_k": 1}
+
+
+@pytest.mark.parametrize("router", [{}, ONE_DOCUMENT], ids=["switching", "one document"])
+def test_safe_mode_keeps_its_bound_whatever_is_installed(tiny, router):
+    """50 random banks, every plan in turn and most of them hostile, on random tokens."""
+    interface = tiny.interface_with(**router)
+    prior, rate = interface.backbone_prior, interface.switch_rate
+    n_tokens = 24
+    bound = -np.log(prior) - (n_tokens - 1) * np.log(1 - rate * (1 - prior))
+    rng = np.random.default_rng(0)
+    model, excesses = tiny.model(), []
+    for case in range(50):
+        plans = [PLANS[case % len(PLANS)], *rng.choice(PLANS, 2)]
+        bank = random_bank(tiny, rng, plans)
+        model.parts = composed.Parts(backbone=tiny.backbone, bank=bank, interface=tiny.interface)
+        tokens_BT = tiny.tokens(seed=case, length=n_tokens)
+        safe_BTV, _ = run_safe(dataclasses.replace(model.parts, interface=interface), tokens_BT)
+        track_BTE = track_records(model.parts, tokens_BT)
+        for name, found in (("safe", safe_BTV), ("mix", model(tokens_BT)), ("track", track_BTE)):
+            assert np.isfinite(found).all(), f"{name} is not finite with {plans}"
+        # Log probabilities are sums of 256 exponentials in float32.
+        total_BT = np.exp(np.asarray(safe_BTV, np.float64)).sum(-1)
+        np.testing.assert_allclose(total_BT, 1, atol=1e-4, err_msg=str(plans))
+        own_BTV = jax.nn.log_softmax(model.path(tokens_BT))
+        excess_B = nats(safe_BTV, tokens_BT) - nats(own_BTV, tokens_BT)
+        # 23 log probabilities of order 10, each to float32's seven digits.
+        assert (excess_B <= bound + 1e-3).all(), f"{excess_B} over {bound} with {plans}"
+        excesses.extend(excess_B)
+    assert max(excesses) > 0.1 * bound, "no bank came near the bound: the test asks for too little"
+
+
+def test_a_hostile_expert_cannot_make_mix_mode_break_either(tiny, experts):
+    tokens_BT = tiny.tokens()
+    for exponent in (10, 20, 38):
+        hostile = tiny.expert("hostile", noise=float(f"1e{exponent}"), scout_noise=10)
+        model = tiny.model(experts["a"], hostile)
+        assert np.isfinite(np.asarray(model(tokens_BT))).all(), f"bodies of order 1e{exponent}"
+
+
+def test_a_path_that_sleeps_neither_gains_nor_loses(tiny, experts):
+    """What is never shortlisted keeps exactly its prior share of the posterior."""
+    model = tiny.model(*experts.values(), **ONE_DOCUMENT)
+    tokens_BT = tiny.tokens()
+    _, state = run_safe(model.parts, tokens_BT)
+    track_BTE = np.asarray(track_records(model.parts, tokens_BT))
+    # No one has a track record at the begin token, and the tie goes to the least key.
+    key_E = np.asarray(model.parts.bank.key_E)
+    woken = {int(e) for e in track_BTE[0, 1:-1, 1:].argmax(-1) + 1} | {int(key_E[1:].argmin()) + 1}
+    posterior_E = np.exp(np.asarray(state.posterior_BE))[0]
+    assert posterior_E.sum() == pytest.approx(1, abs=1e-5)  # a float32 softmax
+    sleeping = [i for i, e in enumerate(np.argsort(key_E)) if e not in woken | {0}]
+    assert sleeping, "every expert was shortlisted; choose other tokens"
+    for i in sleeping:
+        assert posterior_E[i] == pytest.approx(0.3 / 3, rel=1e-5)
+
+
+def test_safe_mode_is_the_bayesian_mixture_of_paths_that_never_sleep(tiny):
+    model = tiny.model(tiny.expert("far", noise=3.0))
+    tokens_BT = tiny.tokens()
+    own_B, body_B = (
+        nats(jax.nn.log_softmax(model.path(tokens_BT, name)), tokens_BT)
+        for name in ("backbone", "far")
+    )
+    assert np.abs(own_B - body_B).max() > 0.5, "the paths must differ for this to say anything"
+    log_prob_BTV, _ = run_safe(
+        tiny.model(tiny.expert("far", noise=3.0), **ONE_DOCUMENT).parts, tokens_BT
+    )
+    expected_B = -np.logaddexp(np.log(0.7) - own_B, np.log(0.3) - body_B)
+    # 23 log probabilities of order 6, each to float32's seven digits.
+    np.testing.assert_allclose(nats(log_prob_BTV, tokens_BT), expected_B, atol=1e-3)
