@@ -1,0 +1,174 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from composable.model import composed
+from composable.model.router import (
+    NEVER,
+    RouterState,
+    ScoutBank,
+    choose,
+    dense_weights,
+    empty_state,
+    evidence,
+    log_prior,
+    track_record,
+)
+
+# Softmax weights are sums of a handful of float32 numbers below one.
+FLOAT32_ROUNDING = 1e-6
+
+
+def reference_track(evidence_TE, discount):
+    record, rows = np.zeros(evidence_TE.shape[1]), []
+    for row_E in evidence_TE:
+        record = discount * record + row_E
+        rows.append(record)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.95, 0.5])
+def test_track_record_is_the_discounted_sum(discount):
+    evidence_BTE = np.random.default_rng(0).normal(-3, 1, (2, 40, 3)).astype(np.float32)
+    record_BTE = track_record(jnp.asarray(evidence_BTE), jnp.zeros((2, 3)), discount)
+    expected_BTE = np.stack([reference_track(x.astype(np.float64), discount) for x in evidence_BTE])
+    # 40 additions in float32 of numbers that reach 120.
+    np.testing.assert_allclose(record_BTE, expected_BTE, rtol=1e-5)
+
+
+def test_track_record_goes_on_where_it_stopped():
+    evidence_BTE = jnp.asarray(np.random.default_rng(1).normal(-3, 1, (2, 20, 3)), jnp.float32)
+    whole_BTE = track_record(evidence_BTE, jnp.zeros((2, 3)), 0.9)
+    first_BTE = track_record(evidence_BTE[:, :7], jnp.zeros((2, 3)), 0.9)
+    second_BTE = track_record(evidence_BTE[:, 7:], first_BTE[:, -1], 0.9)
+    np.testing.assert_array_equal(whole_BTE, np.concatenate([first_BTE, second_BTE], axis=1))
+
+
+def random_scouts(n_experts=3, d=4, width=5, n_classes=6, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(d, width), (width,), (width, n_classes), (n_classes,)]
+    return ScoutBank(*(jnp.asarray(rng.normal(size=(n_experts, *s)), jnp.float32) for s in shapes))
+
+
+def test_evidence_is_what_each_scout_said_one_position_earlier():
+    scouts = random_scouts()
+    rng = np.random.default_rng(1)
+    feature_BTD = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    classes_BT = rng.integers(0, 6, (2, 5))
+    found_BTE = evidence(scouts, jnp.asarray(feature_BTD), classes_BT, empty_state(2, 3, 4))
+    for e in range(3):
+        w_in, b_in, w_out, b_out = (np.asarray(x[e]) for x in scouts)
+        hidden = np.asarray(jax.nn.gelu(feature_BTD @ w_in + b_in))
+        logits = hidden @ w_out + b_out
+        log_prob = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for t in range(1, 5):
+            said = log_prob[np.arange(2), t - 1, classes_BT[:, t]]
+            np.testing.assert_allclose(found_BTE[:, t, e], said, rtol=1e-4)  # logits of order 10
+    assert (np.asarray(found_BTE[:, 0]) == 0).all(), "nobody predicted the first token"
+
+
+def test_evidence_of_a_broken_scout_is_finite_and_worse_than_any_other():
+    broken = [jnp.full((4, 5), jnp.nan), jnp.full((4, 5), jnp.inf), jnp.full((4, 5), 3e38)]
+    scouts = random_scouts()
+    scouts = scouts._replace(w_in_EDW=jnp.stack(broken))
+    feature_BTD = jnp.ones((1, 6, 4))
+    found_BTE = np.asarray(
+        evidence(scouts, feature_BTD, jnp.zeros((1, 6), int), empty_state(1, 3, 4))
+    )
+    assert np.isfinite(found_BTE).all()
+    assert (found_BTE[:, 1:, :2] < -1000).all()
+
+
+def test_a_track_record_of_absurd_predictions_stays_finite():
+    scouts = random_scouts(n_experts=1)
+    scouts = scouts._replace(b_out_EC=jnp.full((1, 6), -1e38).at[:, 1].set(1e38))
+    state = empty_state(1, 1, 4)
+    found_BTE = evidence(scouts, jnp.ones((1, 50, 4)), jnp.zeros((1, 50), int), state)
+    assert np.isfinite(np.asarray(track_record(found_BTE, state.track_BE, 1.0))).all()
+
+
+def test_weights_sum_to_one_over_the_top_k_and_leave_out_the_dead():
+    rng = np.random.default_rng(2)
+    score_BTE = rng.normal(0, 5, (3, 7, 6)).astype(np.float32)
+    score_BTE[..., 4] = NEVER
+    key_E = jnp.arange(6)
+    for k in (1, 3, 6):
+        choice = jax.jit(choose, static_argnums=2)(jnp.asarray(score_BTE), key_E, k)
+        weight_BTE = np.asarray(dense_weights(choice, 6))
+        np.testing.assert_allclose(weight_BTE.sum(-1), 1, atol=FLOAT32_ROUNDING)
+        assert ((weight_BTE > 0).sum(-1) <= k).all()
+        assert (weight_BTE[..., 4] == 0).all()
+        best_BTE = np.sort(score_BTE, axis=-1)[..., -k:]
+        chosen_BTE = np.take_along_axis(score_BTE, np.asarray(choice.expert_BTJ), axis=-1)
+        np.testing.assert_array_equal(np.sort(chosen_BTE, axis=-1), best_BTE)
+
+
+def test_asking_for_more_experts_than_there_are_takes_all():
+    choice = choose(jnp.zeros((1, 1, 2)), jnp.arange(2), k=5)
+    assert choice.expert_BTJ.shape == (1, 1, 2)
+
+
+def test_exact_ties_are_settled_by_key_and_not_by_slot():
+    score_BTE = jnp.zeros((1, 1, 4))
+    for key_E in ([0, 7, 3, 9], [9, 3, 7, 0], [3, 0, 9, 7]):
+        choice = choose(score_BTE, jnp.asarray(key_E, jnp.uint32), k=2)
+        chosen = [key_E[e] for e in np.asarray(choice.expert_BTJ).ravel()]
+        assert chosen == [0, 3]
+
+
+@pytest.mark.parametrize("alive", [(1, 1, 1, 1), (1, 0, 1, 0), (1, 0, 0, 1)])
+def test_prior_gives_the_backbone_its_share_and_the_living_the_rest(alive):
+    alive_E = np.array(alive, bool)
+    prior_E = np.exp(log_prior(jnp.asarray(alive_E), 0.25))
+    assert prior_E[0] == pytest.approx(0.25)
+    assert (prior_E[~alive_E] == 0).all()
+    assert prior_E[1:][alive_E[1:]] == pytest.approx(0.75 / alive_E[1:].sum())
+
+
+def test_no_expert_can_expect_to_look_better_than_the_backbone_on_the_backbones_own_text(tiny):
+    """With discount 1, prod q_i / q_0 is a martingale under the backbone's scout.
+
+    So its mean is 1, and by Ville's inequality it ever exceeds 1/alpha with probability at most
+    alpha.
+    """
+    samples, length, alpha = 4096, 10, 0.2
+    experts = [tiny.expert(name, scout_noise=0.25) for name in ("a", "b")]
+    for expert in experts:  # near the backbone's scout, so that the ratios have a small variance
+        for name in ("w_in", "b_in", "w_out", "b_out"):
+            own = getattr(tiny.backbone.scout, name)[...]
+            getattr(expert.scout, name)[...] += own
+    parts = tiny.model(*experts, discount=1.0).parts
+    backbone = parts.backbone
+
+    @jax.jit
+    def sample_and_track(key):
+        def draw(t, tokens_BT):
+            x_BTD, _ = backbone.trunk(tokens_BT)
+            log_prob_BTC = backbone.scout(backbone.features(x_BTD))
+            drawn_B = jax.random.categorical(jax.random.fold_in(key, t), log_prob_BTC[:, t - 1])
+            return tokens_BT.at[:, t].set(drawn_B)
+
+        tokens_BT = jnp.zeros((samples, length), jnp.int32)
+        tokens_BT = jax.lax.fori_loop(1, length, draw, tokens_BT)
+        state = empty_state(samples, parts.bank.capacity, parts.interface.d_model)
+        return composed.track_records(parts, tokens_BT, state)
+
+    track_BTE = np.asarray(sample_and_track(jax.random.key(0)), np.float64)
+    advantage_BTE = np.exp(track_BTE[..., 1:3] - track_BTE[..., :1])
+    final_BE = advantage_BTE[:, -1]
+    # Five standard errors of the mean; the ratios must really differ from one for this to bite.
+    error_E = 5 * final_BE.std(axis=0) / np.sqrt(samples)
+    assert (final_BE.std(axis=0) > 0.5).all()
+    assert (error_E < 0.3).all()
+    assert (np.abs(final_BE.mean(axis=0) - 1) < error_E).all()
+    exceeding_E = (advantage_BTE.max(axis=1) > 1 / alpha).mean(axis=0)
+    assert (exceeding_E < alpha + 5 * np.sqrt(alpha * (1 - alpha) / samples)).all()
+    assert (exceeding_E > 0).all()
+
+
+def test_an_empty_state_has_seen_nothing():
+    state = empty_state(2, 3, 4)
+    assert isinstance(state, RouterState)
+    assert not np.asarray(state.started_B).any()
+    assert all((np.asarray(x) == 0).all() for x in state)
