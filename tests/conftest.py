@@ -95,7 +95,9 @@ class Tiny:
         tensors["class_map"] = np.arange(256, dtype=np.int32)
         return from_tensors(self.make_backbone_module, tensors)
 
-    def expert(self, name, *, noise=0.3, scout_noise=1.0, kind="ffn", rank=None, width=16, key=None):
+    def expert(
+        self, name, *, noise=0.3, scout_noise=1.0, kind="ffn", rank=None, width=16, key=None
+    ):
         """Return a pluggable expert whose weights hang on its name alone.
 
         Args:
@@ -152,3 +154,94 @@ class Tiny:
         tokens_BT = rng.integers(1, 256, (batch, length), dtype=np.int32)
         tokens_BT[:, 0] = 0
         return tokens_BT
+
+    def text(self, words, seed, length=300):
+        """Return `length` characters of random words."""
+        rng = np.random.default_rng(seed)
+        return " ".join(rng.choice(words.split(), length))[:length]
+
+
+PUBLIC_WORDS = "the of and to in is that for it as was with be by on not he his but at are this"
+PRIVATE_WORDS = "∀x ∃y φ→ψ ⊢A∧B ⊥∨C λz.t Γ,Δ □p ◇q"
+
+
+@pytest.fixture(scope="session")
+def release(tiny, tmp_path_factory):
+    """Return a tiny backbone that has read some public text, as a package on disk."""
+    from flax import nnx
+
+    from composable.assembly.backbones import load_backbone, save_backbone
+    from composable.model.tokenizer import ByteTokenizer
+    from composable.training.data import batches, token_stream
+    from composable.training.documents import Document
+    from composable.training.loop import TrainConfig, fit
+    from composable.training.objectives import backbone_objective
+
+    train, anchor = (
+        [Document(f"public/{i}", tiny.text(PUBLIC_WORDS, seed=i)) for i in numbers]
+        for numbers in (range(30), range(30, 32))
+    )
+    graph, params, rest = nnx.split(tiny.backbone, nnx.Param, ...)
+    cfg = TrainConfig(steps=60, batch_size=8, window=32, learning_rate=1e-2)
+    data = batches(token_stream(train, ByteTokenizer()), window=32, batch_size=8, seed=0)
+    fitted = fit(backbone_objective(graph), params, rest, data, cfg)
+    folder = tmp_path_factory.mktemp("backbones") / "tiny"
+    save_backbone(
+        folder,
+        nnx.merge(graph, fitted.trained, rest),
+        name="tiny",
+        version="1.0.0",
+        anchor=anchor,
+        router={
+            name: INTERFACE_FIELDS[name]
+            for name in ("discount", "top_k", "backbone_prior", "switch_rate")
+        }
+        | {"scout_max_width": 16, "lora_max_rank": 8},
+        texts={"README.md": "A tiny backbone.\n"},
+        description="For tests.",
+        license_="Apache-2.0",
+    )
+    return load_backbone(str(folder))
+
+
+EXPERT_TOML = """
+[expert]
+name = "{name}"
+version = "1.0.0"
+description = "For tests."
+license = "Apache-2.0"
+backbone = "tiny"
+
+[interface]
+name = "tiny"
+requires = "^1.0"
+
+[body]
+kind = "ffn"
+dtype = "F32"
+
+[scout]
+width = 16
+"""
+
+
+@pytest.fixture(scope="session")
+def trained_folder(release, tiny, tmp_path_factory):
+    """Return the folder of a trained and vetted expert of private text; copy it to change it."""
+    from composable.assembly.contribution import check_expert, train_expert
+    from composable.training.documents import Document, write_documents
+    from composable.training.loop import TrainConfig
+
+    folder = tmp_path_factory.mktemp("experts") / "logic"
+    folder.mkdir()
+    (folder / "expert.toml").write_text(EXPERT_TOML.format(name="logic"))
+    (folder / "README.md").write_text("An expert.\n")
+    texts = folder.parent / "logic.jsonl"
+    documents = [
+        Document(f"private/{i}", tiny.text(PRIVATE_WORDS, seed=i, length=200)) for i in range(30)
+    ]
+    write_documents(texts, documents)
+    cfg = TrainConfig(steps=60, batch_size=8, window=32, learning_rate=1e-2)
+    train_expert(release, folder, [texts], cfg)
+    check_expert(release, folder)
+    return folder
