@@ -6,6 +6,7 @@ versions and ranges as the user and the authors wrote them. Every cure that is o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -30,7 +31,7 @@ def explain_failure(world: World, proof: Proof, solver: Solver) -> str:
         solver: Tries out the cures.
     """
     sentences: dict[str, None] = {}
-    for fact in sorted(proof.facts, key=lambda fact: _ORDER[fact.kind]):
+    for fact in sorted(_join(proof.facts), key=lambda fact: _reading_order(world, fact)):
         sentences |= dict.fromkeys(_tell(world, fact))
     cures = _Cures(world, proof, solver).find()
     story = "".join(f"\n  {sentence}" for sentence in sentences)
@@ -39,6 +40,25 @@ def explain_failure(world: World, proof: Proof, solver: Solver) -> str:
     one = "Any one of these would make it solvable" if len(cures) > 1 else "This would solve it"
     advice = "".join(f"\n  - {cure}" for cure in cures)
     return f"what you ask for cannot be installed together:\n{story}\n\n{one}:\n{advice}"
+
+
+def _join(facts: Iterable[Fact]) -> list[Fact]:
+    """Make one fact of those that say the same of different versions."""
+    joined: dict[object, Fact] = {}
+    for fact in facts:
+        is_joinable = fact.kind in ("need", "conflict")
+        key = (fact.kind, fact.name, fact.other, fact.allowed) if is_joinable else fact
+        before = joined.get(key)
+        choices = fact.choices | before.choices if before is not None else fact.choices
+        joined[key] = dataclasses.replace(fact, choices=choices)
+    return list(joined.values())
+
+
+def _reading_order(world: World, fact: Fact) -> tuple[int, int]:
+    """Put what the user asks for first, as the user ordered it; then needs; then dead ends."""
+    names = [requirement.name for requirement in world.requires]
+    asked = names.index(fact.name) if fact.name in names else len(names)
+    return (_ORDER[fact.kind], asked if fact.kind == "root" else 0)
 
 
 def _tell(world: World, fact: Fact) -> Iterator[str]:
@@ -93,6 +113,9 @@ def _tell_none(world: World, fact: Fact) -> Iterator[str]:
         ranges = [str(r) for r in shelf.ranges_of(fact.choices)]
         asked = f" in {' or '.join(ranges)}" if ranges else ""
         there = _list([str(candidate.version) for candidate in shelf.candidates])
+        if all(candidate.version.is_prerelease for candidate in shelf.candidates):
+            yield f"Of {fact.name} there are only prereleases, {there}, and no range names one."
+            return
         yield f"There is no {fact.name}{asked}, only {there}."
 
 
