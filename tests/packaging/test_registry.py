@@ -1,0 +1,349 @@
+"""Registries: what is published, what is refused, and publishers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from composable.errors import (
+    IntegrityError,
+    InterfaceError,
+    ManifestError,
+    RegistryError,
+    TensorFileError,
+    UnknownExpertError,
+)
+from composable.interface import RouterInterface
+from composable.packaging import FolderRegistry, Manifest, Store, Version, atomic, read_tensors
+from composable.packaging.registry import blob_path, open_registry, read_manifest
+
+MakeExpert = Callable[..., Path]
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "locks" not in path.parts
+    }
+
+
+def test_publish_and_find(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, store: Store
+) -> None:
+    manifest = registry.publish(make_expert(requires={"european": "^1"}), interface=interface)
+    registry.publish(make_expert("german", "1.10.0"), interface=interface)
+    registry.publish(make_expert("german", "1.9.0"), interface=interface)
+    assert registry.names() == ["german"]
+    releases = registry.versions("german")
+    assert [str(release.version) for release in releases] == ["1.0.0", "1.9.0", "1.10.0"]
+    first = releases[0]
+    assert first.manifest == manifest.digest
+    assert first.interface.digest == interface.digest
+    assert first.requires == manifest.requires
+    assert first.published.endswith("Z")
+    assert not first.is_yanked
+    assert read_manifest(registry, first) == manifest
+    for file in first.files:
+        with store.sink(file.digest, file.size) as sink:
+            registry.fetch(file.digest, sink)
+        assert store.has(file.digest, file.size)
+    assert registry.versions("nobody") == ()
+
+
+def test_the_layout_is_plain_files(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    manifest = registry.publish(make_expert(), interface=interface)
+    line = (registry.path / "index" / "ge" / "german.jsonl").read_text()
+    assert json.loads(line)["manifest"] == manifest.digest
+    assert (registry.path / blob_path(manifest.digest)).read_text() == manifest.to_toml()
+    assert json.loads((registry.path / "config.json").read_text())["schema"] == 1
+    moved = shutil.copytree(registry.path, registry.path.parent / "moved")
+    assert FolderRegistry(moved).versions("german") == registry.versions("german")
+
+
+def test_publishing_again_changes_nothing(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    registry.publish(folder, interface=interface)
+    before = all_files(registry.path)
+    registry.publish(folder, interface=interface)
+    assert all_files(registry.path) == before
+
+
+def test_a_release_never_changes(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    before = all_files(registry.path)
+    with pytest.raises(RegistryError, match="already published with other content"):
+        registry.publish(make_expert(seed=5), interface=interface)
+    assert all_files(registry.path) == before
+    other_build = make_expert("german", "1.0.0+build", seed=6)
+    with pytest.raises(RegistryError, match="already published with other content"):
+        registry.publish(other_build, interface=interface)
+
+
+@pytest.mark.parametrize("name", ["gerrnan", "ger-man", "germ-an"])
+def test_look_alikes_are_refused(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, name: str
+) -> None:
+    registry.publish(make_expert("german"), interface=interface)
+    with pytest.raises(RegistryError, match="may be taken for 'german'"):
+        registry.publish(make_expert(name), interface=interface)
+    assert registry.names() == ["german"]
+
+
+def test_bad_experts_are_refused(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def restore() -> None:
+        for name, data in good.items():
+            (folder / name).write_bytes(data)
+
+    (folder / "scout.safetensors").unlink()
+    with pytest.raises(ManifestError, match="is not there"):
+        registry.publish(folder, interface=interface)
+    restore()
+    (folder / "body.safetensors").write_bytes(good["body.safetensors"][:-4])
+    with pytest.raises(TensorFileError, match="cut short"):
+        registry.publish(folder, interface=interface)
+    (folder / "body.safetensors").write_bytes(good["scout.safetensors"])
+    with pytest.raises(TensorFileError, match="not expected"):
+        registry.publish(folder, interface=interface)
+    restore()
+    text = good["expert.toml"].decode()
+    (folder / "expert.toml").write_text(text.replace("rank = 2", "rank = 3"))
+    with pytest.raises(TensorFileError, match="has shape"):
+        registry.publish(folder, interface=interface)
+    (folder / "expert.toml").write_text(text.replace("rank = 2", "rank = 99"))
+    with pytest.raises(InterfaceError, match="rank"):
+        registry.publish(folder, interface=interface)
+    (folder / "expert.toml").write_text(text.replace('requires = "^1"', 'requires = "^2"'))
+    with pytest.raises(InterfaceError, match="does not hold"):
+        registry.publish(folder, interface=interface)
+    (folder / "expert.toml").write_text(text.replace("[requires]", "[reqires]"))
+    with pytest.raises(ManifestError, match="unknown field"):
+        registry.publish(folder, interface=interface)
+    (folder / "expert.toml").write_text(text)
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("/etc/hostname")
+    with pytest.raises(ManifestError, match="not a plain file"):
+        registry.publish(folder, interface=interface)
+    assert not registry.path.exists(), "a refused expert must leave nothing behind"
+
+
+def test_a_digest_of_another_interface_is_refused(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    text = (folder / "expert.toml").read_text()
+    digest = "sha256:" + "1" * 64
+    (folder / "expert.toml").write_text(
+        text.replace('requires = "^1"', f'requires = "^1"\ndigest = "{digest}"')
+    )
+    with pytest.raises(InterfaceError, match="does not honour"):
+        registry.publish(folder, interface=interface)
+    assert registry.publish(folder).interface.digest == digest  # form only, without an interface
+
+
+def test_without_an_interface_a_digest_is_needed(
+    registry: FolderRegistry, make_expert: MakeExpert
+) -> None:
+    with pytest.raises(ManifestError) as caught:
+        registry.publish(make_expert())
+    assert caught.value.where == "expert.toml: interface.digest"
+
+
+def test_only_known_files_are_published(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    (folder / "private-data.txt").write_text("secret")
+    manifest = registry.publish(folder, interface=interface)
+    names = [file.name for file in manifest.files]
+    assert names == ["README.md", "body.safetensors", "scout.safetensors"]
+    assert b"secret" not in b"".join(all_files(registry.path).values())
+
+
+def test_yank(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    registry.publish(make_expert("german", "1.1.0"), interface=interface)
+    registry.yank("german", Version("1.1.0"))
+    assert [release.is_yanked for release in registry.versions("german")] == [False, True]
+    registry.publish(make_expert("german", "1.2.0"), interface=interface)
+    assert [release.is_yanked for release in registry.versions("german")] == [False, True, False]
+    registry.unyank("german", Version("1.1.0"))
+    assert not any(release.is_yanked for release in registry.versions("german"))
+    with pytest.raises(UnknownExpertError, match=r"no release german 9\.0\.0"):
+        registry.yank("german", Version("9.0.0"))
+    with pytest.raises(UnknownExpertError) as caught:
+        registry.yank("germen", Version("1.0.0"))
+    assert caught.value.hint == "did you mean 'german'?"
+
+
+def test_no_registry(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="is not a registry"):
+        FolderRegistry(tmp_path / "nothing").versions("german")
+    (tmp_path / "config.json").write_text('{"kind": "composable-registry", "schema": 99}')
+    with pytest.raises(RegistryError, match="99"):
+        FolderRegistry(tmp_path).versions("german")
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(RegistryError, match="cannot be read"):
+        FolderRegistry(tmp_path).versions("german")
+
+
+def test_open_registry(tmp_path: Path) -> None:
+    assert open_registry("../x", tmp_path).location == str(tmp_path / "../x")
+    assert open_registry(f"file://{tmp_path}", Path("/")).location == str(tmp_path)
+    with pytest.raises(RegistryError, match="ftp"):
+        open_registry("ftp://example.org", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"name": "other"}, {"version": "1"}, {"manifest": "sha256:../../x"}, {"yanked": 1},
+        {"files": [{"name": "../x", "size": 1, "digest": "sha256:" + "0" * 64}]},
+        {"files": [{"name": "x", "size": -1, "digest": "sha256:" + "0" * 64}]},
+        {"files": [{"name": "x", "size": 1, "digest": "x"}]}, {"files": 3}, {"requires": []},
+        {"requires": {"../x": "*"}}, {"requires": {"x": "new"}}, {"interface": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_index_lines(
+    registry: FolderRegistry,
+    make_expert: MakeExpert,
+    interface: RouterInterface,
+    damage: dict[str, object],
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    index = registry.path / "index" / "ge" / "german.jsonl"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **damage}) + "\n")
+    with pytest.raises(RegistryError) as caught:
+        registry.versions("german")
+    assert caught.value.where == f"{index}:1"
+
+
+def test_other_damage_to_an_index(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    index = registry.path / "index" / "ge" / "german.jsonl"
+    line = index.read_text()
+    index.write_text(line + line)
+    with pytest.raises(RegistryError, match="twice"):
+        registry.versions("german")
+    for text in ("nonsense", "[" * 100_000, line[:-20], "3", "null"):
+        index.write_text(text)
+        with pytest.raises(RegistryError, match="not a release"):
+            registry.versions("german")
+
+
+def test_a_dishonest_manifest_blob(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    release = registry.versions("german")[0]
+    path = registry.path / blob_path(release.manifest)
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("1.0.0", "1.0.1"))
+    with pytest.raises(IntegrityError):
+        read_manifest(registry, release)
+
+
+@pytest.mark.parametrize("digest", ["", "x", "sha256:", "sha256:../../../etc/passwd", "md5:0"])
+def test_no_path_is_made_of_what_is_no_digest(registry: FolderRegistry, digest: str) -> None:
+    with pytest.raises(IntegrityError, match="not a digest"):
+        blob_path(digest)
+
+
+def test_an_index_that_fell_behind_is_mended_by_the_next_publish(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    """A publisher killed after its record but before its index line loses nothing."""
+    registry.publish(make_expert(), interface=interface)
+    index = registry.path / "index" / "ge" / "german.jsonl"
+    index.unlink()
+    registry.publish(make_expert("german", "1.1.0"), interface=interface)
+    assert len(registry.versions("german")) == 2
+
+
+def test_a_record_cut_by_a_crash_is_written_again(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    registry.publish(folder, interface=interface)
+    record = registry.path / "records" / "german" / "1.0.0.json"
+    record.write_bytes(record.read_bytes()[:30])
+    registry.publish(folder, interface=interface)
+    assert len(registry.versions("german")) == 1
+    assert json.loads(record.read_text())["version"] == "1.0.0"
+
+
+def publish_without_locks(path: Path, folder: Path, interface: RouterInterface) -> None:
+    """Publish with file locks turned into no-ops, as on a file system where they lie."""
+    atomic.polite_lock = contextlib.nullcontext  # type: ignore[assignment]
+    FolderRegistry(path).publish(folder, interface=interface)
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_publishers_at_once_end_consistent_without_locks(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, round_: int
+) -> None:
+    folders = [make_expert("german", f"1.{minor}.0", seed=minor) for minor in range(6)]
+    context = multiprocessing.get_context("fork")
+    jobs = [
+        context.Process(target=publish_without_locks, args=(registry.path, folder, interface))
+        for folder in folders
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0] * len(jobs)
+    releases = registry.versions("german")
+    assert [release.version.minor for release in releases] == list(range(6))
+    for release in releases:
+        for file in release.files:
+            assert (registry.path / blob_path(file.digest)).stat().st_size == file.size
+
+
+def test_progress_counts_bytes(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    registry.publish(make_expert(), interface=interface, progress=lambda *event: seen.append(event))
+    assert {name for name, done, total in seen if done == total} == {
+        "README.md",
+        "body.safetensors",
+        "scout.safetensors",
+    }
+
+
+def test_published_tensors_load(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    from composable.interface import scout_signature
+
+    manifest = registry.publish(make_expert(), interface=interface)
+    scout = next(file for file in manifest.files if file.name == "scout.safetensors")
+    path = registry.path / blob_path(scout.digest)
+    assert set(read_tensors(path, scout_signature(interface, 8))) == set(
+        safetensors.numpy.load_file(path)
+    )
+    assert Manifest.loads((registry.path / blob_path(manifest.digest)).read_text()) == manifest
