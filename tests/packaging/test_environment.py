@@ -1,0 +1,220 @@
+"""Environments: generations, one pointer, rollback, and a process killed anywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from composable.errors import IntegrityError, LockError, PackagingError
+from composable.interface import RouterInterface
+from composable.packaging import (
+    Environment,
+    FolderRegistry,
+    Lock,
+    Project,
+    Requirement,
+    Store,
+    lock_project,
+    sync_project,
+)
+
+MakeExpert = Callable[..., Path]
+
+
+@pytest.fixture
+def world(
+    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, project: Project
+) -> Project:
+    """Return a project that asks for `german` and `french` from a registry with two of each."""
+    for name in ("german", "french"):
+        for version in ("1.0.0", "1.1.0"):
+            registry.publish(make_expert(name, version, seed=len(name)), interface=interface)
+    return project.add(Requirement.parse("german")).add(Requirement.parse("french"))
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.lstat().st_ino)
+        for path in root.rglob("*")
+    }
+
+
+def test_install_and_look(world: Project, interface: RouterInterface, store: Store) -> None:
+    environment = world.environment
+    assert environment.current is None
+    assert environment.lock == Lock()
+    assert environment.manifests() == []
+    with pytest.raises(PackagingError, match="nothing is installed"):
+        environment.expert_path("german")
+    lock = lock_project(world, interface)
+    sync_project(world, lock, store, interface=interface)
+    assert environment.lock == lock
+    assert [str(m.version) for m in environment.manifests()] == ["1.1.0", "1.1.0"]
+    folder = environment.expert_path("german")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "body.safetensors",
+        "expert.toml",
+        "scout.safetensors",
+    ]
+    for file in lock["german"].files:
+        assert (folder / file.name).samefile(store.path(file.digest))
+    with pytest.raises(PackagingError, match="'dutch' is not installed"):
+        environment.expert_path("dutch")
+
+
+def test_a_second_sync_writes_nothing(
+    world: Project, interface: RouterInterface, store: Store, registry: FolderRegistry
+) -> None:
+    lock = lock_project(world, interface)
+    sync_project(world, lock, store)
+    before = snapshot(world.root), snapshot(store.root)
+    registry.path.rename(registry.path.parent / "gone")  # and nothing is asked of the registry
+    sync_project(world, lock, store)
+    assert (snapshot(world.root), snapshot(store.root)) == before
+
+
+def test_rollback(world: Project, interface: RouterInterface, store: Store) -> None:
+    environment = world.environment
+    with pytest.raises(PackagingError, match="no older generation"):
+        environment.rollback()
+    first = lock_project(world, interface)
+    sync_project(world, first, store)
+    with pytest.raises(PackagingError, match="no older generation"):
+        environment.rollback()
+    world = world.add(Requirement.parse("german<1.1"))
+    second = lock_project(world, interface)
+    sync_project(world, second, store)
+    assert environment.lock == second
+    assert environment.rollback().number == 1
+    assert environment.lock == first
+    assert environment.manifests()[1].version.minor == 1
+    sync_project(world, second, store)
+    assert environment.lock == second
+
+
+def test_a_file_that_went_missing_is_put_back(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
+    (environment.expert_path("german") / "body.safetensors").unlink()
+    assert not environment.holds(lock)
+    sync_project(world, lock, store)
+    assert environment.holds(lock)
+
+
+def test_a_damaged_pointer_is_mended(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
+    for text in ("", "99", "../../x", "1; rm"):
+        (environment.root / "current").write_text(text)
+        with pytest.raises(PackagingError, match="not there"):
+            _ = environment.current
+        sync_project(world, lock, store)
+        assert environment.holds(lock)
+
+
+def test_old_generations_are_forgotten_but_the_last_few(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    environment = world.environment
+    for number in range(9):
+        world = world.add(Requirement.parse("german<1.1" if number % 2 else "german"))
+        sync_project(world, lock_project(world, interface, upgrade=True), store)
+        for generation in environment.generations():
+            os.utime(generation.path, (0, 0))
+    assert [g.number for g in environment.generations()] == [5, 6, 7, 8, 9]
+
+
+def test_a_store_that_lacks_a_file(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(world, interface)
+    with pytest.raises(IntegrityError, match="the store has no") as caught:
+        world.environment.install(lock, store)
+    assert caught.value.hint == "run `composable sync`"
+    assert world.environment.current is None
+    assert list((world.environment.root / "generations").iterdir()) == []
+
+
+def test_a_registry_whose_index_lies_about_a_manifest(
+    world: Project, interface: RouterInterface, store: Store, registry: FolderRegistry
+) -> None:
+    index = registry.path / "index" / "ge" / "german.jsonl"
+    index.write_text(index.read_text().replace('"requires":{}', '"requires":{"french":"^1"}'))
+    lock = lock_project(world, interface)
+    with pytest.raises(LockError, match="says otherwise than its registry did"):
+        sync_project(world, lock, store)
+    assert world.environment.current is None
+
+
+# The calls after which a process is killed; every change of the disk goes through them.
+KILLED_AFTER = ["fsync", "rename", "link", "unlink", "mkdir", "replace"]
+
+
+@pytest.mark.parametrize("call", KILLED_AFTER)
+@pytest.mark.parametrize("nth", [1, 3, 8])
+def test_killed_anywhere_the_next_command_works(
+    world: Project, interface: RouterInterface, tmp_path: Path, call: str, nth: int
+) -> None:
+    store = Store(tmp_path / "store")
+    world = world.add(Requirement.parse("german<1.1"))
+    first = lock_project(world, interface)
+    sync_project(world, first, store)
+    world = world.add(Requirement.parse("german"))
+    second = lock_project(world, interface, upgrade=True)
+    script = f"""
+        import os, signal, pathlib
+        left = {nth}
+        def killing(real):
+            def call(*args, **kwargs):
+                global left
+                result = real(*args, **kwargs)
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+            return call
+        for owner in (os, pathlib.Path):
+            if hasattr(owner, {call!r}):
+                setattr(owner, {call!r}, killing(getattr(owner, {call!r})))
+        from composable.packaging import Project, Store, sync_project
+        project = Project.read(pathlib.Path({str(world.root)!r}))
+        sync_project(project, store=Store({str(store.root)!r}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert done.returncode in (0, -9)
+    environment = Environment(world.root / ".composable")
+    assert environment.lock in (first, second)
+    assert environment.holds(environment.lock), "what is in use is whole"
+    sync_project(world, second, store)
+    assert environment.holds(second)
+    assert store.verify() == []
+
+
+def test_many_at_once(world: Project, interface: RouterInterface, store: Store) -> None:
+    lock_project(world, interface)
+    script = f"""
+        import contextlib, pathlib, sys
+        from composable.packaging import Project, Store, atomic, sync_project
+        if sys.argv[1] == "0":
+            atomic.polite_lock = contextlib.nullcontext
+        project = Project.read(pathlib.Path({str(world.root)!r}))
+        sync_project(project, store=Store({str(store.root)!r}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    jobs = [subprocess.Popen([*command, str(number % 2)]) for number in range(6)]
+    assert [job.wait() for job in jobs] == [0] * len(jobs)
+    environment = world.environment
+    assert environment.holds(Lock.read(world.root))
+    assert store.verify() == []
+    assert not any(store.root.rglob(".tmp-*"))
