@@ -1,0 +1,174 @@
+"""Worlds with a known answer: our own in `tests/scenarios`, and packse's."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from composable.errors import ManifestError, ResolutionError
+from composable.packaging import Constraint, Requirement, Universe, Version, resolve
+from composable.packaging.universe import Candidate
+
+SCENARIOS = Path(__file__).parent.parent / "scenarios"
+PACKSE = Path(__file__).parent / "data" / "packse"
+
+
+def answer(universe: Universe) -> str:
+    """Return what a command would print: the packages as JSON, or the story."""
+    try:
+        packages = resolve(universe).packages
+    except ResolutionError as error:
+        return f"{error}\n"
+    return json.dumps({"packages": {name: str(v) for name, v in packages.items()}}, indent=2) + "\n"
+
+
+@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.json")), ids=lambda path: path.stem)
+def test_scenario(path: Path) -> None:
+    universe = Universe.from_dict(json.loads(path.read_text()), path.name)
+    expected = (SCENARIOS / "expected" / f"{path.stem}.txt").read_text()
+    assert answer(universe) == expected
+
+
+def test_every_expectation_has_a_scenario() -> None:
+    names = {path.stem for path in SCENARIOS.glob("*.json")}
+    assert {path.stem for path in (SCENARIOS / "expected").iterdir()} == names
+    assert len(names) >= 15
+
+
+def read_packse(path: Path) -> tuple[dict[str, Any], Universe]:
+    """Read a packse scenario; its PEP 440 specifiers mean the same here."""
+    data = tomllib.loads(path.read_text())
+    packages = {
+        name: [
+            Candidate(
+                version=Version(version),
+                requires=merge(fields.get("requires", [])),
+                is_yanked=fields.get("yanked", False),
+            )
+            for version, fields in package["versions"].items()
+        ]
+        for name, package in data.get("packages", {}).items()
+    }
+    requires = [Requirement.parse(text) for text in data["root"]["requires"]]
+    return data["expected"], Universe(packages=packages, requires=requires)
+
+
+def merge(texts: list[str]) -> dict[str, Constraint]:
+    """Join several requirements on one package, as packse allows within one candidate."""
+    ranges: dict[str, Constraint] = {}
+    for requirement in map(Requirement.parse, texts):
+        name, range_ = requirement.name, requirement.constraint
+        ranges[name] = Constraint(f"{ranges[name]}, {range_}") if name in ranges else range_
+    return ranges
+
+
+@pytest.mark.parametrize("path", sorted(PACKSE.rglob("*.toml")), ids=lambda path: path.stem)
+def test_packse(path: Path) -> None:
+    expected, universe = read_packse(path)
+    if not expected["satisfiable"]:
+        with pytest.raises(ResolutionError):
+            resolve(universe)
+        return
+    packages = {name: str(version) for name, version in resolve(universe).packages.items()}
+    if "packages" in expected:
+        assert packages == expected["packages"]
+
+
+def test_packse_is_complete() -> None:
+    assert len(list(PACKSE.rglob("*.toml"))) == 26
+
+
+def test_wrong_backtracking_indirect_is_right() -> None:
+    """What packse hopes for, but has commented out for the resolver it tests."""
+    _, universe = read_packse(PACKSE / "backtracking" / "wrong-backtracking-indirect.toml")
+    packages = {name: str(version) for name, version in resolve(universe).packages.items()}
+    assert packages == {"a": "1.0.0", "b": "1.0.0", "b-inner": "2.0.9"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKSE.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_cure_that_is_offered_works(path: Path) -> None:
+    """Do what the story says, line by line, and see."""
+    expected, universe = read_packse(path)
+    if expected["satisfiable"]:
+        return
+    with pytest.raises(ResolutionError) as caught:
+        resolve(universe)
+    story = str(caught.value)
+    cures = [line.removeprefix("  - ") for line in story.splitlines() if line.startswith("  - ")]
+    assert cures, story
+    for cure in cures:
+        requires = list(universe.requires)
+        words = cure.split()
+        if words[0] == "leave":
+            requires = [r for r in requires if r.name not in words[2:]]
+        elif "instead of" in cure:
+            old = Requirement(words[2], Constraint(cure.partition("instead of ")[2]))
+            assert old in requires
+            requires.remove(old)
+            requires.append(Requirement(words[2], Constraint(f"={words[3]}")))
+        else:
+            requires.append(Requirement.parse(words[2]))
+        resolve(Universe(packages=universe.packages, requires=requires))
+
+
+A = "u: packages.a.1.0.0"
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ([], "u"),
+        ({"packges": {}}, "u: packges"),
+        ({"packages": {"a": {"1": {}}}}, "u: packages.a"),
+        ({"packages": {"a": {"1.0.0": {"requires": {"b": "?"}}}}}, f"{A}.requires.b"),
+        ({"packages": {"a": {"1.0.0": {"yanked": 1}}}}, f"{A}.yanked"),
+        ({"packages": {"a": {"1.0.0": {"require": {}}}}}, f"{A}.require"),
+        ({"requires": {"a": 1}}, "u: requires.a"),
+        ({"locked": {"a": "1"}}, "u: locked.a"),
+        ({"interface": "1.0.0"}, "u: interface"),
+    ],
+)  # fmt: skip
+def test_bad_universes_say_where(data: Any, where: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        Universe.from_dict(data, "u")
+    assert caught.value.where == where
+
+
+def test_a_universe_without_an_interface_does_not_check_it() -> None:
+    candidate = {"1.0.0": {"interface": "^9"}}
+    data = {"packages": {"a": candidate}, "requires": {"a": "*"}}
+    assert list(resolve(Universe.from_dict(data)).packages) == ["a"]
+    with pytest.raises(ResolutionError, match="plugs into router interface"):
+        resolve(Universe.from_dict({**data, "interface": {"tiny": "1.0.0"}}))
+
+
+def test_who_wanted_what() -> None:
+    data = {
+        "packages": {"a": {"1.0.0": {"requires": {"b": "^1"}}}, "b": {"1.0.0": {}, "1.1.0": {}}},
+        "requires": {"a": "*", "b": "<1.1"},
+    }
+    resolution = resolve(Universe.from_dict(data))
+    assert resolution.wanted_by["b"] == [("", Constraint("<1.1")), ("a", Constraint("^1"))]
+
+
+def test_another_solver_can_stand_behind_the_port() -> None:
+    """A solver is anything that answers a problem; here one that always takes the best."""
+
+    class Greedy:
+        def solve(self, problem: Any) -> dict[str, int]:
+            chosen: dict[str, int] = {}
+            wanted = list(problem.roots())
+            while wanted:
+                name, allowed = wanted.pop()
+                if name not in chosen:
+                    chosen[name] = problem.best(name, allowed)
+                    wanted += problem.needs(name, chosen[name]).items()
+            return chosen
+
+    data = {"packages": {"a": {"1.0.0": {"requires": {"b": "*"}}}, "b": {"2.0.0": {}}}}
+    universe = Universe.from_dict({**data, "requires": {"a": "^1"}})
+    assert resolve(universe, solver=Greedy()) == resolve(universe)
