@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import grain
 import numpy as np
@@ -10,6 +11,9 @@ import numpy as np
 from composable.errors import TextError
 from composable.model.tokenizer import ByteTokenizer
 from composable.training.documents import Document
+
+# As good as endless; the length of grain's own endless repeat overflows an index.
+_EPOCHS: Final = 1 << 31
 
 
 def token_stream(documents: Sequence[Document], tokenizer: ByteTokenizer) -> np.ndarray:
@@ -61,8 +65,6 @@ def batches(
         start = min(index * window + int(rng.integers(window)), last)
         return stream[start : start + window + 1].astype(np.int32)
 
-    rows = (
-        grain.MapDataset.range(max(1, last // window)).seed(seed).shuffle().repeat().random_map(cut)
-    )
-    rows = rows[process::n_processes]
+    epoch = grain.MapDataset.range(max(1, last // window)).seed(seed).shuffle()
+    rows = epoch.repeat(_EPOCHS).random_map(cut)[process::n_processes]
     return iter(rows.batch(batch_size // n_processes).to_iter_dataset())
