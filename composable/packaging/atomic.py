@@ -151,6 +151,8 @@ def create_bytes(path: Path, data: bytes) -> bool:
     Returns:
         Whether this call created the file.
     """
+    if path.exists():
+        return False
     make_directory(path.parent)
     temporary = _temporary_name(path.parent)
     try:

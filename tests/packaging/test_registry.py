@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -321,6 +323,48 @@ def test_publishers_at_once_end_consistent_without_locks(
     for release in releases:
         for file in release.files:
             assert (registry.path / blob_path(file.digest)).stat().st_size == file.size
+
+
+@pytest.mark.parametrize(
+    ("call", "nth"), [("link", 1), ("replace", 1), ("replace", 3), ("replace", 4), ("replace", 5)]
+)
+def test_killed_while_publishing_the_next_publish_works(
+    registry: FolderRegistry,
+    make_expert: MakeExpert,
+    interface: RouterInterface,
+    call: str,
+    nth: int,
+) -> None:
+    registry.publish(make_expert("german", "1.0.0"), interface=interface)
+    first = registry.versions("german")
+    folder = make_expert("german", "1.1.0", seed=1)
+
+    def publish_and_die() -> None:
+        left = nth
+        owner = os if call == "link" else Path
+        real = getattr(owner, call)
+
+        def killing(*args: object, **kwargs: object) -> object:
+            nonlocal left
+            result = real(*args, **kwargs)
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, call, killing)
+        registry.publish(folder, interface=interface)
+
+    job = multiprocessing.get_context("fork").Process(target=publish_and_die)
+    job.start()
+    job.join()
+    assert job.exitcode == -signal.SIGKILL
+    releases = registry.versions("german")
+    assert releases[:1] == first, "what was published before is still there"
+    for file in (file for release in releases for file in release.files):
+        assert (registry.path / blob_path(file.digest)).stat().st_size == file.size
+    registry.publish(folder, interface=interface)
+    assert [release.version.minor for release in registry.versions("german")] == [0, 1]
 
 
 def test_progress_counts_bytes(
