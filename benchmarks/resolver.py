@@ -29,7 +29,7 @@ from composable.packaging.universe import Candidate
 
 N_LAYERS = 5
 TARGET_SECONDS = {10: 0.1, 50: 0.3, 100: 3.0}
-PEER_LIMIT_SECONDS = 60.0
+PEER_LIMIT_SECONDS = 20.0
 
 
 def make_universe(
