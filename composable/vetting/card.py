@@ -62,6 +62,8 @@ def require_passed(folder: Path, interface: RouterInterface) -> dict[str, Any]:
         raise VettingError("the expert was not vetted", where=where, hint=hint) from error
     except ValueError as error:
         raise VettingError(f"not JSON: {error}", where=where, hint=hint) from error
+    if not isinstance(card, dict):
+        raise VettingError("not a table of figures", where=where, hint=hint)
     try:
         tensors = _tensor_digests(folder)
     except FileNotFoundError as error:
