@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from composable.errors import ModelError, TrainingError
+from composable.parallel import make_mesh, spec_of, start_processes
+
+MESH = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape", "axes"),
+    [
+        ("DF", (32, 64), ("fsdp", "tensor")),
+        ("FD", (64, 32), ("tensor", "fsdp")),
+        ("VD", (256, 32), ("tensor", "fsdp")),
+        ("DNH", (32, 4, 8), ("fsdp", "tensor", None)),
+        ("DKH", (32, 2, 8), ("fsdp", "tensor", None)),
+        ("DKH", (32, 1, 8), ("fsdp", None, None)),  # one key head cannot be split
+        ("DF", (30, 64), (None, "tensor")),  # 30 does not divide by 4
+        ("DR", (32, 4), ("fsdp", None)),
+        ("WC", (16, 256), ("tensor", None)),
+        ("D", (32,), ("fsdp",)),
+        ("", (), ()),
+    ],
+)
+def test_letters_say_where_an_array_lives(dims, shape, axes):
+    assert spec_of(dims, shape, MESH) == PartitionSpec(*axes)
+
+
+def test_on_one_device_everything_may_be_split_by_one():
+    mesh = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    assert spec_of("DF", (31, 7), mesh) == PartitionSpec("fsdp", "tensor")
+
+
+@pytest.mark.parametrize(("dims", "shape"), [("DF", (32,)), ("D", (32, 64)), ("Q", (3,))])
+def test_letters_that_do_not_fit_are_refused(dims, shape):
+    with pytest.raises(ModelError, match=repr(dims)):
+        spec_of(dims, shape, MESH)
+
+
+def test_every_parameter_of_a_backbone_and_an_expert_has_letters(tiny):
+    from flax import nnx
+
+    for module in (
+        tiny.backbone,
+        tiny.expert("a").body,
+        tiny.expert("l", kind="lora", rank=2).body,
+    ):
+        for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+            dims = leaf.get_metadata()["dims"]
+            assert len(spec_of(dims, leaf[...].shape, MESH)) == leaf[...].ndim, path
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(3, 1), (1, 5), (0, 1), (-1, -1)])
+def test_devices_that_do_not_divide_are_refused(fsdp, tensor):
+    # One CPU device here; tests/parallel/test_training.py has eight.
+    with pytest.raises(TrainingError) as caught:
+        make_mesh(fsdp=fsdp, tensor=tensor)
+    assert caught.value.where == "mesh"
+
+
+def test_a_mesh_of_one_device_has_all_axes():
+    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_without_its_variables_start_up_does_nothing(monkeypatch):
+    for name in ("COORDINATOR", "PROCESSES", "PROCESS"):
+        monkeypatch.delenv(f"COMPOSABLE_{name}", raising=False)
+    start_processes()
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"COMPOSABLE_COORDINATOR": "localhost:1"}, "COMPOSABLE_PROCESSES, COMPOSABLE_PROCESS"),
+        ({"COMPOSABLE_PROCESS": "0"}, "COMPOSABLE_COORDINATOR, COMPOSABLE_PROCESSES"),
+    ],
+)
+def test_half_of_its_variables_are_refused(monkeypatch, given, missing):
+    for name in ("COORDINATOR", "PROCESSES", "PROCESS"):
+        monkeypatch.delenv(f"COMPOSABLE_{name}", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=f"{missing} not set"):
+        start_processes()
+
+
+def test_a_placed_tree_keeps_its_values(tiny):
+    from flax import nnx
+
+    from composable.parallel import shard_tree
+
+    state = nnx.state(tiny.backbone)
+    placed = shard_tree(state, make_mesh())
+    for (path, found), (_, expected) in zip(
+        nnx.to_flat_state(placed), nnx.to_flat_state(state), strict=True
+    ):
+        np.testing.assert_array_equal(found[...], expected[...], err_msg=str(path))
+        assert found.get_metadata() == expected.get_metadata()
