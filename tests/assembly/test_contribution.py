@@ -1,0 +1,190 @@
+"""A contributor's path and a user's: train, check, publish, load, generate."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import composable as cx
+from composable.assembly.contribution import check_expert, publish_expert, train_expert
+from composable.assembly.experts import load_expert
+from composable.errors import (
+    InterfaceError,
+    PackagingError,
+    TensorFileError,
+    TextError,
+    VettingError,
+)
+from composable.packaging.registry import FolderRegistry
+from composable.training.loop import TrainConfig
+
+
+@pytest.fixture
+def folder(trained_folder, tmp_path):
+    return shutil.copytree(trained_folder, tmp_path / "logic")
+
+
+@pytest.fixture(scope="module")
+def registry(release, trained_folder, tmp_path_factory):
+    """Return the folder of a registry that holds logic 1.0.0 and 1.1.0."""
+    path = tmp_path_factory.mktemp("registry")
+    newer = shutil.copytree(trained_folder, tmp_path_factory.mktemp("newer") / "logic")
+    manifest = (newer / "expert.toml").read_text()
+    (newer / "expert.toml").write_text(manifest.replace('"1.0.0"', '"1.1.0"'))
+    for expert in (trained_folder, newer):
+        publish_expert(release, expert, FolderRegistry(path))
+    return path
+
+
+def load(release, registry, *experts):
+    return cx.load(str(release.folder), experts=experts, registry=registry)
+
+
+def test_what_was_published_is_what_is_loaded(release, trained_folder, registry):
+    model = load(release, registry, "logic@1.0.0")
+    assert model.experts == ["logic"]
+    direct = cx.Model(release.backbone, release.interface, [load_expert(release, trained_folder)])
+    tokens_BT = model.encode("∀x φ→ψ ⊢A∧B")[None]
+    np.testing.assert_array_equal(model(tokens_BT), direct(tokens_BT))
+
+
+def test_the_newest_release_that_fits_is_taken_and_found_again(release, registry):
+    assert load(release, registry, "logic").experts == ["logic"]
+    assert load(release, registry, "logic>=1.1,<2").experts == ["logic"]
+    newest = cx.expert("logic", backbone=str(release.folder), registry=registry)
+    older = cx.expert("logic@1.0.0", backbone=str(release.folder), registry=registry)
+    assert newest.key != older.key, "keys are of the release, not of the tensors"
+    for name in ("w_in", "b_out"):
+        np.testing.assert_array_equal(
+            getattr(newest.scout, name)[...], getattr(older.scout, name)[...]
+        )
+
+
+def test_the_whole_model_prefers_the_expert_on_its_own_text(release, registry):
+    model = load(release, registry, "logic")
+    index = model.names.index("logic")
+    private = np.asarray(model.route(model.encode("∀x ∃y φ→ψ ⊢A∧B ⊥∨C")[None]))[0, :, index]
+    public = np.asarray(model.route(model.encode("the of and to in is that it as")[None]))[
+        0, :, index
+    ]
+    assert private[8:].mean() > 0.9
+    assert public[8:].mean() < 0.1
+    assert isinstance(cx.generate(model, "∀x", 5), str)
+
+
+def test_no_experts_is_the_backbone_alone(release):
+    assert cx.load(str(release.folder), experts=[]).experts == []
+
+
+@pytest.mark.parametrize(
+    ("requirement", "reason"),
+    [("nobody", "There is no expert 'nobody'"), ("logic>=9", "logic"), ("No Name", "No Name")],
+)
+def test_what_cannot_be_had_is_refused(release, registry, requirement, reason):
+    with pytest.raises(PackagingError, match=reason):
+        load(release, registry, requirement)
+
+
+def test_without_a_registry_the_cure_is_told(release, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PackagingError) as caught:
+        cx.load(str(release.folder), experts=["logic"])
+    assert "COMPOSABLE_REGISTRY" in caught.value.hint
+
+
+def test_the_registry_may_come_from_the_environment(release, registry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPOSABLE_REGISTRY", str(registry))
+    assert cx.load(str(release.folder), experts=["logic"]).experts == ["logic"]
+
+
+def test_training_leaves_what_is_published_apart_from_what_is_not(trained_folder):
+    names = {path.name for path in trained_folder.iterdir()}
+    assert names == {
+        "expert.toml",
+        "README.md",
+        "body.safetensors",
+        "scout.safetensors",
+        "card.json",
+        ".work",
+    }
+    record = json.loads((trained_folder / ".work" / "training.json").read_text())
+    assert record["documents"] < 30, "some are held out"
+    assert record["tokens"] == 60 * 8 * 32
+    assert record["last"]["step"] == 60
+
+
+def test_held_out_text_never_reaches_training(trained_folder):
+    lines = (trained_folder / ".work" / "heldout.jsonl").read_text().splitlines()
+    record = json.loads((trained_folder / ".work" / "training.json").read_text())
+    assert len(lines) >= 1
+    assert record["documents"] + len(lines) == 30
+
+
+def test_what_was_not_vetted_is_not_published(release, folder, tmp_path):
+    (folder / "card.json").unlink()
+    with pytest.raises(VettingError):
+        publish_expert(release, folder, FolderRegistry(tmp_path / "registry"))
+    assert not (tmp_path / "registry").exists() or not any((tmp_path / "registry").iterdir())
+
+
+def test_one_document_cannot_be_split(release, folder, tmp_path):
+    (tmp_path / "one.txt").write_text("a single document")
+    cfg = TrainConfig(steps=1, batch_size=1, window=4, learning_rate=1e-3)
+    with pytest.raises(TextError, match="one document"):
+        train_expert(release, folder, [tmp_path / "one.txt"], cfg)
+
+
+def test_checking_needs_text(release, folder):
+    shutil.rmtree(folder / ".work")
+    with pytest.raises(TextError, match="no held-out text"):
+        check_expert(release, folder)
+
+
+def edit_manifest(folder, old, new):
+    text = (folder / "expert.toml").read_text()
+    assert old in text
+    (folder / "expert.toml").write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('requires = "^1.0"', 'requires = "^2.0"'),
+        ('requires = "^1.0"', 'requires = "^1.0"\ndigest = "sha256:' + "0" * 64 + '"'),
+        ('[interface]\nname = "tiny"', '[interface]\nname = "huge"'),
+        ("width = 16", "width = 17"),
+    ],
+    ids=["version", "digest", "name", "scout width"],
+)
+def test_an_expert_for_another_interface_is_refused(release, folder, old, new):
+    edit_manifest(folder, old, new)
+    with pytest.raises(InterfaceError):
+        load_expert(release, folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("width = 16", "width = 8"), ('kind = "ffn"', 'kind = "lora"\nrank = 2')]
+)
+def test_tensors_that_are_not_those_of_the_manifest_are_refused(release, folder, old, new):
+    edit_manifest(folder, old, new)
+    with pytest.raises(TensorFileError):
+        load_expert(release, folder)
+
+
+def test_a_packed_experts_damage_is_told_by_file(release, registry):
+    from composable.assembly.project import _install
+    from composable.errors import IntegrityError
+    from composable.packaging.constraint import Requirement
+
+    environment = _install(release, [Requirement.parse("logic")], registry)
+    path = environment.expert_path("logic") / "body.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError) as caught:
+        load_expert(release, environment.expert_path("logic"))
+    assert caught.value.where.endswith("body.safetensors")
