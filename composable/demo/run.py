@@ -222,14 +222,14 @@ def _contribute(
             elif kind == "published":
                 published = event
             else:
-                task = tasks.get(kind) or bars.add_task(
-                    f"{name}: {kind}", total=event["total"], note=""
-                )
-                tasks[kind] = task
+                if kind not in tasks:
+                    tasks[kind] = bars.add_task(f"{name}: {kind}", total=None)
                 note = ""
                 if "bits_per_token" in event:
                     note = f"{event['bits_per_token']:.2f} bits per byte"
-                bars.update(task, completed=event["done"], total=event["total"], note=note)
+                bars.update(
+                    tasks[kind], completed=event["done"], total=event["total"], note=note
+                )
         if process.wait():
             log.seek(0)
             raise TrainingError(

@@ -56,6 +56,8 @@ class RouterInterface:
         backbone_prior: Prior weight of the backbone; the experts share the rest evenly.
         switch_rate: Probability per token, in [0, 1), that safe mode's posterior restarts from
             the prior, as after a change of document.
+        output_bounds: For every slot the largest root mean square of a body's output at one token;
+            in mix mode what exceeds it counts as zero.
         honours: Digests of earlier interfaces whose experts plug in unchanged.
         schema: Version of this record's meaning.
 
@@ -82,6 +84,7 @@ class RouterInterface:
     top_k: int
     backbone_prior: float
     switch_rate: float
+    output_bounds: tuple[float, ...]
     honours: tuple[str, ...] = ()
     schema: int = SCHEMA
 
@@ -106,6 +109,8 @@ class RouterInterface:
         require(0 < self.discount <= 1, "discount", "in (0, 1]")
         require(0 < self.backbone_prior < 1, "backbone_prior", "in (0, 1)")
         require(0 <= self.switch_rate < 1, "switch_rate", "in [0, 1)")
+        bounded = len(self.output_bounds) == len(self.slots) and min(self.output_bounds) > 0
+        require(bounded, "output_bounds", "one positive number for every slot")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -121,7 +126,12 @@ class RouterInterface:
         data = dataclasses.asdict(self)
         # 1 and 1.0 are equal but spelt differently; equal interfaces must have one digest.
         floats = {name: float(data[name]) for name in ("discount", "backbone_prior", "switch_rate")}
-        return {**data, **floats, "slots": list(self.slots), "honours": list(self.honours)}
+        lists = {
+            "slots": list(self.slots),
+            "output_bounds": [float(bound) for bound in self.output_bounds],
+            "honours": list(self.honours),
+        }
+        return {**data, **floats, **lists}
 
     def to_json(self) -> str:
         """Return the interface as readable JSON text."""
@@ -151,7 +161,7 @@ class RouterInterface:
                     f"{data[name]!r} has the wrong type, expected {field.type}",
                     where=f"{where}.{name}",
                 )
-        items = {"slots": int, "honours": str}
+        items = {"slots": int, "output_bounds": float, "honours": str}
         for name, wanted_item in items.items():
             if not all(type(item) is wanted_item for item in data.get(name, ())):
                 expected = f"a list of {wanted_item.__name__}"

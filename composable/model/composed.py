@@ -131,7 +131,7 @@ def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array,
         Logits of the next token at every position, shape BTV float32, and the new state.
     """
     x_BTD, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
-    choice = _trust(parts, track_BTE)
+    choice = _trust(parts, track_BTE, state.router.started_B)
     feed_forward = _mixed_feed_forward(parts, choice)
     if state.caches is None or caches is None:
         logits_BTV, _ = parts.backbone.upper(x_BTD, feed_forward)
@@ -150,7 +150,7 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
         Weights, shape BTE, at every position for the prediction of the next token, and the state.
     """
     _, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
-    choice = _trust(parts, track_BTE)
+    choice = _trust(parts, track_BTE, state.router.started_B)
     return dense_weights(choice, parts.bank.capacity), MixState(router, caches)
 
 
@@ -226,9 +226,13 @@ def _listen(
     return x_BTD, track_BTE, RouterState(track_BTE[:, -1], feature_BTD[:, -1], started_B), caches
 
 
-def _trust(parts: Parts, track_BTE: jax.Array) -> Choice:
-    """Decide whom to mix."""
-    return choose(_prior(parts) + track_BTE, parts.bank.key_E, parts.interface.top_k)
+def _trust(parts: Parts, track_BTE: jax.Array, started_B: jax.Array) -> Choice:
+    """Decide whom to mix; at a document's first token there is no evidence for any expert."""
+    score_BTE = _prior(parts) + track_BTE
+    alone_E = jnp.full(score_BTE.shape[-1], NEVER).at[0].set(0.0)
+    first_BE = jnp.where(started_B[:, None], score_BTE[:, 0], alone_E)
+    score_BTE = score_BTE.at[:, 0].set(first_BE)
+    return choose(score_BTE, parts.bank.key_E, parts.interface.top_k)
 
 
 def _prior(parts: Parts) -> jax.Array:
@@ -254,12 +258,17 @@ def _mixed_feed_forward(parts: Parts, choice: Choice) -> FeedForwardFn:
     block = default_block(batch * n_tokens, n_choices)
     dispatch = make_dispatch(expert_MJ, capacity, block)
 
+    is_guest_P = jnp.repeat(dispatch.expert_of_block, block) != 0
+
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
-        slot = parts.bank.slots[parts.interface.slots.index(layer)]
+        index = parts.interface.slots.index(layer)
+        slot, bound = parts.bank.slots[index], parts.interface.output_bounds[index]
         x_PD = gather_rows(x_BTD.reshape(batch * n_tokens, -1), dispatch)
         y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
-        # A contribution that is not finite counts as zero: 0 * inf must not reach the sum.
-        y_PD = jnp.where(jnp.isfinite(y_PD), y_PD, 0)
+        # A guest's contribution beyond the bound counts as zero, and so does one that is not
+        # finite: no trust, however little, multiplies it. (A NaN is not below the bound.)
+        power_P = jnp.mean(jnp.square(y_PD.astype(jnp.float32)), axis=-1)
+        y_PD = jnp.where((is_guest_P & ~(power_P <= bound**2))[:, None], 0, y_PD)
         return combine_rows(y_PD, weight_MJ.astype(y_PD.dtype), dispatch).reshape(x_BTD.shape)
 
     return run

@@ -64,7 +64,9 @@ def shard_tree(tree: Any, mesh: Mesh) -> Any:
     def place(leaf: Any) -> Any:
         if isinstance(leaf, nnx.Variable):
             dims = leaf.get_metadata().get("dims")
-            value = leaf[...]
+            value = leaf.get_value()
+            if not hasattr(value, "shape"):  # optax's mark for a parameter that it leaves out
+                return leaf
             spec = spec_of(dims, value.shape, mesh) if dims else PartitionSpec()
             return leaf.replace(_put(value, NamedSharding(mesh, spec)))
         return _put(leaf, NamedSharding(mesh, PartitionSpec()))

@@ -177,7 +177,8 @@ def fit(
     mesh = mesh or make_mesh()
     optimizer = optimizer or adamw(cfg)
     trained, frozen = shard_tree(trained, mesh), shard_tree(frozen, mesh)
-    opt_state = jax.jit(optimizer.init)(trained)
+    # Placed like the parameters, as the step's outputs will be; or its second call compiles again.
+    opt_state = shard_tree(jax.jit(optimizer.init)(trained), mesh)
 
     def step_fn(trained: Any, opt_state: Any, frozen: Any, tokens: jax.Array) -> Any:
         grad_fn = jax.value_and_grad(objective, has_aux=True)
