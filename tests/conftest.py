@@ -29,6 +29,7 @@ INTERFACE_FIELDS = {
     "top_k": 2,
     "backbone_prior": 0.5,
     "switch_rate": 0.01,
+    "output_bounds": (1e3, 1e3),
 }
 
 
@@ -194,7 +195,7 @@ def release(tiny, tmp_path_factory):
         anchor=anchor,
         router={
             name: INTERFACE_FIELDS[name]
-            for name in ("discount", "top_k", "backbone_prior", "switch_rate")
+            for name in ("discount", "top_k", "backbone_prior", "switch_rate", "output_bounds")
         }
         | {"scout_max_width": 16, "lora_max_rank": 8},
         texts={"README.md": "A tiny backbone.\n"},

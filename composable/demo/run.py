@@ -223,7 +223,7 @@ def _contribute(
                 published = event
             else:
                 if kind not in tasks:
-                    tasks[kind] = bars.add_task(f"{name}: {kind}", total=None)
+                    tasks[kind] = bars.add_task(f"{name}: {kind}", total=None, note="")
                 note = ""
                 if "bits_per_token" in event:
                     note = f"{event['bits_per_token']:.2f} bits per byte"

@@ -109,8 +109,10 @@ class RouterInterface:
         require(0 < self.discount <= 1, "discount", "in (0, 1]")
         require(0 < self.backbone_prior < 1, "backbone_prior", "in (0, 1)")
         require(0 <= self.switch_rate < 1, "switch_rate", "in [0, 1)")
-        bounded = len(self.output_bounds) == len(self.slots) and min(self.output_bounds) > 0
-        require(bounded, "output_bounds", "one positive number for every slot")
+        is_bounded = len(self.output_bounds) == len(self.slots) and all(
+            0 < bound < float("inf") for bound in self.output_bounds
+        )
+        require(is_bounded, "output_bounds", "one positive number for every slot")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -161,10 +163,10 @@ class RouterInterface:
                     f"{data[name]!r} has the wrong type, expected {field.type}",
                     where=f"{where}.{name}",
                 )
-        items = {"slots": int, "output_bounds": float, "honours": str}
-        for name, wanted_item in items.items():
-            if not all(type(item) is wanted_item for item in data.get(name, ())):
-                expected = f"a list of {wanted_item.__name__}"
+        items = {"slots": (int,), "output_bounds": (float, int), "honours": (str,)}
+        for name, wanted_items in items.items():
+            if not all(type(item) in wanted_items for item in data.get(name, ())):
+                expected = f"a list of {wanted_items[0].__name__}"
                 raise InterfaceError(f"expected {expected}", where=f"{where}.{name}")
         tuples = {name: tuple(data[name]) for name in items if name in data}
         return cls(**{**data, **tuples})

@@ -38,6 +38,7 @@ def test_saving_what_was_loaded_gives_the_same_interface(release, tmp_path):
             "top_k",
             "backbone_prior",
             "switch_rate",
+            "output_bounds",
             "scout_max_width",
             "lora_max_rank",
         )

