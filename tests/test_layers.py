@@ -32,6 +32,7 @@ ALLOWED = {
 }
 # Files other than `packaging.atomic` that write, and why nothing is lost by it.
 WRITERS = {
+    "demo.report": "a page and figures that the next run makes again",
     "demo.run": "plays people at their keyboards, who edit manifests with an editor",
     "training.documents": "training text that the next run writes again, alike to the byte",
 }
