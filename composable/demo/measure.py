@@ -21,7 +21,7 @@ from composable.vetting.evaluation import (
 
 PUBLIC: Final = "public"
 # Each held-out document is scored up to here.
-SCORED_BYTES: Final = 2048
+SCORED_BYTES: Final = 1024
 
 
 def measure(

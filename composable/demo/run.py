@@ -40,8 +40,8 @@ from composable.vetting.evaluation import trace_routing
 
 BACKBONE_NAME: Final = "tiny-bytes"
 CONTRIBUTORS: Final = ("python-code", "set-mm", "legal")
-STEPS: Final = 400
-_SPLICED: Final = 16
+STEPS: Final = 200
+_SPLICED: Final = 8
 _SEGMENT_BYTES: Final = (256, 640)
 _SEGMENTS: Final = 4
 

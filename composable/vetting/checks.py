@@ -31,7 +31,7 @@ MIN_GAIN: Final = 0.01
 # ... and, plugged in alone, may raise those of the anchor by at most this share in mix mode.
 MAX_ANCHOR_LOSS: Final = 0.01
 # Documents are scored up to here; enough to see past the first uncertain bytes.
-MAX_BYTES: Final = 2048
+MAX_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
