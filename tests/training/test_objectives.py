@@ -49,26 +49,23 @@ def test_the_backbone_learns_from_text_and_its_scout_beside_it(tiny, tokens_BT):
     graph, params, rest = nnx.split(tiny.backbone, nnx.Param, ...)
     objective = backbone_objective(graph)
 
-    def value(params, part):
+    def scout_bits(params):
         loss, figures = objective(params, rest, tokens_BT)
-        return {"loss": loss, "scout": figures["scout_bits"] * jnp.log(2.0)}[part], figures
+        return figures["scout_bits"], (loss, figures)
 
-    step = jax.jit(jax.value_and_grad(value, has_aux=True), static_argnums=1)
-    (loss, figures), gradient = step(params, "loss")
+    step = jax.jit(jax.value_and_grad(scout_bits, has_aux=True))
+    (_, (loss, figures)), from_scout = step(params)
     logits_BTV = tiny.backbone(tokens_BT[:, :-1])
     plain = float(next_token_loss(logits_BTV, tokens_BT[:, 1:]))
     assert float(figures["bits_per_token"]) == pytest.approx(plain / np.log(2), rel=1e-4)
     total_bits = float(figures["bits_per_token"] + figures["scout_bits"])
     assert float(loss) / np.log(2) == pytest.approx(total_bits, rel=FLOAT32_ROUNDING)
-    flat = dict(nnx.to_flat_state(gradient))
-    assert all((np.asarray(leaf[...]) != 0).any() for leaf in flat.values())
-    _, from_scout = step(params, "scout")
     for path, leaf in nnx.to_flat_state(from_scout):
         assert (np.asarray(leaf[...]) != 0).any() == (path[0] == "scout"), path
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("ffn", None), ("lora", 2)])
-def test_an_expert_has_a_gradient_in_every_parameter(tiny, tokens_BT, kind, rank):
+def test_an_expert_has_a_gradient_in_every_parameter(tiny, tokens_BT):
+    kind, rank = "lora", 2
     expert = tiny.expert("a", kind=kind, rank=rank)
     module = nnx.eval_shape(
         lambda: Expert(tiny.backbone, kind=kind, rank=rank, scout_width=16, rngs=nnx.Rngs(0))

@@ -73,7 +73,7 @@ def test_the_track_record_is_carried_from_window_to_window(model, documents):
         carried.append(np.asarray(weight_BTE[0]))
     np.testing.assert_array_equal(found_TE, np.concatenate(carried)[:300])
     first = slice(CONTEXT, CONTEXT + 5)  # of the second window
-    assert (np.concatenate(afresh)[first] != found_TE[first]).all()
+    assert not np.array_equal(np.concatenate(afresh)[first], found_TE[first])
 
 
 @pytest.mark.parametrize("mode", SCORERS)
