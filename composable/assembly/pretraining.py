@@ -35,9 +35,9 @@ from composable.vetting.evaluation import path_scorer, score_documents
 
 # What the interface of tiny-bytes asks of the router; docs/demo.md says how that was chosen.
 ROUTER: Final[dict[str, Any]] = {
-    "discount": 0.98,
+    "discount": 0.975,
     "top_k": 2,
-    "backbone_prior": 0.99,
+    "backbone_prior": 0.999,
     "switch_rate": 0.02,
     "scout_max_width": 128,
     "lora_max_rank": 64,
