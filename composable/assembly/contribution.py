@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
+import optax
 from flax import nnx
 
 from composable.assembly.backbones import BackboneRelease
@@ -69,6 +70,7 @@ def train_expert(
     data: Sequence[Path],
     cfg: TrainConfig,
     *,
+    optimizer: optax.GradientTransformation | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train the expert of a folder on text, and write its tensors there.
@@ -80,6 +82,7 @@ def train_expert(
         folder: The expert, with `expert.toml`.
         data: Text files, JSON-lines files or folders of them.
         cfg: How to train.
+        optimizer: `muon(cfg)` by default.
         progress: Called at every step.
 
     Returns:
@@ -123,7 +126,7 @@ def train_expert(
         release.backbone,
         data_iterator,
         cfg,
-        optimizer=muon(cfg),
+        optimizer=optimizer or muon(cfg),
         directory=work,
         progress=progress,
     )

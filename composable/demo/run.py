@@ -227,9 +227,7 @@ def _contribute(
                 note = ""
                 if "bits_per_token" in event:
                     note = f"{event['bits_per_token']:.2f} bits per byte"
-                bars.update(
-                    tasks[kind], completed=event["done"], total=event["total"], note=note
-                )
+                bars.update(tasks[kind], completed=event["done"], total=event["total"], note=note)
         if process.wait():
             log.seek(0)
             raise TrainingError(

@@ -1,0 +1,107 @@
+"""Which settings of the router and of training are best? On text that the demo does not measure.
+
+python -m benchmarks.settings router demo      # a folder where `composable demo` ran
+python -m benchmarks.settings training --steps 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from composable.assembly.backbones import load_backbone
+from composable.assembly.contribution import check_expert, expert_config, train_expert
+from composable.assembly.experts import load_expert
+from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS, texts_folder
+from composable.model.model import Model
+from composable.packaging.project import Project
+from composable.training import loop
+from composable.training.documents import read_documents, splice_documents
+from composable.vetting.evaluation import (
+    mix_scorer,
+    path_scorer,
+    safe_scorer,
+    score_documents,
+)
+
+# (backbone prior, switch rate, discount)
+ROUTERS = (
+    (0.5, 0.002, 0.98),
+    (0.5, 0.0001, 0.98),
+    (0.9, 0.0001, 0.98),
+    (0.9, 0.0001, 0.95),
+    (0.9, 0.0001, 0.99),
+    (0.99, 0.002, 0.98),
+    (0.99, 0.02, 0.98),
+    (0.999, 0.02, 0.975),
+)
+# (optimiser, peak rate)
+TRAININGS = (("adamw", 3e-3), ("adamw", 8e-3), ("muon", 1e-2), ("muon", 2e-2))
+
+
+def compare_routers(folder: Path) -> None:
+    """Print bits per byte of the anchor and of spliced training documents for each setting."""
+    release = load_backbone(BACKBONE_NAME)
+    environment = Project.read(folder / "project").environment
+    plugged = [load_expert(release, environment.expert_path(name)) for name in CONTRIBUTORS]
+    anchor = release.anchor
+    train = {
+        name: read_documents([texts_folder(name) / "text" / "train.jsonl"])[:20]
+        for name in CONTRIBUTORS
+    }
+    spliced = [s.text for s in splice_documents({**train, "public": anchor}, 8, 5, 256, 640, 4)]
+    texts = [doc.text.encode()[:2048].decode(errors="ignore").encode() for doc in anchor]
+    print("prior  switch  discount | anchor: backbone  mix  safe | spliced: backbone  mix  safe")
+    for prior, rate, discount in ROUTERS:
+        interface = dataclasses.replace(
+            release.interface, backbone_prior=prior, switch_rate=rate, discount=discount
+        )
+        model = Model(release.backbone, interface, plugged)
+        cells = [
+            score_documents(scorer(model), documents, context=model.context).bits_per_byte
+            for documents in (texts, spliced)
+            for scorer in (path_scorer, mix_scorer, safe_scorer)
+        ]
+        print(f"{prior}  {rate}  {discount} | " + "  ".join(f"{cell:.4f}" for cell in cells))
+
+
+def compare_training(steps: int, names: Sequence[str]) -> None:
+    """Print what an expert scores on the text that its own training holds out, per optimiser."""
+    release = load_backbone(BACKBONE_NAME)
+    optimizers = {"adamw": loop.adamw, "muon": loop.muon}
+    print("expert  optimiser  peak rate | own held-out bits per byte, scout's training bits")
+    for name in names:
+        for optimizer, rate in TRAININGS:
+            cfg = dataclasses.replace(expert_config(steps), learning_rate=rate)
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch)
+                manifest = texts_folder(name) / "expert.toml"
+                (folder / "expert.toml").write_text(manifest.read_text())
+                train = texts_folder(name) / "text" / "train.jsonl"
+                tuned = optimizers[optimizer](cfg)
+                record = train_expert(release, folder, [train], cfg, optimizer=tuned)
+                verdict = check_expert(release, folder)
+            bits = verdict.measured["bits_per_byte"]["own_expert"]
+            print(f"{name}  {optimizer}  {rate} | {bits:.3f}  {record['last']['scout_bits']:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    router = commands.add_parser("router")
+    router.add_argument("folder", type=Path)
+    training = commands.add_parser("training")
+    training.add_argument("--steps", type=int, default=200)
+    training.add_argument("--experts", nargs="+", default=["python-code"])
+    arguments = parser.parse_args()
+    if arguments.command == "router":
+        compare_routers(arguments.folder)
+    else:
+        compare_training(arguments.steps, arguments.experts)
+
+
+if __name__ == "__main__":
+    main()
