@@ -19,8 +19,8 @@ from flax import nnx
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.experts import load_expert, make_expert, save_expert
 from composable.assembly.publication import publish_vetted
-from composable.errors import TextError, VettingError
-from composable.interface import body_signature, scout_signature
+from composable.errors import TextError, TrainingError, VettingError
+from composable.interface import body_signature, digest_bytes, scout_signature
 from composable.model.tokenizer import ByteTokenizer
 from composable.packaging import atomic
 from composable.packaging.manifest import BODY_FILE, Manifest
@@ -91,6 +91,7 @@ def train_expert(
     Raises:
         ManifestError, InterfaceError: If the manifest is bad or for another interface.
         TextError: If there is no text, or only one document.
+        TrainingError: If an earlier run in this folder began with other text or settings.
     """
     manifest = Manifest.read(folder)
     fit_interface(manifest, release.interface)
@@ -112,6 +113,7 @@ def train_expert(
     expert = make_expert(release, manifest, cfg.seed)
     graph, params = nnx.split(expert)
     stream = token_stream(train, ByteTokenizer())
+    _require_same_text(work, digest_bytes(stream.tobytes()))
     data_iterator = batches(
         stream,
         window=cfg.window,
@@ -142,6 +144,18 @@ def train_expert(
     }
     atomic.write_text(work / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _require_same_text(work: Path, digest: str) -> None:
+    """Refuse to resume, on other text, what checkpoints of an earlier run began."""
+    file = work / "text.digest"
+    if file.exists() and file.read_text().strip() != digest:
+        raise TrainingError(
+            "the text is not the one that training began with",
+            where=str(work),
+            hint=f"give that text to resume, or remove {work} to start anew",
+        )
+    atomic.write_text(file, digest + "\n")
 
 
 def check_expert(

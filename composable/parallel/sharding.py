@@ -50,8 +50,31 @@ def spec_of(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     )
 
 
+def shardings_of(tree: Any, mesh: Mesh) -> Any:
+    """Return where every array of a tree lives: parameters by their letters, others whole.
+
+    Args:
+        tree: Module, state, or any tree that holds `nnx.Variable` leaves; shapes are enough.
+        mesh: The device mesh.
+
+    Returns:
+        The same tree, with a sharding in the place of every array.
+    """
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        dims, value = leaf.get_metadata().get("dims"), leaf.get_value()
+        if not hasattr(value, "shape"):  # optax's mark for a parameter that it leaves out
+            return leaf
+        spec = spec_of(dims, value.shape, mesh) if dims else PartitionSpec()
+        return leaf.replace(NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def shard_tree(tree: Any, mesh: Mesh) -> Any:
-    """Place every parameter of a tree by its dimension letters; leave other arrays whole.
+    """Place a tree that every process holds whole, as `shardings_of` says.
 
     Args:
         tree: Module, state, or any tree that holds `nnx.Variable` leaves.
@@ -60,18 +83,7 @@ def shard_tree(tree: Any, mesh: Mesh) -> Any:
     Returns:
         The same tree, its arrays on the mesh.
     """
-
-    def place(leaf: Any) -> Any:
-        if isinstance(leaf, nnx.Variable):
-            dims = leaf.get_metadata().get("dims")
-            value = leaf.get_value()
-            if not hasattr(value, "shape"):  # optax's mark for a parameter that it leaves out
-                return leaf
-            spec = spec_of(dims, value.shape, mesh) if dims else PartitionSpec()
-            return leaf.replace(_put(value, NamedSharding(mesh, spec)))
-        return _put(leaf, NamedSharding(mesh, PartitionSpec()))
-
-    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(_put, tree, shardings_of(tree, mesh))
 
 
 def _put(value: Any, sharding: NamedSharding) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Final
 import grain
 import numpy as np
 
-from composable.errors import TextError
+from composable.errors import TextError, TrainingError
 from composable.model.tokenizer import ByteTokenizer
 from composable.training.documents import Document
 
@@ -53,7 +53,13 @@ def batches(
 
     Raises:
         TextError: If the stream is shorter than one row.
+        TrainingError: If the rows do not divide among the processes.
     """
+    if batch_size % n_processes:
+        raise TrainingError(
+            f"{batch_size} rows do not divide among {n_processes} processes",
+            where="training.batch_size",
+        )
     if len(stream) < window + 1:
         raise TextError(
             f"{len(stream)} tokens of text, but one row takes {window + 1}",

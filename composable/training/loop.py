@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from composable.errors import TrainingError
-from composable.parallel import make_mesh, place_batch, shard_tree
+from composable.parallel import make_mesh, place_batch, shard_tree, shardings_of
 from composable.training.checkpoints import Checkpoints
 
 # (trained, frozen, tokens of shape (B, T+1)) -> mean loss in nats, and named figures to log.
@@ -178,7 +178,8 @@ def fit(
     optimizer = optimizer or adamw(cfg)
     trained, frozen = shard_tree(trained, mesh), shard_tree(frozen, mesh)
     # Placed like the parameters, as the step's outputs will be; or its second call compiles again.
-    opt_state = shard_tree(jax.jit(optimizer.init)(trained), mesh)
+    opt_shardings = shardings_of(jax.eval_shape(optimizer.init, trained), mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
 
     def step_fn(trained: Any, opt_state: Any, frozen: Any, tokens: jax.Array) -> Any:
         grad_fn = jax.value_and_grad(objective, has_aux=True)

@@ -205,3 +205,20 @@ def test_the_optimiser_keeps_two_numbers_per_trained_parameter_and_none_for_the_
 def test_a_trained_tree_has_the_structure_it_came_with(trained_expert):
     _, params, fitted = trained_expert
     assert jax.tree.structure(fitted.trained) == jax.tree.structure(params)
+
+
+def test_the_step_compiles_once():
+    """The optimiser's first state is placed like the step's outputs, or step 2 compiles again."""
+    compiled, at_step = [], []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        fit_line(progress=lambda step, steps, figures: at_step.append(len(compiled)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert at_step[0] > 0, "the first step compiles something"
+    assert at_step[-1] == at_step[0]
