@@ -14,6 +14,7 @@ from composable.errors import (
     PackagingError,
     TensorFileError,
     TextError,
+    TrainingError,
     VettingError,
 )
 from composable.packaging.registry import FolderRegistry
@@ -188,3 +189,11 @@ def test_a_packed_experts_damage_is_told_by_file(release, registry):
     with pytest.raises(IntegrityError) as caught:
         load_expert(release, environment.expert_path("logic"))
     assert caught.value.where.endswith("body.safetensors")
+
+
+def test_training_does_not_resume_on_other_text(release, folder, tmp_path):
+    cfg = TrainConfig(steps=2, batch_size=8, window=16, learning_rate=1e-3)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"Not what it began with, says file {name}. " * 9)
+    with pytest.raises(TrainingError, match="not the one that training began with"):
+        train_expert(release, folder, [tmp_path / "one.txt", tmp_path / "two.txt"], cfg)
