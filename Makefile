@@ -17,8 +17,10 @@ setup: .venv/.ready
 demo: setup
 	@$(BIN)/composable demo demo --json demo/result.json
 
+# Packaging is tested in a process without jax: some of its tests fork, which jax does not survive.
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest tests/packaging
+	@$(BIN)/python -m pytest --ignore tests/packaging
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -79,7 +79,7 @@ def tables(summary: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, 
     figures += f"| **all** | **{sum(first['seconds'].values()):.1f}** |\n\n"
     figures += "".join(
         f"- {'holds' if claim['holds'] else '**does not hold**'}: {claim['claim']} "
-        f"({claim['found']})\n"
+        f"({' '.join(str(claim['found']).split())})\n"
         for claim in first["claims"]
     )
     figures += f"\n### Seeds {seeds}: mean ± standard deviation\n\n{head}"
