@@ -74,9 +74,13 @@ def tables(summary: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, 
 
     seeds = ", ".join(str(result["seed"]) for result in results)
     figures = f"### One run (seed {first['seed']})\n\n{table}\n"
-    figures += "| step | seconds |\n|---|---|\n"
-    figures += "".join(f"| {step} | {value:.1f} |\n" for step, value in first["seconds"].items())
-    figures += f"| **all** | **{sum(first['seconds'].values()):.1f}** |\n\n"
+    figures += "| step | seconds | most memory so far, GB |\n|---|---|---|\n"
+    figures += "".join(
+        f"| {step} | {value:.1f} | {first['step_rss_bytes'][step] / 1e9:.2f} |\n"
+        for step, value in first["seconds"].items()
+    )
+    figures += f"| **all** | **{sum(first['seconds'].values()):.1f}** | "
+    figures += f"**{first['peak_rss_bytes'] / 1e9:.2f}** |\n\n"
     figures += "".join(
         f"- {'holds' if claim['holds'] else '**does not hold**'}: {claim['claim']} "
         f"({' '.join(str(claim['found']).split())})\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> None:
         seconds=record["seconds"],
         measured=verdict.measured,
         bytes=sum(file.size for file in manifest.files),
+        peak_rss_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
 
 

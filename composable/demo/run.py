@@ -74,6 +74,7 @@ def run_demo(
     console = console or Console(stderr=True)
     folder = _fresh(folder)
     seconds: dict[str, float] = {}
+    memory: dict[str, int] = {}
     release = load_backbone(BACKBONE_NAME)
     texts = {name: _heldout(name) for name in (*CONTRIBUTORS, BACKBONE_NAME)}
     public = texts.pop(BACKBONE_NAME)
@@ -86,23 +87,24 @@ def run_demo(
     for name in CONTRIBUTORS:
         with _timed(console, seconds, f"contribute {name}"):
             experts[name] = _contribute(console, folder, release, registry, name, steps, seed)
+        memory[f"contribute {name}"] = experts[name].pop("peak_rss_bytes")
     with _timed(console, seconds, "install"):
         model, plugged, project = _install(console, folder, release, registry)
+    memory["install"] = _peak_memory()
     with _timed(console, seconds, "measure"), _bar(console, "measure") as show:
         result = measure(model, texts, public, spliced, progress=show)
+    memory["measure"] = _peak_memory()
     with _timed(console, seconds, "properties"), _bar(console, "properties") as show:
         result["properties"] = show_properties(
             folder, release, project, plugged, public, spliced, progress=show
         )
+    memory["properties"] = _peak_memory()
     result["claims"] = claims_of(result)
     traces = _traces(model, spliced[:3])
     result |= {
         "seconds": {step: round(value, 1) for step, value in seconds.items()},
-        "peak_rss_bytes": 1024
-        * max(
-            resource.getrusage(who).ru_maxrss
-            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ),
+        "step_rss_bytes": memory,
+        "peak_rss_bytes": max(memory.values()),
         "seed": seed,
         "steps": steps,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].platform}, "
@@ -158,6 +160,11 @@ def _fresh(folder: Path) -> Path:
 
 def _heldout(name: str) -> list[Document]:
     return read_documents([texts_folder(name) / "text" / "heldout.jsonl"])
+
+
+def _peak_memory() -> int:
+    """Return the most memory that this process has had so far, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager
@@ -245,6 +252,7 @@ def _contribute(
         "license": manifest.license,
         "description": manifest.description,
         "measured": published["measured"],
+        "peak_rss_bytes": published["peak_rss_bytes"],
         "train_seconds": published["seconds"],
         "confined_by": confined,
     }

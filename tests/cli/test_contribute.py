@@ -168,7 +168,7 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     again = works("train", "my-expert", "--data", *texts, "--steps", 3, "--json", *backbone).json
     assert again["last"] == {}  # all steps were done before
 
-    outcome = cli("train", "my-expert", "--data", "texts", "--steps", 4, *backbone)
+    outcome = cli("train", "my-expert", "--data", *texts, "--steps", 4, *backbone)
     assert outcome.code == 1
     assert "trained with another steps" in outcome.err
 
