@@ -28,6 +28,12 @@ _SYNTAX: Final = re.compile(
         (?P<suffix>[-+].*)?)?)?""",
     re.VERBOSE | re.DOTALL,
 )
+_REQUIREMENT: Final = re.compile(
+    r"""(?P<name>[A-Za-z0-9_.-]*?)
+        (?:[ \t]*\[(?P<extras>[^\[\]]*)\])?
+        [ \t]*(?P<rest>@.*|[\^~=!<>*].*|[ \t][0-9].*)?""",
+    re.VERBOSE,
+)
 _WILDCARDS: Final = ("*", "x", "X")
 _SAME_MEANING: Final = {"": "^", "==": "="}
 _WRITTEN_ORDER: Final = ("=", "^", "~", ">=", ">", "<", "<=", "!=")
@@ -249,34 +255,57 @@ ANY: Final = Constraint("*")
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package and the versions of it that will do.
+    """A package, the versions of it that will do, and the extras of it that are wanted.
 
     Args:
         name: Package name.
         constraint: Range of versions.
+        extras: Names of optional extras, in any order; kept sorted, each once.
+
+    Raises:
+        ConstraintError: For an extra whose name could not be a package's.
     """
 
     name: str
     constraint: Constraint = ANY
+    extras: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for extra in self.extras:
+            try:
+                check_package_name(extra)
+            except ManifestError as error:
+                message = error.message.replace("a package name", "the name of an extra")
+                raise ConstraintError(message, hint=error.hint) from error
+        object.__setattr__(self, "extras", tuple(sorted(set(self.extras))))
+
+    @property
+    def target(self) -> str:
+        """What is asked for, without the range: `german` or `german[code,news]`."""
+        return f"{self.name}[{','.join(self.extras)}]" if self.extras else self.name
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `german`, `german>=1.2,<2`, `german ^1.2` or `german@1.2.0` (exactly that one).
+        """Read `german`, `german>=1.2,<2`, `german ^1.2`, `german[code]>=1.2` or `german@1.2.0`.
+
+        `@` asks for exactly one version; extras are separated by commas.
 
         Raises:
-            ConstraintError: For a bad name or range, with the whole text.
+            ConstraintError: For a bad name, extra or range, with the whole text.
         """
-        match = re.fullmatch(r"([A-Za-z0-9_.-]*?)[ \t]*(@.*|[\^~=!<>*].*|[ \t][0-9].*)?", text)
+        match = _REQUIREMENT.fullmatch(text)
         if match is None:
             raise ConstraintError(
-                f"{text!r} is not a requirement", hint="write NAME or NAME>=1.2,<2 or NAME@1.2.0"
+                f"{text!r} is not a requirement",
+                hint="write NAME or NAME>=1.2,<2 or NAME@1.2.0 or NAME[EXTRA]>=1.2",
             )
-        name, rest = match[1], (match[2] or "*").strip()
+        name, rest = match["name"], (match["rest"] or "*").strip()
         try:
             check_package_name(name)
+            extras = _split_extras(match["extras"])
             if not rest.startswith("@"):
-                return cls(name, Constraint(rest))
-            return cls(name, Constraint.exactly(Version(rest[1:].strip())))
+                return cls(name, Constraint(rest), extras)
+            return cls(name, Constraint.exactly(Version(rest[1:].strip())), extras)
         except VersionError as error:
             raise ConstraintError(
                 f"{text!r}: after '@' comes one full version",
@@ -286,4 +315,48 @@ class Requirement:
             raise ConstraintError(f"{text!r}: {error.message}", hint=error.hint) from error
 
     def __str__(self) -> str:
-        return self.name if self.constraint == ANY else f"{self.name} {self.constraint}"
+        return self.target if self.constraint == ANY else f"{self.target} {self.constraint}"
+
+
+def parse_target(text: str) -> tuple[str, tuple[str, ...]]:
+    """Read what a requirement asks for, without its range: `german` or `german[code,news]`.
+
+    Returns:
+        The package and its extras, sorted.
+
+    Raises:
+        ConstraintError: For a bad name, a bad extra or anything more.
+    """
+    match = _REQUIREMENT.fullmatch(text)
+    if match is None or match["rest"]:
+        raise ConstraintError(
+            f"{text!r} is neither NAME nor NAME[EXTRA]", hint="a range does not belong here"
+        )
+    try:
+        name = check_package_name(match["name"])
+        return name, Requirement(name, ANY, _split_extras(match["extras"])).extras
+    except (ConstraintError, ManifestError) as error:
+        message = f"{text!r}: {error.message}" if "[" in text else error.message
+        raise ConstraintError(message, hint=error.hint) from error
+
+
+def _split_extras(text: str | None) -> tuple[str, ...]:
+    """Return the names between the brackets; none without brackets."""
+    if text is None:
+        return ()
+    if not text.strip(" \t"):
+        raise ConstraintError(
+            "no extra between the brackets", hint="name one, or leave out the brackets"
+        )
+    return tuple(part.strip(" \t") for part in text.split(","))
+
+
+def join_extra(name: str, extra: str) -> str:
+    """Return what a package with one of its extras is called: `german[code]`."""
+    return f"{name}[{extra}]"
+
+
+def split_extra(name: str) -> tuple[str, str | None]:
+    """Return package and extra of what `join_extra` made; a plain name has no extra."""
+    package, bracket, rest = name.partition("[")
+    return package, rest.removesuffix("]") if bracket else None

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from composable.packaging.constraint import ANY, Constraint, Requirement
+from composable.packaging.constraint import ANY, Constraint, Requirement, split_extra
 from composable.packaging.names import did_you_mean
 from composable.packaging.resolver import World
 from composable.packaging.solver import ChoiceSet, Fact, Proof, Solver
@@ -57,7 +57,8 @@ def _join(facts: Iterable[Fact]) -> list[Fact]:
 def _reading_order(world: World, fact: Fact) -> tuple[int, int]:
     """Put what the user asks for first, as the user ordered it; then needs; then dead ends."""
     names = [requirement.name for requirement in world.requires]
-    asked = names.index(fact.name) if fact.name in names else len(names)
+    package, _ = split_extra(fact.name)
+    asked = names.index(package) if package in names else len(names)
     return (_ORDER[fact.kind], asked if fact.kind == "root" else 0)
 
 
@@ -74,7 +75,7 @@ def _tell(world: World, fact: Fact) -> Iterator[str]:
         ranges = _ranges(world, fact, lambda c: {fact.other: c.interface[1]} if c.interface else {})
         name = fact.other.removeprefix(INTERFACE_PREFIX)
         yield f"{_subject(world, fact, 'plugs', 'plug')} into router interface {name}{ranges}."
-    else:
+    elif fact.other != split_extra(fact.name)[0]:  # that an extra comes with its package is plain
         ranges = _ranges(world, fact, lambda candidate: candidate.requires)
         yield f"{_subject(world, fact, 'needs', 'need')} {fact.other}{ranges}."
 
@@ -90,10 +91,12 @@ def _tell_root(world: World, fact: Fact) -> Iterator[str]:
 def _requirements_behind(world: World, fact: Fact) -> list[Requirement]:
     """Return the user's requirements that a root fact stands for."""
     shelf = world.shelf(fact.name)
+    package, extra = split_extra(fact.name)
     return [
         requirement
         for requirement in world.requires
-        if requirement.name == fact.name and shelf.within(requirement.constraint) == fact.choices
+        if requirement.name == package and (extra is None or extra in requirement.extras)
+        if shelf.within(requirement.constraint) == fact.choices
     ]
 
 
@@ -101,22 +104,52 @@ def _tell_none(world: World, fact: Fact) -> Iterator[str]:
     """Say why nothing can be chosen: nothing is there, or all that is there is barred."""
     if fact.name.startswith(INTERFACE_PREFIX):
         return  # the facts beside it say which range is needed and which version there is
-    shelf = world.shelf(fact.name)
+    package, extra = split_extra(fact.name)
+    shelf = world.shelf(package)
     if not shelf.candidates:
-        hint = did_you_mean(fact.name, world.source.names())
-        yield f"There is no expert {fact.name!r}{f' ({hint})' if hint else ''}."
+        hint = did_you_mean(package, world.source.names())
+        yield f"There is no expert {package!r}{f' ({hint})' if hint else ''}."
         return
-    barred = [c for i, c in enumerate(shelf.candidates) if i in fact.choices]
-    for candidate in reversed(barred):
-        yield f"{fact.name} {candidate.version} {_bar(candidate)}."
+    ranges = [str(r) for r in world.shelf(fact.name).ranges_of(fact.choices) if r != ANY]
+    asked = f" in {' or '.join(ranges)}" if ranges else ""
+    barred = [index for index in range(len(shelf.candidates)) if index in fact.choices]
+    for index in reversed(barred):
+        if index not in ChoiceSet(shelf.selectable):
+            yield f"{package} {shelf.candidates[index].version} {_bar(shelf.candidates[index])}."
+    if extra is not None:
+        yield from _tell_no_extra(world, fact, package, extra, asked)
     if not barred:
-        ranges = [str(r) for r in shelf.ranges_of(fact.choices)]
-        asked = f" in {' or '.join(ranges)}" if ranges else ""
         there = _list([str(candidate.version) for candidate in shelf.candidates])
         if all(candidate.version.is_prerelease for candidate in shelf.candidates):
-            yield f"Of {fact.name} there are only prereleases, {there}, and no range names one."
+            yield f"Of {package} there are only prereleases, {there}, and no range names one."
             return
-        yield f"There is no {fact.name}{asked}, only {there}."
+        yield f"There is no {package}{asked}, only {there}."
+
+
+def _tell_no_extra(world: World, fact: Fact, package: str, extra: str, asked: str) -> Iterator[str]:
+    """Say which releases lack an extra, and which have it."""
+    shelf = world.shelf(fact.name)
+    open_to_choice = ChoiceSet(world.shelf(package).selectable)
+    without: list[str] = []
+    for index, candidate in enumerate(shelf.candidates):
+        if index in fact.choices & open_to_choice and candidate.refusal is not None:
+            if extra in world.shelf(package).candidates[index].extras:
+                yield f"{package} {candidate.version} {candidate.refusal}."
+            else:
+                without.append(str(candidate.version))
+    if not without:
+        return
+    known = {name for candidate in world.shelf(package).candidates for name in candidate.extras}
+    if extra not in known:
+        hint = did_you_mean(extra, known)
+        if hint is None:
+            hint = f"it has {_list(sorted(known))}" if known else "it has none at all"
+        yield f"No release of {package} has an extra {extra!r} ({hint})."
+    elif asked and len(without) > 1:
+        yield f"No release of {package}{asked} has an extra {extra!r}."
+    else:
+        verb = "has" if len(without) == 1 else "have"
+        yield f"{package} {_list(without)} {verb} no extra {extra!r}."
 
 
 def _bar(candidate: Candidate) -> str:
@@ -127,17 +160,19 @@ def _bar(candidate: Candidate) -> str:
 def _subject(world: World, fact: Fact, verb: str, plural: str | None = None) -> str:
     """Name the versions that a fact is about and that could be chosen, and join the verb."""
     shelf = world.shelf(fact.name)
+    package, extra = split_extra(fact.name)
+    suffix = "" if extra is None else f" with extra {extra}"
     open_to_choice = ChoiceSet(shelf.selectable)
     versions = shelf.versions(fact.choices & open_to_choice) or shelf.versions(fact.choices)
     available = shelf.versions(open_to_choice)
     if len(versions) == 1:
-        return f"{fact.name} {versions[0]} {verb}"
+        return f"{package} {versions[0]}{suffix} {verb}"
     if versions == available:
-        return f"Every version of {fact.name} {verb}"
+        return f"Every version of {package}{suffix} {verb}"
     start = available.index(versions[0]) if versions[0] in available else 0
     if len(versions) > 2 and versions == available[start : start + len(versions)]:
-        return f"{fact.name} {versions[0]} to {versions[-1]} {plural or verb}"
-    return f"{fact.name} {_list([str(version) for version in versions])} {plural or verb}"
+        return f"{package} {versions[0]} to {versions[-1]}{suffix} {plural or verb}"
+    return f"{package} {_list([str(version) for version in versions])}{suffix} {plural or verb}"
 
 
 def _ranges(world: World, fact: Fact, ranges_of: _Ranges) -> str:
@@ -175,6 +210,7 @@ class _Cures:
         """Return the cures that work, the least invasive first."""
         cures = [
             *(cure for r in self._blamed if (cure := self._try_relaxing(r))),
+            *(cure for r in self._blamed for cure in self._try_without_extras(r)),
             *self._try_another_interface(),
             *self._try_yanked(),
         ]
@@ -207,14 +243,28 @@ class _Cures:
     def _try_relaxing(self, requirement: Requirement) -> str | None:
         if requirement.constraint == ANY:
             return None
-        answer = self._solve(self._with(requirement, Requirement(requirement.name)))
+        free = dataclasses.replace(requirement, constraint=ANY)
+        answer = self._solve(self._with(requirement, free))
         if answer is None:
             return None
         version = answer[requirement.name].version
         if requirement.constraint.contains(version):
             # Only an exact pin does more than hold versions: it lets a yanked one in.
             return None
-        return f"ask for {requirement.name} {version} instead of {requirement.constraint}"
+        return f"ask for {requirement.target} {version} instead of {requirement.constraint}"
+
+    def _try_without_extras(self, requirement: Requirement) -> Iterator[str]:
+        blamed = [
+            extra
+            for fact in self._proof.facts
+            for package, extra in [split_extra(fact.name)]
+            if package == requirement.name and extra in requirement.extras
+        ]
+        for extra in dict.fromkeys(blamed):
+            fewer = tuple(other for other in requirement.extras if other != extra)
+            without = dataclasses.replace(requirement, extras=fewer)
+            if self._solve(self._with(requirement, without)) is not None:
+                yield f"ask for {without.target} without its extra {extra}"
 
     def _try_another_interface(self) -> Iterator[str]:
         interface = self._world.interface
@@ -234,7 +284,7 @@ class _Cures:
 
     def _try_yanked(self) -> Iterator[str]:
         names = [
-            fact.name
+            split_extra(fact.name)[0]
             for fact in self._proof.facts
             if fact.kind == "none" and any(c.is_yanked for c in self._candidates(fact))
         ]
@@ -252,20 +302,20 @@ class _Cures:
             shelf = self._world.shelf(requirement.name)
             early = [c.version for c in shelf.candidates if c.version.is_prerelease]
             for version in reversed(early[-3:]):
-                exact = Requirement(requirement.name, Constraint.exactly(version))
+                exact = dataclasses.replace(requirement, constraint=Constraint.exactly(version))
                 if self._solve(self._with(requirement, exact)) is not None:
-                    yield f"ask for the prerelease {requirement.name}=={version}"
+                    yield f"ask for the prerelease {requirement.target}=={version}"
                     break
 
     def _try_leaving_out(self) -> Iterator[str]:
         for requirement in self._blamed:
             if self._solve(self._with(requirement)) is not None:
-                yield f"leave out {requirement.name}"
+                yield f"leave out {requirement.target}"
         rest, dropped = list(self._world.requires), list[str]()
         for requirement in self._blamed:
             if self._solve(rest) is not None:
                 break
             rest = [r for r in rest if r != requirement]
-            dropped.append(requirement.name)
+            dropped.append(requirement.target)
         if len(dropped) > 1 and self._solve(rest) is not None:
             yield f"leave out {_list(list(dict.fromkeys(dropped)))}"

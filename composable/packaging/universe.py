@@ -7,12 +7,14 @@ asked about the packages that matter and no others.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
-from composable.errors import ManifestError, VersionError
-from composable.packaging.constraint import Constraint, Requirement
+from composable.errors import ConstraintError, ManifestError, VersionError
+from composable.packaging.constraint import Constraint, Requirement, parse_target
+from composable.packaging.names import check_package_name
 from composable.packaging.toml import Table
 from composable.packaging.version import Version
 
@@ -27,6 +29,7 @@ class Candidate:
         version: The version.
         requires: Packages that it needs.
         conflicts: Packages that it cannot be installed with.
+        extras: What each of its optional extras needs on top, by name of the extra.
         interface: Name and range of the router interface that it plugs into, if it needs one.
         is_yanked: Whether it may only be chosen when locked or pinned exactly.
         refusal: Why it must not be chosen at all; None when it may.
@@ -35,6 +38,7 @@ class Candidate:
     version: Version
     requires: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
     conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
     interface: tuple[str, Constraint] | None = None
     is_yanked: bool = False
     refusal: str | None = None
@@ -81,9 +85,10 @@ class Universe:
 
         Args:
             data: `{"interface": {NAME: VERSION}, "packages": {NAME: {VERSION: {"requires":
-                {NAME: RANGE}, "conflicts": {NAME: RANGE}, "interface": RANGE, "yanked": BOOL}}},
-                "requires": {NAME: RANGE}, "locked": {NAME: VERSION}}`; every part may be missing.
-                A candidate's `interface` is a range on the one interface named.
+                {NAME: RANGE}, "conflicts": {NAME: RANGE}, "extras": {EXTRA: {NAME: RANGE}},
+                "interface": RANGE, "yanked": BOOL}}}, "requires": {NAME: RANGE}, "locked":
+                {NAME: VERSION}}`; every part may be missing. A candidate's `interface` is a range
+                on the one interface named. At the top, `requires` may name `NAME[EXTRA]`.
             where: What errors call it: a file name.
 
         Raises:
@@ -103,7 +108,7 @@ class Universe:
             ]
         universe = cls(
             packages=packages,
-            requires=[Requirement(n, r) for n, r in top.ranges("requires").items()],
+            requires=_read_requirements(top),
             interface=interface,
             locked=_read_versions(top, "locked"),
         )
@@ -114,6 +119,27 @@ class Universe:
 def _read_versions(top: Table, field: str) -> dict[str, Version]:
     table = top.table(field, {})
     return {name: table.version(name) for name in table.names()}
+
+
+def _read_requirements(top: Table) -> list[Requirement]:
+    table = top.table("requires", {})
+    found = []
+    for target in table.names():
+        range_ = table.value(target, Constraint)
+        try:
+            name, extras = parse_target(target)
+        except ConstraintError as error:
+            where = table.where(json.dumps(target))
+            raise ManifestError(error.message, where=where, hint=error.hint) from error
+        found.append(Requirement(name, range_, extras))
+    return found
+
+
+def _read_extras(table: Table) -> dict[str, dict[str, Constraint]]:
+    extras = table.table("extras", {})
+    for name in extras.names():
+        check_package_name(name, extras.where(json.dumps(name)))
+    return {name: extras.ranges(name) for name in extras.names()}
 
 
 def _read_candidate(
@@ -127,6 +153,7 @@ def _read_candidate(
         version=version,
         requires=table.ranges("requires"),
         conflicts=table.ranges("conflicts"),
+        extras=_read_extras(table),
         interface=need,
         is_yanked=table.boolean("yanked", False),
     )

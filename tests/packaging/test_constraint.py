@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from composable.errors import ConstraintError, VersionError
 from composable.packaging import Constraint, Requirement, Version
+from composable.packaging.constraint import join_extra, parse_target, split_extra
 
 NODE_SEMVER: dict[str, list[Any]] = json.loads(
     (Path(__file__).parent / "data" / "node-semver.json").read_text()
@@ -228,9 +229,58 @@ def test_requirements(text: str, name: str, range_: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "German", "a b", "../x", "german@1.2", "german@^1", "@1.0.0", "con", "x" * 70, ">=1"],
+    ("text", "extras", "range_"),
+    [
+        ("german[code]", ("code",), "*"),
+        ("german[code]>=1.2,<2", ("code",), ">=1.2, <2"),
+        ("german[news,code] ^1.2", ("code", "news"), "^1.2"),
+        ("german [ news , code, news ] 1.2", ("code", "news"), "^1.2"),
+        ("german[code]@1.2.0", ("code",), "=1.2.0"),
+    ],
 )
+def test_requirements_with_extras(text: str, extras: tuple[str, ...], range_: str) -> None:
+    requirement = Requirement.parse(text)
+    assert requirement == Requirement("german", Constraint(range_), extras)
+    assert requirement.extras == extras
+    assert Requirement.parse(str(requirement)) == requirement
+    assert parse_target(requirement.target) == ("german", extras)
+
+
+names = st.sampled_from(["code", "news", "a", "x-1"])
+
+
+@given(ranges, st.lists(names))
+def test_extras_are_a_set_and_spell_canonically(range_: str, extras: list[str]) -> None:
+    requirement = Requirement("german", Constraint(range_), tuple(extras))
+    assert requirement == Requirement("german", Constraint(range_), tuple(set(extras)))
+    assert list(requirement.extras) == sorted(set(extras))
+    assert Requirement.parse(str(requirement)) == requirement
+
+
+@pytest.mark.parametrize("extra", ["", "Code", "a b", "[", "../x", "x" * 65])
+def test_what_is_no_extra(extra: str) -> None:
+    with pytest.raises(ConstraintError):
+        Requirement("german", extras=(extra,))
+    with pytest.raises(ConstraintError):
+        Requirement.parse(f"german[{extra}]")
+    with pytest.raises(ConstraintError):
+        parse_target(f"german[{extra}]")
+
+
+@given(names, names)
+def test_an_extra_joins_and_splits(name: str, extra: str) -> None:
+    assert split_extra(join_extra(name, extra)) == (name, extra)
+    assert split_extra(name) == (name, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "German", "a b", "../x", "german@1.2", "german@^1", "@1.0.0", "con", "x" * 70, ">=1",
+        "german[", "german]", "german[]", "german[code", "german[code]]", "german[code][news]",
+        "german>=1[code]", "[code]", "german[code,]", "german[code]1.2",
+    ],
+)  # fmt: skip
 def test_what_is_no_requirement(text: str) -> None:
     with pytest.raises(ConstraintError):
         Requirement.parse(text)

@@ -127,7 +127,12 @@ A = "u: packages.a.1.0.0"
         ({"packages": {"a": {"1.0.0": {"requires": {"b": "?"}}}}}, f"{A}.requires.b"),
         ({"packages": {"a": {"1.0.0": {"yanked": 1}}}}, f"{A}.yanked"),
         ({"packages": {"a": {"1.0.0": {"require": {}}}}}, f"{A}.require"),
+        ({"packages": {"a": {"1.0.0": {"extras": {"x": {"b": "?"}}}}}}, f"{A}.extras.x.b"),
+        ({"packages": {"a": {"1.0.0": {"extras": {"X": {}}}}}}, f'{A}.extras."X"'),
+        ({"packages": {"a": {"1.0.0": {"extras": {"x": ["b"]}}}}}, f"{A}.extras.x"),
         ({"requires": {"a": 1}}, "u: requires.a"),
+        ({"requires": {"a[x": "*"}}, 'u: requires."a[x"'),
+        ({"requires": {"a[x]>1": "*"}}, 'u: requires."a[x]>1"'),
         ({"locked": {"a": "1"}}, "u: locked.a"),
         ({"interface": "1.0.0"}, "u: interface"),
     ],
@@ -153,6 +158,31 @@ def test_who_wanted_what() -> None:
     }
     resolution = resolve(Universe.from_dict(data))
     assert resolution.wanted_by["b"] == [("", Constraint("<1.1")), ("a", Constraint("^1"))]
+
+
+def test_who_wanted_what_with_extras() -> None:
+    extras = {"x": {"c": "^1"}, "y": {}}
+    data = {
+        "packages": {"a": {"1.0.0": {"extras": extras}}, "b": {"1.0.0": {}}, "c": {"1.0.0": {}}},
+        "requires": {"a[y,x]": "^1", "b": "*", "a": ">=1"},
+    }
+    resolution = resolve(Universe.from_dict(data))
+    assert list(resolution.packages) == ["a", "b", "c"]
+    assert resolution.wanted_by["a"] == [("", Constraint("^1")), ("", Constraint(">=1"))]
+    assert resolution.wanted_by["c"] == [("a[x]", Constraint("^1"))]
+    assert resolution.extras == {"a": ("x", "y")}
+
+
+def test_an_extra_may_need_its_own_package() -> None:
+    """In another version never, in this one always."""
+    versions = {
+        "1.0.0": {"extras": {"x": {"a": "^1"}}},
+        "2.0.0": {"extras": {"x": {"a": "^1"}}},
+    }
+    data = {"packages": {"a": versions}, "requires": {"a[x]": "*"}}
+    assert resolve(Universe.from_dict(data)).packages == {"a": Version("1.0.0")}
+    with pytest.raises(ResolutionError, match=r"a 2\.0\.0 has an extra 'x' that needs a \^1\."):
+        resolve(Universe.from_dict({**data, "requires": {"a[x]": "^2"}}))
 
 
 def test_another_solver_can_stand_behind_the_port() -> None:
