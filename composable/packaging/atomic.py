@@ -19,11 +19,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
-from composable.errors import IntegrityError
+from composable.errors import DiskError, IntegrityError
 
 CHUNK: Final = 1 << 20
 READ_ONLY: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 _PREFIX: Final = ".tmp-"
+# What a file system may refuse, and what to do about it; any other OSError is a bug of ours.
+_CURES: Final = {
+    errno.ENOSPC: "free some space, or set COMPOSABLE_STORE to a folder on a larger disk",
+    errno.EDQUOT: "free some of your quota, or set COMPOSABLE_STORE to a folder on another disk",
+    errno.EFBIG: "the file system or a limit (ulimit -f) does not allow files of that size",
+    errno.EROFS: "the file system is mounted read only",
+    errno.EACCES: "you may not write there: change its permissions, or choose another folder",
+    errno.EPERM: "you may not write there: change its permissions, or choose another folder",
+    errno.EIO: "the disk is failing",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.ENAMETOOLONG: "choose a folder with a shorter path",
+}
 _NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
 
@@ -38,10 +51,14 @@ class Sink:
         digest: `sha256:…` that the bytes must have, if it is known beforehand.
         size: Bytes that must come, if known beforehand; more are refused as they arrive.
         is_read_only: Whether to take away write permission, as for content-addressed files.
+        temporary: Where it lies until it is whole, on the same file system; by default under a
+            name that `sweep` knows, beside `path`. A file of known digest may be taken away there
+            by whoever put the same content in place.
 
     Attributes:
         digest: SHA-256 of what was written so far, as `sha256:…`.
         size: Bytes written so far.
+        temporary: Where they lie until they are whole.
     """
 
     def __init__(
@@ -51,6 +68,7 @@ class Sink:
         digest: str | None = None,
         size: int | None = None,
         is_read_only: bool = False,
+        temporary: Path | None = None,
     ) -> None:
         self.path = path
         self.size = 0
@@ -58,9 +76,11 @@ class Sink:
         self._expected_size = size
         self._is_read_only = is_read_only
         self._hash = hashlib.sha256()
+        self.temporary = temporary or _temporary_name(path.parent)
         make_directory(path.parent)
-        self._temporary = _temporary_name(path.parent)
-        self._file: BinaryIO = self._temporary.open("xb")
+        make_directory(self.temporary.parent)
+        with explained(path):
+            self._file: BinaryIO = self.temporary.open("xb")
 
     @property
     def digest(self) -> str:
@@ -80,7 +100,8 @@ class Sink:
                 where=str(self.path),
             )
         self._hash.update(data)
-        self._file.write(data)
+        with explained(self.path):
+            self._file.write(data)
 
     def commit(self) -> None:
         """Verify, sync and move the file into place.
@@ -89,18 +110,28 @@ class Sink:
             IntegrityError: When size or digest is not the one promised.
         """
         self._verify()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self._is_read_only:
-            self._temporary.chmod(READ_ONLY)
-        self._temporary.replace(self.path)
-        sync_directory(self.path.parent)
+        with explained(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            try:
+                if self._is_read_only:
+                    self.temporary.chmod(READ_ONLY)
+                self.temporary.replace(self.path)
+            except FileNotFoundError:
+                if self._expected_digest is None or not self.path.exists():
+                    raise
+            sync_directory(self.path.parent)
+
+    def keep(self) -> None:
+        """Stop, and leave what was written under its temporary name."""
+        with contextlib.suppress(OSError):  # a full disk: what is not written is not kept
+            self._file.close()
 
     def discard(self) -> None:
         """Drop what was written."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self.keep()
+        self.temporary.unlink(missing_ok=True)
 
     def _verify(self) -> None:
         if self._expected_size is not None and self.size != self._expected_size:
@@ -163,9 +194,10 @@ def create_bytes(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            return _create_without_links(path, data)
+            with explained(path):
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _create_without_links(path, data)
         sync_directory(path.parent)
         return True
     finally:
@@ -184,7 +216,8 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
-            raise
+            with explained(target):
+                raise
         if target.exists():
             raise FileExistsError(errno.EEXIST, "exists", str(target)) from error
         with source.open("rb") as file, Sink(target, is_read_only=True) as sink:
@@ -197,7 +230,8 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    path.mkdir(exist_ok=True)
+    with explained(path):
+        path.mkdir(exist_ok=True)
     sync_directory(path.parent)
 
 
@@ -205,7 +239,8 @@ def make_scratch_directory(parent: Path) -> Path:
     """Create an empty directory under `parent` that `sweep` removes if a crash leaves it."""
     make_directory(parent)
     path = _temporary_name(parent)
-    path.mkdir()
+    with explained(path):
+        path.mkdir()
     return path
 
 
@@ -221,7 +256,8 @@ def rename_directory(source: Path, target: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) or target.exists():
             return False
-        raise
+        with explained(target):
+            raise
     sync_directory(target.parent)
     return True
 
@@ -229,7 +265,8 @@ def rename_directory(source: Path, target: Path) -> bool:
 def remove_file(path: Path) -> bool:
     """Remove a file and sync its directory; say whether it was there."""
     try:
-        path.unlink()
+        with explained(path):
+            path.unlink()
     except FileNotFoundError:
         return False
     sync_directory(path.parent)
@@ -242,7 +279,8 @@ def remove_directory(path: Path) -> None:
 
     doomed = _temporary_name(path.parent)
     try:
-        path.rename(doomed)
+        with explained(path):
+            path.rename(doomed)
     except FileNotFoundError:
         return
     shutil.rmtree(doomed, ignore_errors=True)
@@ -273,11 +311,30 @@ def sync_directory(path: Path) -> None:
     """Make the names in a directory survive power loss, where the platform can."""
     if os.name == "nt":
         return  # Windows has no handle to sync; its file systems journal names
-    descriptor = os.open(path, os.O_RDONLY)
+    with explained(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what a file system refuses in this block into an error that says what to do.
+
+    Raises:
+        DiskError: For a disk that is full, read only or failing, or a place that is forbidden.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in _CURES:
+            raise
+        reason = (error.strerror or str(error)).lower()
+        raise DiskError(
+            f"cannot be written: {reason}", where=str(path), hint=_CURES[error.errno]
+        ) from error
 
 
 @contextlib.contextmanager
@@ -300,6 +357,11 @@ def polite_lock(path: Path) -> Iterator[None]:
     finally:
         if held:
             lock.release()
+
+
+def is_temporary(path: Path) -> bool:
+    """Say whether a path has the name of a file that is not whole yet."""
+    return path.name.startswith(_PREFIX)
 
 
 def _temporary_name(directory: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from composable.errors import IntegrityError
+from composable.errors import DiskError, IntegrityError
 from composable.interface import digest_bytes
 from composable.packaging import atomic
 
@@ -154,8 +154,12 @@ def test_a_disk_that_fails_leaves_the_old_file(
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(os if call == "fsync" else Path, call, fail)
-    with pytest.raises(OSError, match="no space"), atomic.Sink(path, is_read_only=True) as sink:
+    with (
+        pytest.raises(DiskError, match="no space") as caught,
+        atomic.Sink(path, is_read_only=True) as sink,
+    ):
         sink.write(b"new")
+    assert "free some space" in str(caught.value)
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert names_in(tmp_path) == ["file"]
