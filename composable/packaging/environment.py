@@ -11,17 +11,18 @@ next command sweeps what is left over. Older generations stay for rollback.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from composable.errors import IntegrityError, LockError, PackagingError
+from composable.errors import LockError, MissingBlobError, PackagingError
 from composable.packaging import atomic
 from composable.packaging.lock import LOCK_FILE, Lock, LockedExpert
 from composable.packaging.manifest import EXPERT_FILE, Manifest
-from composable.packaging.registry import Progress
+from composable.packaging.storage import Progress
 from composable.packaging.store import Store
 
 FOLDER: Final = ".composable"
@@ -42,18 +43,20 @@ class Generation:
     number: int
     path: Path
 
-    @property
+    @functools.cached_property
     def lock(self) -> Lock:
         """The lock that it was installed from."""
         return Lock.read(self.path / LOCK_FILE)
 
     def expert_path(self, name: str) -> Path:
-        """Return the directory of an installed expert.
+        """Return the directory of an installed expert; of an editable one, where it lies.
 
         Raises:
             PackagingError: When it is not installed.
         """
         path = self.path / "experts" / name
+        if name in self.lock and self.lock[name].is_editable:
+            path = self._folder_of(self.lock[name])
         if not (path / EXPERT_FILE).is_file():
             raise PackagingError(f"{name!r} is not installed", hint="run `composable sync`")
         return path
@@ -69,6 +72,8 @@ class Generation:
                 return False
             for expert in lock.experts:
                 folder = self.path / "experts" / expert.name
+                if expert.is_editable:
+                    folder = self._folder_of(expert)
                 (folder / EXPERT_FILE).stat()
                 for file in expert.files:
                     if (folder / file.name).stat().st_size != file.size:
@@ -76,6 +81,10 @@ class Generation:
         except FileNotFoundError:
             return False
         return True
+
+    def _folder_of(self, expert: LockedExpert) -> Path:
+        """Return where an editable expert lies: paths count from the project's folder."""
+        return self.path.parents[2] / (expert.path or "")
 
 
 class Environment:
@@ -156,7 +165,7 @@ class Environment:
             The generation in use.
 
         Raises:
-            IntegrityError: When the store lacks a file.
+            MissingBlobError: When the store lacks a file.
             LockError: When a manifest says something else than the lock.
         """
         if (current := self._find(lock)) is not None:
@@ -168,7 +177,8 @@ class Environment:
             scratch = atomic.make_scratch_directory(self.root / "generations")
             try:
                 for done, expert in enumerate(lock.experts, 1):
-                    _place(expert, scratch / "experts" / expert.name, store)
+                    if not expert.is_editable:
+                        _place(expert, scratch / "experts" / expert.name, store)
                     if progress is not None:
                         progress("install", done, len(lock.experts))
                 atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
@@ -200,8 +210,7 @@ class Environment:
         damaged = []
         for done, expert in enumerate(experts, 1):
             folder = current.path / "experts" / expert.name
-            wanted = [(EXPERT_FILE, expert.manifest), *((f.name, f.digest) for f in expert.files)]
-            for name, digest in wanted:
+            for name, digest in expert.digests.items():
                 if not _has_digest(folder / name, digest):
                     atomic.remove_file(folder / name)
                     damaged.append(folder / name)
@@ -254,23 +263,24 @@ def _has_digest(path: Path, digest: str) -> bool:
 def _place(expert: LockedExpert, folder: Path, store: Store) -> None:
     """Link the files of one expert and check that its manifest agrees with the lock."""
     atomic.make_directory(folder)
-    wanted = [(EXPERT_FILE, expert.manifest), *((f.name, f.digest) for f in expert.files)]
-    for name, digest in wanted:
+    for name, digest in expert.digests.items():
         try:
             atomic.link_or_copy(store.path(digest), folder / name)
         except FileNotFoundError as error:
-            raise IntegrityError(
+            raise MissingBlobError(
                 f"the store has no {name} of {expert.name} {expert.version} ({digest})",
                 where=str(store.root),
                 hint="run `composable sync`",
             ) from error
     atomic.sync_directory(folder)
     manifest = Manifest.read(folder)
+    extras = {extra: dict(manifest.extras.get(extra, {})) for extra in expert.extras}
     claims = (manifest.name, manifest.version, manifest.interface.digest, dict(manifest.requires))
     locked = (expert.name, expert.version, expert.interface, dict(expert.requires))
-    if claims != locked or set(manifest.files) != set(expert.files):
+    is_same = claims == locked and extras == {e: dict(r) for e, r in expert.extras.items()}
+    if not is_same or set(manifest.files) != set(expert.files):
         raise LockError(
             f"the manifest of {expert.name} {expert.version} says otherwise than its registry did",
             where=LOCK_FILE,
-            hint=f"registry {expert.registry!r} is damaged or dishonest; nothing was installed",
+            hint=f"{expert.origin} is damaged or dishonest; nothing was installed",
         )
