@@ -32,6 +32,7 @@ COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "sync": ("project", "Install what is locked, locking first where that is needed."),
         "upgrade": ("project", "Lock the newest versions that fit, and sync."),
         "rollback": ("project", "Go back to what was installed before."),
+        "export": ("project", "Write all that is installed, to carry to an offline machine."),
     },
     "Look": {
         "list": ("look", "List what is installed."),

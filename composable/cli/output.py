@@ -24,6 +24,10 @@ Json = Annotated[
     typer.Option("--json", help="Print JSON, errors included.", callback=_note_json),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", help="Ask no network.", envvar="COMPOSABLE_OFFLINE"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")]
 
 

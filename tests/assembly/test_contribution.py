@@ -17,7 +17,7 @@ from composable.errors import (
     TrainingError,
     VettingError,
 )
-from composable.packaging.registry import FolderRegistry
+from composable.packaging.registry import open_for_publishing
 from composable.training.loop import TrainConfig
 
 
@@ -34,7 +34,7 @@ def registry(release, trained_folder, tmp_path_factory):
     manifest = (newer / "expert.toml").read_text()
     (newer / "expert.toml").write_text(manifest.replace('"1.0.0"', '"1.1.0"'))
     for expert in (trained_folder, newer):
-        publish_expert(release, expert, FolderRegistry(path))
+        publish_expert(release, expert, open_for_publishing(path))
     return path
 
 
@@ -126,7 +126,7 @@ def test_held_out_text_never_reaches_training(trained_folder):
 def test_what_was_not_vetted_is_not_published(release, folder, tmp_path):
     (folder / "card.json").unlink()
     with pytest.raises(VettingError):
-        publish_expert(release, folder, FolderRegistry(tmp_path / "registry"))
+        publish_expert(release, folder, open_for_publishing(tmp_path / "registry"))
     assert not (tmp_path / "registry").exists() or not any((tmp_path / "registry").iterdir())
 
 

@@ -15,9 +15,9 @@ from composable.errors import IntegrityError, LockError, PackagingError
 from composable.interface import RouterInterface
 from composable.packaging import (
     Environment,
-    FolderRegistry,
     Lock,
     Project,
+    Registry,
     Requirement,
     Store,
     lock_project,
@@ -29,7 +29,7 @@ MakeExpert = Callable[..., Path]
 
 @pytest.fixture
 def world(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, project: Project
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, project: Project
 ) -> Project:
     """Return a project that asks for `german` and `french` from a registry with two of each."""
     for name in ("german", "french"):
@@ -70,12 +70,14 @@ def test_install_and_look(world: Project, interface: RouterInterface, store: Sto
 
 
 def test_a_second_sync_writes_nothing(
-    world: Project, interface: RouterInterface, store: Store, registry: FolderRegistry
+    world: Project, interface: RouterInterface, store: Store, registry: Registry
 ) -> None:
     lock = lock_project(world, interface)
     sync_project(world, lock, store)
     before = snapshot(world.root), snapshot(store.root)
-    registry.path.rename(registry.path.parent / "gone")  # and nothing is asked of the registry
+    registry.storage.root.rename(
+        registry.storage.root.parent / "gone"
+    )  # and nothing is asked of the registry
     sync_project(world, lock, store)
     assert (snapshot(world.root), snapshot(store.root)) == before
 
@@ -147,9 +149,9 @@ def test_a_store_that_lacks_a_file(
 
 
 def test_a_registry_whose_index_lies_about_a_manifest(
-    world: Project, interface: RouterInterface, store: Store, registry: FolderRegistry
+    world: Project, interface: RouterInterface, store: Store, registry: Registry
 ) -> None:
-    index = registry.path / "index" / "ge" / "german.jsonl"
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
     index.write_text(index.read_text().replace('"requires":{}', '"requires":{"french":"^1"}'))
     lock = lock_project(world, interface)
     with pytest.raises(LockError, match="says otherwise than its registry did"):

@@ -137,7 +137,17 @@ def test_a_registry_that_is_not_named(written: Project) -> None:
         ('german = "^1.2"', 'german = "new"', "experts.german"),
         ('german = "^1.2"', "german = 1.2", "experts.german"),
         ('german = "^1.2"', 'Deutsch = "^1"', "experts.Deutsch"),
-        ('german = "^1.2"', 'german = { path = "../x" }', "experts.german.version"),
+        ('german = "^1.2"', "german = { }", "experts.german.version"),
+        (
+            'german = "^1.2"',
+            'german = { path = "../x", version = "1" }',
+            "experts.german.version",
+        ),
+        (
+            'german = "^1.2"',
+            'german = { version = "1", editable = true }',
+            "experts.german.editable",
+        ),
         ("french =", "[experts.french]\nx =", "experts.french.version"),
     ],
 )
