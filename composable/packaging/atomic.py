@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
-from composable.errors import DiskError, IntegrityError
+from composable.errors import DiskError, IntegrityError, MissingBlobError
 
 CHUNK: Final = 1 << 20
 READ_ONLY: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
@@ -108,6 +108,8 @@ class Sink:
 
         Raises:
             IntegrityError: When size or digest is not the one promised.
+            MissingBlobError: When what was written is gone, and nobody put it in place.
+            DiskError: When the disk does not take it.
         """
         self._verify()
         with explained(self.path):
@@ -118,9 +120,11 @@ class Sink:
                 if self._is_read_only:
                     self.temporary.chmod(READ_ONLY)
                 self.temporary.replace(self.path)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
                 if self._expected_digest is None or not self.path.exists():
-                    raise
+                    raise MissingBlobError(
+                        "was taken away before it was whole", where=str(self.temporary)
+                    ) from error
             sync_directory(self.path.parent)
 
     def keep(self) -> None:

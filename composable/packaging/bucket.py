@@ -7,6 +7,7 @@ Credentials are the platform's own (environment, profile, instance role); none i
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from obstore import UpdateVersion
     from obstore.store import ObjectStore
 
+MAX_RETRIES: Final = 4
+RETRY_TIME: Final = datetime.timedelta(seconds=60)
 SCHEMES: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 
 
@@ -48,7 +51,10 @@ class BucketStorage:
             ) from error
         self._url = url.rstrip("/")
         try:
-            self._store: ObjectStore = from_url(self._url)
+            self._store: ObjectStore = from_url(
+                self._url,
+                retry_config={"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIME},
+            )
         except (BaseError, ValueError) as error:
             raise RegistryError(f"cannot be opened: {_brief(error)}", where=self._url) from error
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
 
-from composable.errors import DiskError, IntegrityError, UnreachableError
+from composable.errors import DiskError, IntegrityError, MissingBlobError, UnreachableError
 from composable.packaging.atomic import Sink
 from composable.packaging.manifest import CHUNK_BYTES, PackageFile
 from composable.packaging.registry import Registry
@@ -76,6 +76,9 @@ def download_file(
             _fill(sink, registry, file, partials, report)
             sink.commit()
             break
+        except MissingBlobError:
+            if is_last:
+                raise
         except IntegrityError as error:
             # The next attempt keeps the chunks that are right; if it fails too, nothing is.
             if file.chunks and not is_last:

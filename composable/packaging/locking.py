@@ -354,8 +354,8 @@ def sync_project(
         return environment
     store.register(project.root)
     for attempt in range(MAX_ATTEMPTS):
-        fetch_missing(project, lock, store, source=source, progress=progress)
         try:
+            fetch_missing(project, lock, store, source=source, progress=progress)
             environment.install(lock, store, progress=progress)
             break
         except MissingBlobError:  # pruned in between

@@ -193,7 +193,8 @@ class Store:
 
         Args:
             keep: Digests to keep.
-            older_than_seconds: Younger blobs stay: an install may be about to use them.
+            older_than_seconds: Younger blobs stay: an install may be about to use them. Downloads
+                that broke off stay for an hour at least.
         """
         kept = set(keep)
         removed: list[str] = []
@@ -210,7 +211,8 @@ class Store:
         for path in self.root.glob("partial/*"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                if time.time() - status.st_mtime >= older_than_seconds:
+                # One that was written to a moment ago is still on its way.
+                if time.time() - status.st_mtime >= max(older_than_seconds, PRUNE_GRACE_SECONDS):
                     path.unlink()
                     freed += status.st_size
         return Pruned(digests=tuple(removed), bytes_freed=freed)
