@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from composable.assembly.publication import publish_vetted
-from composable.cli.main import app
+from composable.cli.app import app
 from composable.interface import body_signature, scout_signature
 from composable.packaging.backbones import find_backbone, read_interface
 from composable.packaging.constraint import Constraint
