@@ -17,9 +17,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final, Self
+from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
 from composable.errors import DiskError, IntegrityError, MissingBlobError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 CHUNK: Final = 1 << 20
 READ_ONLY: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
@@ -76,6 +79,8 @@ class Sink:
         self._expected_size = size
         self._is_read_only = is_read_only
         self._hash = hashlib.sha256()
+        self._hasher: ThreadPoolExecutor | None = None
+        self._hashing: Future[None] | None = None
         self.temporary = temporary or _temporary_name(path.parent)
         make_directory(path.parent)
         make_directory(self.temporary.parent)
@@ -85,6 +90,7 @@ class Sink:
     @property
     def digest(self) -> str:
         """SHA-256 of what was written so far, as `sha256:…`."""
+        self._finish_hashing()
         return f"sha256:{self._hash.hexdigest()}"
 
     def write(self, data: bytes | memoryview) -> None:
@@ -99,7 +105,7 @@ class Sink:
                 f"more than the expected {self._expected_size:,} bytes arrived",
                 where=str(self.path),
             )
-        self._hash.update(data)
+        self._update_hash(data)
         with explained(self.path):
             self._file.write(data)
 
@@ -126,16 +132,36 @@ class Sink:
                         "was taken away before it was whole", where=str(self.temporary)
                     ) from error
             sync_directory(self.path.parent)
+        self.keep()
 
     def keep(self) -> None:
-        """Stop, and leave what was written under its temporary name."""
+        """Stop, and leave what was written where it is."""
         with contextlib.suppress(OSError):  # a full disk: what is not written is not kept
             self._file.close()
+        if self._hasher is not None:
+            self._hasher.shutdown()
 
     def discard(self) -> None:
         """Drop what was written."""
         self.keep()
         self.temporary.unlink(missing_ok=True)
+
+    def _update_hash(self, data: bytes | memoryview) -> None:
+        """Hash `data`; what is long, and cannot change meanwhile, while it is being written."""
+        self._finish_hashing()
+        if len(data) < CHUNK or not isinstance(data, bytes):
+            self._hash.update(data)
+            return
+        if self._hasher is None:
+            from concurrent.futures import ThreadPoolExecutor  # here: few writers are that long
+
+            self._hasher = ThreadPoolExecutor(1)
+        self._hashing = self._hasher.submit(self._hash.update, data)
+
+    def _finish_hashing(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
 
     def _verify(self) -> None:
         if self._expected_size is not None and self.size != self._expected_size:
