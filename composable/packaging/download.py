@@ -16,7 +16,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
@@ -144,6 +143,8 @@ def run_at_once(
     """
     if n_at_once == 1 or len(tasks) < 2:
         return [task() for task in tasks]
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # here: a sync may need none
+
     with ThreadPoolExecutor(n_at_once) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:

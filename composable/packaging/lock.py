@@ -7,6 +7,7 @@ one spelling, and nothing in it is a time, a secret or a path that `composable.t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,14 +151,16 @@ class Lock:
             LockError: `where` is the dotted path of the bad field.
         """
         try:
-            return cls._from_table(parse_toml(text, where))
+            return cls._parse(text, where)
         except ManifestError as error:
             raise LockError(
                 error.message, where=error.where, hint=error.hint or "run `composable lock`"
             ) from error
 
     @classmethod
-    def _from_table(cls, top: Table) -> Self:
+    @functools.lru_cache(maxsize=4)  # what is locked and what is installed is mostly the same text
+    def _parse(cls, text: str, where: str) -> Self:
+        top = parse_toml(text, where)
         schema = top.integer("schema")
         if schema != SCHEMA:
             raise ManifestError(

@@ -26,8 +26,6 @@ from composable.packaging.packing import describe_file, fit_interface, pack_name
 from composable.packaging.project import PROJECT_FILE, Project, Wanted
 from composable.packaging.registry import Registry
 from composable.packaging.release import Release
-from composable.packaging.resolver import Resolution, resolve_from
-from composable.packaging.solver import Solver
 from composable.packaging.storage import Progress
 from composable.packaging.store import Store
 from composable.packaging.toml import MAX_TOML_BYTES
@@ -36,6 +34,8 @@ from composable.packaging.version import Version
 
 if TYPE_CHECKING:
     from composable.interface.contract import RouterInterface
+    from composable.packaging.resolver import Resolution
+    from composable.packaging.solver import Solver
 
 # How often a sync fetches again what others prune meanwhile.
 MAX_ATTEMPTS: Final = 20
@@ -211,6 +211,8 @@ def lock_project(
         ResolutionError: When no choice will do; the message tells why and what would.
         RegistryError: When a registry cannot answer.
     """
+    from composable.packaging.resolver import resolve_from  # here: a project in sync needs none
+
     source = ProjectSource(project, interface, exclude_newer=exclude_newer)
     before = None if upgrade is True else project.lock
     source.prefetch([*project.experts, *(before.versions if before else ())])
