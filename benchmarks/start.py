@@ -142,7 +142,9 @@ def report(rows: dict[str, Any], watched: list[str], arguments: argparse.Namespa
         spread = f"({row['min_s'] * 1e3:.0f}-{row['max_s'] * 1e3:.0f})"
         print(f"{what:<32} {row['median_s'] * 1e3:6.0f} ms {spread:<12} {row['ratio']:5.1f} x pass")
     n_touched = int(watched[0])
-    print(f"a sync with nothing to do: {n_touched} connections and changes of the disk", *watched[1:])
+    print(
+        f"a sync with nothing to do: {n_touched} connections and changes of the disk", *watched[1:]
+    )
     if arguments.json:
         head = {"experts": arguments.experts, "repeats": arguments.repeats}
         data = {**head, "rows": rows, "resync_network_and_writes": n_touched}

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composable.cli.output import Json, Offline, Quiet, format_bytes, format_table, show
+from composable.cli.output import (
+    Json,
+    Offline,
+    Quiet,
+    complete_names,
+    format_bytes,
+    format_table,
+    show,
+)
 from composable.cli.project import open_project
 
 if TYPE_CHECKING:
@@ -66,7 +74,9 @@ def tree(as_json: Json = False, is_quiet: Quiet = False) -> None:
 
 @app.command()
 def why(
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", autocompletion=complete_names, show_default=False)
+    ],
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:

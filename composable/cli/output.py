@@ -31,6 +31,18 @@ Offline = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")]
 
 
+def complete_names(incomplete: str) -> list[str]:
+    """Return the experts of the project around here that begin so, for the shell to offer."""
+    from composable.packaging.project import Project
+
+    try:
+        project = Project.find()
+        names = {*project.experts, *(project.lock.versions if project.lock else ())}
+    except ComposableError:
+        return []  # no project here, or none that can be read: there is nothing to offer
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 def show(text: str, data: Any, *, as_json: bool, is_quiet: bool = False) -> None:
     """Print the outcome of a command: `data` as JSON where that is asked for, or else `text`."""
     if as_json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composable.cli import bars
-from composable.cli.output import DryRun, Json, Offline, Quiet, note, show
+from composable.cli.output import DryRun, Json, Offline, Quiet, complete_names, note, show
 
 if TYPE_CHECKING:
     from composable.interface import RouterInterface
@@ -114,7 +114,10 @@ def add(
 
 @app.command()
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False)],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", autocompletion=complete_names, show_default=False),
+    ],
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
@@ -222,7 +225,12 @@ def install(
 def upgrade(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME...]", help="Only these.", show_default=False),
+        typer.Argument(
+            metavar="[NAME...]",
+            help="Only these.",
+            autocompletion=complete_names,
+            show_default=False,
+        ),
     ] = None,
     exclude_newer: ExcludeNewer = None,
     is_offline: Offline = False,
