@@ -7,9 +7,9 @@ Credentials are the platform's own (environment, profile, instance role); none i
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,7 +71,7 @@ class BucketStorage:
         options: Any = {}
         if known is not None and known.tag is not None:
             options["if_none_match"] = known.tag.split("\n")[0]
-        with self._asking(path):
+        with _explained(self._at(path)):
             try:
                 found = obstore.get(self._store, path, options=options)
             except NotModifiedError:
@@ -86,7 +86,7 @@ class BucketStorage:
         """Yield the bytes of a file from offset `start` on."""
         import obstore
 
-        with self._asking(path):
+        with _explained(self._at(path)):
             try:
                 size = obstore.head(self._store, path)["size"] if start else None
                 if size is not None and start >= size:
@@ -102,7 +102,7 @@ class BucketStorage:
         """Return the names of the files that lie directly in a folder, sorted."""
         import obstore
 
-        with self._asking(folder):
+        with _explained(self._at(folder)):
             found = obstore.list_with_delimiter(self._store, f"{folder}/")
             return sorted(entry["path"].rpartition("/")[2] for entry in found["objects"])
 
@@ -111,7 +111,7 @@ class BucketStorage:
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        with self._asking(path):
+        with _explained(self._at(path)):
             try:
                 obstore.put(self._store, path, data, mode="create")
             except (AlreadyExistsError, PreconditionError):
@@ -125,7 +125,7 @@ class BucketStorage:
 
         if seen is None or seen.tag is None:
             return self.create(path, data)
-        with self._asking(path):
+        with _explained(self._at(path)):
             try:
                 obstore.put(self._store, path, data, mode=_to_version(seen.tag))
             except (PreconditionError, FileNotFoundError):
@@ -136,7 +136,7 @@ class BucketStorage:
         """Write a file by its digest unless it is there; it appears when it is whole."""
         import obstore
 
-        with self._asking(path):
+        with _explained(self._at(path)):
             try:
                 if obstore.head(self._store, path)["size"] == file.size:
                     return
@@ -148,38 +148,30 @@ class BucketStorage:
         """Remove a file if it is there."""
         import obstore
 
-        with self._asking(path):
+        with _explained(self._at(path)):
             obstore.delete(self._store, path)
 
     def _at(self, path: str) -> str:
         return f"{self._url}/{path}"
 
-    def _asking(self, path: str) -> AbstractContextManager[None]:
-        return _Asking(self._at(path))
 
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Make errors of ours out of those of the client library."""
+    from obstore import exceptions
 
-class _Asking:
-    """A block in which the errors of the client library become ours."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from obstore import exceptions
-
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            raise RegistryError(
-                "the credentials in use do not allow that",
-                where=self._where,
-                hint="set those of the object store, for example AWS_PROFILE",
-            ) from error
-        if isinstance(error, exceptions.BaseError):
-            raise UnreachableError(
-                f"cannot be reached, or refused: {_brief(error)}", where=self._where
-            ) from error
+    try:
+        yield
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        raise RegistryError(
+            "the credentials in use do not allow that",
+            where=where,
+            hint="set those of the object store, for example AWS_PROFILE",
+        ) from error
+    except exceptions.BaseError as error:
+        raise UnreachableError(
+            f"cannot be reached, or refused: {_brief(error)}", where=where
+        ) from error
 
 
 def _read_verified(source: Path, file: PackageFile, progress: Progress | None) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ documents are bounded, and blobs are verified by whoever asked for them.
 
 from __future__ import annotations
 
+import contextlib
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -88,7 +89,7 @@ class WebStorage:
         headers = {"Accept-Encoding": "gzip"}
         if known is not None and known.tag is not None:
             headers["If-None-Match"] = known.tag
-        with self._asking(path):
+        with _explained(self._at(path)):
             response = self._get(path, headers)
             try:
                 if response.status == 304 and known is not None:
@@ -110,7 +111,7 @@ class WebStorage:
         headers = {"Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        with self._asking(path):
+        with _explained(self._at(path)):
             response = self._get(path, headers)
             try:
                 if response.status in (404, 410):
@@ -142,9 +143,6 @@ class WebStorage:
             preload_content=False,
         )
 
-    def _asking(self, path: str) -> _Asking:
-        return _Asking(self._at(path))
-
     def _at(self, path: str) -> str:
         return f"{self._url}/{path}"
 
@@ -169,25 +167,20 @@ class WebStorage:
             )
 
 
-class _Asking:
-    """A block in which the errors of the HTTP library become ours."""
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Make errors of ours out of those of the HTTP library."""
+    from urllib3.exceptions import HTTPError
 
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from urllib3.exceptions import HTTPError
-
-        if isinstance(error, HTTPError):
-            reason = getattr(error, "reason", None) or error
-            raise UnreachableError(
-                f"cannot be reached, or broke off: {str(reason)[:300]}",
-                where=self._where,
-                hint="what has arrived is kept: run the same command again",
-            ) from error
+    try:
+        yield
+    except HTTPError as error:
+        reason = getattr(error, "reason", None) or error
+        raise UnreachableError(
+            f"cannot be reached, or broke off: {str(reason)[:300]}",
+            where=where,
+            hint="what has arrived is kept: run the same command again",
+        ) from error
 
 
 def _make_pool(url: str) -> PoolManager:
