@@ -197,3 +197,32 @@ def test_training_does_not_resume_on_other_text(release, folder, tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"Not what it began with, says file {name}. " * 9)
     with pytest.raises(TrainingError, match="not the one that training began with"):
         train_expert(release, folder, [tmp_path / "one.txt", tmp_path / "two.txt"], cfg)
+
+
+@pytest.mark.parametrize("is_editable", [False, True])
+def test_an_expert_in_development_is_loaded_from_its_folder(
+    release, folder, tmp_path, monkeypatch, is_editable
+):
+    """Editable, a training run shows at once; otherwise, at the next lock."""
+    from composable.packaging.change import add_experts, read_wanted
+    from composable.packaging.project import Project
+
+    monkeypatch.chdir(tmp_path)
+    project = Project.create(tmp_path, str(release.folder))
+    wanted = read_wanted(project, ["./logic"], is_editable=is_editable)
+    _, lock = add_experts(project, wanted, release.interface)
+    lock.write(project.lock_path)
+    first = cx.load()
+    tokens_BT = first.encode("∀x φ→ψ")[None]
+    logits_BTV = first(tokens_BT)
+    other = cx.load(str(release.folder), ["logic"])
+    np.testing.assert_array_equal(other(tokens_BT), logits_BTV)
+    body = folder / "body.safetensors"
+    data = bytearray(body.read_bytes())
+    data[-3] ^= 0x40  # of the mantissa, so it stays a number
+    body.write_bytes(data)
+    if not is_editable:
+        with pytest.raises(PackagingError, match="was changed since it was locked"):
+            cx.load()
+    else:
+        assert not np.array_equal(cx.load()(tokens_BT), logits_BTV)
