@@ -26,6 +26,7 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     Exits with 1 if there are any.
     """
     from composable.errors import PackagingError
+    from composable.packaging.change import name_files
     from composable.packaging.project import Project
     from composable.packaging.store import Store
 
@@ -39,13 +40,18 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
             damaged = []  # no project here: the store is all there is
         else:
             damaged = project.environment.verify(progress)
-    rows = [("store", blob.digest) for blob in corrupt]
+    names = name_files(store) if corrupt else {}
+    rows = [("store", f"{names.get(b.digest, 'of no project')} ({b.digest})") for b in corrupt]
     rows += [("installed", str(path)) for path in damaged]
     n = len(store.digests())
     text = format_table((), rows) or f"all is well: {n} file{'s' * (n != 1)} in the store"
     if rows:
         text += "\nrun `composable sync` to bring them again"
-    data = {"corrupt": [blob.digest for blob in corrupt], "damaged": [str(p) for p in damaged]}
+    data = {
+        "corrupt": [blob.digest for blob in corrupt],
+        "files": {blob.digest: names.get(blob.digest) for blob in corrupt},
+        "damaged": [str(p) for p in damaged],
+    }
     show(text, data, as_json=as_json, is_quiet=is_quiet and not rows)
     if rows:
         raise typer.Exit(1)
@@ -54,14 +60,21 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
 @cache.command(name="list")
 def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """List the files in the store."""
+    from composable.packaging.change import name_files
     from composable.packaging.store import Store
 
     store = Store()
-    in_use = store.linked()
+    in_use, names = store.linked(), name_files(store)
     files = [(digest, store.path(digest).stat().st_size) for digest in store.digests()]
-    rows = [(d, format_bytes(size), "in use" if d in in_use else "") for d, size in files]
+    rows = [
+        (d[:19] + "…", format_bytes(size), "in use" if d in in_use else "", names.get(d, ""))
+        for d, size in files
+    ]
     total = f"{len(files)} file{'s' * (len(files) != 1)}, {format_bytes(store.size())}"
-    data = [{"digest": d, "bytes": size, "in_use": d in in_use} for d, size in files]
+    data = [
+        {"digest": d, "bytes": size, "in_use": d in in_use, "file": names.get(d)}
+        for d, size in files
+    ]
     text = "\n".join(filter(None, (format_table((), rows), total)))
     show(text, data, as_json=as_json, is_quiet=is_quiet)
 

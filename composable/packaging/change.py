@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -168,6 +169,21 @@ def roll_back(project: Project) -> Generation:
     generation = project.environment.rollback()
     generation.lock.write(project.lock_path)
     return generation
+
+
+def name_files(store: Store) -> dict[str, str]:
+    """Return what the files in a store are, as far as the locks of its projects tell.
+
+    Returns:
+        For example `german 1.2.0 body.safetensors`, by digest.
+    """
+    names = {}
+    for root in store.projects():
+        with contextlib.suppress(LockError):
+            for expert in Lock.read(root / LOCK_FILE).experts:
+                for file, digest in expert.digests.items():
+                    names[digest] = f"{expert.name} {expert.version} {file}"
+    return names
 
 
 def prune_store(store: Store, older_than_seconds: float = PRUNE_GRACE_SECONDS) -> Pruned:
