@@ -20,7 +20,8 @@ from pathlib import Path
 
 from benchmarks.faults.disk import Snapshot
 from benchmarks.faults.scenarios import Scenario
-from benchmarks.faults.tracer import Fate, Kind, Operation, Run, run_forked, run_traced
+from benchmarks.faults.processes import run_forked
+from benchmarks.faults.tracer import Fate, Kind, Operation, Run, run_traced
 from benchmarks.faults.worlds import (
     Corruption,
     Inputs,
@@ -88,8 +89,8 @@ class Bench:
 
     def __init__(self, scenario: Scenario, inputs: Inputs, scratch: Path) -> None:
         self.scenario = scenario
-        self._scratch = scratch
-        self._inputs = inputs
+        self.scratch = scratch
+        self.inputs = inputs
         template = scenario.prepare(scratch / "template", inputs)
         self.before, _ = Snapshot.read(template.root)
         unhurt = self.copy()
@@ -102,10 +103,10 @@ class Bench:
 
     def write(self, snapshot: Snapshot) -> World:
         """Return a world with these files."""
-        root = self._scratch / "world"
+        root = self.scratch / "world"
         shutil.rmtree(root, ignore_errors=True)
         snapshot.write(root)
-        return World(root=root, inputs=self._inputs)
+        return World(root=root, inputs=self.inputs)
 
     def trace(self, world: World, decide: Callable[[Operation], Fate] | None = None) -> Run:
         """Run all steps in a traced process."""
@@ -115,7 +116,7 @@ class Bench:
         """Return the operations of an unhurt run."""
         run = self.trace(self.copy())
         if run.code != 0:
-            raise RuntimeError(f"the unhurt run failed: {run.output}")
+            raise RuntimeError(f"the unhurt run failed, {run}")
         return [op for op in run.operations if op.kind is not Kind.ACKNOWLEDGE]
 
     def recover(self, world: World, done: int) -> State:
@@ -129,7 +130,7 @@ class Bench:
         for step in self.scenario.steps[done : done + 1]:
             run = run_forked(lambda step=step: step.recover(world))
             if run.code != 0:
-                raise Corruption(f"the next command failed ({run.code}): {run.output.strip()}")
+                raise Corruption(f"the next command failed, {run}")
             found = inspect(world)
             try:
                 check_equal(found, after)
@@ -164,15 +165,15 @@ def kill_everywhere(
     rng = random.Random(seed)
     operations = bench.operations()
     killing.operations = Counter(operation.kind.value for operation in operations)
-    for index, point in enumerate(list(_points(operations))[offset::every]):
+    for index, point in enumerate(list(kill_points(operations))[offset::every]):
         world = bench.copy()
         run = bench.trace(world, point.decide())
         if not run.was_killed:
-            killing.failures.append(f"{point}: was not killed, {run.code}: {run.output}")
+            killing.failures.append(f"{point}: was not killed, {run}")
             continue
         killing.points += 1
         where = f"{point.fate.name} {point.number}, {_last(run)}"
-        done = sum(operation.kind is Kind.ACKNOWLEDGE for operation in run.operations)
+        done = run.acknowledged
         try:
             if twice and index % twice == 0 and done < len(bench.scenario.steps):
                 _kill_the_next(bench, world, done, rng)
@@ -192,7 +193,7 @@ def crash_for_days(bench: Bench, *, every: int = 1, passes: int = 2) -> list[lis
     Returns:
         The files that were left at the end of each pass.
     """
-    points = list(_points(bench.operations()))[::every]
+    points = list(kill_points(bench.operations()))[::every]
     left: dict[str, bytes] = {}
     ends = []
     for _ in range(passes):
@@ -203,7 +204,7 @@ def crash_for_days(bench: Bench, *, every: int = 1, passes: int = 2) -> list[lis
                 (world.root / name).write_bytes(data)
             world.age()
             run = bench.trace(world, point.decide())
-            done = sum(operation.kind is Kind.ACKNOWLEDGE for operation in run.operations)
+            done = run.acknowledged
             bench.recover(world, done)
             left = bench.leftovers(world)
         ends.append(sorted(left))
@@ -219,7 +220,8 @@ def _kill_the_next(bench: Bench, world: World, done: int, rng: random.Random) ->
     check_between(inspect(world), bench.states[done], after)
 
 
-def _points(operations: list[Operation]) -> Iterator[Point]:
+def kill_points(operations: list[Operation]) -> Iterator[Point]:
+    """Yield every point of a run to kill it at."""
     yield Point(Fate.KILL_BEFORE, 1)
     for number, operation in enumerate(operations, 1):
         if operation.kind is Kind.WRITE and len(operation.data) > 1:

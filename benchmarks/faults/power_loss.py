@@ -14,9 +14,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.faults.disk import CUT, NAMES, STRICT, WHOLE, ZEROS, History, Omen, draw_omen
-from benchmarks.faults.kills import Bench
-from benchmarks.faults.worlds import Corruption
+from benchmarks.faults.disk import (
+    CUT,
+    NAMES,
+    STRICT,
+    WHOLE,
+    ZEROS,
+    History,
+    Omen,
+    Snapshot,
+    draw_omen,
+)
+from benchmarks.faults.kills import Bench, kill_points
+from benchmarks.faults.tracer import Kind, run_traced
+from benchmarks.faults.worlds import Corruption, check_equal, inspect
 
 FIXED_OMENS = (STRICT, NAMES, ZEROS, CUT, WHOLE)
 
@@ -77,15 +88,47 @@ def cut_everywhere(
     return loss
 
 
+def cut_after_kills(bench: Bench, *, every: int = 1, offset: int = 0) -> PowerLoss:
+    """Kill a scenario of one step, let the next command finish, then cut the power.
+
+    What the killed process did not sync, the next command finds in place. It may not count on it:
+    once it is acknowledged, all that it needs must be durable, whoever wrote it.
+    """
+    (step,) = bench.scenario.steps
+    loss = PowerLoss(scenario=f"{bench.scenario.name}, killed before")
+    seen = set()
+    for point in list(kill_points(bench.operations()))[offset::every]:
+        world = bench.copy()
+        before, numbers = Snapshot.read(world.root)
+        first = bench.trace(world, point.decide())
+        done = first.acknowledged
+        second = run_traced(lambda world=world: step.recover(world), world.root)
+        wanted = inspect(world)
+        history = History(before, numbers, [*first.operations, *second.operations])
+        loss.operations += history.n_operations
+        loss.cuts += 1
+        image = history.image(history.n_operations, STRICT)
+        key = (image.digest(), done)
+        if key in seen:
+            continue
+        seen.add(key)
+        loss.images += 1
+        try:
+            if second.code != 0:
+                raise Corruption(f"the next command failed, {second}")
+            check_equal(inspect(bench.write(image)), wanted)
+        except Corruption as error:
+            loss.failures.append(f"{point}, {first.operations[-1:]}: {error}")
+    return loss
+
+
 def record(bench: Bench) -> History:
     """Return the disk of a scenario and all that an unhurt run does to it."""
-    from benchmarks.faults.disk import Snapshot
-
     world = bench.copy()
     before, numbers = Snapshot.read(world.root)
     run = bench.trace(world)
     if run.code != 0:
-        raise RuntimeError(f"the unhurt run failed: {run.output}")
+        raise RuntimeError(f"the unhurt run failed, {run}")
     history = History(before, numbers, run.operations)
     after, _ = Snapshot.read(world.root)
     replayed = history.image(history.n_operations, WHOLE)

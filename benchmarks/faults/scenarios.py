@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.faults.tracer import acknowledge, run_forked
+from benchmarks.faults.processes import acknowledge, run_forked
 from benchmarks.faults.worlds import Inputs, State, World, inspect
 
 Command = Callable[[World], int]
@@ -82,7 +82,7 @@ def run_whole(command: Command, world: World) -> None:
     """Run a command unhurt in a process of its own; it must succeed."""
     run = run_forked(lambda: command(world))
     if run.code != 0:
-        raise RuntimeError(f"exit {run.code}, signal {run.signal}: {run.output}")
+        raise RuntimeError(str(run))
 
 
 def warm_up(root: Path, inputs: Inputs) -> None:

@@ -26,16 +26,12 @@ import stat
 import struct
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-# A child that takes longer hangs; SIGALRM ends it, which no fault expects.
-MAX_SECONDS: Final = 120
-CRASHED: Final = 70  # exit code of an exception that left the traced function
-
+from benchmarks.faults.processes import ACKNOWLEDGEMENTS, Ending, be_child, end, fork
 
 class Kind(enum.StrEnum):
     """What an operation does to the disk."""
@@ -110,25 +106,19 @@ Decide = Callable[[Operation], Fate | Fail]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Ending):
     """How a traced process went.
 
     Args:
         operations: What it did to the disk under the root, failures included, in order.
-        code: Its exit code; None when a signal ended it.
-        signal: The signal that ended it; None when it exited.
-        output: What it printed, standard error included.
     """
 
     operations: list[Operation]
-    code: int | None
-    signal: int | None
-    output: str
 
     @property
-    def was_killed(self) -> bool:
-        """Whether SIGKILL ended it."""
-        return self.signal == signal.SIGKILL
+    def acknowledged(self) -> int:
+        """How many calls it acknowledged."""
+        return sum(operation.kind is Kind.ACKNOWLEDGE for operation in self.operations)
 
 
 class NotModelledError(Exception):
@@ -145,20 +135,6 @@ def is_supported() -> bool:
         return False
 
 
-def acknowledge(text: str) -> None:
-    """Note, in a traced process, that a call has returned: from here on its effect must last."""
-    os.write(_ACKNOWLEDGEMENTS, text.encode())
-
-
-def run_forked(function: Callable[[], Any]) -> Run:
-    """Run a function in a forked child without tracing it; its return value is the exit code."""
-    with tempfile.TemporaryFile() as output:
-        pid = os.fork()
-        if pid == 0:
-            _be_child(function, output.fileno(), lambda: None)
-        return _finish(os.waitpid(pid, 0)[1], [], output)
-
-
 def run_traced(function: Callable[[], Any], root: Path, decide: Decide | None = None) -> Run:
     """Run a function in a forked child that stops at every change of the disk under `root`.
 
@@ -172,9 +148,9 @@ def run_traced(function: Callable[[], Any], root: Path, decide: Decide | None = 
         OSError: When the system does not allow tracing.
     """
     with tempfile.TemporaryFile() as output:
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
-            _be_child(function, output.fileno(), _ask_to_be_traced)
+            be_child(function, output.fileno(), _ask_to_be_traced)
         tracer = _Tracer(pid, Path(os.path.realpath(root)), decide or (lambda _: Fate.PASS))
         try:
             status = tracer.follow()
@@ -185,49 +161,11 @@ def run_traced(function: Callable[[], Any], root: Path, decide: Decide | None = 
                 while True:
                     os.waitpid(-pid, _WALL)
             raise
-        return _finish(status, tracer.operations, output)
-
-
-def _be_child(function: Callable[[], Any], output: int, prepare: Callable[[], None]) -> NoReturn:
-    """Run the function in the child and leave without touching what the parent has open."""
-    code = CRASHED
-    try:
-        os.setpgid(0, 0)
-        signal.alarm(MAX_SECONDS)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, _ACKNOWLEDGEMENTS)
-        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: PTH123, SIM115
-        sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: PTH123, SIM115
-        prepare()
-        result = function()
-        code = result if isinstance(result, int) else 0
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def _finish(status: int, operations: list[Operation], output: Any) -> Run:
-    output.seek(0)
-    exited = os.WIFEXITED(status)
-    return Run(
-        operations=operations,
-        code=os.WEXITSTATUS(status) if exited else None,
-        signal=None if exited else os.WTERMSIG(status),
-        output=output.read().decode(errors="replace"),
-    )
+        return Run(**vars(end(status, output)), operations=tracer.operations)
 
 
 # --- ptrace and seccomp ---------------------------------------------------------------------------
 
-_ACKNOWLEDGEMENTS: Final = 198  # a descriptor that nobody else has
 _WALL: Final = 0x40000000
 _TRACEME, _CONT, _GETREGS, _SETREGS, _SYSCALL, _SETOPTIONS = 0, 7, 12, 13, 24, 0x4200
 _EVENT_SECCOMP: Final = 7
@@ -509,7 +447,7 @@ class _Tracer:
         return self._about(kinds[name], path)
 
     def _read_write(self, tid: int, name: str, args: tuple[int, ...]) -> Operation | None:
-        if args[0] == _ACKNOWLEDGEMENTS:
+        if args[0] == ACKNOWLEDGEMENTS:
             text = self._read_memory(tid, args[1], args[2]).decode()
             return Operation(kind=Kind.ACKNOWLEDGE, path=text)
         path = self._of_descriptor(tid, args[0])

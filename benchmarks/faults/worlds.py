@@ -110,26 +110,29 @@ class Inputs:
             '[interface]\nname = "tiny-bytes"\nrequires = "^1"\n'
             f'[body]\nkind = "lora"\nrank = 2\n[scout]\nwidth = 8\n[requires]\n{ranges}'
         )
-        scratch.rename(folder)
+        with contextlib.suppress(OSError):  # another process made the same one
+            scratch.rename(folder)
         return folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """A folder with `registry/`, `store/` and `project/` in it.
+    """A folder with `registry/`, `store/` and a project in it.
 
     Args:
         root: The folder.
         inputs: What its commands read.
+        name: Folder of the project in it.
     """
 
     root: Path
     inputs: Inputs
+    name: str = "project"
 
     @property
     def project(self) -> Path:
         """The project's folder."""
-        return self.root / "project"
+        return self.root / self.name
 
     @property
     def store(self) -> Store:
