@@ -144,7 +144,7 @@ def crowd_together(
     """
     crowding = Crowding(crowd=crowd.name, processes=processes)
     rng = random.Random(seed)
-    world = Scenario(name="", before=crowd.before, steps=()).prepare(scratch / "template", inputs)
+    world = Scenario(name="", before=crowd.before, steps=()).prepare(scratch / "world", inputs)
     template, _ = Snapshot.read(world.root)
     root = scratch / "world"
     for number in range(rounds):

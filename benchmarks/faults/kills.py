@@ -91,11 +91,11 @@ class Bench:
         self.scenario = scenario
         self.scratch = scratch
         self.inputs = inputs
-        template = scenario.prepare(scratch / "template", inputs)
-        self.before, _ = Snapshot.read(template.root)
-        unhurt = self.copy()
-        self.states = scenario.states(unhurt)
-        self._known_files = files_of(unhurt).keys() | files_of(template).keys()
+        world = scenario.prepare(scratch / "world", inputs)
+        self.before, _ = Snapshot.read(world.root)
+        known = set(files_of(world))
+        self.states = scenario.states(world)
+        self._known_files = known | files_of(world).keys()
 
     def copy(self) -> World:
         """Return a fresh copy of the world before."""

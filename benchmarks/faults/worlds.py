@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,8 @@ from composable.interface.digest import digest_bytes
 from composable.packaging.lock import Lock
 from composable.packaging.manifest import BackbonePackage, Manifest, PackageFile
 from composable.packaging.project import Project
-from composable.packaging.registry import FolderRegistry, blob_path
+from composable.packaging.registry import Registry, blob_path, open_for_publishing
+from composable.packaging.storage import Document, Folder
 from composable.packaging.store import STORE_VARIABLE, Store
 from composable.packaging.tensors import write_tensors
 from composable.packaging.version import Version
@@ -57,9 +58,35 @@ class Corruption(Exception):
     """A world in a state that no order of whole commands leads to."""
 
 
-def open_folder_registry(path: Path) -> FolderRegistry:
-    """Return the registry in a folder."""
-    return FolderRegistry(path)
+class Served:
+    """What a static host would serve of a folder: reading and nothing else, nothing mended.
+
+    Args:
+        root: The folder.
+    """
+
+    is_remote: Final = False
+
+    def __init__(self, root: Path) -> None:
+        self._folder = Folder(root)
+
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return self._folder.location
+
+    def read(self, path: str, known: Document | None = None) -> Document | None:
+        """Return a document, or None for none."""
+        return self._folder.read(path, known)
+
+    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of a file from offset `start` on."""
+        return self._folder.stream(path, start)
+
+
+def open_folder_registry(path: Path) -> Registry:
+    """Return the registry in a folder, to publish to."""
+    return open_for_publishing(path)
 
 
 class Inputs:
@@ -140,7 +167,7 @@ class World:
         return Store(self.root / "store")
 
     @property
-    def registry(self) -> FolderRegistry:
+    def registry(self) -> Registry:
         """The registry."""
         return open_folder_registry(self.root / "registry")
 
@@ -150,7 +177,7 @@ class World:
 
     def run(self, *arguments: str) -> int:
         """Run a command of `composable` in this process, which must be a forked one."""
-        from composable.cli.main import app
+        from composable.cli.app import app
 
         os.chdir(self.project)
         os.environ[STORE_VARIABLE] = str(self.root / "store")
@@ -189,7 +216,8 @@ class State:
     """What a world means, apart from how its files lie.
 
     Args:
-        releases: Manifest digest and whether it is yanked, by name and version.
+        releases: Manifest digest and whether it is yanked, by name and version, as the index tells.
+        recorded: The same, as the records tell, which may know more for a moment.
         project: Text of the project file; None where there is none.
         lock: Text of the lock file; None where there is none.
         installed: Text of the lock in use; None before the first install.
@@ -197,6 +225,7 @@ class State:
     """
 
     releases: Mapping[tuple[str, str], tuple[str, bool]]
+    recorded: Mapping[tuple[str, str], tuple[str, bool]]
     project: str | None
     lock: str | None
     installed: str | None
@@ -211,7 +240,7 @@ def inspect(world: World) -> State:
     """
     try:
         return State(
-            releases=_inspect_registry(world),
+            **_inspect_registry(world),
             project=_read_text(world.project / "composable.toml"),
             lock=_inspect_lock(world.project / "composable.lock"),
             installed=_inspect_environment(world.project),
@@ -231,10 +260,11 @@ def check_between(found: State, before: State, after: State) -> None:
         value = getattr(found, field)
         if value not in (getattr(before, field), getattr(after, field)):
             raise Corruption(f"{field} is neither old nor new: {value!r}")
-    for key in found.releases.keys() | before.releases.keys() | after.releases.keys():
-        value = found.releases.get(key)
-        if value not in (before.releases.get(key), after.releases.get(key)):
-            raise Corruption(f"release {' '.join(key)} is neither old nor new: {value}")
+    for view in ("releases", "recorded"):
+        here, old, new = (getattr(state, view) for state in (found, before, after))
+        for key in here.keys() | old.keys() | new.keys():
+            if here.get(key) not in (old.get(key), new.get(key)):
+                raise Corruption(f"{' '.join(key)} is neither old nor new: {here.get(key)}")
     if lost := (before.blobs & after.blobs) - found.blobs:
         raise Corruption(f"the store lost {sorted(lost)}")
 
@@ -245,7 +275,7 @@ def check_equal(found: State, wanted: State) -> None:
     Raises:
         Corruption: Naming a part that differs.
     """
-    for field in ("project", "lock", "installed", "releases"):
+    for field in ("project", "lock", "installed", "releases", "recorded"):
         if getattr(found, field) != getattr(wanted, field):
             raise Corruption(
                 f"{field} is {getattr(found, field)!r}, expected {getattr(wanted, field)!r}"
@@ -283,18 +313,26 @@ def _read_text(path: Path) -> str | None:
         return None
 
 
-def _inspect_registry(world: World) -> dict[tuple[str, str], tuple[str, bool]]:
-    if not (world.root / "registry" / "config.json").exists():
-        return {}
-    found = {}
-    for name in world.registry.names():
-        for release in world.registry.versions(name):
-            where = world.root / "registry"
-            wanted = [(release.manifest, None), *((f.digest, f.size) for f in release.files)]
-            for digest, size in wanted:
-                if not has_digest(where / blob_path(digest), digest, size):
-                    raise Corruption(f"{name} {release.version} is listed, but {digest} is not it")
-            found[name, str(release.version)] = (release.manifest, release.is_yanked)
+def _inspect_registry(world: World) -> dict[str, dict[tuple[str, str], tuple[str, bool]]]:
+    """Return the releases that a static host would serve, and those that a publisher sees."""
+    where = world.root / "registry"
+    if not (where / "config.json").exists():
+        return {"releases": {}, "recorded": {}}
+    found: dict[str, dict[tuple[str, str], tuple[str, bool]]] = {}
+    for view, registry in (
+        ("releases", Registry(Served(where))),
+        ("recorded", open_folder_registry(where)),
+    ):
+        names = {path.stem for path in where.glob("index/*/*.jsonl")} | set(registry.names())
+        names |= {path.name for path in where.glob("records/*")}
+        found[view] = {}
+        for name in sorted(names):
+            for release in registry.versions(name):
+                wanted = [(release.manifest, None), *((f.digest, f.size) for f in release.files)]
+                for digest, size in wanted:
+                    if not has_digest(where / blob_path(digest), digest, size):
+                        raise Corruption(f"{name} {release.version} lists {digest}, which is not")
+                found[view][name, str(release.version)] = (release.manifest, release.is_yanked)
     return found
 
 
