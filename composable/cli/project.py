@@ -125,8 +125,7 @@ def remove(
     from composable.packaging.project import Project
 
     project = Project.find()
-    for name in names:
-        project = project.remove(name)
+    project.remove(*names)
     text = "\n".join(f"removed {name}" for name in names)
     show(text, {"removed": names}, as_json=as_json, is_quiet=is_quiet)
 

@@ -126,14 +126,7 @@ def add_experts(
     )
     if is_dry_run:
         return planned, lock
-    for name, want in wanted.items():
-        project = project.add(
-            Requirement(name, want.constraint, want.extras),
-            registry=want.registry,
-            path=want.path,
-            is_editable=want.is_editable,
-        )
-    return project, lock
+    return project.change(wanted), lock
 
 
 def refresh_lock(

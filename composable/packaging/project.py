@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -251,54 +251,79 @@ class Project:
         Raises:
             ManifestError: For a registry that the project does not name.
         """
-        before = self.experts.get(requirement.name)
-        if path is None and registry is None and before is not None:
-            registry = before.registry
-        fields: dict[str, Any] = {
-            "version": None if path else str(requirement.constraint),
-            "path": path,
-            "editable": is_editable or None,
-            "extras": list(requirement.extras) or None,
-            "registry": registry,
-        }
-        given = {field: value for field, value in fields.items() if value is not None}
-        value = given["version"] if given.keys() == {"version"} else given
-        return self._edit(requirement.name, f"{requirement.name} = {format_value(value)}")
+        want = Wanted(
+            constraint=requirement.constraint,
+            extras=requirement.extras,
+            registry=registry,
+            path=path,
+            is_editable=is_editable,
+        )
+        return self.change({requirement.name: want})
 
-    def remove(self, name: str) -> Self:
-        """Stop asking for an expert, in the file.
+    def remove(self, *names: str) -> Self:
+        """Stop asking for experts, in the file.
 
         Raises:
-            PackagingError: When the project does not ask for it.
+            PackagingError: When the project does not ask for one of them.
         """
-        if name not in self.experts:
-            raise PackagingError(
-                f"the project does not ask for {name!r}",
-                where=str(self.path),
-                hint=did_you_mean(name, self.experts),
-            )
-        return self._edit(name, None)
+        for name in names:
+            if name not in self.experts:
+                raise PackagingError(
+                    f"the project does not ask for {name!r}",
+                    where=str(self.path),
+                    hint=did_you_mean(name, self.experts),
+                )
+        return self.change(dict.fromkeys(names))
 
-    def _edit(self, name: str, line: str | None) -> Self:
-        """Replace, add or drop one line under `[experts]` and nothing else."""
-        text = self.path.read_text(encoding="utf-8")
-        edited = _edit_experts(text, name, line)
-        before = _read_without(text, name, self.root)
+    def change(self, wanted: Mapping[str, Wanted | None]) -> Self:
+        """Ask for several experts at once, or stop asking for them: all in one write of the file.
+
+        Args:
+            wanted: What to ask of each expert, by name, or None to stop. Without a registry or a
+                path an expert stays bound as before, or to the default registry.
+
+        Returns:
+            The new project.
+
+        Raises:
+            ManifestError: For a registry that the project does not name.
+            PackagingError: When the file is written in a way that cannot be edited line by line.
+        """
+        text = edited = self.path.read_text(encoding="utf-8")
+        for name, want in wanted.items():
+            line = f"{name} = {format_value(self._describe(name, want))}" if want else None
+            edited = _edit_experts(edited, name, line)
+        before = _read_without(text, wanted, self.root)
         try:
-            after = _read_without(edited, name, self.root)
+            after = _read_without(edited, wanted, self.root)
         except ManifestError as error:
             if "registry" in (error.where or ""):
                 raise
             after = None
         if after != before:
+            names = " and ".join(map(repr, wanted))
             raise PackagingError(
-                f"cannot edit {name!r} without touching the rest",
+                f"cannot edit {names} without touching the rest",
                 where=str(self.path),
-                hint=f"edit the line of {name!r} under [experts] by hand",
+                hint=f"edit what stands of {names} under [experts] by hand",
             )
         atomic.write_text(self.path, edited)
         return type(self).read(self.root)
 
+    def _describe(self, name: str, want: Wanted) -> Any:
+        """Return the entry of an expert as the file writes it."""
+        registry = want.registry
+        if want.path is None and registry is None and name in self.experts:
+            registry = self.experts[name].registry
+        fields: dict[str, Any] = {
+            "version": None if want.path else str(want.constraint),
+            "path": want.path,
+            "editable": want.is_editable or None,
+            "extras": list(want.extras) or None,
+            "registry": registry,
+        }
+        given = {field: value for field, value in fields.items() if value is not None}
+        return given["version"] if given.keys() == {"version"} else given
 
 def _read_experts(table: Table) -> dict[str, Wanted]:
     experts = {}
@@ -332,10 +357,10 @@ def _read_experts(table: Table) -> dict[str, Wanted]:
     return experts
 
 
-def _read_without(text: str, name: str, root: Path) -> Project:
-    """Read a project as it would be if it did not ask for `name`."""
+def _read_without(text: str, names: Container[str], root: Path) -> Project:
+    """Read a project as it would be if it did not ask for `names`."""
     project = Project._from_table(parse_toml(text, PROJECT_FILE), root)
-    experts = {other: wanted for other, wanted in project.experts.items() if other != name}
+    experts = {name: wanted for name, wanted in project.experts.items() if name not in names}
     return dataclasses.replace(project, experts=experts)
 
 
