@@ -124,6 +124,7 @@ class Store:
             else:
                 for chunk in iter(lambda: source.read(atomic.CHUNK), b""):
                     sink.write(chunk)
+        self.forget_partials(digest)
         return self.path(digest)
 
     def sink(self, digest: str, size: int | None = None) -> atomic.Sink:
@@ -146,7 +147,8 @@ class Store:
     def forget_partials(self, digest: str) -> None:
         """Remove what has arrived of a blob. Who still writes there finds the blob in place."""
         for path in self.partials(digest):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what stays is removed by the next `prune`
+                path.unlink()
 
     def digests(self) -> list[str]:
         """Return the digests of all blobs, sorted."""
@@ -180,10 +182,11 @@ class Store:
         corrupt = []
         blobs = self._blobs()
         for done, path in enumerate(blobs, 1):
-            with path.open("rb") as stream:
-                found = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
-            if found != f"sha256:{path.name}":
-                corrupt.append(self._quarantine(path, found))
+            with contextlib.suppress(FileNotFoundError):  # pruned in between
+                with atomic.explained(path, "read"), path.open("rb") as stream:
+                    found = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+                if found != f"sha256:{path.name}":
+                    corrupt.append(self._quarantine(path, found))
             if progress is not None:
                 progress("verify", done, len(blobs))
         return corrupt
@@ -201,7 +204,7 @@ class Store:
         freed = 0
         for path in self._blobs():
             digest = f"sha256:{path.name}"
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), atomic.explained(path, "removed"):
                 status = path.stat()
                 if digest in kept or time.time() - status.st_mtime < older_than_seconds:
                     continue
@@ -209,7 +212,7 @@ class Store:
                 removed.append(digest)
                 freed += status.st_size
         for path in self.root.glob("partial/*"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), atomic.explained(path, "removed"):
                 status = path.stat()
                 # One that was written to a moment ago is still on its way.
                 if time.time() - status.st_mtime >= max(older_than_seconds, PRUNE_GRACE_SECONDS):
@@ -227,7 +230,8 @@ class Store:
     def _quarantine(self, path: Path, found: str) -> CorruptBlob:
         target = self.root / "quarantine" / path.name
         atomic.make_directory(target.parent)
-        path.replace(target)
+        with atomic.explained(path, "moved"):
+            path.replace(target)
         return CorruptBlob(digest=f"sha256:{path.name}", found=found, quarantine=target)
 
 
