@@ -1,9 +1,11 @@
 """Every write of the project goes through this file.
 
 A file is written under a unique temporary name on the same filesystem, hashed on the way, synced,
-renamed into place, and then its directory is synced. A reader, or the next command after a crash or
-a power cut, sees the old content or the new, never a mixture, and no caller needs a lock for that.
-Left-over temporary files are recognised by name and swept.
+renamed into place, and then its directory is synced, and those above it that are not known to be
+durable. A reader, or the next command after a crash or a power cut, sees the old content or the
+new, never a mixture, and no caller needs a lock for that. What is found in place counts for no more
+than what is written: whoever found it may have been killed before it synced, so `settle` does that.
+Temporary files that were left over are known by their names and swept by the next who writes there.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -26,21 +29,25 @@ if TYPE_CHECKING:
 
 CHUNK: Final = 1 << 20
 READ_ONLY: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
-_PREFIX: Final = ".tmp-"
+_TEMPORARY: Final = re.compile(r"\.tmp-[0-9]+-[0-9a-f]{16}")
 # What a file system may refuse, and what to do about it; any other OSError is a bug of ours.
 _CURES: Final = {
     errno.ENOSPC: "free some space, or set COMPOSABLE_STORE to a folder on a larger disk",
     errno.EDQUOT: "free some of your quota, or set COMPOSABLE_STORE to a folder on another disk",
     errno.EFBIG: "the file system or a limit (ulimit -f) does not allow files of that size",
     errno.EROFS: "the file system is mounted read only",
-    errno.EACCES: "you may not write there: change its permissions, or choose another folder",
-    errno.EPERM: "you may not write there: change its permissions, or choose another folder",
+    errno.EACCES: "it is forbidden to you: change its permissions, or choose another folder",
+    errno.EPERM: "it is forbidden to you: change its permissions, or choose another folder",
     errno.EIO: "the disk is failing",
     errno.ENOTDIR: "a file is where a folder should be",
     errno.EISDIR: "a folder is where a file should be",
     errno.ENAMETOOLONG: "choose a folder with a shorter path",
 }
 _NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
+# What file systems answer that cannot sync a directory, or on which nothing ever changes.
+_NO_SYNC: Final = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)
+# Directories, by device and inode, that this process made durable with all above them.
+_SETTLED: Final[set[tuple[int, int]]] = set()
 
 
 class Sink:
@@ -81,6 +88,8 @@ class Sink:
         self._hash = hashlib.sha256()
         self._hasher: ThreadPoolExecutor | None = None
         self._hashing: Future[None] | None = None
+        if temporary is None:
+            sweep(path.parent)
         self.temporary = temporary or _temporary_name(path.parent)
         make_directory(path.parent)
         make_directory(self.temporary.parent)
@@ -131,7 +140,7 @@ class Sink:
                     raise MissingBlobError(
                         "was taken away before it was whole", where=str(self.temporary)
                     ) from error
-            sync_directory(self.path.parent)
+            settle(self.path)
         self.keep()
 
     def keep(self) -> None:
@@ -144,7 +153,8 @@ class Sink:
     def discard(self) -> None:
         """Drop what was written."""
         self.keep()
-        self.temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # whatever comes of it, it is swept later
+            self.temporary.unlink()
 
     def _update_hash(self, data: bytes | memoryview) -> None:
         """Hash `data`; what is long, and cannot change meanwhile, while it is being written."""
@@ -210,9 +220,10 @@ def create_bytes(path: Path, data: bytes) -> bool:
     """Write `data` to `path` unless something is there; of many at once exactly one succeeds.
 
     Returns:
-        Whether this call created the file.
+        Whether this call created the file; if not, what is there is durable now.
     """
     if path.exists():
+        settle(path)
         return False
     make_directory(path.parent)
     temporary = _temporary_name(path.parent)
@@ -222,16 +233,18 @@ def create_bytes(path: Path, data: bytes) -> bool:
         try:
             os.link(temporary, path)
         except FileExistsError:
+            settle(path)
             return False
         except OSError as error:
             with explained(path):
                 if error.errno not in _NO_LINKS:
                     raise
                 return _create_without_links(path, data)
-        sync_directory(path.parent)
+        settle(path)
         return True
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -263,6 +276,8 @@ def make_directory(path: Path) -> None:
     with explained(path):
         path.mkdir(exist_ok=True)
     sync_directory(path.parent)
+    if _identify(path.parent) in _SETTLED:
+        _SETTLED.add(_identify(path))
 
 
 def make_scratch_directory(parent: Path) -> Path:
@@ -288,18 +303,20 @@ def rename_directory(source: Path, target: Path) -> bool:
             return False
         with explained(target):
             raise
-    sync_directory(target.parent)
+    settle(target)
     return True
 
 
 def remove_file(path: Path) -> bool:
-    """Remove a file and sync its directory; say whether it was there."""
+    """Remove a file, if it is there, for good; say whether it was there."""
     try:
         with explained(path):
             path.unlink()
     except FileNotFoundError:
+        if path.parent.is_dir():
+            settle(path)
         return False
-    sync_directory(path.parent)
+    settle(path)
     return True
 
 
@@ -307,12 +324,13 @@ def remove_directory(path: Path) -> None:
     """Remove a directory and all in it, under a temporary name first so that it goes at once."""
     import shutil
 
-    doomed = _temporary_name(path.parent)
-    try:
-        with explained(path):
-            path.rename(doomed)
-    except FileNotFoundError:
-        return
+    doomed = path if is_temporary(path) else _temporary_name(path.parent)
+    if doomed != path:
+        try:
+            with explained(path):
+                path.rename(doomed)
+        except FileNotFoundError:
+            return
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -324,9 +342,13 @@ def sweep(directory: Path, older_than_seconds: float = 3600.0) -> int:
     """
     import shutil
 
+    try:
+        names = os.listdir(directory)
+    except OSError:  # there is nothing to sweep, or nothing that could be
+        return 0
     count = 0
-    for path in directory.glob(f"{_PREFIX}*") if directory.is_dir() else ():
-        with contextlib.suppress(FileNotFoundError):
+    for path in (directory / name for name in names if _TEMPORARY.fullmatch(name)):
+        with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime < older_than_seconds:
                 continue
             if path.is_dir() and not path.is_symlink():
@@ -337,6 +359,23 @@ def sweep(directory: Path, older_than_seconds: float = 3600.0) -> int:
     return count
 
 
+def settle(path: Path) -> None:
+    """Make durable that `path` is there, or that it is not, whoever brought that about.
+
+    Its directory is synced. So are those above, up to one that this process has settled before or
+    may not write to: a process that was killed may have made them without syncing theirs.
+    """
+    folder = path.parent
+    sync_directory(folder)
+    for above in folder.parents:
+        found = _identify(folder)
+        if found in _SETTLED or not os.access(above, os.W_OK):
+            return
+        sync_directory(above)
+        _SETTLED.add(found)
+        folder = above
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory survive power loss, where the platform can."""
     if os.name == "nt":
@@ -345,13 +384,20 @@ def sync_directory(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
         finally:
             os.close(descriptor)
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path, what: str = "written") -> Iterator[None]:
     """Turn what a file system refuses in this block into an error that says what to do.
+
+    Args:
+        path: What the block works on.
+        what: What could not be done to it.
 
     Raises:
         DiskError: For a disk that is full, read only or failing, or a place that is forbidden.
@@ -363,7 +409,7 @@ def explained(path: Path) -> Iterator[None]:
             raise
         reason = (error.strerror or str(error)).lower()
         raise DiskError(
-            f"cannot be written: {reason}", where=str(path), hint=_CURES[error.errno]
+            f"cannot be {what}: {reason}", where=str(path), hint=_CURES[error.errno]
         ) from error
 
 
@@ -391,11 +437,16 @@ def polite_lock(path: Path) -> Iterator[None]:
 
 def is_temporary(path: Path) -> bool:
     """Say whether a path has the name of a file that is not whole yet."""
-    return path.name.startswith(_PREFIX)
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _temporary_name(directory: Path) -> Path:
-    return directory / f"{_PREFIX}{os.getpid()}-{os.urandom(8).hex()}"
+    return directory / f".tmp-{os.getpid()}-{os.urandom(8).hex()}"
+
+
+def _identify(directory: Path) -> tuple[int, int]:
+    status = directory.stat()
+    return status.st_dev, status.st_ino
 
 
 def _create_without_links(path: Path, data: bytes) -> bool:
@@ -406,6 +457,7 @@ def _create_without_links(path: Path, data: bytes) -> bool:
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:
+        settle(path)
         return False
-    sync_directory(path.parent)
+    settle(path)
     return True

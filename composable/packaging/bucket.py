@@ -151,6 +151,9 @@ class BucketStorage:
         with _explained(self._at(path)):
             obstore.delete(self._store, path)
 
+    def settle(self, path: str) -> None:
+        """Do nothing: what a bucket answers is durable."""
+
     def _at(self, path: str) -> str:
         return f"{self._url}/{path}"
 

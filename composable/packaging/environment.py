@@ -78,7 +78,7 @@ class Generation:
                 for file in expert.files:
                     if (folder / file.name).stat().st_size != file.size:
                         return False
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
@@ -128,11 +128,19 @@ class Environment:
         """Say whether `lock` is what is in use, with every file in place."""
         return self._find(lock) is not None
 
+    def settle(self) -> None:
+        """Make sure that what is in use survives power loss, whoever put it there."""
+        current = self.current
+        if current is not None:
+            atomic.settle(current.path)
+            atomic.settle(self.root / "current")
+
     def generations(self) -> list[Generation]:
         """Return all generations that are kept, oldest first."""
         folder = self.root / "generations"
         found = folder.iterdir() if folder.is_dir() else ()
-        numbers = sorted(int(path.name) for path in found if path.name.isdigit())
+        names = (path.name for path in found)
+        numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
         return [self._generation(number) for number in numbers]
 
     def expert_path(self, name: str) -> Path:
@@ -169,9 +177,11 @@ class Environment:
             LockError: When a manifest says something else than the lock.
         """
         if (current := self._find(lock)) is not None:
+            self.settle()
             return current
         with atomic.polite_lock(self.root / "lock"):
             if (current := self._find(lock)) is not None:
+                self.settle()
                 return current
             atomic.sweep(self.root / "generations")
             scratch = atomic.make_scratch_directory(self.root / "generations")

@@ -202,6 +202,7 @@ class Lock:
         """Write the lock unless the file already holds it; say whether it was written."""
         text = self.to_toml()
         if path.exists() and path.read_bytes() == text.encode():
+            atomic.settle(path)
             return False
         atomic.write_text(path, text)
         return True

@@ -353,6 +353,7 @@ def sync_project(
     check_lock(project, lock, interface)
     environment = project.environment
     if environment.holds(lock):
+        environment.settle()
         return environment
     store.register(project.root)
     for attempt in range(MAX_ATTEMPTS):

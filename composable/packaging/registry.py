@@ -279,6 +279,7 @@ class Registry:
             seen = storage.read(path)
             wanted = compile_(seen)
             if seen is not None and seen.data == wanted:
+                storage.settle(path)
                 return
             if not storage.replace(path, wanted, seen):
                 time.sleep(random.uniform(0, min(0.01 * 2**attempt, 1.0)))
@@ -516,6 +517,7 @@ def _put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:
         if storage.replace(path, data, seen):
             return
         seen = storage.read(path)
+    storage.settle(path)
 
 
 def _describe(release: Release) -> Entry:

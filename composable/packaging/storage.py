@@ -93,6 +93,9 @@ class WritableStorage(Storage, Protocol):
     def remove(self, path: str) -> None:
         """Remove a file if it is there."""
 
+    def settle(self, path: str) -> None:
+        """Make sure that what was read of a document survives power loss, whoever wrote it."""
+
 
 class Folder:
     """A folder of the file system. It can be published to.
@@ -118,9 +121,10 @@ class Folder:
         """Return a document, `known` itself where that is still its state, or None for none."""
         file = self.root / path
         try:
-            if file.stat().st_size > MAX_DOCUMENT_BYTES:
-                raise RegistryError("is larger than 64 MiB", where=str(file))
-            data = file.read_bytes()
+            with atomic.explained(file, "read"):
+                if file.stat().st_size > MAX_DOCUMENT_BYTES:
+                    raise RegistryError("is larger than 64 MiB", where=str(file))
+                data = file.read_bytes()
         except FileNotFoundError:
             return None
         if known is not None and known.data == data:
@@ -130,7 +134,7 @@ class Folder:
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from offset `start` on."""
         try:
-            with (self.root / path).open("rb") as file:
+            with atomic.explained(self.root / path, "read"), (self.root / path).open("rb") as file:
                 file.seek(start)
                 while data := file.read(atomic.CHUNK):
                     yield data
@@ -140,14 +144,13 @@ class Folder:
     def names_in(self, folder: str) -> list[str]:
         """Return the names of the files that lie directly in a folder, sorted."""
         home = self.root / folder
-        found = home.iterdir() if home.is_dir() else ()
-        return sorted(path.name for path in found if not atomic.is_temporary(path))
+        with atomic.explained(home, "read"):
+            found = home.iterdir() if home.is_dir() else ()
+            return sorted(path.name for path in found if not atomic.is_temporary(path))
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file unless one is there; of many at once exactly one succeeds."""
-        target = self.root / path
-        atomic.sweep(target.parent)
-        return atomic.create_bytes(target, data)
+        return atomic.create_bytes(self.root / path, data)
 
     def replace(self, path: str, data: bytes, seen: Document | None) -> bool:
         """Write a document if its state is still the one seen."""
@@ -163,6 +166,7 @@ class Folder:
         """Write a file by its digest unless it is there; it appears when it is whole."""
         target = self.root / path
         if target.exists() and target.stat().st_size == file.size:
+            atomic.settle(target)
             return
         with (
             source.open("rb") as stream,
@@ -176,3 +180,7 @@ class Folder:
     def remove(self, path: str) -> None:
         """Remove a file if it is there."""
         atomic.remove_file(self.root / path)
+
+    def settle(self, path: str) -> None:
+        """Make sure that what was read of a document survives power loss, whoever wrote it."""
+        atomic.settle(self.root / path)

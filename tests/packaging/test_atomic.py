@@ -119,14 +119,23 @@ def test_a_directory_gets_its_name_once(tmp_path: Path) -> None:
 
 
 def test_sweep_leaves_what_is_young_or_not_ours(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-1-young").write_text("")
-    (tmp_path / "file").write_text("")
-    old = tmp_path / ".tmp-1-old"
+    young, old = (tmp_path / f".tmp-1-{digit * 16}" for digit in "01")
+    theirs = tmp_path / ".tmp-notes"
     old.mkdir()
-    (old / "inside").write_text("")
+    for path in (young, theirs, tmp_path / "file", old / "inside"):
+        path.write_text("")
     os.utime(old, (0, 0))
+    os.utime(theirs, (0, 0))
     assert atomic.sweep(tmp_path) == 1
-    assert names_in(tmp_path) == [".tmp-1-young", "file"]
+    assert names_in(tmp_path) == sorted([young.name, theirs.name, "file"])
+
+
+def test_writing_sweeps_what_a_crash_left_beside(tmp_path: Path) -> None:
+    left = tmp_path / f".tmp-1-{'0' * 16}"
+    left.write_text("")
+    os.utime(left, (0, 0))
+    atomic.write_text(tmp_path / "file", "new")
+    assert names_in(tmp_path) == ["file"]
 
 
 def test_a_lock_that_cannot_be_had_is_done_without(
