@@ -116,9 +116,9 @@ def cut_after_kills(bench: Bench, *, every: int = 1, offset: int = 0) -> PowerLo
         try:
             if second.code != 0:
                 raise Corruption(f"the next command failed, {second}")
-            check_equal(inspect(bench.write(image)), wanted)
+            check_equal(inspect(bench.write(image)), wanted, is_store_kept=False)
         except Corruption as error:
-            loss.failures.append(f"{point}, {first.operations[-1:]}: {error}")
+            loss.failures.append(f"{point} {first.operations[-1] if first.operations else ''}: {error}")
     return loss
 
 
