@@ -124,7 +124,9 @@ PUBLISHERS = Crowd(
 UPGRADERS = Crowd(
     name="upgrades and syncs in one project",
     before=(*_RELEASES[:2], _INSTALL, *_RELEASES[2:]),
-    members=lambda n: [cli("upgrade", "--quiet") if i % 2 else cli("sync", "--quiet") for i in range(n)],
+    members=lambda n: [
+        cli("upgrade", "--quiet") if i % 2 else cli("sync", "--quiet") for i in range(n)
+    ],
 )
 ALL = (SAME_SET, SHARED_STORE, WITH_PRUNE, WITH_VERIFY, WITH_PUBLISHERS, PUBLISHERS, UPGRADERS)
 
@@ -150,7 +152,9 @@ def crowd_together(
     for number in range(rounds):
         shutil.rmtree(root, ignore_errors=True)
         template.write(root)
-        worlds = [World(root=root, inputs=inputs, name=f"project-{i}") for i in range(crowd.n_projects)]
+        worlds = [
+            World(root=root, inputs=inputs, name=f"project-{i}") for i in range(crowd.n_projects)
+        ]
         for world in worlds:
             shutil.copytree(root / "project", world.project)
         has_locks = number % 2 == 0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.faults.processes import run_forked
 from benchmarks.faults.scenarios import Scenario, cli, publish
-from benchmarks.faults.worlds import Corruption, Inputs, State, World, has_digest, inspect
+from benchmarks.faults.worlds import Corruption, Inputs, State, World, inspect
 from composable.errors import ComposableError
 from composable.packaging.constraint import Requirement
 from composable.packaging.lock import Lock
@@ -95,9 +95,11 @@ def flip_everywhere(
     flipping = Flipping(target=target.name)
     for start in range(0, flips, _BATCH):
         count = min(_BATCH, flips - start)
-        ending = run_forked(lambda start=start, count=count: _flip_batch(
-            target, world, clean, count, random.Random(f"{seed} {target.name} {start}")
-        ))
+        ending = run_forked(
+            lambda start=start, count=count: _flip_batch(
+                target, world, clean, count, random.Random(f"{seed} {target.name} {start}")
+            )
+        )
         if ending.code != 0:
             flipping.failures.append(str(ending))
             continue
@@ -110,9 +112,7 @@ def flip_everywhere(
     return flipping
 
 
-def _flip_batch(
-    target: Target, world: World, clean: State, count: int, rng: random.Random
-) -> int:
+def _flip_batch(target: Target, world: World, clean: State, count: int, rng: random.Random) -> int:
     os.chdir(world.root)
     outcomes = []
     for _ in range(count):

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.faults.disk import Snapshot
-from benchmarks.faults.scenarios import Scenario
 from benchmarks.faults.processes import run_forked
+from benchmarks.faults.scenarios import Scenario
 from benchmarks.faults.tracer import Fate, Kind, Operation, Run, run_traced
 from benchmarks.faults.worlds import (
     Corruption,

@@ -26,7 +26,7 @@ from benchmarks.faults.disk import (
     draw_omen,
 )
 from benchmarks.faults.kills import Bench, kill_points
-from benchmarks.faults.tracer import Kind, run_traced
+from benchmarks.faults.tracer import run_traced
 from benchmarks.faults.worlds import Corruption, check_equal, inspect
 
 FIXED_OMENS = (STRICT, NAMES, ZEROS, CUT, WHOLE)
@@ -118,7 +118,9 @@ def cut_after_kills(bench: Bench, *, every: int = 1, offset: int = 0) -> PowerLo
                 raise Corruption(f"the next command failed, {second}")
             check_equal(inspect(bench.write(image)), wanted, is_store_kept=False)
         except Corruption as error:
-            loss.failures.append(f"{point} {first.operations[-1] if first.operations else ''}: {error}")
+            loss.failures.append(
+                f"{point} {first.operations[-1] if first.operations else ''}: {error}"
+            )
     return loss
 
 

@@ -98,8 +98,8 @@ def be_child(function: Callable[[], Any], output: int, prepare: Callable[[], Any
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), ACKNOWLEDGEMENTS)
-        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: PTH123, SIM115
-        sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: PTH123, SIM115
+        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
         prepare()
         result = function()
         code = result if isinstance(result, int) else 0

@@ -33,6 +33,7 @@ from typing import Any, Final
 
 from benchmarks.faults.processes import ACKNOWLEDGEMENTS, Ending, be_child, end, fork
 
+
 class Kind(enum.StrEnum):
     """What an operation does to the disk."""
 
@@ -191,8 +192,7 @@ _NUMBERS: Final = {
 _NAMES: Final = {number: name for name, number in _NUMBERS.items()}
 # Those that cannot be followed; they stop the run where they touch a file under the root.
 _NOT_MODELLED: Final = frozenset(
-    "mmap msync symlink symlinkat mknod mknodat splice sync syncfs pwritev2 io_uring_setup openat2 "
-    "setxattr lsetxattr fsetxattr fallocate".split()
+    ["mmap", "msync", "symlink", "symlinkat", "mknod", "mknodat", "splice", "sync", "syncfs", "pwritev2", "io_uring_setup", "openat2", "setxattr", "lsetxattr", "fsetxattr", "fallocate"]
 )
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -203,12 +203,9 @@ _libc.ptrace.restype = ctypes.c_long
 class _Registers(ctypes.Structure):
     """`struct user_regs_struct` of x86_64."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, ctypes.c_ulong)
-        for name in (
-            "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp "
-            "ss fs_base gs_base ds es fs gs"
-        ).split()
+        for name in ["r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"]
     ]
 
     @property
@@ -225,7 +222,7 @@ class _Registers(ctypes.Structure):
 class _Filter(ctypes.Structure):
     """`struct sock_fprog`."""
 
-    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]  # noqa: RUF012
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
 
 
 def _ptrace(request: int, tid: int, address: Any = None, data: Any = None) -> None:
@@ -472,7 +469,7 @@ class _Tracer:
                     data = os.pread(file.fileno(), result, operation.offset)
             operation = dataclasses.replace(operation, data=data)
         elif operation.kind in (Kind.CREATE, Kind.MKDIR):
-            status = os.lstat(self._absolute(operation.path))  # noqa: PTH116
+            status = os.lstat(self._absolute(operation.path))
             mode = stat.S_IMODE(status.st_mode)
             operation = dataclasses.replace(operation, inode=status.st_ino, size=mode)
         return operation
@@ -486,7 +483,7 @@ class _Tracer:
             inode, path = (lambda parts: (int(parts[1]), parts[2]))(path.split(":", 2))
         else:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                inode = os.lstat(self._absolute(path)).st_ino  # noqa: PTH116
+                inode = os.lstat(self._absolute(path)).st_ino
         return Operation(kind=kind, path=path, inode=inode, **fields)
 
     def _of_descriptor(self, tid: int, descriptor: int) -> str | None:

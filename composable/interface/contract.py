@@ -180,6 +180,6 @@ class RouterInterface:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InterfaceError(f"not JSON: {error}", where=where) from error
         return cls.from_dict(data, where)

@@ -325,6 +325,7 @@ class Project:
         given = {field: value for field, value in fields.items() if value is not None}
         return given["version"] if given.keys() == {"version"} else given
 
+
 def _read_experts(table: Table) -> dict[str, Wanted]:
     experts = {}
     for name in table.names():

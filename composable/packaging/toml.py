@@ -17,7 +17,13 @@ from composable.packaging.constraint import Constraint
 from composable.packaging.names import check_package_name, did_you_mean
 from composable.packaging.version import Version
 
-MAX_TOML_BYTES: Final = 1 << 22
+# Enough for the chunk digests of 100 GB, or for a lock of 1,000 experts.
+MAX_TOML_BYTES: Final = 1 << 20
+MAX_KEY_PARTS: Final = 32
+_PART: Final = r"""(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_DEEP_KEY: Final = re.compile(
+    rf"(?<![A-Za-z0-9_-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{MAX_KEY_PARTS}}}"
+)
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 _REQUIRED: Final = object()
 T = TypeVar("T")
@@ -35,6 +41,9 @@ def parse_toml(text: str, where: str) -> Table:
     """
     if len(text) > MAX_TOML_BYTES:
         raise ManifestError(f"{len(text):,} characters, at most {MAX_TOML_BYTES:,}", where=where)
+    # The parser takes time that grows with the square of a key's parts.
+    if _DEEP_KEY.search(text):
+        raise ManifestError(f"a key of more than {MAX_KEY_PARTS} parts", where=where)
     try:
         return Table(tomllib.loads(text), where)
     except (ValueError, RecursionError) as error:
