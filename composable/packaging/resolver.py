@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,7 +75,7 @@ class World:
         self.locked = locked
         self._with_yanked = frozenset(with_yanked)
         self._shelves: dict[str, Shelf] = {}
-        self._heights: dict[str, int] = {}
+        self._heights = Heights(self._names_below)
 
     def shelf(self, name: str) -> Shelf:
         """Return the candidates of a package or interface."""
@@ -127,14 +128,28 @@ class World:
         """Return the candidates with the same needs and conflicts."""
         return self.shelf(name).alike(choice)
 
+    def foresee(self, name: str, allowed: ChoiceSet) -> Iterator[int]:
+        """Yield the candidates that need and refuse only packages met before.
+
+        No registry is asked about a package that only some old release wants.
+        """
+        shelf = self.shelf(name)
+        for choice in ChoiceSet(allowed.bits & shelf.selectable):
+            candidate = shelf.candidates[choice]
+            others = [other for other, _ in self.requirements(candidate)]
+            if all(other in self._shelves for other in (*others, *candidate.conflicts)):
+                yield choice
+
     def urgency(self, name: str, allowed: ChoiceSet) -> tuple[int, ...]:
         """Decide interfaces first, and a package after those that build on it.
 
         By then all who want it have spoken, so it is not chosen too new and forced back, or worse,
-        kept at the expense of one of them.
+        kept at the expense of one of them. Of packages that build on each other, those nearer to
+        the user come first.
         """
         choices = (allowed.bits & self.shelf(name).selectable).bit_count()
-        return (not name.startswith(INTERFACE_PREFIX), choices > 1, -self._height(name), choices)
+        height, depth = self._heights.of(name), self._depths.get(name, len(self._depths))
+        return (not name.startswith(INTERFACE_PREFIX), choices > 1, -height, depth, choices)
 
     def requirements(self, candidate: Candidate) -> list[tuple[str, Constraint]]:
         """Return what a candidate requires, its router interface first."""
@@ -182,30 +197,81 @@ class World:
         name, range_ = candidate.interface
         return name in self.interface and range_.contains(self.interface[name])
 
-    def _height(self, name: str) -> int:
-        """Return the longest chain of newest candidates below a package."""
-        pending = [name]
-        while pending:
-            top = pending[-1]
-            known = self._heights.get(top)
-            if known is not None and known >= 0:
-                pending.pop()
-                continue
-            best = self.best(top, ChoiceSet.full())
-            below = () if best is None else self._names_below(top, best)
-            open_names = [other for other in below if other not in self._heights]
-            if known is None and open_names:
-                self._heights[top] = -1  # being measured; a cycle counts as no height
-                pending.extend(open_names)
-                continue
-            self._heights[top] = 1 + max((self._heights[other] for other in below), default=-1)
-            pending.pop()
-        return self._heights[name]
+    @functools.cached_property
+    def _depths(self) -> dict[str, int]:
+        """How many steps packages are away from the user, by newest candidates."""
+        names = list(dict.fromkeys(name for name, _ in self.roots()))
+        depths = dict.fromkeys(names, 0)
+        for name in names:
+            for other in self._names_below(name):
+                if other not in depths:
+                    depths[other] = depths[name] + 1
+                    names.append(other)
+        return depths
 
-    def _names_below(self, name: str, choice: int) -> tuple[str, ...]:
+    def _names_below(self, name: str) -> Sequence[str]:
+        """Return what the newest candidate builds on."""
+        best = self.best(name, ChoiceSet.full())
+        if best is None:
+            return ()
         package, extra = split_extra(name)
         itself = () if extra is None else (package,)
-        return (*itself, *self.shelf(name).candidates[choice].requires)
+        return (*itself, *self.shelf(name).candidates[best].requires)
+
+
+class Heights:
+    """How far names of a graph stand above its floor; names on a cycle stand equally high.
+
+    Args:
+        below: Returns what a name builds on, the same every time.
+
+    References:
+        Tarjan, "Depth-first search and linear graph algorithms", 1972.
+    """
+
+    def __init__(self, below: Callable[[str], Sequence[str]]) -> None:
+        self._below = below
+        self._heights: dict[str, int] = {}
+
+    def of(self, name: str) -> int:
+        """Return the longest chain below a name, each cycle counted as one link."""
+        if name not in self._heights:
+            self._measure(name)
+        return self._heights[name]
+
+    def _measure(self, start: str) -> None:
+        """Walk down from `start` and measure each cycle when it is left."""
+        order: dict[str, int] = {}  # when a name was met
+        lowest: dict[str, int] = {}  # the earliest open name that it leads back to
+        open_names: list[str] = []
+        path: list[tuple[str, Iterator[str]]] = []
+
+        def enter(name: str) -> None:
+            order[name] = lowest[name] = len(order)
+            open_names.append(name)
+            path.append((name, iter(self._below(name))))
+
+        enter(start)
+        while path:
+            name, rest = path[-1]
+            for other in rest:
+                if other in self._heights:
+                    continue
+                if other not in order:
+                    enter(other)
+                    break
+                lowest[name] = min(lowest[name], order[other])
+            else:
+                path.pop()
+                if path:
+                    above = path[-1][0]
+                    lowest[above] = min(lowest[above], lowest[name])
+                if lowest[name] == order[name]:
+                    cycle = [open_names.pop()]
+                    while cycle[-1] != name:
+                        cycle.append(open_names.pop())
+                    floor = [self._heights.get(o, -1) for each in cycle for o in self._below(each)]
+                    self._heights |= dict.fromkeys(cycle, 1 + max(floor, default=-1))
 
 
 class Shelf:

@@ -11,7 +11,7 @@ import pytest
 import resolvelib
 
 from composable.errors import ResolutionError
-from composable.packaging import Constraint, Requirement, Universe, Version, resolve
+from composable.packaging import Constraint, Requirement, Universe, Version, resolve, solver
 from composable.packaging.universe import Candidate
 
 N_UNIVERSES = 3000
@@ -124,7 +124,9 @@ def reachable(universe: Universe, chosen: Mapping[str, Candidate]) -> set[str]:
 
 
 @pytest.mark.parametrize("block", range(10))
-def test_agrees_with_exhaustive_search(block: int) -> None:
+def test_agrees_with_exhaustive_search(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    if block % 2:  # small worlds seldom are hard enough for it
+        monkeypatch.setattr(solver, "LOOK_AHEAD_AFTER", 0)
     n_satisfiable = n_with_extras = 0
     per_block = N_UNIVERSES // 10
     for seed in range(block * per_block, (block + 1) * per_block):
