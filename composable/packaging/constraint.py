@@ -20,6 +20,7 @@ from composable.packaging.version import Version, precedence_of
 MAX_COMPARATORS: Final = 32
 MAX_LENGTH: Final = 1024
 MAX_DIGITS: Final = 250
+MAX_REMEMBERED: Final = 4096
 _SYNTAX: Final = re.compile(
     r"""(?P<op>==|!=|~=|>=|<=|=|>|<|\^|~)?[ \t]*
         (?P<major>0|[1-9][0-9]*)
@@ -139,15 +140,7 @@ class Constraint:
         if not isinstance(text, str) or len(text) > MAX_LENGTH:
             shown = repr(text) if len(repr(text)) < 80 else repr(text)[:79] + "…"
             raise ConstraintError(f"{shown} is not a version range")
-        parts = [part.strip(" \t") for part in text.split(",")]
-        if len(parts) > MAX_COMPARATORS:
-            raise ConstraintError(f"{len(parts)} comparators are more than {MAX_COMPARATORS}")
-        found: set[Comparator] = set()
-        if parts[0] not in _WILDCARDS or len(parts) > 1:
-            for part in parts:
-                found.update(_parse_comparator(part, text))
-        self.comparators = tuple(sorted(found, key=_written_order))
-        self._text = ", ".join(map(str, self.comparators)) or "*"
+        self.comparators, self._text = _parse_constraint(text)
 
     @classmethod
     def exactly(cls, version: Version) -> Self:
@@ -192,6 +185,20 @@ def _written_order(comparator: Comparator) -> tuple[object, ...]:
     """Sort lower bounds before upper bounds and exclusions, each from low to high."""
     lower, upper = comparator.bounds
     return (_WRITTEN_ORDER.index(comparator.op), lower, upper)
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED)  # a registry says the same few ranges a thousand times
+def _parse_constraint(text: str) -> tuple[tuple[Comparator, ...], str]:
+    """Return the comparators of a range, in written order, and its canonical spelling."""
+    parts = [part.strip(" \t") for part in text.split(",")]
+    if len(parts) > MAX_COMPARATORS:
+        raise ConstraintError(f"{len(parts)} comparators are more than {MAX_COMPARATORS}")
+    found: set[Comparator] = set()
+    if parts[0] not in _WILDCARDS or len(parts) > 1:
+        for part in parts:
+            found.update(_parse_comparator(part, text))
+    comparators = tuple(sorted(found, key=_written_order))
+    return comparators, ", ".join(map(str, comparators)) or "*"
 
 
 def _parse_comparator(part: str, whole: str) -> list[Comparator]:

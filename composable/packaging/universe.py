@@ -7,6 +7,7 @@ asked about the packages that matter and no others.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,10 @@ def _read_candidate(
 
 def _read_key(table: Table, text: str) -> Version:
     try:
-        return Version(text)
+        return _remember_version(text)
     except VersionError as error:
         raise ManifestError(error.message, where=table.where(), hint=error.hint) from error
+
+
+# Packages number their releases alike, and versions do not change.
+_remember_version = functools.lru_cache(maxsize=4096)(Version)
