@@ -20,6 +20,7 @@ from composable.packaging.toml import Table
 from composable.packaging.version import Version
 
 INTERFACE_PREFIX: Final = "interface:"
+_FIELDS: Final = ("requires", "conflicts", "extras", "interface", "yanked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,15 +151,16 @@ def _read_candidate(
     if "interface" in table:
         only = next(iter(interface)) if interface else ""
         need = (only, table.value("interface", Constraint))
+    # A universe has tens of thousands of releases: fields that are not there cost nothing.
     candidate = Candidate(
         version=version,
-        requires=table.ranges("requires"),
-        conflicts=table.ranges("conflicts"),
-        extras=_read_extras(table),
+        requires=table.ranges("requires") if "requires" in table else {},
+        conflicts=table.ranges("conflicts") if "conflicts" in table else {},
+        extras=_read_extras(table) if "extras" in table else {},
         interface=need,
-        is_yanked=table.boolean("yanked", False),
+        is_yanked=table.boolean("yanked", False) if "yanked" in table else False,
     )
-    table.finish(also=("interface",))
+    table.finish(also=_FIELDS)
     return candidate
 
 
