@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -258,6 +259,27 @@ def _cure_for(part: str) -> str:
 
 
 ANY: Final = Constraint("*")
+
+
+def have_common_version(ranges: Iterable[Constraint]) -> bool:
+    """Say whether a version could exist that all ranges hold.
+
+    The lowest such version lies where a range begins, or just after a version that one excludes.
+    """
+    ranges = list(ranges)
+    starts = {Version("0.0.0")}
+    for comparator in (c for range_ in ranges for c in range_.comparators):
+        major, minor, patch = comparator.major, comparator.minor or 0, comparator.patch or 0
+        if comparator.prerelease:
+            starts.add(Version(f"{major}.{minor}.{patch}-{comparator.prerelease}"))
+            starts.add(Version(f"{major}.{minor}.{patch}-{comparator.prerelease}.0"))
+        starts |= {
+            Version(f"{major}.{minor}.{patch}"),
+            Version(f"{major}.{minor}.{patch + 1}"),
+            Version(f"{major}.{minor + 1}.0"),
+            Version(f"{major + 1}.0.0"),
+        }
+    return any(all(range_.contains(start) for range_ in ranges) for start in starts)
 
 
 @dataclass(frozen=True)

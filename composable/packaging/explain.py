@@ -10,7 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from composable.packaging.constraint import ANY, Constraint, Requirement, split_extra
+from composable.packaging.constraint import (
+    ANY,
+    Constraint,
+    Requirement,
+    have_common_version,
+    split_extra,
+)
 from composable.packaging.names import did_you_mean
 from composable.packaging.resolver import World
 from composable.packaging.solver import ChoiceSet, Fact, Proof, Solver
@@ -271,16 +277,18 @@ class _Cures:
         if not interface:
             return
         answer = self._solve(self._world.requires, is_interface_checked=False)
+        needs: dict[str, dict[Constraint, str]] = {}
         for name, candidate in sorted((answer or {}).items()):
-            if candidate.interface is None:
+            if candidate.interface is not None:
+                needed, range_ = candidate.interface
+                needs.setdefault(needed, {}).setdefault(range_, f"{name} {candidate.version}")
+        for needed, whose in sorted(needs.items()):
+            if needed in interface and all(r.contains(interface[needed]) for r in whose):
                 continue
-            needed, range_ = candidate.interface
-            if needed not in interface or not range_.contains(interface[needed]):
-                yield (
-                    f"use a backbone whose router interface is {needed} {range_}, "
-                    f"for {name} {candidate.version}"
-                )
-                return
+            if len(needs) == 1 and have_common_version(whose):
+                ranges = ", ".join(str(range_) for range_ in whose if range_ != ANY)
+                who = _list(list(whose.values()))
+                yield f"use a backbone whose router interface is {needed} {ranges}, for {who}"
 
     def _try_yanked(self) -> Iterator[str]:
         names = [
@@ -289,9 +297,17 @@ class _Cures:
             if fact.kind == "none" and any(c.is_yanked for c in self._candidates(fact))
         ]
         answer = self._solve(self._world.requires, with_yanked=names) if names else None
-        for name in dict.fromkeys(names):
-            if answer and name in answer and answer[name].is_yanked:
-                yield f"ask for {name}=={answer[name].version} exactly to accept what was yanked"
+        pins = [
+            Requirement(name, Constraint.exactly(answer[name].version))
+            for name in dict.fromkeys(names)
+            if answer and name in answer and answer[name].is_yanked
+        ]
+        alone = [pin for pin in pins if self._solve([*self._world.requires, pin]) is not None]
+        if alone:
+            for pin in alone:
+                yield f"ask for {_write_pin(pin)} exactly to accept what was yanked"
+        elif pins and self._solve([*self._world.requires, *pins]) is not None:
+            yield f"ask for {_list(list(map(_write_pin, pins)))} exactly to accept what was yanked"
 
     def _candidates(self, fact: Fact) -> list[Candidate]:
         shelf = self._world.shelf(fact.name)
@@ -308,14 +324,19 @@ class _Cures:
                     break
 
     def _try_leaving_out(self) -> Iterator[str]:
-        for requirement in self._blamed:
-            if self._solve(self._with(requirement)) is not None:
+        alone = [r for r in self._blamed if self._solve(self._with(r)) is not None]
+        if alone:
+            for requirement in alone:
                 yield f"leave out {requirement.target}"
+            return
         rest, dropped = list(self._world.requires), list[str]()
         for requirement in self._blamed:
-            if self._solve(rest) is not None:
-                break
             rest = [r for r in rest if r != requirement]
             dropped.append(requirement.target)
-        if len(dropped) > 1 and self._solve(rest) is not None:
-            yield f"leave out {_list(list(dict.fromkeys(dropped)))}"
+            if self._solve(rest) is not None:
+                yield f"leave out {_list(list(dict.fromkeys(dropped)))}"
+                return
+
+
+def _write_pin(pin: Requirement) -> str:
+    return f"{pin.target}=={pin.constraint.pinned}"
