@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composable.packaging import Universe, resolve, solver
-from composable.packaging.resolver import Heights, resolve_from
+from composable.packaging.heights import Heights
+from composable.packaging.resolver import resolve_from
 from composable.packaging.universe import Candidate
 
 N_NODES = 8
