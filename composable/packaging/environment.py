@@ -2,6 +2,7 @@
 
     .composable/current                           the number of the generation in use
     .composable/generations/7/composable.lock     what it holds
+    .composable/generations/7/previous            the number of the one in use when it was made
     .composable/generations/7/experts/<name>/     the expert's files, linked from the store
 
 A generation is built beside the others under a temporary name, synced and renamed; then the
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from composable.errors import LockError, MissingBlobError, PackagingError
+from composable.errors import IntegrityError, LockError, MissingBlobError, PackagingError
 from composable.packaging import atomic
 from composable.packaging.lock import LOCK_FILE, Lock, LockedExpert
 from composable.packaging.manifest import EXPERT_FILE, Manifest
@@ -26,6 +27,7 @@ from composable.packaging.storage import Progress
 from composable.packaging.store import Store
 
 FOLDER: Final = ".composable"
+PREVIOUS_FILE: Final = "previous"
 KEPT_GENERATIONS: Final = 5
 # A younger generation may be one that another process is about to point to.
 _SETTLED_SECONDS: Final = 3600.0
@@ -104,16 +106,13 @@ class Environment:
         Raises:
             PackagingError: When the pointer is damaged or points to nothing.
         """
-        try:
-            text = (self.root / "current").read_text().strip()
-        except FileNotFoundError:
+        number = self._number()
+        if number is None and not (self.root / "current").exists():
             return None
-        if text.isascii() and text.isdigit():
-            generation = self._generation(int(text))
-            if generation.path.is_dir():
-                return generation
+        if number is not None and self._generation(number).path.is_dir():
+            return self._generation(number)
         raise PackagingError(
-            f"points to generation {text[:20]!r}, which is not there",
+            "points to a generation that is not there",
             where=str(self.root / "current"),
             hint="remove that file and run `composable sync`",
         )
@@ -192,13 +191,20 @@ class Environment:
                     if progress is not None:
                         progress("install", done, len(lock.experts))
                 atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
+                if (before := self._number()) is not None:
+                    atomic.write_text(scratch / PREVIOUS_FILE, f"{before}\n")
                 number = max((g.number for g in self.generations()), default=0) + 1
                 while not atomic.rename_directory(scratch, self._generation(number).path):
                     number += 1
             except BaseException:
                 atomic.remove_directory(scratch)
                 raise
-            self._point_to(number)
+            try:
+                self._point_to(number)
+            except BaseException:
+                if self._number() != number:
+                    atomic.remove_directory(self._generation(number).path)
+                raise
             self._forget_old(number)
         return self._generation(number)
 
@@ -229,17 +235,28 @@ class Environment:
         return damaged
 
     def rollback(self) -> Generation:
-        """Put the generation before the one in use back in use.
+        """Put the generation that was in use before this one was made back in use.
+
+        One that was made and, for its maker was killed, never used is passed over.
 
         Raises:
             PackagingError: When there is none.
+            IntegrityError: When a file of it is damaged or gone.
         """
         current = self.current
-        older = [g for g in self.generations() if current and g.number < current.number]
-        if not older:
+        number = None if current is None else _read_number(current.path / PREVIOUS_FILE)
+        if number is None or not self._generation(number).path.is_dir():
             raise PackagingError("there is no older generation", where=str(self.root))
-        self._point_to(older[-1].number)
-        return older[-1]
+        older = self._generation(number)
+        for expert in older.lock.experts:
+            for name, digest in expert.digests.items():
+                path = older.path / "experts" / expert.name / name
+                if not _has_digest(path, digest):
+                    raise IntegrityError(
+                        "is damaged or gone", where=str(path), hint="nothing was changed"
+                    )
+        self._point_to(number)
+        return older
 
     def _find(self, lock: Lock) -> Generation | None:
         """Return the generation in use if it is whole and holds `lock`."""
@@ -248,6 +265,10 @@ class Environment:
         except PackagingError:
             return None  # a damaged pointer, which the next install mends
         return current if current is not None and current.holds(lock.to_toml(), lock) else None
+
+    def _number(self) -> int | None:
+        """Return the number that the pointer holds; None for none, or what is no number."""
+        return _read_number(self.root / "current")
 
     def _generation(self, number: int) -> Generation:
         return Generation(number=number, path=self.root / "generations" / str(number))
@@ -260,6 +281,14 @@ class Environment:
         for generation in older[: -KEPT_GENERATIONS + 1]:
             if time.time() - generation.path.stat().st_mtime > _SETTLED_SECONDS:
                 atomic.remove_directory(generation.path)
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _has_digest(path: Path, digest: str) -> bool:
