@@ -377,10 +377,15 @@ def fetch_missing(
 ) -> None:
     """Put every file of a lock into the store that is not there: manifests first, then the rest.
 
+    What is there and not yet in use by the project is read again, for disks forget; damaged files
+    are fetched anew.
+
     Raises:
         IntegrityError: When a registry sends other bytes than the lock promises.
         RegistryError: When a registry cannot answer.
     """
+    for digest in lock.digests() - _digests_in_use(project):
+        store.check(digest)
     registries: dict[str, Registry] = {}
     fetched: list[tuple[LockedExpert, Registry]] = []
     for expert in lock.experts:
@@ -413,6 +418,13 @@ def fetch_missing(
         wanted += [(registry, file, f"{label} {file.name}") for file in manifest.files]
     require_space(store, [file for _, file, _ in wanted])
     download_files(wanted, store, progress)
+
+
+def _digests_in_use(project: Project) -> set[str]:
+    try:
+        return project.environment.lock.digests()
+    except PackagingError:
+        return set()  # a damaged pointer, which installing mends
 
 
 def _fetch_manifest(expert: LockedExpert, registry: Registry, store: Store) -> Manifest:

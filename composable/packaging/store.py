@@ -87,6 +87,18 @@ class Store:
             return False
         return size is None or found == size
 
+    def check(self, digest: str) -> bool:
+        """Say whether a blob is there and whole; one that is damaged is moved out of the way."""
+        path = self.path(digest)
+        try:
+            with atomic.explained(path, "read"), path.open("rb") as stream:
+                found = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+        except FileNotFoundError:
+            return False
+        if found != digest:
+            self._quarantine(path, found)
+        return found == digest
+
     def read(self, digest: str) -> bytes | None:
         """Return the bytes of a small blob; None where there is none, or it proves damaged."""
         path = self.path(digest)
