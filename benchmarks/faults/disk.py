@@ -76,11 +76,11 @@ class Snapshot:
         return snapshot, numbers
 
     def write(self, root: Path) -> None:
-        """Write the tree as a new folder."""
+        """Write the tree as a new folder, or into an empty one."""
         first: dict[int, Path] = {}
 
         def visit(path: Path, node: Node) -> None:
-            path.mkdir()
+            path.mkdir(exist_ok=path == root)
             for name, number in node.entries.items():
                 child = self.nodes[number]
                 if child.data is None:

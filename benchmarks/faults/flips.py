@@ -173,14 +173,13 @@ def _install(world: World, clean: State, *, needs_lock: bool) -> str:
         if project.environment.current is not None:
             raise Corruption("an error, but something is in use") from None
         return NOTICED
-    found = {
-        str(path.relative_to(fresh.project)): path.read_bytes()
-        for path in (project.environment.root / "generations").rglob("experts/*/*")
-    }
-    wanted = {
-        str(path.relative_to(world.project)): path.read_bytes()
-        for path in (world.project / ".composable" / "generations").rglob("experts/*/*")
-    }
+    found, wanted = (
+        {
+            str(path.relative_to(_generation(place))): path.read_bytes()
+            for path in _generation(place).glob("experts/*/*")
+        }
+        for place in (fresh, world)
+    )
     before = Lock.loads(clean.installed or "")
     same_lock = lock.digests() == before.digests() and lock.versions == before.versions
     return HARMLESS if found == wanted and same_lock else MISSED
@@ -196,6 +195,25 @@ def _verify_and_sync(world: World, clean: State, path: Path) -> str:
     sync_project(project, None, world.store, interface=world.inputs.interface)
     state = inspect(world)
     return NOTICED if (state.installed, state.blobs) == (clean.installed, clean.blobs) else MISSED
+
+
+def _install_from_store(world: World, clean: State, path: Path) -> str:
+    """Install in a new project from the damaged store; the registry has the file as it was."""
+    fresh = World(root=world.root, inputs=world.inputs, name="fresh")
+    shutil.rmtree(fresh.project, ignore_errors=True)
+    fresh.create_project()
+    project = Project.read(fresh.project).add(Requirement.parse("french"))
+    lock = lock_project(project, world.inputs.interface)
+    sync_project(project, lock, world.store, interface=world.inputs.interface)
+    if inspect(fresh).installed != clean.installed:
+        return MISSED
+    return NOTICED if (world.root / "store" / "quarantine" / path.name).exists() else HARMLESS
+
+
+def _generation(world: World) -> Path:
+    current = Project.read(world.project).environment.current
+    assert current is not None
+    return current.path
 
 
 def _blobs(world: World, wanted: Callable[[bytes], bool]) -> list[Path]:
@@ -231,11 +249,22 @@ STORED = Target(
     files=lambda world: [world.store.path(digest) for digest in world.store.digests()],
     attempt=_verify_and_sync,
 )
+STORED_ELSEWHERE = Target(
+    name="a file in the store, then another project",
+    files=STORED.files,
+    attempt=_install_from_store,
+)
 INSTALLED = Target(
     name="an installed file",
-    files=lambda world: sorted(
-        (world.project / ".composable" / "generations").glob("*/experts/*/*")
-    ),
+    files=lambda world: sorted(_generation(world).glob("experts/*/*")),
     attempt=_verify_and_sync,
 )
-ALL = (REGISTRY_FILES, REGISTRY_MANIFESTS, INDEX_LINES, LOCKS, STORED, INSTALLED)
+ALL = (
+    REGISTRY_FILES,
+    REGISTRY_MANIFESTS,
+    INDEX_LINES,
+    LOCKS,
+    STORED,
+    STORED_ELSEWHERE,
+    INSTALLED,
+)
