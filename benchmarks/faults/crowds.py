@@ -1,8 +1,8 @@
 """Many processes at once, with file locks and with locks that lie.
 
 Every round has a world of its own and lets all its processes go at the same moment. Every process
-must exit with 0; then every byte in use, in the store and in the registry must be what it should be,
-and every project must hold what its lock says.
+must exit with 0; then every byte in use, in the store and in the registry must be what it should
+be, and every project must hold what its lock says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.faults.disk import Snapshot
 from benchmarks.faults.processes import run_together
 from benchmarks.faults.scenarios import Command, Scenario, cli, publish, run_whole, yank
-from benchmarks.faults.worlds import Corruption, Inputs, World, inspect
+from benchmarks.faults.worlds import CorruptionError, Inputs, World, inspect
 from composable.packaging import atomic
 
 
@@ -171,7 +171,7 @@ def crowd_together(
         try:
             for world in worlds:
                 _check(world)
-        except (Corruption, RuntimeError) as error:
+        except (CorruptionError, RuntimeError) as error:
             crowding.corrupt += 1
             crowding.failures.append(f"round {number}: {error}")
     return crowding
@@ -180,7 +180,7 @@ def crowd_together(
 def _member(command: Command, world: World, has_locks: bool) -> Callable[[], int]:
     def run() -> int:
         if not has_locks:
-            atomic.polite_lock = lambda path: contextlib.nullcontext()  # type: ignore[assignment]
+            atomic.polite_lock = contextlib.nullcontext  # type: ignore[assignment]
         return command(world)
 
     return run
@@ -194,4 +194,4 @@ def _check(world: World) -> None:
     run_whole(cli("sync", "--quiet"), world)
     state = inspect(world)
     if state.installed != state.lock:
-        raise Corruption("what is installed is not what is locked")
+        raise CorruptionError("what is installed is not what is locked")

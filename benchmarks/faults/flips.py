@@ -17,15 +17,17 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.processes import run_forked
 from benchmarks.faults.scenarios import Scenario, cli, publish
-from benchmarks.faults.worlds import Corruption, Inputs, State, World, inspect
+from benchmarks.faults.worlds import CorruptionError, Inputs, State, World, inspect
 from composable.errors import ComposableError
 from composable.packaging.constraint import Requirement
 from composable.packaging.lock import Lock
 from composable.packaging.locking import lock_project, sync_project
+from composable.packaging.manifest import CHUNK_BYTES
 from composable.packaging.project import Project
 from composable.packaging.store import Store
 
@@ -39,6 +41,14 @@ _WORLD = Scenario(
         publish("german", "1.1.0", size=30_000),
         publish("french", "1.1.0", "german"),
         cli("install", "french", "--quiet"),
+    ),
+    steps=(),
+)
+_LARGE_WORLD = Scenario(
+    name="",
+    before=(
+        publish("german", "1.0.0", size=CHUNK_BYTES + CHUNK_BYTES // 2),
+        cli("install", "german", "--quiet"),
     ),
     steps=(),
 )
@@ -71,11 +81,13 @@ class Target:
         name: What it is called in reports.
         files: Finds the files in a world.
         attempt: Uses the world after the flip; returns one of the three outcomes.
+        scenario: Makes the world.
     """
 
     name: str
     files: Callable[[World], Sequence[Path]]
     attempt: Callable[[World, State, Path], str]
+    scenario: Scenario = _WORLD
 
 
 def flip_everywhere(
@@ -90,16 +102,13 @@ def flip_everywhere(
         flips: How many.
         seed: Of the choice of bits.
     """
-    world = _WORLD.prepare(scratch / "world", inputs)
+    world = target.scenario.prepare(scratch / "world", inputs)
     clean = inspect(world)
     flipping = Flipping(target=target.name)
     for start in range(0, flips, _BATCH):
         count = min(_BATCH, flips - start)
-        ending = run_forked(
-            lambda start=start, count=count: _flip_batch(
-                target, world, clean, count, random.Random(f"{seed} {target.name} {start}")
-            )
-        )
+        rng = random.Random(f"{seed} {target.name} {start}")
+        ending = run_forked(partial(_flip_batch, target, world, clean, count, rng))
         if ending.code != 0:
             flipping.failures.append(str(ending))
             continue
@@ -121,7 +130,7 @@ def _flip_batch(target: Target, world: World, clean: State, count: int, rng: ran
         with flipped(path, position):
             try:
                 outcome = target.attempt(world, clean, path)
-            except Corruption as error:
+            except CorruptionError as error:
                 outcome = MISSED
                 print(f"{path}: {error}")
         outcomes.append((outcome, f"{path.relative_to(world.root)}, bit {position}"))
@@ -171,7 +180,7 @@ def _install(world: World, clean: State, *, needs_lock: bool) -> str:
         sync_project(project, lock, Store(store), interface=world.inputs.interface)
     except ComposableError:
         if project.environment.current is not None:
-            raise Corruption("an error, but something is in use") from None
+            raise CorruptionError("an error, but something is in use") from None
         return NOTICED
     found, wanted = (
         {
@@ -208,6 +217,28 @@ def _install_from_store(world: World, clean: State, path: Path) -> str:
     if inspect(fresh).installed != clean.installed:
         return MISSED
     return NOTICED if (world.root / "store" / "quarantine" / path.name).exists() else HARMLESS
+
+
+def _resume(world: World, clean: State, path: Path) -> str:
+    """Go on with a download of which a damaged part is there."""
+    for folder in (world.root / "store" / "blobs", world.project / ".composable"):
+        shutil.rmtree(folder, ignore_errors=True)
+    project = Project.read(world.project)
+    sync_project(project, None, world.store, interface=world.inputs.interface)
+    if (inspect(world).installed, path.exists()) != (clean.installed, False):
+        return MISSED
+    return NOTICED
+
+
+def _partial(world: World) -> list[Path]:
+    """Return what has arrived of a large file, which is put there if it is not."""
+    blobs = (world.root / "registry" / "blobs").glob("*/*")
+    large = max(blobs, key=lambda path: path.stat().st_size)
+    path = world.root / "store" / "partial" / f"{large.name}-1-0"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(large.read_bytes()[: CHUNK_BYTES + CHUNK_BYTES // 4])
+    return [path]
 
 
 def _generation(world: World) -> Path:
@@ -259,6 +290,12 @@ INSTALLED = Target(
     files=lambda world: sorted(_generation(world).glob("experts/*/*")),
     attempt=_verify_and_sync,
 )
+PARTIAL = Target(
+    name="what has arrived of a download",
+    files=_partial,
+    attempt=_resume,
+    scenario=_LARGE_WORLD,
+)
 ALL = (
     REGISTRY_FILES,
     REGISTRY_MANIFESTS,
@@ -267,4 +304,5 @@ ALL = (
     STORED,
     STORED_ELSEWHERE,
     INSTALLED,
+    PARTIAL,
 )

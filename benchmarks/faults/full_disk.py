@@ -2,12 +2,12 @@
 
 `refuse_everywhere` makes the kernel answer one operation after the other with an error, just that
 one or all that allocate from there on, while the process runs for real. `fill_tmpfs` and
-`limit_file_size` do without the tracer: a file system of so many pages or inodes, and a limit on the
-size of files, from none to enough. In all of them:
+`limit_file_size` do without the tracer: a file system of so many pages or inodes, and a limit on
+the size of files, from none to enough. In all of them:
 
-1. The command ends with exit code 1 and an error in our words, or with 0 because it could do without.
-2. Whatever is in use is whole, every part of the world is as before or as after, and no file is left
-   that neither the world before nor the finished one has.
+1. The command ends with exit code 1 and an error in our words, or with 0 for it could do without.
+2. Whatever is in use is whole, every part of the world is as before or as after, and no file is
+   left that neither the world before nor the finished one has.
 3. The next command, once there is room, exits with 0 and ends in the right state.
 """
 
@@ -17,7 +17,8 @@ import ctypes
 import errno
 import os
 import resource
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -26,7 +27,7 @@ from benchmarks.faults.disk import Snapshot
 from benchmarks.faults.kills import Bench
 from benchmarks.faults.processes import Ending, run_forked
 from benchmarks.faults.tracer import Fail, Fate, Kind, Operation, Run
-from benchmarks.faults.worlds import Corruption, World, check_between, inspect
+from benchmarks.faults.worlds import CorruptionError, World, check_between, inspect
 
 ALLOCATING: Final = frozenset(
     {Kind.CREATE, Kind.OPEN, Kind.WRITE, Kind.TRUNCATE, Kind.SYNC, Kind.MKDIR, Kind.LINK}
@@ -189,7 +190,7 @@ def _judge(
         if run.code == 1 and "error: " in run.output and "Traceback" not in run.output:
             refusing.refused += 1
         elif run.code != 0:
-            raise Corruption(str(run))
+            raise CorruptionError(str(run))
         elif bench.scenario.steps:
             done = done or len(bench.scenario.steps)
         last = len(bench.states) - 1
@@ -198,12 +199,12 @@ def _judge(
         left = [name for name in bench.leftovers(world) if not name.startswith("store/partial/")]
         left = [] if may_leave else left
         if left:
-            raise Corruption(f"left over: {', '.join(left)}")
+            raise CorruptionError(f"left over: {', '.join(left)}")
         bench.recover(world, done)
         left = [name for name in bench.leftovers(world) if "/generations/" not in name]
         if left and not may_leave:
-            raise Corruption(f"left over when all was done: {', '.join(left)}")
-    except Corruption as error:
+            raise CorruptionError(f"left over when all was done: {', '.join(left)}")
+    except CorruptionError as error:
         refusing.failures.append(f"{where}: {error}")
 
 
@@ -237,6 +238,13 @@ def _mount(root: Path, options: str, *, is_again: bool = False) -> None:
         raise OSError(ctypes.get_errno(), f"mount {options}")
 
 
-def errors_by_name() -> Iterator[str]:
-    """Yield the names of the errors that can be injected."""
-    yield from ERRORS
+def may_mount() -> bool:
+    """Say whether this process may mount a file system of its own."""
+
+    def try_it() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            _enter_namespace()
+            _mount(Path(folder), "size=1m")
+            os.chdir("/")
+
+    return run_forked(try_it).code == 0

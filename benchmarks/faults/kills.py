@@ -16,14 +16,15 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.disk import Snapshot
 from benchmarks.faults.processes import run_forked
 from benchmarks.faults.scenarios import Scenario
-from benchmarks.faults.tracer import Fate, Kind, Operation, Run, run_traced
+from benchmarks.faults.tracer import Decide, Fate, Kind, Operation, Run, run_traced
 from benchmarks.faults.worlds import (
-    Corruption,
+    CorruptionError,
     Inputs,
     State,
     World,
@@ -73,7 +74,7 @@ class Killing:
     """
 
     scenario: str
-    operations: Counter[str] = field(default_factory=Counter)
+    operations: dict[str, int] = field(default_factory=dict)
     points: int = 0
     failures: list[str] = field(default_factory=list)
 
@@ -108,7 +109,7 @@ class Bench:
         snapshot.write(root)
         return World(root=root, inputs=self.inputs)
 
-    def trace(self, world: World, decide: Callable[[Operation], Fate] | None = None) -> Run:
+    def trace(self, world: World, decide: Decide | None = None) -> Run:
         """Run all steps in a traced process."""
         return run_traced(lambda: self.scenario.run(world), world.root, decide)
 
@@ -123,18 +124,18 @@ class Bench:
         """Run what comes after `done` whole steps, the cut one first; return the state.
 
         Raises:
-            Corruption: When a command fails or ends in another state than it should.
+            CorruptionError: When a command fails or ends in another state than it should.
         """
         before, after = self.states[done], self.states[min(done + 1, len(self.states) - 1)]
         check_between(inspect(world), before, after)
         for step in self.scenario.steps[done : done + 1]:
-            run = run_forked(lambda step=step: step.recover(world))
+            run = run_forked(partial(step.recover, world))
             if run.code != 0:
-                raise Corruption(f"the next command failed, {run}")
+                raise CorruptionError(f"the next command failed, {run}")
             found = inspect(world)
             try:
                 check_equal(found, after)
-            except Corruption:
+            except CorruptionError:
                 if not step.may_stay_undone:
                     raise
                 check_between(found, before, after)
@@ -164,7 +165,7 @@ def kill_everywhere(
     killing = Killing(scenario=bench.scenario.name)
     rng = random.Random(seed)
     operations = bench.operations()
-    killing.operations = Counter(operation.kind.value for operation in operations)
+    killing.operations = dict(Counter(operation.kind.value for operation in operations))
     for index, point in enumerate(list(kill_points(operations))[offset::every]):
         world = bench.copy()
         run = bench.trace(world, point.decide())
@@ -179,7 +180,7 @@ def kill_everywhere(
                 _kill_the_next(bench, world, done, rng)
                 killing.points += 1
             bench.recover(world, done)
-        except Corruption as error:
+        except CorruptionError as error:
             killing.failures.append(f"{where}: {error}")
     return killing
 

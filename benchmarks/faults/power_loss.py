@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from benchmarks.faults.disk import (
     CUT,
@@ -27,7 +28,7 @@ from benchmarks.faults.disk import (
 )
 from benchmarks.faults.kills import Bench, kill_points
 from benchmarks.faults.tracer import run_traced
-from benchmarks.faults.worlds import Corruption, check_equal, inspect
+from benchmarks.faults.worlds import CorruptionError, check_equal, inspect
 
 FIXED_OMENS = (STRICT, NAMES, ZEROS, CUT, WHOLE)
 
@@ -83,7 +84,7 @@ def cut_everywhere(
             loss.images += 1
             try:
                 bench.recover(bench.write(image), done)
-            except Corruption as error:
+            except CorruptionError as error:
                 loss.failures.append(f"after operation {cut}, {omen.name}: {error}")
     return loss
 
@@ -102,7 +103,7 @@ def cut_after_kills(bench: Bench, *, every: int = 1, offset: int = 0) -> PowerLo
         before, numbers = Snapshot.read(world.root)
         first = bench.trace(world, point.decide())
         done = first.acknowledged
-        second = run_traced(lambda world=world: step.recover(world), world.root)
+        second = run_traced(partial(step.recover, world), world.root)
         wanted = inspect(world)
         history = History(before, numbers, [*first.operations, *second.operations])
         loss.operations += history.n_operations
@@ -115,12 +116,11 @@ def cut_after_kills(bench: Bench, *, every: int = 1, offset: int = 0) -> PowerLo
         loss.images += 1
         try:
             if second.code != 0:
-                raise Corruption(f"the next command failed, {second}")
+                raise CorruptionError(f"the next command failed, {second}")
             check_equal(inspect(bench.write(image)), wanted, is_store_kept=False)
-        except Corruption as error:
-            loss.failures.append(
-                f"{point} {first.operations[-1] if first.operations else ''}: {error}"
-            )
+        except CorruptionError as error:
+            last = first.operations[-1] if first.operations else "the start"
+            loss.failures.append(f"{point}, {last}: {error}")
     return loss
 
 

@@ -192,8 +192,11 @@ _NUMBERS: Final = {
 _NAMES: Final = {number: name for name, number in _NUMBERS.items()}
 # Those that cannot be followed; they stop the run where they touch a file under the root.
 _NOT_MODELLED: Final = frozenset(
-    ["mmap", "msync", "symlink", "symlinkat", "mknod", "mknodat", "splice", "sync", "syncfs", "pwritev2", "io_uring_setup", "openat2", "setxattr", "lsetxattr", "fsetxattr", "fallocate"]
-)
+    {
+        "mmap", "msync", "symlink", "symlinkat", "mknod", "mknodat", "splice", "sync", "syncfs",
+        "pwritev2", "io_uring_setup", "openat2", "setxattr", "lsetxattr", "fsetxattr", "fallocate",
+    }
+)  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -205,8 +208,12 @@ class _Registers(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_ulong)
-        for name in ["r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"]
-    ]
+        for name in (
+            "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx",
+            "rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base",
+            "ds", "es", "fs", "gs",
+        )
+    ]  # fmt: skip
 
     @property
     def arguments(self) -> tuple[int, ...]:
@@ -412,16 +419,12 @@ class _Tracer:
 
     def _read_name_call(self, tid: int, name: str, args: tuple[int, ...]) -> Operation | None:
         """Return what a call that takes paths is about to do."""
-        if name in ("rename", "link"):
-            paths = (self._of_path(tid, _AT_FDCWD, address) for address in args[:2])
-        elif name in ("renameat", "renameat2", "linkat"):
+        if name.startswith(("rename", "link")):
             if name == "renameat2" and args[4] & ~1:
                 raise NotModelledError("an exchange of two names")
-            paths = (self._of_path(tid, args[i], args[i + 1]) for i in (0, 2))
-        else:
-            paths = iter(())
-        if name.startswith(("rename", "link")):
-            source, target = paths
+            is_at = "at" in name
+            source = self._of_path(tid, *(args[0:2] if is_at else (_AT_FDCWD, args[0])))
+            target = self._of_path(tid, *(args[2:4] if is_at else (_AT_FDCWD, args[1])))
             kind = Kind.LINK if name.startswith("link") else Kind.RENAME
             if (source is None) != (target is None):
                 raise NotModelledError(f"{name} across the traced root: {source} {target}")

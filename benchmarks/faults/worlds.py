@@ -1,7 +1,7 @@
 """Small worlds to hurt: a registry, a store and a project side by side, and what is right in them.
 
 `inspect` looks at a world with as little of the library as it can: it hashes files itself, and any
-byte that is not what its name, its index line or its lock promises is a `Corruption`.
+byte that is not what its name, its index line or its lock promises is a `CorruptionError`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -54,7 +54,7 @@ _INTERFACE: Final[dict[str, Any]] = {
 }
 
 
-class Corruption(Exception):
+class CorruptionError(Exception):
     """A world in a state that no order of whole commands leads to."""
 
 
@@ -118,7 +118,8 @@ class Inputs:
             requires: Experts that it builds on.
             size: Bytes of its README, beyond the few that it has anyway.
         """
-        folder = self.root / "experts" / f"{name}-{version}"
+        variant = "-".join([*(requires or ()), str(size)])
+        folder = self.root / "experts" / f"{name}-{version}-{variant}"
         if folder.exists():
             return folder
         scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
@@ -236,7 +237,7 @@ def inspect(world: World) -> State:
     """Return the state of a world, every byte of it checked.
 
     Raises:
-        Corruption: When something is there that is not what it should be.
+        CorruptionError: When something is there that is not what it should be.
     """
     try:
         return State(
@@ -247,26 +248,26 @@ def inspect(world: World) -> State:
             blobs=_inspect_store(world),
         )
     except (ComposableError, OSError, ValueError) as error:
-        raise Corruption(f"{type(error).__name__}: {error}") from error
+        raise CorruptionError(f"{type(error).__name__}: {error}") from error
 
 
 def check_between(found: State, before: State, after: State) -> None:
     """Check that every part of a state is as before a command or as after it.
 
     Raises:
-        Corruption: Naming the part that is neither.
+        CorruptionError: Naming the part that is neither.
     """
     for field in ("project", "lock", "installed"):
         value = getattr(found, field)
         if value not in (getattr(before, field), getattr(after, field)):
-            raise Corruption(f"{field} is neither old nor new: {value!r}")
+            raise CorruptionError(f"{field} is neither old nor new: {value!r}")
     for view in ("releases", "recorded"):
         here, old, new = (getattr(state, view) for state in (found, before, after))
         for key in here.keys() | old.keys() | new.keys():
             if here.get(key) not in (old.get(key), new.get(key)):
-                raise Corruption(f"{' '.join(key)} is neither old nor new: {here.get(key)}")
+                raise CorruptionError(f"{' '.join(key)} is neither old nor new: {here.get(key)}")
     if lost := (before.blobs & after.blobs) - found.blobs:
-        raise Corruption(f"the store lost {sorted(lost)}")
+        raise CorruptionError(f"the store lost {sorted(lost)}")
 
 
 def check_equal(found: State, wanted: State, *, is_store_kept: bool = True) -> None:
@@ -279,15 +280,15 @@ def check_equal(found: State, wanted: State, *, is_store_kept: bool = True) -> N
             need it: it is fetched again when it is asked for.
 
     Raises:
-        Corruption: Naming a part that differs.
+        CorruptionError: Naming a part that differs.
     """
     for field in ("project", "lock", "installed", "releases", "recorded"):
         if getattr(found, field) != getattr(wanted, field):
-            raise Corruption(
+            raise CorruptionError(
                 f"{field} is {getattr(found, field)!r}, expected {getattr(wanted, field)!r}"
             )
     if is_store_kept and (lost := wanted.blobs - found.blobs):
-        raise Corruption(f"the store lost {sorted(lost)}")
+        raise CorruptionError(f"the store lost {sorted(lost)}")
 
 
 def files_of(world: World) -> dict[str, int]:
@@ -337,7 +338,9 @@ def _inspect_registry(world: World) -> dict[str, dict[tuple[str, str], tuple[str
                 wanted = [(release.manifest, None), *((f.digest, f.size) for f in release.files)]
                 for digest, size in wanted:
                     if not has_digest(where / blob_path(digest), digest, size):
-                        raise Corruption(f"{name} {release.version} lists {digest}, which is not")
+                        raise CorruptionError(
+                            f"{name} {release.version} lists {digest}, which is not"
+                        )
                 found[view][name, str(release.version)] = (release.manifest, release.is_yanked)
     return found
 
@@ -345,29 +348,22 @@ def _inspect_registry(world: World) -> dict[str, dict[tuple[str, str], tuple[str
 def _inspect_lock(path: Path) -> str | None:
     text = _read_text(path)
     if text is not None and Lock.loads(text).to_toml() != text:
-        raise Corruption("the lock file is not what its lock would write")
+        raise CorruptionError("the lock file is not what its lock would write")
     return text
 
 
 def _inspect_environment(project: Path) -> str | None:
-    with contextlib.suppress(FileNotFoundError):
-        Project.read(project)
-    environment = Project.read(project).environment if project.exists() else None
-    current = environment.current if environment is not None else None
+    current = Project.read(project).environment.current if project.exists() else None
     if current is None:
         return None
     lock = current.lock
     for expert in lock.experts:
         folder = current.expert_path(expert.name)
-        wanted: Sequence[tuple[str, str, int | None]] = [
-            ("expert.toml", expert.manifest, None),
-            *((file.name, file.digest, file.size) for file in expert.files),
-        ]
-        for name, digest, size in wanted:
-            if not has_digest(folder / name, digest, size):
-                raise Corruption(f"{folder / name} is in use and damaged")
+        for name, digest in expert.digests.items():
+            if not has_digest(folder / name, digest):
+                raise CorruptionError(f"{folder / name} is in use and damaged")
         if Manifest.read(folder).version != expert.version:
-            raise Corruption(f"{folder} is in use with another manifest")
+            raise CorruptionError(f"{folder} is in use with another manifest")
     return lock.to_toml()
 
 
@@ -375,5 +371,5 @@ def _inspect_store(world: World) -> frozenset[str]:
     digests = world.store.digests()
     for digest in digests:
         if not has_digest(world.store.path(digest), digest):
-            raise Corruption(f"{digest} is in the store and damaged")
+            raise CorruptionError(f"{digest} is in the store and damaged")
     return frozenset(digests)

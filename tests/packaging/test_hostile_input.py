@@ -9,6 +9,10 @@ import json
 import resource
 import time
 import tomllib
+<<<<<<< HEAD
+=======
+import tracemalloc
+>>>>>>> b45d4a1 (Run all faults by one command; lie to downloads over HTTP)
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
