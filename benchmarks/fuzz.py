@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -154,6 +156,13 @@ INTERFACE = {
     "switch_rate": 0.01,
     "output_bounds": [1.0, 1.0],
 }
+CATALOG_LINE = {
+    "name": "german",
+    "version": "1.2.0",
+    "interface": "tiny-bytes ^1",
+    "description": "One line.",
+    "tags": ["de"],
+}
 _HEADER = json.dumps(
     {
         "__metadata__": {"format": "composable"},
@@ -196,8 +205,11 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         Version,
         resolve,
     )
+    from composable.packaging.bundle import TarFile
     from composable.packaging.names import check_file_name, check_package_name, confusable_key
+    from composable.packaging.registry import Registry
     from composable.packaging.release import Release
+    from composable.packaging.storage import Folder
     from composable.packaging.tensors import check_tensors, read_header
 
     def text_of(data: bytes) -> str:
@@ -270,6 +282,17 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         interface = RouterInterface.from_json(text_of(data))
         assert RouterInterface.from_json(interface.to_json()) == interface
 
+    def read_catalog(data: bytes) -> None:
+        (scratch / "catalog.jsonl").write_bytes(data)
+        Registry(Folder(scratch)).entries()
+
+    def read_export(data: bytes) -> None:
+        path = scratch / "export.tar"
+        path.write_bytes(data)
+        export = TarFile(path)
+        for name in ("config.json", "index/ge/german.jsonl", "../x"):
+            export.read(name)
+
     def read_tensor_file(data: bytes) -> None:
         path = scratch / "x.safetensors"
         path.write_bytes(data)
@@ -280,7 +303,9 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         }
         check_tensors(path, specs)
 
+    (scratch / "config.json").write_text('{"kind": "composable-registry", "schema": 1}')
     index_line = json.dumps(INDEX_LINE).encode()
+    catalog_line = json.dumps(CATALOG_LINE).encode()
     backbone = MANIFEST.replace("[expert]", "[backbone]").partition("backbone =")[0]
     return {
         "version": Target(
@@ -299,6 +324,8 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         "project": Target(read=read_project, seeds=(PROJECT.encode(),)),
         "lock": Target(read=read_lock, seeds=(LOCK.encode(),)),
         "index-line": Target(read=read_index_line, seeds=(index_line,)),
+        "catalog": Target(read=read_catalog, seeds=(catalog_line + b"\n",)),
+        "export": Target(read=read_export, seeds=(_make_tar(),)),
         "universe": Target(read=read_universe, seeds=(json.dumps(UNIVERSE).encode(),)),
         "interface": Target(read=read_interface, seeds=(json.dumps(INTERFACE).encode(),)),
         "tensors": Target(read=read_tensor_file, seeds=(TENSORS,)),
@@ -307,8 +334,19 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
 
 TARGET_NAMES = (
     "version", "constraint", "requirement", "names", "manifest", "backbone", "project", "lock",
-    "index-line", "universe", "interface", "tensors",
+    "index-line", "catalog", "export", "universe", "interface", "tensors",
 )  # fmt: skip
+
+
+def _make_tar() -> bytes:
+    with io.BytesIO() as file:
+        for format_ in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+            with tarfile.open(fileobj=file, mode="w|", format=format_) as tar:
+                for name in ("config.json", "index/ge/german.jsonl", "n" * 150):
+                    member = tarfile.TarInfo(name)
+                    member.size = 20
+                    tar.addfile(member, io.BytesIO(bytes(20)))
+        return file.getvalue()
 
 
 def dictionary(target: Target) -> Iterator[str]:

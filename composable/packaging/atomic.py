@@ -342,12 +342,11 @@ def sweep(directory: Path, older_than_seconds: float = 3600.0) -> int:
     """
     import shutil
 
-    try:
-        names = os.listdir(directory)
-    except OSError:  # there is nothing to sweep, or nothing that could be
-        return 0
     count = 0
-    for path in (directory / name for name in names if _TEMPORARY.fullmatch(name)):
+    found: list[Path] = []
+    with contextlib.suppress(OSError):  # there is nothing to sweep, or nothing that could be
+        found = [path for path in directory.iterdir() if is_temporary(path)]
+    for path in found:
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime < older_than_seconds:
                 continue

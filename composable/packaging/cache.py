@@ -85,6 +85,6 @@ def _read_entry(entry: Path) -> Document | None:
     try:
         head, _, data = entry.read_bytes().partition(b"\n")
         tag = json.loads(head)["tag"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Document(data, tag if isinstance(tag, str) else None)

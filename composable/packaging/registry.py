@@ -296,7 +296,7 @@ class Registry:
         owners = (
             storage.read(f"names/{key}") for key in storage.names_in("names") if key not in there
         )
-        for other in {name, *(owner.data.decode() for owner in owners if owner)}:
+        for other in {name, *(_read_owner(owner) for owner in owners if owner)}:
             releases = self.versions(other)
             if releases:
                 entries[other] = _describe(choose_newest(releases))
@@ -334,10 +334,11 @@ class Registry:
         path = f"names/{confusable_key(name)}"
         if storage.create(path, name.encode()):
             return
-        owner = storage.read(path)
-        if owner is not None and owner.data != name.encode():
+        claimed = storage.read(path)
+        owner = _read_owner(claimed) if claimed is not None else name
+        if owner != name:
             raise RegistryError(
-                f"{name!r} may be taken for {owner.data.decode()!r}, which is published here",
+                f"{name!r} may be taken for {owner[:80]!r}, which is published here",
                 where=self.location,
                 hint="choose a name that differs by more than look-alike letters or hyphens",
             )
@@ -528,6 +529,10 @@ def _describe(release: Release) -> Entry:
         description=release.description,
         tags=release.tags,
     )
+
+
+def _read_owner(document: Document) -> str:
+    return document.data.decode(errors="replace")
 
 
 def _to_line(entry: Entry) -> bytes:

@@ -19,10 +19,11 @@ from composable.packaging.version import Version
 
 # Enough for the chunk digests of 100 GB, or for a lock of 1,000 experts.
 MAX_TOML_BYTES: Final = 1 << 20
+# The reader of the standard library takes time and memory that grow with the square of a key's
+# parts. This finds such keys, and text that looks like one; possessive, so in linear time.
 MAX_KEY_PARTS: Final = 32
-_PART: Final = r"""(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')"""
 _DEEP_KEY: Final = re.compile(
-    rf"(?<![A-Za-z0-9_-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{MAX_KEY_PARTS}}}"
+    rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_KEY_PARTS}}}"""
 )
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 _REQUIRED: Final = object()
@@ -41,7 +42,6 @@ def parse_toml(text: str, where: str) -> Table:
     """
     if len(text) > MAX_TOML_BYTES:
         raise ManifestError(f"{len(text):,} characters, at most {MAX_TOML_BYTES:,}", where=where)
-    # The parser takes time that grows with the square of a key's parts.
     if _DEEP_KEY.search(text):
         raise ManifestError(f"a key of more than {MAX_KEY_PARTS} parts", where=where)
     try:

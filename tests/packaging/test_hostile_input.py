@@ -9,11 +9,7 @@ import json
 import resource
 import time
 import tomllib
-<<<<<<< HEAD
-=======
-import tracemalloc
->>>>>>> b45d4a1 (Run all faults by one command; lie to downloads over HTTP)
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +18,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.faults.processes import run_forked
-from benchmarks.fuzz import INDEX_LINE, INTERFACE, TARGET_NAMES, UNIVERSE, Target, make_targets
+from benchmarks.fuzz import (
+    CATALOG_LINE,
+    INDEX_LINE,
+    INTERFACE,
+    TARGET_NAMES,
+    UNIVERSE,
+    Target,
+    make_targets,
+)
 from composable.errors import ComposableError
 from composable.packaging.toml import MAX_TOML_BYTES, format_key, format_value
 
 FINDS = Path(__file__).parent / "finds"
-MAX_SECONDS = 10.0  # for the largest file that is read at all, on a slow machine
-MAX_MEMORY_BYTES = 256 << 20
+MAX_SECONDS = 3.0  # of a slow and busy machine
+MAX_MEMORY_BYTES = 128 << 20
 TOML_TARGETS = ("manifest", "backbone", "project", "lock")
 JSON_SEEDS: dict[str, Any] = {
     "index-line": INDEX_LINE,
+    "catalog": CATALOG_LINE,
     "universe": UNIVERSE,
     "interface": INTERFACE,
 }
@@ -175,8 +180,12 @@ def test_odd_fields_in_a_tensor_header(targets: Mapping[str, Target], data: st.D
 
 
 def attacks_in_toml() -> dict[str, bytes]:
-    """Return texts as long as are read at all, each hard on one part of a reader."""
-    n = MAX_TOML_BYTES - 100
+    """Return long texts, each hard on one part of a reader.
+
+    They are a sixteenth of the longest that is read, so that what grows with the square of the
+    length fails clearly, and what grows with the length is quick.
+    """
+    n = MAX_TOML_BYTES // 16
     return {
         "deep arrays": b"x = " + b"[" * n,
         "deep tables": b"x = " + b"{a=" * (n // 3),
@@ -201,8 +210,8 @@ def attacks_in_toml() -> dict[str, bytes]:
 
 
 def attacks_in_json() -> dict[str, bytes]:
-    n = MAX_TOML_BYTES
-    many = {f"p{i}": {f"{j}.0.0": {} for j in range(100)} for i in range(400)}
+    n = MAX_TOML_BYTES // 16
+    many = {f"p{i}": {f"{j}.0.0": {} for j in range(50)} for i in range(100)}
     return {
         "deep arrays": b"[" * n,
         "deep objects": b'{"a":' * (n // 5),
@@ -210,11 +219,11 @@ def attacks_in_json() -> dict[str, bytes]:
         "a long float": b'{"name":' + b"1" * (n // 2) + b"." + b"1" * (n // 2) + b"}",
         "many keys": json.dumps({f"k{i}": 0 for i in range(n // 12)}).encode(),
         "many packages": json.dumps({**UNIVERSE, "packages": many}).encode(),
-        "many files": json.dumps({**INDEX_LINE, "files": INDEX_LINE["files"] * 30_000}).encode(),  # type: ignore[operator]
+        "many files": json.dumps({**INDEX_LINE, "files": INDEX_LINE["files"] * 2_000}).encode(),  # type: ignore[operator]
         "many ranges": json.dumps(
-            {**INDEX_LINE, "requires": {f"a{i}": ",".join([">1"] * 30) for i in range(20_000)}}
+            {**INDEX_LINE, "requires": {f"a{i}": ",".join([">1"] * 30) for i in range(1_500)}}
         ).encode(),
-        "a long range": json.dumps({**INDEX_LINE, "requires": {"a": ">1," * 500_000}}).encode(),
+        "a long range": json.dumps({**INDEX_LINE, "requires": {"a": ">1," * 50_000}}).encode(),
         "a long name": json.dumps({**INDEX_LINE, "name": "a" * n}).encode(),
     }
 
@@ -238,16 +247,14 @@ def attacks_on_tensors() -> dict[str, bytes]:
 
 
 ATTACKS = [
-    *(("manifest", attack) for attack in attacks_in_toml()),
-    # What is hard on the TOML reader is as hard for all; these are hard on what comes after it.
-    *(("lock", attack) for attack in ("many experts", "many files", "names that are close")),
+    *((name, attack) for name in TOML_TARGETS for attack in attacks_in_toml()),
     *((name, attack) for name in JSON_SEEDS for attack in attacks_in_json()),
     *(("tensors", attack) for attack in attacks_on_tensors()),
 ]
 
 
 @pytest.mark.parametrize(("name", "attack"), ATTACKS)
-def test_large_input_takes_bounded_time_and_memory(
+def test_large_input_takes_bounded_time(
     targets: Mapping[str, Target], name: str, attack: str
 ) -> None:
     kind = "toml" if name in TOML_TARGETS else "json" if name in JSON_SEEDS else "tensors"
@@ -258,33 +265,30 @@ def test_large_input_takes_bounded_time_and_memory(
     assert time.process_time() - started < MAX_SECONDS
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def grow_while(work: Callable[[], object]) -> int:
+    """Return by how many bytes a process grows while it works."""
+
+    def measure() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        work()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+    ending = run_forked(measure)
+    assert ending.code == 0, str(ending)
+    return int(ending.output)
 
 
-@pytest.mark.parametrize("name", ["manifest", *JSON_SEEDS, "tensors"])
-def test_memory(targets: Mapping[str, Target], name: str) -> None:
-    """All attacks on a reader, in a process whose memory at its highest is looked at."""
+@pytest.mark.parametrize("name", [*TOML_TARGETS, *JSON_SEEDS, "tensors"])
+def test_large_input_takes_bounded_memory(targets: Mapping[str, Target], name: str) -> None:
     kind = attacks_in_toml if name in TOML_TARGETS else attacks_in_json
     attacks = attacks_on_tensors() if name == "tensors" else kind()
 
     def read_all() -> None:
-        before = peak_bytes()
-        for attack, data in attacks.items():
+        for data in attacks.values():
             read(targets[name], data)
-            more = peak_bytes() - before
-            assert more < MAX_MEMORY_BYTES, f"{attack}: {more:,} bytes"
 
-    ending = run_forked(read_all)
-    assert ending.code == 0, str(ending)
+    assert grow_while(read_all) < MAX_MEMORY_BYTES
 
 
-def test_a_memory_limit_is_noticed() -> None:
-    """The way `test_memory` measures can fail: a reader that hoards is caught by it."""
-
-    def hoard() -> None:
-        before = peak_bytes()
-        hoarded = b"x" * 2 * MAX_MEMORY_BYTES
-        assert peak_bytes() - before < MAX_MEMORY_BYTES, len(hoarded)
-
-    assert run_forked(hoard).code not in (0, None)
+def test_growth_is_measured() -> None:
+    assert grow_while(lambda: bytes(range(256)) * (2 * MAX_MEMORY_BYTES // 256)) > MAX_MEMORY_BYTES
