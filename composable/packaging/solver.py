@@ -244,45 +244,50 @@ def _make_provider(problem: Problem) -> Any:
             self.pending: list[Incompatibility[str, int]] = []
             self.told: set[tuple[str, int]] = set()
             self.foreseen: dict[str, int] = {}
+            self.untold: dict[str, list[Incompatibility[str, int]]] = {}
 
         def choose_version(self, package: str, version_range: Any) -> int | None:
             # Tell what the choice needs before it is made. Propagation then drops it at once if
             # that cannot be had; made first, it would have to be unmade by a long jump back.
-            if self.is_unforeseen(package, version_range):
-                self.foreseen[package] = self.foreseen.get(package, 0) | version_range.bits
-                for choice in problem.foresee(package, version_range):
-                    self.tell(package, choice)
-                if self.pending:
-                    return None
+            self.pending = self.untold.pop(package, [])
             best = problem.best(package, version_range)
             if best is not None:
-                self.tell(package, best)
+                self.pending += self.facts_about(package, best)
             return None if self.pending else best
 
-        def is_unforeseen(self, package: str, allowed: ChoiceSet) -> bool:
-            """Say whether to look ahead: to tell the needs of all that is allowed, not of one.
+        def look_ahead(self, package: str, allowed: ChoiceSet) -> bool:
+            """Say whether there is more to tell than what the best choice needs.
 
-            Propagation then sees a dead end when it arises, not hundreds of decisions later. That
-            is worth its time only on problems that have shown to be hard.
+            Once told, propagation sees a dead end when it arises, not hundreds of decisions later.
+            That is worth its time only on problems that have shown to be hard.
             """
-            if self.observer.n_conflicts < LOOK_AHEAD_AFTER:
-                return False
-            return bool(allowed.bits & ~self.foreseen.get(package, 0))
+            unforeseen = allowed.bits & ~self.foreseen.get(package, 0)
+            if unforeseen and self.observer.n_conflicts >= LOOK_AHEAD_AFTER:
+                self.foreseen[package] = self.foreseen.get(package, 0) | unforeseen
+                for choice in problem.foresee(package, ChoiceSet(unforeseen)):
+                    facts = self.facts_about(package, choice)
+                    if facts:
+                        self.untold.setdefault(package, []).extend(facts)
+            return package in self.untold
 
-        def tell(self, package: str, choice: int) -> None:
-            """Queue what a choice and those like it need and cannot stand beside."""
+        def facts_about(self, package: str, choice: int) -> list[Incompatibility[str, int]]:
+            """Return what a choice and those like it need and cannot stand beside, once."""
             if (package, choice) in self.told:
-                return
+                return []
             alike = problem.alike(package, choice)
             self.told.update((package, other) for other in alike)
             facts = [
                 (name, wanted, False) for name, wanted in problem.needs(package, choice).items()
             ]
             facts += [(name, bad, True) for name, bad in problem.conflicts(package, choice).items()]
-            for name, choices, is_positive in facts:
-                if name != package:
-                    terms = [Term(package, alike), Term(name, choices, positive=is_positive)]
-                    self.pending.append(Incompatibility(terms, IncompatibilityCause.DEPENDENCY))
+            return [
+                Incompatibility(
+                    [Term(package, alike), Term(name, choices, positive=is_positive)],
+                    IncompatibilityCause.DEPENDENCY,
+                )
+                for name, choices, is_positive in facts
+                if name != package
+            ]
 
         def consume_pending_clauses(self) -> list[Incompatibility[str, int]]:
             pending, self.pending = self.pending, []
@@ -304,8 +309,8 @@ def _make_provider(problem: Problem) -> Any:
             conflict_counts: Mapping[str, int],
             culprit_counts: Mapping[str, int] | None = None,
         ) -> Any:
-            if self.is_unforeseen(package, version_range):
-                return ()  # before all others: nothing is decided by looking
+            if self.look_ahead(package, version_range):
+                return ()  # before all others: telling decides nothing
             return problem.urgency(package, version_range)
 
     return Provider()

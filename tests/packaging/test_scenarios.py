@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from composable.errors import ManifestError, ResolutionError
-from composable.packaging import Constraint, Requirement, Universe, Version, resolve
+from composable.packaging import Constraint, Requirement, Universe, Version, resolve, solver
 from composable.packaging.constraint import parse_target
 from composable.packaging.universe import Candidate
 
@@ -69,8 +69,10 @@ def merge(texts: list[str]) -> dict[str, Constraint]:
     return ranges
 
 
+@pytest.mark.parametrize("look_ahead_after", [0, solver.LOOK_AHEAD_AFTER])
 @pytest.mark.parametrize("path", sorted(PACKSE.rglob("*.toml")), ids=lambda path: path.stem)
-def test_packse(path: Path) -> None:
+def test_packse(monkeypatch: pytest.MonkeyPatch, path: Path, look_ahead_after: int) -> None:
+    monkeypatch.setattr(solver, "LOOK_AHEAD_AFTER", look_ahead_after)
     expected, universe = read_packse(path)
     if not expected["satisfiable"]:
         with pytest.raises(ResolutionError):
@@ -85,8 +87,12 @@ def test_packse_is_complete() -> None:
     assert len(list(PACKSE.rglob("*.toml"))) == 26
 
 
-def test_wrong_backtracking_indirect_is_right() -> None:
+@pytest.mark.parametrize("look_ahead_after", [0, solver.LOOK_AHEAD_AFTER])
+def test_wrong_backtracking_indirect_is_right(
+    monkeypatch: pytest.MonkeyPatch, look_ahead_after: int
+) -> None:
     """What packse hopes for, but has commented out for the resolver it tests."""
+    monkeypatch.setattr(solver, "LOOK_AHEAD_AFTER", look_ahead_after)
     _, universe = read_packse(PACKSE / "backtracking" / "wrong-backtracking-indirect.toml")
     packages = {name: str(version) for name, version in resolve(universe).packages.items()}
     assert packages == {"a": "1.0.0", "b": "1.0.0", "b-inner": "2.0.9"}
