@@ -1,18 +1,19 @@
 """The pieces of a transformer layer that hold no choice of experts: norm, RoPE, attention, SwiGLU.
 
 Initial scales follow GPT-2's habit (residual outputs shrink with depth). Nothing here shards or
-casts: weights and activations share the dtype that the caller gave them.
+casts activations: they take the dtype of the weights, which the config names.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from composable.model.config import BackboneConfig
+from composable.model.config import DTYPE_NAMES, BackboneConfig, RopeScaling
 
 # Queries are taken in blocks, each against the keys up to its own end: about half of the causal
 # square is never computed. 128 was the fastest block on two CPU cores at 512 positions.
@@ -26,25 +27,54 @@ class KVCache(NamedTuple):
     v_BSKH: jax.Array
 
 
+def normal(
+    rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], scale: float, cfg: BackboneConfig
+) -> nnx.Param:
+    """Return a parameter drawn from a normal distribution, in the config's dtype."""
+    drawn = jax.random.normal(rngs.params(), shape) * scale
+    return nnx.Param(drawn.astype(DTYPE_NAMES[cfg.dtype]), dims=dims)
+
+
+def ones(dims: str, shape: tuple[int, ...], cfg: BackboneConfig) -> nnx.Param:
+    """Return a parameter of ones, in the config's dtype."""
+    return nnx.Param(jnp.ones(shape, DTYPE_NAMES[cfg.dtype]), dims=dims)
+
+
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """Scale to unit root mean square along D, computed in float32.
+    """Scale to unit root mean square, computed in float32.
+
+    Args:
+        x_BTD: What to normalise; other shapes do as well.
+        scale_D: Scale; the mean runs over as many trailing axes as it has.
+        eps: Added to the mean square.
 
     References:
         Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
+    axes = tuple(range(-scale_D.ndim, 0))
     x32_BTD = x_BTD.astype(jnp.float32)
-    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), -1, keepdims=True) + eps)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axes, keepdims=True) + eps)
     return (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D
 
 
-def rope(x_BTNH: jax.Array, position_T: jax.Array, theta: float) -> jax.Array:
+def rope(
+    x_BTNH: jax.Array, position_T: jax.Array, theta: float, scaling: RopeScaling | None = None
+) -> jax.Array:
     """Rotate pairs (i, i + H/2) of every head by angles that grow with position.
+
+    Args:
+        x_BTNH: Queries or keys.
+        position_T: Position of each token.
+        theta: Base of the frequencies.
+        scaling: How they are stretched, if they are.
 
     References:
         Su et al. 2021, arXiv:2104.09864, eq. 34, in the half-split layout of Llama checkpoints.
     """
     half = x_BTNH.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequency = _stretch(frequency, scaling)
     angle = position_T[:, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -52,22 +82,34 @@ def rope(x_BTNH: jax.Array, position_T: jax.Array, theta: float) -> jax.Array:
     return rotated.astype(x_BTNH.dtype)
 
 
+def _stretch(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Divide low frequencies by the factor, keep high ones, interpolate between."""
+    turns = frequency * (scaling.original_context / (2 * math.pi))
+    width = scaling.high_frequency - scaling.low_frequency
+    kept = jnp.clip((turns - scaling.low_frequency) / width, 0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions.
 
     References:
-        Ainslie et al. 2023, arXiv:2305.13245.
+        Ainslie et al. 2023, arXiv:2305.13245; for the normalisation of queries and keys Henry et
+        al. 2020, arXiv:2010.04245, and Dehghani et al. 2023, arXiv:2302.05442, section 2.
     """
 
     def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
         d, n, k, h = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-        normal = jax.random.normal
-        self.w_q = nnx.Param(normal(rngs.params(), (d, n, h)) * d**-0.5, dims="DNH")
-        self.w_k = nnx.Param(normal(rngs.params(), (d, k, h)) * d**-0.5, dims="DKH")
-        self.w_v = nnx.Param(normal(rngs.params(), (d, k, h)) * d**-0.5, dims="DKH")
+        self.w_q = normal(rngs, "DNH", (d, n, h), d**-0.5, cfg)
+        self.w_k = normal(rngs, "DKH", (d, k, h), d**-0.5, cfg)
+        self.w_v = normal(rngs, "DKH", (d, k, h), d**-0.5, cfg)
         residual = (n * h) ** -0.5 * (2 * cfg.n_layers) ** -0.5
-        self.w_o = nnx.Param(normal(rngs.params(), (n, h, d)) * residual, dims="NHD")
-        self.rope_theta = cfg.rope_theta
+        self.w_o = normal(rngs, "NHD", (n, h, d), residual, cfg)
+        if cfg.qk_norm == "head":
+            self.q_norm, self.k_norm = ones("H", (h,), cfg), ones("H", (h,), cfg)
+        if cfg.qk_norm == "projection":
+            self.q_norm, self.k_norm = ones("NH", (n, h), cfg), ones("KH", (k, h), cfg)
+        self.cfg = cfg
 
     def __call__(
         self, x_BTD: jax.Array, position: jax.Array | int = 0, cache: KVCache | None = None
@@ -75,7 +117,7 @@ class Attention(nnx.Module):
         """Attend from T positions to all before them.
 
         Args:
-            x_BTD: Normalised residual stream.
+            x_BTD: Residual stream, normalised where the config says before.
             position: Position of the first of the T tokens in its sequence.
             cache: Keys and values so far; None when the T positions are the whole sequence.
 
@@ -87,8 +129,11 @@ class Attention(nnx.Module):
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q[...])
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k[...])
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_v[...])
-        q_BTNH = rope(q_BTNH, position_T, self.rope_theta)
-        k_BTKH = rope(k_BTKH, position_T, self.rope_theta)
+        if self.cfg.qk_norm != "none":
+            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.cfg.norm_eps)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.cfg.norm_eps)
+        q_BTNH = rope(q_BTNH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
+        k_BTKH = rope(k_BTKH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
         if cache is None:
             y_BTNH = _causal_attention(q_BTNH, k_BTKH, v_BTKH)
         else:
@@ -128,11 +173,10 @@ class FeedForward(nnx.Module):
 
     def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
         d, f = cfg.d_model, cfg.d_ff
-        normal = jax.random.normal
         residual = f**-0.5 * (2 * cfg.n_layers) ** -0.5
-        self.w_gate = nnx.Param(normal(rngs.params(), (d, f)) * d**-0.5, dims="DF")
-        self.w_up = nnx.Param(normal(rngs.params(), (d, f)) * d**-0.5, dims="DF")
-        self.w_down = nnx.Param(normal(rngs.params(), (f, d)) * residual, dims="FD")
+        self.w_gate = normal(rngs, "DF", (d, f), d**-0.5, cfg)
+        self.w_up = normal(rngs, "DF", (d, f), d**-0.5, cfg)
+        self.w_down = normal(rngs, "FD", (f, d), residual, cfg)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Return the block's output, shape BTD."""
