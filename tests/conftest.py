@@ -14,7 +14,8 @@ INTERFACE_FIELDS = {
     "version": "1.0.0",
     "backbone": "sha256:" + "a" * 64,
     "trunk": "sha256:" + "b" * 64,
-    "tokenizer": "sha256:" + "c" * 64,
+    # That of the tokenizer for bytes.
+    "tokenizer": "sha256:c58ffe3dd3a75536ffa0e1ebd67098c8c0bafd9cf9c2dd6351beef06cefa0735",
     "class_map": "sha256:" + "d" * 64,
     "anchor": "sha256:" + "e" * 64,
     "vocab_size": 256,
@@ -160,6 +161,27 @@ class Tiny:
         """Return `length` characters of random words."""
         rng = np.random.default_rng(seed)
         return " ".join(rng.choice(words.split(), length))[:length]
+
+
+@pytest.fixture(scope="session")
+def subwords():
+    """Return a byte-level BPE tokenizer of 600 tokens, trained on a few words here and now."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from composable.model.subwords import SubwordTokenizer
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(
+        [f"{PUBLIC_WORDS} {PRIVATE_WORDS} quick brown foxes, naïve Füße"] * 3, trainer
+    )
+    return SubwordTokenizer(bpe.to_str(), begin="<|begin|>", ends=["<|end|>"])
 
 
 PUBLIC_WORDS = "the of and to in is that for it as was with be by on not he his but at are this"

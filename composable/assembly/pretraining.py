@@ -23,7 +23,6 @@ from composable.assembly.backbones import load_backbone, save_backbone
 from composable.interface import RouterInterface
 from composable.model.backbone import Backbone
 from composable.model.config import tiny_bytes
-from composable.model.model import Model
 from composable.model.tokenizer import ByteTokenizer
 from composable.parallel import start_processes
 from composable.training.data import batches, token_stream
@@ -123,7 +122,7 @@ def pack(
     # Written twice: the card holds what the packed, rounded weights score.
     interface = save_backbone(out, backbone, texts=write, **save)
     release = load_backbone(str(out))
-    model = Model(release.backbone, release.interface)
+    model = release.plug()
     texts = [doc.text.encode() for doc in measured]
     score = score_documents(path_scorer(model), texts, context=model.context)
     card = {

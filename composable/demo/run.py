@@ -274,7 +274,7 @@ def _install(
         "  resolved, locked and installed "
         + ", ".join(f"{expert.name} {expert.version}" for expert in lock.experts)
     )
-    model = Model(release.backbone, release.interface, plugged, capacity=CAPACITY)
+    model = release.plug(plugged, CAPACITY)
     return model, plugged, project
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from composable.errors import ModelError, TextError
+from composable.errors import InterfaceError, ModelError, TextError
 from composable.interface import RouterInterface
 from composable.model import bank as banks
 from composable.model import composed
@@ -22,7 +22,7 @@ from composable.model.body import Body, SlotMatrices
 from composable.model.composed import Parts
 from composable.model.decoding import Mode, continue_tokens
 from composable.model.scout import Scout
-from composable.model.tokenizer import ByteTokenizer
+from composable.model.tokenizer import ByteTokenizer, Tokenizer
 
 BACKBONE = "backbone"
 
@@ -54,9 +54,11 @@ class Model:
         experts: What to plug in, in any order.
         capacity: Entries of the bank, the backbone's included; by default the next power of two.
             Installing within it compiles nothing.
+        tokenizer: The backbone's tokenizer; the one for bytes by default.
 
     Raises:
         ModelError: If two experts have one name.
+        InterfaceError: If the tokenizer is not the interface's.
     """
 
     def __init__(
@@ -66,27 +68,36 @@ class Model:
         experts: Sequence[Pluggable] = (),
         *,
         capacity: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
+        if self.tokenizer.digest != interface.tokenizer:
+            raise InterfaceError(
+                f"the tokenizer given has digest {self.tokenizer.digest}, "
+                f"expected {interface.tokenizer}",
+                where="interface.tokenizer",
+                hint="a backbone package brings its own: tokenizer=release.tokenizer",
+            )
         needed = len(experts) + 1
         capacity = max(capacity or 1, _power_of_two(needed))
         bank = banks.empty_bank(backbone, interface, capacity)
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
         self.names: tuple[str | None, ...] = (BACKBONE,) + (None,) * (capacity - 1)
-        self.tokenizer = ByteTokenizer()
         for expert in sorted(experts, key=lambda expert: expert.name):
             self.install(expert)
 
-    def tree_flatten(self) -> tuple[tuple[Parts], tuple[str | None, ...]]:
-        """Split into arrays and names, for jax."""
-        return (self.parts,), self.names
+    def tree_flatten(self) -> tuple[tuple[Parts], tuple[tuple[str | None, ...], Tokenizer]]:
+        """Split into arrays, and names and tokenizer, for jax."""
+        return (self.parts,), (self.names, self.tokenizer)
 
     @classmethod
-    def tree_unflatten(cls, names: tuple[str | None, ...], children: tuple[Parts]) -> Model:
-        """Rebuild from arrays and names, for jax."""
+    def tree_unflatten(
+        cls, static: tuple[tuple[str | None, ...], Tokenizer], children: tuple[Parts]
+    ) -> Model:
+        """Rebuild from what `tree_flatten` returned, for jax."""
         model = object.__new__(cls)
         (model.parts,) = children
-        model.names = names
-        model.tokenizer = ByteTokenizer()
+        model.names, model.tokenizer = static
         return model
 
     @property
@@ -182,9 +193,7 @@ class Model:
         mode: Mode = "mix",
     ) -> Iterator[str]:
         """Yield the continuation of a prompt piece by piece; arguments as for `generate`."""
-        import codecs
-
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = self.tokenizer.stream()
         tokens = continue_tokens(
             self.parts,
             self.encode(prompt),
@@ -194,9 +203,9 @@ class Model:
             mode=mode,
         )
         for token in tokens:
-            if piece := decoder.decode(bytes([token])):
+            if piece := text.push(token):
                 yield piece
-        if piece := decoder.decode(b"", final=True):
+        if piece := text.finish():
             yield piece
 
     def _index(self, name: str, experts_only: bool = False) -> int:
