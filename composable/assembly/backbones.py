@@ -133,62 +133,50 @@ def save_backbone(
     """
     tensors = to_tensors(backbone, "BF16")
     write_tensors(folder / WEIGHTS_FILE, tensors)
-    return describe_backbone(
+    tokenizer = tokenizer or ByteTokenizer()
+    interface = make_interface(
+        tensors, backbone.cfg, tokenizer, name=name, version=version, anchor=anchor, router=router
+    )
+    describe_backbone(
         folder,
-        tensors,
+        interface,
         backbone.cfg,
-        tokenizer=tokenizer or ByteTokenizer(),
-        name=name,
-        version=version,
+        tokenizer,
         anchor=anchor,
-        router=router,
         texts=texts,
         description=description,
         license_=license_,
     )
+    return interface
 
 
-def describe_backbone(
-    folder: Path,
+def make_interface(
     tensors: Mapping[str, np.ndarray],
     cfg: BackboneConfig,
-    *,
     tokenizer: Tokenizer,
+    *,
     name: str,
     version: str,
     anchor: Sequence[Document],
     router: Mapping[str, Any],
-    texts: Mapping[str, str],
-    description: str,
-    license_: str,
 ) -> RouterInterface:
-    """Write the files of a backbone package around the weights that are there.
+    """Return the interface of a backbone.
 
     Args:
-        folder: The package, with its weights.
-        tensors: These weights; each is asked for twice, one at a time.
+        tensors: Its weights; each is asked for twice, one at a time.
         cfg: Architecture.
         tokenizer: Its tokenizer.
-        name: As for `save_backbone`, and so for the rest.
-        version: See there.
-        anchor: See there.
-        router: See there.
-        texts: See there.
-        description: See there.
-        license_: See there.
-
-    Returns:
-        The interface that the package publishes.
+        name: Name of package and interface.
+        version: Semantic version of both.
+        anchor: Public text for vetting.
+        router: Settings of the router, as for `save_backbone`.
     """
-    anchor_text = "".join(
-        json.dumps({"id": doc.id, "text": doc.text}, ensure_ascii=False) + "\n" for doc in anchor
-    )
-    interface = RouterInterface(
+    return RouterInterface(
         name=name,
         version=version,
         **digests(tensors, cfg),
         tokenizer=tokenizer.digest,
-        anchor=digest_bytes(anchor_text.encode()),
+        anchor=digest_bytes(_anchor_text(anchor).encode()),
         vocab_size=cfg.vocab_size,
         n_classes=int(tensors["scout.b_out"].shape[0]),
         d_model=cfg.d_model,
@@ -197,10 +185,35 @@ def describe_backbone(
         slots=cfg.slots,
         **router,
     )
+
+
+def describe_backbone(
+    folder: Path,
+    interface: RouterInterface,
+    cfg: BackboneConfig,
+    tokenizer: Tokenizer,
+    *,
+    anchor: Sequence[Document],
+    texts: Mapping[str, str],
+    description: str,
+    license_: str,
+) -> None:
+    """Write the files of a backbone package around the weights that are there.
+
+    Args:
+        folder: The package, with its weights.
+        interface: The contract of these weights.
+        cfg: Architecture.
+        tokenizer: The tokenizer.
+        anchor: Public text for vetting.
+        texts: Further files by name, such as the card and README.
+        description: One line for the manifest.
+        license_: SPDX expression.
+    """
     contents = {
         CONFIG_FILE: json.dumps(cfg.to_dict(), indent=2) + "\n",
         INTERFACE_FILE: interface.to_json(),
-        ANCHOR_FILE: anchor_text,
+        ANCHOR_FILE: _anchor_text(anchor),
         **texts,
     }
     if isinstance(tokenizer, SubwordTokenizer):
@@ -208,14 +221,18 @@ def describe_backbone(
     for file, text in contents.items():
         atomic.write_text(folder / file, text)
     package = BackbonePackage(
-        name=name,
-        version=Version(version),
+        name=interface.name,
+        version=Version(interface.version),
         description=description,
         license=license_,
         files=tuple(_describe(folder / file) for file in sorted([*contents, WEIGHTS_FILE])),
     )
     atomic.write_text(folder / BACKBONE_FILE, package.to_toml())
-    return interface
+
+
+def _anchor_text(anchor: Sequence[Document]) -> str:
+    lines = ({"id": doc.id, "text": doc.text} for doc in anchor)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def digests(tensors: Mapping[str, np.ndarray], cfg: BackboneConfig) -> dict[str, Any]:

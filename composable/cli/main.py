@@ -50,6 +50,9 @@ COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "yank": ("contribute", "Withdraw a release from new resolutions."),
         "unyank": ("contribute", "Take back a yank."),
     },
+    "Backbones": {
+        "backbone": ("backbone", "Take over other people's backbones."),
+    },
     "Store": {
         "verify": ("storage", "Read every stored and installed file and find damage."),
         "cache": ("storage", "Look into the store, which all projects share."),

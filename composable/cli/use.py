@@ -30,6 +30,9 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Where --experts come from; by default the project's."),
     ] = None,
+    is_alone: Annotated[
+        bool, typer.Option("--alone", help="The backbone alone; no project is needed.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make.")] = 100,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 always takes the likeliest token.")
@@ -42,7 +45,7 @@ def generate(
     """Continue a text."""
     from composable.assembly.project import load
 
-    model = load(backbone, experts, registry=registry)
+    model = load(backbone, [] if is_alone else experts, registry=registry)
     for piece in model.stream(
         prompt,
         max_tokens,

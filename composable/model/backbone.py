@@ -41,7 +41,12 @@ class Backbone(nnx.Module):
     """
 
     def __init__(
-        self, cfg: BackboneConfig, class_map_V: jax.Array, n_classes: int, *, rngs: nnx.Rngs
+        self,
+        cfg: BackboneConfig,
+        class_map_V: jax.typing.ArrayLike,
+        n_classes: int,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         self.cfg = cfg
         shape, scale = (cfg.vocab_size, cfg.d_model), cfg.d_model**-0.5
