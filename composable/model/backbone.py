@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from composable.model.config import BackboneConfig
-from composable.model.layers import Attention, FeedForward, KVCache, normal, ones, rms_norm
+from composable.model.layers import (
+    CACHE_BLOCK,
+    Attention,
+    FeedForward,
+    KVCache,
+    normal,
+    ones,
+    rms_norm,
+)
 from composable.model.scout import Scout
 
 # (layer index, input BTD) -> output BTD.
@@ -148,7 +156,9 @@ class Backbone(nnx.Module):
         return x_BTD, written
 
     def empty_caches(self, batch: int, length: int, layers: Sequence[int]) -> list[KVCache]:
-        """Return zeroed caches of `length` positions for the given layers."""
-        shape = (batch, length, self.cfg.n_kv_heads, self.cfg.d_head)
+        """Return zeroed caches for the given layers, of at least `length` positions."""
+        if length > CACHE_BLOCK:
+            length = -(-length // CACHE_BLOCK) * CACHE_BLOCK
+        shape = (batch, self.cfg.n_kv_heads, length, self.cfg.d_head)
         dtype = self.embed[...].dtype
         return [KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers]

@@ -20,11 +20,18 @@ from composable.model.config import DTYPE_NAMES, BackboneConfig, RopeScaling
 _QUERY_BLOCK: Final = 128
 
 
-class KVCache(NamedTuple):
-    """Keys and values of one layer for S positions, of which the first `length` are filled."""
+# Cached keys are read in blocks of so many positions, and only as far as they are filled.
+CACHE_BLOCK: Final = 128
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer for S positions, of which the first ones are filled.
+
+    Head before position: so the positions of a head lie side by side, as attention reads them.
+    """
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
 
 
 def normal(
@@ -126,9 +133,9 @@ class Attention(nnx.Module):
         """
         n_tokens = x_BTD.shape[1]
         position_T = position + jnp.arange(n_tokens)
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q[...])
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k[...])
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_v[...])
+        q_BTNH = _project(x_BTD, self.w_q[...], "BTD,DNH->BTNH")
+        k_BTKH = _project(x_BTD, self.w_k[...], "BTD,DKH->BTKH")
+        v_BTKH = _project(x_BTD, self.w_v[...], "BTD,DKH->BTKH")
         if self.cfg.qk_norm != "none":
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.cfg.norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.cfg.norm_eps)
@@ -137,16 +144,79 @@ class Attention(nnx.Module):
         if cache is None:
             y_BTNH = _causal_attention(q_BTNH, k_BTKH, v_BTKH)
         else:
-            at = (0, position, 0, 0)
+            at = (0, 0, position, 0)
             cache = KVCache(
-                jax.lax.dynamic_update_slice(cache.k_BSKH, k_BTKH, at),
-                jax.lax.dynamic_update_slice(cache.v_BSKH, v_BTKH, at),
+                jax.lax.dynamic_update_slice(cache.k_BKSH, k_BTKH.swapaxes(1, 2), at),
+                jax.lax.dynamic_update_slice(cache.v_BKSH, v_BTKH.swapaxes(1, 2), at),
             )
-            mask_TS = jnp.arange(cache.k_BSKH.shape[1]) <= position_T[:, None]
-            y_BTNH = jax.nn.dot_product_attention(
-                q_BTNH, cache.k_BSKH, cache.v_BSKH, mask=mask_TS[None, None]
-            )
-        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.w_o[...]), cache
+            y_BTNH = _cached_attention(q_BTNH, cache, position_T)
+        return _project(y_BTNH, self.w_o[...], "BTNH,NHD->BTD"), cache
+
+
+def _project(x: jax.Array, w: jax.Array, axes: str) -> jax.Array:
+    """Return the einsum of `x` and `w`; one token at a time, as a product of matrices.
+
+    XLA's CPU backend runs an einsum over three axes five times slower when there is one token.
+    """
+    if x.shape[1] > 1:
+        return jnp.einsum(axes, x, w)
+    contracted = x.ndim - 2
+    rows = math.prod(w.shape[:contracted])
+    y = x.reshape(x.shape[0], rows) @ w.reshape(rows, -1)
+    return y.reshape(*x.shape[:2], *w.shape[contracted:])
+
+
+def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) -> jax.Array:
+    """Attend to what the cache holds up to each position, block by block.
+
+    The number of blocks is known only at run time, so one program serves every length, and a long
+    cache costs no time until it is filled. Softmax is taken on the way: what was added up so far is
+    rescaled when a larger score comes.
+
+    References:
+        Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3 (online softmax).
+    """
+    batch, n_tokens, n_heads, width = q_BTNH.shape
+    n_kv = cache.k_BKSH.shape[1]
+    block = min(CACHE_BLOCK, cache.k_BKSH.shape[2])
+    rows = n_heads // n_kv * n_tokens
+    # Query heads that share a key head, and the tokens, are the rows of one product per key head.
+    q_BTKGH = (q_BTNH * width**-0.5).reshape(batch, n_tokens, n_kv, -1, width)
+    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, n_kv, rows, width)
+    position_R1 = jnp.tile(position_T, n_heads // n_kv)[:, None]
+
+    def add_block(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest_BKR1, total_BKR1, y_BKRH = sums
+        k_BKSH, v_BKSH = (jax.lax.dynamic_slice_in_dim(x, i * block, block, 2) for x in cache)
+        score_BKRS = jnp.einsum(
+            "BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32
+        )
+        is_before_RS = i * block + jnp.arange(block) <= position_R1
+        score_BKRS = jnp.where(is_before_RS, score_BKRS, -jnp.inf)
+        new_BKR1 = jnp.maximum(largest_BKR1, score_BKRS.max(-1, keepdims=True))
+        weight_BKRS = jnp.exp(score_BKRS - new_BKR1)
+        shrink_BKR1 = jnp.exp(largest_BKR1 - new_BKR1)
+        total_BKR1 = shrink_BKR1 * total_BKR1 + weight_BKRS.sum(-1, keepdims=True)
+        part_BKRH = jnp.einsum(
+            "BKRS,BKSH->BKRH",
+            weight_BKRS.astype(v_BKSH.dtype),
+            v_BKSH,
+            preferred_element_type=jnp.float32,
+        )
+        return new_BKR1, total_BKR1, shrink_BKR1 * y_BKRH + part_BKRH
+
+    # Every row sees position 0, in the first block, so no largest score stays at minus infinity.
+    shape = (batch, n_kv, rows)
+    sums = (
+        jnp.full((*shape, 1), -jnp.inf, jnp.float32),
+        jnp.zeros((*shape, 1), jnp.float32),
+        jnp.zeros((*shape, width), jnp.float32),
+    )
+    n_blocks = position_T[-1] // block + 1
+    _, total_BKR1, y_BKRH = jax.lax.fori_loop(0, n_blocks, add_block, sums)
+    y_BKGTH = (y_BKRH / total_BKR1).reshape(batch, n_kv, -1, n_tokens, width)
+    y_BTNH = y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    return y_BTNH.astype(q_BTNH.dtype)
 
 
 def _causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
