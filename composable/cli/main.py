@@ -20,7 +20,8 @@ from composable.errors import ComposableError
 # Panel -> command -> the file that holds it, and the first line of its docstring.
 COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Use": {
-        "generate": ("use", "Continue a text."),
+        "generate": ("use", "Continue a text, or every text of a file."),
+        "chat": ("use", "Talk with a model; an empty line or the end of input ends it."),
         "demo": ("use", "Run the main job from start to finish and report on it."),
     },
     "Project": {

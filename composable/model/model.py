@@ -20,8 +20,9 @@ from composable.model import composed
 from composable.model.backbone import Backbone
 from composable.model.body import Body, SlotMatrices
 from composable.model.composed import Parts
-from composable.model.decoding import Mode, continue_tokens
+from composable.model.decoding import Mode, Sampling, continue_tokens
 from composable.model.scout import Scout
+from composable.model.text import Conversation, Piece, stop_before, to_pieces
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
 
 BACKBONE = "backbone"
@@ -189,24 +190,38 @@ class Model:
         max_tokens: int = 100,
         *,
         temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
         seed: int = 0,
         mode: Mode = "mix",
-    ) -> Iterator[str]:
-        """Yield the continuation of a prompt piece by piece; arguments as for `generate`."""
-        text = self.tokenizer.stream()
-        tokens = continue_tokens(
+    ) -> Iterator[Piece]:
+        """Yield the continuation of a prompt piece by piece, with the weights behind each.
+
+        Arguments as for `generate`; entry e of the weights belongs to `names[e]`.
+        """
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        drawn = continue_tokens(
             self.parts,
+            self.tokenizer,
             self.encode(prompt),
             max_tokens,
-            temperature=temperature,
-            seed=seed,
+            sampling=sampling,
             mode=mode,
         )
-        for token in tokens:
-            if piece := text.push(token):
-                yield piece
-        if piece := text.finish():
-            yield piece
+        return stop_before(to_pieces(drawn, self.tokenizer), stop)
+
+    def converse(
+        self,
+        system: str = "",
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        mode: Mode = "mix",
+    ) -> Conversation:
+        """Return a fresh conversation with the model; arguments as for `generate`."""
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        return Conversation(self.parts, self.tokenizer, system=system, sampling=sampling, mode=mode)
 
     def _index(self, name: str, experts_only: bool = False) -> int:
         if name not in self.names or (experts_only and name == BACKBONE):
@@ -237,6 +252,8 @@ def generate(
     max_tokens: int = 100,
     *,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     mode: Mode = "mix",
 ) -> str:
@@ -245,16 +262,27 @@ def generate(
     Args:
         model: The model.
         prompt: Text to continue, not empty.
-        max_tokens: Tokens to make.
+        max_tokens: Tokens to make, at most.
         temperature: Softmax temperature; 0 always takes the likeliest token.
+        top_p: Only the likeliest tokens that together have this probability are drawn from.
+        stop: Strings before which the text ends.
         seed: Seed of the draws.
         mode: "mix" or "safe".
 
     Raises:
         TextError: If the prompt is empty, or does not fit the context with what is asked for.
+        ModelError: For a setting out of its range.
     """
-    pieces = model.stream(prompt, max_tokens, temperature=temperature, seed=seed, mode=mode)
-    return "".join(pieces)
+    pieces = model.stream(
+        prompt,
+        max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop=stop,
+        seed=seed,
+        mode=mode,
+    )
+    return "".join(piece.text for piece in pieces)
 
 
 @jax.jit

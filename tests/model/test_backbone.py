@@ -8,9 +8,8 @@ from flax import nnx
 
 from composable.errors import ModelError
 from composable.model.backbone import Backbone
-from composable.model.composed import mix_state
+from composable.model.composed import mix, mix_state
 from composable.model.config import BackboneConfig, RopeScaling, tiny_bytes
-from composable.model.decoding import _advance
 from composable.model.layers import _stretch
 from composable.model.model import Model
 
@@ -26,8 +25,9 @@ VARIANTS = {
     "bfloat16": {"dtype": "BF16"},
     "all": {"norm_placement": "after", "qk_norm": "projection", "is_tied": False, "d_head": 6},
 }
-# Sums of 32 products of bfloat16 (8 bits) against the same in another order; logits are of order 1.
-ROUNDING = {"F32": 1e-5, "BF16": 5e-2}
+# The same sums in another order. In bfloat16 (8 bits) logits up to 4 come in steps of 1/64, and
+# every one of three layers has rounded a few times before.
+ROUNDING = {"F32": 1e-5, "BF16": 1e-1}
 
 
 def make_variant(tiny, **changes):
@@ -46,9 +46,10 @@ def test_every_variant_is_causal_and_decodes_what_a_full_pass_gives(tiny, change
     np.testing.assert_array_equal(logits_BTV[:, :9], changed_BTV[:, :9])
     assert (logits_BTV[:, 9:] != changed_BTV[:, 9:]).any()
 
+    step = jax.jit(mix)
     state, decoded = mix_state(model.parts, 1, 16), []
     for token in tokens_BT[0]:
-        out_BTV, state = _advance(model.parts, jnp.full((1, 1), token), state, mode="mix")
+        out_BTV, state = step(model.parts, jnp.full((1, 1), token), state)
         decoded.append(np.asarray(out_BTV))
     atol = ROUNDING[backbone.cfg.dtype]
     np.testing.assert_allclose(np.concatenate(decoded, 1), logits_BTV, atol=atol)
