@@ -156,9 +156,7 @@ def import_backbone(
     round_trips = check_round_trips(tokenizer, [doc.text for doc in anchor])
     sources = {file.name: _digest_file(file) for file in source.files}
 
-    classes_V = hash_classes(cfg.vocab_size)
-    blank = Scout(cfg.d_model, cfg.scout_width, min(MAX_CLASSES, cfg.vocab_size), rngs=nnx.Rngs(0))
-    backbone = _load(checkpoint, cfg, blank, classes_V)
+    backbone = load_checkpoint(checkpoint, plan.compute_dtype)
     rows_RT = cut_rows(token_stream(train, tokenizer), min(_WINDOW, cfg.context), plan.scout_tokens)
     identity = json.dumps([sources, plan.compute_dtype, plan.dtype])
     features = compute_features(
@@ -169,7 +167,7 @@ def import_backbone(
         partial(show, "features"),
     )
     fitted = train_scout(
-        blank,
+        backbone.scout,
         features,
         steps=plan.scout_steps,
         progress=lambda step, steps, _: show("scout", step, steps),
@@ -178,12 +176,11 @@ def import_backbone(
     show("bounds", 0, len(anchor))
     bounds = output_bounds(backbone, anchor, tokenizer)
     show("bounds", len(anchor), len(anchor))
-    del backbone
-
     extra = {
-        "class_map": classes_V,
+        "class_map": np.asarray(backbone.class_map[...]),
         **{f"scout.{name}": array for name, array in to_tensors(fitted.scout, "F32").items()},
     }
+    del backbone  # from here on tensors are read one at a time again
     write_weights(out, checkpoint, extra, partial(show, "weights"))
     tensors = ChainMap(extra, checkpoint)  # type: ignore[arg-type]
     interface = make_interface(
@@ -257,6 +254,28 @@ def read_public_text(
         make_texts(load_recipe(shipped_folder("tiny-bytes")), folder)
     train, heldout = (read_documents([folder / f"{part}.jsonl"]) for part in ("train", "heldout"))
     return train, heldout
+
+
+def load_checkpoint(checkpoint: Checkpoint, compute_dtype: str = "F32") -> Backbone:
+    """Return a checkpoint as a model in memory, with its class map and an untrained scout.
+
+    Args:
+        checkpoint: The checkpoint.
+        compute_dtype: What its weights are computed in.
+    """
+    cfg = dataclasses.replace(checkpoint.cfg, dtype=compute_dtype)
+    classes_V = hash_classes(cfg.vocab_size)
+    n_classes = min(MAX_CLASSES, cfg.vocab_size)
+    scout = Scout(cfg.d_model, cfg.scout_width, n_classes, rngs=nnx.Rngs(0))
+    extra = {
+        "class_map": classes_V,
+        **{f"scout.{name}": array for name, array in to_tensors(scout, "F32").items()},
+    }
+
+    def make() -> Backbone:
+        return Backbone(cfg, classes_V, n_classes, rngs=nnx.Rngs(0))
+
+    return from_tensors(make, ChainMap(extra, checkpoint))  # type: ignore[arg-type]
 
 
 def make_tokenizer(source: Source, begin: str | None = None) -> SubwordTokenizer:
@@ -382,22 +401,6 @@ def write_weights(
 
 def _cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("composable", appauthor=False))
-
-
-def _load(
-    checkpoint: Checkpoint, cfg: BackboneConfig, scout: Scout, classes_V: np.ndarray
-) -> Backbone:
-    """Return the checkpoint as a model, with a scout that may be untrained."""
-    n_classes = int(scout.b_out[...].shape[0])
-    extra = {
-        "class_map": classes_V,
-        **{f"scout.{name}": array for name, array in to_tensors(scout, "F32").items()},
-    }
-
-    def make() -> Backbone:
-        return Backbone(cfg, classes_V, n_classes, rngs=nnx.Rngs(0))
-
-    return from_tensors(make, ChainMap(extra, checkpoint))  # type: ignore[arg-type]
 
 
 def _measure(

@@ -113,7 +113,9 @@ IGNORED: Final = frozenset(
     {
         *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype"),
         *("use_cache", "initializer_range", "attention_dropout", "_name_or_path"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+        *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type"),
         *("rope_theta", "rope_scaling", "rope_parameters"),  # `_read_rope` reads these
     }
 )
