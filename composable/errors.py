@@ -8,9 +8,12 @@
     │   ├── ManifestError         a bad expert.toml, backbone.toml or composable.toml
     │   ├── LockError             a bad or stale composable.lock
     │   ├── RegistryError         a registry that cannot answer, or refuses
+    │   │   └── UnreachableError  one that cannot be reached, or broke off: trying again may help
     │   ├── UnknownExpertError    no such package in any registry
     │   ├── ResolutionError       no set of versions satisfies the requirements
     │   ├── IntegrityError        bytes that are not what was promised
+    │   │   └── MissingBlobError  a file that the store should hold and does not
+    │   ├── DiskError             a disk that is full, read only or failing
     │   └── TensorFileError       a safetensors file that must not be loaded
     ├── ModelError                arrays that the model cannot take
     ├── InteropError              other people's files that cannot be taken over as they are
@@ -78,6 +81,10 @@ class RegistryError(PackagingError):
     """A registry that cannot answer, or that refuses what it was sent."""
 
 
+class UnreachableError(RegistryError):
+    """A registry that cannot be reached, or whose answer broke off; trying again may help."""
+
+
 class UnknownExpertError(PackagingError):
     """A name that no registry of the project knows."""
 
@@ -88,6 +95,14 @@ class ResolutionError(PackagingError):
 
 class IntegrityError(PackagingError):
     """Bytes whose size or digest is not the one promised."""
+
+
+class MissingBlobError(IntegrityError):
+    """A file that the store should hold and does not, or no longer."""
+
+
+class DiskError(PackagingError):
+    """A file system that does not take what is written: full, read only, forbidden or failing."""
 
 
 class TensorFileError(PackagingError):

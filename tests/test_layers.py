@@ -35,6 +35,7 @@ ALLOWED = {
 WRITERS = {
     "demo.report": "a page and figures that the next run makes again",
     "demo.run": "plays people at their keyboards, who edit manifests with an editor",
+    "packaging.bundle": "a tar file, into a sink of packaging.atomic",
     "training.documents": "training text that the next run writes again, alike to the byte",
 }
 # Files that jax must never reach: what starts fast, and what packaging needs.

@@ -24,7 +24,7 @@ from composable.interface import body_signature, digest_bytes, scout_signature
 from composable.packaging import atomic
 from composable.packaging.manifest import BODY_FILE, Manifest
 from composable.packaging.packing import fit_interface
-from composable.packaging.registry import FolderRegistry
+from composable.packaging.registry import Registry
 from composable.training.data import batches, token_stream
 from composable.training.documents import (
     Document,
@@ -208,7 +208,7 @@ def check_expert(
     return verdict
 
 
-def publish_expert(release: BackboneRelease, folder: Path, registry: FolderRegistry) -> Manifest:
+def publish_expert(release: BackboneRelease, folder: Path, registry: Registry) -> Manifest:
     """Publish a vetted expert.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,14 +34,14 @@ def load(
 
     Without `experts`, what the project around the working directory has installed. With them, the
     newest releases that fit together, from `registry`, or else the project's registries, or else
-    the folder in COMPOSABLE_REGISTRY; they are installed once and found again the next time.
+    the one in COMPOSABLE_REGISTRY; they are installed once and found again the next time.
 
     Args:
         backbone: Name of a backbone that ships with composable, or the folder of one; by default
             the project's.
         experts: Requirements such as "python-code>=1.0" or "set-mm"; none at all is the backbone
             alone.
-        registry: A folder of packages.
+        registry: Where to take them from: a folder, an export, or a URL.
         capacity: Entries of the bank; see `Model`.
 
     Returns:
@@ -96,36 +97,35 @@ def _install(
     release: BackboneRelease, wanted: Sequence[Requirement], registry: str | Path | None
 ) -> Environment:
     """Resolve and install requirements into an environment of their own, in the user's cache."""
-    registries, default, bindings = _registries(registry)
-    experts = {
-        requirement.name: Wanted(
-            constraint=requirement.constraint, registry=bindings.get(requirement.name)
+    shop = _find_shop(registry)
+    experts = {}
+    for requirement in wanted:
+        known = shop.experts.get(requirement.name, Wanted())
+        experts[requirement.name] = dataclasses.replace(
+            known,
+            constraint=requirement.constraint,
+            extras=requirement.extras or known.extras,
         )
-        for requirement in wanted
-    }
     identity = {
         "interface": release.interface.digest,
-        "experts": {name: str(want.constraint) for name, want in experts.items()},
-        "registries": registries,
+        "experts": {name: dataclasses.astuple(want)[1:] for name, want in experts.items()},
+        "ranges": {name: str(want.constraint) for name, want in experts.items()},
+        "registries": dict(shop.registries),
     }
     key = digest_bytes(canonical_json(identity)).removeprefix("sha256:")[:16]
     cache = Path(platformdirs.user_cache_dir("composable", appauthor=False))
-    project = Project(
+    project = dataclasses.replace(
+        shop,
         root=cache / "environments" / key,
         backbone=str(release.folder),
-        registries=registries,
-        default_registry=default,
         experts=experts,
-        bindings=bindings,
     )
     lock = lock_project(project, release.interface, upgrade=True)
     return sync_project(project, lock, interface=release.interface)
 
 
-def _registries(
-    registry: str | Path | None,
-) -> tuple[dict[str, str], str | None, dict[str, str]]:
-    """Return where experts come from: locations by name, the default name, bindings by package."""
+def _find_shop(registry: str | Path | None) -> Project:
+    """Return where experts come from: as a project, every place in it independent of its folder."""
     location = registry or os.environ.get(REGISTRY_VARIABLE)
     if registry is None:
         try:
@@ -133,18 +133,23 @@ def _registries(
         except PackagingError:
             project = None
         if project is not None:
-            locations = {
-                name: place if ":" in place else str((project.root / place).resolve())
-                for name, place in project.registries.items()
+            experts = {
+                name: dataclasses.replace(want, path=str(project.folder_of(name)))
+                if want.path
+                else want
+                for name, want in project.experts.items()
             }
-            bindings = dict(project.bindings)
-            for name, want in project.experts.items():
-                if want.registry is not None:
-                    bindings[name] = want.registry
-            return locations, project.default_registry, bindings
+            places = {n: _anchor(place, project.root) for n, place in project.registries.items()}
+            return dataclasses.replace(project, registries=places, experts=experts)
     if location is None:
         raise PackagingError(
             "there is no registry to take experts from",
-            hint=f"give registry=FOLDER, set {REGISTRY_VARIABLE}, or work inside a project",
+            hint=f"give registry=LOCATION, set {REGISTRY_VARIABLE}, or work inside a project",
         )
-    return {"default": str(Path(location).resolve())}, "default", {}
+    places = {"default": _anchor(str(location), Path.cwd())}
+    return Project(root=Path.cwd(), backbone="", registries=places, default_registry="default")
+
+
+def _anchor(location: str, root: Path) -> str:
+    """Return a location that means the same everywhere."""
+    return location if "://" in location else str((root / Path(location).expanduser()).resolve())

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from composable.interface import RouterInterface
 from composable.packaging.manifest import Manifest
-from composable.packaging.registry import FolderRegistry, Progress
+from composable.packaging.registry import Registry
+from composable.packaging.storage import Progress
 from composable.vetting.card import require_passed
 
 
 def publish_vetted(
     folder: Path,
     interface: RouterInterface,
-    registry: FolderRegistry,
+    registry: Registry,
     *,
     progress: Progress | None = None,
 ) -> Manifest:

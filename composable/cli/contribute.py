@@ -29,11 +29,11 @@ Backbone = Annotated[
     str | None,
     typer.Option(metavar="NAME|DIR", help="The backbone; by default the one of expert.toml."),
 ]
-RegistryFolder = Annotated[
-    Path,
+RegistryLocation = Annotated[
+    str,
     typer.Option(
-        metavar="DIR",
-        help="Folder of the registry.",
+        metavar="LOCATION",
+        help="The registry: a folder or a bucket.",
         envvar="COMPOSABLE_REGISTRY",
         show_default=False,
     ),
@@ -152,7 +152,7 @@ def check(
 @app.command()
 def publish(
     folder: ExpertFolder,
-    registry: RegistryFolder,
+    registry: RegistryLocation,
     backbone: Backbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -164,12 +164,12 @@ def publish(
     from composable.assembly.publication import publish_vetted
     from composable.packaging.backbones import find_backbone, read_interface
     from composable.packaging.manifest import Manifest
-    from composable.packaging.registry import FolderRegistry
+    from composable.packaging.registry import open_for_publishing
 
     home = find_backbone(backbone or Manifest.read(folder).backbone)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
         manifest = publish_vetted(
-            folder, read_interface(home), FolderRegistry(registry), progress=progress
+            folder, read_interface(home), open_for_publishing(registry), progress=progress
         )
     show(
         f"published {manifest.name} {manifest.version} to {registry}",
@@ -177,7 +177,7 @@ def publish(
             "name": manifest.name,
             "version": str(manifest.version),
             "manifest": manifest.digest,
-            "registry": str(registry),
+            "registry": registry,
         },
         as_json=as_json,
         is_quiet=is_quiet,
@@ -186,28 +186,28 @@ def publish(
 
 @app.command()
 def yank(
-    release: Release, registry: RegistryFolder, as_json: Json = False, is_quiet: Quiet = False
+    release: Release, registry: RegistryLocation, as_json: Json = False, is_quiet: Quiet = False
 ) -> None:
     """Withdraw a release from new resolutions.
 
     Locks that have it keep working.
     """
     name, version = _read_release(release)
-    from composable.packaging.registry import FolderRegistry
+    from composable.packaging.registry import open_for_publishing
 
-    FolderRegistry(registry).yank(name, version)
+    open_for_publishing(registry).yank(name, version)
     show(f"yanked {name} {version}", {"yanked": release}, as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
 def unyank(
-    release: Release, registry: RegistryFolder, as_json: Json = False, is_quiet: Quiet = False
+    release: Release, registry: RegistryLocation, as_json: Json = False, is_quiet: Quiet = False
 ) -> None:
     """Take back a yank."""
     name, version = _read_release(release)
-    from composable.packaging.registry import FolderRegistry
+    from composable.packaging.registry import open_for_publishing
 
-    FolderRegistry(registry).unyank(name, version)
+    open_for_publishing(registry).unyank(name, version)
     show(f"unyanked {name} {version}", {"unyanked": release}, as_json=as_json, is_quiet=is_quiet)
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composable.cli.output import Json, format_bytes, format_table, show
+from composable.cli.output import (
+    Json,
+    Offline,
+    Quiet,
+    complete_names,
+    format_bytes,
+    format_table,
+    show,
+)
 from composable.cli.project import open_project
 
 if TYPE_CHECKING:
@@ -18,22 +26,22 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 
-Folder = Annotated[
+Location = Annotated[
     str | None,
     typer.Option(
-        "--registry", metavar="DIR", help="Look there instead of in the project's registries."
+        "--registry", metavar="LOCATION", help="Look there instead of in the project's registries."
     ),
 ]
 
 
 @app.command(name="list")
-def list_(as_json: Json = False) -> None:
+def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """List what is installed."""
     from composable.packaging.project import Project
 
     experts = Project.find().environment.lock.experts
     rows = [
-        (e.name, e.version, format_bytes(sum(file.size for file in e.files)), e.registry)
+        (e.name, e.version, format_bytes(sum(file.size for file in e.files)), e.origin)
         for e in experts
     ]
     data = [
@@ -42,15 +50,17 @@ def list_(as_json: Json = False) -> None:
             "version": str(e.version),
             "bytes": sum(file.size for file in e.files),
             "registry": e.registry,
+            "path": e.path,
+            "editable": e.is_editable,
         }
         for e in experts
     ]
-    text = format_table(("NAME", "VERSION", "SIZE", "REGISTRY"), rows)
-    show(text or "nothing is installed", data, as_json=as_json)
+    text = format_table(("NAME", "VERSION", "SIZE", "FROM"), rows)
+    show(text or "nothing is installed", data, as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
-def tree(as_json: Json = False) -> None:
+def tree(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Show what is locked as a tree."""
     from composable.packaging.lock import Lock
     from composable.packaging.project import Project
@@ -59,12 +69,16 @@ def tree(as_json: Json = False) -> None:
     project = Project.find()
     needs = grow_tree(project, Lock.read(project.root))
     text = "\n".join(_draw(needs)) or "nothing is locked"
-    show(text, [_to_data(need) for need in needs], as_json=as_json)
+    show(text, [_to_data(need) for need in needs], as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
 def why(
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)], as_json: Json = False
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", autocompletion=complete_names, show_default=False)
+    ],
+    as_json: Json = False,
+    is_quiet: Quiet = False,
 ) -> None:
     """Show who asks for an expert."""
     from composable.packaging.lock import Lock
@@ -86,33 +100,36 @@ def why(
         "\n".join(lines),
         {"name": name, "version": str(lock.versions[name]), "reasons": data},
         as_json=as_json,
+        is_quiet=is_quiet,
     )
 
 
 @app.command()
-def outdated(as_json: Json = False) -> None:
+def outdated(is_offline: Offline = False, as_json: Json = False, is_quiet: Quiet = False) -> None:
     """List experts of which there is a newer release."""
     from composable.packaging.lock import Lock
     from composable.packaging.survey import find_outdated
 
-    project, interface = open_project()
+    project, interface = open_project(is_offline)
     found = find_outdated(project, Lock.read(project.root), interface)
     rows = [(item.name, item.locked, item.allowed, item.newest) for item in found]
     data = [{key: str(value) for key, value in dataclasses.asdict(i).items()} for i in found]
     text = format_table(("NAME", "LOCKED", "ALLOWED", "NEWEST"), rows)
-    show(text or "everything is up to date", data, as_json=as_json)
+    show(text or "everything is up to date", data, as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
 def search(
     word: Annotated[str, typer.Argument(metavar="WORD", show_default=False)],
-    registry: Folder = None,
+    registry: Location = None,
+    is_offline: Offline = False,
     as_json: Json = False,
+    is_quiet: Quiet = False,
 ) -> None:
     """Search the registries by name, description and tags."""
     from composable.packaging.survey import search_experts
 
-    found = list(search_experts(_shop(registry), word))
+    found = list(search_experts(_shop(registry, is_offline), word))
     rows = [(r.name, r.version, name, r.description) for name, r in found]
     data = [
         {
@@ -121,27 +138,29 @@ def search(
             "registry": name,
             "description": r.description,
             "tags": list(r.tags),
-            "interface": f"{r.interface.name} {r.interface.requires}",
+            "interface": r.interface,
         }
         for name, r in found
     ]
     text = format_table(("NAME", "VERSION", "REGISTRY", "DESCRIPTION"), rows)
-    show(text or f"nothing found for {word!r}", data, as_json=as_json)
+    show(text or f"nothing found for {word!r}", data, as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
 def info(
     requirement: Annotated[str, typer.Argument(metavar="NAME[@V]", show_default=False)],
-    registry: Folder = None,
+    registry: Location = None,
+    is_offline: Offline = False,
     as_json: Json = False,
+    is_quiet: Quiet = False,
 ) -> None:
     """Show what a registry tells of an expert."""
     from composable.packaging.constraint import Requirement
     from composable.packaging.survey import describe_expert
 
-    details = describe_expert(_shop(registry), Requirement.parse(requirement))
+    details = describe_expert(_shop(registry, is_offline), Requirement.parse(requirement))
     facts = dict(_facts(details))
-    show(format_table((), facts.items()), _all_facts(details), as_json=as_json)
+    show(format_table((), facts.items()), _all_facts(details), as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
@@ -177,17 +196,18 @@ def resolve(
     show("", {"packages": chosen}, as_json=True)
 
 
-def _shop(registry: str | None) -> Project:
-    """Return the project, or one that knows nothing but a folder of packages."""
+def _shop(registry: str | None, is_offline: bool) -> Project:
+    """Return the project, or one that knows nothing but a registry."""
     from composable.packaging.project import Project
 
     if registry is None:
-        return Project.find()
+        return dataclasses.replace(Project.find(), is_offline=is_offline)
     return Project(
         root=Path.cwd(),
         backbone="",
         registries={"default": registry},
         default_registry="default",
+        is_offline=is_offline,
     )
 
 
@@ -231,6 +251,10 @@ def _facts(details: Details) -> Iterator[tuple[str, str]]:
         "domains": ", ".join(manifest.domains),
         "derives from": manifest.derives_from or "",
         "requires": requires,
+        "extras": "; ".join(
+            f"{extra}: {', '.join(f'{name} {range_}' for name, range_ in ranges.items())}"
+            for extra, ranges in manifest.extras.items()
+        ),
         "conflicts": conflicts,
         "data": manifest.training.data if manifest.training else "",
         "size": format_bytes(size),

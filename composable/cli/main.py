@@ -1,24 +1,16 @@
-"""`composable`: the table of commands, and what holds for all of them.
+"""`composable`: the table of commands, its help, and the way in.
 
-A command's file is imported when the command is asked for, so that `composable --help` costs what
-Typer costs. Errors that the library raises on purpose are printed here and exit with 1; errors of
-usage exit with 2; anything else is our bug and keeps its traceback.
+Nothing but that is imported here, for `composable --help` must answer at once; every other call
+goes to `app`, which imports the file that holds the command.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Annotated, Any, Final
-
-import typer
-from typer.core import TyperGroup
-from typer.main import get_command
-
-from composable.cli.output import show_error
-from composable.errors import ComposableError
+import os
+import sys
 
 # Panel -> command -> the file that holds it, and the first line of its docstring.
-COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
+COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Use": {
         "generate": ("use", "Continue a text, or every text of a file."),
         "chat": ("use", "Talk with a model; an empty line or the end of input ends it."),
@@ -33,6 +25,7 @@ COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "sync": ("project", "Install what is locked, locking first where that is needed."),
         "upgrade": ("project", "Lock the newest versions that fit, and sync."),
         "rollback": ("project", "Go back to what was installed before."),
+        "export": ("project", "Write all that is installed, to carry to an offline machine."),
     },
     "Look": {
         "list": ("look", "List what is installed."),
@@ -60,73 +53,38 @@ COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     },
 }
 
+_HEAD = """\
+Usage: composable [OPTIONS] COMMAND [ARGS]...
 
-class Commands(TyperGroup):
-    """The group of all commands, loaded one by one."""
+  Grow a pretrained model the way open source grows.
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of all commands, in the order of the table."""
-        return [name for panel in COMMANDS.values() for name in panel]
+  Experts that never met, plugged together.
 
-    def get_command(self, ctx: Any, name: str) -> Any:
-        """Import the file that holds a command and return the command; None for none."""
-        for panel in COMMANDS.values():
-            if name in panel:
-                home = importlib.import_module(f"composable.cli.{panel[name][0]}")
-                return get_command(home.app).commands[name]  # type: ignore[attr-defined]
-        return None
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands into the help, by panel and without importing any."""
-        width = max(map(len, self.list_commands(ctx)))
-        for panel, commands in COMMANDS.items():
-            with formatter.section(panel):
-                formatter.write_dl([(name.ljust(width), row[1]) for name, row in commands.items()])
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command; print a deliberate error and exit with 1."""
-        try:
-            return super().invoke(ctx)
-        except ComposableError as error:
-            show_error(error, ctx)
-            raise typer.Exit(1) from error
+Options:
+  -V, --version         Show the version.
+  --install-completion  Install completion for the current shell.
+  --show-completion     Show completion for the current shell, to copy it or
+                        customize the installation.
+  -h, --help            Show this message and exit.
+"""
 
 
-app = typer.Typer(
-    name="composable",
-    cls=Commands,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _show_version(value: bool) -> None:
-    if value:
-        from composable import __version__
-
-        print(f"composable {__version__}")
-        raise typer.Exit
-
-
-@app.callback(invoke_without_command=True)
-def composable(
-    ctx: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", "-V", callback=_show_version, is_eager=True, help="Show the version."
-        ),
-    ] = False,
-) -> None:
-    """Grow a pretrained model the way open source grows.
-
-    Experts that never met, plugged together.
-    """
-    if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+def format_help() -> str:
+    """Return the help of the command line as a whole: its options, and its commands by panel."""
+    width = max(len(name) for commands in COMMANDS.values() for name in commands)
+    panels = (
+        f"\n{panel}:\n"
+        + "".join(f"  {name.ljust(width)}  {text}\n" for name, (_, text) in commands.items())
+        for panel, commands in COMMANDS.items()
+    )
+    return _HEAD + "".join(panels)
 
 
 def run() -> None:
     """Run the command line."""
+    if sys.argv[1:] in ([], ["-h"], ["--help"]) and "_COMPOSABLE_COMPLETE" not in os.environ:
+        print(format_help(), end="")
+        return
+    from composable.cli.app import app
+
     app(prog_name="composable")

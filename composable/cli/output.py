@@ -24,7 +24,23 @@ Json = Annotated[
     typer.Option("--json", help="Print JSON, errors included.", callback=_note_json),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", help="Ask no network.", envvar="COMPOSABLE_OFFLINE"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")]
+
+
+def complete_names(incomplete: str) -> list[str]:
+    """Return the experts of the project around here that begin so, for the shell to offer."""
+    from composable.packaging.project import Project
+
+    try:
+        project = Project.find()
+        names = {*project.experts, *(project.lock.versions if project.lock else ())}
+    except ComposableError:
+        return []  # no project here, or none that can be read: there is nothing to offer
+    return sorted(name for name in names if name.startswith(incomplete))
 
 
 def show(text: str, data: Any, *, as_json: bool, is_quiet: bool = False) -> None:

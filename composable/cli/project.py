@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composable.cli import bars
-from composable.cli.output import DryRun, Json, Quiet, note, show
+from composable.cli.output import DryRun, Json, Offline, Quiet, complete_names, note, show
 
 if TYPE_CHECKING:
     from composable.interface import RouterInterface
@@ -22,21 +23,35 @@ app = typer.Typer(rich_markup_mode=None)
 Requirements = Annotated[
     list[str],
     typer.Argument(
-        metavar="REQ...", help="NAME, 'NAME>=1.2,<2' or NAME@1.2.0.", show_default=False
+        metavar="REQ...",
+        help="NAME, 'NAME>=1.2,<2', NAME@1.2.0, 'NAME[EXTRA]', or the folder of an expert.",
+        show_default=False,
     ),
 ]
 RegistryName = Annotated[
     str | None,
     typer.Option("--registry", metavar="NAME", help="Registry of the project to bind them to."),
 ]
+Editable = Annotated[
+    bool, typer.Option("--editable", "-e", help="Use experts from folders where they lie.")
+]
+ExcludeNewer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATE",
+        help="As if nothing had been published after it.",
+        envvar="COMPOSABLE_EXCLUDE_NEWER",
+        show_default=False,
+    ),
+]
 
 
-def open_project() -> tuple[Project, RouterInterface]:
+def open_project(is_offline: bool = False) -> tuple[Project, RouterInterface]:
     """Return the project around the working directory and its backbone's router interface."""
     from composable.packaging.backbones import find_backbone, read_interface
     from composable.packaging.project import Project
 
-    project = Project.find()
+    project = dataclasses.replace(Project.find(), is_offline=is_offline)
     return project, read_interface(find_backbone(project.backbone, project.root))
 
 
@@ -46,8 +61,8 @@ def init(
     registry: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[NAME=]DIR",
-            help="A registry; the first one is the default.",
+            metavar="[NAME=]LOCATION",
+            help="A registry, a folder or a URL; the first one is the default.",
             show_default=False,
         ),
     ] = None,
@@ -72,22 +87,26 @@ def init(
 def add(
     requirements: Requirements,
     registry: RegistryName = None,
+    is_editable: Editable = False,
+    exclude_newer: ExcludeNewer = None,
+    is_offline: Offline = False,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
     """Ask for experts in composable.toml."""
-    from composable.packaging.change import add_experts
-    from composable.packaging.constraint import Requirement
+    from composable.packaging.change import add_experts, read_wanted
 
-    project, interface = open_project()
-    wanted = [Requirement.parse(text) for text in requirements]
-    add_experts(project, wanted, interface, registry=registry, is_dry_run=is_dry_run)
+    project, interface = open_project(is_offline)
+    wanted = read_wanted(project, requirements, registry=registry, is_editable=is_editable)
+    cutoff = _read_cutoff(exclude_newer)
+    add_experts(project, wanted, interface, exclude_newer=cutoff, is_dry_run=is_dry_run)
     if is_dry_run:
         note("dry run: nothing is written", is_quiet=is_quiet)
+    asked = {name: want.path or str(want.constraint) for name, want in wanted.items()}
     show(
-        "\n".join(f"added {requirement}" for requirement in wanted),
-        {"added": {requirement.name: str(requirement.constraint) for requirement in wanted}},
+        "\n".join(f"added {name}{f' {what}' * (what != '*')}" for name, what in asked.items()),
+        {"added": asked},
         as_json=as_json,
         is_quiet=is_quiet,
     )
@@ -95,7 +114,10 @@ def add(
 
 @app.command()
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False)],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", autocompletion=complete_names, show_default=False),
+    ],
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
@@ -103,8 +125,7 @@ def remove(
     from composable.packaging.project import Project
 
     project = Project.find()
-    for name in names:
-        project = project.remove(name)
+    project.remove(*names)
     text = "\n".join(f"removed {name}" for name in names)
     show(text, {"removed": names}, as_json=as_json, is_quiet=is_quiet)
 
@@ -116,6 +137,8 @@ def lock(
         list[str] | None,
         typer.Option(metavar="NAME", help="Forget what was locked of one.", show_default=False),
     ] = None,
+    exclude_newer: ExcludeNewer = None,
+    is_offline: Offline = False,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -123,10 +146,14 @@ def lock(
     """Choose versions and write composable.lock."""
     from composable.packaging.locking import lock_project
 
-    project, interface = open_project()
+    project, interface = open_project(is_offline)
     before = _lock_of(project)
     after = lock_project(
-        project, interface, upgrade=upgrade or (upgrade_package or ()), is_dry_run=is_dry_run
+        project,
+        interface,
+        upgrade=upgrade or (upgrade_package or ()),
+        exclude_newer=_read_cutoff(exclude_newer),
+        is_dry_run=is_dry_run,
     )
     _report(before, after, is_dry_run, as_json=as_json, is_quiet=is_quiet)
 
@@ -136,6 +163,17 @@ def sync(
     is_frozen: Annotated[
         bool, typer.Option("--frozen", help="Refuse where the lock is missing or stale.")
     ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="EXPORT",
+            help="Take files from what `composable export` wrote.",
+            show_default=False,
+        ),
+    ] = None,
+    exclude_newer: ExcludeNewer = None,
+    is_offline: Offline = False,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -145,31 +183,37 @@ def sync(
     from composable.packaging.lock import Lock
     from composable.packaging.locking import check_lock
 
-    project, interface = open_project()
+    project, interface = open_project(is_offline)
     if is_frozen:
         wanted = Lock.read(project.root)
         check_lock(project, wanted, interface)
     else:
-        wanted = refresh_lock(project, interface, is_dry_run=is_dry_run)
-    _install(project, wanted, interface, is_dry_run, as_json=as_json, is_quiet=is_quiet)
+        cutoff = _read_cutoff(exclude_newer)
+        wanted = refresh_lock(project, interface, exclude_newer=cutoff, is_dry_run=is_dry_run)
+    _install(
+        project, wanted, interface, is_dry_run, source=source, as_json=as_json, is_quiet=is_quiet
+    )
 
 
 @app.command()
 def install(
     requirements: Requirements,
     registry: RegistryName = None,
+    is_editable: Editable = False,
+    exclude_newer: ExcludeNewer = None,
+    is_offline: Offline = False,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
     """Add experts, lock and sync."""
-    from composable.packaging.change import add_experts
-    from composable.packaging.constraint import Requirement
+    from composable.packaging.change import add_experts, read_wanted
 
-    project, interface = open_project()
-    wanted = [Requirement.parse(text) for text in requirements]
+    project, interface = open_project(is_offline)
+    wanted = read_wanted(project, requirements, registry=registry, is_editable=is_editable)
+    cutoff = _read_cutoff(exclude_newer)
     project, chosen = add_experts(
-        project, wanted, interface, registry=registry, is_dry_run=is_dry_run
+        project, wanted, interface, exclude_newer=cutoff, is_dry_run=is_dry_run
     )
     if not is_dry_run:
         chosen.write(project.lock_path)
@@ -180,8 +224,15 @@ def install(
 def upgrade(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME...]", help="Only these.", show_default=False),
+        typer.Argument(
+            metavar="[NAME...]",
+            help="Only these.",
+            autocompletion=complete_names,
+            show_default=False,
+        ),
     ] = None,
+    exclude_newer: ExcludeNewer = None,
+    is_offline: Offline = False,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -189,8 +240,14 @@ def upgrade(
     """Lock the newest versions that fit, and sync."""
     from composable.packaging.locking import lock_project
 
-    project, interface = open_project()
-    chosen = lock_project(project, interface, upgrade=names or True, is_dry_run=is_dry_run)
+    project, interface = open_project(is_offline)
+    chosen = lock_project(
+        project,
+        interface,
+        upgrade=names or True,
+        exclude_newer=_read_cutoff(exclude_newer),
+        is_dry_run=is_dry_run,
+    )
     _install(project, chosen, interface, is_dry_run, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -211,26 +268,62 @@ def rollback(as_json: Json = False, is_quiet: Quiet = False) -> None:
         note(f"note: composable.toml still asks for something else: {error.message}")
 
 
+@app.command()
+def export(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="A folder, or a file.tar.", show_default=False),
+    ],
+    is_offline: Offline = False,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Write all that is installed, to carry to an offline machine.
+
+    OUT is a registry with just those releases, beside the project's two files. There, in a folder
+    with these two files: `composable sync --from OUT`.
+    """
+    from composable.packaging.bundle import export_project
+    from composable.packaging.change import refresh_lock
+    from composable.packaging.locking import sync_project
+
+    project, interface = open_project(is_offline)
+    lock = refresh_lock(project, interface)
+    with bars.show_bytes(is_quiet=is_quiet) as progress:
+        sync_project(project, lock, interface=interface, progress=progress)
+        export_project(project, lock, target, interface=interface, progress=progress)
+    n = len(lock.experts)
+    show(
+        f"wrote {n} expert{'s' * (n != 1)} to {target}",
+        {"written": str(target), "packages": {n: str(v) for n, v in lock.versions.items()}},
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
 def _install(
     project: Project,
     lock: Lock,
     interface: RouterInterface,
     is_dry_run: bool,
     *,
+    source: Path | None = None,
     as_json: bool,
     is_quiet: bool,
 ) -> None:
     """Install a lock and say what that changed."""
     from composable.errors import PackagingError
     from composable.packaging.locking import sync_project
+    from composable.packaging.registry import open_registry
 
     try:
         before = project.environment.lock
     except PackagingError:
         before = None  # damaged; installing mends it
     if not is_dry_run:
+        export = open_registry(source) if source is not None else None
         with bars.show_bytes(is_quiet=is_quiet) as progress:
-            sync_project(project, lock, interface=interface, progress=progress)
+            sync_project(project, lock, interface=interface, source=export, progress=progress)
     _report(before, lock, is_dry_run, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -281,16 +374,22 @@ def _lock_of(project: Project) -> Lock | None:
         return None
 
 
+def _read_cutoff(text: str | None) -> str | None:
+    from composable.packaging.release import parse_cutoff
+
+    return parse_cutoff(text) if text is not None else None
+
+
 def _name_registries(options: Sequence[str]) -> dict[str, str]:
-    """Read `NAME=DIR` or `DIR`, which is called `default`."""
+    """Read `NAME=LOCATION` or `LOCATION`, which is called `default`."""
     registries: dict[str, str] = {}
     for option in options:
         name, separator, location = option.partition("=")
-        if not separator:
+        if not separator or "/" in name:  # an equals sign may be part of a URL
             name, location = "default", option
         if name in registries or not location:
             raise typer.BadParameter(
-                f"{option!r}: give each registry a name of its own, as NAME=DIR",
+                f"{option!r}: give each registry a name of its own, as NAME=LOCATION",
                 param_hint="--registry",
             )
         registries[name] = location

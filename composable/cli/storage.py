@@ -26,6 +26,7 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     Exits with 1 if there are any.
     """
     from composable.errors import PackagingError
+    from composable.packaging.change import name_files
     from composable.packaging.project import Project
     from composable.packaging.store import Store
 
@@ -39,30 +40,43 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
             damaged = []  # no project here: the store is all there is
         else:
             damaged = project.environment.verify(progress)
-    rows = [("store", blob.digest) for blob in corrupt]
+    names = name_files(store) if corrupt else {}
+    rows = [("store", f"{names.get(b.digest, 'of no project')} ({b.digest})") for b in corrupt]
     rows += [("installed", str(path)) for path in damaged]
     n = len(store.digests())
     text = format_table((), rows) or f"all is well: {n} file{'s' * (n != 1)} in the store"
     if rows:
         text += "\nrun `composable sync` to bring them again"
-    data = {"corrupt": [blob.digest for blob in corrupt], "damaged": [str(p) for p in damaged]}
+    data = {
+        "corrupt": [blob.digest for blob in corrupt],
+        "files": {blob.digest: names.get(blob.digest) for blob in corrupt},
+        "damaged": [str(p) for p in damaged],
+    }
     show(text, data, as_json=as_json, is_quiet=is_quiet and not rows)
     if rows:
         raise typer.Exit(1)
 
 
 @cache.command(name="list")
-def list_(as_json: Json = False) -> None:
+def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """List the files in the store."""
+    from composable.packaging.change import name_files
     from composable.packaging.store import Store
 
     store = Store()
-    in_use = set(store.digests_in_use())
+    in_use, names = store.linked(), name_files(store)
     files = [(digest, store.path(digest).stat().st_size) for digest in store.digests()]
-    rows = [(d, format_bytes(size), "in use" if d in in_use else "") for d, size in files]
+    rows = [
+        (d[:19] + "…", format_bytes(size), "in use" if d in in_use else "", names.get(d, ""))
+        for d, size in files
+    ]
     total = f"{len(files)} file{'s' * (len(files) != 1)}, {format_bytes(store.size())}"
-    data = [{"digest": d, "bytes": size, "in_use": d in in_use} for d, size in files]
-    show("\n".join(filter(None, (format_table((), rows), total))), data, as_json=as_json)
+    data = [
+        {"digest": d, "bytes": size, "in_use": d in in_use, "file": names.get(d)}
+        for d, size in files
+    ]
+    text = "\n".join(filter(None, (format_table((), rows), total)))
+    show(text, data, as_json=as_json, is_quiet=is_quiet)
 
 
 @cache.command()
@@ -73,11 +87,14 @@ def prune(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Remove files that no environment links to."""
+    """Remove files that no project on this machine needs.
+
+    What a project's lock names stays, installed or not.
+    """
+    from composable.packaging.change import prune_store
     from composable.packaging.store import Store
 
-    store = Store()
-    pruned = store.prune(store.digests_in_use(), older_than * 3600)
+    pruned = prune_store(Store(), older_than * 3600)
     n = len(pruned.digests)
     show(
         f"removed {n} file{'s' * (n != 1)}, {format_bytes(pruned.bytes_freed)}",
@@ -88,8 +105,9 @@ def prune(
 
 
 @cache.command(name="dir")
-def dir_() -> None:
+def dir_(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Print where the store is."""
     from composable.packaging.store import Store
 
-    print(Store().root)
+    root = str(Store().root)
+    show(root, {"dir": root}, as_json=as_json, is_quiet=is_quiet)

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         publish_expert,
         train_expert,
     )
-    from composable.packaging.registry import FolderRegistry
+    from composable.packaging.registry import open_for_publishing
 
     release = load_backbone(str(backbone))
     cfg = expert_config(steps, seed)
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     verdict = check_expert(
         release, folder, progress=lambda done, total: say("check", done=done, total=total)
     )
-    manifest = publish_expert(release, folder, FolderRegistry(registry))
+    manifest = publish_expert(release, folder, open_for_publishing(registry))
     say(
         "published",
         name=manifest.name,

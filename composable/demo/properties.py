@@ -23,7 +23,7 @@ from composable.packaging.constraint import Requirement
 from composable.packaging.locking import lock_project
 from composable.packaging.manifest import EXPERT_FILE, Manifest
 from composable.packaging.project import Project
-from composable.packaging.registry import FolderRegistry
+from composable.packaging.registry import open_for_publishing
 from composable.packaging.version import Version
 from composable.training.documents import Document, Spliced
 from composable.vetting.evaluation import (
@@ -143,7 +143,7 @@ def _show_refusal(
         ),
     )
     atomic.write_text(future / EXPERT_FILE, manifest.to_toml())
-    FolderRegistry(folder / "registry").publish(future)
+    open_for_publishing(folder / "registry").publish(future)
     asked = Requirement.parse(f"{name}>=2.0")
     wanted = dataclasses.replace(project.experts[name], constraint=asked.constraint)
     wanting = dataclasses.replace(

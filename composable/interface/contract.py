@@ -91,8 +91,9 @@ class RouterInterface:
     def __post_init__(self) -> None:
         def require(holds: bool, field: str, expected: str) -> None:
             if not holds:
-                value = getattr(self, field)
-                raise InterfaceError(f"{value!r} is not {expected}", where=f"interface.{field}")
+                value = repr(getattr(self, field))
+                shown = value if len(value) <= 80 else value[:79] + "…"
+                raise InterfaceError(f"{shown} is not {expected}", where=f"interface.{field}")
 
         require(self.schema == SCHEMA, "schema", f"{SCHEMA}, the one this release reads")
         for field in ("backbone", "trunk", "tokenizer", "class_map", "anchor"):
@@ -180,6 +181,6 @@ class RouterInterface:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InterfaceError(f"not JSON: {error}", where=where) from error
         return cls.from_dict(data, where)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from composable.packaging.locking import lock_project, sync_project
     from composable.packaging.manifest import BackbonePackage, Manifest
     from composable.packaging.project import Project
-    from composable.packaging.registry import FolderRegistry
+    from composable.packaging.registry import Registry, open_for_publishing, open_registry
     from composable.packaging.resolver import Resolution, resolve
     from composable.packaging.store import Store
     from composable.packaging.tensors import check_tensors, read_tensors, write_tensors
@@ -26,10 +26,10 @@ __all__ = [
     "BackbonePackage",
     "Constraint",
     "Environment",
-    "FolderRegistry",
     "Lock",
     "Manifest",
     "Project",
+    "Registry",
     "Requirement",
     "Resolution",
     "Store",
@@ -37,6 +37,8 @@ __all__ = [
     "Version",
     "check_tensors",
     "lock_project",
+    "open_for_publishing",
+    "open_registry",
     "read_tensors",
     "resolve",
     "sync_project",
@@ -50,7 +52,7 @@ _HOMES = {
     "locking": ("lock_project", "sync_project"),
     "manifest": ("BackbonePackage", "Manifest"),
     "project": ("Project",),
-    "registry": ("FolderRegistry",),
+    "registry": ("Registry", "open_for_publishing", "open_registry"),
     "resolver": ("Resolution", "resolve"),
     "store": ("Store",),
     "tensors": ("check_tensors", "read_tensors", "write_tensors"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -20,6 +21,7 @@ from composable.packaging.version import Version, precedence_of
 MAX_COMPARATORS: Final = 32
 MAX_LENGTH: Final = 1024
 MAX_DIGITS: Final = 250
+MAX_REMEMBERED: Final = 4096
 _SYNTAX: Final = re.compile(
     r"""(?P<op>==|!=|~=|>=|<=|=|>|<|\^|~)?[ \t]*
         (?P<major>0|[1-9][0-9]*)
@@ -27,6 +29,12 @@ _SYNTAX: Final = re.compile(
         (?:\.(?P<patch>0|[1-9][0-9]*|[*xX])
         (?P<suffix>[-+].*)?)?)?""",
     re.VERBOSE | re.DOTALL,
+)
+_REQUIREMENT: Final = re.compile(
+    r"""(?P<name>[A-Za-z0-9_.-]*?)
+        (?:[ \t]*\[(?P<extras>[^\[\]]*)\])?
+        [ \t]*(?P<rest>@.*|[\^~=!<>*].*|[ \t][0-9].*)?""",
+    re.VERBOSE,
 )
 _WILDCARDS: Final = ("*", "x", "X")
 _SAME_MEANING: Final = {"": "^", "==": "="}
@@ -133,15 +141,7 @@ class Constraint:
         if not isinstance(text, str) or len(text) > MAX_LENGTH:
             shown = repr(text) if len(repr(text)) < 80 else repr(text)[:79] + "…"
             raise ConstraintError(f"{shown} is not a version range")
-        parts = [part.strip(" \t") for part in text.split(",")]
-        if len(parts) > MAX_COMPARATORS:
-            raise ConstraintError(f"{len(parts)} comparators are more than {MAX_COMPARATORS}")
-        found: set[Comparator] = set()
-        if parts[0] not in _WILDCARDS or len(parts) > 1:
-            for part in parts:
-                found.update(_parse_comparator(part, text))
-        self.comparators = tuple(sorted(found, key=_written_order))
-        self._text = ", ".join(map(str, self.comparators)) or "*"
+        self.comparators, self._text = _parse_constraint(text)
 
     @classmethod
     def exactly(cls, version: Version) -> Self:
@@ -186,6 +186,20 @@ def _written_order(comparator: Comparator) -> tuple[object, ...]:
     """Sort lower bounds before upper bounds and exclusions, each from low to high."""
     lower, upper = comparator.bounds
     return (_WRITTEN_ORDER.index(comparator.op), lower, upper)
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED)  # a registry says the same few ranges a thousand times
+def _parse_constraint(text: str) -> tuple[tuple[Comparator, ...], str]:
+    """Return the comparators of a range, in written order, and its canonical spelling."""
+    parts = [part.strip(" \t") for part in text.split(",")]
+    if len(parts) > MAX_COMPARATORS:
+        raise ConstraintError(f"{len(parts)} comparators are more than {MAX_COMPARATORS}")
+    found: set[Comparator] = set()
+    if parts[0] not in _WILDCARDS or len(parts) > 1:
+        for part in parts:
+            found.update(_parse_comparator(part, text))
+    comparators = tuple(sorted(found, key=_written_order))
+    return comparators, ", ".join(map(str, comparators)) or "*"
 
 
 def _parse_comparator(part: str, whole: str) -> list[Comparator]:
@@ -247,36 +261,80 @@ def _cure_for(part: str) -> str:
 ANY: Final = Constraint("*")
 
 
+def have_common_version(ranges: Iterable[Constraint]) -> bool:
+    """Say whether a version could exist that all ranges hold.
+
+    The lowest such version lies where a range begins, or just after a version that one excludes.
+    """
+    ranges = list(ranges)
+    starts = {Version("0.0.0")}
+    for comparator in (c for range_ in ranges for c in range_.comparators):
+        major, minor, patch = comparator.major, comparator.minor or 0, comparator.patch or 0
+        if comparator.prerelease:
+            starts.add(Version(f"{major}.{minor}.{patch}-{comparator.prerelease}"))
+            starts.add(Version(f"{major}.{minor}.{patch}-{comparator.prerelease}.0"))
+        starts |= {
+            Version(f"{major}.{minor}.{patch}"),
+            Version(f"{major}.{minor}.{patch + 1}"),
+            Version(f"{major}.{minor + 1}.0"),
+            Version(f"{major + 1}.0.0"),
+        }
+    return any(all(range_.contains(start) for range_ in ranges) for start in starts)
+
+
 @dataclass(frozen=True)
 class Requirement:
-    """A package and the versions of it that will do.
+    """A package, the versions of it that will do, and the extras of it that are wanted.
 
     Args:
         name: Package name.
         constraint: Range of versions.
+        extras: Names of optional extras, in any order; kept sorted, each once.
+
+    Raises:
+        ConstraintError: For an extra whose name could not be a package's.
     """
 
     name: str
     constraint: Constraint = ANY
+    extras: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for extra in self.extras:
+            try:
+                check_package_name(extra)
+            except ManifestError as error:
+                message = error.message.replace("a package name", "the name of an extra")
+                raise ConstraintError(message, hint=error.hint) from error
+        object.__setattr__(self, "extras", tuple(sorted(set(self.extras))))
+
+    @property
+    def target(self) -> str:
+        """What is asked for, without the range: `german` or `german[code,news]`."""
+        return f"{self.name}[{','.join(self.extras)}]" if self.extras else self.name
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `german`, `german>=1.2,<2`, `german ^1.2` or `german@1.2.0` (exactly that one).
+        """Read `german`, `german>=1.2,<2`, `german ^1.2`, `german[code]>=1.2` or `german@1.2.0`.
+
+        `@` asks for exactly one version; extras are separated by commas.
 
         Raises:
-            ConstraintError: For a bad name or range, with the whole text.
+            ConstraintError: For a bad name, extra or range, with the whole text.
         """
-        match = re.fullmatch(r"([A-Za-z0-9_.-]*?)[ \t]*(@.*|[\^~=!<>*].*|[ \t][0-9].*)?", text)
+        match = _REQUIREMENT.fullmatch(text)
         if match is None:
             raise ConstraintError(
-                f"{text!r} is not a requirement", hint="write NAME or NAME>=1.2,<2 or NAME@1.2.0"
+                f"{text!r} is not a requirement",
+                hint="write NAME or NAME>=1.2,<2 or NAME@1.2.0 or NAME[EXTRA]>=1.2",
             )
-        name, rest = match[1], (match[2] or "*").strip()
+        name, rest = match["name"], (match["rest"] or "*").strip()
         try:
             check_package_name(name)
+            extras = _split_extras(match["extras"])
             if not rest.startswith("@"):
-                return cls(name, Constraint(rest))
-            return cls(name, Constraint.exactly(Version(rest[1:].strip())))
+                return cls(name, Constraint(rest), extras)
+            return cls(name, Constraint.exactly(Version(rest[1:].strip())), extras)
         except VersionError as error:
             raise ConstraintError(
                 f"{text!r}: after '@' comes one full version",
@@ -286,4 +344,48 @@ class Requirement:
             raise ConstraintError(f"{text!r}: {error.message}", hint=error.hint) from error
 
     def __str__(self) -> str:
-        return self.name if self.constraint == ANY else f"{self.name} {self.constraint}"
+        return self.target if self.constraint == ANY else f"{self.target} {self.constraint}"
+
+
+def parse_target(text: str) -> tuple[str, tuple[str, ...]]:
+    """Read what a requirement asks for, without its range: `german` or `german[code,news]`.
+
+    Returns:
+        The package and its extras, sorted.
+
+    Raises:
+        ConstraintError: For a bad name, a bad extra or anything more.
+    """
+    match = _REQUIREMENT.fullmatch(text)
+    if match is None or match["rest"]:
+        raise ConstraintError(
+            f"{text!r} is neither NAME nor NAME[EXTRA]", hint="a range does not belong here"
+        )
+    try:
+        name = check_package_name(match["name"])
+        return name, Requirement(name, ANY, _split_extras(match["extras"])).extras
+    except (ConstraintError, ManifestError) as error:
+        message = f"{text!r}: {error.message}" if "[" in text else error.message
+        raise ConstraintError(message, hint=error.hint) from error
+
+
+def _split_extras(text: str | None) -> tuple[str, ...]:
+    """Return the names between the brackets; none without brackets."""
+    if text is None:
+        return ()
+    if not text.strip(" \t"):
+        raise ConstraintError(
+            "no extra between the brackets", hint="name one, or leave out the brackets"
+        )
+    return tuple(part.strip(" \t") for part in text.split(","))
+
+
+def join_extra(name: str, extra: str) -> str:
+    """Return what a package with one of its extras is called: `german[code]`."""
+    return f"{name}[{extra}]"
+
+
+def split_extra(name: str) -> tuple[str, str | None]:
+    """Return package and extra of what `join_extra` made; a plain name has no extra."""
+    package, bracket, rest = name.partition("[")
+    return package, rest.removesuffix("]") if bracket else None

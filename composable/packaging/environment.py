@@ -2,6 +2,7 @@
 
     .composable/current                           the number of the generation in use
     .composable/generations/7/composable.lock     what it holds
+    .composable/generations/7/previous            the number of the one in use when it was made
     .composable/generations/7/experts/<name>/     the expert's files, linked from the store
 
 A generation is built beside the others under a temporary name, synced and renamed; then the
@@ -11,20 +12,22 @@ next command sweeps what is left over. Older generations stay for rollback.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from composable.errors import IntegrityError, LockError, PackagingError
+from composable.errors import IntegrityError, LockError, MissingBlobError, PackagingError
 from composable.packaging import atomic
 from composable.packaging.lock import LOCK_FILE, Lock, LockedExpert
 from composable.packaging.manifest import EXPERT_FILE, Manifest
-from composable.packaging.registry import Progress
+from composable.packaging.storage import Progress
 from composable.packaging.store import Store
 
 FOLDER: Final = ".composable"
+PREVIOUS_FILE: Final = "previous"
 KEPT_GENERATIONS: Final = 5
 # A younger generation may be one that another process is about to point to.
 _SETTLED_SECONDS: Final = 3600.0
@@ -42,18 +45,20 @@ class Generation:
     number: int
     path: Path
 
-    @property
+    @functools.cached_property
     def lock(self) -> Lock:
         """The lock that it was installed from."""
         return Lock.read(self.path / LOCK_FILE)
 
     def expert_path(self, name: str) -> Path:
-        """Return the directory of an installed expert.
+        """Return the directory of an installed expert; of an editable one, where it lies.
 
         Raises:
             PackagingError: When it is not installed.
         """
         path = self.path / "experts" / name
+        if name in self.lock and self.lock[name].is_editable:
+            path = self._folder_of(self.lock[name])
         if not (path / EXPERT_FILE).is_file():
             raise PackagingError(f"{name!r} is not installed", hint="run `composable sync`")
         return path
@@ -69,13 +74,19 @@ class Generation:
                 return False
             for expert in lock.experts:
                 folder = self.path / "experts" / expert.name
+                if expert.is_editable:
+                    folder = self._folder_of(expert)
                 (folder / EXPERT_FILE).stat()
                 for file in expert.files:
                     if (folder / file.name).stat().st_size != file.size:
                         return False
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
+
+    def _folder_of(self, expert: LockedExpert) -> Path:
+        """Return where an editable expert lies: paths count from the project's folder."""
+        return self.path.parents[2] / (expert.path or "")
 
 
 class Environment:
@@ -95,16 +106,13 @@ class Environment:
         Raises:
             PackagingError: When the pointer is damaged or points to nothing.
         """
-        try:
-            text = (self.root / "current").read_text().strip()
-        except FileNotFoundError:
+        number = self._number()
+        if number is None and not (self.root / "current").exists():
             return None
-        if text.isascii() and text.isdigit():
-            generation = self._generation(int(text))
-            if generation.path.is_dir():
-                return generation
+        if number is not None and self._generation(number).path.is_dir():
+            return self._generation(number)
         raise PackagingError(
-            f"points to generation {text[:20]!r}, which is not there",
+            "points to a generation that is not there",
             where=str(self.root / "current"),
             hint="remove that file and run `composable sync`",
         )
@@ -119,11 +127,19 @@ class Environment:
         """Say whether `lock` is what is in use, with every file in place."""
         return self._find(lock) is not None
 
+    def settle(self) -> None:
+        """Make sure that what is in use survives power loss, whoever put it there."""
+        current = self.current
+        if current is not None:
+            atomic.settle(current.path)
+            atomic.settle(self.root / "current")
+
     def generations(self) -> list[Generation]:
         """Return all generations that are kept, oldest first."""
         folder = self.root / "generations"
         found = folder.iterdir() if folder.is_dir() else ()
-        numbers = sorted(int(path.name) for path in found if path.name.isdigit())
+        names = (path.name for path in found)
+        numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
         return [self._generation(number) for number in numbers]
 
     def expert_path(self, name: str) -> Path:
@@ -156,29 +172,39 @@ class Environment:
             The generation in use.
 
         Raises:
-            IntegrityError: When the store lacks a file.
+            MissingBlobError: When the store lacks a file.
             LockError: When a manifest says something else than the lock.
         """
         if (current := self._find(lock)) is not None:
+            self.settle()
             return current
         with atomic.polite_lock(self.root / "lock"):
             if (current := self._find(lock)) is not None:
+                self.settle()
                 return current
             atomic.sweep(self.root / "generations")
             scratch = atomic.make_scratch_directory(self.root / "generations")
             try:
                 for done, expert in enumerate(lock.experts, 1):
-                    _place(expert, scratch / "experts" / expert.name, store)
+                    if not expert.is_editable:
+                        _place(expert, scratch / "experts" / expert.name, store)
                     if progress is not None:
                         progress("install", done, len(lock.experts))
                 atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
+                if (before := self._number()) is not None:
+                    atomic.write_text(scratch / PREVIOUS_FILE, f"{before}\n")
                 number = max((g.number for g in self.generations()), default=0) + 1
                 while not atomic.rename_directory(scratch, self._generation(number).path):
                     number += 1
             except BaseException:
                 atomic.remove_directory(scratch)
                 raise
-            self._point_to(number)
+            try:
+                self._point_to(number)
+            except BaseException:
+                if self._number() != number:
+                    atomic.remove_directory(self._generation(number).path)
+                raise
             self._forget_old(number)
         return self._generation(number)
 
@@ -200,8 +226,7 @@ class Environment:
         damaged = []
         for done, expert in enumerate(experts, 1):
             folder = current.path / "experts" / expert.name
-            wanted = [(EXPERT_FILE, expert.manifest), *((f.name, f.digest) for f in expert.files)]
-            for name, digest in wanted:
+            for name, digest in expert.digests.items():
                 if not _has_digest(folder / name, digest):
                     atomic.remove_file(folder / name)
                     damaged.append(folder / name)
@@ -210,17 +235,28 @@ class Environment:
         return damaged
 
     def rollback(self) -> Generation:
-        """Put the generation before the one in use back in use.
+        """Put the generation that was in use before this one was made back in use.
+
+        One that was made and, for its maker was killed, never used is passed over.
 
         Raises:
             PackagingError: When there is none.
+            IntegrityError: When a file of it is damaged or gone.
         """
         current = self.current
-        older = [g for g in self.generations() if current and g.number < current.number]
-        if not older:
+        number = None if current is None else _read_number(current.path / PREVIOUS_FILE)
+        if number is None or not self._generation(number).path.is_dir():
             raise PackagingError("there is no older generation", where=str(self.root))
-        self._point_to(older[-1].number)
-        return older[-1]
+        older = self._generation(number)
+        for expert in older.lock.experts:
+            for name, digest in expert.digests.items():
+                path = older.path / "experts" / expert.name / name
+                if not _has_digest(path, digest):
+                    raise IntegrityError(
+                        "is damaged or gone", where=str(path), hint="nothing was changed"
+                    )
+        self._point_to(number)
+        return older
 
     def _find(self, lock: Lock) -> Generation | None:
         """Return the generation in use if it is whole and holds `lock`."""
@@ -229,6 +265,10 @@ class Environment:
         except PackagingError:
             return None  # a damaged pointer, which the next install mends
         return current if current is not None and current.holds(lock.to_toml(), lock) else None
+
+    def _number(self) -> int | None:
+        """Return the number that the pointer holds; None for none, or what is no number."""
+        return _read_number(self.root / "current")
 
     def _generation(self, number: int) -> Generation:
         return Generation(number=number, path=self.root / "generations" / str(number))
@@ -243,6 +283,14 @@ class Environment:
                 atomic.remove_directory(generation.path)
 
 
+def _read_number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
 def _has_digest(path: Path, digest: str) -> bool:
     try:
         with path.open("rb") as stream:
@@ -254,23 +302,24 @@ def _has_digest(path: Path, digest: str) -> bool:
 def _place(expert: LockedExpert, folder: Path, store: Store) -> None:
     """Link the files of one expert and check that its manifest agrees with the lock."""
     atomic.make_directory(folder)
-    wanted = [(EXPERT_FILE, expert.manifest), *((f.name, f.digest) for f in expert.files)]
-    for name, digest in wanted:
+    for name, digest in expert.digests.items():
         try:
             atomic.link_or_copy(store.path(digest), folder / name)
         except FileNotFoundError as error:
-            raise IntegrityError(
+            raise MissingBlobError(
                 f"the store has no {name} of {expert.name} {expert.version} ({digest})",
                 where=str(store.root),
                 hint="run `composable sync`",
             ) from error
     atomic.sync_directory(folder)
     manifest = Manifest.read(folder)
+    extras = {extra: dict(manifest.extras.get(extra, {})) for extra in expert.extras}
     claims = (manifest.name, manifest.version, manifest.interface.digest, dict(manifest.requires))
     locked = (expert.name, expert.version, expert.interface, dict(expert.requires))
-    if claims != locked or set(manifest.files) != set(expert.files):
+    is_same = claims == locked and extras == {e: dict(r) for e, r in expert.extras.items()}
+    if not is_same or set(manifest.files) != set(expert.files):
         raise LockError(
             f"the manifest of {expert.name} {expert.version} says otherwise than its registry did",
             where=LOCK_FILE,
-            hint=f"registry {expert.registry!r} is damaged or dishonest; nothing was installed",
+            hint=f"{expert.origin} is damaged or dishonest; nothing was installed",
         )

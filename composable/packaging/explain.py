@@ -7,17 +7,22 @@ versions and ranges as the user and the authors wrote them. Every cure that is o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from composable.packaging.constraint import ANY, Constraint, Requirement
+from composable.packaging.constraint import (
+    ANY,
+    Constraint,
+    Requirement,
+    split_extra,
+)
 from composable.packaging.names import did_you_mean
 from composable.packaging.resolver import World
 from composable.packaging.solver import ChoiceSet, Fact, Proof, Solver
 from composable.packaging.universe import INTERFACE_PREFIX, Candidate
 
-MAX_CURES: Final = 4
-MAX_SUSPECTS: Final = 8
+MAX_REFUSALS: Final = 3
 _ORDER: Final = {"root": 0, "need": 1, "conflict": 2, "none": 3}
 _Ranges = Callable[[Candidate], Mapping[str, Constraint]]
 
@@ -30,10 +35,14 @@ def explain_failure(world: World, proof: Proof, solver: Solver) -> str:
         proof: What the solver found.
         solver: Tries out the cures.
     """
+    facts = _join(proof.facts)
+    order = _reading_order(world, facts)
     sentences: dict[str, None] = {}
-    for fact in sorted(_join(proof.facts), key=lambda fact: _reading_order(world, fact)):
-        sentences |= dict.fromkeys(_tell(world, fact))
-    cures = _Cures(world, proof, solver).find()
+    for fact in sorted(facts, key=lambda fact: (_ORDER[fact.kind], order[fact.name])):
+        sentences |= dict.fromkeys(_Teller(world, facts).tell(fact))
+    from composable.packaging.cures import find_cures
+
+    cures = find_cures(world, proof, solver)
     story = "".join(f"\n  {sentence}" for sentence in sentences)
     if not cures:
         return f"what you ask for cannot be installed together:\n{story}"
@@ -51,221 +60,215 @@ def _join(facts: Iterable[Fact]) -> list[Fact]:
         before = joined.get(key)
         choices = fact.choices | before.choices if before is not None else fact.choices
         joined[key] = dataclasses.replace(fact, choices=choices)
-    return list(joined.values())
+    return sorted(joined.values(), key=lambda fact: fact.choices.bits & -fact.choices.bits)
 
 
-def _reading_order(world: World, fact: Fact) -> tuple[int, int]:
-    """Put what the user asks for first, as the user ordered it; then needs; then dead ends."""
-    names = [requirement.name for requirement in world.requires]
-    asked = names.index(fact.name) if fact.name in names else len(names)
-    return (_ORDER[fact.kind], asked if fact.kind == "root" else 0)
+def _reading_order(world: World, facts: Iterable[Fact]) -> dict[str, int]:
+    """Number the names as a reader meets them, going from each wish down to what it leads to."""
+    leads_to: dict[str, list[str]] = {}
+    for fact in facts:
+        if fact.other:
+            leads_to.setdefault(fact.name, []).append(fact.other)
+    wishes = [fact.name for fact in facts if fact.kind == "root"]
+    asked = [requirement.name for requirement in world.requires]
+    wishes.sort(key=lambda name: asked.index(p) if (p := split_extra(name)[0]) in asked else 9**9)
+    order: dict[str, int] = {}
+    pending = [*reversed(wishes)]
+    while pending:
+        name = pending.pop()
+        if name not in order:
+            order[name] = len(order)
+            pending += reversed(leads_to.get(name, []))
+    for fact in facts:
+        order.setdefault(fact.name, len(order))
+    return order
 
 
-def _tell(world: World, fact: Fact) -> Iterator[str]:
-    """Yield the sentences for one fact."""
-    if fact.kind == "root":
-        yield from _tell_root(world, fact)
-    elif fact.kind == "none":
-        yield from _tell_none(world, fact)
-    elif fact.kind == "conflict":
-        ranges = _ranges(world, fact, lambda candidate: candidate.conflicts)
-        yield f"{_subject(world, fact, 'cannot')} be installed with {fact.other}{ranges}."
-    elif fact.other.startswith(INTERFACE_PREFIX):
-        ranges = _ranges(world, fact, lambda c: {fact.other: c.interface[1]} if c.interface else {})
-        name = fact.other.removeprefix(INTERFACE_PREFIX)
-        yield f"{_subject(world, fact, 'plugs', 'plug')} into router interface {name}{ranges}."
-    else:
-        ranges = _ranges(world, fact, lambda candidate: candidate.requires)
-        yield f"{_subject(world, fact, 'needs', 'need')} {fact.other}{ranges}."
+class _Teller:
+    """Makes sentences of facts."""
+
+    def __init__(self, world: World, facts: Sequence[Fact]) -> None:
+        self._world = world
+        self._facts = facts
+
+    def tell(self, fact: Fact) -> Iterator[str]:
+        """Yield the sentences for one fact."""
+        package, extra = split_extra(fact.name)
+        if fact.kind == "root":
+            yield from self._tell_root(fact)
+        elif fact.kind == "none":
+            yield from self._tell_none(fact, package, extra)
+        elif fact.kind == "conflict":
+            ranges = self._ranges(fact, lambda candidate: candidate.conflicts)
+            subject, verb = self._subject(fact, "cannot", "cannot", "can")
+            yield f"{subject} {verb} be installed with {fact.other}{ranges}."
+        elif fact.other.startswith(INTERFACE_PREFIX):
+            ranges = self._ranges(
+                fact, lambda c: {fact.other: c.interface[1]} if c.interface else {}
+            )
+            name = fact.other.removeprefix(INTERFACE_PREFIX)
+            subject, verb = self._subject(fact, "plugs", "plug")
+            yield f"{subject} {verb} into router interface {name}{ranges}."
+        elif (
+            fact.other != package or extra is None
+        ):  # that an extra comes with its package is plain
+            ranges = self._ranges(fact, lambda candidate: candidate.requires)
+            subject, verb = self._subject(fact, "needs", "need")
+            itself = ", another version of itself" if fact.other == package else ""
+            yield f"{subject} {verb} {fact.other}{ranges}{itself}."
+
+    def _tell_root(self, fact: Fact) -> Iterator[str]:
+        if fact.name.startswith(INTERFACE_PREFIX):
+            name = fact.name.removeprefix(INTERFACE_PREFIX)
+            version = (self._world.interface or {})[name]
+            yield f"Your backbone's router interface is {name} {version}."
+        for requirement in requirements_behind(self._world, fact):
+            yield f"You ask for {requirement}."
+
+    def _tell_none(self, fact: Fact, package: str, extra: str | None) -> Iterator[str]:
+        """Say why nothing can be chosen: nothing is there, or all that is there is barred."""
+        if fact.name.startswith(INTERFACE_PREFIX):
+            return  # the facts beside it say which range is needed and which version there is
+        shelf = self._world.shelf(package)
+        if not shelf.candidates:
+            hint = did_you_mean(package, self._world.source.names())
+            yield f"There is no expert {package!r}{f' ({hint})' if hint else ''}."
+            return
+        if not any(index in fact.choices for index in range(len(shelf.candidates))):
+            yield self._tell_empty(package, shelf.candidates)
+            return
+        yield from self._tell_barred(fact, package)
+        if extra is not None:
+            yield from self._tell_no_extra(fact, package, extra)
+
+    def _tell_empty(self, package: str, candidates: Sequence[Candidate]) -> str:
+        """Say what there is instead of all that was asked for in vain."""
+        there = list_in_words([str(candidate.version) for candidate in candidates])
+        if all(candidate.version.is_prerelease for candidate in candidates):
+            return f"Of {package} there are only prereleases, {there}, and no range names one."
+        everything = ChoiceSet((1 << len(candidates)) - 1)
+        asked = {
+            str(range_)
+            for fact in self._facts
+            if fact.kind == "none" and split_extra(fact.name)[0] == package
+            if fact.choices.is_disjoint(everything)
+            for range_ in self._world.shelf(fact.name).ranges_of(fact.choices)
+        }
+        within = f" in {list_in_words(sorted(asked), 'or')}" if asked else ""
+        rule = ""
+        if any(candidate.version.is_prerelease for candidate in candidates):
+            rule = "; a prerelease counts only where a range names one"
+        return f"There is no {package}{within}, only {there}{rule}."
+
+    def _tell_barred(self, fact: Fact, package: str) -> Iterator[str]:
+        """Say of the versions that may not be chosen why not, those with one reason together."""
+        shelf = self._world.shelf(package)
+        reasons: dict[str | None, list[str]] = {}
+        for index, candidate in enumerate(shelf.candidates):
+            if index in fact.choices and index not in ChoiceSet(shelf.selectable):
+                reasons.setdefault(candidate.refusal, []).append(str(candidate.version))
+        yanked = reasons.pop(None, [])
+        if len(yanked) == 1:
+            yield f"{package} {yanked[0]} was yanked, and is neither locked nor pinned exactly."
+        elif yanked:
+            yield (
+                f"{package} {list_in_words(yanked)} were yanked, and none is locked or "
+                "pinned exactly."
+            )
+        told = list(reversed(reasons.items()))
+        for refusal, versions in told[:MAX_REFUSALS]:
+            each = " each" if len(versions) > 1 else ""
+            yield f"{package} {list_in_words(versions)}{each} {refusal}."
+        rest = sum(len(versions) for _, versions in told[MAX_REFUSALS:])
+        if rest:
+            yield f"{rest} older releases of {package} may not be chosen for like reasons."
+
+    def _tell_no_extra(self, fact: Fact, package: str, extra: str) -> Iterator[str]:
+        """Say which releases lack an extra, and which have it."""
+        shelf, alone = self._world.shelf(fact.name), self._world.shelf(package)
+        open_to_choice = fact.choices & ChoiceSet(alone.selectable)
+        without: list[str] = []
+        for index, candidate in enumerate(shelf.candidates):
+            if index not in open_to_choice or candidate.refusal is None:
+                continue
+            if extra in alone.candidates[index].extras:
+                yield f"{package} {candidate.version} {candidate.refusal}."
+            else:
+                without.append(str(candidate.version))
+        known = {name for candidate in alone.candidates for name in candidate.extras}
+        ranges = [str(range_) for range_ in shelf.ranges_of(fact.choices) if range_ != ANY]
+        if not without:
+            return
+        if extra not in known:
+            hint = did_you_mean(extra, known)
+            if hint is None:
+                hint = f"it has {list_in_words(sorted(known))}" if known else "it has none at all"
+            yield f"No release of {package} has an extra {extra!r} ({hint})."
+        elif ranges and len(without) > 1:
+            within = list_in_words(ranges, "or")
+            yield f"No release of {package} in {within} has an extra {extra!r}."
+        else:
+            verb = "has" if len(without) == 1 else "have"
+            yield f"{package} {list_in_words(without)} {verb} no extra {extra!r}."
+
+    def _subject(
+        self, fact: Fact, verb: str, plural: str, of_none: str | None = None
+    ) -> tuple[str, str]:
+        """Name the versions that a fact is about and that could be chosen, and choose the verb.
+
+        Where the user asks for some versions only, no others are spoken of.
+        """
+        shelf = self._world.shelf(fact.name)
+        package, extra = split_extra(fact.name)
+        suffix = "" if extra is None else f" with extra {extra}"
+        wishes = [f for f in self._facts if f.kind == "root" and f.name == fact.name]
+        open_to_choice = ChoiceSet(shelf.selectable)
+        asked = functools.reduce(ChoiceSet.__and__, (f.choices for f in wishes), open_to_choice)
+        if asked.is_disjoint(fact.choices):
+            asked, wishes = open_to_choice, []
+        versions = shelf.versions(fact.choices & asked) or shelf.versions(fact.choices)
+        available = shelf.versions(asked)
+        if len(versions) == 1:
+            return f"{package} {versions[0]}{suffix}", verb
+        if versions == available:
+            ranges = [
+                str(r.constraint) for f in wishes for r in requirements_behind(self._world, f)
+            ]
+            within = f" in {', '.join(ranges)}" if asked != open_to_choice else ""
+            every = "Every" if of_none is None else "No"
+            return f"{every} version of {package}{within}{suffix}", of_none or verb
+        start = available.index(versions[0]) if versions[0] in available else 0
+        if len(versions) > 2 and versions == available[start : start + len(versions)]:
+            return f"{package} {versions[0]} to {versions[-1]}{suffix}", plural
+        return f"{package} {list_in_words([str(v) for v in versions])}{suffix}", plural
+
+    def _ranges(self, fact: Fact, ranges_of: _Ranges) -> str:
+        """Return the ranges on the other package as the authors wrote them."""
+        shelf, other = self._world.shelf(fact.name), self._world.shelf(fact.other)
+        written = {
+            str(range_): None
+            for index, candidate in enumerate(shelf.candidates)
+            if index in fact.choices
+            if (range_ := ranges_of(candidate).get(fact.other)) is not None
+            if other.within(range_) == fact.allowed
+        }
+        return "" if not written or str(ANY) in written else f" {' or '.join(written)}"
 
 
-def _tell_root(world: World, fact: Fact) -> Iterator[str]:
-    if fact.name.startswith(INTERFACE_PREFIX):
-        name = fact.name.removeprefix(INTERFACE_PREFIX)
-        yield f"Your backbone's router interface is {name} {(world.interface or {})[name]}."
-    for requirement in _requirements_behind(world, fact):
-        yield f"You ask for {requirement}."
-
-
-def _requirements_behind(world: World, fact: Fact) -> list[Requirement]:
+def requirements_behind(world: World, fact: Fact) -> list[Requirement]:
     """Return the user's requirements that a root fact stands for."""
     shelf = world.shelf(fact.name)
+    package, extra = split_extra(fact.name)
     return [
         requirement
         for requirement in world.requires
-        if requirement.name == fact.name and shelf.within(requirement.constraint) == fact.choices
+        if requirement.name == package and (extra is None or extra in requirement.extras)
+        if shelf.within(requirement.constraint) == fact.choices
     ]
 
 
-def _tell_none(world: World, fact: Fact) -> Iterator[str]:
-    """Say why nothing can be chosen: nothing is there, or all that is there is barred."""
-    if fact.name.startswith(INTERFACE_PREFIX):
-        return  # the facts beside it say which range is needed and which version there is
-    shelf = world.shelf(fact.name)
-    if not shelf.candidates:
-        hint = did_you_mean(fact.name, world.source.names())
-        yield f"There is no expert {fact.name!r}{f' ({hint})' if hint else ''}."
-        return
-    barred = [c for i, c in enumerate(shelf.candidates) if i in fact.choices]
-    for candidate in reversed(barred):
-        yield f"{fact.name} {candidate.version} {_bar(candidate)}."
-    if not barred:
-        ranges = [str(r) for r in shelf.ranges_of(fact.choices)]
-        asked = f" in {' or '.join(ranges)}" if ranges else ""
-        there = _list([str(candidate.version) for candidate in shelf.candidates])
-        if all(candidate.version.is_prerelease for candidate in shelf.candidates):
-            yield f"Of {fact.name} there are only prereleases, {there}, and no range names one."
-            return
-        yield f"There is no {fact.name}{asked}, only {there}."
-
-
-def _bar(candidate: Candidate) -> str:
-    """Say why a candidate may not be chosen."""
-    return candidate.refusal or "was yanked, and is neither locked nor pinned exactly"
-
-
-def _subject(world: World, fact: Fact, verb: str, plural: str | None = None) -> str:
-    """Name the versions that a fact is about and that could be chosen, and join the verb."""
-    shelf = world.shelf(fact.name)
-    open_to_choice = ChoiceSet(shelf.selectable)
-    versions = shelf.versions(fact.choices & open_to_choice) or shelf.versions(fact.choices)
-    available = shelf.versions(open_to_choice)
-    if len(versions) == 1:
-        return f"{fact.name} {versions[0]} {verb}"
-    if versions == available:
-        return f"Every version of {fact.name} {verb}"
-    start = available.index(versions[0]) if versions[0] in available else 0
-    if len(versions) > 2 and versions == available[start : start + len(versions)]:
-        return f"{fact.name} {versions[0]} to {versions[-1]} {plural or verb}"
-    return f"{fact.name} {_list([str(version) for version in versions])} {plural or verb}"
-
-
-def _ranges(world: World, fact: Fact, ranges_of: _Ranges) -> str:
-    """Return the ranges on the other package as the authors wrote them."""
-    shelf, other = world.shelf(fact.name), world.shelf(fact.other)
-    written = {
-        str(range_): None
-        for index, candidate in enumerate(shelf.candidates)
-        if index in fact.choices and (range_ := ranges_of(candidate).get(fact.other)) is not None
-        if other.within(range_) == fact.allowed
-    }
-    return f" {' or '.join(written)}" if written and list(written) != [str(ANY)] else ""
-
-
-def _list(items: Sequence[str]) -> str:
+def list_in_words(items: Sequence[str], conjunction: str = "and") -> str:
     """Join in words, leaving out the middle of a long list."""
     if len(items) > 6:
-        return f"{', '.join(items[:2])}, … and {items[-1]} ({len(items)} in all)"
-    return ", ".join(items[:-1]) + (" and " if len(items) > 1 else "") + items[-1]
-
-
-class _Cures:
-    """Changes that would make a problem solvable, each tried before it is offered."""
-
-    def __init__(self, world: World, proof: Proof, solver: Solver) -> None:
-        self._world = world
-        self._proof = proof
-        self._solver = solver
-        blamed = [
-            r for f in proof.facts if f.kind == "root" for r in _requirements_behind(world, f)
-        ]
-        self._blamed = list(dict.fromkeys(blamed))[:MAX_SUSPECTS]
-
-    def find(self) -> list[str]:
-        """Return the cures that work, the least invasive first."""
-        cures = [
-            *(cure for r in self._blamed if (cure := self._try_relaxing(r))),
-            *self._try_another_interface(),
-            *self._try_yanked(),
-        ]
-        if not cures:
-            cures = [*self._try_prereleases(), *self._try_leaving_out()]
-        return cures[:MAX_CURES]
-
-    def _solve(
-        self,
-        requires: Iterable[Requirement],
-        *,
-        with_yanked: Iterable[str] = (),
-        is_interface_checked: bool = True,
-    ) -> dict[str, Candidate] | None:
-        world = World(
-            self._world.source,
-            list(requires),
-            self._world.interface if is_interface_checked else None,
-            self._world.locked,
-            with_yanked=with_yanked,
-        )
-        answer = self._solver.solve(world)
-        if isinstance(answer, Proof):
-            return None
-        return {name: world.shelf(name).candidates[choice] for name, choice in answer.items()}
-
-    def _with(self, old: Requirement, *new: Requirement) -> list[Requirement]:
-        return [r for each in self._world.requires for r in (new if each == old else (each,))]
-
-    def _try_relaxing(self, requirement: Requirement) -> str | None:
-        if requirement.constraint == ANY:
-            return None
-        answer = self._solve(self._with(requirement, Requirement(requirement.name)))
-        if answer is None:
-            return None
-        version = answer[requirement.name].version
-        if requirement.constraint.contains(version):
-            # Only an exact pin does more than hold versions: it lets a yanked one in.
-            return None
-        return f"ask for {requirement.name} {version} instead of {requirement.constraint}"
-
-    def _try_another_interface(self) -> Iterator[str]:
-        interface = self._world.interface
-        if not interface:
-            return
-        answer = self._solve(self._world.requires, is_interface_checked=False)
-        for name, candidate in sorted((answer or {}).items()):
-            if candidate.interface is None:
-                continue
-            needed, range_ = candidate.interface
-            if needed not in interface or not range_.contains(interface[needed]):
-                yield (
-                    f"use a backbone whose router interface is {needed} {range_}, "
-                    f"for {name} {candidate.version}"
-                )
-                return
-
-    def _try_yanked(self) -> Iterator[str]:
-        names = [
-            fact.name
-            for fact in self._proof.facts
-            if fact.kind == "none" and any(c.is_yanked for c in self._candidates(fact))
-        ]
-        answer = self._solve(self._world.requires, with_yanked=names) if names else None
-        for name in dict.fromkeys(names):
-            if answer and name in answer and answer[name].is_yanked:
-                yield f"ask for {name}=={answer[name].version} exactly to accept what was yanked"
-
-    def _candidates(self, fact: Fact) -> list[Candidate]:
-        shelf = self._world.shelf(fact.name)
-        return [c for i, c in enumerate(shelf.candidates) if i in fact.choices]
-
-    def _try_prereleases(self) -> Iterator[str]:
-        for requirement in self._blamed:
-            shelf = self._world.shelf(requirement.name)
-            early = [c.version for c in shelf.candidates if c.version.is_prerelease]
-            for version in reversed(early[-3:]):
-                exact = Requirement(requirement.name, Constraint.exactly(version))
-                if self._solve(self._with(requirement, exact)) is not None:
-                    yield f"ask for the prerelease {requirement.name}=={version}"
-                    break
-
-    def _try_leaving_out(self) -> Iterator[str]:
-        for requirement in self._blamed:
-            if self._solve(self._with(requirement)) is not None:
-                yield f"leave out {requirement.name}"
-        rest, dropped = list(self._world.requires), list[str]()
-        for requirement in self._blamed:
-            if self._solve(rest) is not None:
-                break
-            rest = [r for r in rest if r != requirement]
-            dropped.append(requirement.name)
-        if len(dropped) > 1 and self._solve(rest) is not None:
-            yield f"leave out {_list(list(dict.fromkeys(dropped)))}"
+        return f"{', '.join(items[:2])}, … {conjunction} {items[-1]} ({len(items)} in all)"
+    return ", ".join(items[:-1]) + (f" {conjunction} " if len(items) > 1 else "") + items[-1]

@@ -7,6 +7,7 @@ one spelling, and nothing in it is a time, a secret or a path that `composable.t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Final, Self
 from composable.errors import LockError, ManifestError
 from composable.interface.digest import is_digest
 from composable.packaging import atomic
-from composable.packaging.constraint import Constraint
-from composable.packaging.manifest import PackageFile
+from composable.packaging.constraint import Constraint, Requirement
+from composable.packaging.manifest import EXPERT_FILE, PackageFile
 from composable.packaging.names import check_file_name, check_package_name
 from composable.packaging.toml import Table, format_toml, parse_toml
 from composable.packaging.version import Version
@@ -48,27 +49,49 @@ class LockedExpert:
     Args:
         name: Package name.
         version: The one version.
-        registry: Name of the registry that it comes from.
-        manifest: Digest of its manifest.
+        registry: Name of the registry that it comes from; None for one from a folder.
+        path: The folder that it comes from, as `composable.toml` says it; None otherwise.
+        is_editable: Whether it is used where it lies, as it is at the time.
+        manifest: Digest of its manifest; None where it is editable.
         interface: Digest of the router interface that it was trained against.
         requires: Experts that it builds on.
+        extras: What it requires on top for each extra that is asked for.
         wanted_by: Who asked for it, with the range: `composable.toml: ^1.2`.
         files: Its files but the manifest.
     """
 
     name: str
     version: Version
-    registry: str
-    manifest: str
+    registry: str | None = None
+    path: str | None = None
+    is_editable: bool = False
+    manifest: str | None
     interface: str | None
     requires: Mapping[str, Constraint]
+    extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
     wanted_by: tuple[str, ...]
     files: tuple[PackageFile, ...]
 
     @property
-    def digests(self) -> tuple[str, ...]:
-        """The digests of manifest and files."""
-        return (self.manifest, *(file.digest for file in self.files))
+    def digests(self) -> dict[str, str]:
+        """The digest of the manifest and of every file by file name; none where it is editable."""
+        if self.manifest is None:
+            return {}
+        return {EXPERT_FILE: self.manifest, **{file.name: file.digest for file in self.files}}
+
+    @property
+    def needs(self) -> list[Requirement]:
+        """What it requires, by itself and for the extras that are asked for, by name."""
+        ranges = [*self.requires.items()]
+        for extra in self.extras.values():
+            ranges += extra.items()
+        wanted = {Requirement(name, range_) for name, range_ in ranges}
+        return sorted(wanted, key=lambda need: (need.name, str(need.constraint)))
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, for people: the name of a registry, or a folder."""
+        return self.registry or f"{self.path}{' (editable)' if self.is_editable else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +124,7 @@ class Lock:
 
     def digests(self) -> set[str]:
         """Return the digests of all manifests and files."""
-        return {digest for expert in self.experts for digest in expert.digests}
+        return {digest for expert in self.experts for digest in expert.digests.values()}
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -128,14 +151,16 @@ class Lock:
             LockError: `where` is the dotted path of the bad field.
         """
         try:
-            return cls._from_table(parse_toml(text, where))
+            return cls._parse(text, where)
         except ManifestError as error:
             raise LockError(
                 error.message, where=error.where, hint=error.hint or "run `composable lock`"
             ) from error
 
     @classmethod
-    def _from_table(cls, top: Table) -> Self:
+    @functools.lru_cache(maxsize=4)  # what is locked and what is installed is mostly the same text
+    def _parse(cls, text: str, where: str) -> Self:
+        top = parse_toml(text, where)
         schema = top.integer("schema")
         if schema != SCHEMA:
             raise ManifestError(
@@ -177,6 +202,7 @@ class Lock:
         """Write the lock unless the file already holds it; say whether it was written."""
         text = self.to_toml()
         if path.exists() and path.read_bytes() == text.encode():
+            atomic.settle(path)
             return False
         atomic.write_text(path, text)
         return True
@@ -192,12 +218,20 @@ def _expert_fields(expert: LockedExpert) -> dict[str, object]:
         "name": expert.name,
         "version": str(expert.version),
         "registry": expert.registry,
+        "path": expert.path,
+        "editable": expert.is_editable or None,
         "manifest": expert.manifest,
         "interface": expert.interface,
-        "requires": {name: str(r) for name, r in sorted(expert.requires.items())} or None,
+        "requires": _to_texts(expert.requires) or None,
+        "extras": {name: _to_texts(ranges) for name, ranges in sorted(expert.extras.items())}
+        or None,
         "wanted-by": list(expert.wanted_by),
-        "files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files],
+        "files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files] or None,
     }
+
+
+def _to_texts(ranges: Mapping[str, Constraint]) -> dict[str, str]:
+    return {name: str(range_) for name, range_ in sorted(ranges.items())}
 
 
 def _read_interface(table: Table) -> LockedInterface:
@@ -211,24 +245,36 @@ def _read_interface(table: Table) -> LockedInterface:
 
 
 def _read_expert(table: Table, registries: Mapping[str, str]) -> LockedExpert:
-    registry = table.text("registry")
-    if registry not in registries:
+    registry, path = table.text("registry", None), table.text("path", None)
+    if (registry is None) == (path is None):
+        raise ManifestError("expected either a registry or a path", where=table.where())
+    if registry is not None and registry not in registries:
         raise ManifestError(f"{registry!r} is not in [registries]", where=table.where("registry"))
+    is_editable = table.boolean("editable", False)
+    if is_editable and path is None:
+        raise ManifestError("only one from a folder can be editable", where=table.where("editable"))
     files = []
     for entry in table.tables("files"):
         name = check_file_name(entry.text("name"), entry.where("name"))
         size, digest = entry.integer("size"), _read_digest(entry, "digest")
         files.append(PackageFile(name=name, size=size, digest=digest))
         entry.finish()
-    if len({file.name.lower() for file in files}) != len(files):
+    if len({file.name.lower() for file in files} | {EXPERT_FILE}) != len(files) + 1:
         raise ManifestError("a file is there twice", where=table.where("files"))
+    extras = table.table("extras", {})
     expert = LockedExpert(
         name=check_package_name(table.text("name"), table.where("name")),
         version=table.version("version"),
         registry=registry,
-        manifest=_read_digest(table, "manifest"),
+        path=path,
+        is_editable=is_editable,
+        manifest=None if is_editable else _read_digest(table, "manifest"),
         interface=_read_digest(table, "interface") if "interface" in table else None,
         requires=table.ranges("requires"),
+        extras={
+            check_package_name(name, extras.where(name)): extras.ranges(name)
+            for name in extras.names()
+        },
         wanted_by=table.texts("wanted-by"),
         files=tuple(files),
     )

@@ -29,6 +29,9 @@ SCOUT_FILE: Final = "scout.safetensors"
 # What an expert's directory may publish beside its manifest; the first two it must.
 EXPERT_FILES: Final = (BODY_FILE, SCOUT_FILE, "card.json", "README.md")
 MAX_FILES: Final = 256
+# Files are hashed in pieces of this size as well as whole, so that a broken download resumes from,
+# and damage is narrowed down to, one piece.
+CHUNK_BYTES: Final = 8 << 20
 _TAG: Final = re.compile(r"[A-Za-z0-9]+([ ._+-][A-Za-z0-9]+)*")
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -41,11 +44,14 @@ class PackageFile:
         name: Flat file name.
         size: Bytes.
         digest: `sha256:…` of its bytes.
+        chunks: SHA-256 in hex of every 8 MiB of it; none for a file of one chunk, or where only
+            the whole is known. It takes no part in equality: the digest says it all.
     """
 
     name: str
     size: int
     digest: str
+    chunks: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,7 @@ class Manifest:
         provides: Names of capabilities, for search.
         derives_from: The release that training started from, as `NAME@VERSION`.
         requires: Experts that this one builds on, by name.
+        extras: Experts that it builds on as well for those who ask for an extra, by extra.
         conflicts: Experts that it cannot be installed with, by name.
         training: Provenance.
         files: The package's files but the manifest; empty until packed.
@@ -135,6 +142,7 @@ class Manifest:
     provides: tuple[str, ...] = ()
     derives_from: str | None = None
     requires: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
     conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
     training: Training | None = None
     files: tuple[PackageFile, ...] = ()
@@ -187,6 +195,7 @@ class Manifest:
             body=_read_body(body),
             scout_width=scout.integer("width", minimum=1),
             requires=top.ranges("requires"),
+            extras=_read_extras(top.table("extras", {})),
             conflicts=top.ranges("conflicts"),
             training=_read_training(top.table("training")) if "training" in top else None,
             files=_read_files(top),
@@ -194,11 +203,13 @@ class Manifest:
         for table in (expert, interface, body, scout):
             table.finish()
         top.finish(also=("training",))
-        if manifest.name in {*manifest.requires, *manifest.conflicts}:
-            field = "requires" if manifest.name in manifest.requires else "conflicts"
-            raise ManifestError(
-                "an expert cannot name itself", where=top.where(f"{field}.{manifest.name}")
-            )
+        extras = {f"extras.{extra}": ranges for extra, ranges in manifest.extras.items()}
+        named = {"requires": manifest.requires, "conflicts": manifest.conflicts, **extras}
+        for field, ranges in named.items():
+            if manifest.name in ranges:
+                raise ManifestError(
+                    "an expert cannot name itself", where=top.where(f"{field}.{manifest.name}")
+                )
         return manifest
 
     def to_toml(self) -> str:
@@ -225,6 +236,10 @@ class Manifest:
                 ("body", {"kind": self.body.kind, **rank, "dtype": self.body.dtype}),
                 ("scout", {"width": self.scout_width}),
                 ("requires", {name: str(r) for name, r in sorted(self.requires.items())}),
+                *(
+                    (f"extras.{extra}", {name: str(r) for name, r in sorted(ranges.items())})
+                    for extra, ranges in sorted(self.extras.items())
+                ),
                 ("conflicts", {name: str(r) for name, r in sorted(self.conflicts.items())}),
                 ("training", {key: value for key, value in training.items() if value != ""}),
                 *_file_tables(self.files),
@@ -363,6 +378,16 @@ def _read_body(table: Table) -> Body:
     return Body(kind=kind, rank=rank, dtype=dtype)
 
 
+def _read_extras(table: Table) -> dict[str, dict[str, Constraint]]:
+    extras = {}
+    for extra in table.names():
+        check_package_name(extra, table.where(extra))
+        extras[extra] = table.ranges(extra)
+        if not extras[extra]:
+            raise ManifestError("an extra that requires nothing", where=table.where(extra))
+    return extras
+
+
 def _read_training(table: Table) -> Training:
     training = Training(
         data=table.text("data", ""),
@@ -390,18 +415,39 @@ def _read_files(top: Table) -> tuple[PackageFile, ...]:
             raise ManifestError(
                 f"{sha256[:80]!r} is not 64 hex digits", where=table.where("sha256")
             )
+        size = table.integer("size")
         files[name.lower()] = PackageFile(
-            name=name, size=table.integer("size"), digest=f"sha256:{sha256}"
+            name=name, size=size, digest=f"sha256:{sha256}", chunks=_read_chunks(table, size)
         )
         table.finish()
     return tuple(sorted(files.values(), key=lambda file: file.name))
+
+
+def _read_chunks(table: Table, size: int) -> tuple[str, ...]:
+    chunks = table.texts("chunks")
+    if chunks and len(chunks) != -(-size // CHUNK_BYTES):
+        raise ManifestError(
+            f"{len(chunks)} digests, expected one for every {CHUNK_BYTES:,} of {size:,} bytes",
+            where=table.where("chunks"),
+        )
+    for index, chunk in enumerate(chunks):
+        if _HEX.fullmatch(chunk) is None:
+            raise ManifestError(
+                f"{chunk[:80]!r} is not 64 hex digits", where=table.where(f"chunks[{index}]")
+            )
+    return chunks
 
 
 def _file_tables(files: tuple[PackageFile, ...]) -> list[tuple[str, dict[str, Any]]]:
     return [
         (
             "[files]",
-            {"name": file.name, "size": file.size, "sha256": file.digest.removeprefix("sha256:")},
+            {
+                "name": file.name,
+                "size": file.size,
+                "sha256": file.digest.removeprefix("sha256:"),
+                "chunks": list(file.chunks) or None,
+            },
         )
         for file in sorted(files, key=lambda file: file.name)
     ]

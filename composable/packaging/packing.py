@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from composable.errors import InterfaceError, ManifestError
-from composable.packaging.atomic import CHUNK
 from composable.packaging.manifest import (
     BODY_FILE,
+    CHUNK_BYTES,
+    EXPERT_FILE,
     EXPERT_FILES,
     SCOUT_FILE,
     Manifest,
@@ -53,7 +54,7 @@ def pack_expert(directory: Path, *, interface: RouterInterface | None = None) ->
     for name in EXPERT_FILES:
         path = directory / name
         if path.is_file() and not path.is_symlink():
-            files.append(_describe(path))
+            files.append(describe_file(path))
         elif name in REQUIRED_FILES or path.is_symlink():
             raise ManifestError("is not there, or not a plain file", where=str(path))
     packed = dataclasses.replace(manifest, files=tuple(sorted(files, key=lambda f: f.name)))
@@ -65,6 +66,24 @@ def pack_expert(directory: Path, *, interface: RouterInterface | None = None) ->
         )
     check_expert_tensors(directory, packed, interface=interface)
     return packed
+
+
+def pack_named(directory: Path, name: str, interface: RouterInterface | None) -> Manifest:
+    """Return the packed manifest of an expert's directory, which must be of that name.
+
+    Raises:
+        ManifestError: When there is no such directory, or it holds another expert.
+    """
+    if not directory.is_dir():
+        raise ManifestError(
+            f"there is no such folder, from which {name} is to come", where=str(directory)
+        )
+    manifest = pack_expert(directory, interface=interface)
+    if manifest.name != name:
+        raise ManifestError(
+            f"is {manifest.name!r}, but {name!r} is asked for", where=str(directory / EXPERT_FILE)
+        )
+    return manifest
 
 
 def check_expert_tensors(
@@ -123,11 +142,18 @@ def fit_interface(manifest: Manifest, interface: RouterInterface) -> Manifest:
     return dataclasses.replace(manifest, interface=dataclasses.replace(need, digest=digest))
 
 
-def _describe(path: Path) -> PackageFile:
-    state = hashlib.sha256()
-    size = 0
+def describe_file(path: Path) -> PackageFile:
+    """Return a file's name, size and digests: whole and, where there are several, of its chunks."""
+    whole, size = hashlib.sha256(), 0
+    chunks: list[str] = []
     with path.open("rb") as file:
-        for chunk in iter(lambda: file.read(CHUNK), b""):
-            state.update(chunk)
-            size += len(chunk)
-    return PackageFile(name=path.name, size=size, digest=f"sha256:{state.hexdigest()}")
+        while data := file.read(CHUNK_BYTES):
+            whole.update(data)
+            size += len(data)
+            chunks.append(hashlib.sha256(data).hexdigest())
+    return PackageFile(
+        name=path.name,
+        size=size,
+        digest=f"sha256:{whole.hexdigest()}",
+        chunks=tuple(chunks) if len(chunks) > 1 else (),
+    )

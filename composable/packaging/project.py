@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from composable.errors import ManifestError, PackagingError
 from composable.packaging import atomic
-from composable.packaging.constraint import Constraint, Requirement
+from composable.packaging.constraint import ANY, Constraint, Requirement
 from composable.packaging.environment import FOLDER, Environment
 from composable.packaging.lock import LOCK_FILE, Lock
 from composable.packaging.names import check_package_name, did_you_mean
@@ -31,11 +31,17 @@ class Wanted:
 
     Args:
         constraint: Versions that will do.
+        extras: Its extras that are asked for.
         registry: Name of the registry that it comes from; None for the default one.
+        path: A folder that it comes from instead, as the user wrote it.
+        is_editable: Whether it is used where it lies rather than as it was when it was locked.
     """
 
-    constraint: Constraint
+    constraint: Constraint = ANY
+    extras: tuple[str, ...] = ()
     registry: str | None = None
+    path: str | None = None
+    is_editable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,8 @@ class Project:
         default_registry: Where experts come from that are bound to no other; None without any.
         experts: What is wanted, by package name, in the file's order.
         bindings: Registry of packages that only other experts ask for.
+        is_offline: Whether registries answer from what is kept of them alone. No field of the
+            file.
     """
 
     root: Path
@@ -57,6 +65,7 @@ class Project:
     default_registry: str | None = None
     experts: Mapping[str, Wanted] = dataclasses.field(default_factory=dict)
     bindings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_offline: bool = False
 
     @property
     def path(self) -> Path:
@@ -76,7 +85,10 @@ class Project:
     @property
     def requirements(self) -> list[Requirement]:
         """What is wanted, in the file's order."""
-        return [Requirement(name, wanted.constraint) for name, wanted in self.experts.items()]
+        return [
+            Requirement(name, wanted.constraint, wanted.extras)
+            for name, wanted in self.experts.items()
+        ]
 
     @property
     def lock(self) -> Lock | None:
@@ -86,6 +98,11 @@ class Project:
             LockError: For a bad lock file.
         """
         return Lock.read(self.lock_path) if self.lock_path.exists() else None
+
+    def folder_of(self, name: str) -> Path | None:
+        """Return the folder that an expert comes from; None where it comes from a registry."""
+        wanted = self.experts.get(name)
+        return self.root / Path(wanted.path).expanduser() if wanted and wanted.path else None
 
     def registry_of(self, name: str) -> str:
         """Return the name of the one registry that a package may come from.
@@ -116,7 +133,9 @@ class Project:
                 where=f"{PROJECT_FILE}: registries",
                 hint=did_you_mean(name, self.registries),
             )
-        return open_registry(self.registries[name], self.root)
+        return open_registry(
+            self.registries[name], self.root, name=name, is_offline=self.is_offline
+        )
 
     @classmethod
     def find(cls, start: Path | None = None) -> Self:
@@ -210,12 +229,21 @@ class Project:
             bindings=bindings,
         )
 
-    def add(self, requirement: Requirement, *, registry: str | None = None) -> Self:
+    def add(
+        self,
+        requirement: Requirement,
+        *,
+        registry: str | None = None,
+        path: str | None = None,
+        is_editable: bool = False,
+    ) -> Self:
         """Ask for an expert, or change what is asked of one, in the file.
 
         Args:
-            requirement: Name and range.
+            requirement: Name, range and extras; of an expert from a folder the range says nothing.
             registry: Name of the registry to bind it to; by default as before, or the default one.
+            path: A folder that it comes from instead, counted from the project's.
+            is_editable: Whether it is used where it lies.
 
         Returns:
             The new project.
@@ -223,66 +251,117 @@ class Project:
         Raises:
             ManifestError: For a registry that the project does not name.
         """
-        before = self.experts.get(requirement.name)
-        registry = registry or (before.registry if before else None)
-        value: Any = str(requirement.constraint)
-        if registry is not None:
-            value = {"version": value, "registry": registry}
-        return self._edit(requirement.name, f"{requirement.name} = {format_value(value)}")
+        want = Wanted(
+            constraint=requirement.constraint,
+            extras=requirement.extras,
+            registry=registry,
+            path=path,
+            is_editable=is_editable,
+        )
+        return self.change({requirement.name: want})
 
-    def remove(self, name: str) -> Self:
-        """Stop asking for an expert, in the file.
+    def remove(self, *names: str) -> Self:
+        """Stop asking for experts, in the file.
 
         Raises:
-            PackagingError: When the project does not ask for it.
+            PackagingError: When the project does not ask for one of them.
         """
-        if name not in self.experts:
-            raise PackagingError(
-                f"the project does not ask for {name!r}",
-                where=str(self.path),
-                hint=did_you_mean(name, self.experts),
-            )
-        return self._edit(name, None)
+        for name in names:
+            if name not in self.experts:
+                raise PackagingError(
+                    f"the project does not ask for {name!r}",
+                    where=str(self.path),
+                    hint=did_you_mean(name, self.experts),
+                )
+        return self.change(dict.fromkeys(names))
 
-    def _edit(self, name: str, line: str | None) -> Self:
-        """Replace, add or drop one line under `[experts]` and nothing else."""
-        text = self.path.read_text(encoding="utf-8")
-        edited = _edit_experts(text, name, line)
-        before = _read_without(text, name, self.root)
+    def change(self, wanted: Mapping[str, Wanted | None]) -> Self:
+        """Ask for several experts at once, or stop asking for them: all in one write of the file.
+
+        Args:
+            wanted: What to ask of each expert, by name, or None to stop. Without a registry or a
+                path an expert stays bound as before, or to the default registry.
+
+        Returns:
+            The new project.
+
+        Raises:
+            ManifestError: For a registry that the project does not name.
+            PackagingError: When the file is written in a way that cannot be edited line by line.
+        """
+        text = edited = self.path.read_text(encoding="utf-8")
+        for name, want in wanted.items():
+            line = f"{name} = {format_value(self._describe(name, want))}" if want else None
+            edited = _edit_experts(edited, name, line)
+        before = _read_without(text, wanted, self.root)
         try:
-            after = _read_without(edited, name, self.root)
+            after = _read_without(edited, wanted, self.root)
         except ManifestError as error:
             if "registry" in (error.where or ""):
                 raise
             after = None
         if after != before:
+            names = " and ".join(map(repr, wanted))
             raise PackagingError(
-                f"cannot edit {name!r} without touching the rest",
+                f"cannot edit {names} without touching the rest",
                 where=str(self.path),
-                hint=f"edit the line of {name!r} under [experts] by hand",
+                hint=f"edit what stands of {names} under [experts] by hand",
             )
         atomic.write_text(self.path, edited)
         return type(self).read(self.root)
+
+    def _describe(self, name: str, want: Wanted) -> Any:
+        """Return the entry of an expert as the file writes it."""
+        registry = want.registry
+        if want.path is None and registry is None and name in self.experts:
+            registry = self.experts[name].registry
+        fields: dict[str, Any] = {
+            "version": None if want.path else str(want.constraint),
+            "path": want.path,
+            "editable": want.is_editable or None,
+            "extras": list(want.extras) or None,
+            "registry": registry,
+        }
+        given = {field: value for field, value in fields.items() if value is not None}
+        return given["version"] if given.keys() == {"version"} else given
 
 
 def _read_experts(table: Table) -> dict[str, Wanted]:
     experts = {}
     for name in table.names():
         check_package_name(name, table.where(name))
-        if table.is_table(name):
-            entry = table.table(name)
-            constraint = entry.value("version", Constraint)
-            experts[name] = Wanted(constraint=constraint, registry=entry.text("registry", None))
-            entry.finish()
-        else:
+        if not table.is_table(name):
             experts[name] = Wanted(constraint=table.value(name, Constraint))
+            continue
+        entry = table.table(name)
+        path = entry.text("path", None)
+        if path is not None:
+            for field in ("version", "registry"):
+                if field in entry:
+                    raise ManifestError(
+                        "an expert from a folder has the version that its manifest says, and no "
+                        "registry",
+                        where=entry.where(field),
+                    )
+        experts[name] = Wanted(
+            constraint=ANY if path is not None else entry.value("version", Constraint),
+            extras=entry.texts("extras"),
+            registry=entry.text("registry", None),
+            path=path,
+            is_editable=entry.boolean("editable", False),
+        )
+        if experts[name].is_editable and path is None:
+            raise ManifestError(
+                "only an expert from a folder can be editable", where=entry.where("editable")
+            )
+        entry.finish()
     return experts
 
 
-def _read_without(text: str, name: str, root: Path) -> Project:
-    """Read a project as it would be if it did not ask for `name`."""
+def _read_without(text: str, names: Container[str], root: Path) -> Project:
+    """Read a project as it would be if it did not ask for `names`."""
     project = Project._from_table(parse_toml(text, PROJECT_FILE), root)
-    experts = {other: wanted for other, wanted in project.experts.items() if other != name}
+    experts = {name: wanted for name, wanted in project.experts.items() if name not in names}
     return dataclasses.replace(project, experts=experts)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from composable.errors import PackagingError, RegistryError
 from composable.interface.digest import canonical_json, is_digest
@@ -14,6 +15,8 @@ from composable.packaging.constraint import Constraint
 from composable.packaging.manifest import InterfaceNeed, Manifest, PackageFile
 from composable.packaging.names import check_file_name, check_package_name
 from composable.packaging.version import Version
+
+TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +30,12 @@ class Release:
         manifest: Digest of its manifest.
         files: Its files but the manifest.
         requires: Experts that it builds on.
+        extras: What it requires on top for each of its extras.
         conflicts: Experts that it cannot be installed with.
         is_yanked: Whether it was withdrawn from new resolutions.
         published: When, as RFC 3339 in UTC.
         description: One line, for search.
-        tags: Languages and domains, for search.
+        tags: Languages, domains and capabilities, for search.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Release:
     manifest: str
     files: tuple[PackageFile, ...]
     requires: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
     conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
     is_yanked: bool = False
     published: str = ""
@@ -56,10 +61,11 @@ class Release:
             manifest=manifest.digest,
             files=manifest.files,
             requires=manifest.requires,
+            extras=manifest.extras,
             conflicts=manifest.conflicts,
             published=published,
             description=manifest.description,
-            tags=(*manifest.languages, *manifest.domains),
+            tags=(*manifest.languages, *manifest.domains, *manifest.provides),
         )
 
     def to_line(self) -> bytes:
@@ -77,8 +83,9 @@ class Release:
                 "interface": interface,
                 "manifest": self.manifest,
                 "files": files,
-                "requires": {name: str(range_) for name, range_ in self.requires.items()},
-                "conflicts": {name: str(range_) for name, range_ in self.conflicts.items()},
+                "requires": _to_texts(self.requires),
+                "extras": {extra: _to_texts(ranges) for extra, ranges in self.extras.items()},
+                "conflicts": _to_texts(self.conflicts),
                 "yanked": self.is_yanked,
                 "published": self.published,
                 "description": self.description,
@@ -127,6 +134,10 @@ class Release:
                     for file in data["files"]
                 ),
                 requires=_read_ranges(data["requires"]),
+                extras={
+                    check_package_name(extra): _read_ranges(ranges)
+                    for extra, ranges in data.get("extras", {}).items()
+                },
                 conflicts=_read_ranges(data["conflicts"]),
                 is_yanked=data["yanked"],
                 published=str(data["published"]),
@@ -137,6 +148,38 @@ class Release:
             raise RegistryError(error.message, where=where) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RegistryError(f"not a release: {error}", where=where) from error
+
+
+def parse_cutoff(text: str) -> str:
+    """Return the time after which releases do not exist, as registries write times.
+
+    Args:
+        text: A date, `2026-11-24`, whose whole day in UTC counts, or an RFC 3339 time.
+
+    Raises:
+        PackagingError: For anything else.
+    """
+    try:
+        if len(text) == 10:
+            return f"{datetime.date.fromisoformat(text).isoformat()}T23:59:59Z"
+        time = datetime.datetime.fromisoformat(text)
+        if time.tzinfo is None:
+            raise ValueError("it has no time zone")
+    except ValueError as error:
+        raise PackagingError(
+            f"{text[:60]!r} is not a date or a time: {error}",
+            hint="write 2026-11-24 or 2026-11-24T12:00:00Z",
+        ) from error
+    return time.astimezone(datetime.UTC).strftime(TIME_FORMAT)
+
+
+def choose_newest(releases: Iterable[Release]) -> Release:
+    """Return the newest release; a yanked one or a prerelease only if there is nothing else."""
+    return max(releases, key=lambda r: (not r.is_yanked, not r.version.is_prerelease, r.version))
+
+
+def _to_texts(ranges: Mapping[str, Constraint]) -> dict[str, str]:
+    return {name: str(range_) for name, range_ in ranges.items()}
 
 
 def _read_ranges(data: Mapping[str, Any]) -> dict[str, Constraint]:

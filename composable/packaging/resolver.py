@@ -3,17 +3,29 @@
 The policy is here: the router interface is a package of its own; candidates that fit it come first,
 then the newest; a locked version is kept while it is allowed; yanked versions are taken only when
 locked or pinned exactly by the user; a refused candidate never. How to search is the solver's.
+
+A package with an extra, `german[code]`, is a name of its own to the solver. Its choices are those
+of `german` that have the extra, and each needs the same choice of `german` and what the extra adds.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from composable.errors import ResolutionError
-from composable.packaging.constraint import ANY, Constraint, Requirement
+from composable.packaging.constraint import (
+    ANY,
+    Constraint,
+    Requirement,
+    join_extra,
+    split_extra,
+)
+from composable.packaging.heights import Heights
 from composable.packaging.solver import ChoiceSet, Proof, PubGrub, Solver
 from composable.packaging.universe import INTERFACE_PREFIX, Candidate, Source, Universe
 from composable.packaging.version import Version
@@ -27,11 +39,15 @@ class Resolution:
 
     Args:
         packages: The version by name, sorted by name; interfaces are not among them.
-        wanted_by: For each name who asked for it, with the range: the user, as `""`, or packages.
+        wanted_by: For each name who asked for it, with the range: the user, as `""`, packages, or
+            packages with an extra, as `german[code]`.
+        extras: The extras that are asked for, sorted, by package; packages without any are left
+            out.
     """
 
     packages: Mapping[str, Version]
     wanted_by: Mapping[str, Sequence[tuple[str, Constraint]]]
+    extras: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 class World:
@@ -60,7 +76,7 @@ class World:
         self.locked = locked
         self._with_yanked = frozenset(with_yanked)
         self._shelves: dict[str, Shelf] = {}
-        self._heights: dict[str, int] = {}
+        self._heights = Heights(self._names_below)
 
     def shelf(self, name: str) -> Shelf:
         """Return the candidates of a package or interface."""
@@ -69,9 +85,13 @@ class World:
         return self._shelves[name]
 
     def roots(self) -> list[tuple[str, ChoiceSet]]:
-        """Return what the user wants, the interfaces first."""
+        """Return what the user wants, the interfaces first, and a package before its extras."""
         interfaces = [(f"{INTERFACE_PREFIX}{name}", ANY) for name in sorted(self.interface or ())]
-        wanted = [(requirement.name, requirement.constraint) for requirement in self.requires]
+        wanted = [
+            (name, requirement.constraint)
+            for requirement in self.requires
+            for name in (requirement.name, *_names_with_extras(requirement))
+        ]
         return [(name, self.shelf(name).within(range_)) for name, range_ in interfaces + wanted]
 
     def best(self, name: str, allowed: ChoiceSet) -> int | None:
@@ -91,6 +111,9 @@ class World:
                 other: self.shelf(other).within(range_)
                 for other, range_ in self.requirements(shelf.candidates[choice])
             }
+            package, extra = split_extra(name)
+            if extra is not None:
+                found = {package: ChoiceSet.singleton(choice), **found}
             for like in shelf.alike(choice):
                 shelf.needs[like] = found
         return shelf.needs[choice]
@@ -106,14 +129,28 @@ class World:
         """Return the candidates with the same needs and conflicts."""
         return self.shelf(name).alike(choice)
 
+    def foresee(self, name: str, allowed: ChoiceSet) -> Iterator[int]:
+        """Yield the candidates that need and refuse only packages met before.
+
+        No registry is asked about a package that only some old release wants.
+        """
+        shelf = self.shelf(name)
+        for choice in ChoiceSet(allowed.bits & shelf.selectable):
+            candidate = shelf.candidates[choice]
+            others = [other for other, _ in self.requirements(candidate)]
+            if all(other in self._shelves for other in (*others, *candidate.conflicts)):
+                yield choice
+
     def urgency(self, name: str, allowed: ChoiceSet) -> tuple[int, ...]:
         """Decide interfaces first, and a package after those that build on it.
 
         By then all who want it have spoken, so it is not chosen too new and forced back, or worse,
-        kept at the expense of one of them.
+        kept at the expense of one of them. Of packages that build on each other, those nearer to
+        the user come first.
         """
         choices = (allowed.bits & self.shelf(name).selectable).bit_count()
-        return (not name.startswith(INTERFACE_PREFIX), choices > 1, -self._height(name), choices)
+        height, depth = self._heights.of(name), self._depths.get(name, len(self._depths))
+        return (not name.startswith(INTERFACE_PREFIX), choices > 1, -height, depth, choices)
 
     def requirements(self, candidate: Candidate) -> list[tuple[str, Constraint]]:
         """Return what a candidate requires, its router interface first."""
@@ -129,6 +166,9 @@ class World:
             shelf = Shelf([Candidate(version=version)] if version is not None else [])
             shelf.selectable = shelf.fitting = int(version is not None)
             return shelf
+        package, extra = split_extra(name)
+        if extra is not None:
+            return self._fill_extra_shelf(package, extra)
         pinned = {r.constraint.pinned for r in self.requires if r.name == name}
         shelf = Shelf(self.source.candidates(name))
         for index, candidate in enumerate(shelf.candidates):
@@ -141,31 +181,43 @@ class World:
             shelf.fitting |= self._fits(candidate) << index
         return shelf
 
+    def _fill_extra_shelf(self, package: str, extra: str) -> Shelf:
+        """Number a package with an extra as the package alone, and bar what lacks the extra."""
+        alone = self.shelf(package)
+        shelf = Shelf(_add_extra(package, candidate, extra) for candidate in alone.candidates)
+        shelf.is_one_of_a_kind = True
+        has_extra = sum(1 << i for i, c in enumerate(shelf.candidates) if c.refusal is None)
+        shelf.selectable = alone.selectable & has_extra
+        shelf.fitting = alone.fitting & has_extra
+        shelf.locked = alone.locked & has_extra
+        return shelf
+
     def _fits(self, candidate: Candidate) -> bool:
         if candidate.interface is None or self.interface is None:
             return True
         name, range_ = candidate.interface
         return name in self.interface and range_.contains(self.interface[name])
 
-    def _height(self, name: str) -> int:
-        """Return the longest chain of newest candidates below a package."""
-        pending = [name]
-        while pending:
-            top = pending[-1]
-            known = self._heights.get(top)
-            if known is not None and known >= 0:
-                pending.pop()
-                continue
-            best = self.best(top, ChoiceSet.full())
-            below = () if best is None else tuple(self.shelf(top).candidates[best].requires)
-            open_names = [other for other in below if other not in self._heights]
-            if known is None and open_names:
-                self._heights[top] = -1  # being measured; a cycle counts as no height
-                pending.extend(open_names)
-                continue
-            self._heights[top] = 1 + max((self._heights[other] for other in below), default=-1)
-            pending.pop()
-        return self._heights[name]
+    @functools.cached_property
+    def _depths(self) -> dict[str, int]:
+        """How many steps packages are away from the user, by newest candidates."""
+        names = list(dict.fromkeys(name for name, _ in self.roots()))
+        depths = dict.fromkeys(names, 0)
+        for name in names:
+            for other in self._names_below(name):
+                if other not in depths:
+                    depths[other] = depths[name] + 1
+                    names.append(other)
+        return depths
+
+    def _names_below(self, name: str) -> Sequence[str]:
+        """Return what the newest candidate builds on."""
+        best = self.best(name, ChoiceSet.full())
+        if best is None:
+            return ()
+        package, extra = split_extra(name)
+        itself = () if extra is None else (package,)
+        return (*itself, *self.shelf(name).candidates[best].requires)
 
 
 class Shelf:
@@ -180,12 +232,14 @@ class Shelf:
         fitting: Bits of those that may be chosen and fit the router interface.
         locked: Bit of the one that is locked.
         needs: What the choices asked for so far need.
+        is_one_of_a_kind: Whether no two choices have the same needs, whatever their candidates say.
     """
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
         self.candidates = sorted(candidates, key=lambda candidate: candidate.version)
         self.selectable = self.fitting = self.locked = 0
         self.needs: dict[int, Mapping[str, ChoiceSet]] = {}
+        self.is_one_of_a_kind = False
         self._order = [candidate.version.precedence for candidate in self.candidates]
         self._prereleases = [
             (index, candidate.version)
@@ -210,6 +264,8 @@ class Shelf:
 
     def alike(self, choice: int) -> ChoiceSet:
         """Return the candidates with the same needs and conflicts."""
+        if self.is_one_of_a_kind:
+            return ChoiceSet.singleton(choice)
         if not self._alike:
             groups: dict[object, int] = {}
             keys = [_needs_key(candidate) for candidate in self.candidates]
@@ -292,15 +348,41 @@ def resolve_from(
         for name, choice in sorted(answer.items())
         if not name.startswith(INTERFACE_PREFIX)
     }
-    wanted_by: dict[str, list[tuple[str, Constraint]]] = {name: [] for name in chosen}
+    packages = {name: c.version for name, c in chosen.items() if split_extra(name)[1] is None}
+    wanted_by: dict[str, list[tuple[str, Constraint]]] = {name: [] for name in packages}
+    extras: dict[str, set[str]] = {}
     for requirement in requires:
         wanted_by[requirement.name].append(("", requirement.constraint))
+        if requirement.extras:
+            extras.setdefault(requirement.name, set()).update(requirement.extras)
     for name, candidate in chosen.items():
         for other, range_ in sorted(candidate.requires.items()):
             wanted_by[other].append((name, range_))
     return Resolution(
-        packages={name: candidate.version for name, candidate in chosen.items()},
+        packages=packages,
         wanted_by=wanted_by,
+        extras={name: tuple(sorted(wanted)) for name, wanted in sorted(extras.items())},
+    )
+
+
+def _names_with_extras(requirement: Requirement) -> list[str]:
+    return [join_extra(requirement.name, extra) for extra in requirement.extras]
+
+
+def _add_extra(package: str, candidate: Candidate, extra: str) -> Candidate:
+    """Return what an extra adds to a candidate; refused where it has no such extra."""
+    requires = dict(candidate.extras.get(extra, {}))
+    own = requires.pop(package, None)  # that very version is needed anyway
+    refusal = None
+    if extra not in candidate.extras:
+        refusal = f"has no extra {extra!r}"
+    elif own is not None and not own.contains(candidate.version):
+        refusal = f"has an extra {extra!r} that needs {package} {own}"
+    return Candidate(
+        version=candidate.version,
+        requires=requires,
+        is_yanked=candidate.is_yanked,
+        refusal=refusal,
     )
 
 

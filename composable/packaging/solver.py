@@ -9,9 +9,9 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from composable.errors import ResolutionError
 
@@ -19,22 +19,35 @@ if TYPE_CHECKING:
     from nab_resolver.types import Incompatibility
 
 MAX_ROUNDS: Final = 1_000_000_000  # never give up where a solution exists
+LOOK_AHEAD_AFTER: Final = 10  # conflicts; problems with fewer are not worth it
+MAX_KEPT_SETS: Final = 1 << 16
 
 
 class ChoiceSet:
     """A set of the choices for one name, as the bits of an integer.
 
     A Python integer has sign bits without end, so complements are exact: `~0` is every choice
-    there is or could be, and set algebra is integer algebra.
+    there is or could be, and set algebra is integer algebra. Equal sets are one object where that
+    can be had cheaply, for nab-resolver remembers by identity what it has worked out.
 
     Args:
         bits: Bit i is set when choice i is in the set.
     """
 
     __slots__ = ("bits",)
+    _kept: ClassVar[dict[int, ChoiceSet]] = {}
 
-    def __init__(self, bits: int = 0) -> None:
-        self.bits = bits
+    bits: int
+
+    def __new__(cls, bits: int = 0) -> ChoiceSet:
+        """Return the set, the same object as before if it is still kept."""
+        found = cls._kept.get(bits)
+        if found is None:
+            if len(cls._kept) >= MAX_KEPT_SETS:
+                cls._kept.clear()
+            found = cls._kept[bits] = object.__new__(cls)
+            found.bits = bits
+        return found
 
     @classmethod
     def empty(cls) -> ChoiceSet:
@@ -70,7 +83,7 @@ class ChoiceSet:
 
     def relation(self, other: ChoiceSet) -> Relation:
         """Say both of `is_subset` and `is_disjoint`."""
-        return Relation(not self.bits & ~other.bits, not self.bits & other.bits)
+        return _RELATIONS[not self.bits & ~other.bits][not self.bits & other.bits]
 
     def __iter__(self) -> Iterator[int]:
         """Yield the choices of a finite set, lowest first."""
@@ -98,7 +111,7 @@ class ChoiceSet:
         return ChoiceSet(~self.bits)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ChoiceSet) and self.bits == other.bits
+        return self is other or (isinstance(other, ChoiceSet) and self.bits == other.bits)
 
     def __hash__(self) -> int:
         return hash(self.bits)
@@ -112,6 +125,12 @@ class Relation(NamedTuple):
 
     is_subset: bool
     is_disjoint: bool
+
+
+_RELATIONS: Final = (
+    (Relation(False, False), Relation(False, True)),
+    (Relation(True, False), Relation(True, True)),
+)
 
 
 class Problem(Protocol):
@@ -131,6 +150,9 @@ class Problem(Protocol):
 
     def alike(self, name: str, choice: int) -> ChoiceSet:
         """Return the choices with the same needs and conflicts as this one, itself included."""
+
+    def foresee(self, name: str, allowed: ChoiceSet) -> Iterable[int]:
+        """Return the allowed choices whose needs are on names that were met before."""
 
     def urgency(self, name: str, allowed: ChoiceSet) -> tuple[int, ...]:
         """Return a sort key of which name to decide next, lowest first."""
@@ -187,8 +209,9 @@ class PubGrub:
         from nab_resolver.resolver import Resolver
         from nab_resolver.types import RootRequirement
 
+        provider = _make_provider(problem)
         resolver: Resolver[str, int] = Resolver(
-            _make_provider(problem), max_iterations=MAX_ROUNDS, range_type=ChoiceSet
+            provider, provider.observer, max_iterations=MAX_ROUNDS, range_type=ChoiceSet
         )
         try:
             roots = [RootRequirement(name, wanted) for name, wanted in problem.roots()]
@@ -205,20 +228,51 @@ class PubGrub:
 
 def _make_provider(problem: Problem) -> Any:
     """Return the problem in the words of nab-resolver."""
-    from nab_resolver.resolver import BaseProvider
+    from nab_resolver.resolver import BaseProvider, ResolverObserver
     from nab_resolver.types import Incompatibility, IncompatibilityCause, Term
+
+    class Observer(ResolverObserver[str, int]):
+        def __init__(self) -> None:
+            self.n_conflicts = 0
+
+        def on_conflict(self, incompatibility: Incompatibility[str, int]) -> None:
+            self.n_conflicts += 1
 
     class Provider(BaseProvider[str, int]):
         def __init__(self) -> None:
+            self.observer = Observer()
             self.pending: list[Incompatibility[str, int]] = []
             self.told: set[tuple[str, int]] = set()
+            self.foreseen: dict[str, int] = {}
 
         def choose_version(self, package: str, version_range: Any) -> int | None:
-            choice = problem.best(package, version_range)
-            if choice is None or (package, choice) in self.told:
-                return choice
             # Tell what the choice needs before it is made. Propagation then drops it at once if
             # that cannot be had; made first, it would have to be unmade by a long jump back.
+            if self.is_unforeseen(package, version_range):
+                self.foreseen[package] = self.foreseen.get(package, 0) | version_range.bits
+                for choice in problem.foresee(package, version_range):
+                    self.tell(package, choice)
+                if self.pending:
+                    return None
+            best = problem.best(package, version_range)
+            if best is not None:
+                self.tell(package, best)
+            return None if self.pending else best
+
+        def is_unforeseen(self, package: str, allowed: ChoiceSet) -> bool:
+            """Say whether to look ahead: to tell the needs of all that is allowed, not of one.
+
+            Propagation then sees a dead end when it arises, not hundreds of decisions later. That
+            is worth its time only on problems that have shown to be hard.
+            """
+            if self.observer.n_conflicts < LOOK_AHEAD_AFTER:
+                return False
+            return bool(allowed.bits & ~self.foreseen.get(package, 0))
+
+        def tell(self, package: str, choice: int) -> None:
+            """Queue what a choice and those like it need and cannot stand beside."""
+            if (package, choice) in self.told:
+                return
             alike = problem.alike(package, choice)
             self.told.update((package, other) for other in alike)
             facts = [
@@ -229,7 +283,6 @@ def _make_provider(problem: Problem) -> Any:
                 if name != package:
                     terms = [Term(package, alike), Term(name, choices, positive=is_positive)]
                     self.pending.append(Incompatibility(terms, IncompatibilityCause.DEPENDENCY))
-            return None if self.pending else choice
 
         def consume_pending_clauses(self) -> list[Incompatibility[str, int]]:
             pending, self.pending = self.pending, []
@@ -251,6 +304,8 @@ def _make_provider(problem: Problem) -> Any:
             conflict_counts: Mapping[str, int],
             culprit_counts: Mapping[str, int] | None = None,
         ) -> Any:
+            if self.is_unforeseen(package, version_range):
+                return ()  # before all others: nothing is decided by looking
             return problem.urgency(package, version_range)
 
     return Provider()

@@ -3,6 +3,12 @@
 All projects share one store. A blob is verified while it is written and appears under its name only
 when it is whole; it is never changed afterwards. So writers need no lock: two that add the same
 blob put the same bytes in place.
+
+    blobs/<aa>/<sha256>     files, read only
+    partial/<sha256>-<any>  what has arrived of one; every writer has a file of its own
+    quarantine/<sha256>     blobs that proved corrupt
+    projects/<key>          one line: the folder of a project that installs from here
+    documents/<key>         what remote registries answered, see `cache`
 """
 
 from __future__ import annotations
@@ -16,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from composable.interface.digest import digest_bytes
 from composable.packaging import atomic
-from composable.packaging.registry import Progress, blob_path
+from composable.packaging.registry import blob_path
+from composable.packaging.storage import Progress
 
 STORE_VARIABLE: Final = "COMPOSABLE_STORE"
 # A blob may be in the store a moment before the environment that needs it is.
@@ -45,7 +53,8 @@ class Pruned:
 
     Args:
         digests: The blobs.
-        bytes_freed: Their sizes in all; less on disk where an environment still links to one.
+        bytes_freed: Their sizes in all, and those of abandoned downloads; less on disk where an
+            environment still links to one.
     """
 
     digests: tuple[str, ...]
@@ -78,6 +87,30 @@ class Store:
             return False
         return size is None or found == size
 
+    def check(self, digest: str) -> bool:
+        """Say whether a blob is there and whole; one that is damaged is moved out of the way."""
+        path = self.path(digest)
+        try:
+            with atomic.explained(path, "read"), path.open("rb") as stream:
+                found = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+        except FileNotFoundError:
+            return False
+        if found != digest:
+            self._quarantine(path, found)
+        return found == digest
+
+    def read(self, digest: str) -> bytes | None:
+        """Return the bytes of a small blob; None where there is none, or it proves damaged."""
+        path = self.path(digest)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if digest_bytes(data) == digest:
+            return data
+        self._quarantine(path, digest_bytes(data))
+        return None
+
     def add(self, source: BinaryIO | bytes | Path, digest: str, size: int | None = None) -> Path:
         """Add a blob, unless it is there already.
 
@@ -103,21 +136,52 @@ class Store:
             else:
                 for chunk in iter(lambda: source.read(atomic.CHUNK), b""):
                     sink.write(chunk)
+        self.forget_partials(digest)
         return self.path(digest)
 
     def sink(self, digest: str, size: int | None = None) -> atomic.Sink:
         """Return a sink that puts a blob in place if it proves to be what was promised."""
         path = self.path(digest)
-        atomic.sweep(path.parent)
-        return atomic.Sink(path, digest=digest, size=size, is_read_only=True)
+        temporary = self.root / "partial" / f"{path.name}-{os.getpid()}-{os.urandom(8).hex()}"
+        return atomic.Sink(path, digest=digest, size=size, is_read_only=True, temporary=temporary)
+
+    def partials(self, digest: str) -> list[Path]:
+        """Return what has arrived of a blob before, the longest first; nothing of it is verified.
+
+        Some may still be growing: other processes write there too.
+        """
+        found: list[tuple[int, Path]] = []
+        for path in self.root.glob(f"partial/{self.path(digest).name}-*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path.stat().st_size, path))
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def forget_partials(self, digest: str) -> None:
+        """Remove what has arrived of a blob. Who still writes there finds the blob in place."""
+        for path in self.partials(digest):
+            with contextlib.suppress(OSError):  # what stays is removed by the next `prune`
+                path.unlink()
 
     def digests(self) -> list[str]:
         """Return the digests of all blobs, sorted."""
         return sorted(f"sha256:{path.name}" for path in self._blobs())
 
-    def digests_in_use(self) -> list[str]:
-        """Return the digests of the blobs that an environment of any project links to, sorted."""
-        return sorted(f"sha256:{path.name}" for path in self._blobs() if path.stat().st_nlink > 1)
+    def linked(self) -> set[str]:
+        """Return the digests of the blobs that an environment of any project links to."""
+        return {f"sha256:{path.name}" for path in self._blobs() if _count_links(path) > 1}
+
+    def register(self, project: Path) -> None:
+        """Note that a project installs from here, so that `prune` asks it what it needs."""
+        line = f"{project.absolute()}\n".encode()
+        entry = self.root / "projects" / digest_bytes(line)[7:39]
+        if not entry.exists():
+            atomic.write_bytes(entry, line)
+
+    def projects(self) -> list[Path]:
+        """Return the folders of the registered projects, sorted; those that are gone, too."""
+        entries = sorted(self.root.glob("projects/*"))
+        texts = (path.read_text() for path in entries if not atomic.is_temporary(path))
+        return sorted(Path(text.removesuffix("\n")) for text in texts)
 
     def verify(self, progress: Progress | None = None) -> list[CorruptBlob]:
         """Read every blob and move those whose bytes are not what they should be out of the way.
@@ -130,10 +194,11 @@ class Store:
         corrupt = []
         blobs = self._blobs()
         for done, path in enumerate(blobs, 1):
-            with path.open("rb") as stream:
-                found = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
-            if found != f"sha256:{path.name}":
-                corrupt.append(self._quarantine(path, found))
+            with contextlib.suppress(FileNotFoundError):  # pruned in between
+                with atomic.explained(path, "read"), path.open("rb") as stream:
+                    found = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+                if found != f"sha256:{path.name}":
+                    corrupt.append(self._quarantine(path, found))
             if progress is not None:
                 progress("verify", done, len(blobs))
         return corrupt
@@ -143,22 +208,28 @@ class Store:
 
         Args:
             keep: Digests to keep.
-            older_than_seconds: Younger blobs stay: an install may be about to use them.
+            older_than_seconds: Younger blobs stay: an install may be about to use them. Downloads
+                that broke off stay for an hour at least.
         """
         kept = set(keep)
         removed: list[str] = []
         freed = 0
         for path in self._blobs():
             digest = f"sha256:{path.name}"
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), atomic.explained(path, "removed"):
                 status = path.stat()
                 if digest in kept or time.time() - status.st_mtime < older_than_seconds:
                     continue
                 path.unlink()
                 removed.append(digest)
                 freed += status.st_size
-        for folder in self.root.glob("blobs/*"):
-            atomic.sweep(folder, older_than_seconds)
+        for path in self.root.glob("partial/*"):
+            with contextlib.suppress(FileNotFoundError), atomic.explained(path, "removed"):
+                status = path.stat()
+                # One that was written to a moment ago is still on its way.
+                if time.time() - status.st_mtime >= max(older_than_seconds, PRUNE_GRACE_SECONDS):
+                    path.unlink()
+                    freed += status.st_size
         return Pruned(digests=tuple(removed), bytes_freed=freed)
 
     def size(self) -> int:
@@ -171,8 +242,15 @@ class Store:
     def _quarantine(self, path: Path, found: str) -> CorruptBlob:
         target = self.root / "quarantine" / path.name
         atomic.make_directory(target.parent)
-        path.replace(target)
+        with atomic.explained(path, "moved"):
+            path.replace(target)
         return CorruptBlob(digest=f"sha256:{path.name}", found=found, quarantine=target)
+
+
+def _count_links(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_nlink
+    return 0
 
 
 def _default_path() -> Path:

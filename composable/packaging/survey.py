@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from composable.errors import PackagingError, RegistryError, UnknownExpertError
-from composable.interface.digest import digest_bytes
+from composable.errors import PackagingError, UnknownExpertError
 from composable.packaging.constraint import Constraint, Requirement
 from composable.packaging.lock import Lock
 from composable.packaging.locking import find_expert, lock_project
 from composable.packaging.manifest import Manifest
 from composable.packaging.names import did_you_mean
 from composable.packaging.project import Project
-from composable.packaging.registry import read_manifest
-from composable.packaging.release import Release
+from composable.packaging.registry import Entry
+from composable.packaging.release import Release, choose_newest
 from composable.packaging.version import Version
 
 if TYPE_CHECKING:
@@ -86,10 +85,10 @@ def grow_tree(project: Project, lock: Lock) -> list[Need]:
 
     def grow(name: str, range_: Constraint) -> Need:
         expert = lock[name]
-        if name in seen and expert.requires:
+        if name in seen and expert.needs:
             return Need(name=name, version=expert.version, range=range_, is_repeated=True)
         seen.add(name)
-        needs = tuple(grow(other, wanted) for other, wanted in sorted(expert.requires.items()))
+        needs = tuple(grow(need.name, need.constraint) for need in expert.needs)
         return Need(name=name, version=expert.version, range=range_, needs=needs)
 
     return [
@@ -126,8 +125,7 @@ def find_reasons(project: Project, lock: Lock, name: str) -> list[list[Requireme
         if last in shortest or last not in lock.versions:
             continue
         shortest[last] = chain
-        requires = lock[last].requires
-        queue.extend([*chain, Requirement(n, r)] for n, r in sorted(requires.items()))
+        queue.extend([*chain, need] for need in lock[last].needs)
     return reasons
 
 
@@ -136,6 +134,8 @@ def find_outdated(project: Project, lock: Lock, interface: RouterInterface) -> l
     allowed = lock_project(project, interface, upgrade=True, is_dry_run=True).versions
     found = []
     for expert in lock.experts:
+        if expert.path is not None:
+            continue
         newest = choose_newest(find_expert(project, expert.name)).version
         best = allowed.get(expert.name, expert.version)
         if expert.version < max(best, newest):
@@ -145,21 +145,16 @@ def find_outdated(project: Project, lock: Lock, interface: RouterInterface) -> l
     return found
 
 
-def search_experts(project: Project, word: str) -> Iterator[tuple[str, Release]]:
-    """Yield registry and newest release of every expert that a word is said of.
+def search_experts(project: Project, word: str) -> Iterator[tuple[str, Entry]]:
+    """Yield registry and catalogue entry of every expert that a word is said of.
 
     Names, descriptions and tags are searched, letter case aside.
     """
     word = word.casefold()
-    for registry_name in project.registries:
-        registry = project.open_registry(registry_name)
-        for name in registry.names():
-            releases = registry.versions(name)
-            if not releases:
-                continue
-            newest = choose_newest(releases)
-            if word in " ".join((name, newest.description, *newest.tags)).casefold():
-                yield registry_name, newest
+    for registry in project.registries:
+        for entry in project.open_registry(registry).entries():
+            if word in " ".join((entry.name, entry.description, *entry.tags)).casefold():
+                yield registry, entry
 
 
 def describe_expert(project: Project, wanted: Requirement) -> Details:
@@ -175,23 +170,15 @@ def describe_expert(project: Project, wanted: Requirement) -> Details:
     if not fitting:
         have = ", ".join(str(release.version) for release in releases)
         raise UnknownExpertError(f"no release {wanted}", hint=f"there are {have}")
-    release = choose_newest(tuple(fitting))
+    release = choose_newest(fitting)
     registry = project.open_registry(project.registry_of(wanted.name))
-    manifest = read_manifest(registry, release)
-    card = {}
+    manifest = registry.read_manifest(release)
+    card: dict[str, Any] = {}
     for file in release.files:
-        if file.name == "card.json" and file.size <= MAX_CARD_BYTES:
-            buffer = io.BytesIO()
-            registry.fetch(file.digest, buffer)
-            if digest_bytes(buffer.getvalue()) != file.digest:
-                raise RegistryError(
-                    f"the card of {release.name} {release.version} is not what the index promises",
-                    where=registry.location,
-                )
-            card = json.loads(buffer.getvalue())
+        if file.name == "card.json":
+            what = f"{release.name} {release.version} {file.name}"
+            data = registry.read_blob(file.digest, what, MAX_CARD_BYTES)
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(data)
+                card = found if isinstance(found, dict) else {}
     return Details(release=release, manifest=manifest, card=card, versions=releases)
-
-
-def choose_newest(releases: tuple[Release, ...]) -> Release:
-    """Return the newest release; a yanked one or a prerelease only if there is nothing else."""
-    return max(releases, key=lambda r: (not r.is_yanked, not r.version.is_prerelease, r.version))

@@ -17,7 +17,14 @@ from composable.packaging.constraint import Constraint
 from composable.packaging.names import check_package_name, did_you_mean
 from composable.packaging.version import Version
 
-MAX_TOML_BYTES: Final = 1 << 22
+# Enough for the chunk digests of 100 GB, or for a lock of 1,000 experts.
+MAX_TOML_BYTES: Final = 1 << 20
+# The reader of the standard library takes time and memory that grow with the square of a key's
+# parts. This finds such keys, and text that looks like one; possessive, so in linear time.
+MAX_KEY_PARTS: Final = 32
+_DEEP_KEY: Final = re.compile(
+    rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_KEY_PARTS}}}"""
+)
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 _REQUIRED: Final = object()
 T = TypeVar("T")
@@ -35,6 +42,8 @@ def parse_toml(text: str, where: str) -> Table:
     """
     if len(text) > MAX_TOML_BYTES:
         raise ManifestError(f"{len(text):,} characters, at most {MAX_TOML_BYTES:,}", where=where)
+    if _DEEP_KEY.search(text):
+        raise ManifestError(f"a key of more than {MAX_KEY_PARTS} parts", where=where)
     try:
         return Table(tomllib.loads(text), where)
     except (ValueError, RecursionError) as error:

@@ -7,16 +7,20 @@ asked about the packages that matter and no others.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
-from composable.errors import ManifestError, VersionError
-from composable.packaging.constraint import Constraint, Requirement
+from composable.errors import ConstraintError, ManifestError, VersionError
+from composable.packaging.constraint import Constraint, Requirement, parse_target
+from composable.packaging.names import check_package_name
 from composable.packaging.toml import Table
 from composable.packaging.version import Version
 
 INTERFACE_PREFIX: Final = "interface:"
+_FIELDS: Final = ("requires", "conflicts", "extras", "interface", "yanked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,7 @@ class Candidate:
         version: The version.
         requires: Packages that it needs.
         conflicts: Packages that it cannot be installed with.
+        extras: What each of its optional extras needs on top, by name of the extra.
         interface: Name and range of the router interface that it plugs into, if it needs one.
         is_yanked: Whether it may only be chosen when locked or pinned exactly.
         refusal: Why it must not be chosen at all; None when it may.
@@ -35,6 +40,7 @@ class Candidate:
     version: Version
     requires: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
     conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
     interface: tuple[str, Constraint] | None = None
     is_yanked: bool = False
     refusal: str | None = None
@@ -81,9 +87,10 @@ class Universe:
 
         Args:
             data: `{"interface": {NAME: VERSION}, "packages": {NAME: {VERSION: {"requires":
-                {NAME: RANGE}, "conflicts": {NAME: RANGE}, "interface": RANGE, "yanked": BOOL}}},
-                "requires": {NAME: RANGE}, "locked": {NAME: VERSION}}`; every part may be missing.
-                A candidate's `interface` is a range on the one interface named.
+                {NAME: RANGE}, "conflicts": {NAME: RANGE}, "extras": {EXTRA: {NAME: RANGE}},
+                "interface": RANGE, "yanked": BOOL}}}, "requires": {NAME: RANGE}, "locked":
+                {NAME: VERSION}}`; every part may be missing. A candidate's `interface` is a range
+                on the one interface named. At the top, `requires` may name `NAME[EXTRA]`.
             where: What errors call it: a file name.
 
         Raises:
@@ -103,7 +110,7 @@ class Universe:
             ]
         universe = cls(
             packages=packages,
-            requires=[Requirement(n, r) for n, r in top.ranges("requires").items()],
+            requires=_read_requirements(top),
             interface=interface,
             locked=_read_versions(top, "locked"),
         )
@@ -116,6 +123,27 @@ def _read_versions(top: Table, field: str) -> dict[str, Version]:
     return {name: table.version(name) for name in table.names()}
 
 
+def _read_requirements(top: Table) -> list[Requirement]:
+    table = top.table("requires", {})
+    found = []
+    for target in table.names():
+        range_ = table.value(target, Constraint)
+        try:
+            name, extras = parse_target(target)
+        except ConstraintError as error:
+            where = table.where(json.dumps(target))
+            raise ManifestError(error.message, where=where, hint=error.hint) from error
+        found.append(Requirement(name, range_, extras))
+    return found
+
+
+def _read_extras(table: Table) -> dict[str, dict[str, Constraint]]:
+    extras = table.table("extras", {})
+    for name in extras.names():
+        check_package_name(name, extras.where(json.dumps(name)))
+    return {name: extras.ranges(name) for name in extras.names()}
+
+
 def _read_candidate(
     table: Table, version: Version, interface: Mapping[str, Version] | None
 ) -> Candidate:
@@ -123,19 +151,25 @@ def _read_candidate(
     if "interface" in table:
         only = next(iter(interface)) if interface else ""
         need = (only, table.value("interface", Constraint))
+    # A universe has tens of thousands of releases: fields that are not there cost nothing.
     candidate = Candidate(
         version=version,
-        requires=table.ranges("requires"),
-        conflicts=table.ranges("conflicts"),
+        requires=table.ranges("requires") if "requires" in table else {},
+        conflicts=table.ranges("conflicts") if "conflicts" in table else {},
+        extras=_read_extras(table) if "extras" in table else {},
         interface=need,
-        is_yanked=table.boolean("yanked", False),
+        is_yanked=table.boolean("yanked", False) if "yanked" in table else False,
     )
-    table.finish(also=("interface",))
+    table.finish(also=_FIELDS)
     return candidate
 
 
 def _read_key(table: Table, text: str) -> Version:
     try:
-        return Version(text)
+        return _remember_version(text)
     except VersionError as error:
         raise ManifestError(error.message, where=table.where(), hint=error.hint) from error
+
+
+# Packages number their releases alike, and versions do not change.
+_remember_version = functools.lru_cache(maxsize=4096)(Version)

@@ -17,7 +17,7 @@ from composable.errors import (
     TrainingError,
     VettingError,
 )
-from composable.packaging.registry import FolderRegistry
+from composable.packaging.registry import open_for_publishing
 from composable.training.loop import TrainConfig
 
 
@@ -34,7 +34,7 @@ def registry(release, trained_folder, tmp_path_factory):
     manifest = (newer / "expert.toml").read_text()
     (newer / "expert.toml").write_text(manifest.replace('"1.0.0"', '"1.1.0"'))
     for expert in (trained_folder, newer):
-        publish_expert(release, expert, FolderRegistry(path))
+        publish_expert(release, expert, open_for_publishing(path))
     return path
 
 
@@ -126,7 +126,7 @@ def test_held_out_text_never_reaches_training(trained_folder):
 def test_what_was_not_vetted_is_not_published(release, folder, tmp_path):
     (folder / "card.json").unlink()
     with pytest.raises(VettingError):
-        publish_expert(release, folder, FolderRegistry(tmp_path / "registry"))
+        publish_expert(release, folder, open_for_publishing(tmp_path / "registry"))
     assert not (tmp_path / "registry").exists() or not any((tmp_path / "registry").iterdir())
 
 
@@ -197,3 +197,32 @@ def test_training_does_not_resume_on_other_text(release, folder, tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"Not what it began with, says file {name}. " * 9)
     with pytest.raises(TrainingError, match="not the one that training began with"):
         train_expert(release, folder, [tmp_path / "one.txt", tmp_path / "two.txt"], cfg)
+
+
+@pytest.mark.parametrize("is_editable", [False, True])
+def test_an_expert_in_development_is_loaded_from_its_folder(
+    release, folder, tmp_path, monkeypatch, is_editable
+):
+    """Editable, a training run shows at once; otherwise, at the next lock."""
+    from composable.packaging.change import add_experts, read_wanted
+    from composable.packaging.project import Project
+
+    monkeypatch.chdir(tmp_path)
+    project = Project.create(tmp_path, str(release.folder))
+    wanted = read_wanted(project, ["./logic"], is_editable=is_editable)
+    _, lock = add_experts(project, wanted, release.interface)
+    lock.write(project.lock_path)
+    first = cx.load()
+    tokens_BT = first.encode("∀x φ→ψ")[None]
+    logits_BTV = first(tokens_BT)
+    other = cx.load(str(release.folder), ["logic"])
+    np.testing.assert_array_equal(other(tokens_BT), logits_BTV)
+    body = folder / "body.safetensors"
+    data = bytearray(body.read_bytes())
+    data[-3] ^= 0x40  # of the mantissa, so it stays a number
+    body.write_bytes(data)
+    if not is_editable:
+        with pytest.raises(PackagingError, match="was changed since it was locked"):
+            cx.load()
+    else:
+        assert not np.array_equal(cx.load()(tokens_BT), logits_BTV)

@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from composable.assembly.publication import publish_vetted
-from composable.cli.main import app
+from composable.cli.app import app
 from composable.interface import body_signature, scout_signature
 from composable.packaging.backbones import find_backbone, read_interface
 from composable.packaging.constraint import Constraint
 from composable.packaging.manifest import BackbonePackage, Body, InterfaceNeed, Manifest
-from composable.packaging.registry import FolderRegistry
+from composable.packaging.registry import open_for_publishing
 from composable.packaging.tensors import write_tensors
 from composable.packaging.version import Version
 from composable.vetting.card import write_card
@@ -69,7 +69,7 @@ class Fakes:
 
     def __init__(self, root, registry, backbone="tiny-bytes"):
         self.root = root
-        self.registry = FolderRegistry(registry)
+        self.registry = open_for_publishing(registry)
         self.home = find_backbone(str(backbone))
         self.interface = read_interface(self.home)
 
@@ -125,7 +125,7 @@ class Fakes:
 
     def spoil(self, digest):
         """Change one byte of a published file."""
-        path = self.registry.path / "blobs" / digest[7:9] / digest[7:]
+        path = self.registry.storage.root / "blobs" / digest[7:9] / digest[7:]
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.chmod(0o644)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from composable.packaging.manifest import Manifest
-from composable.packaging.registry import FolderRegistry
+from composable.packaging.registry import open_for_publishing
 
 
 def test_new_fills_in_the_template(works):
@@ -180,7 +180,7 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     published = cli("publish", "my-expert", "--registry", "registry", *backbone)
     assert published.code == outcome.code
     if card["passed"]:
-        (release,) = FolderRegistry("registry").versions("my-expert")
+        (release,) = open_for_publishing("registry").versions("my-expert")
         assert WORK in {path.name for path in Path("my-expert").iterdir()}
         assert sorted(file.name for file in release.files) == [
             "README.md",

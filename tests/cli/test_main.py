@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import composable
-from composable.cli.main import COMMANDS, Commands
+from composable.cli.app import Commands
+from composable.cli.main import COMMANDS, run
 
 ALL = [(name, text) for panel in COMMANDS.values() for name, (_, text) in panel.items()]
 
@@ -23,6 +24,27 @@ def run_python(*arguments):
 
 def test_bare_command_prints_help(works):
     assert works().out == works("--help").out
+
+
+def test_help_needs_no_typer(works, monkeypatch, capsys):
+    """What is printed at once is what Typer would print."""
+    for arguments in ([], ["-h"], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["composable", *arguments])
+        run()
+        assert capsys.readouterr().out == works("--help").out
+    loaded = "import sys, composable.cli.main; print('typer' in sys.modules)"
+    assert run_python("-c", loaded).stdout == "False\n"
+
+
+def test_help_tells_of_every_option(works):
+    from typer.main import get_command
+
+    from composable.cli.app import app
+
+    text = works("--help").out
+    for parameter in get_command(app).params:
+        assert parameter.opts[0] in text
+        assert parameter.help.rstrip(".") in " ".join(text.split())
 
 
 def test_help_lists_every_command_under_its_panel(works):
@@ -99,7 +121,7 @@ def test_packaging_commands_import_no_jax_and_help_imports_next_to_nothing(proje
     program = """
 import sys
 from typer.testing import CliRunner
-from composable.cli.main import app
+from composable.cli.app import app
 
 def run(*arguments):
     result = CliRunner().invoke(app, arguments)

@@ -1,6 +1,9 @@
 """From `init` to `rollback`, through the commands."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -218,3 +221,24 @@ def test_installed_once_needs_no_registry_again(works, project):
     works("sync")
     shutil.rmtree(project / ".composable")
     assert works("sync", "--frozen").out == "+ german 1.2.0\n"
+
+
+def complete(words):
+    """Return what the shell would offer for the last of some words."""
+    environment = {
+        **os.environ,
+        "_COMPOSABLE_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    command = [sys.executable, "-m", "composable.cli"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_the_shell_is_offered_commands_options_and_names(works, project):
+    works("install", "physics")
+    assert complete("composable ins") == ["install"]
+    assert complete("composable sync --f") == ["--frozen", "--from"]
+    assert complete("composable why ") == ["german", "physics"]
+    assert complete("composable remove p") == ["physics"]

@@ -24,6 +24,7 @@ def test_verify_names_damage_and_sync_mends_it(cli, works, installed):
     outcome = cli("verify", "--json")
     assert outcome.code == 1
     assert outcome.json["corrupt"] == [digest]
+    assert outcome.json["files"] == {digest: "german 1.2.0 body.safetensors"}
     assert [name.rsplit("/", 1)[1] for name in outcome.json["damaged"]] == ["body.safetensors"]
     works("sync")
     assert works("verify").out.startswith("all is well")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from composable.interface import RouterInterface, TensorSpec, body_signature, scout_signature
-from composable.packaging import FolderRegistry, Project, Store, write_tensors
+from composable.packaging import Project, Registry, Store, open_for_publishing, write_tensors
 
 ANY_DIGEST = "sha256:" + "0" * 64
 MakeExpert = Callable[..., Path]
@@ -84,8 +84,8 @@ def make_expert(tmp_path: Path, interface: RouterInterface) -> MakeExpert:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> FolderRegistry:
-    return FolderRegistry(tmp_path / "registry")
+def registry(tmp_path: Path) -> Registry:
+    return open_for_publishing(tmp_path / "registry")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from composable.errors import IntegrityError
+from composable.errors import DiskError, IntegrityError
 from composable.interface import digest_bytes
 from composable.packaging import atomic
 
@@ -119,14 +119,23 @@ def test_a_directory_gets_its_name_once(tmp_path: Path) -> None:
 
 
 def test_sweep_leaves_what_is_young_or_not_ours(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-1-young").write_text("")
-    (tmp_path / "file").write_text("")
-    old = tmp_path / ".tmp-1-old"
+    young, old = (tmp_path / f".tmp-1-{digit * 16}" for digit in "01")
+    theirs = tmp_path / ".tmp-notes"
     old.mkdir()
-    (old / "inside").write_text("")
+    for path in (young, theirs, tmp_path / "file", old / "inside"):
+        path.write_text("")
     os.utime(old, (0, 0))
+    os.utime(theirs, (0, 0))
     assert atomic.sweep(tmp_path) == 1
-    assert names_in(tmp_path) == [".tmp-1-young", "file"]
+    assert names_in(tmp_path) == sorted([young.name, theirs.name, "file"])
+
+
+def test_writing_sweeps_what_a_crash_left_beside(tmp_path: Path) -> None:
+    left = tmp_path / f".tmp-1-{'0' * 16}"
+    left.write_text("")
+    os.utime(left, (0, 0))
+    atomic.write_text(tmp_path / "file", "new")
+    assert names_in(tmp_path) == ["file"]
 
 
 def test_a_lock_that_cannot_be_had_is_done_without(
@@ -154,8 +163,12 @@ def test_a_disk_that_fails_leaves_the_old_file(
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(os if call == "fsync" else Path, call, fail)
-    with pytest.raises(OSError, match="no space"), atomic.Sink(path, is_read_only=True) as sink:
+    with (
+        pytest.raises(DiskError, match="no space") as caught,
+        atomic.Sink(path, is_read_only=True) as sink,
+    ):
         sink.write(b"new")
+    assert "free some space" in str(caught.value)
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert names_in(tmp_path) == ["file"]

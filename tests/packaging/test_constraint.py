@@ -13,6 +13,12 @@ from hypothesis import strategies as st
 
 from composable.errors import ConstraintError, VersionError
 from composable.packaging import Constraint, Requirement, Version
+from composable.packaging.constraint import (
+    have_common_version,
+    join_extra,
+    parse_target,
+    split_extra,
+)
 
 NODE_SEMVER: dict[str, list[Any]] = json.loads(
     (Path(__file__).parent / "data" / "node-semver.json").read_text()
@@ -171,26 +177,36 @@ def test_not_equal_is_the_complement_of_equal(version: Version) -> None:
         assert Constraint(f"={text}").contains(release) != Constraint(f"!={text}").contains(release)
 
 
-# Forms of npm's that we refuse on purpose; docs/packaging.md has the table.
-def is_npm_only(range_: str, version: object, options: object) -> bool:
-    return (
-        "||" in range_  # alternatives
-        or " - " in range_  # hyphen ranges
-        or range_ == ""  # the empty range
-        or range_[1:] in ("x",) or range_ == ">=*"  # an operator before a bare wildcard
-        or "~>" in range_  # Ruby's tilde
-        or "v" in range_ or str(version).startswith("v")  # a leading v
-        or re.search(r"[0-9x]\s+\S", range_) is not None  # blanks instead of commas
-        or "3alpha" in range_ or "0beta" in str(version)  # loose mode
-        or not isinstance(version, str) or version in ("glorp", "not a version")
-    )  # fmt: skip
+def why_npm_only(range_: str, version: object) -> str | None:
+    """Return which form of npm's it is that we refuse on purpose; docs/packaging.md has why."""
+    if "||" in range_:
+        return "`1 || 2`: alternatives"
+    if " - " in range_:
+        return "`1 - 2`: hyphen ranges"
+    if range_ == "":
+        return "an empty range"
+    if range_[1:] in ("x",) or range_ == ">=*":
+        return "an operator before a bare wildcard"
+    if "~>" in range_:
+        return "`~>1`: Ruby's tilde"
+    if "v" in range_ or str(version).startswith("v"):
+        return "a leading `v`"
+    if re.search(r"[0-9x]\s+\S", range_) is not None:
+        return "`>=1 <2`: blanks instead of commas"
+    if "3alpha" in range_ or "0beta" in str(version):
+        return "loose mode"
+    if not isinstance(version, str) or version in ("glorp", "not a version"):
+        return "what is no version"
+    return None
 
 
-def is_another_meaning(range_: str, options: object) -> bool:
-    # npm reads a bare version as "exactly"; Cargo, and we, as "compatible with".
-    # npm can be told to let all prereleases in; here a range must name one.
-    has_option = isinstance(options, dict) and "includePrerelease" in options
-    return has_option or range_ in ("1.0.0", "2.3")
+def why_another_meaning(range_: str, options: object) -> str | None:
+    """Return why npm and we mean different things by a range that both take."""
+    if isinstance(options, dict) and "includePrerelease" in options:
+        return "`includePrerelease`: here a range must name a prerelease"
+    if range_ in ("1.0.0", "2.3"):
+        return "a bare version is `^` here, as Cargo reads it, and `=` there"
+    return None
 
 
 @pytest.mark.parametrize("kind", ["range-include", "range-exclude"])
@@ -198,10 +214,10 @@ def test_node_semver_ranges(kind: str) -> None:
     n_agreeing = 0
     for range_, version, *rest in NODE_SEMVER[kind]:
         options = rest[0] if rest else None
-        if is_npm_only(range_, version, options):
+        if why_npm_only(range_, version):
             with pytest.raises((ConstraintError, VersionError)):
                 Constraint(range_).contains(Version(version))
-        elif not is_another_meaning(range_, options):
+        elif not why_another_meaning(range_, options):
             held = Constraint(range_).contains(Version(version))
             assert held == (kind == "range-include"), (range_, version)
             n_agreeing += 1
@@ -228,9 +244,72 @@ def test_requirements(text: str, name: str, range_: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "German", "a b", "../x", "german@1.2", "german@^1", "@1.0.0", "con", "x" * 70, ">=1"],
+    ("text", "extras", "range_"),
+    [
+        ("german[code]", ("code",), "*"),
+        ("german[code]>=1.2,<2", ("code",), ">=1.2, <2"),
+        ("german[news,code] ^1.2", ("code", "news"), "^1.2"),
+        ("german [ news , code, news ] 1.2", ("code", "news"), "^1.2"),
+        ("german[code]@1.2.0", ("code",), "=1.2.0"),
+    ],
 )
+def test_requirements_with_extras(text: str, extras: tuple[str, ...], range_: str) -> None:
+    requirement = Requirement.parse(text)
+    assert requirement == Requirement("german", Constraint(range_), extras)
+    assert requirement.extras == extras
+    assert Requirement.parse(str(requirement)) == requirement
+    assert parse_target(requirement.target) == ("german", extras)
+
+
+names = st.sampled_from(["code", "news", "a", "x-1"])
+
+
+@given(ranges, st.lists(names))
+def test_extras_are_a_set_and_spell_canonically(range_: str, extras: list[str]) -> None:
+    requirement = Requirement("german", Constraint(range_), tuple(extras))
+    assert requirement == Requirement("german", Constraint(range_), tuple(set(extras)))
+    assert list(requirement.extras) == sorted(set(extras))
+    assert Requirement.parse(str(requirement)) == requirement
+
+
+@pytest.mark.parametrize("extra", ["", "Code", "a b", "[", "../x", "x" * 65])
+def test_what_is_no_extra(extra: str) -> None:
+    with pytest.raises(ConstraintError):
+        Requirement("german", extras=(extra,))
+    with pytest.raises(ConstraintError):
+        Requirement.parse(f"german[{extra}]")
+    with pytest.raises(ConstraintError):
+        parse_target(f"german[{extra}]")
+
+
+@given(names, names)
+def test_an_extra_joins_and_splits(name: str, extra: str) -> None:
+    assert split_extra(join_extra(name, extra)) == (name, extra)
+    assert split_extra(name) == (name, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "German", "a b", "../x", "german@1.2", "german@^1", "@1.0.0", "con", "x" * 70, ">=1",
+        "german[", "german]", "german[]", "german[code", "german[code]]", "german[code][news]",
+        "german>=1[code]", "[code]", "german[code,]", "german[code]1.2",
+    ],
+)  # fmt: skip
 def test_what_is_no_requirement(text: str) -> None:
     with pytest.raises(ConstraintError):
         Requirement.parse(text)
+
+
+@given(st.lists(ranges, min_size=1, max_size=3), st.lists(versions, max_size=30))
+def test_a_common_version_is_found_if_there_is_one(texts: list[str], some: list[Version]) -> None:
+    constraints = list(map(Constraint, texts))
+    if any(all(c.contains(v) for c in constraints) for v in some):
+        assert have_common_version(constraints)
+
+
+@pytest.mark.parametrize(
+    "texts", [[">=2", "<2"], ["^1", "^2"], ["=1.0.0", "!=1.0.0"], [">=1.0.0-rc.1, <1.0.0", "^1"]]
+)
+def test_no_common_version(texts: list[str]) -> None:
+    assert not have_common_version(map(Constraint, texts))

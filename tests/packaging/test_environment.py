@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,9 +16,9 @@ from composable.errors import IntegrityError, LockError, PackagingError
 from composable.interface import RouterInterface
 from composable.packaging import (
     Environment,
-    FolderRegistry,
     Lock,
     Project,
+    Registry,
     Requirement,
     Store,
     lock_project,
@@ -29,7 +30,7 @@ MakeExpert = Callable[..., Path]
 
 @pytest.fixture
 def world(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, project: Project
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, project: Project
 ) -> Project:
     """Return a project that asks for `german` and `french` from a registry with two of each."""
     for name in ("german", "french"):
@@ -70,12 +71,14 @@ def test_install_and_look(world: Project, interface: RouterInterface, store: Sto
 
 
 def test_a_second_sync_writes_nothing(
-    world: Project, interface: RouterInterface, store: Store, registry: FolderRegistry
+    world: Project, interface: RouterInterface, store: Store, registry: Registry
 ) -> None:
     lock = lock_project(world, interface)
     sync_project(world, lock, store)
     before = snapshot(world.root), snapshot(store.root)
-    registry.path.rename(registry.path.parent / "gone")  # and nothing is asked of the registry
+    registry.storage.root.rename(
+        registry.storage.root.parent / "gone"
+    )  # and nothing is asked of the registry
     sync_project(world, lock, store)
     assert (snapshot(world.root), snapshot(store.root)) == before
 
@@ -97,6 +100,54 @@ def test_rollback(world: Project, interface: RouterInterface, store: Store) -> N
     assert environment.manifests()[1].version.minor == 1
     sync_project(world, second, store)
     assert environment.lock == second
+
+
+def test_rollback_passes_over_what_was_never_in_use(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    """A process that was killed before it moved the pointer leaves a generation behind."""
+    environment = world.environment
+    first = lock_project(world, interface)
+    sync_project(world, first, store)
+    shutil.copytree(environment.root / "generations" / "1", environment.root / "generations" / "2")
+    world = world.add(Requirement.parse("german<1.1"))
+    sync_project(world, lock_project(world, interface), store)
+    current = environment.current
+    assert current is not None
+    assert current.number == 3
+    assert environment.rollback().number == 1
+
+
+def test_rollback_to_what_was_damaged_meanwhile_is_refused(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    environment = sync_project(world, lock_project(world, interface), store)
+    old = environment.expert_path("german") / "scout.safetensors"
+    world = world.add(Requirement.parse("german<1.1"))
+    second = lock_project(world, interface)
+    sync_project(world, second, store)
+    old.chmod(0o644)
+    old.write_bytes(bytes(old.stat().st_size))
+    with pytest.raises(IntegrityError, match="damaged or gone") as caught:
+        environment.rollback()
+    assert str(caught.value.where).endswith(old.name)
+    assert environment.lock == second
+
+
+def test_what_was_damaged_in_the_store_is_fetched_anew(
+    world: Project, interface: RouterInterface, store: Store, tmp_path: Path
+) -> None:
+    lock = lock_project(world, interface)
+    sync_project(world, lock, store)
+    blob = store.path(lock["german"].files[1].digest)
+    whole = blob.read_bytes()
+    blob.chmod(0o644)
+    blob.write_bytes(bytes(len(whole)))
+    shutil.copytree(world.root, tmp_path / "other", ignore=shutil.ignore_patterns(".composable"))
+    other = Project.read(tmp_path / "other")
+    environment = sync_project(other, store=store)
+    assert (environment.expert_path("german") / "body.safetensors").read_bytes() == whole
+    assert store.verify() == []
 
 
 def test_a_file_that_went_missing_is_put_back(
@@ -147,9 +198,9 @@ def test_a_store_that_lacks_a_file(
 
 
 def test_a_registry_whose_index_lies_about_a_manifest(
-    world: Project, interface: RouterInterface, store: Store, registry: FolderRegistry
+    world: Project, interface: RouterInterface, store: Store, registry: Registry
 ) -> None:
-    index = registry.path / "index" / "ge" / "german.jsonl"
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
     index.write_text(index.read_text().replace('"requires":{}', '"requires":{"french":"^1"}'))
     lock = lock_project(world, interface)
     with pytest.raises(LockError, match="says otherwise than its registry did"):

@@ -11,13 +11,14 @@ import pytest
 from composable.errors import IntegrityError, LockError, ResolutionError, UnknownExpertError
 from composable.interface import RouterInterface
 from composable.packaging import (
-    FolderRegistry,
     Lock,
     Project,
+    Registry,
     Requirement,
     Store,
     Version,
     lock_project,
+    open_for_publishing,
     sync_project,
 )
 from composable.packaging.locking import find_expert
@@ -28,7 +29,7 @@ MakeExpert = Callable[..., Path]
 
 @pytest.fixture
 def publish(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> Callable[..., None]:
     def publish(name: str, *versions: str, **options: object) -> None:
         for version in versions:
@@ -78,7 +79,7 @@ def test_yanked_only_when_locked_or_pinned(
     publish: Callable[..., None],
     project: Project,
     interface: RouterInterface,
-    registry: FolderRegistry,
+    registry: Registry,
 ) -> None:
     publish("german", "1.0.0", "1.1.0")
     project = project.add(Requirement.parse("german"))
@@ -145,7 +146,9 @@ def test_a_name_comes_from_one_registry_only(
 ) -> None:
     """A higher version in another registry is never taken: no dependency confusion."""
     publish("german", "1.0.0")
-    FolderRegistry(tmp_path / "team").publish(make_expert("german", "9.0.0"), interface=interface)
+    open_for_publishing(tmp_path / "team").publish(
+        make_expert("german", "9.0.0"), interface=interface
+    )
     project.path.write_text(
         '[project]\nbackbone = "tiny-bytes"\nregistry = "local"\n'
         '[registries]\nlocal = "../registry"\nteam = "../team"\n[experts]\ngerman = "*"\n'
@@ -201,7 +204,7 @@ def test_bytes_that_were_not_promised_never_get_in(
     publish: Callable[..., None],
     project: Project,
     interface: RouterInterface,
-    registry: FolderRegistry,
+    registry: Registry,
     store: Store,
     file: str,
 ) -> None:
@@ -209,7 +212,7 @@ def test_bytes_that_were_not_promised_never_get_in(
     project = project.add(Requirement.parse("german"))
     lock = lock_project(project, interface)
     digests = {entry.name: entry.digest for entry in lock["german"].files}
-    path = registry.path / blob_path(digests.get(file, lock["german"].manifest))
+    path = registry.storage.root / blob_path(digests.get(file, lock["german"].manifest))
     good = path.read_bytes()
     path.chmod(0o644)
     for bad in (good[:-1], good + b"x", good[:-1] + bytes([good[-1] ^ 1]), b""):
@@ -226,7 +229,7 @@ def test_files_are_fetched_once_for_all_projects(
     project: Project,
     interface: RouterInterface,
     store: Store,
-    registry: FolderRegistry,
+    registry: Registry,
     tmp_path: Path,
 ) -> None:
     publish("german", "1.0.0")
@@ -235,7 +238,7 @@ def test_files_are_fetched_once_for_all_projects(
     second = Project.create(tmp_path / "second", "tiny-bytes", {"local": "../registry"})
     second = second.add(Requirement.parse("german"))
     lock = lock_project(second, interface)
-    for blob in registry.path.glob("blobs/*/*"):
+    for blob in registry.storage.root.glob("blobs/*/*"):
         blob.unlink()
     assert sync_project(second, lock, store).holds(lock)
 

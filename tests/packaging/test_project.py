@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from composable.errors import ManifestError, PackagingError
-from composable.packaging import Constraint, Project, Requirement
+from composable.packaging import Constraint, Project, Requirement, atomic
+from composable.packaging.project import Wanted
 
 TEXT = """\
 # What our team uses.
@@ -137,7 +138,17 @@ def test_a_registry_that_is_not_named(written: Project) -> None:
         ('german = "^1.2"', 'german = "new"', "experts.german"),
         ('german = "^1.2"', "german = 1.2", "experts.german"),
         ('german = "^1.2"', 'Deutsch = "^1"', "experts.Deutsch"),
-        ('german = "^1.2"', 'german = { path = "../x" }', "experts.german.version"),
+        ('german = "^1.2"', "german = { }", "experts.german.version"),
+        (
+            'german = "^1.2"',
+            'german = { path = "../x", version = "1" }',
+            "experts.german.version",
+        ),
+        (
+            'german = "^1.2"',
+            'german = { version = "1", editable = true }',
+            "experts.german.editable",
+        ),
         ("french =", "[experts.french]\nx =", "experts.french.version"),
     ],
 )
@@ -155,3 +166,19 @@ def test_several_registries_need_a_default(tmp_path: Path) -> None:
     assert project.registry_of("set-mm") == "team"
     with pytest.raises(ManifestError, match="no registry for 'german'"):
         project.registry_of("german")
+
+
+def test_several_changes_are_one_write(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write_text = atomic.write_text
+    monkeypatch.setattr(
+        atomic, "write_text", lambda path, text: (written.append(text), write_text(path, text))
+    )
+    wanted = {name: Wanted(constraint=Constraint("^1")) for name in ("german", "french")}
+    project = project.change(wanted)
+    assert list(project.experts) == ["german", "french"]
+    with pytest.raises(PackagingError, match="does not ask for 'dutch'"):
+        project.remove("german", "dutch")
+    assert Project.read(project.root) == project, "all or nothing"
+    assert project.remove("german", "french").experts == {}
+    assert len(written) == 2

@@ -23,8 +23,16 @@ from composable.errors import (
     UnknownExpertError,
 )
 from composable.interface import RouterInterface
-from composable.packaging import FolderRegistry, Manifest, Store, Version, atomic, read_tensors
-from composable.packaging.registry import blob_path, open_registry, read_manifest
+from composable.packaging import (
+    Manifest,
+    Registry,
+    Store,
+    Version,
+    atomic,
+    open_for_publishing,
+    read_tensors,
+)
+from composable.packaging.registry import blob_path, open_registry
 
 MakeExpert = Callable[..., Path]
 
@@ -38,7 +46,7 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_publish_and_find(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, store: Store
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, store: Store
 ) -> None:
     manifest = registry.publish(make_expert(requires={"european": "^1"}), interface=interface)
     registry.publish(make_expert("german", "1.10.0"), interface=interface)
@@ -52,44 +60,45 @@ def test_publish_and_find(
     assert first.requires == manifest.requires
     assert first.published.endswith("Z")
     assert not first.is_yanked
-    assert read_manifest(registry, first) == manifest
+    assert registry.read_manifest(first) == manifest
     for file in first.files:
         with store.sink(file.digest, file.size) as sink:
-            registry.fetch(file.digest, sink)
+            for data in registry.stream(file.digest):
+                sink.write(data)
         assert store.has(file.digest, file.size)
     assert registry.versions("nobody") == ()
 
 
 def test_the_layout_is_plain_files(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     manifest = registry.publish(make_expert(), interface=interface)
-    line = (registry.path / "index" / "ge" / "german.jsonl").read_text()
+    line = (registry.storage.root / "index" / "ge" / "german.jsonl").read_text()
     assert json.loads(line)["manifest"] == manifest.digest
-    assert (registry.path / blob_path(manifest.digest)).read_text() == manifest.to_toml()
-    assert json.loads((registry.path / "config.json").read_text())["schema"] == 1
-    moved = shutil.copytree(registry.path, registry.path.parent / "moved")
-    assert FolderRegistry(moved).versions("german") == registry.versions("german")
+    assert (registry.storage.root / blob_path(manifest.digest)).read_text() == manifest.to_toml()
+    assert json.loads((registry.storage.root / "config.json").read_text())["schema"] == 1
+    moved = shutil.copytree(registry.storage.root, registry.storage.root.parent / "moved")
+    assert open_for_publishing(moved).versions("german") == registry.versions("german")
 
 
 def test_publishing_again_changes_nothing(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     folder = make_expert()
     registry.publish(folder, interface=interface)
-    before = all_files(registry.path)
+    before = all_files(registry.storage.root)
     registry.publish(folder, interface=interface)
-    assert all_files(registry.path) == before
+    assert all_files(registry.storage.root) == before
 
 
 def test_a_release_never_changes(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     registry.publish(make_expert(), interface=interface)
-    before = all_files(registry.path)
+    before = all_files(registry.storage.root)
     with pytest.raises(RegistryError, match="already published with other content"):
         registry.publish(make_expert(seed=5), interface=interface)
-    assert all_files(registry.path) == before
+    assert all_files(registry.storage.root) == before
     other_build = make_expert("german", "1.0.0+build", seed=6)
     with pytest.raises(RegistryError, match="already published with other content"):
         registry.publish(other_build, interface=interface)
@@ -97,7 +106,7 @@ def test_a_release_never_changes(
 
 @pytest.mark.parametrize("name", ["gerrnan", "ger-man", "germ-an"])
 def test_look_alikes_are_refused(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, name: str
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, name: str
 ) -> None:
     registry.publish(make_expert("german"), interface=interface)
     with pytest.raises(RegistryError, match="may be taken for 'german'"):
@@ -106,7 +115,7 @@ def test_look_alikes_are_refused(
 
 
 def test_bad_experts_are_refused(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     folder = make_expert()
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -144,11 +153,11 @@ def test_bad_experts_are_refused(
     (folder / "README.md").symlink_to("/etc/hostname")
     with pytest.raises(ManifestError, match="not a plain file"):
         registry.publish(folder, interface=interface)
-    assert not registry.path.exists(), "a refused expert must leave nothing behind"
+    assert not registry.storage.root.exists(), "a refused expert must leave nothing behind"
 
 
 def test_a_digest_of_another_interface_is_refused(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     folder = make_expert()
     text = (folder / "expert.toml").read_text()
@@ -162,7 +171,7 @@ def test_a_digest_of_another_interface_is_refused(
 
 
 def test_without_an_interface_a_digest_is_needed(
-    registry: FolderRegistry, make_expert: MakeExpert
+    registry: Registry, make_expert: MakeExpert
 ) -> None:
     with pytest.raises(ManifestError) as caught:
         registry.publish(make_expert())
@@ -170,19 +179,17 @@ def test_without_an_interface_a_digest_is_needed(
 
 
 def test_only_known_files_are_published(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     folder = make_expert()
     (folder / "private-data.txt").write_text("secret")
     manifest = registry.publish(folder, interface=interface)
     names = [file.name for file in manifest.files]
     assert names == ["README.md", "body.safetensors", "scout.safetensors"]
-    assert b"secret" not in b"".join(all_files(registry.path).values())
+    assert b"secret" not in b"".join(all_files(registry.storage.root).values())
 
 
-def test_yank(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
-) -> None:
+def test_yank(registry: Registry, make_expert: MakeExpert, interface: RouterInterface) -> None:
     registry.publish(make_expert(), interface=interface)
     registry.publish(make_expert("german", "1.1.0"), interface=interface)
     registry.yank("german", Version("1.1.0"))
@@ -200,13 +207,13 @@ def test_yank(
 
 def test_no_registry(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="is not a registry"):
-        FolderRegistry(tmp_path / "nothing").versions("german")
+        open_for_publishing(tmp_path / "nothing").versions("german")
     (tmp_path / "config.json").write_text('{"kind": "composable-registry", "schema": 99}')
     with pytest.raises(RegistryError, match="99"):
-        FolderRegistry(tmp_path).versions("german")
+        open_for_publishing(tmp_path).versions("german")
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(RegistryError, match="cannot be read"):
-        FolderRegistry(tmp_path).versions("german")
+        open_for_publishing(tmp_path).versions("german")
 
 
 def test_open_registry(tmp_path: Path) -> None:
@@ -228,13 +235,13 @@ def test_open_registry(tmp_path: Path) -> None:
     ids=str,
 )  # fmt: skip
 def test_hostile_index_lines(
-    registry: FolderRegistry,
+    registry: Registry,
     make_expert: MakeExpert,
     interface: RouterInterface,
     damage: dict[str, object],
 ) -> None:
     registry.publish(make_expert(), interface=interface)
-    index = registry.path / "index" / "ge" / "german.jsonl"
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
     index.write_text(json.dumps({**json.loads(index.read_text()), **damage}) + "\n")
     with pytest.raises(RegistryError) as caught:
         registry.versions("german")
@@ -242,10 +249,10 @@ def test_hostile_index_lines(
 
 
 def test_other_damage_to_an_index(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     registry.publish(make_expert(), interface=interface)
-    index = registry.path / "index" / "ge" / "german.jsonl"
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
     line = index.read_text()
     index.write_text(line + line)
     with pytest.raises(RegistryError, match="twice"):
@@ -257,40 +264,46 @@ def test_other_damage_to_an_index(
 
 
 def test_a_dishonest_manifest_blob(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     registry.publish(make_expert(), interface=interface)
     release = registry.versions("german")[0]
-    path = registry.path / blob_path(release.manifest)
+    path = registry.storage.root / blob_path(release.manifest)
     path.chmod(0o644)
     path.write_text(path.read_text().replace("1.0.0", "1.0.1"))
     with pytest.raises(IntegrityError):
-        read_manifest(registry, release)
+        registry.read_manifest(release)
 
 
 @pytest.mark.parametrize("digest", ["", "x", "sha256:", "sha256:../../../etc/passwd", "md5:0"])
-def test_no_path_is_made_of_what_is_no_digest(registry: FolderRegistry, digest: str) -> None:
+def test_no_path_is_made_of_what_is_no_digest(registry: Registry, digest: str) -> None:
     with pytest.raises(IntegrityError, match="not a digest"):
         blob_path(digest)
 
 
-def test_an_index_that_fell_behind_is_mended_by_the_next_publish(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+def test_an_index_that_fell_behind_is_seen_through_and_mended(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     """A publisher killed after its record but before its index line loses nothing."""
     registry.publish(make_expert(), interface=interface)
-    index = registry.path / "index" / "ge" / "german.jsonl"
-    index.unlink()
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    before = index.read_bytes()
     registry.publish(make_expert("german", "1.1.0"), interface=interface)
-    assert len(registry.versions("german")) == 2
+    after = index.read_bytes()
+    for damage in (index.unlink, lambda: index.write_bytes(before)):
+        damage()
+        assert len(registry.versions("german")) == 2
+        registry.yank("german", Version("1.1.0"))
+        registry.unyank("german", Version("1.1.0"))
+        assert index.read_bytes() == after
 
 
 def test_a_record_cut_by_a_crash_is_written_again(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     folder = make_expert()
     registry.publish(folder, interface=interface)
-    record = registry.path / "records" / "german" / "1.0.0.json"
+    record = registry.storage.root / "records" / "german" / "1.0.0.json"
     record.write_bytes(record.read_bytes()[:30])
     registry.publish(folder, interface=interface)
     assert len(registry.versions("german")) == 1
@@ -300,17 +313,19 @@ def test_a_record_cut_by_a_crash_is_written_again(
 def publish_without_locks(path: Path, folder: Path, interface: RouterInterface) -> None:
     """Publish with file locks turned into no-ops, as on a file system where they lie."""
     atomic.polite_lock = contextlib.nullcontext  # type: ignore[assignment]
-    FolderRegistry(path).publish(folder, interface=interface)
+    open_for_publishing(path).publish(folder, interface=interface)
 
 
 @pytest.mark.parametrize("round_", range(3))
 def test_publishers_at_once_end_consistent_without_locks(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface, round_: int
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, round_: int
 ) -> None:
     folders = [make_expert("german", f"1.{minor}.0", seed=minor) for minor in range(6)]
     context = multiprocessing.get_context("fork")
     jobs = [
-        context.Process(target=publish_without_locks, args=(registry.path, folder, interface))
+        context.Process(
+            target=publish_without_locks, args=(registry.storage.root, folder, interface)
+        )
         for folder in folders
     ]
     for job in jobs:
@@ -322,14 +337,14 @@ def test_publishers_at_once_end_consistent_without_locks(
     assert [release.version.minor for release in releases] == list(range(6))
     for release in releases:
         for file in release.files:
-            assert (registry.path / blob_path(file.digest)).stat().st_size == file.size
+            assert (registry.storage.root / blob_path(file.digest)).stat().st_size == file.size
 
 
 @pytest.mark.parametrize(
     ("call", "nth"), [("link", 1), ("replace", 1), ("replace", 3), ("replace", 4), ("replace", 5)]
 )
 def test_killed_while_publishing_the_next_publish_works(
-    registry: FolderRegistry,
+    registry: Registry,
     make_expert: MakeExpert,
     interface: RouterInterface,
     call: str,
@@ -362,13 +377,13 @@ def test_killed_while_publishing_the_next_publish_works(
     releases = registry.versions("german")
     assert releases[:1] == first, "what was published before is still there"
     for file in (file for release in releases for file in release.files):
-        assert (registry.path / blob_path(file.digest)).stat().st_size == file.size
+        assert (registry.storage.root / blob_path(file.digest)).stat().st_size == file.size
     registry.publish(folder, interface=interface)
     assert [release.version.minor for release in registry.versions("german")] == [0, 1]
 
 
 def test_progress_counts_bytes(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     seen: list[tuple[str, int, int]] = []
     registry.publish(make_expert(), interface=interface, progress=lambda *event: seen.append(event))
@@ -380,14 +395,15 @@ def test_progress_counts_bytes(
 
 
 def test_published_tensors_load(
-    registry: FolderRegistry, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
 ) -> None:
     from composable.interface import scout_signature
 
     manifest = registry.publish(make_expert(), interface=interface)
     scout = next(file for file in manifest.files if file.name == "scout.safetensors")
-    path = registry.path / blob_path(scout.digest)
+    path = registry.storage.root / blob_path(scout.digest)
     assert set(read_tensors(path, scout_signature(interface, 8))) == set(
         safetensors.numpy.load_file(path)
     )
-    assert Manifest.loads((registry.path / blob_path(manifest.digest)).read_text()) == manifest
+    text = (registry.storage.root / blob_path(manifest.digest)).read_text()
+    assert Manifest.loads(text) == manifest

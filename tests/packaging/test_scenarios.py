@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from composable.errors import ManifestError, ResolutionError
 from composable.packaging import Constraint, Requirement, Universe, Version, resolve
+from composable.packaging.constraint import parse_target
 from composable.packaging.universe import Candidate
 
 SCENARIOS = Path(__file__).parent.parent / "scenarios"
@@ -89,6 +92,46 @@ def test_wrong_backtracking_indirect_is_right() -> None:
     assert packages == {"a": "1.0.0", "b": "1.0.0", "b-inner": "2.0.9"}
 
 
+def cures_in(story: str) -> list[str]:
+    """Return what a story ends with."""
+    return [line.removeprefix("  - ") for line in story.splitlines() if line.startswith("  - ")]
+
+
+def apply_cure(universe: Universe, cure: str) -> list[Universe]:
+    """Do what a cure says, in every way that it may be taken."""
+    requires = list(universe.requires)
+
+    def instead(old: Requirement, *new: Requirement) -> list[Universe]:
+        at = requires.index(old)
+        return [dataclasses.replace(universe, requires=[*requires[:at], *new, *requires[at + 1 :]])]
+
+    if match := re.fullmatch(r"leave out (.+)", cure):
+        targets = re.split(r", | and ", match[1])
+        assert set(targets) <= {r.target for r in requires}, cure
+        left = [r for r in requires if r.target not in targets]
+        return [dataclasses.replace(universe, requires=left)]
+    if match := re.fullmatch(r"ask for (\S+) without its extra (\S+)", cure):
+        name, extras = parse_target(match[1])
+        old = next(r for r in requires if r.name == name and {*r.extras} == {*extras, match[2]})
+        return instead(old, dataclasses.replace(old, extras=extras))
+    if match := re.fullmatch(r"ask for (\S+) (\S+) instead of (.+)", cure):
+        old = next(r for r in requires if (r.target, str(r.constraint)) == (match[1], match[3]))
+        return instead(old, dataclasses.replace(old, constraint=Constraint(f"={match[2]}")))
+    if match := re.fullmatch(r"ask for the prerelease (\S+)==(\S+)", cure):
+        old = next(r for r in requires if r.target == match[1])
+        return instead(old, dataclasses.replace(old, constraint=Constraint(f"={match[2]}")))
+    if match := re.fullmatch(r"ask for (.+) exactly to accept what was yanked", cure):
+        pins = map(Requirement.parse, re.split(r", | and ", match[1]))
+        return [dataclasses.replace(universe, requires=[*requires, *pins])]
+    match = re.fullmatch(r"use a backbone whose router interface is (\S+) (.+), for .+", cure)
+    assert match is not None, cure
+    name, range_ = match[1], Constraint(match[2])
+    numbers = [f"{major}.{minor}.0" for major in range(4) for minor in range(8)]
+    versions = [version for version in map(Version, numbers) if range_.contains(version)]
+    assert versions, cure
+    return [dataclasses.replace(universe, interface={name: version}) for version in versions]
+
+
 @pytest.mark.parametrize("path", sorted(PACKSE.rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_cure_that_is_offered_works(path: Path) -> None:
     """Do what the story says, line by line, and see."""
@@ -97,22 +140,19 @@ def test_every_cure_that_is_offered_works(path: Path) -> None:
         return
     with pytest.raises(ResolutionError) as caught:
         resolve(universe)
-    story = str(caught.value)
-    cures = [line.removeprefix("  - ") for line in story.splitlines() if line.startswith("  - ")]
-    assert cures, story
+    cures = cures_in(str(caught.value))
+    assert cures, caught.value
     for cure in cures:
-        requires = list(universe.requires)
-        words = cure.split()
-        if words[0] == "leave":
-            requires = [r for r in requires if r.name not in words[2:]]
-        elif "instead of" in cure:
-            old = Requirement(words[2], Constraint(cure.partition("instead of ")[2]))
-            assert old in requires
-            requires.remove(old)
-            requires.append(Requirement(words[2], Constraint(f"={words[3]}")))
-        else:
-            requires.append(Requirement.parse(words[2]))
-        resolve(Universe(packages=universe.packages, requires=requires))
+        for cured in apply_cure(universe, cure):
+            resolve(cured)
+
+
+@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_cure_of_our_own_scenarios_works(path: Path) -> None:
+    universe = Universe.from_dict(json.loads(path.read_text()), path.name)
+    for cure in cures_in(answer(universe)):
+        for cured in apply_cure(universe, cure):
+            resolve(cured)
 
 
 A = "u: packages.a.1.0.0"
@@ -127,7 +167,12 @@ A = "u: packages.a.1.0.0"
         ({"packages": {"a": {"1.0.0": {"requires": {"b": "?"}}}}}, f"{A}.requires.b"),
         ({"packages": {"a": {"1.0.0": {"yanked": 1}}}}, f"{A}.yanked"),
         ({"packages": {"a": {"1.0.0": {"require": {}}}}}, f"{A}.require"),
+        ({"packages": {"a": {"1.0.0": {"extras": {"x": {"b": "?"}}}}}}, f"{A}.extras.x.b"),
+        ({"packages": {"a": {"1.0.0": {"extras": {"X": {}}}}}}, f'{A}.extras."X"'),
+        ({"packages": {"a": {"1.0.0": {"extras": {"x": ["b"]}}}}}, f"{A}.extras.x"),
         ({"requires": {"a": 1}}, "u: requires.a"),
+        ({"requires": {"a[x": "*"}}, 'u: requires."a[x"'),
+        ({"requires": {"a[x]>1": "*"}}, 'u: requires."a[x]>1"'),
         ({"locked": {"a": "1"}}, "u: locked.a"),
         ({"interface": "1.0.0"}, "u: interface"),
     ],
@@ -153,6 +198,31 @@ def test_who_wanted_what() -> None:
     }
     resolution = resolve(Universe.from_dict(data))
     assert resolution.wanted_by["b"] == [("", Constraint("<1.1")), ("a", Constraint("^1"))]
+
+
+def test_who_wanted_what_with_extras() -> None:
+    extras = {"x": {"c": "^1"}, "y": {}}
+    data = {
+        "packages": {"a": {"1.0.0": {"extras": extras}}, "b": {"1.0.0": {}}, "c": {"1.0.0": {}}},
+        "requires": {"a[y,x]": "^1", "b": "*", "a": ">=1"},
+    }
+    resolution = resolve(Universe.from_dict(data))
+    assert list(resolution.packages) == ["a", "b", "c"]
+    assert resolution.wanted_by["a"] == [("", Constraint("^1")), ("", Constraint(">=1"))]
+    assert resolution.wanted_by["c"] == [("a[x]", Constraint("^1"))]
+    assert resolution.extras == {"a": ("x", "y")}
+
+
+def test_an_extra_may_need_its_own_package() -> None:
+    """In another version never, in this one always."""
+    versions = {
+        "1.0.0": {"extras": {"x": {"a": "^1"}}},
+        "2.0.0": {"extras": {"x": {"a": "^1"}}},
+    }
+    data = {"packages": {"a": versions}, "requires": {"a[x]": "*"}}
+    assert resolve(Universe.from_dict(data)).packages == {"a": Version("1.0.0")}
+    with pytest.raises(ResolutionError, match=r"a 2\.0\.0 has an extra 'x' that needs a \^1\."):
+        resolve(Universe.from_dict({**data, "requires": {"a[x]": "^2"}}))
 
 
 def test_another_solver_can_stand_behind_the_port() -> None:

@@ -1,0 +1,82 @@
+"""The group of all commands as Typer sees it, and what holds for every one of them.
+
+A command's file is imported when the command is asked for. Errors that the library raises on
+purpose are printed here and exit with 1; errors of usage exit with 2; anything else is our bug and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from composable.cli.main import COMMANDS, format_help
+from composable.cli.output import show_error
+from composable.errors import ComposableError
+
+
+class Commands(TyperGroup):
+    """The group of all commands, loaded one by one."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, in the order of the table."""
+        return [name for panel in COMMANDS.values() for name in panel]
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        """Import the file that holds a command and return the command; None for none."""
+        for panel in COMMANDS.values():
+            if name in panel:
+                home = importlib.import_module(f"composable.cli.{panel[name][0]}")
+                return get_command(home.app).commands[name]  # type: ignore[attr-defined]
+        return None
+
+    def get_help(self, ctx: Any) -> str:
+        """Return the help, which needs no command's file."""
+        return format_help().rstrip("\n")
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; print a deliberate error and exit with 1."""
+        try:
+            return super().invoke(ctx)
+        except ComposableError as error:
+            show_error(error, ctx)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="composable",
+    cls=Commands,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from composable import __version__
+
+        print(f"composable {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def composable(
+    ctx: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", callback=_show_version, is_eager=True, help="Show the version."
+        ),
+    ] = False,
+) -> None:
+    """Grow a pretrained model the way open source grows.
+
+    Experts that never met, plugged together.
+    """
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
