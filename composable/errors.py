@@ -16,6 +16,7 @@
     │   ├── DiskError             a disk that is full, read only or failing
     │   └── TensorFileError       a safetensors file that must not be loaded
     ├── ModelError                arrays that the model cannot take
+    ├── InteropError              other people's files that cannot be taken over as they are
     ├── TextError                 text that cannot be trained on, scored or continued
     ├── TrainingError             training that cannot start, resume or go on
     └── VettingError              an expert that must not be published
@@ -110,6 +111,10 @@ class TensorFileError(PackagingError):
 
 class ModelError(ComposableError):
     """Arrays or settings that the model cannot take."""
+
+
+class InteropError(ComposableError):
+    """Another project's checkpoint that cannot be taken over exactly; `where` names the place."""
 
 
 class TextError(ComposableError):

@@ -5,6 +5,7 @@ run without it.
 """
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ INTERFACE_FIELDS = {
     "version": "1.0.0",
     "backbone": "sha256:" + "a" * 64,
     "trunk": "sha256:" + "b" * 64,
-    "tokenizer": "sha256:" + "c" * 64,
+    # That of the tokenizer for bytes.
+    "tokenizer": "sha256:c58ffe3dd3a75536ffa0e1ebd67098c8c0bafd9cf9c2dd6351beef06cefa0735",
     "class_map": "sha256:" + "d" * 64,
     "anchor": "sha256:" + "e" * 64,
     "vocab_size": 256,
@@ -162,6 +164,27 @@ class Tiny:
         return " ".join(rng.choice(words.split(), length))[:length]
 
 
+@pytest.fixture(scope="session")
+def subwords():
+    """Return a byte-level BPE tokenizer of 600 tokens, trained on a few words here and now."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from composable.model.subwords import SubwordTokenizer
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(
+        [f"{PUBLIC_WORDS} {PRIVATE_WORDS} quick brown foxes, naïve Füße"] * 3, trainer
+    )
+    return SubwordTokenizer(bpe.to_str(), begin="<|begin|>", ends=["<|end|>"])
+
+
 PUBLIC_WORDS = "the of and to in is that for it as was with be by on not he his but at are this"
 PRIVATE_WORDS = "∀x ∃y φ→ψ ⊢A∧B ⊥∨C λz.t Γ,Δ □p ◇q"
 
@@ -203,6 +226,120 @@ def release(tiny, tmp_path_factory):
         license_="Apache-2.0",
     )
     return load_backbone(str(folder))
+
+
+# Small checkpoints as other tools write them. Names and shapes are spelt out here a second time, on
+# purpose: the tables under test are not asked.
+CONFIG = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"},
+    "torch_dtype": "float32",
+}
+CONFIGS = {
+    "llama": {**CONFIG, "model_type": "llama", "mlp_bias": False},
+    "smollm": {
+        **CONFIG,
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "is_llama_config": True,
+        "rope_interleaved": False,
+    },
+    "qwen3": {**CONFIG, "model_type": "qwen3", "head_dim": 16, "use_sliding_window": False},
+    "olmo2": {**CONFIG, "model_type": "olmo2"},
+}
+
+
+def shapes(config):
+    """Return names and shapes of a checkpoint, as transformers lays them out."""
+    d, f = config["hidden_size"], config["intermediate_size"]
+    n, k = config["num_attention_heads"], config["num_key_value_heads"]
+    h = config.get("head_dim", d // n)
+    names = {
+        "self_attn.q_proj": (n * h, d),
+        "self_attn.k_proj": (k * h, d),
+        "self_attn.v_proj": (k * h, d),
+        "self_attn.o_proj": (d, n * h),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+        "post_attention_layernorm": (d,),
+    }
+    if config["model_type"] == "olmo2":
+        names |= {
+            "post_feedforward_layernorm": (d,),
+            "self_attn.q_norm": (n * h,),
+            "self_attn.k_norm": (k * h,),
+        }
+    else:
+        names["input_layernorm"] = (d,)
+    if config["model_type"] == "qwen3":
+        names |= {"self_attn.q_norm": (h,), "self_attn.k_norm": (h,)}
+    whole = {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
+    if not config["tie_word_embeddings"]:
+        whole["lm_head.weight"] = (config["vocab_size"], d)
+    layers = range(config["num_hidden_layers"])
+    return whole | {
+        f"model.layers.{i}.{name}.weight": shape for i in layers for name, shape in names.items()
+    }
+
+
+@pytest.fixture
+def write_checkpoint(tmp_path, subwords):
+    """Return a function that writes a checkpoint of a family and returns its folder and tensors."""
+
+    def write(family, *, shards=1, dtype=np.float32, **changes):
+        config = {**CONFIGS[family], **changes}
+        rng = np.random.default_rng(0)
+        tensors = {}
+        for name, shape in shapes(config).items():
+            noise = rng.normal(size=shape)
+            is_norm = name.endswith("norm.weight")
+            tensors[name] = (1 + 0.1 * noise if is_norm else 0.2 * noise).astype(dtype)
+        folder = tmp_path / family
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        definition, _ = subwords.to_files()
+        (folder / "tokenizer.json").write_text(definition)
+        special = {"bos_token": "<|begin|>", "add_bos_token": True, "eos_token": "<|end|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(special))
+        _save(folder, tensors, shards)
+        return folder, tensors
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def save():
+    """Return the function that writes tensors into a folder."""
+    return _save
+
+
+def _save(folder, tensors, shards=1):
+    """Write tensors in one file, or in several with an index."""
+    import safetensors.numpy
+
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+        return
+    names = list(tensors)
+    files = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        safetensors.numpy.save_file(part, folder / file)
+        files |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 EXPERT_TOML = """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,20 +18,26 @@ from composable.errors import IntegrityError
 from composable.interface import RouterInterface, TensorSpec, digest_bytes, digest_tensors
 from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig
+from composable.model.model import Model, Pluggable
+from composable.model.subwords import SubwordTokenizer
 from composable.model.tensors import from_tensors, shapes_of, to_tensors
-from composable.model.tokenizer import ByteTokenizer
+from composable.model.tokenizer import ByteTokenizer, Tokenizer
 from composable.packaging import atomic
 from composable.packaging.backbones import (
     ANCHOR_FILE,
     CONFIG_FILE,
     INTERFACE_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_FILE,
     WEIGHTS_FILE,
+    check_listed,
     find_backbone,
+    lists_file,
     read_interface,
     read_listed,
 )
 from composable.packaging.manifest import BACKBONE_FILE, BackbonePackage, PackageFile
-from composable.packaging.tensors import read_tensors, write_tensors
+from composable.packaging.tensors import TensorFile, write_tensors
 from composable.packaging.version import Version
 from composable.training.documents import Document, read_documents
 
@@ -45,17 +52,25 @@ class BackboneRelease:
         folder: Where it was read from.
         backbone: The frozen model.
         interface: The contract it publishes.
+        tokenizer: Its tokenizer.
     """
 
     folder: Path
     backbone: Backbone
     interface: RouterInterface
+    tokenizer: Tokenizer
 
     @property
     def anchor(self) -> list[Document]:
         """The public text that ships with it, on which vetting looks for regressions."""
         read_listed(self.folder, ANCHOR_FILE)
         return read_documents([self.folder / ANCHOR_FILE])
+
+    def plug(self, experts: Sequence[Pluggable] = (), capacity: int | None = None) -> Model:
+        """Return the model with experts plugged in; arguments as for `Model`."""
+        return Model(
+            self.backbone, self.interface, experts, capacity=capacity, tokenizer=self.tokenizer
+        )
 
 
 def load_backbone(name: str) -> BackboneRelease:
@@ -66,22 +81,23 @@ def load_backbone(name: str) -> BackboneRelease:
 
     Raises:
         PackagingError: If there is no such backbone, or its files are damaged.
-        IntegrityError: If weights and interface do not belong together.
+        IntegrityError: If weights, tokenizer and interface do not belong together.
     """
     folder = find_backbone(name)
     interface = read_interface(folder)
     cfg = BackboneConfig.from_dict(json.loads(read_listed(folder, CONFIG_FILE)))
-    read_listed(folder, WEIGHTS_FILE)
+    check_listed(folder, WEIGHTS_FILE)
     make = partial(_make, cfg, interface.n_classes)
     expected = {name: _spec(name, shape) for name, shape in shapes_of(make).items()}
-    tensors = read_tensors(folder / WEIGHTS_FILE, expected)
-    for field, digest in digests(tensors, cfg).items():
+    tensors = TensorFile(folder / WEIGHTS_FILE, expected)
+    tokenizer = _read_tokenizer(folder)
+    for field, digest in {**digests(tensors, cfg), "tokenizer": tokenizer.digest}.items():
         if getattr(interface, field) != digest:
             raise IntegrityError(
-                f"the weights give {digest}, but the interface says {getattr(interface, field)}",
+                f"the files give {digest}, but the interface says {getattr(interface, field)}",
                 where=f"{folder / INTERFACE_FILE}: {field}",
             )
-    return BackboneRelease(folder, from_tensors(make, tensors), interface)
+    return BackboneRelease(folder, from_tensors(make, tensors), interface, tokenizer)
 
 
 def save_backbone(
@@ -95,6 +111,7 @@ def save_backbone(
     texts: Mapping[str, str],
     description: str,
     license_: str,
+    tokenizer: Tokenizer | None = None,
 ) -> RouterInterface:
     """Write a backbone package, weights rounded to bfloat16.
 
@@ -105,25 +122,61 @@ def save_backbone(
         version: Semantic version of package and interface.
         anchor: Public text for vetting.
         router: The interface's settings of the router: discount, top_k, backbone_prior,
-            switch_rate, scout_max_width, lora_max_rank.
+            switch_rate, output_bounds, scout_max_width, lora_max_rank.
         texts: Further files by name, such as the card and README.
         description: One line for the manifest.
         license_: SPDX expression.
+        tokenizer: Its tokenizer; the one for bytes by default.
 
     Returns:
         The interface that the package publishes.
     """
-    cfg = backbone.cfg
     tensors = to_tensors(backbone, "BF16")
-    anchor_text = "".join(
-        json.dumps({"id": doc.id, "text": doc.text}, ensure_ascii=False) + "\n" for doc in anchor
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    tokenizer = tokenizer or ByteTokenizer()
+    interface = make_interface(
+        tensors, backbone.cfg, tokenizer, name=name, version=version, anchor=anchor, router=router
     )
-    interface = RouterInterface(
+    describe_backbone(
+        folder,
+        interface,
+        backbone.cfg,
+        tokenizer,
+        anchor=anchor,
+        texts=texts,
+        description=description,
+        license_=license_,
+    )
+    return interface
+
+
+def make_interface(
+    tensors: Mapping[str, np.ndarray],
+    cfg: BackboneConfig,
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    version: str,
+    anchor: Sequence[Document],
+    router: Mapping[str, Any],
+) -> RouterInterface:
+    """Return the interface of a backbone.
+
+    Args:
+        tensors: Its weights; each is asked for twice, one at a time.
+        cfg: Architecture.
+        tokenizer: Its tokenizer.
+        name: Name of package and interface.
+        version: Semantic version of both.
+        anchor: Public text for vetting.
+        router: Settings of the router, as for `save_backbone`.
+    """
+    return RouterInterface(
         name=name,
         version=version,
         **digests(tensors, cfg),
-        tokenizer=ByteTokenizer().digest,
-        anchor=digest_bytes(anchor_text.encode()),
+        tokenizer=tokenizer.digest,
+        anchor=digest_bytes(_anchor_text(anchor).encode()),
         vocab_size=cfg.vocab_size,
         n_classes=int(tensors["scout.b_out"].shape[0]),
         d_model=cfg.d_model,
@@ -132,40 +185,95 @@ def save_backbone(
         slots=cfg.slots,
         **router,
     )
+
+
+def describe_backbone(
+    folder: Path,
+    interface: RouterInterface,
+    cfg: BackboneConfig,
+    tokenizer: Tokenizer,
+    *,
+    anchor: Sequence[Document],
+    texts: Mapping[str, str],
+    description: str,
+    license_: str,
+) -> None:
+    """Write the files of a backbone package around the weights that are there.
+
+    Args:
+        folder: The package, with its weights.
+        interface: The contract of these weights.
+        cfg: Architecture.
+        tokenizer: The tokenizer.
+        anchor: Public text for vetting.
+        texts: Further files by name, such as the card and README.
+        description: One line for the manifest.
+        license_: SPDX expression.
+    """
     contents = {
         CONFIG_FILE: json.dumps(cfg.to_dict(), indent=2) + "\n",
         INTERFACE_FILE: interface.to_json(),
-        ANCHOR_FILE: anchor_text,
+        ANCHOR_FILE: _anchor_text(anchor),
         **texts,
     }
+    if isinstance(tokenizer, SubwordTokenizer):
+        contents[TOKENIZER_FILE], contents[SPECIAL_TOKENS_FILE] = tokenizer.to_files()
     for file, text in contents.items():
         atomic.write_text(folder / file, text)
-    write_tensors(folder / WEIGHTS_FILE, tensors)
-    listed = {file: (folder / file).read_bytes() for file in sorted([*contents, WEIGHTS_FILE])}
     package = BackbonePackage(
-        name=name,
-        version=Version(version),
+        name=interface.name,
+        version=Version(interface.version),
         description=description,
         license=license_,
-        files=tuple(
-            PackageFile(name=file, size=len(data), digest=digest_bytes(data))
-            for file, data in listed.items()
-        ),
+        files=tuple(_describe(folder / file) for file in sorted([*contents, WEIGHTS_FILE])),
     )
     atomic.write_text(folder / BACKBONE_FILE, package.to_toml())
-    return interface
+
+
+def _anchor_text(anchor: Sequence[Document]) -> str:
+    lines = ({"id": doc.id, "text": doc.text} for doc in anchor)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def digests(tensors: Mapping[str, np.ndarray], cfg: BackboneConfig) -> dict[str, Any]:
     """Return the digests that an interface names: all weights, the trunk's, the class map's."""
     below = tuple(f"layers.{layer}." for layer in range(cfg.tap))
-    trunk = {name: x for name, x in tensors.items() if name == "embed" or name.startswith(below)}
-    class_map = np.asarray(tensors[_CLASS_MAP])
+    trunk = [name for name in tensors if name == "embed" or name.startswith(below)]
     return {
         "backbone": digest_tensors(tensors),
-        "trunk": digest_tensors(trunk),
-        "class_map": digest_tensors({_CLASS_MAP: class_map}),
+        "trunk": digest_tensors(_Selection(tensors, trunk)),
+        "class_map": digest_tensors(_Selection(tensors, [_CLASS_MAP])),
     }
+
+
+class _Selection(Mapping[str, np.ndarray]):
+    """Some of the arrays of a mapping, still read only when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    if not lists_file(folder, TOKENIZER_FILE):
+        return ByteTokenizer()
+    files = (read_listed(folder, file).decode() for file in (TOKENIZER_FILE, SPECIAL_TOKENS_FILE))
+    return SubwordTokenizer.from_files(*files)
+
+
+def _describe(path: Path) -> PackageFile:
+    """Return size and digest of a file, read in blocks."""
+    with path.open("rb") as file:
+        digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return PackageFile(name=path.name, size=path.stat().st_size, digest=digest)
 
 
 def _make(cfg: BackboneConfig, n_classes: int) -> Backbone:

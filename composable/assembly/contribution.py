@@ -21,7 +21,6 @@ from composable.assembly.experts import load_expert, make_expert, save_expert
 from composable.assembly.publication import publish_vetted
 from composable.errors import TextError, TrainingError, VettingError
 from composable.interface import body_signature, digest_bytes, scout_signature
-from composable.model.tokenizer import ByteTokenizer
 from composable.packaging import atomic
 from composable.packaging.manifest import BODY_FILE, Manifest
 from composable.packaging.packing import fit_interface
@@ -112,7 +111,7 @@ def train_expert(
 
     expert = make_expert(release, manifest, cfg.seed)
     graph, params = nnx.split(expert)
-    stream = token_stream(train, ByteTokenizer())
+    stream = token_stream(train, release.tokenizer)
     _require_same_text(work, digest_bytes(stream.tobytes()))
     data_iterator = batches(
         stream,
@@ -200,6 +199,7 @@ def check_expert(
         expert,
         _texts(documents),
         _texts(release.anchor),
+        tokenizer=release.tokenizer,
         progress=progress,
     )
     training = folder / WORK / TRAINING_FILE

@@ -23,8 +23,7 @@ from composable.assembly.backbones import load_backbone, save_backbone
 from composable.interface import RouterInterface
 from composable.model.backbone import Backbone
 from composable.model.config import tiny_bytes
-from composable.model.model import Model
-from composable.model.tokenizer import ByteTokenizer
+from composable.model.tokenizer import ByteTokenizer, Tokenizer
 from composable.parallel import start_processes
 from composable.training.data import batches, token_stream
 from composable.training.documents import Document, read_documents, write_documents
@@ -47,6 +46,8 @@ _SHIPPED_BYTES: Final = 8192
 # A body's output may be this many times as large as the backbone's largest on the anchor. Trained
 # experts reached 3.3 times.
 _BOUND_FACTOR: Final = 8.0
+# Of each document of the anchor this many tokens are looked at.
+_BOUND_TOKENS: Final = 512
 
 
 def tiny_bytes_config() -> TrainConfig:
@@ -115,7 +116,7 @@ def pack(
         "name": "tiny-bytes",
         "version": "1.0.0",
         "anchor": anchor,
-        "router": {**ROUTER, "output_bounds": output_bounds(backbone, anchor)},
+        "router": {**ROUTER, "output_bounds": output_bounds(backbone, anchor, ByteTokenizer())},
         "description": "A byte-level causal transformer of 2.4 M parameters, trained on public-"
         "domain English (State of the Union addresses).",
         "license_": "Apache-2.0",
@@ -123,7 +124,7 @@ def pack(
     # Written twice: the card holds what the packed, rounded weights score.
     interface = save_backbone(out, backbone, texts=write, **save)
     release = load_backbone(str(out))
-    model = Model(release.backbone, release.interface)
+    model = release.plug()
     texts = [doc.text.encode() for doc in measured]
     score = score_documents(path_scorer(model), texts, context=model.context)
     card = {
@@ -149,9 +150,10 @@ def pack(
     return save_backbone(out, release.backbone, texts=write, **save)
 
 
-def output_bounds(backbone: Backbone, anchor: Sequence[Document]) -> tuple[float, ...]:
+def output_bounds(
+    backbone: Backbone, anchor: Sequence[Document], tokenizer: Tokenizer
+) -> tuple[float, ...]:
     """Return how large a body's output may be in every slot, as a root mean square over D."""
-    encode = ByteTokenizer().encode
     largest = np.zeros(len(backbone.cfg.slots))
 
     @jax.jit
@@ -164,10 +166,12 @@ def output_bounds(backbone: Backbone, anchor: Sequence[Document]) -> tuple[float
 
         x_BTD, _ = backbone.trunk(tokens_BT)
         backbone.upper(x_BTD, run)
-        return jnp.stack([jnp.mean(jnp.square(y_BTD), axis=-1).max() for y_BTD in outputs])
+        return jnp.stack(
+            [jnp.mean(jnp.square(y_BTD.astype(jnp.float32)), axis=-1).max() for y_BTD in outputs]
+        )
 
     for document in anchor:
-        tokens_T = encode(document.text)[: backbone.cfg.context]
+        tokens_T = tokenizer.encode(document.text)[: min(backbone.cfg.context, _BOUND_TOKENS)]
         largest = np.maximum(largest, np.sqrt(power(backbone, tokens_T[None])))
     return tuple(round(float(_BOUND_FACTOR * value), 1) for value in largest)
 

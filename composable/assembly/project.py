@@ -57,11 +57,11 @@ def load(
     else:
         release = load_backbone(backbone or Project.find().backbone)
         if not experts:
-            return Model(release.backbone, release.interface, capacity=capacity)
+            return release.plug([], capacity=capacity)
         environment = _install(release, [Requirement.parse(text) for text in experts], registry)
     folders = [environment.expert_path(m.name) for m in environment.manifests()]
     plugged = [load_expert(release, folder) for folder in folders]
-    return Model(release.backbone, release.interface, plugged, capacity=capacity)
+    return release.plug(plugged, capacity=capacity)
 
 
 def expert(

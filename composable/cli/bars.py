@@ -58,6 +58,28 @@ def show_counts(label: str, *, is_quiet: bool) -> Iterator[Callable[[int, int], 
 
 
 @contextmanager
+def show_stages(*, is_quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a bar for every stage of a long piece of work, as they come."""
+    if is_quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    bars = _bars(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )
+    tasks: dict[str, Any] = {}
+
+    def progress(label: str, done: int, total: int) -> None:
+        if label not in tasks:
+            tasks[label] = bars.add_task(label, total=total)
+        bars.update(tasks[label], completed=done, total=total)
+
+    with bars:
+        yield progress
+
+
+@contextmanager
 def show_training(
     *, is_quiet: bool
 ) -> Iterator[Callable[[int, int, Mapping[str, float]], None] | None]:

@@ -12,7 +12,8 @@ import sys
 # Panel -> command -> the file that holds it, and the first line of its docstring.
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Use": {
-        "generate": ("use", "Continue a text."),
+        "generate": ("use", "Continue a text, or every text of a file."),
+        "chat": ("use", "Talk with a model; an empty line or the end of input ends it."),
         "demo": ("use", "Run the main job from start to finish and report on it."),
     },
     "Project": {
@@ -42,6 +43,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "publish": ("contribute", "Publish a vetted expert to a registry."),
         "yank": ("contribute", "Withdraw a release from new resolutions."),
         "unyank": ("contribute", "Take back a yank."),
+    },
+    "Backbones": {
+        "backbone": ("backbone", "Take over other people's backbones."),
     },
     "Store": {
         "verify": ("storage", "Read every stored and installed file and find damage."),

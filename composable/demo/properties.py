@@ -96,10 +96,10 @@ def _show_remove(
 ) -> tuple[bool, str]:
     """Remove an expert; the logits are those of the model that never had it."""
     gone = plugged[1]
-    model = Model(release.backbone, release.interface, plugged, capacity=CAPACITY)
+    model = release.plug(plugged, CAPACITY)
     model.remove(gone.name)
     rest = [expert for expert in plugged if expert is not gone]
-    never = Model(release.backbone, release.interface, rest, capacity=CAPACITY)
+    never = release.plug(rest, CAPACITY)
     same, n_values = _same_bits(model, never, _tokens(model, spliced))
     verb = "equal" if same else "differ from"
     return same, (
@@ -112,8 +112,8 @@ def _show_reorder(
     release: BackboneRelease, plugged: Sequence[Pluggable], spliced: Sequence[Spliced]
 ) -> tuple[bool, str]:
     """Install in another order; the logits are the same."""
-    model = Model(release.backbone, release.interface, plugged, capacity=CAPACITY)
-    other = Model(release.backbone, release.interface, capacity=CAPACITY)
+    model = release.plug(plugged, CAPACITY)
+    other = release.plug(capacity=CAPACITY)
     order = list(reversed(plugged))
     for expert in order:
         other.install(expert)
@@ -179,8 +179,8 @@ def _show_hostile(
     verdict = check_expert(release, own)
     failed = [check.name for check in verdict.checks if not check.passed]
 
-    clean = Model(release.backbone, release.interface, plugged, capacity=CAPACITY)
-    dirty = Model(release.backbone, release.interface, plugged, capacity=CAPACITY)
+    clean = release.plug(plugged, CAPACITY)
+    dirty = release.plug(plugged, CAPACITY)
     dirty.install(load_expert(release, own))
     documents = begins(public)
     change = {}

@@ -36,6 +36,7 @@ from composable.packaging.locking import lock_project, sync_project
 from composable.packaging.manifest import EXPERT_FILE, Manifest
 from composable.packaging.project import Project
 from composable.training.documents import Document, Spliced, read_documents, splice_documents
+from composable.training.recipe import shipped_folder
 from composable.vetting.evaluation import trace_routing
 
 BACKBONE_NAME: Final = "tiny-bytes"
@@ -132,15 +133,6 @@ def run_demo(
     return result
 
 
-def texts_folder(name: str) -> Path:
-    """Return the folder of a first-party expert: in the installed package, or the checkout."""
-    package = Path(__file__).parent.parent
-    for root in (package / "experts", package.parent / "experts"):
-        if (root / name).is_dir():
-            return root / name
-    raise ComposableError(f"no first-party expert {name!r} ships with this installation")
-
-
 def _fresh(folder: Path) -> Path:
     """Return an empty demo folder; one that an earlier demo made is emptied."""
     folder = folder.absolute()
@@ -159,7 +151,7 @@ def _fresh(folder: Path) -> Path:
 
 
 def _heldout(name: str) -> list[Document]:
-    return read_documents([texts_folder(name) / "text" / "heldout.jsonl"])
+    return read_documents([shipped_folder(name) / "text" / "heldout.jsonl"])
 
 
 def _peak_memory() -> int:
@@ -204,12 +196,12 @@ def _contribute(
     seed: int,
 ) -> dict[str, Any]:
     """Run one contributor in a process of its own and show its progress."""
-    source, own = texts_folder(name), folder / "contributors" / name
+    source, own = shipped_folder(name), folder / "contributors" / name
     (own / "text").mkdir(parents=True)
     for file in (EXPERT_FILE, "README.md", "text/train.jsonl"):
         shutil.copy(source / file, own / file)
     others = next(other for other in CONTRIBUTORS if other != name)
-    unreadable = texts_folder(others) / "text" / "train.jsonl"
+    unreadable = shipped_folder(others) / "text" / "train.jsonl"
     command = [sys.executable, "-m", "composable.demo.contributor", str(own)]
     command += [str(release.folder), str(registry), str(steps), str(seed), str(unreadable)]
     published: dict[str, Any] = {}
@@ -274,7 +266,7 @@ def _install(
         "  resolved, locked and installed "
         + ", ".join(f"{expert.name} {expert.version}" for expert in lock.experts)
     )
-    model = Model(release.backbone, release.interface, plugged, capacity=CAPACITY)
+    model = release.plug(plugged, CAPACITY)
     return model, plugged, project
 
 

@@ -1,5 +1,6 @@
 """The contract: dimension key, router interface, expert signatures, digests. NumPy at most."""
 
+from composable.interface.classes import hash_classes
 from composable.interface.contract import BODY_KINDS, BodyKind, RouterInterface, TensorSpec
 from composable.interface.digest import canonical_json, digest_bytes, digest_tensors, is_digest
 from composable.interface.dims import DIMS
@@ -15,6 +16,7 @@ __all__ = [
     "canonical_json",
     "digest_bytes",
     "digest_tensors",
+    "hash_classes",
     "is_digest",
     "scout_signature",
 ]

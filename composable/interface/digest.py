@@ -48,5 +48,5 @@ def digest_tensors(tensors: Mapping[str, np.ndarray]) -> str:
         array = np.ascontiguousarray(tensors[name])
         header = {"name": name, "dtype": str(array.dtype), "shape": list(array.shape)}
         state.update(canonical_json(header))
-        state.update(array.tobytes())
+        state.update(array.reshape(-1).view(np.uint8).data)
     return "sha256:" + state.hexdigest()

@@ -13,20 +13,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from composable.model.config import BackboneConfig
-from composable.model.layers import Attention, FeedForward, KVCache, rms_norm
+from composable.model.layers import (
+    CACHE_BLOCK,
+    Attention,
+    FeedForward,
+    KVCache,
+    normal,
+    ones,
+    rms_norm,
+)
 from composable.model.scout import Scout
 
-# (layer index, normalised input BTD) -> output BTD.
+# (layer index, input BTD) -> output BTD.
 FeedForwardFn = Callable[[int, jax.Array], jax.Array]
 
 
 class Layer(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One transformer layer: attention and feed-forward, with a norm before or after each."""
 
     def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = nnx.Param(jnp.ones(cfg.d_model), dims="D")
+        self.attention_norm = ones("D", (cfg.d_model,), cfg)
         self.attention = Attention(cfg, rngs=rngs)
-        self.ffn_norm = nnx.Param(jnp.ones(cfg.d_model), dims="D")
+        self.ffn_norm = ones("D", (cfg.d_model,), cfg)
         self.ffn = FeedForward(cfg, rngs=rngs)
 
 
@@ -41,15 +49,20 @@ class Backbone(nnx.Module):
     """
 
     def __init__(
-        self, cfg: BackboneConfig, class_map_V: jax.Array, n_classes: int, *, rngs: nnx.Rngs
+        self,
+        cfg: BackboneConfig,
+        class_map_V: jax.typing.ArrayLike,
+        n_classes: int,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         self.cfg = cfg
-        scale = cfg.d_model**-0.5
-        self.embed = nnx.Param(
-            jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.d_model)) * scale, dims="VD"
-        )
+        shape, scale = (cfg.vocab_size, cfg.d_model), cfg.d_model**-0.5
+        self.embed = normal(rngs, "VD", shape, scale, cfg)
         self.layers = nnx.List([Layer(cfg, rngs=rngs) for _ in range(cfg.n_layers)])
-        self.norm = nnx.Param(jnp.ones(cfg.d_model), dims="D")
+        self.norm = ones("D", (cfg.d_model,), cfg)
+        if not cfg.is_tied:
+            self.unembed = normal(rngs, "VD", shape, scale, cfg)
         self.scout = Scout(cfg.d_model, cfg.scout_width, n_classes, rngs=rngs)
         self.class_map = nnx.Variable(jnp.asarray(class_map_V, jnp.int32))
 
@@ -112,7 +125,8 @@ class Backbone(nnx.Module):
         """
         x_BTD, caches = self._run(self.cfg.slots, x_BTD, feed_forward, position, caches)
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embed[...])
+        w_VD = self.embed if self.cfg.is_tied else self.unembed
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD[...])
         return logits_BTV.astype(jnp.float32), caches
 
     def _run(
@@ -123,21 +137,28 @@ class Backbone(nnx.Module):
         position: jax.Array | int,
         caches: Sequence[KVCache] | None,
     ) -> tuple[jax.Array, list[KVCache]]:
+        def norm(x_BTD: jax.Array, scale_D: nnx.Param, placement: str) -> jax.Array:
+            if placement != self.cfg.norm_placement:
+                return x_BTD
+            return rms_norm(x_BTD, scale_D[...], self.cfg.norm_eps)
+
         written = []
         for i, index in enumerate(layers):
             layer = self.layers[index]
-            h_BTD = rms_norm(x_BTD, layer.attention_norm[...], self.cfg.norm_eps)
+            h_BTD = norm(x_BTD, layer.attention_norm, "before")
             cache = None if caches is None else caches[i]
             h_BTD, cache = layer.attention(h_BTD, position, cache)
             if cache is not None:
                 written.append(cache)
-            x_BTD = x_BTD + h_BTD
-            h_BTD = rms_norm(x_BTD, layer.ffn_norm[...], self.cfg.norm_eps)
-            x_BTD = x_BTD + feed_forward(index, h_BTD)
+            x_BTD = x_BTD + norm(h_BTD, layer.attention_norm, "after")
+            h_BTD = feed_forward(index, norm(x_BTD, layer.ffn_norm, "before"))
+            x_BTD = x_BTD + norm(h_BTD, layer.ffn_norm, "after")
         return x_BTD, written
 
     def empty_caches(self, batch: int, length: int, layers: Sequence[int]) -> list[KVCache]:
-        """Return zeroed caches of `length` positions for the given layers."""
-        shape = (batch, length, self.cfg.n_kv_heads, self.cfg.d_head)
+        """Return zeroed caches for the given layers, of at least `length` positions."""
+        if length > CACHE_BLOCK:
+            length = -(-length // CACHE_BLOCK) * CACHE_BLOCK
+        shape = (batch, self.cfg.n_kv_heads, length, self.cfg.d_head)
         dtype = self.embed[...].dtype
         return [KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers]

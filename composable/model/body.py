@@ -29,7 +29,8 @@ class FullSlot(nnx.Module):
 
     def __init__(self, matrices: SlotMatrices) -> None:
         for name, dims in SLOT_DIMS.items():
-            setattr(self, name, nnx.Param(jnp.asarray(matrices[name]), dims=dims))
+            matrix = jnp.asarray(matrices[name], jnp.float32)
+            setattr(self, name, nnx.Param(matrix, dims=dims))
 
 
 class LowRank(nnx.Module):
@@ -86,15 +87,12 @@ class Body(nnx.Module):
         )
 
     def merged(self, backbone: Backbone, layer: int) -> SlotMatrices:
-        """Return the full matrices of one slot, as the bank holds them."""
-        slot = self.slots[str(layer)]
+        """Return the full matrices of one slot, as the bank holds them: in the backbone's dtype."""
+        slot, own = self.slots[str(layer)], backbone_slot(backbone, layer)
         if self.kind == "ffn":
-            return {name: getattr(slot, name)[...] for name in MATRICES}
-        own = backbone_slot(backbone, layer)
-        return {
-            name: own[name] + getattr(slot, name).a[...] @ getattr(slot, name).b[...]
-            for name in MATRICES
-        }
+            return {name: getattr(slot, name)[...].astype(own[name].dtype) for name in MATRICES}
+        changes = {name: getattr(slot, name).a[...] @ getattr(slot, name).b[...] for name in own}
+        return {name: (own[name] + changes[name]).astype(own[name].dtype) for name in MATRICES}
 
     def feed_forward(self, backbone: Backbone) -> FeedForwardFn:
         """Return what to run in every slot when this body is always on."""

@@ -130,6 +130,14 @@ def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array,
     Returns:
         Logits of the next token at every position, shape BTV float32, and the new state.
     """
+    logits_BTV, _, state = trace_mix(parts, tokens_BT, state)
+    return logits_BTV, state
+
+
+def trace_mix(
+    parts: Parts, tokens_BT: jax.Array, state: MixState
+) -> tuple[jax.Array, jax.Array, MixState]:
+    """Return logits in mix mode, the weights behind them, shape BTE, and the new state."""
     x_BTD, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
     choice = _trust(parts, track_BTE, state.router.started_B)
     feed_forward = _mixed_feed_forward(parts, choice)
@@ -140,7 +148,7 @@ def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array,
             x_BTD, feed_forward, state.caches.position, caches.upper
         )
         caches = caches._replace(upper=tuple(written))
-    return logits_BTV, MixState(router, caches)
+    return logits_BTV, dense_weights(choice, parts.bank.capacity), MixState(router, caches)
 
 
 def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
@@ -193,6 +201,14 @@ def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Arra
         specialize" (sleeping experts); Herbster and Warmuth 1998, "Tracking the best expert"
         (fixed share, here towards the prior).
     """
+    log_prob_BTV, _, state = trace_safe(parts, tokens_BT, state)
+    return log_prob_BTV, state
+
+
+def trace_safe(
+    parts: Parts, tokens_BT: jax.Array, state: SafeState
+) -> tuple[jax.Array, jax.Array, SafeState]:
+    """Return log probabilities in safe mode, the weights behind them, shape BTE, and the state."""
     x_BTD, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
     order_E = jnp.argsort(parts.bank.key_E)
     awake_BTE = _shortlist(parts, track_BTE)[..., order_E]
@@ -202,9 +218,8 @@ def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Arra
     log_prob_BTV = jax.nn.logsumexp(log_weight_EBT1 + log_prob_EBTV, axis=0)
     if caches is not None:
         caches = caches._replace(upper=upper)
-    return log_prob_BTV, SafeState(
-        router, posterior_BE, awake_BTE[:, -1], log_prob_EBTV[:, :, -1], caches
-    )
+    after = SafeState(router, posterior_BE, awake_BTE[:, -1], log_prob_EBTV[:, :, -1], caches)
+    return log_prob_BTV, jnp.exp(weight_BTE)[..., jnp.argsort(order_E)], after
 
 
 def _listen(

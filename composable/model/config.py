@@ -1,17 +1,64 @@
-"""Shape of a backbone, and the presets."""
+"""Shape of a backbone, and the presets.
+
+What tells one family of transformers from another is spelt out in fields, one per property; no code
+asks for the name of a model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Literal, Self
 
 from composable.errors import ModelError
+
+# Names of dtypes as tensor files spell them, and as NumPy and jax do.
+DTYPE_NAMES: Final = {"F32": "float32", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies stretched for a longer context than a model was first trained with.
+
+    Wavelengths beyond `original_context / low_frequency` are stretched by `factor`, those below
+    `original_context / high_frequency` are kept, and between the two it is interpolated.
+
+    Args:
+        factor: How much the longest wavelengths are stretched, at least 1.
+        low_frequency: Turns within the original context below which a frequency is low.
+        high_frequency: Turns within it above which a frequency is high; above `low_frequency`.
+        original_context: Context before stretching, in tokens.
+
+    Raises:
+        ModelError: For a value out of its range; `where` names the field.
+
+    References:
+        Grattafiori et al. 2024, arXiv:2407.21783 (Llama 3), section 3.4.2, as released with 3.1.
+    """
+
+    factor: float
+    low_frequency: float
+    high_frequency: float
+    original_context: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("factor", 1), ("low_frequency", 0), ("original_context", 1)):
+            if not getattr(self, name) >= least:
+                value = getattr(self, name)
+                raise ModelError(f"{value!r} is below {least}", where=f"config.rope_scaling.{name}")
+        if not self.high_frequency > self.low_frequency:
+            raise ModelError(
+                f"{self.high_frequency!r} is not above low_frequency ({self.low_frequency!r})",
+                where="config.rope_scaling.high_frequency",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """Architecture of a causal transformer with RMSNorm, RoPE, grouped queries and SwiGLU.
+
+    Nothing has a bias, and attention reads all that came before: what is otherwise has no field.
 
     Args:
         vocab_size: Tokens (V).
@@ -26,6 +73,14 @@ class BackboneConfig:
         scout_width: Hidden width of the backbone's own scout (W).
         rope_theta: Base of the rotary frequencies.
         norm_eps: Added to the mean square in RMSNorm.
+        norm_placement: Whether a layer normalises what goes into attention and feed-forward
+            ("before") or what comes out of them ("after").
+        qk_norm: How queries and keys are normalised: "none", each "head" by itself, or the whole
+            "projection" at once.
+        is_tied: Whether the embeddings also predict; otherwise there is a matrix for that.
+        rope_scaling: Stretching of the rotary frequencies, if there is any.
+        dtype: What weights and activations are computed in, "F32" or "BF16"; scouts, norms'
+            sums and softmaxes are in float32 always.
 
     Raises:
         ModelError: For a combination that no model has; `where` names the field.
@@ -43,12 +98,23 @@ class BackboneConfig:
     scout_width: int
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    # Fields from here on are left out of the plain form where they have their default, so that
+    # packages made before they existed keep their bytes.
+    norm_placement: Literal["before", "after"] = "before"
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    is_tied: bool = True
+    rope_scaling: RopeScaling | None = None
+    dtype: str = "F32"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if not getattr(self, field.name) > 0:
-                value = getattr(self, field.name)
-                raise ModelError(f"{value!r} is not positive", where=f"config.{field.name}")
+        for name in _SIZES:
+            if not getattr(self, name) > 0:
+                value = getattr(self, name)
+                raise ModelError(f"{value!r} is not positive", where=f"config.{name}")
+        self._require_one_of("norm_placement", ("before", "after"))
+        self._require_one_of("qk_norm", ("none", "head", "projection"))
+        self._require_one_of("is_tied", (True, False))
+        self._require_one_of("dtype", DTYPE_NAMES)
         if self.n_heads % self.n_kv_heads:
             raise ModelError(
                 f"{self.n_heads} query heads do not share {self.n_kv_heads} key heads evenly",
@@ -62,6 +128,12 @@ class BackboneConfig:
                 where="config.tap",
             )
 
+    def _require_one_of(self, name: str, allowed: Collection[Any]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            expected = ", ".join(map(str, allowed))
+            raise ModelError(f"{value!r} is not one of {expected}", where=f"config.{name}")
+
     @property
     def slots(self) -> tuple[int, ...]:
         """Layers where bodies plug in: all above the tap."""
@@ -69,7 +141,13 @@ class BackboneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` reads back."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in data.items()
+            if name in _SIZES or getattr(self, name) != defaults[name]
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -79,9 +157,29 @@ class BackboneConfig:
             ModelError: For missing or unknown fields.
         """
         try:
+            scaling = data.get("rope_scaling")
+            if scaling is not None:
+                data = {**data, "rope_scaling": RopeScaling(**scaling)}
             return cls(**data)
         except TypeError as error:
             raise ModelError(str(error), where="config") from error
+
+
+# The fields that are positive numbers, and were there from the first release on.
+_SIZES: Final = (
+    "vocab_size",
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "d_head",
+    "d_ff",
+    "tap",
+    "context",
+    "scout_width",
+    "rope_theta",
+    "norm_eps",
+)
 
 
 def tiny_bytes() -> BackboneConfig:

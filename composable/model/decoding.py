@@ -1,88 +1,260 @@
-"""Continuing text: prefill once, then one token at a time with the KV cache and router state.
+"""Continuing tokens: prefill in chunks, then one token at a time with KV cache and router state.
 
-Two compilations serve any text: a prefill chunk of fixed length and a single step.
+Two compilations serve any text: a chunk of fixed length and a single token, each with the draw of
+the next token in the same program. The next step is dispatched before its token is read, so the
+host never keeps the device waiting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from composable.errors import ModelError, TextError
-from composable.model.composed import Parts, mix, mix_state, safe, safe_state
-from composable.model.tokenizer import BEGIN
+from composable.model.composed import Parts, mix_state, safe_state, trace_mix, trace_safe
+from composable.model.tokenizer import Tokenizer
 
 Mode = Literal["mix", "safe"]
-_PREFILL: Final = 32
+PREFILL: Final = 32
+# Caches are made for a power of two of positions, at least so many: texts up to here share one
+# compilation, longer ones one per doubling.
+_MIN_CACHE: Final = 1024
 _MODES: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
-    "mix": (mix, mix_state),
-    "safe": (safe, safe_state),
+    "mix": (trace_mix, mix_state),
+    "safe": (trace_safe, safe_state),
 }
 
 
-@partial(jax.jit, static_argnames="mode", donate_argnames="state")
-def _advance(parts: Parts, tokens_BT: jax.Array, state: Any, *, mode: Mode) -> tuple[Any, Any]:
-    """Return logits BTV and the new state."""
-    return _MODES[mode][0](parts, tokens_BT, state)
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Args:
+        temperature: Softmax temperature; 0 always takes the likeliest token.
+        top_p: Only the likeliest tokens that together have this probability are drawn from.
+        seed: Seed of the draws.
+
+    Raises:
+        ModelError: For a value out of its range; `where` names it.
+
+    References:
+        Holtzman et al. 2020, arXiv:1904.09751 (top p).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ModelError(f"{self.temperature} is negative", where="temperature")
+        if not 0 < self.top_p <= 1:
+            raise ModelError(f"{self.top_p} is not in (0, 1]", where="top_p")
 
 
-@jax.jit
-def _sample(key: jax.Array, logits_V: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Draw a token; temperature 0 takes the likeliest. The begin token is never drawn."""
-    logits_V = logits_V.at[BEGIN].set(-jnp.inf)
-    drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
+class Drawn(NamedTuple):
+    """A token and the weights of the experts whose prediction it was drawn from."""
+
+    token: int
+    weight_E: np.ndarray
+
+
+class _Draw(NamedTuple):
+    """What a draw needs, on the device."""
+
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    is_banned_V: jax.Array
+
+
+class Decoder:
+    """A sequence that is being continued.
+
+    Args:
+        parts: The model.
+        tokenizer: Its tokenizer: which tokens are never drawn, and which end a text.
+        length: Most positions that the sequence may take.
+        sampling: How tokens are drawn.
+        mode: "mix" or "safe".
+
+    Raises:
+        TextError: If the model's context is shorter than `length`.
+        ModelError: For an unknown mode.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        tokenizer: Tokenizer,
+        *,
+        length: int,
+        sampling: Sampling | None = None,
+        mode: Mode = "mix",
+    ) -> None:
+        context = parts.backbone.cfg.context
+        if length > context:
+            raise TextError(f"{length} positions do not fit the context of {context}")
+        if mode not in _MODES:
+            raise ModelError(f"{mode!r} is not one of {', '.join(_MODES)}", where="mode")
+        sampling = sampling or Sampling()
+        self._length, self._ends = length, frozenset(tokenizer.ends)
+        self._parts, self._mode = parts, mode
+        self._state = _MODES[mode][1](parts, 1, cache_length(length, context))
+        self._draw = _Draw(
+            jax.random.key(sampling.seed),
+            jnp.float32(sampling.temperature),
+            jnp.float32(sampling.top_p),
+            jnp.asarray(_banned(tokenizer, parts.interface.vocab_size)),
+        )
+        self._n_fed = 0
+        self._last: int | None = None
+        self._unfed: list[int] = []
+        self._next: tuple[jax.Array, jax.Array] | None = None
+
+    @property
+    def last(self) -> int | None:
+        """The last token of the sequence, if it was drawn."""
+        return self._last
+
+    @property
+    def room(self) -> int:
+        """Positions that are left."""
+        return self._length - self._n_fed - len(self._unfed)
+
+    def feed(self, tokens_T: np.ndarray | list[int]) -> None:
+        """Read tokens.
+
+        Raises:
+            TextError: If there are more than there is room for.
+        """
+        if len(tokens_T) > self.room:
+            raise TextError(f"{len(tokens_T)} more tokens, but there is room for {self.room}")
+        self._last = None
+        tokens_T = np.array([*self._unfed, *tokens_T], np.int32)
+        self._unfed = []
+        whole = len(tokens_T) - len(tokens_T) % PREFILL
+        # Whole chunks first, the rest one by one: no length of prompt compiles anything new.
+        pieces = [tokens_T[i : i + PREFILL] for i in range(0, whole, PREFILL)]
+        pieces += [tokens_T[i : i + 1] for i in range(whole, len(tokens_T))]
+        for piece in pieces:
+            self._advance(jnp.asarray(piece)[None])
+
+    def draw(self, n_tokens: int) -> Iterator[Drawn]:
+        """Yield up to `n_tokens` tokens, as they are made; an end of text is the last, not yielded.
+
+        Raises:
+            TextError: If nothing was fed, or there is no room.
+        """
+        if n_tokens > self.room:
+            raise TextError(f"{n_tokens} more tokens, but there is room for {self.room}")
+        for i in range(n_tokens):
+            if self._next is None:
+                raise TextError("there is nothing to continue")
+            token, weight_E = self._next
+            self._next = None
+            if i + 1 < n_tokens:
+                self._advance(token[None, None])
+                drawn = Drawn(int(token), np.asarray(weight_E))
+            else:
+                drawn = Drawn(int(token), np.asarray(weight_E))
+                self._unfed = [drawn.token]
+            self._last = drawn.token
+            if drawn.token in self._ends:
+                return
+            yield drawn
+
+    def _advance(self, tokens_BT: jax.Array) -> None:
+        token, weight_E, self._state = _advance(
+            self._parts, tokens_BT, self._state, self._draw, mode=self._mode
+        )
+        self._next = token, weight_E
+        self._n_fed += tokens_BT.shape[1]
 
 
 def continue_tokens(
     parts: Parts,
+    tokenizer: Tokenizer,
     tokens_T: np.ndarray,
     n_tokens: int,
     *,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     mode: Mode = "mix",
-) -> Iterator[int]:
+) -> Iterator[Drawn]:
     """Yield tokens that continue a sequence, as they are made.
 
     Args:
         parts: The model.
+        tokenizer: Its tokenizer.
         tokens_T: The sequence so far, not empty.
-        n_tokens: How many to make.
-        temperature: Softmax temperature; 0 always takes the likeliest token.
-        seed: Seed of the draws.
+        n_tokens: How many to make, at most; an end of text comes earlier.
+        sampling: How they are drawn.
         mode: "mix" or "safe".
 
     Raises:
         TextError: If sequence and continuation do not fit the context.
-        ModelError: For a negative temperature or an unknown mode.
+        ModelError: For an unknown mode.
     """
-    context = parts.backbone.cfg.context
-    if len(tokens_T) + n_tokens > context:
+    context, length = parts.backbone.cfg.context, len(tokens_T) + n_tokens
+    if length > context:
         raise TextError(
             f"{len(tokens_T)} tokens and {n_tokens} more do not fit the context of {context}",
             hint="shorten the text, or ask for fewer tokens",
         )
-    if temperature < 0:
-        raise ModelError(f"{temperature} is negative", where="temperature")
-    if mode not in _MODES:
-        raise ModelError(f"{mode!r} is not one of {', '.join(_MODES)}", where="mode")
-    advance = partial(_advance, parts, mode=mode)
-    state = _MODES[mode][1](parts, 1, context)
-    whole = len(tokens_T) - len(tokens_T) % _PREFILL
-    # Whole chunks first, the rest one by one: no length of prompt compiles anything new.
-    pieces = [tokens_T[i : i + _PREFILL] for i in range(0, whole, _PREFILL)]
-    pieces += [tokens_T[i : i + 1] for i in range(whole, len(tokens_T))]
-    for piece in pieces:
-        logits_BTV, state = advance(jnp.asarray(piece)[None], state)
-    keys = jax.random.split(jax.random.key(seed), n_tokens)
-    for i in range(n_tokens):
-        token = int(_sample(keys[i], logits_BTV[0, -1], jnp.float32(temperature)))
-        yield token
-        if i + 1 < n_tokens:
-            logits_BTV, state = advance(jnp.full((1, 1), token), state)
+    decoder = Decoder(parts, tokenizer, length=length, sampling=sampling, mode=mode)
+    decoder.feed(tokens_T)
+    yield from decoder.draw(n_tokens)
+
+
+def cache_length(length: int, context: int) -> int:
+    """Return how many positions a cache is made for: few sizes, so that few are compiled for."""
+    return min(context, max(_MIN_CACHE, 1 << (length - 1).bit_length()))
+
+
+def _banned(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """Return which tokens are never drawn: what is no token, and the begin, unless it also ends."""
+    is_banned_V = np.arange(vocab_size) >= tokenizer.vocab_size
+    is_banned_V[tokenizer.begin] |= tokenizer.begin not in tokenizer.ends
+    return is_banned_V
+
+
+@partial(jax.jit, static_argnames="mode", donate_argnames="state")
+def _advance(
+    parts: Parts, tokens_BT: jax.Array, state: Any, draw: _Draw, *, mode: Mode
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Return the token that follows, the weights it was drawn with, and the new state."""
+    logits_BTV, weight_BTE, state = _MODES[mode][0](parts, tokens_BT, state)
+    key = jax.random.fold_in(draw.key, state.caches.position)
+    return _draw_token(draw._replace(key=key), logits_BTV[0, -1]), weight_BTE[0, -1], state
+
+
+def _draw_token(draw: _Draw, logits_V: jax.Array) -> jax.Array:
+    """Draw a token; what is not asked for is not computed."""
+    logits_V = jnp.where(draw.is_banned_V, -jnp.inf, logits_V)
+
+    def sample(logits_V: jax.Array) -> jax.Array:
+        logits_V = logits_V / jnp.maximum(draw.temperature, 1e-6)
+        logits_V = jax.lax.cond(
+            draw.top_p < 1, partial(_keep_top, draw.top_p), lambda x_V: x_V, logits_V
+        )
+        return jax.random.categorical(draw.key, logits_V).astype(jnp.int32)
+
+    def likeliest(logits_V: jax.Array) -> jax.Array:
+        return jnp.argmax(logits_V).astype(jnp.int32)
+
+    return jax.lax.cond(draw.temperature > 0, sample, likeliest, logits_V)
+
+
+def _keep_top(top_p: jax.Array, logits_V: jax.Array) -> jax.Array:
+    """Drop all but the fewest likeliest tokens whose probability reaches `top_p`."""
+    order_V = jnp.argsort(-logits_V)
+    probability_V = jax.nn.softmax(logits_V[order_V])
+    # A token stays if those before it do not reach the sum yet; so the likeliest always stays.
+    is_kept_V = jnp.cumsum(probability_V) - probability_V < top_p
+    return logits_V.at[order_V].set(jnp.where(is_kept_V, logits_V[order_V], -jnp.inf))

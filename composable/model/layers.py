@@ -1,50 +1,87 @@
 """The pieces of a transformer layer that hold no choice of experts: norm, RoPE, attention, SwiGLU.
 
 Initial scales follow GPT-2's habit (residual outputs shrink with depth). Nothing here shards or
-casts: weights and activations share the dtype that the caller gave them.
+casts activations: they take the dtype of the weights, which the config names.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from composable.model.config import BackboneConfig
+from composable.model.config import DTYPE_NAMES, BackboneConfig, RopeScaling
 
 # Queries are taken in blocks, each against the keys up to its own end: about half of the causal
 # square is never computed. 128 was the fastest block on two CPU cores at 512 positions.
 _QUERY_BLOCK: Final = 128
 
 
-class KVCache(NamedTuple):
-    """Keys and values of one layer for S positions, of which the first `length` are filled."""
+# Cached keys are read in blocks of so many positions, and only as far as they are filled.
+CACHE_BLOCK: Final = 128
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer for S positions, of which the first ones are filled.
+
+    Head before position: so the positions of a head lie side by side, as attention reads them.
+    """
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+
+def normal(
+    rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], scale: float, cfg: BackboneConfig
+) -> nnx.Param:
+    """Return a parameter drawn from a normal distribution, in the config's dtype."""
+    drawn = jax.random.normal(rngs.params(), shape) * scale
+    return nnx.Param(drawn.astype(DTYPE_NAMES[cfg.dtype]), dims=dims)
+
+
+def ones(dims: str, shape: tuple[int, ...], cfg: BackboneConfig) -> nnx.Param:
+    """Return a parameter of ones, in the config's dtype."""
+    return nnx.Param(jnp.ones(shape, DTYPE_NAMES[cfg.dtype]), dims=dims)
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """Scale to unit root mean square along D, computed in float32.
+    """Scale to unit root mean square, computed in float32.
+
+    Args:
+        x_BTD: What to normalise; other shapes do as well.
+        scale_D: Scale; the mean runs over as many trailing axes as it has.
+        eps: Added to the mean square.
 
     References:
         Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
+    axes = tuple(range(-scale_D.ndim, 0))
     x32_BTD = x_BTD.astype(jnp.float32)
-    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), -1, keepdims=True) + eps)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axes, keepdims=True) + eps)
     return (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D
 
 
-def rope(x_BTNH: jax.Array, position_T: jax.Array, theta: float) -> jax.Array:
+def rope(
+    x_BTNH: jax.Array, position_T: jax.Array, theta: float, scaling: RopeScaling | None = None
+) -> jax.Array:
     """Rotate pairs (i, i + H/2) of every head by angles that grow with position.
+
+    Args:
+        x_BTNH: Queries or keys.
+        position_T: Position of each token.
+        theta: Base of the frequencies.
+        scaling: How they are stretched, if they are.
 
     References:
         Su et al. 2021, arXiv:2104.09864, eq. 34, in the half-split layout of Llama checkpoints.
     """
     half = x_BTNH.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequency = _stretch(frequency, scaling)
     angle = position_T[:, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -52,22 +89,34 @@ def rope(x_BTNH: jax.Array, position_T: jax.Array, theta: float) -> jax.Array:
     return rotated.astype(x_BTNH.dtype)
 
 
+def _stretch(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Divide low frequencies by the factor, keep high ones, interpolate between."""
+    turns = frequency * (scaling.original_context / (2 * math.pi))
+    width = scaling.high_frequency - scaling.low_frequency
+    kept = jnp.clip((turns - scaling.low_frequency) / width, 0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions.
 
     References:
-        Ainslie et al. 2023, arXiv:2305.13245.
+        Ainslie et al. 2023, arXiv:2305.13245; for the normalisation of queries and keys Henry et
+        al. 2020, arXiv:2010.04245, and Dehghani et al. 2023, arXiv:2302.05442, section 2.
     """
 
     def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
         d, n, k, h = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-        normal = jax.random.normal
-        self.w_q = nnx.Param(normal(rngs.params(), (d, n, h)) * d**-0.5, dims="DNH")
-        self.w_k = nnx.Param(normal(rngs.params(), (d, k, h)) * d**-0.5, dims="DKH")
-        self.w_v = nnx.Param(normal(rngs.params(), (d, k, h)) * d**-0.5, dims="DKH")
+        self.w_q = normal(rngs, "DNH", (d, n, h), d**-0.5, cfg)
+        self.w_k = normal(rngs, "DKH", (d, k, h), d**-0.5, cfg)
+        self.w_v = normal(rngs, "DKH", (d, k, h), d**-0.5, cfg)
         residual = (n * h) ** -0.5 * (2 * cfg.n_layers) ** -0.5
-        self.w_o = nnx.Param(normal(rngs.params(), (n, h, d)) * residual, dims="NHD")
-        self.rope_theta = cfg.rope_theta
+        self.w_o = normal(rngs, "NHD", (n, h, d), residual, cfg)
+        if cfg.qk_norm == "head":
+            self.q_norm, self.k_norm = ones("H", (h,), cfg), ones("H", (h,), cfg)
+        if cfg.qk_norm == "projection":
+            self.q_norm, self.k_norm = ones("NH", (n, h), cfg), ones("KH", (k, h), cfg)
+        self.cfg = cfg
 
     def __call__(
         self, x_BTD: jax.Array, position: jax.Array | int = 0, cache: KVCache | None = None
@@ -75,7 +124,7 @@ class Attention(nnx.Module):
         """Attend from T positions to all before them.
 
         Args:
-            x_BTD: Normalised residual stream.
+            x_BTD: Residual stream, normalised where the config says before.
             position: Position of the first of the T tokens in its sequence.
             cache: Keys and values so far; None when the T positions are the whole sequence.
 
@@ -84,24 +133,90 @@ class Attention(nnx.Module):
         """
         n_tokens = x_BTD.shape[1]
         position_T = position + jnp.arange(n_tokens)
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q[...])
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k[...])
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_v[...])
-        q_BTNH = rope(q_BTNH, position_T, self.rope_theta)
-        k_BTKH = rope(k_BTKH, position_T, self.rope_theta)
+        q_BTNH = _project(x_BTD, self.w_q[...], "BTD,DNH->BTNH")
+        k_BTKH = _project(x_BTD, self.w_k[...], "BTD,DKH->BTKH")
+        v_BTKH = _project(x_BTD, self.w_v[...], "BTD,DKH->BTKH")
+        if self.cfg.qk_norm != "none":
+            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.cfg.norm_eps)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.cfg.norm_eps)
+        q_BTNH = rope(q_BTNH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
+        k_BTKH = rope(k_BTKH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
         if cache is None:
             y_BTNH = _causal_attention(q_BTNH, k_BTKH, v_BTKH)
         else:
-            at = (0, position, 0, 0)
+            at = (0, 0, position, 0)
             cache = KVCache(
-                jax.lax.dynamic_update_slice(cache.k_BSKH, k_BTKH, at),
-                jax.lax.dynamic_update_slice(cache.v_BSKH, v_BTKH, at),
+                jax.lax.dynamic_update_slice(cache.k_BKSH, k_BTKH.swapaxes(1, 2), at),
+                jax.lax.dynamic_update_slice(cache.v_BKSH, v_BTKH.swapaxes(1, 2), at),
             )
-            mask_TS = jnp.arange(cache.k_BSKH.shape[1]) <= position_T[:, None]
-            y_BTNH = jax.nn.dot_product_attention(
-                q_BTNH, cache.k_BSKH, cache.v_BSKH, mask=mask_TS[None, None]
-            )
-        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.w_o[...]), cache
+            y_BTNH = _cached_attention(q_BTNH, cache, position_T)
+        return _project(y_BTNH, self.w_o[...], "BTNH,NHD->BTD"), cache
+
+
+def _project(x: jax.Array, w: jax.Array, axes: str) -> jax.Array:
+    """Return the einsum of `x` and `w`; one token at a time, as a product of matrices.
+
+    XLA's CPU backend runs an einsum over three axes five times slower when there is one token.
+    """
+    if x.shape[1] > 1:
+        return jnp.einsum(axes, x, w)
+    contracted = x.ndim - 2
+    rows = math.prod(w.shape[:contracted])
+    y = x.reshape(x.shape[0], rows) @ w.reshape(rows, -1)
+    return y.reshape(*x.shape[:2], *w.shape[contracted:])
+
+
+def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) -> jax.Array:
+    """Attend to what the cache holds up to each position, block by block.
+
+    The number of blocks is known only at run time, so one program serves every length, and a long
+    cache costs no time until it is filled. Softmax is taken on the way: what was added up so far is
+    rescaled when a larger score comes.
+
+    References:
+        Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3 (online softmax).
+    """
+    batch, n_tokens, n_heads, width = q_BTNH.shape
+    n_kv = cache.k_BKSH.shape[1]
+    block = min(CACHE_BLOCK, cache.k_BKSH.shape[2])
+    rows = n_heads // n_kv * n_tokens
+    # Query heads that share a key head, and the tokens, are the rows of one product per key head.
+    q_BTKGH = (q_BTNH * width**-0.5).reshape(batch, n_tokens, n_kv, -1, width)
+    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, n_kv, rows, width)
+    position_R1 = jnp.tile(position_T, n_heads // n_kv)[:, None]
+
+    def add_block(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest_BKR1, total_BKR1, y_BKRH = sums
+        k_BKSH, v_BKSH = (jax.lax.dynamic_slice_in_dim(x, i * block, block, 2) for x in cache)
+        score_BKRS = jnp.einsum(
+            "BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32
+        )
+        is_before_RS = i * block + jnp.arange(block) <= position_R1
+        score_BKRS = jnp.where(is_before_RS, score_BKRS, -jnp.inf)
+        new_BKR1 = jnp.maximum(largest_BKR1, score_BKRS.max(-1, keepdims=True))
+        weight_BKRS = jnp.exp(score_BKRS - new_BKR1)
+        shrink_BKR1 = jnp.exp(largest_BKR1 - new_BKR1)
+        total_BKR1 = shrink_BKR1 * total_BKR1 + weight_BKRS.sum(-1, keepdims=True)
+        part_BKRH = jnp.einsum(
+            "BKRS,BKSH->BKRH",
+            weight_BKRS.astype(v_BKSH.dtype),
+            v_BKSH,
+            preferred_element_type=jnp.float32,
+        )
+        return new_BKR1, total_BKR1, shrink_BKR1 * y_BKRH + part_BKRH
+
+    # Every row sees position 0, in the first block, so no largest score stays at minus infinity.
+    shape = (batch, n_kv, rows)
+    sums = (
+        jnp.full((*shape, 1), -jnp.inf, jnp.float32),
+        jnp.zeros((*shape, 1), jnp.float32),
+        jnp.zeros((*shape, width), jnp.float32),
+    )
+    n_blocks = position_T[-1] // block + 1
+    _, total_BKR1, y_BKRH = jax.lax.fori_loop(0, n_blocks, add_block, sums)
+    y_BKGTH = (y_BKRH / total_BKR1).reshape(batch, n_kv, -1, n_tokens, width)
+    y_BTNH = y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    return y_BTNH.astype(q_BTNH.dtype)
 
 
 def _causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
@@ -128,11 +243,10 @@ class FeedForward(nnx.Module):
 
     def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
         d, f = cfg.d_model, cfg.d_ff
-        normal = jax.random.normal
         residual = f**-0.5 * (2 * cfg.n_layers) ** -0.5
-        self.w_gate = nnx.Param(normal(rngs.params(), (d, f)) * d**-0.5, dims="DF")
-        self.w_up = nnx.Param(normal(rngs.params(), (d, f)) * d**-0.5, dims="DF")
-        self.w_down = nnx.Param(normal(rngs.params(), (f, d)) * residual, dims="FD")
+        self.w_gate = normal(rngs, "DF", (d, f), d**-0.5, cfg)
+        self.w_up = normal(rngs, "DF", (d, f), d**-0.5, cfg)
+        self.w_down = normal(rngs, "FD", (f, d), residual, cfg)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Return the block's output, shape BTD."""

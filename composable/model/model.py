@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from composable.errors import ModelError, TextError
+from composable.errors import InterfaceError, ModelError, TextError
 from composable.interface import RouterInterface
 from composable.model import bank as banks
 from composable.model import composed
 from composable.model.backbone import Backbone
 from composable.model.body import Body, SlotMatrices
 from composable.model.composed import Parts
-from composable.model.decoding import Mode, continue_tokens
+from composable.model.decoding import Mode, Sampling, continue_tokens
 from composable.model.scout import Scout
-from composable.model.tokenizer import ByteTokenizer
+from composable.model.text import Conversation, Piece, stop_before, to_pieces
+from composable.model.tokenizer import ByteTokenizer, Tokenizer
 
 BACKBONE = "backbone"
 
@@ -54,9 +55,11 @@ class Model:
         experts: What to plug in, in any order.
         capacity: Entries of the bank, the backbone's included; by default the next power of two.
             Installing within it compiles nothing.
+        tokenizer: The backbone's tokenizer; the one for bytes by default.
 
     Raises:
         ModelError: If two experts have one name.
+        InterfaceError: If the tokenizer is not the interface's.
     """
 
     def __init__(
@@ -66,27 +69,36 @@ class Model:
         experts: Sequence[Pluggable] = (),
         *,
         capacity: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
+        if self.tokenizer.digest != interface.tokenizer:
+            raise InterfaceError(
+                f"the tokenizer given has digest {self.tokenizer.digest}, "
+                f"expected {interface.tokenizer}",
+                where="interface.tokenizer",
+                hint="a backbone package brings its own: tokenizer=release.tokenizer",
+            )
         needed = len(experts) + 1
         capacity = max(capacity or 1, _power_of_two(needed))
         bank = banks.empty_bank(backbone, interface, capacity)
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
         self.names: tuple[str | None, ...] = (BACKBONE,) + (None,) * (capacity - 1)
-        self.tokenizer = ByteTokenizer()
         for expert in sorted(experts, key=lambda expert: expert.name):
             self.install(expert)
 
-    def tree_flatten(self) -> tuple[tuple[Parts], tuple[str | None, ...]]:
-        """Split into arrays and names, for jax."""
-        return (self.parts,), self.names
+    def tree_flatten(self) -> tuple[tuple[Parts], tuple[tuple[str | None, ...], Tokenizer]]:
+        """Split into arrays, and names and tokenizer, for jax."""
+        return (self.parts,), (self.names, self.tokenizer)
 
     @classmethod
-    def tree_unflatten(cls, names: tuple[str | None, ...], children: tuple[Parts]) -> Model:
-        """Rebuild from arrays and names, for jax."""
+    def tree_unflatten(
+        cls, static: tuple[tuple[str | None, ...], Tokenizer], children: tuple[Parts]
+    ) -> Model:
+        """Rebuild from what `tree_flatten` returned, for jax."""
         model = object.__new__(cls)
         (model.parts,) = children
-        model.names = names
-        model.tokenizer = ByteTokenizer()
+        model.names, model.tokenizer = static
         return model
 
     @property
@@ -178,26 +190,38 @@ class Model:
         max_tokens: int = 100,
         *,
         temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
         seed: int = 0,
         mode: Mode = "mix",
-    ) -> Iterator[str]:
-        """Yield the continuation of a prompt piece by piece; arguments as for `generate`."""
-        import codecs
+    ) -> Iterator[Piece]:
+        """Yield the continuation of a prompt piece by piece, with the weights behind each.
 
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        tokens = continue_tokens(
+        Arguments as for `generate`; entry e of the weights belongs to `names[e]`.
+        """
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        drawn = continue_tokens(
             self.parts,
+            self.tokenizer,
             self.encode(prompt),
             max_tokens,
-            temperature=temperature,
-            seed=seed,
+            sampling=sampling,
             mode=mode,
         )
-        for token in tokens:
-            if piece := decoder.decode(bytes([token])):
-                yield piece
-        if piece := decoder.decode(b"", final=True):
-            yield piece
+        return stop_before(to_pieces(drawn, self.tokenizer), stop)
+
+    def converse(
+        self,
+        system: str = "",
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        mode: Mode = "mix",
+    ) -> Conversation:
+        """Return a fresh conversation with the model; arguments as for `generate`."""
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        return Conversation(self.parts, self.tokenizer, system=system, sampling=sampling, mode=mode)
 
     def _index(self, name: str, experts_only: bool = False) -> int:
         if name not in self.names or (experts_only and name == BACKBONE):
@@ -228,6 +252,8 @@ def generate(
     max_tokens: int = 100,
     *,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     mode: Mode = "mix",
 ) -> str:
@@ -236,16 +262,27 @@ def generate(
     Args:
         model: The model.
         prompt: Text to continue, not empty.
-        max_tokens: Tokens to make.
+        max_tokens: Tokens to make, at most.
         temperature: Softmax temperature; 0 always takes the likeliest token.
+        top_p: Only the likeliest tokens that together have this probability are drawn from.
+        stop: Strings before which the text ends.
         seed: Seed of the draws.
         mode: "mix" or "safe".
 
     Raises:
         TextError: If the prompt is empty, or does not fit the context with what is asked for.
+        ModelError: For a setting out of its range.
     """
-    pieces = model.stream(prompt, max_tokens, temperature=temperature, seed=seed, mode=mode)
-    return "".join(pieces)
+    pieces = model.stream(
+        prompt,
+        max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop=stop,
+        seed=seed,
+        mode=mode,
+    )
+    return "".join(piece.text for piece in pieces)
 
 
 @jax.jit

@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from composable.errors import ModelError
+from composable.model.config import DTYPE_NAMES
 
 M = TypeVar("M", bound=nnx.Module)
-# Names of dtypes as tensor files spell them.
-_NUMPY_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def to_tensors(module: nnx.Module, dtype: str = "F32") -> dict[str, np.ndarray]:
@@ -26,7 +24,8 @@ def to_tensors(module: nnx.Module, dtype: str = "F32") -> dict[str, np.ndarray]:
     """
 
     def to_host(array: np.ndarray) -> np.ndarray:
-        return array.astype(_NUMPY_DTYPES[dtype]) if array.dtype.kind == "f" else array
+        is_integer = np.issubdtype(array.dtype, np.integer)
+        return array if is_integer else array.astype(jnp.dtype(DTYPE_NAMES[dtype]))
 
     flat = nnx.to_flat_state(nnx.state(module))
     return {_name(path): to_host(np.asarray(variable[...])) for path, variable in flat}
@@ -43,11 +42,12 @@ def shapes_of(make: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
 
 
 def from_tensors(make: Callable[[], M], tensors: Mapping[str, np.ndarray]) -> M:
-    """Return a module whose variables are the given arrays, floating-point ones in float32.
+    """Return a module whose variables are the given arrays, in the dtypes that it declares.
 
     Args:
-        make: Makes a module of the right structure; only its shapes are used.
-        tensors: One array for every variable, and no others.
+        make: Makes a module of the right structure; only its shapes and dtypes are used.
+        tensors: One array for every variable, and no others; each is asked for once, so a mapping
+            that reads a file on demand holds one at a time.
 
     Raises:
         ModelError: For a missing or unknown name, or another shape.
@@ -63,8 +63,7 @@ def from_tensors(make: Callable[[], M], tensors: Mapping[str, np.ndarray]) -> M:
         array, shape = tensors[_name(path)], tuple(variable.get_value().shape)
         if array.shape != shape:
             raise ModelError(f"tensor {_name(path)!r} has shape {array.shape}, expected {shape}")
-        is_integer = np.issubdtype(array.dtype, np.integer)
-        value = jnp.asarray(array if is_integer else array.astype(np.float32))
+        value = jnp.asarray(array, variable.get_value().dtype)
         filled.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

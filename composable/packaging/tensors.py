@@ -15,19 +15,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
 from composable.errors import TensorFileError
+from composable.interface.contract import TensorSpec
 from composable.packaging.atomic import Sink
 from composable.packaging.names import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from composable.interface.contract import TensorSpec
 
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_TENSORS: Final = 4096
@@ -116,32 +115,47 @@ def read_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> dict[str, np
     Raises:
         TensorFileError: As `check_tensors`.
     """
-    import numpy as np
-
     arrays: dict[str, np.ndarray] = {}
     with _open(path) as file:
         header = _read_header(file, path)
         _compare(header, expected, path)
         for name in expected:
-            info = header[name]
-            file.seek(info.start)
-            data = bytearray(info.stop - info.start)
-            if file.readinto(data) != len(data):
-                _refuse(path, "was cut short while it was read", name)
-            for start in range(0, len(data), _BLOCK_BYTES):
-                block = memoryview(data)[start : start + _BLOCK_BYTES]
-                _refuse_non_finite(block, info, name, path, start // _ITEM_BYTES[info.dtype])
-            arrays[name] = np.frombuffer(data, _numpy_dtype(info.dtype)).reshape(info.shape)
+            arrays[name] = _read_array(file, header[name], name, path)
     return arrays
+
+
+class TensorFile(Mapping[str, "np.ndarray"]):
+    """A checked tensor file whose arrays are read when they are asked for, one at a time.
+
+    Args:
+        path: The file.
+        expected: Shape and dtypes by name.
+
+    Raises:
+        TensorFileError: As `check_tensors`; what is not finite is found when it is read.
+    """
+
+    def __init__(self, path: Path, expected: Mapping[str, TensorSpec]) -> None:
+        self._path, self._expected = path, expected
+        self.header = read_header(path)
+        _compare(self.header, expected, path)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self.header[name]
+        with _open(self._path) as file:
+            return _read_array(file, info, name, self._path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._expected)
+
+    def __len__(self) -> int:
+        return len(self._expected)
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write arrays to a tensor file; the same arrays give the same bytes everywhere.
-
-    The header is sorted by name. Data is laid out by element width, widest first, then by name, so
-    that every tensor starts at a multiple of its element.
 
     Args:
         path: The file, replaced as a whole.
@@ -151,34 +165,78 @@ def write_tensors(
     Raises:
         TensorFileError: For what `read_tensors` would refuse.
     """
+    names = {str(_numpy_dtype(dtype)): dtype for dtype in _ITEM_BYTES}
+    specs: dict[str, TensorSpec] = {}
+    for name, array in tensors.items():
+        dtype = names.get(str(array.dtype.newbyteorder("=")))
+        if dtype is None:
+            _refuse(path, f"has dtype {array.dtype}, expected one of {', '.join(names)}", name)
+        specs[name] = TensorSpec(shape=array.shape, dtypes=(dtype,))
+    stream_tensors(path, specs, tensors.__getitem__, metadata)
+
+
+def stream_tensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a tensor file from arrays that are made one at a time.
+
+    The header is sorted by name. Data is laid out by element width, widest first, then by name, so
+    that every tensor starts at a multiple of its element.
+
+    Args:
+        path: The file, replaced as a whole.
+        specs: Shape and one dtype by name.
+        read: Returns the array of a name; called once for each, in the file's order.
+        metadata: Text by key, stored in the header.
+
+    Raises:
+        TensorFileError: For what `read_tensors` would refuse, or an array other than its spec.
+    """
     import numpy as np
 
-    for name in tensors:
+    for name in specs:
         if _NAME.fullmatch(name) is None:
             _refuse(path, f"{name!r} is not a tensor name (expected {_NAME.pattern})")
-    dtypes = {str(_numpy_dtype(dtype)): dtype for dtype in _ITEM_BYTES}
     infos: dict[str, TensorInfo] = {}
-    blocks: list[tuple[str, memoryview]] = []
     position = 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
-        array = tensors[name]
-        dtype = dtypes.get(str(array.dtype.newbyteorder("=")))
-        if dtype is None:
-            _refuse(path, f"has dtype {array.dtype}, expected one of {', '.join(dtypes)}", name)
-        wire = np.ascontiguousarray(array, dtype=_numpy_dtype(dtype))
+    for name in sorted(specs, key=lambda name: (-_ITEM_BYTES[specs[name].dtypes[0]], name)):
+        spec = specs[name]
+        size = math.prod(spec.shape) * _ITEM_BYTES[spec.dtypes[0]]
         infos[name] = TensorInfo(
-            dtype=dtype, shape=array.shape, start=position, stop=position + wire.nbytes
+            dtype=spec.dtypes[0], shape=spec.shape, start=position, stop=position + size
         )
-        position += wire.nbytes
-        blocks.append((name, wire.reshape(-1).view(np.uint8).data))
+        position += size
     header = _encode_header(infos, metadata or {})
     if len(header) > MAX_HEADER_BYTES or len(infos) > MAX_TENSORS:
         _refuse(path, f"{len(infos):,} tensors do not fit a header of 1 MiB")
     with Sink(path) as sink:
         sink.write(len(header).to_bytes(8, "little") + header)
-        for name, block in blocks:
-            _refuse_non_finite(block, infos[name], name, path, 0)
+        for name, info in infos.items():
+            array, dtype = read(name), _numpy_dtype(info.dtype)
+            if array.shape != info.shape or array.dtype.newbyteorder("=") != dtype:
+                found = f"{array.dtype} of shape {_shape(array.shape)}"
+                _refuse(path, f"is {found}, expected {dtype} of {_shape(info.shape)}", name)
+            wire = np.ascontiguousarray(array, dtype=dtype)
+            block = wire.reshape(-1).view(np.uint8).data
+            _refuse_non_finite(block, info, name, path, 0)
             sink.write(block)
+
+
+def _read_array(file: BinaryIO, info: TensorInfo, name: str, path: Path) -> np.ndarray:
+    """Read one tensor and refuse what is not finite."""
+    import numpy as np
+
+    file.seek(info.start)
+    data = bytearray(info.stop - info.start)
+    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        _refuse(path, "was cut short while it was read", name)
+    for start in range(0, len(data), _BLOCK_BYTES):
+        block = memoryview(data)[start : start + _BLOCK_BYTES]
+        _refuse_non_finite(block, info, name, path, start // _ITEM_BYTES[info.dtype])
+    return np.frombuffer(data, _numpy_dtype(info.dtype)).reshape(info.shape)
 
 
 def _open(path: Path) -> io.BufferedReader:

@@ -9,14 +9,14 @@ import grain
 import numpy as np
 
 from composable.errors import TextError, TrainingError
-from composable.model.tokenizer import ByteTokenizer
+from composable.model.tokenizer import Tokenizer
 from composable.training.documents import Document
 
 # As good as endless; the length of grain's own endless repeat overflows an index.
 _EPOCHS: Final = 1 << 31
 
 
-def token_stream(documents: Sequence[Document], tokenizer: ByteTokenizer) -> np.ndarray:
+def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
     """Return all documents as one run of tokens, each after its begin-of-document token.
 
     Raises:

@@ -153,6 +153,19 @@ class Recipe:
                 )
 
 
+def shipped_folder(name: str) -> Path:
+    """Return the folder of a first-party expert: in the installed package, or the checkout.
+
+    Raises:
+        TextError: If none of that name ships with the project.
+    """
+    package = Path(__file__).parent.parent
+    for root in (package / "experts", package.parent / "experts"):
+        if (root / name).is_dir():
+            return root / name
+    raise TextError(f"no first-party expert {name!r} ships with this installation")
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe.
 

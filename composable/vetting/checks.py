@@ -18,6 +18,7 @@ from composable.interface import RouterInterface
 from composable.model import composed
 from composable.model.backbone import Backbone
 from composable.model.model import Model, Pluggable
+from composable.model.tokenizer import Tokenizer
 from composable.vetting.evaluation import (
     Score,
     mix_scorer,
@@ -32,6 +33,8 @@ MIN_GAIN: Final = 0.01
 MAX_ANCHOR_LOSS: Final = 0.01
 # Documents are scored up to here; enough to see past the first uncertain bytes.
 MAX_BYTES: Final = 1024
+# Scores of this many tokens are compared bit by bit.
+_ISOLATION_TOKENS: Final = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ def vet(
     heldout: Sequence[bytes],
     anchor: Sequence[bytes],
     *,
+    tokenizer: Tokenizer | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
     """Vet an expert, plugged alone into its backbone.
@@ -95,12 +99,13 @@ def vet(
         expert: What to vet.
         heldout: The contributor's own text that the expert was not trained on.
         anchor: The public text that ships with the backbone.
+        tokenizer: The backbone's; the one for bytes by default.
         progress: Called with scoring passes done and in all.
 
     Raises:
         TextError: If either text is empty.
     """
-    model = Model(backbone, interface, [expert])
+    model = Model(backbone, interface, [expert], tokenizer=tokenizer)
     runs = {
         "own_backbone": (path_scorer(model), heldout),
         "own_expert": (path_scorer(model, expert.name), heldout),
@@ -124,7 +129,7 @@ def vet(
     gain = 1 - bits["own_expert"] / bits["own_backbone"]
     loss = bits["anchor_mix"] / bits["anchor_backbone"] - 1
     checks = (
-        _check_isolation(backbone, interface, expert, heldout[0]),
+        _check_isolation(model, heldout[0]),
         Check(
             name="finite",
             passed=all(np.isfinite(score.nats).all() for score in scores.values()),
@@ -163,13 +168,11 @@ def _figure(value: float) -> float | None:
     return round(value, 5) if np.isfinite(value) else None
 
 
-def _check_isolation(
-    backbone: Backbone, interface: RouterInterface, expert: Pluggable, document: bytes
-) -> Check:
+def _check_isolation(plugged: Model, document: bytes) -> Check:
     """Check that the backbone's track record is the same to the bit with the expert plugged in."""
-    alone = Model(backbone, interface)
-    plugged = Model(backbone, interface, [expert])
-    tokens_BT = jnp.asarray(plugged.encode(document[: plugged.context - 1]))[None]
+    alone = Model(plugged.parts.backbone, plugged.interface, tokenizer=plugged.tokenizer)
+    n_tokens = min(plugged.context, _ISOLATION_TOKENS)
+    tokens_BT = jnp.asarray(plugged.encode(document)[:n_tokens])[None]
     with_BT = np.asarray(_backbone_track(plugged.parts, tokens_BT))
     without_BT = np.asarray(_backbone_track(alone.parts, tokens_BT))
     differing = int((with_BT != without_BT).sum())

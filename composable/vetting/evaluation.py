@@ -1,8 +1,10 @@
 """Bits per byte of documents under any way of using a model, and who was trusted where.
 
-A document is read in consecutive windows of the model's context. Attention restarts with each
-window, for every method alike; the router's track record, which is one number per expert, is
-carried on, since it speaks of the document and not of the window.
+A document is read in consecutive windows, of the model's context or 512 tokens if that is less.
+Attention restarts with each window, for every method alike; the router's track record, which is one
+number per expert, is carried on, since it speaks of the document and not of the window.
+
+What is counted is bits per *byte* of the text, whatever its tokens are, so that tokenizers compare.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from composable.model import composed
 from composable.model.body import SlotMatrices
 from composable.model.composed import Parts
 from composable.model.model import BACKBONE, Model
-from composable.model.tokenizer import ByteTokenizer
+from composable.model.tokenizer import Tokenizer
 
 # Documents scored at once: fixed, so that every call runs the same compiled program.
 BATCH: Final = 8
+# Longest window, in tokens: logits of a large vocabulary must fit, and figures must compare.
+_MAX_WINDOW: Final = 512
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,30 @@ class Score:
 
 
 # (tokens BT, targets BT, state) -> (negative log likelihood BT, state); state None begins.
-Scorer = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike, Any], tuple[jax.Array, Any]]
+_Step = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike, Any], tuple[jax.Array, Any]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A way of using a model to score text.
+
+    Args:
+        step: Scores one window.
+        tokenizer: The model's.
+    """
+
+    step: _Step
+    tokenizer: Tokenizer
 
 
 def mix_scorer(model: Model) -> Scorer:
     """Return the scorer of mix mode."""
-    return partial(_score_mix, model.parts)
+    return Scorer(partial(_score_mix, model.parts), model.tokenizer)
 
 
 def safe_scorer(model: Model) -> Scorer:
     """Return the scorer of safe mode."""
-    return partial(_score_safe, model.parts)
+    return Scorer(partial(_score_safe, model.parts), model.tokenizer)
 
 
 def path_scorer(model: Model, name: str = BACKBONE) -> Scorer:
@@ -68,7 +85,7 @@ def path_scorer(model: Model, name: str = BACKBONE) -> Scorer:
 
 def slots_scorer(model: Model, slots: tuple[SlotMatrices, ...]) -> Scorer:
     """Return the scorer of a body, given as the matrices of every slot, always on."""
-    return partial(_score_path, model.parts, slots)
+    return Scorer(partial(_score_path, model.parts, slots), model.tokenizer)
 
 
 def score_documents(
@@ -84,26 +101,28 @@ def score_documents(
     Args:
         scorer: How to use the model.
         documents: UTF-8 texts, not empty.
-        context: Window, in tokens.
-        max_bytes: Score at most this many bytes of each document.
+        context: Window, in tokens; 512 at most are used.
+        max_bytes: Score at most this many bytes of each document, up to a character's end.
         progress: Called with documents done and documents in all.
 
     Raises:
         TextError: If there are no documents, or one is empty.
     """
+    window = min(context, _MAX_WINDOW)
+    documents = _cut(documents, max_bytes)
     nats, n_bytes = [], []
     for start in range(0, len(documents), BATCH):
         chunk = documents[start : start + BATCH]
-        tokens_BT, mask_BT = _to_windows(chunk, context, max_bytes)
+        tokens_BT, mask_BT = _to_windows(chunk, scorer.tokenizer, window)
         nats_B = np.zeros(BATCH)
         state = None
-        for at in range(0, mask_BT.shape[1], context):
-            window = slice(at, at + context)
-            inputs_BT = tokens_BT[:, :-1][:, window]
-            nll_BT, state = scorer(inputs_BT, tokens_BT[:, 1:][:, window], state)
-            nats_B += np.where(mask_BT[:, window], np.asarray(nll_BT, np.float64), 0).sum(axis=1)
+        for at in range(0, mask_BT.shape[1], window):
+            here = slice(at, at + window)
+            inputs_BT = tokens_BT[:, :-1][:, here]
+            nll_BT, state = scorer.step(inputs_BT, tokens_BT[:, 1:][:, here], state)
+            nats_B += np.where(mask_BT[:, here], np.asarray(nll_BT, np.float64), 0).sum(axis=1)
         nats.append(nats_B[: len(chunk)])
-        n_bytes.append(mask_BT.sum(axis=1)[: len(chunk)])
+        n_bytes.append(np.array([len(document) for document in chunk]))
         if progress:
             progress(min(start + BATCH, len(documents)), len(documents))
     if not documents:
@@ -114,23 +133,25 @@ def score_documents(
 def trace_routing(
     model: Model, documents: Sequence[bytes], *, max_bytes: int | None = None
 ) -> list[np.ndarray]:
-    """Return who was trusted to predict each byte of every document.
+    """Return who was trusted to predict each token of every document.
 
     Args:
         model: The model.
         documents: UTF-8 texts, not empty.
-        max_bytes: Trace at most this many bytes of each document.
+        max_bytes: Trace at most this many bytes of each document, up to a character's end.
 
     Returns:
-        Weights of shape (bytes, E) for each document; entry e belongs to `model.names[e]`.
+        Weights of shape (tokens, E) for each document; entry e belongs to `model.names[e]`.
     """
+    window = min(model.context, _MAX_WINDOW)
+    documents = _cut(documents, max_bytes)
     traces = []
     for start in range(0, len(documents), BATCH):
         chunk = documents[start : start + BATCH]
-        tokens_BT, mask_BT = _to_windows(chunk, model.context, max_bytes)
+        tokens_BT, mask_BT = _to_windows(chunk, model.tokenizer, window)
         state, pieces = None, []
-        for at in range(0, mask_BT.shape[1], model.context):
-            inputs_BT = tokens_BT[:, :-1][:, at : at + model.context]
+        for at in range(0, mask_BT.shape[1], window):
+            inputs_BT = tokens_BT[:, :-1][:, at : at + window]
             weight_BTE, state = _route(model.parts, inputs_BT, state)
             pieces.append(np.asarray(weight_BTE))
         weight_BTE = np.concatenate(pieces, axis=1)
@@ -138,16 +159,21 @@ def trace_routing(
     return traces
 
 
+def _cut(documents: Sequence[bytes], max_bytes: int | None) -> Sequence[bytes]:
+    """Return the begins of documents, no character split."""
+    if max_bytes is None:
+        return documents
+    begins = (document[:max_bytes] for document in documents)
+    return [begin.decode(errors="ignore").encode() for begin in begins]
+
+
 def _to_windows(
-    documents: Sequence[bytes], context: int, max_bytes: int | None
+    documents: Sequence[bytes], tokenizer: Tokenizer, window: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens of shape (BATCH, n * context + 1) and which targets count."""
-    encode = ByteTokenizer().encode
-    rows = [
-        encode(document)[: None if max_bytes is None else max_bytes + 1] for document in documents
-    ]
+    """Return tokens of shape (BATCH, n * window + 1) and which targets count."""
+    rows = [tokenizer.encode(document) for document in documents]
     longest = max(len(row) for row in rows) - 1
-    width = -(-longest // context) * context
+    width = -(-longest // window) * window
     tokens_BT = np.zeros((BATCH, width + 1), np.int32)
     mask_BT = np.zeros((BATCH, width), bool)
     for i, row in enumerate(rows):

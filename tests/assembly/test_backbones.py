@@ -1,14 +1,30 @@
+import dataclasses
 import json
 import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
-from composable.assembly.backbones import load_backbone
-from composable.errors import ComposableError, IntegrityError, PackagingError
-from composable.interface import digest_bytes
+import composable as cx
+from composable.assembly.backbones import load_backbone, save_backbone
+from composable.errors import ComposableError, IntegrityError, InterfaceError, PackagingError
+from composable.interface import digest_bytes, hash_classes
+from composable.model.backbone import Backbone
+from composable.model.model import Model
 from composable.model.tensors import to_tensors
+from composable.vetting.evaluation import path_scorer, score_documents
+
+ROUTER_FIELDS = (
+    "discount",
+    "top_k",
+    "backbone_prior",
+    "switch_rate",
+    "output_bounds",
+    "scout_max_width",
+    "lora_max_rank",
+)
 
 
 @pytest.fixture
@@ -28,21 +44,8 @@ def test_what_is_loaded_is_what_was_saved_rounded_to_bfloat16(release, tiny):
 
 
 def test_saving_what_was_loaded_gives_the_same_interface(release, tmp_path):
-    from composable.assembly.backbones import save_backbone
-
     interface = release.interface
-    router = {
-        name: getattr(interface, name)
-        for name in (
-            "discount",
-            "top_k",
-            "backbone_prior",
-            "switch_rate",
-            "output_bounds",
-            "scout_max_width",
-            "lora_max_rank",
-        )
-    }
+    router = {name: getattr(interface, name) for name in ROUTER_FIELDS}
     again = save_backbone(
         tmp_path / "again",
         release.backbone,
@@ -57,6 +60,72 @@ def test_saving_what_was_loaded_gives_the_same_interface(release, tmp_path):
     assert again == interface
     weights = "weights.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (release.folder / weights).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def subword_release(tiny, subwords, release, tmp_path_factory):
+    """Return a package whose tokens are subwords, seen as 64 classes; nobody trained it."""
+    cfg = dataclasses.replace(tiny.cfg, vocab_size=subwords.vocab_size)
+    classes_V = hash_classes(cfg.vocab_size, 64)
+    backbone = Backbone(cfg, classes_V, 64, rngs=nnx.Rngs(0))
+    folder = tmp_path_factory.mktemp("backbones") / "subwords"
+    router = {name: getattr(release.interface, name) for name in ROUTER_FIELDS}
+    save_backbone(
+        folder,
+        backbone,
+        name="subwords",
+        version="1.0.0",
+        anchor=release.anchor,
+        router=router,
+        texts={"README.md": "Subwords.\n"},
+        description="For tests.",
+        license_="Apache-2.0",
+        tokenizer=subwords,
+    )
+    return load_backbone(str(folder))
+
+
+def test_a_package_brings_its_tokenizer(subword_release, subwords):
+    assert subword_release.tokenizer == subwords
+    assert subword_release.interface.tokenizer == subwords.digest
+    assert subword_release.interface.n_classes == 64
+    with pytest.raises(InterfaceError, match="expected sha256"):
+        Model(subword_release.backbone, subword_release.interface)
+
+
+def test_bits_per_byte_count_bytes_whatever_the_tokens_are(subword_release):
+    """An untrained backbone says about log V of every token; what differs is how many there are."""
+    texts = [b"the of and to in is", "∀x ∃y φ→ψ".encode()]
+    model = subword_release.plug()
+    score = score_documents(path_scorer(model), texts, context=model.context)
+    np.testing.assert_array_equal(score.n_bytes, [len(text) for text in texts])
+    for text, nats in zip(texts, score.nats, strict=True):
+        tokens_T = model.encode(text)
+        logits_TV = np.asarray(model.path(tokens_T[None]), np.float64)[0]
+        log_prob_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        expected = -log_prob_TV[np.arange(len(tokens_T) - 1), tokens_T[1:]].sum()
+        assert nats == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_expert_of_a_subword_backbone_is_routed_and_continued(subword_release, tiny):
+    model = subword_release.plug(capacity=2)
+    assert model.route(model.encode("naïve foxes")[None]).shape[-1] == 2
+    assert isinstance(cx.generate(model, "the quick", 5), str)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "special_tokens.json"])
+def test_another_tokenizer_is_refused(subword_release, tmp_path, file):
+    folder = shutil.copytree(subword_release.folder, tmp_path / "subwords")
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace("<|end|>", "<|eos|>"))
+    with pytest.raises(IntegrityError, match=file):
+        load_backbone(str(folder))
+    changed = text.replace('"begin": "<|begin|>"', '"begin": "<|end|>"')
+    if file == "special_tokens.json":
+        (folder / file).write_text(text)
+        replace(folder, file, changed)
+        with pytest.raises(IntegrityError, match=r"interface\.json: tokenizer"):
+            load_backbone(str(folder))
 
 
 def test_the_interface_names_trunk_and_backbone_apart(release, tmp_path):

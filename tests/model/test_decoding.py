@@ -1,10 +1,22 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from composable.errors import ModelError, TextError
-from composable.model.decoding import _MODES, _PREFILL, _advance, continue_tokens
+from composable.model.composed import mix, mix_state, safe, safe_state
+from composable.model.decoding import (
+    PREFILL,
+    Decoder,
+    Sampling,
+    _Draw,
+    _draw_token,
+    cache_length,
+    continue_tokens,
+)
+from composable.model.layers import CACHE_BLOCK
 from composable.model.model import generate
+from composable.model.tokenizer import ByteTokenizer
 
 # Cached attention sums over the whole cache, masked, where a full pass sums over the blocks in use;
 # logits are of order 5.
@@ -12,7 +24,8 @@ REORDERED_SUMS = 1e-4
 
 
 WHOLE = {"mix": lambda model, tokens_BT: model(tokens_BT), "safe": lambda model, x: model.safe(x)}
-LENGTH = _PREFILL + 8
+LENGTH = PREFILL + 8
+MODES = {"mix": (jax.jit(mix), mix_state), "safe": (jax.jit(safe), safe_state)}
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +33,23 @@ def model(tiny):
     return tiny.model(tiny.expert("a"), tiny.expert("b"))
 
 
+def draw(model, tokens_T, n_tokens, **sampling):
+    drawn = continue_tokens(
+        model.parts, ByteTokenizer(), tokens_T, n_tokens, sampling=Sampling(**sampling)
+    )
+    return [token for token, _ in drawn]
+
+
 def begin(model, mode):
-    return _MODES[mode][1](model.parts, 1, model.context)
+    return MODES[mode][1](model.parts, 1, model.context)
 
 
 @pytest.mark.parametrize("mode", WHOLE)
 def test_decoding_in_pieces_equals_one_full_pass(tiny, model, mode):
     tokens_BT = tiny.tokens(batch=1, length=LENGTH)
     state, outputs = begin(model, mode), []
-    for piece_BT in np.split(tokens_BT, range(_PREFILL, LENGTH), axis=1):
-        output_BTV, state = _advance(model.parts, piece_BT, state, mode=mode)
+    for piece_BT in np.split(tokens_BT, range(PREFILL, LENGTH), axis=1):
+        output_BTV, state = MODES[mode][0](model.parts, piece_BT, state)
         outputs.append(np.asarray(output_BTV))
     expected_BTV = WHOLE[mode](model, tokens_BT)
     np.testing.assert_allclose(np.concatenate(outputs, 1), expected_BTV, atol=REORDERED_SUMS)
@@ -39,7 +59,7 @@ def test_decoding_in_pieces_equals_one_full_pass(tiny, model, mode):
 def test_the_likeliest_continuation_is_that_of_full_passes(tiny, model):
     prompt_T = tiny.tokens(batch=1, length=7)[0]
     tokens = list(prompt_T)
-    for token in continue_tokens(model.parts, prompt_T, 4):
+    for token in draw(model, prompt_T, 4):
         padded_BT = np.zeros((1, LENGTH), np.int32)
         padded_BT[0, : len(tokens)] = tokens
         logits_V = np.asarray(model(padded_BT))[0, len(tokens) - 1]
@@ -50,22 +70,24 @@ def test_the_likeliest_continuation_is_that_of_full_passes(tiny, model):
 def test_sampling_hangs_on_its_seed_and_never_draws_the_begin_token(tiny, model):
     prompt_T = tiny.tokens(batch=1, length=3)[0]
 
-    def draw(seed):
-        return list(continue_tokens(model.parts, prompt_T, 40, temperature=5.0, seed=seed))
-
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
-    assert 0 not in draw(0) + draw(1)
+    first, again, other = (
+        draw(model, prompt_T, 40, temperature=5.0, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert 0 not in first + other
 
 
 @pytest.mark.parametrize("mode", ["mix", "safe"])
 def test_no_prompt_and_no_expert_compiles_anything_new(tiny, count_compilations, mode):
     model = tiny.model(tiny.expert("a"))
     generate(model, "x" * 40, 3, mode=mode)  # the prefill chunk and the single step
+    model.install(tiny.expert("c"))
+    model.remove("c")
     with count_compilations() as compiled:
         generate(model, "another prompt", 3, mode=mode)
         generate(model, "y" * 70, 3, mode=mode)
-        generate(model, "z" * 32, 3, mode=mode, temperature=0.7, seed=3)
+        generate(model, "z" * 32, 4, mode=mode, temperature=0.7, top_p=0.9, seed=3)
         model.install(tiny.expert("b"))
         generate(model, "and another", 3, mode=mode)
         model.remove("a")
@@ -75,13 +97,15 @@ def test_no_prompt_and_no_expert_compiles_anything_new(tiny, count_compilations,
 
 def test_generate_joins_the_stream(model):
     pieces = list(model.stream("abc", 12, seed=1, temperature=1.0))
-    assert "".join(pieces) == generate(model, "abc", 12, seed=1, temperature=1.0)
+    assert "".join(piece.text for piece in pieces) == generate(
+        model, "abc", 12, seed=1, temperature=1.0
+    )
     assert 0 < len(pieces) <= 13
 
 
 def test_a_text_may_fill_the_context_and_no_more(tiny, model):
     length = tiny.cfg.context - 2  # the begin token comes on top
-    assert len(list(continue_tokens(model.parts, model.encode("x" * length), 1))) == 1
+    assert len(draw(model, model.encode("x" * length), 1)) == 1
     with pytest.raises(TextError, match="128 tokens and 1 more do not fit the context of 128"):
         generate(model, "x" * (length + 1), 1)
 
@@ -104,5 +128,111 @@ def test_a_broken_path_leaves_decoding_in_safe_mode_sound(tiny):
     state = begin(model, "safe")
     for token in (0, 65, 66):
         tokens_BT = jnp.full((1, 1), token)
-        log_prob_BTV, state = _advance(model.parts, tokens_BT, state, mode="safe")
+        log_prob_BTV, state = MODES["safe"][0](model.parts, tokens_BT, state)
         assert np.isfinite(np.asarray(log_prob_BTV)).all()
+
+
+def test_what_is_yielded_says_who_was_trusted(tiny, model):
+    """The weights behind the first token are those of the full pass at the prompt's end."""
+    prompt_T = tiny.tokens(batch=1, length=20)[0]
+    (first, *_) = continue_tokens(model.parts, ByteTokenizer(), prompt_T, 2)
+    expected_E = np.asarray(model.route(prompt_T[None]))[0, -1]
+    np.testing.assert_allclose(first.weight_E, expected_E, atol=1e-5)  # float32 softmaxes
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_sum_to_one(tiny, model, mode):
+    prompt_T = tiny.tokens(batch=1, length=20)[0]
+    for _, weight_E in continue_tokens(model.parts, ByteTokenizer(), prompt_T, 3, mode=mode):
+        assert weight_E.sum() == pytest.approx(1, abs=1e-5)
+        assert weight_E.shape == (model.parts.bank.capacity,)
+
+
+@jax.jit
+def draw_many(keys, logits_V, temperature, top_p, is_banned_V):
+    draw = _Draw(keys[0], temperature, top_p, is_banned_V)
+    return jax.vmap(lambda key: _draw_token(draw._replace(key=key), logits_V))(keys)
+
+
+def drawn(logits_V, n, *, temperature=1.0, top_p=1.0, banned=()):
+    is_banned_V = np.isin(np.arange(len(logits_V)), banned)
+    keys = jax.random.split(jax.random.key(0), n)
+    return np.asarray(
+        draw_many(keys, logits_V, jnp.float32(temperature), jnp.float32(top_p), is_banned_V)
+    )
+
+
+def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it():
+    logits_V = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))
+    found = {
+        top_p: set(drawn(logits_V, 100, top_p=top_p).tolist()) for top_p in (0.01, 0.6, 0.8, 1.0)
+    }
+    assert found == {0.01: {1}, 0.6: {1, 3}, 0.8: {1, 3, 4}, 1.0: {0, 1, 2, 3, 4}}
+
+
+def test_draws_follow_the_distribution():
+    probability_V = np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32)
+    counts = np.bincount(drawn(np.log(probability_V), 2000), minlength=5) / 2000
+    np.testing.assert_allclose(counts, probability_V, atol=0.04)  # over three standard errors
+
+
+def test_banned_tokens_are_never_drawn():
+    logits_V = np.array([9.0, 1.0, 2.0, 0.0, 0.0], np.float32)
+    assert set(drawn(logits_V, 5, temperature=0.0, banned=[0])) == {2}
+    assert set(drawn(logits_V, 100, banned=[0, 1, 3, 4])) == {2}
+
+
+def test_feeding_in_turns_equals_feeding_at_once(tiny, model):
+    """What was drawn is part of the sequence, whether or not more is fed after it."""
+    first_T, second_T = tiny.tokens(batch=2, length=9)
+    decoder = Decoder(model.parts, ByteTokenizer(), length=64)
+    decoder.feed(first_T)
+    between = [token for token, _ in decoder.draw(3)]
+    decoder.feed(second_T)
+    after = [token for token, _ in decoder.draw(3)]
+    assert after == draw(model, np.concatenate([first_T, between, second_T]), 3)
+    assert decoder.room == 64 - 9 - 3 - 9 - 3
+
+
+def test_a_cache_is_read_as_far_as_it_is_filled_and_no_further(tiny):
+    """Whatever is in the cache beyond the sequence, over several blocks, changes nothing."""
+    cfg = tiny.cfg
+    attention = tiny.backbone.layers[0].attention
+    n_blocks = 3
+    rng = np.random.default_rng(0)
+    x_BTD = rng.normal(size=(1, 2 * CACHE_BLOCK, cfg.d_model)).astype(np.float32)
+    shape = (1, cfg.n_kv_heads, n_blocks * CACHE_BLOCK, cfg.d_head)
+    expected_BTD, _ = attention(x_BTD)
+    for fill in (0.0, 1e3):
+        cache = type(tiny.backbone.empty_caches(1, 8, [0])[0])(
+            jnp.full(shape, fill), jnp.full(shape, fill)
+        )
+        first_BTD, cache = attention(x_BTD[:, :-1], 0, cache)
+        last_BTD, _ = attention(x_BTD[:, -1:], x_BTD.shape[1] - 1, cache)
+        found_BTD = jnp.concatenate([first_BTD, last_BTD], axis=1)
+        np.testing.assert_allclose(found_BTD, expected_BTD, atol=REORDERED_SUMS)
+
+
+def test_caches_come_in_few_sizes():
+    assert {cache_length(n, 8192) for n in range(1, 1025)} == {1024}
+    assert {cache_length(n, 8192) for n in range(1025, 8193)} == {2048, 4096, 8192}
+    assert cache_length(100, 128) == 128
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1)]
+)
+def test_sampling_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(ModelError) as caught:
+        Sampling(**{field: value})
+    assert caught.value.where == field
+
+
+def test_there_must_be_something_to_continue_and_room_for_it(model):
+    decoder = Decoder(model.parts, ByteTokenizer(), length=8)
+    with pytest.raises(TextError, match="nothing to continue"):
+        list(decoder.draw(1))
+    with pytest.raises(TextError, match="room for 8"):
+        decoder.feed(list(range(9)))
+    with pytest.raises(TextError, match="context of 128"):
+        Decoder(model.parts, ByteTokenizer(), length=129)

@@ -20,7 +20,13 @@ from hypothesis import strategies as st
 from composable.errors import TensorFileError
 from composable.interface import TensorSpec
 from composable.packaging import check_tensors, read_tensors, write_tensors
-from composable.packaging.tensors import MAX_HEADER_BYTES, MAX_TENSORS, read_header
+from composable.packaging.tensors import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    TensorFile,
+    read_header,
+    stream_tensors,
+)
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.array([1.5, -2.0, 0.0], dtype=ml_dtypes.bfloat16)
@@ -58,6 +64,45 @@ def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
     write_tensors(one, {"a": A, "b": B}, {"x": "1", "y": "2"})
     write_tensors(other, {"b": B.copy(), "a": np.asfortranarray(A)}, {"y": "2", "x": "1"})
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_stream_gives_the_bytes_of_the_arrays_and_asks_for_each_once(tmp_path: Path) -> None:
+    arrays = {"slots.4.w_up": A, "b_in": B}
+    write_tensors(tmp_path / "whole", arrays)
+    asked: list[str] = []
+
+    def read(name: str) -> np.ndarray:
+        asked.append(name)
+        return arrays[name]
+
+    specs = {
+        "b_in": TensorSpec(shape=(3,), dtypes=("BF16",)),
+        "slots.4.w_up": TensorSpec(shape=(2, 3), dtypes=("F32",)),
+    }
+    stream_tensors(tmp_path / "streamed", specs, read)
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert asked == ["slots.4.w_up", "b_in"]
+
+
+def test_a_stream_refuses_an_array_other_than_announced(tmp_path: Path) -> None:
+    specs = {"b_in": TensorSpec(shape=(3,), dtypes=("F32",))}
+    with pytest.raises(
+        TensorFileError, match=r"bfloat16 of shape \[3\], expected float32 of \[3\]"
+    ):
+        stream_tensors(tmp_path / "x", specs, lambda name: B)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_tensor_file_reads_what_is_asked_for(good: Path) -> None:
+    tensors = TensorFile(good, SPECS)
+    assert dict(tensors.items()).keys() == SPECS.keys()
+    assert len(tensors) == 2
+    np.testing.assert_array_equal(tensors["slots.4.w_up"], A)
+    good.write_bytes(good.read_bytes()[:-6] + b"\x80\x7f\0\0\0\0")  # infinity
+    with pytest.raises(TensorFileError, match=r"'b_in' is not finite at \[0\]"):
+        TensorFile(good, SPECS)["b_in"]
+    with pytest.raises(TensorFileError, match="'c' is missing"):
+        TensorFile(good, {**SPECS, "c": TensorSpec(shape=(1,))})
 
 
 def test_others_read_what_we_write(good: Path) -> None:

@@ -1,0 +1,415 @@
+"""Does an imported backbone compute what transformers computes, and at what cost?
+
+python -m benchmarks.parity --json FILE            # families of random weights, and SmolLM2-135M
+python -m benchmarks.parity --json FILE --quick    # families only
+
+Of every family a small random model is made by transformers, saved and imported; SmolLM2-135M is
+measured where `make smollm2` left its GGUF file. `max_abs_logit_diff` and `kl` (nats per token,
+from theirs to ours) compare whole passes, `cached_decode_max_diff` compares decoding token by
+token, each with its own cache. Both round at every step: `their_rounding` and `our_rounding` are
+how far either is from transformers in float64, the yardstick for the difference between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from composable.assembly.importing import (
+    check_round_trips,
+    load_checkpoint,
+    make_tokenizer,
+    read_public_text,
+    write_weights,
+)
+from composable.interface import RouterInterface
+from composable.interop.checkpoint import Checkpoint, open_source
+from composable.model.backbone import Backbone
+from composable.model.bank import empty_bank
+from composable.model.composed import Parts, mix, mix_state
+from composable.model.decoding import Sampling, continue_tokens
+from composable.training.documents import read_documents
+from composable.training.recipe import shipped_folder
+
+SIZES = {
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    # Larger than usual, so that logits are of order 1 and a difference shows.
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Family -> (classes of transformers, config).
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {**SIZES, "rope_parameters": LLAMA3}),
+    "smollm": ("Llama", {**SIZES, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {**SIZES, "head_dim": 32}),
+    "olmo2": ("Olmo2", SIZES),
+}
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+N_TOKENS, N_PREFILLED = 160, 128
+SMOLLM2 = Path("runs")
+PROMPT = "The president of the United States said to the Congress that"
+
+
+def make_random(name: str, folder: Path, dtype: str) -> None:
+    """Save a random model of a family, norms and all, in a dtype."""
+    import torch
+    import transformers
+
+    kind, config = FAMILIES[name]
+    torch.manual_seed(0)
+    cls = getattr(transformers, f"{kind}ForCausalLM")
+    model = cls(getattr(transformers, f"{kind}Config")(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms start at one, which would hide that they are there
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+
+
+def run_theirs(folder: Path, dtype: str, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return transformers' logits: of a whole pass, and prefilled and decoded token by token."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    tokens = torch.from_numpy(tokens_BT).long()
+    with torch.inference_mode():
+        whole = model(tokens).logits
+        cache = transformers.DynamicCache(config=model.config)
+        pieces = [model(tokens[:, :N_PREFILLED], cache=cache).logits]
+        rest = range(N_PREFILLED, tokens.shape[1])
+        pieces += [model(tokens[:, t : t + 1], cache=cache).logits for t in rest]
+    return whole.float().numpy(), torch.cat(pieces, 1).float().numpy()
+
+
+def run_ours(folder: Path, dtype: str, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same from the imported backbone, by the composed model that users run."""
+    parts = parts_of(load_checkpoint(Checkpoint(open_source(folder)), DTYPES[dtype]))
+    step = jax.jit(mix)
+    whole_BTV, _ = step(parts, tokens_BT, mix_state(parts, tokens_BT.shape[0]))
+    state = mix_state(parts, tokens_BT.shape[0], tokens_BT.shape[1])
+    out_BTV, state = step(parts, tokens_BT[:, :N_PREFILLED], state)
+    pieces = [np.asarray(out_BTV)]
+    for t in range(N_PREFILLED, tokens_BT.shape[1]):
+        out_BTV, state = step(parts, tokens_BT[:, t : t + 1], state)
+        pieces.append(np.asarray(out_BTV))
+    return np.asarray(whole_BTV), np.concatenate(pieces, axis=1)
+
+
+def parts_of(backbone: Backbone) -> Parts:
+    """Return a composed model of a backbone alone; its interface names digests that nobody has."""
+    cfg, nobody = backbone.cfg, "sha256:" + "0" * 64
+    interface = RouterInterface(
+        **{"name": "parity", "version": "1.0.0"},
+        **dict.fromkeys(("backbone", "trunk", "tokenizer", "class_map", "anchor"), nobody),
+        vocab_size=cfg.vocab_size,
+        n_classes=backbone.scout.b_out[...].shape[0],
+        d_model=cfg.d_model,
+        d_ff=cfg.d_ff,
+        tap=cfg.tap,
+        slots=cfg.slots,
+        scout_max_width=128,
+        lora_max_rank=64,
+        discount=0.975,
+        top_k=2,
+        backbone_prior=0.999,
+        switch_rate=0.02,
+        output_bounds=(1e4,) * len(cfg.slots),
+    )
+    return Parts(backbone=backbone, bank=empty_bank(backbone, interface, 1), interface=interface)
+
+
+def compare(folder: Path, dtype: str, tokens_BT: np.ndarray) -> dict[str, Any]:
+    """Return how far ours is from theirs."""
+    theirs, theirs_cached = run_theirs(folder, dtype, tokens_BT)
+    ours, ours_cached = run_ours(folder, dtype, tokens_BT)
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x))) for x in (theirs, ours))
+    row = {
+        "dtype": dtype,
+        "max_abs_logit_diff": _figure(np.abs(ours - theirs).max()),
+        "kl": _figure((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+        "cached_decode_max_diff": _figure(np.abs(ours_cached - theirs_cached).max()),
+        "same_likeliest": _figure((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+        "logit_std": _figure(theirs.std()),
+        "tokens": int(tokens_BT.size),
+    }
+    exact, _ = run_theirs(folder, "float64", tokens_BT)
+    row["their_rounding"] = _figure(np.abs(theirs - exact).max())
+    row["our_rounding"] = _figure(np.abs(ours - exact).max())
+    return row
+
+
+def _figure(value: Any) -> float:
+    return float(f"{float(value):.3g}")
+
+
+def random_tokens(vocab_size: int) -> np.ndarray:
+    """Return two random documents."""
+    return np.random.default_rng(0).integers(2, vocab_size, (2, N_TOKENS), dtype=np.int32)
+
+
+def compare_family(name: str, dtype: str, folder: Path) -> dict[str, Any]:
+    """Make a random model of a family and compare."""
+    make_random(name, folder, dtype)
+    return compare(folder, dtype, random_tokens(SIZES["vocab_size"]))
+
+
+def save_smollm2(gguf: Path, folder: Path) -> None:
+    """Let transformers itself read the GGUF file: what is compared is its reading.
+
+    It refuses to save what came from GGUF, so its tensors are written here.
+    """
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    config = model.config.to_diff_dict()
+    for name in ("quantization_config", "_model_name_or_path"):
+        config.pop(name, None)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors.pop("lm_head.weight")  # tied
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def measure_round_trips(source: Any) -> dict[str, dict[str, int]]:
+    """Return how many texts of every domain come back exactly from their tokens."""
+    tokenizer = make_tokenizer(source)
+    _, heldout = read_public_text()
+    texts = {"public": [doc.text for doc in heldout]}
+    for name in ("python-code", "set-mm", "legal"):
+        documents = read_documents([shipped_folder(name) / "text" / "heldout.jsonl"])
+        texts[name] = [doc.text for doc in documents]
+    return {name: check_round_trips(tokenizer, domain) for name, domain in texts.items()}
+
+
+# Each of these runs in a process of its own, so that its peak memory is its own.
+
+
+def child_load_theirs(folder: Path) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    before, start = _peak_bytes(), time.perf_counter()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    float(sum(p.sum() for p in model.parameters()))  # what is mapped is not loaded until it is read
+    return _cost(before, start)
+
+
+def child_load_ours(folder: Path) -> dict[str, Any]:
+    before, start = _peak_bytes(), time.perf_counter()
+    jax.block_until_ready(jax.tree.leaves(load_checkpoint(Checkpoint(open_source(folder)))))
+    return _cost(before, start)
+
+
+def child_convert_ours(folder: Path) -> dict[str, Any]:
+    before, start = _peak_bytes(), time.perf_counter()
+    checkpoint = Checkpoint(open_source(folder))
+    with tempfile.TemporaryDirectory() as out:
+        write_weights(Path(out), checkpoint, {})
+        cost = _cost(before, start)
+    largest = max(int(np.prod(spec.shape)) for spec in checkpoint.specs.values()) * 4
+    return {**cost, "largest_tensor_mb": round(largest / 1e6, 1)}
+
+
+def child_decode_theirs(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    torch.set_num_threads(2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = make_tokenizer(open_source(_gguf()))
+    tokens = torch.from_numpy(tokenizer.encode(PROMPT)[None]).long()
+    rates, made = [], []
+    with torch.inference_mode():
+        for _ in range(_ROUNDS + 1):
+            cache = transformers.DynamicCache(config=model.config)
+            token = model(tokens, cache=cache, logits_to_keep=1).logits.argmax(-1)
+            made, start = [], time.perf_counter()
+            for _ in range(n_tokens):
+                made.append(int(token))
+                token = model(token, cache=cache).logits.argmax(-1)
+            rates.append(n_tokens / (time.perf_counter() - start))
+    return _rates(rates, made)
+
+
+def child_decode_ours(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
+    source = open_source(_gguf())
+    tokenizer = make_tokenizer(source)
+    parts = parts_of(load_checkpoint(Checkpoint(open_source(folder))))
+    tokens_T = tokenizer.encode(PROMPT)
+    endless = _Endless(tokenizer)
+    rates, made = [], []
+    for _ in range(_ROUNDS + 1):
+        times, made = [], []
+        for token, _ in continue_tokens(
+            parts, endless, tokens_T, n_tokens + 1, sampling=Sampling()
+        ):
+            times.append(time.perf_counter())
+            made.append(token)
+        rates.append(n_tokens / (times[-1] - times[0]))
+    return _rates(rates, made[:n_tokens])
+
+
+class _Endless:
+    """A tokenizer whose texts have no end, so that every round makes as many tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.ends = (tokenizer.begin,)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+_ROUNDS = 6
+
+
+def _rates(rates: list[float], made: list[int]) -> dict[str, Any]:
+    rates = sorted(rates[1:])  # the first compiles, or warms caches
+    return {
+        "tokens_per_second_best": round(rates[-1], 1),
+        "tokens_per_second_median": round(rates[len(rates) // 2], 1),
+        "first_tokens": made[:16],
+    }
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cost(before: int, start: float) -> dict[str, Any]:
+    return {
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_mb": round(_peak_bytes() / 1e6),
+        "peak_mb_before": round(before / 1e6),
+    }
+
+
+def run_child(name: str, folder: Path) -> dict[str, Any]:
+    """Run one of the functions above in a process of its own, on two threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "benchmarks.parity", "--child", name, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure_costs(folder: Path) -> dict[str, Any]:
+    """Return time and memory of loading, and speed of decoding, ours beside theirs, in turns."""
+    costs = {
+        "load": {name: run_child(f"load_{name}", folder) for name in ("theirs", "ours")},
+        "convert": {"ours": run_child("convert_ours", folder)},
+    }
+    decode: dict[str, Any] = {}
+    for name in ("theirs", "ours", "theirs", "ours"):
+        row = run_child(f"decode_{name}", folder)
+        kept = decode.get(name)
+        if kept is None or row["tokens_per_second_best"] > kept["tokens_per_second_best"]:
+            decode[name] = row
+    return {**costs, "decode": decode}
+
+
+def _gguf() -> Path:
+    found = sorted(Path(os.environ.get("SMOLLM2", SMOLLM2)).glob("*.gguf"))
+    if not found:
+        sys.exit(f"no GGUF file in {SMOLLM2}; run `make smollm2`, or give its folder in SMOLLM2")
+    return found[0]
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    packages = ("jax", "flax", "torch", "transformers", "tokenizers", "gguf")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
+        "load": [round(x, 1) for x in os.getloadavg()],
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--quick", action="store_true", help="families of random weights only")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(globals()[f"child_{arguments.child}"](arguments.folder)))
+        return
+    families: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in FAMILIES:
+            for dtype in DTYPES:
+                key = name if dtype == "float32" else f"{name}-{dtype}"
+                families[key] = compare_family(name, dtype, Path(scratch) / key)
+                print(key, json.dumps(families[key]), flush=True)
+        result: dict[str, Any] = {"machine": machine(), "families": families}
+        if not arguments.quick:
+            folder = Path(scratch) / "smollm2"
+            save_smollm2(_gguf(), folder)
+            source = open_source(_gguf())
+            tokenizer = make_tokenizer(source)
+            text = read_public_text()[1][0].text
+            tokens_BT = tokenizer.encode(text)[None, :N_TOKENS]
+            for dtype in DTYPES:
+                key = "smollm2-135m" if dtype == "float32" else f"smollm2-135m-{dtype}"
+                families[key] = compare(folder, dtype, tokens_BT)
+                print(key, json.dumps(families[key]), flush=True)
+            result["gguf_is_read_alike"] = same_tensors(Checkpoint(source), folder)
+            result["round_trips"] = measure_round_trips(source)
+            result |= measure_costs(folder)
+            print(json.dumps({k: v for k, v in result.items() if k != "families"}, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def same_tensors(gguf: Checkpoint, folder: Path) -> bool:
+    """Say whether our reading of the GGUF file and transformers' are the same, to the bit."""
+    theirs = Checkpoint(open_source(folder))
+    return all(np.array_equal(gguf[name], theirs[name]) for name in gguf)
+
+
+if __name__ == "__main__":
+    main()

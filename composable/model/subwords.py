@@ -1,0 +1,180 @@
+"""Tokenizers of imported backbones, by the `tokenizers` library: its JSON is their definition.
+
+Text is only ever text: a document that spells out a special token, such as `<|endoftext|>`, is
+encoded as those characters, so no text can end a document or speak for somebody else. Special
+tokens come in by `begin` and by trusted markup alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+
+from composable.errors import ModelError, TextError
+from composable.interface import canonical_json, digest_bytes
+from composable.model.tokenizer import ChatFormat, TextStream
+
+
+class SubwordTokenizer:
+    """A tokenizer of the `tokenizers` library.
+
+    Args:
+        definition: Its JSON, as `tokenizer.json` holds it.
+        begin: The special token that begins a document.
+        ends: Tokens at which a continuation is over.
+        chat: How conversations are written, if the model was taught any way.
+
+    Raises:
+        ModelError: If the library is missing or cannot read the definition, or a token is unknown.
+    """
+
+    def __init__(
+        self,
+        definition: str,
+        *,
+        begin: str,
+        ends: Sequence[str] = (),
+        chat: ChatFormat | None = None,
+    ) -> None:
+        self._definition = definition
+        self._text, self._markup = _load(definition), _load(definition)
+        self._text.encode_special_tokens = True
+        self._begin, self._ends = begin, tuple(ends)
+        self.chat = chat
+        self.begin = self._id_of(begin, "begin")
+        self.ends = tuple(self._id_of(token, f"ends[{i}]") for i, token in enumerate(ends))
+        self.vocab_size: int = self._text.get_vocab_size(with_added_tokens=True)
+
+    def _id_of(self, token: str, where: str) -> int:
+        index = self._markup.token_to_id(token)
+        if index is None:
+            raise ModelError(f"{token!r} is not a token", where=f"tokenizer.{where}")
+        return int(index)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the definition's canonical JSON and of the begin token."""
+        definition = digest_bytes(canonical_json(json.loads(self._definition)))
+        return digest_bytes(
+            canonical_json(
+                {
+                    "kind": "tokenizers",
+                    "definition": definition,
+                    "vocab_size": self.vocab_size,
+                    "begin": self.begin,
+                }
+            )
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SubwordTokenizer):
+            return False
+        same_markup = (self.ends, self.chat) == (other.ends, other.chat)
+        return self.digest == other.digest and same_markup
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def to_files(self) -> tuple[str, str]:
+        """Return the definition and the special tokens as the texts of two JSON files."""
+        special = {
+            "begin": self._begin,
+            "ends": list(self._ends),
+            "chat": dataclasses.asdict(self.chat) if self.chat else None,
+        }
+        return self._definition, json.dumps(special, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_files(cls, definition: str, special: str) -> Self:
+        """Read what `to_files` returned.
+
+        Raises:
+            ModelError: If it is something else.
+        """
+        try:
+            data: dict[str, Any] = json.loads(special)
+            chat = data.pop("chat")
+            pairs = {name: (str(pair[0]), str(pair[1])) for name, pair in (chat or {}).items()}
+            return cls(definition, chat=ChatFormat(**pairs) if chat else None, **data)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ModelError(f"no special tokens: {error!r}", where="special_tokens") from error
+
+    def normalise(self, text: str) -> str:
+        """Return the text that decoding gives back: the tokenizer's own normal form, if any."""
+        normalizer = self._text.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Return tokens_T, the begin token first.
+
+        Raises:
+            TextError: For text that is empty or not UTF-8.
+        """
+        if isinstance(text, bytes):
+            try:
+                text = text.decode()
+            except UnicodeDecodeError as error:
+                raise TextError(f"the text is not UTF-8 at byte {error.start}") from error
+        if not text:
+            raise TextError("the text is empty", hint="give at least one character")
+        ids = self._text.encode(text, add_special_tokens=False).ids
+        return np.array([self.begin, *ids], np.int32)
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Return the tokens of trusted text, without the begin token, special tokens included."""
+        ids: list[int] = self._markup.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, tokens_T: Sequence[int] | np.ndarray) -> str:
+        """Return text, special tokens left out."""
+        return str(self._text.decode([int(token) for token in tokens_T], skip_special_tokens=True))
+
+    def stream(self) -> TextStream:
+        """Return a fresh stream."""
+        return _SubwordStream(self._text)
+
+
+class _SubwordStream:
+    """Decodes the tokens since the last whole character, in the light of the ones before."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown = 0  # tokens whose text is out
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        return self._advance(is_last=False)
+
+    def finish(self) -> str:
+        return self._advance(is_last=True)
+
+    def _advance(self, is_last: bool) -> str:
+        # One token of context, because some decoders treat the first token otherwise.
+        context = self._tokens[max(0, self._shown - 1) : self._shown]
+        decode = self._tokenizer.decode
+        before = decode(context, skip_special_tokens=True)
+        text = decode(context + self._tokens[self._shown :], skip_special_tokens=True)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last:
+            return ""
+        self._shown = len(self._tokens)
+        return str(text[len(before) :])
+
+
+def _load(definition: str) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ModelError(
+            "this backbone's tokenizer needs the `tokenizers` library",
+            hint="pip install 'composable[interop]'",
+        ) from error
+    try:
+        return Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"not a tokenizer: {error}", where="tokenizer.json") from error

@@ -1,0 +1,82 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composable.errors import ModelError, TextError
+from composable.model.subwords import SubwordTokenizer
+from composable.model.tokenizer import ByteTokenizer, ChatFormat
+
+TEXTS = (
+    "The quick brown fox; 12,345 jumps.\n\n  Indented\tand tabbed.",
+    "Füße, naïve, œuvre, Straße",
+    "Съешь же ещё этих мягких французских булок",
+    "いろはにほへと ちりぬるを 天地玄黃",
+    "def f(x):\n    return {k: v**2 for k, v in x.items()}  # 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 👩‍👩‍👧",
+    "  leading and trailing  ",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_exactly(subwords, text):
+    assert subwords.decode(subwords.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(min_size=1, max_size=60))
+def test_any_text_comes_back_exactly_and_streams_as_it_decodes(subwords, text):
+    tokens_T = subwords.encode(text)
+    assert tokens_T[0] == subwords.begin
+    assert tokens_T.dtype == np.int32
+    assert subwords.decode(tokens_T) == text
+    stream = subwords.stream()
+    pieces = [stream.push(int(token)) for token in tokens_T[1:]]
+    assert "".join(pieces) + stream.finish() == text
+
+
+def test_text_that_spells_a_special_token_stays_text(subwords):
+    text = "before <|end|> after <|begin|>"
+    tokens_T = subwords.encode(text)
+    assert (tokens_T == subwords.begin).sum() == 1
+    assert not set(subwords.ends) & set(tokens_T.tolist())
+    assert subwords.decode(tokens_T) == text
+
+
+def test_markup_may_hold_special_tokens(subwords):
+    assert subwords.encode_markup("a<|end|>")[-1] == subwords.ends[0]
+    assert subwords.decode(subwords.encode_markup("a<|end|>")) == "a"
+
+
+def test_files_bring_the_same_tokenizer_back(subwords):
+    again = SubwordTokenizer.from_files(*subwords.to_files())
+    assert again == subwords
+    assert hash(again) == hash(subwords)
+    assert again.digest == subwords.digest
+    assert again != ByteTokenizer()
+
+
+def test_the_digest_hangs_on_what_decides_tokens_and_on_nothing_else(subwords):
+    definition, _ = subwords.to_files()
+    spaced = json.dumps(json.loads(definition), indent=4)
+    chat = ChatFormat(system=("", ""), user=("", ""), assistant=("", ""))
+    assert SubwordTokenizer(spaced, begin="<|begin|>", chat=chat).digest == subwords.digest
+    assert SubwordTokenizer(definition, begin="<|end|>").digest != subwords.digest
+    data = json.loads(definition)
+    data["model"]["merges"] = data["model"]["merges"][:-1]
+    assert SubwordTokenizer(json.dumps(data), begin="<|begin|>").digest != subwords.digest
+
+
+def test_what_cannot_be_read_is_refused(subwords):
+    definition, special = subwords.to_files()
+    with pytest.raises(TextError, match="empty"):
+        subwords.encode("")
+    with pytest.raises(TextError, match="UTF-8 at byte 1"):
+        subwords.encode(b"a\xff")
+    with pytest.raises(ModelError, match="'<s>' is not a token"):
+        SubwordTokenizer(definition, begin="<s>")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: not a tokenizer"):
+        SubwordTokenizer("{}", begin="<|begin|>")
+    with pytest.raises(ModelError, match="special_tokens"):
+        SubwordTokenizer.from_files(definition, special.replace('"chat"', '"gossip"'))

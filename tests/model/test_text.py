@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from composable.errors import ModelError
+from composable.model.decoding import continue_tokens
+from composable.model.text import Conversation, Piece, stop_before, to_pieces
+from composable.model.tokenizer import ByteTokenizer, ChatFormat
+
+WEIGHTS = np.array([1.0])
+
+
+def stopped(texts, stops):
+    pieces = stop_before((Piece(text, WEIGHTS) for text in texts), stops)
+    return [piece.text for piece in pieces]
+
+
+@given(
+    texts=st.lists(st.text("ab", max_size=3), max_size=8),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_a_text_ends_before_the_first_stop_string_however_it_is_cut(texts, stops):
+    whole = "".join(texts)
+    ends = [at for stop in stops if (at := whole.find(stop)) >= 0]
+    assert "".join(stopped(texts, stops)) == whole[: min(ends, default=len(whole))]
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back():
+    seen = []
+
+    def make():
+        for text in ("one ", "tw", "o S", "TO", "x STOP y"):
+            seen.append(text)
+            yield Piece(text, WEIGHTS)
+
+    shown = [(piece.text, len(seen)) for piece in stop_before(make(), ["STOP"])]
+    assert shown == [("one ", 1), ("tw", 2), ("o ", 3), ("S", 5), ("TO", 5), ("x ", 5)]
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ModelError, match="empty"):
+        stopped(["a"], [""])
+
+
+class Chatty(ByteTokenizer):
+    """ASCII, taught to converse: a turn of the model's ends with a line."""
+
+    vocab_size = 128
+    chat = ChatFormat(system=("!", "\n"), user=(">", "\n"), assistant=("<", "\n"))
+    ends = (ord("\n"),)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny.model(tiny.expert("a"))
+
+
+def test_a_conversation_is_the_text_of_its_turns(model):
+    """Each reply is what one long prompt with all turns before it would give."""
+    tokenizer = Chatty()
+    talk = Conversation(model.parts, tokenizer, system="be kind")
+    text = "!be kind\n"
+    for said in ("hello", "and now"):
+        text += f">{said}\n<"
+        reply = "".join(piece.text for piece in talk.reply(said, 6))
+        expected = "".join(piece.text for piece in continue_text(model, tokenizer, text, 6))
+        assert reply == expected
+        text += reply + "\n"
+
+
+def continue_text(model, tokenizer, text, n_tokens):
+    tokens_T = tokenizer.encode(text)
+    return to_pieces(continue_tokens(model.parts, tokenizer, tokens_T, n_tokens), tokenizer)
+
+
+def test_a_backbone_that_was_not_taught_to_converse_says_so(model):
+    with pytest.raises(ModelError, match="not taught to converse"):
+        model.converse()
