@@ -51,8 +51,9 @@ COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "yank": ("contribute", "Withdraw a release from new resolutions."),
         "unyank": ("contribute", "Take back a yank."),
     },
-    "Backbones": {
+    "Exchange": {
         "backbone": ("backbone", "Take over other people's backbones."),
+        "import-peft": ("exchange", "Make an expert of a PEFT adapter."),
     },
     "Store": {
         "verify": ("storage", "Read every stored and installed file and find damage."),
