@@ -130,7 +130,7 @@ _ROPE_FIELDS: Final = {
     "original_context": "original_max_position_embeddings",
 }
 # What tells one family's mathematics from another's, where a family implies nothing else.
-_STRUCTURE: Final = {"norm_placement": "before", "qk_norm": "none"}
+STRUCTURE: Final = {"norm_placement": "before", "qk_norm": "none"}
 _HF: Final = "model.layers.{i}."
 _EMBED: Final = Row(
     ours="embed", theirs="model.embed_tokens.weight", gguf="token_embd.weight", layout="V D -> V D"
@@ -246,7 +246,7 @@ def family_of(cfg: BackboneConfig) -> Family:
         InteropError: If none does.
     """
     for family in FAMILIES.values():
-        structure = {**_STRUCTURE, **family.implied}
+        structure = {**STRUCTURE, **family.implied}
         if all(getattr(cfg, name) == value for name, value in structure.items()):
             return family
     raise InteropError(
