@@ -103,6 +103,90 @@ def import_peft(
     )
 
 
+@app.command(name="export-hf")
+def export_hf(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where to.", show_default=False)],
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REQ",
+            help="An expert; by default what the project has installed.",
+            show_default=False,
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="By default the project's.")
+    ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|URL", help="Where --experts come from; as for `generate`."),
+    ] = None,
+    is_alone: Annotated[
+        bool, typer.Option("--alone", help="The backbone alone; no project is needed.")
+    ] = False,
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The expert that is to be always on; by default all are mixed.",
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mixtral|qwen3_moe|flex_olmo",
+            help="Layout of a mixture; by default the one that fits.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text that routers are fitted on, of all kinds; by default the anchor.",
+            show_default=False,
+        ),
+    ] = None,
+    fit_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, at most.")] = 8192,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F32|BF16",
+            help="What weights are written in; by default what is exact.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Write a model as a Hugging Face folder, and say what is lost.
+
+    The backbone alone and one expert always on compute the same there as here. A mixture needs
+    routers of another kind: they are fitted on text, and what that costs is measured.
+    """
+    if merge is not None and is_alone:
+        raise typer.BadParameter("there is nothing to merge with --alone", param_hint="--merge")
+    from composable.assembly.exporting import ExportPlan, export_model
+    from composable.assembly.project import gather
+    from composable.training.documents import read_documents
+
+    release, folders = gather(backbone, [] if is_alone else experts, registry=registry)
+    plan = ExportPlan(merge=merge, layout=layout, dtype=dtype, fit_tokens=fit_tokens)
+    with bars.show_stages(is_quiet=is_quiet or as_json) as progress:
+        record = export_model(
+            release, folders, out, plan, read_documents(text) if text else (), progress=progress
+        )
+    lost = "".join(f"\n  - {line}" for line in record["lost"]) or " nothing"
+    names = [record["backbone"]["name"], *(expert["name"] for expert in record["experts"])]
+    show(
+        f"wrote {out}: {' + '.join(names)}, {record['layout']}, {record['dtype']}\nlost:{lost}",
+        {"folder": str(out), **record},
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
 def _adapter_table(record: dict[str, Any]) -> str:
     origin, body, bits = record["origin"], record["body"], record["measured"]["bits_per_byte"]
     scout = record["scout"]["heldout_bits_per_class"]

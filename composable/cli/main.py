@@ -54,6 +54,10 @@ COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Exchange": {
         "backbone": ("backbone", "Take over other people's backbones."),
         "import-peft": ("exchange", "Make an expert of a PEFT adapter."),
+        "export-hf": (
+            "exchange",
+            "Write a model as a Hugging Face folder, and say what is lost.",
+        ),
     },
     "Store": {
         "verify": ("storage", "Read every stored and installed file and find damage."),

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from composable.assembly.adapters import AdapterPlan, import_adapter, split_sample
-from composable.assembly.backbones import load_backbone
 from composable.assembly.contribution import check_expert
 from composable.assembly.experts import load_expert
-from composable.assembly.importing import ImportPlan, import_backbone
 from composable.errors import InteropError, PackagingError, TextError
 from composable.packaging.manifest import Manifest
 from composable.training.documents import Document
@@ -25,26 +23,6 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 @pytest.fixture
 def sample(tiny):
     return [Document(f"sample/{i}", tiny.text("ye olde thou art", seed=i)) for i in range(8)]
-
-
-@pytest.fixture
-def backbone(write_checkpoint, tiny, tmp_path):
-    """Return a function that imports a random checkpoint: the release and the checkpoint."""
-
-    def run(family="llama"):
-        folder, _ = write_checkpoint(family)
-        documents = [
-            Document(f"public/{i}", tiny.text("the of and to in", seed=i, length=200))
-            for i in range(12)
-        ]
-        plan = ImportPlan(name="small", scout_width=8, scout_tokens=1000, scout_steps=0)
-        package = tmp_path / "package"
-        import_backbone(
-            folder, package, plan, documents[:8], documents[8:], cache=tmp_path / "cache"
-        )
-        return load_backbone(str(package)), folder
-
-    return run
 
 
 @pytest.fixture
@@ -91,8 +69,8 @@ def adapt(tmp_path):
         ("llama", {"fan_in_fan_out": True}),
     ],
 )
-def test_logits_are_those_of_peft(backbone, adapt, sample, tmp_path, family, options):
-    release, checkpoint = backbone(family)
+def test_logits_are_those_of_peft(imported, adapt, sample, tmp_path, family, options):
+    release, checkpoint = imported(family)
     tokens_BT = np.random.default_rng(0).integers(0, 600, (2, 24), dtype=np.int32)
     folder, expected_BTV, plain_BTV = adapt(checkpoint, tokens_BT, **options)
     out = tmp_path / "expert"
@@ -176,8 +154,8 @@ def test_an_expert_says_where_it_comes_from_and_can_be_vetted(release, written, 
     assert again["origin"]["weights"] == record["origin"]["weights"]
 
 
-def test_the_base_is_compared_where_it_can_be(backbone, written, sample, tmp_path):
-    release, checkpoint = backbone()
+def test_the_base_is_compared_where_it_can_be(imported, written, sample, tmp_path):
+    release, checkpoint = imported()
 
     def run(folder, out, base=None):
         plan = dataclasses.replace(PLAN, scout_steps=0, base=base)
