@@ -52,38 +52,36 @@ def adapt(tmp_path):
     return run
 
 
-@pytest.mark.filterwarnings("ignore")  # other people's
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("llama", {}),
-        ("qwen3", {"use_rslora": True, "init_lora_weights": "gaussian"}),
-        ("olmo2", {"layers_to_transform": [2], "layers_pattern": "layers"}),
-        ("llama", {"target_modules": ["up_proj"], "layers_to_transform": 1}),
-        ("llama", {"rank_pattern": {"up_proj": 2, "layers.2.mlp.down_proj": 7}}),
-        ("llama", {"alpha_pattern": {"gate_proj": 3}, "rank_pattern": {"^model.*up_proj": 1}}),
-        (
-            "llama",
-            {"target_modules": r".*\.[12]\.mlp\.\w+_proj", "layers_to_transform": None},
-        ),
-        ("llama", {"fan_in_fan_out": True}),
+ADAPTERS = {
+    "llama": [
+        {},
+        {"target_modules": ["up_proj"], "layers_to_transform": 1},
+        {"rank_pattern": {"up_proj": 2, "layers.2.mlp.down_proj": 7}},
+        {"alpha_pattern": {"gate_proj": 3}, "rank_pattern": {"^model.*up_proj": 1}},
+        {"target_modules": r".*\.[12]\.mlp\.\w+_proj", "layers_to_transform": None},
+        {"fan_in_fan_out": True},
     ],
-)
-def test_logits_are_those_of_peft(imported, adapt, sample, tmp_path, family, options):
+    "qwen3": [{"use_rslora": True, "init_lora_weights": "gaussian"}],
+    "olmo2": [{"layers_to_transform": [2], "layers_pattern": "layers"}],
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # other people's
+@pytest.mark.parametrize("family", ADAPTERS)
+def test_logits_are_those_of_peft(imported, adapt, sample, tmp_path, family):
     release, checkpoint = imported(family)
     tokens_BT = np.random.default_rng(0).integers(0, 600, (2, 24), dtype=np.int32)
-    folder, expected_BTV, plain_BTV = adapt(checkpoint, tokens_BT, **options)
-    out = tmp_path / "expert"
-    import_adapter(
-        release, folder, out, dataclasses.replace(PLAN, scout_steps=0), sample, cache=tmp_path
-    )
-    model = release.plug([load_expert(release, out)])
-    assert np.abs(expected_BTV - plain_BTV).max() > 1000 * FLOAT32_TOLERANCE
-    found_BTV = np.asarray(model.path(tokens_BT, "dialect"))
-    assert np.abs(found_BTV - expected_BTV).max() < FLOAT32_TOLERANCE
-    # The router may choose it, and leaves it out as well.
-    alone_BTV = np.asarray(model.path(tokens_BT))
-    assert np.abs(alone_BTV - plain_BTV).max() < FLOAT32_TOLERANCE
+    plan = dataclasses.replace(PLAN, scout_steps=0)
+    for i, options in enumerate(ADAPTERS[family]):
+        folder, expected_BTV, plain_BTV = adapt(checkpoint, tokens_BT, **options)
+        out = tmp_path / f"expert-{i}"
+        import_adapter(release, folder, out, plan, sample, cache=tmp_path)
+        model = release.plug([load_expert(release, out)])
+        assert np.abs(expected_BTV - plain_BTV).max() > 1000 * FLOAT32_TOLERANCE
+        found_BTV = np.asarray(model.path(tokens_BT, "dialect"))
+        assert np.abs(found_BTV - expected_BTV).max() < FLOAT32_TOLERANCE, options
+        alone_BTV = np.asarray(model.path(tokens_BT))
+        assert np.abs(alone_BTV - plain_BTV).max() < FLOAT32_TOLERANCE
 
 
 @pytest.fixture

@@ -66,3 +66,19 @@ def test_import_peft_refuses_by_field(cli, adapter, sample, tiny_backbone):
     error = cli(*command, "--json").json["error"]
     assert error["kind"] == "InteropError"
     assert error["where"] == "adapter_config.json: use_dora"
+
+
+def test_export_hf_writes_a_folder_and_says_what_is_lost(
+    cli, works, adapter, sample, tiny_backbone, tmp_path
+):
+    alone = ("export-hf", "alone", "--backbone", tiny_backbone, "--alone")
+    assert works(*alone).out == "wrote alone: tiny, dense, BF16\nlost: nothing\n"
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "composable.json"),
+    }
+    again = cli(*alone, "--json")
+    assert again.json["error"]["kind"] == "PackagingError"
+    assert cli(*alone, "--merge", "x").code == 2
+    error = cli("export-hf", "other", *alone[2:], "--layout", "mixtral", "--json").json["error"]
+    assert error["where"] == "layout"
