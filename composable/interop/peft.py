@@ -55,6 +55,11 @@ _ONLY: Final[dict[str, tuple[Any, ...]]] = {
     # lora_ga) subtract something from them, and the adapter means nothing without that.
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
+_HINTS: Final = {
+    "init_lora_weights": "PEFT writes a plain adapter of pissa, olora and corda if "
+    "save_pretrained is given path_initial_model_for_weight_conversion",
+    "modules_to_save": "train without them: an expert carries no modules but its bodies",
+}
 # Fields that `read_adapter` follows.
 _READ: Final = frozenset(
     {
@@ -184,7 +189,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
             if not any(value == one and type(value) is type(one) for one in _ONLY[name]):
                 expected = " or ".join(repr(one) for one in _ONLY[name])
                 raise InteropError(
-                    f"{value!r} is not implemented, expected {expected}", where=place
+                    f"{value!r} is not implemented, expected {expected}",
+                    where=place,
+                    hint=_HINTS.get(name),
                 )
         elif name not in _READ | _IGNORED and value not in (None, False, {}, [], ""):
             raise InteropError(

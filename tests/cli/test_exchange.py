@@ -1,6 +1,9 @@
 """`import-peft` and `export-hf`: what they make, what they print and what they refuse."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +85,18 @@ def test_export_hf_writes_a_folder_and_says_what_is_lost(
     assert cli(*alone, "--merge", "x").code == 2
     error = cli("export-hf", "other", *alone[2:], "--layout", "mixtral", "--json").json["error"]
     assert error["where"] == "layout"
+
+
+def test_what_the_guide_shows_can_be_typed():
+    from typer.main import get_command
+
+    from composable.cli.main import app
+
+    guide = (Path(__file__).parents[2] / "docs" / "interop.md").read_text()
+    commands = re.findall(r"^composable (.*)$", guide, flags=re.MULTILINE)
+    assert len(commands) > 4
+    for line in commands:
+        name, *words = shlex.split(line)
+        command = get_command(app).get_command(None, name)
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line
