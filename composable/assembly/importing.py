@@ -163,7 +163,7 @@ def import_backbone(
         backbone,
         identity,
         rows_RT,
-        (cache or _cache_folder()) / "features",
+        (cache or cache_folder()) / "features",
         partial(show, "features"),
     )
     fitted = train_scout(
@@ -249,7 +249,7 @@ def read_public_text(
     """
     if paths:
         return split_documents(read_documents(paths), 1 / 16, salt="public")
-    folder = (cache or _cache_folder()) / "public-text"
+    folder = (cache or cache_folder()) / "public-text"
     if not all((folder / f"{part}.jsonl").is_file() for part in ("train", "heldout")):
         make_texts(load_recipe(shipped_folder("tiny-bytes")), folder)
     train, heldout = (read_documents([folder / f"{part}.jsonl"]) for part in ("train", "heldout"))
@@ -399,7 +399,8 @@ def write_weights(
     stream_tensors(out / WEIGHTS_FILE, specs, read)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the user's folder for what can be made again."""
     return Path(platformdirs.user_cache_dir("composable", appauthor=False))
 
 

@@ -50,6 +50,20 @@ def load(
     Raises:
         PackagingError: If something does not exist, does not resolve, or is damaged.
     """
+    release, folders = gather(backbone, experts, registry=registry)
+    return release.plug([load_expert(release, folder) for folder in folders], capacity=capacity)
+
+
+def gather(
+    backbone: str | None = None,
+    experts: Sequence[str] | None = None,
+    *,
+    registry: str | Path | None = None,
+) -> tuple[BackboneRelease, list[Path]]:
+    """Return what `load` plugs together: the backbone, and the folders of the installed experts.
+
+    Arguments and errors as for `load`.
+    """
     if experts is None:
         project = Project.find()
         release = load_backbone(backbone or project.backbone)
@@ -57,11 +71,9 @@ def load(
     else:
         release = load_backbone(backbone or Project.find().backbone)
         if not experts:
-            return release.plug([], capacity=capacity)
+            return release, []
         environment = _install(release, [Requirement.parse(text) for text in experts], registry)
-    folders = [environment.expert_path(m.name) for m in environment.manifests()]
-    plugged = [load_expert(release, folder) for folder in folders]
-    return release.plug(plugged, capacity=capacity)
+    return release, [environment.expert_path(m.name) for m in environment.manifests()]
 
 
 def expert(

@@ -44,8 +44,13 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "yank": ("contribute", "Withdraw a release from new resolutions."),
         "unyank": ("contribute", "Take back a yank."),
     },
-    "Backbones": {
+    "Exchange": {
         "backbone": ("backbone", "Take over other people's backbones."),
+        "import-peft": ("exchange", "Make an expert of a PEFT adapter."),
+        "export-hf": (
+            "exchange",
+            "Write a model as a Hugging Face folder, and say what is lost.",
+        ),
     },
     "Store": {
         "verify": ("storage", "Read every stored and installed file and find damage."),

@@ -68,6 +68,7 @@ class Family:
 
     Args:
         name: What `model_type` and `general.architecture` call it.
+        architecture: What `architectures` calls it.
         rows: Its tensors, but for the output matrix that only untied models have.
         fields: Our config's fields in theirs, where they differ from `FIELDS`.
         implied: Fields of our config that the family fixes.
@@ -76,6 +77,7 @@ class Family:
     """
 
     name: str
+    architecture: str
     rows: tuple[Row, ...]
     fields: Mapping[str, Field] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
@@ -122,7 +124,15 @@ IGNORED: Final = frozenset(
 # Buffers that old checkpoints hold, and that follow from the config.
 IGNORED_TENSORS: Final = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-_ATTENTION: Final = "layers.{i}.attention."
+# Fields of our rotary scaling in theirs.
+_ROPE_FIELDS: Final = {
+    "factor": "factor",
+    "low_frequency": "low_freq_factor",
+    "high_frequency": "high_freq_factor",
+    "original_context": "original_max_position_embeddings",
+}
+# What tells one family's mathematics from another's, where a family implies nothing else.
+STRUCTURE: Final = {"norm_placement": "before", "qk_norm": "none"}
 _HF: Final = "model.layers.{i}."
 _EMBED: Final = Row(
     ours="embed", theirs="model.embed_tokens.weight", gguf="token_embd.weight", layout="V D -> V D"
@@ -177,6 +187,7 @@ _NORMS_BEFORE: Final = (
 
 LLAMA: Final = Family(
     name="llama",
+    architecture="LlamaForCausalLM",
     rows=(
         *(_EMBED, _NORM, *_NORMS_BEFORE),
         *(*_PERMUTED_QUERY_AND_KEY, *_VALUE_AND_OUTPUT, *_FEED_FORWARD),
@@ -187,6 +198,7 @@ LLAMA: Final = Family(
 )
 QWEN3: Final = Family(
     name="qwen3",
+    architecture="Qwen3ForCausalLM",
     rows=(
         *(_EMBED, _NORM, *_NORMS_BEFORE),
         *(*_QUERY_AND_KEY, *_VALUE_AND_OUTPUT, *_FEED_FORWARD),
@@ -200,6 +212,7 @@ QWEN3: Final = Family(
 )
 OLMO2: Final = Family(
     name="olmo2",
+    architecture="Olmo2ForCausalLM",
     rows=(
         _EMBED,
         _NORM,
@@ -226,6 +239,23 @@ def find_family(name: Any) -> Family:
             where="config.model_type",
         )
     return FAMILIES[name]
+
+
+def family_of(cfg: BackboneConfig) -> Family:
+    """Return the family that computes what a config says.
+
+    Raises:
+        InteropError: If none does.
+    """
+    for family in FAMILIES.values():
+        structure = {**STRUCTURE, **family.implied}
+        if all(getattr(cfg, name) == value for name, value in structure.items()):
+            return family
+    raise InteropError(
+        f"{cfg.qk_norm!r} with norms {cfg.norm_placement!r} is no family's "
+        f"({', '.join(sorted(FAMILIES))})",
+        where="config.qk_norm",
+    )
 
 
 def read_config(
@@ -273,6 +303,29 @@ def read_config(
         raise InteropError(f"no backbone: {error}", where="config") from error
 
 
+def write_config(family: Family, cfg: BackboneConfig) -> dict[str, Any]:
+    """Return their config for ours: what `read_config` reads, in the spelling most runtimes know.
+
+    Args:
+        family: The family, as `family_of` finds it.
+        cfg: Our config.
+    """
+    fields = {**FIELDS, **family.fields}
+    scaling = cfg.rope_scaling
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **{entry.theirs: getattr(cfg, name) for name, entry in fields.items()},
+        "hidden_act": "silu",
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": scaling
+        and {
+            "rope_type": "llama3",
+            **{theirs: getattr(scaling, ours) for ours, theirs in _ROPE_FIELDS.items()},
+        },
+    }
+
+
 def _read_rope(config: Config) -> tuple[float, RopeScaling | None]:
     """Return base and scaling of the rotary frequencies, from the old spelling or the new."""
     place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -282,12 +335,7 @@ def _read_rope(config: Config) -> tuple[float, RopeScaling | None]:
     rope.pop("type", None)
     if kind == "default" and not rope:
         return theta, None
-    fields = {
-        "factor": "factor",
-        "low_frequency": "low_freq_factor",
-        "high_frequency": "high_freq_factor",
-        "original_context": "original_max_position_embeddings",
-    }
+    fields = _ROPE_FIELDS
     if kind != "llama3":
         raise InteropError(
             f"{kind!r} with {rope} is not implemented, expected 'default' or 'llama3'",

@@ -19,7 +19,7 @@ from composable.interop.source import (
     StoredTensor,
     choose_special_tokens,
 )
-from composable.packaging.tensors import TensorFile, read_header
+from composable.packaging.tensors import ANY_CASE_NAME, TensorFile, read_header
 
 _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
@@ -32,11 +32,11 @@ def open_folder(folder: Path) -> Source:
         InteropError: If a file is missing or malformed.
         TensorFileError: If a tensor file must not be read.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     files = _find_files(folder)
     tensors: dict[str, StoredTensor] = {}
     for file, names in files.items():
-        for name, stored in _open_tensors(file):
+        for name, stored in open_tensors(file):
             if names is not None and name not in names:
                 raise InteropError(
                     f"tensor {name!r} is not in this file, says {_INDEX}", where=str(file)
@@ -58,7 +58,7 @@ def open_folder(folder: Path) -> Source:
 def _find_files(folder: Path) -> dict[Path, set[str] | None]:
     """Return the tensor files, each with the names that the index says it holds."""
     if (folder / _INDEX).is_file():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InteropError("no table of files", where=f"{folder / _INDEX}: weight_map")
         files: dict[Path, set[str] | None] = {}
@@ -83,14 +83,19 @@ def _find_files(folder: Path) -> dict[Path, set[str] | None]:
     )
 
 
-def _open_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def open_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield the tensors of a file by name, none of them read.
+
+    Raises:
+        InteropError: If the file must not be read, or holds what is no floating-point number.
+    """
     try:
-        header = read_header(file)
+        header = read_header(file, ANY_CASE_NAME)
         specs = {
             name: TensorSpec(shape=info.shape, dtypes=(info.dtype,))
             for name, info in header.items()
         }
-        arrays = TensorFile(file, specs)
+        arrays = TensorFile(file, specs, ANY_CASE_NAME)
     except TensorFileError as error:
         raise InteropError(error.message, where=error.where) from error
     for name, info in header.items():
@@ -107,7 +112,7 @@ def _read_tokenizer(folder: Path, config: dict[str, Any]) -> SourceTokenizer | N
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    definition = _read_json(path)
+    definition = read_json(path)
     said = _read_optional(folder / "tokenizer_config.json")
     generation = _read_optional(folder / "generation_config.json")
     added = [entry for entry in definition.get("added_tokens", []) if isinstance(entry, dict)]
@@ -154,10 +159,15 @@ def _content(token: Any) -> str | None:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the table of fields that a JSON file holds.
+
+    Raises:
+        InteropError: If it is missing, or holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -104,6 +104,25 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What an expert was taken over from, where it was not trained here.
+
+    Args:
+        format: The other project's format, such as `peft`.
+        base: What it calls the model that it was made for.
+        config: Digest of its config.
+        weights: Digest of its tensors.
+        sample: Digest of the text that the scout was trained on.
+    """
+
+    format: str
+    base: str = ""
+    config: str
+    weights: str
+    sample: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What `expert.toml` says.
 
@@ -125,6 +144,7 @@ class Manifest:
         extras: Experts that it builds on as well for those who ask for an extra, by extra.
         conflicts: Experts that it cannot be installed with, by name.
         training: Provenance.
+        origin: What it was taken over from, if it was not trained here.
         files: The package's files but the manifest; empty until packed.
     """
 
@@ -145,6 +165,7 @@ class Manifest:
     extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
     conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
     training: Training | None = None
+    origin: Origin | None = None
     files: tuple[PackageFile, ...] = ()
 
     @property
@@ -186,7 +207,7 @@ class Manifest:
             languages=_tags(expert, "languages"),
             domains=_tags(expert, "domains"),
             provides=_tags(expert, "provides"),
-            derives_from=_read_origin(expert),
+            derives_from=_read_parent(expert),
             interface=InterfaceNeed(
                 name=check_package_name(interface.text("name"), interface.where("name")),
                 requires=interface.value("requires", Constraint),
@@ -198,11 +219,12 @@ class Manifest:
             extras=_read_extras(top.table("extras", {})),
             conflicts=top.ranges("conflicts"),
             training=_read_training(top.table("training")) if "training" in top else None,
+            origin=_read_source(top.table("origin")) if "origin" in top else None,
             files=_read_files(top),
         )
         for table in (expert, interface, body, scout):
             table.finish()
-        top.finish(also=("training",))
+        top.finish(also=("training", "origin"))
         extras = {f"extras.{extra}": ranges for extra, ranges in manifest.extras.items()}
         named = {"requires": manifest.requires, "conflicts": manifest.conflicts, **extras}
         for field, ranges in named.items():
@@ -242,6 +264,7 @@ class Manifest:
                 ),
                 ("conflicts", {name: str(r) for name, r in sorted(self.conflicts.items())}),
                 ("training", {key: value for key, value in training.items() if value != ""}),
+                ("origin", dataclasses.asdict(self.origin) if self.origin else {}),
                 *_file_tables(self.files),
             ]
         )
@@ -344,7 +367,7 @@ def _tags(table: Table, field: str) -> tuple[str, ...]:
     return tags
 
 
-def _read_origin(expert: Table) -> str | None:
+def _read_parent(expert: Table) -> str | None:
     """Read `derives-from`: one exact release."""
     text = expert.text("derives-from", None)
     if text is None:
@@ -398,6 +421,19 @@ def _read_training(table: Table) -> Training:
     )
     table.finish()
     return training
+
+
+def _read_source(table: Table) -> Origin:
+    digests = {
+        field: table.value(field, _check_digest) for field in ("config", "weights", "sample")
+    }
+    origin = Origin(
+        format=table.text("format", max_length=40),
+        base=table.text("base", "", max_length=500),
+        **digests,
+    )
+    table.finish()
+    return origin
 
 
 def _read_files(top: Table) -> tuple[PackageFile, ...]:

@@ -42,7 +42,9 @@ _NUMPY_NAMES: Final = {
     "I64": "<i8",
     "U8": "|u1",
 }
-_NAME: Final = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+# Names of tensors in packages, and in files of projects that write capitals.
+NAME: Final = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+ANY_CASE_NAME: Final = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _BLOCK_BYTES: Final = 1 << 22
 
 
@@ -63,11 +65,12 @@ class TensorInfo:
     stop: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, name: re.Pattern[str] = NAME) -> dict[str, TensorInfo]:
     """Read and check the header of a tensor file, and nothing else of it.
 
     Args:
         path: The file.
+        name: What a tensor may be called.
 
     Returns:
         The tensors by name, in the order of their bytes.
@@ -76,7 +79,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         TensorFileError: For a header that breaks a rule, or a file of another size than it says.
     """
     with _open(path) as file:
-        return _read_header(file, path)
+        return _read_header(file, path, name)
 
 
 def check_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> None:
@@ -130,14 +133,17 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     Args:
         path: The file.
         expected: Shape and dtypes by name.
+        name: What a tensor may be called.
 
     Raises:
         TensorFileError: As `check_tensors`; what is not finite is found when it is read.
     """
 
-    def __init__(self, path: Path, expected: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self, path: Path, expected: Mapping[str, TensorSpec], name: re.Pattern[str] = NAME
+    ) -> None:
         self._path, self._expected = path, expected
-        self.header = read_header(path)
+        self.header = read_header(path, name)
         _compare(self.header, expected, path)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -198,8 +204,8 @@ def stream_tensors(
     import numpy as np
 
     for name in specs:
-        if _NAME.fullmatch(name) is None:
-            _refuse(path, f"{name!r} is not a tensor name (expected {_NAME.pattern})")
+        if NAME.fullmatch(name) is None:
+            _refuse(path, f"{name!r} is not a tensor name (expected {NAME.pattern})")
     infos: dict[str, TensorInfo] = {}
     position = 0
     for name in sorted(specs, key=lambda name: (-_ITEM_BYTES[specs[name].dtypes[0]], name)):
@@ -265,7 +271,9 @@ def _encode_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     return header + b" " * (-len(header) % 8)
 
 
-def _read_header(file: BinaryIO, path: Path) -> dict[str, TensorInfo]:
+def _read_header(
+    file: BinaryIO, path: Path, pattern: re.Pattern[str] = NAME
+) -> dict[str, TensorInfo]:
     file_bytes = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -284,6 +292,9 @@ def _read_header(file: BinaryIO, path: Path) -> dict[str, TensorInfo]:
         _refuse(path, f"{METADATA} is not a table of text")
     if len(table) > MAX_TENSORS:
         _refuse(path, f"{len(table):,} tensors, expected at most {MAX_TENSORS:,}")
+    for name in table:
+        if len(name) > 200 or pattern.fullmatch(name) is None:
+            _refuse(path, f"{name[:80]!r} is not a tensor name (expected {pattern.pattern})")
     infos = {
         name: _parse_info(name, entry, 8 + header_bytes, path) for name, entry in table.items()
     }
@@ -314,8 +325,6 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
 def _parse_info(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
     """Read one entry of the header."""
-    if len(name) > 200 or _NAME.fullmatch(name) is None:
-        _refuse(path, f"{name[:80]!r} is not a tensor name (expected {_NAME.pattern})")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, "needs exactly dtype, shape and data_offsets", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -1,0 +1,354 @@
+"""Adapters of PEFT: a config and a tensor file become a low-rank body, or are refused.
+
+Nothing is trained here. What PEFT computes with an adapter, `W x + s B (A x)` for some modules, is
+what a low-rank body computes, `x (W + a b)`, with the scale folded into `b`. An adapter that
+does more than that, or does it where no body plugs in, is refused with the name of what it does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from composable.errors import InteropError
+from composable.interface import digest_bytes
+from composable.interface.contract import SLOT_DIMS
+from composable.interop.families import family_of, rows_of
+from composable.interop.huggingface import open_tensors, read_json
+from composable.interop.source import StoredTensor
+from composable.model.config import BackboneConfig
+
+CONFIG_FILE: Final = "adapter_config.json"
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+
+# Fields that must have one of some values, because others change what is computed.
+_ONLY: Final[dict[str, tuple[Any, ...]]] = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "bias": (None, "none"),
+    "use_dora": (None, False),
+    "lora_bias": (None, False),
+    "use_qalora": (None, False),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "layer_replication": (None, []),
+    "megatron_config": (None, {}),
+    **dict.fromkeys(
+        (
+            "alora_invocation_tokens",
+            "arrow_config",
+            "kasa_config",
+            "monteclora_config",
+            "use_bdlora",
+            "velora_config",
+        ),
+        (None, False),
+    ),
+    # The ways to begin that leave the backbone's weights alone. Others (pissa, olora, corda, loftq,
+    # lora_ga) subtract something from them, and the adapter means nothing without that.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),
+}
+_HINTS: Final = {
+    "init_lora_weights": "PEFT writes a plain adapter of pissa, olora and corda if "
+    "save_pretrained is given path_initial_model_for_weight_conversion",
+    "modules_to_save": "train without them: an expert carries no modules but its bodies",
+}
+# Fields that `read_adapter` follows.
+_READ: Final = frozenset(
+    {
+        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("base_model_name_or_path", "revision", "peft_version"),
+    }
+)
+# Fields that matter to training, or only together with a field above. `fan_in_fan_out` is about
+# layers that store their matrix the other way round; PEFT itself ignores it for those of Llama.
+_IGNORED: Final = frozenset(
+    {
+        *("auto_mapping", "inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core"),
+        *("runtime_config", "qalora_group_size", "ensure_weight_tying", "lora_ga_config"),
+        *("loftq_config", "eva_config", "corda_config"),
+    }
+)
+_TENSOR: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+# Longest regular expression that is taken from a config.
+_MAX_PATTERN: Final = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter that a low-rank body can be.
+
+    Args:
+        base: What it calls the model that it was made for.
+        revision: Which of that model's revisions, if it says.
+        version: Version of PEFT that wrote it, if it says.
+        config_digest: Digest of its config.
+        weights_digest: Digest of its tensors.
+        rank: The largest rank of any of its changes.
+        changes: The product `a b` for every (layer, matrix) that it changes; scale in `b`.
+    """
+
+    base: str
+    revision: str | None
+    version: str | None
+    config_digest: str
+    weights_digest: str
+    rank: int
+    changes: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]]
+
+    def body(self, cfg: BackboneConfig) -> dict[str, np.ndarray]:
+        """Return the tensors of a low-rank body of this rank.
+
+        What the adapter leaves alone changes by zero; what has a lower rank is padded with zeros,
+        which add nothing.
+        """
+        sizes = {"D": cfg.d_model, "F": cfg.d_ff}
+        tensors = {}
+        for layer in cfg.slots:
+            for matrix, dims in SLOT_DIMS.items():
+                rows, columns = list(dims)
+                name = f"slots.{layer}.{matrix}"
+                a = np.zeros((sizes[rows], self.rank), np.float32)
+                b = np.zeros((self.rank, sizes[columns]), np.float32)
+                if (layer, matrix) in self.changes:
+                    own_a, own_b = self.changes[layer, matrix]
+                    a[:, : own_a.shape[1]], b[: own_b.shape[0]] = own_a, own_b
+                tensors[f"{name}.a"], tensors[f"{name}.b"] = a, b
+        return tensors
+
+
+def read_adapter(folder: Path, cfg: BackboneConfig) -> Adapter:
+    """Read an adapter for a backbone of a known family.
+
+    Args:
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        cfg: The backbone's architecture.
+
+    Raises:
+        InteropError: For whatever would make the body another model than the adapter; `where`
+            names the field or the file.
+    """
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    if not weights_path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise InteropError(
+            f"there is no {WEIGHTS_FILE}, only adapter_model.bin, which may run code when it is "
+            "read",
+            where=str(folder),
+            hint="load it with PEFT where you trust it, and save it as safetensors",
+        )
+    config = read_json(config_path)
+    _check_config(config)
+    tensors = dict(open_tensors(weights_path))
+    modules = _modules(cfg)
+    pairs = _pair(tensors, weights_path)
+    _require_slots(pairs, modules, cfg, weights_path)
+    _require_what_config_says(pairs, modules, config, weights_path)
+    changes = {}
+    for module, (stored_a, stored_b) in sorted(pairs.items()):
+        rank, scale = _rank_and_scale(config, module)
+        _, *place = modules[module].split(".")  # layers.{i}.ffn.{matrix}
+        layer, matrix = int(place[0]), place[2]
+        sizes = {"D": cfg.d_model, "F": cfg.d_ff}
+        n_in, n_out = (sizes[letter] for letter in SLOT_DIMS[matrix])
+        for stored, part, shape in ((stored_a, "A", (rank, n_in)), (stored_b, "B", (n_out, rank))):
+            if stored.shape != shape:
+                raise InteropError(
+                    f"tensor '{module}.lora_{part}' has shape {list(stored.shape)}, expected "
+                    f"{list(shape)}: rank {rank} by the config, the rest by the backbone",
+                    where=str(weights_path),
+                    hint="the adapter belongs to another model, or the config to another adapter",
+                )
+        a = np.ascontiguousarray(stored_a.read().astype(np.float32).T)
+        b = np.ascontiguousarray((stored_b.read().astype(np.float64) * scale).T.astype(np.float32))
+        changes[layer, matrix] = (a, b)
+    return Adapter(
+        base=str(config.get("base_model_name_or_path") or ""),
+        revision=config.get("revision"),
+        version=config.get("peft_version"),
+        config_digest=digest_bytes(config_path.read_bytes()),
+        weights_digest=digest_bytes(weights_path.read_bytes()),
+        rank=max(b.shape[0] for _, b in changes.values()),
+        changes=changes,
+    )
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse fields that are unknown or that ask for what a body cannot do."""
+    for name in sorted({*config, "peft_type"}):
+        value, place = config.get(name), f"{CONFIG_FILE}: {name}"
+        if name in _ONLY:
+            # By identity of type too: 1 is not True, and a config that says so is malformed.
+            if not any(value == one and type(value) is type(one) for one in _ONLY[name]):
+                expected = " or ".join(repr(one) for one in _ONLY[name])
+                raise InteropError(
+                    f"{value!r} is not implemented, expected {expected}",
+                    where=place,
+                    hint=_HINTS.get(name),
+                )
+        elif name not in _READ | _IGNORED and value not in (None, False, {}, [], ""):
+            raise InteropError(
+                f"unknown field with value {value!r}; it may change what the adapter computes",
+                where=place,
+            )
+    kinds: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
+    for name, kind in kinds.items():
+        value = config.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            problem = "missing field" if value is None else f"{value!r} has the wrong type"
+            raise InteropError(problem, where=f"{CONFIG_FILE}: {name}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InteropError(f"{config[name]!r} is not a table", where=f"{CONFIG_FILE}: {name}")
+
+
+def _modules(cfg: BackboneConfig) -> dict[str, str]:
+    """Return every matrix of the model by the name of its module: our name for it."""
+    return {
+        row.theirs.removesuffix(".weight"): row.ours
+        for row in rows_of(family_of(cfg), cfg)
+        if "norm" not in row.ours
+    }
+
+
+def _pair(
+    tensors: Mapping[str, StoredTensor], path: Path
+) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Return the two tensors of every module that is adapted."""
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for name, stored in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise InteropError(
+                f"tensor {name!r} of shape {list(stored.shape)} is none of a plain LoRA, expected "
+                "base_model.model.MODULE.lora_A.weight and lora_B.weight",
+                where=str(path),
+            )
+        parts.setdefault(match["module"], {})[match["part"]] = stored
+    for module, found in parts.items():
+        for part in "AB":
+            if part not in found:
+                raise InteropError(
+                    f"tensor 'base_model.model.{module}.lora_{part}.weight' is missing",
+                    where=str(path),
+                )
+    if not parts:
+        raise InteropError("there are no tensors", where=str(path))
+    return {module: (found["A"], found["B"]) for module, found in parts.items()}
+
+
+def _require_slots(
+    adapted: Collection[str], modules: Mapping[str, str], cfg: BackboneConfig, path: Path
+) -> None:
+    """Refuse an adapter of modules where no body plugs in."""
+    slots = {f"layers.{layer}.ffn.{matrix}" for layer in cfg.slots for matrix in SLOT_DIMS}
+    lost = sorted(module for module in adapted if modules.get(module) not in slots)
+    if not lost:
+        return
+    below = [module for module in lost if ".ffn." in modules.get(module, "")]
+    why = "all below the tap" if len(below) == len(lost) else "where no body plugs in"
+    first, last = cfg.slots[0], cfg.slots[-1]
+    mlp = ", ".join(sorted({m.rsplit(".", 1)[1] for m, ours in modules.items() if ".ffn." in ours}))
+    raise InteropError(
+        f"{len(lost)} of {len(adapted)} adapted modules cannot be carried, {why}: "
+        f"{', '.join(lost)}",
+        where=str(path),
+        hint=f"train the adapter with target_modules [{mlp}] and layers_to_transform {first} to "
+        f"{last}: there the feed-forward blocks are slots",
+    )
+
+
+def _require_what_config_says(
+    adapted: Collection[str], modules: Mapping[str, str], config: Mapping[str, Any], path: Path
+) -> None:
+    """Refuse a config and tensors that speak of different modules: PEFT would load something else.
+
+    A module that is asked for and has no tensors would keep its initial weights; tensors of a
+    module that is not asked for would be passed over.
+    """
+    for module in modules:
+        if modules[module] == "embed" and module not in adapted:
+            continue  # no linear layer; only named on purpose, and then it has tensors of its own
+        is_asked = _is_targeted(config, module)
+        if is_asked and module not in adapted:
+            raise InteropError(
+                f"tensors of {module!r} are missing, which target_modules asks for",
+                where=str(path),
+            )
+        if module in adapted and not is_asked:
+            raise InteropError(
+                f"tensors of {module!r} are there, which target_modules does not ask for, nor "
+                "layers_to_transform",
+                where=str(path),
+            )
+
+
+def _is_targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Say whether PEFT adapts a module."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if not isinstance(targets, str | list) or not targets:
+        raise InteropError(f"{targets!r} names no modules", where=f"{CONFIG_FILE}: target_modules")
+    if excluded and _names(excluded, module, "exclude_modules"):
+        return False
+    if targets == "all-linear":
+        return module != "lm_head"
+    if isinstance(targets, str) or module in targets:
+        return _names(targets, module, "target_modules")
+    if not _names(targets, module, "target_modules"):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = _match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\..*", module, "layers_pattern")
+        if found:
+            index = int(found["index"])
+            return index == layers if isinstance(layers, int) else index in layers
+    return False
+
+
+def _names(targets: str | list[str], module: str, field: str) -> bool:
+    """Say whether a regular expression, or one of some names or ends of names, means a module."""
+    if isinstance(targets, str):
+        return _match(targets, module, field) is not None
+    return module in targets or any(module.endswith(f".{target}") for target in targets)
+
+
+def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Return rank and scale of one module's change."""
+    rank = _by_pattern(config, "rank_pattern", module, config["r"])
+    alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+    if not isinstance(rank, int) or rank < 1:
+        raise InteropError(f"{rank!r} is not a rank", where=f"{CONFIG_FILE}: r")
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that names a module or the end of its name."""
+    for pattern, value in (config.get(field) or {}).items():
+        if _match(rf"(.*\.)?({pattern})", module, field):
+            return value
+    return default
+
+
+def _match(pattern: str, module: str, field: str) -> re.Match[str] | None:
+    """Match a whole name against a regular expression of the config."""
+    if len(pattern) > _MAX_PATTERN:
+        raise InteropError(
+            f"a pattern of {len(pattern)} characters, expected at most {_MAX_PATTERN}",
+            where=f"{CONFIG_FILE}: {field}",
+        )
+    try:
+        return re.fullmatch(pattern, module)
+    except re.error as error:
+        raise InteropError(
+            f"{pattern!r} is not a regular expression: {error}", where=f"{CONFIG_FILE}: {field}"
+        ) from error
