@@ -43,6 +43,7 @@ from composable.packaging.universe import INTERFACE_PREFIX, Candidate
 TESTS = Path(__file__).parent.parent / "tests" / "packaging"
 MIN_SATISFIABLE_SHARE = 1 / 3
 MAX_SHOWN = 10
+MAX_PEER_ROUNDS = 10_000
 
 
 def load_tests(name: str) -> ModuleType:
@@ -96,11 +97,12 @@ def check_with_resolvelib(universe: Universe, count: Callable[[str], None]) -> I
     plain = brute_force.without_conflicts(universe)
     oracle = resolvelib.Resolver(brute_force.Oracle(plain), resolvelib.BaseReporter())
     try:
-        oracle.resolve(list(plain.requires), max_rounds=10_000)
+        oracle.resolve(list(plain.requires), max_rounds=MAX_PEER_ROUNDS)
         exists = True
     except resolvelib.ResolutionImpossible:
         exists = False
-    except RecursionError:  # resolvelib 1.2.1 walks round a cycle that backtracking cut off
+    except (RecursionError, resolvelib.ResolutionTooDeep):
+        # resolvelib 1.2.1 walks for ever round a cycle that backtracking cut off, or gives up.
         count("without resolvelib's answer")
         return
     count("compared with resolvelib")

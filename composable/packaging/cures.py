@@ -21,6 +21,7 @@ from composable.packaging.version import Version
 
 MAX_CURES: Final = 4
 MAX_SUSPECTS: Final = 8
+MAX_LEFT_OUT: Final = 6
 
 
 def find_cures(world: World, proof: Proof, solver: Solver) -> list[str]:
@@ -169,13 +170,26 @@ class _Cures:
             for requirement in alone:
                 yield f"leave out {requirement.target}"
             return
-        rest, dropped = list(self._world.requires), list[str]()
-        for requirement in self._blamed:
-            rest = [r for r in rest if r != requirement]
-            dropped.append(requirement.target)
-            if self._solve(rest) is not None:
-                yield f"leave out {list_in_words(list(dict.fromkeys(dropped)))}"
+        yield from self._try_leaving_out_several()
+
+    def _try_leaving_out_several(self) -> Iterator[str]:
+        """Give up the latest wish of every clash in turn, until none is left."""
+        world, proof, dropped = self._world, self._proof, list[Requirement]()
+        while True:
+            facts = [fact for fact in proof.facts if fact.kind == "root"]
+            blamed = [r for fact in facts for r in requirements_behind(world, fact)]
+            if not blamed or len(dropped) == MAX_LEFT_OUT:
                 return
+            latest = max(blamed, key=world.requires.index)
+            dropped.append(latest)
+            rest = [requirement for requirement in world.requires if requirement != latest]
+            world = World(world.source, rest, world.interface, world.locked)
+            answer = self._solver.solve(world)
+            if not isinstance(answer, Proof):
+                break
+            proof = answer
+        targets = [requirement.target for requirement in reversed(dropped)]
+        yield f"leave out {list_in_words(list(dict.fromkeys(targets)))}"
 
 
 def _release_of(version: Version) -> Version:
