@@ -183,9 +183,12 @@ def _start_of(major: int, minor: int = 0, patch: int = 0) -> _Bound:
 
 
 def _written_order(comparator: Comparator) -> tuple[object, ...]:
-    """Sort lower bounds before upper bounds and exclusions, each from low to high."""
+    """Sort lower bounds before upper bounds and exclusions, each from low to high.
+
+    `^1` and `^1.0` have the same bounds; the text settles it, in every process alike.
+    """
     lower, upper = comparator.bounds
-    return (_WRITTEN_ORDER.index(comparator.op), lower, upper)
+    return (_WRITTEN_ORDER.index(comparator.op), lower, upper, str(comparator))
 
 
 @functools.lru_cache(maxsize=MAX_REMEMBERED)  # a registry says the same few ranges a thousand times

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +316,17 @@ def test_a_common_version_is_found_if_there_is_one(texts: list[str], some: list[
 )
 def test_no_common_version(texts: list[str]) -> None:
     assert not have_common_version(map(Constraint, texts))
+
+
+def test_every_process_writes_ranges_that_mean_the_same_in_one_order() -> None:
+    script = "from composable.packaging import Constraint; print(Constraint('1.0,1,1.0.0,=2,=2.0'))"
+    written = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in range(6)
+    }
+    assert len(written) == 1
