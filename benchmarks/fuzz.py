@@ -208,7 +208,7 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
     from composable.packaging.bundle import TarFile
     from composable.packaging.names import check_file_name, check_package_name, confusable_key
     from composable.packaging.registry import Registry
-    from composable.packaging.release import Release
+    from composable.packaging.release import Release, sign_line
     from composable.packaging.storage import Folder
     from composable.packaging.tensors import check_tensors, read_header
 
@@ -270,6 +270,10 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         assert Lock.loads(lock.to_toml()) == lock
 
     def read_index_line(data: bytes) -> None:
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            fields = json.loads(data)
+            fields.pop("check", None)
+            data = sign_line(fields)  # or nothing would get beyond the check
         release = Release.from_line(data, "german", "index:1")
         assert Release.from_line(release.to_line(), "german", "index:1") == release
 

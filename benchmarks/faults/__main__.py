@@ -28,9 +28,10 @@ from benchmarks.faults.worlds import Inputs
 
 # How many of the bits to flip in each kind of file; 10,000 in all.
 FLIPS = {
-    flips.REGISTRY_FILES: 3000,
+    flips.REGISTRY_FILES: 2500,
     flips.REGISTRY_MANIFESTS: 1500,
     flips.INDEX_LINES: 2000,
+    flips.RECORDS: 500,
     flips.LOCKS: 1300,
     flips.STORED: 700,
     flips.STORED_ELSEWHERE: 700,

@@ -164,6 +164,22 @@ def _install_locked(world: World, clean: State, path: Path) -> str:
     return _install(world, clean, needs_lock=False)
 
 
+def _publish_more(world: World, clean: State, path: Path) -> str:
+    """Publish another version, which derives the index from all records."""
+    copy = World(root=world.root / "copy", inputs=world.inputs)
+    shutil.rmtree(copy.root, ignore_errors=True)
+    shutil.copytree(world.root / "registry", copy.root / "registry")
+    name = path.parent.name
+    try:
+        folder = world.inputs.expert(name, "1.2.0")
+        copy.registry.publish(folder, interface=world.inputs.interface)
+    except ComposableError:
+        return NOTICED
+    found = inspect(copy).releases
+    is_there = all(found.get(key) == value for key, value in clean.releases.items())
+    return HARMLESS if is_there else MISSED
+
+
 def _install(world: World, clean: State, *, needs_lock: bool) -> str:
     fresh = World(root=world.root, inputs=world.inputs, name="fresh")
     store = world.root / "fresh-store"
@@ -270,6 +286,11 @@ INDEX_LINES = Target(
     files=lambda world: sorted((world.root / "registry" / "index").glob("*/*")),
     attempt=_install_afresh,
 )
+RECORDS = Target(
+    name="a record of the registry",
+    files=lambda world: sorted((world.root / "registry" / "records").glob("*/*.json")),
+    attempt=_publish_more,
+)
 LOCKS = Target(
     name="a lock file",
     files=lambda world: [world.project / "composable.lock"],
@@ -300,6 +321,7 @@ ALL = (
     REGISTRY_FILES,
     REGISTRY_MANIFESTS,
     INDEX_LINES,
+    RECORDS,
     LOCKS,
     STORED,
     STORED_ELSEWHERE,

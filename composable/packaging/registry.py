@@ -23,6 +23,7 @@ between writing and looking may leave behind, the next look into that folder men
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -222,10 +223,12 @@ class Registry:
         line = Release.of(manifest, now).to_line()
         while not storage.create(record, line):
             seen = storage.read(record)
-            existing = _parse_record(seen, manifest.name, self.location)
+            existing = _read_record(storage, manifest.name, manifest.version)
             self._require_same(manifest, existing)
-            # One that cannot be read was cut by a crash, so never acknowledged.
-            if existing is not None or (seen and storage.replace(record, line, seen)):
+            # One that cannot be read was cut by a crash, or is damaged: the index may know it.
+            if existing is not None:
+                line = existing.to_line()
+            if seen and (_is_release(seen, existing) or storage.replace(record, line, seen)):
                 break
         self._write_index(storage, manifest.name)
         return manifest
@@ -495,19 +498,33 @@ def _compile_index(storage: WritableStorage, name: str) -> bytes:
     return b"".join(release.to_line() + b"\n" for release in releases)
 
 
+def _is_release(document: Document, release: Release | None) -> bool:
+    """Say whether a record can be read, as that of `release`."""
+    if release is None:
+        return False
+    with contextlib.suppress(RegistryError):
+        return Release.from_line(document.data, release.name, "") == release
+    return False
+
+
 def _read_record(storage: Storage, name: str, version: Version) -> Release | None:
-    """Return a record, or None where there is none that is whole."""
+    """Return a record; for one that is damaged, what the index has of it.
+
+    None where neither tells: it is not there, or was cut by a crash and never acknowledged.
+    """
     path = record_path(name, version)
-    return _parse_record(storage.read(path), name, f"{storage.location}/{path}")
-
-
-def _parse_record(document: Document | None, name: str, where: str) -> Release | None:
+    document = storage.read(path)
     if document is None:
         return None
-    try:
-        return Release.from_line(document.data, name, where)
-    except RegistryError:
-        return None
+    with contextlib.suppress(RegistryError):
+        return Release.from_line(document.data, name, path)
+    index = storage.read(index_path(name))
+    for line in index.data.splitlines() if index is not None else ():
+        with contextlib.suppress(RegistryError):
+            release = Release.from_line(line, name, path)
+            if release.version == version:
+                return dataclasses.replace(release, is_yanked=False)
+    return None
 
 
 def _put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from composable.errors import PackagingError, RegistryError
-from composable.interface.digest import canonical_json, is_digest
+from composable.interface.digest import canonical_json, digest_bytes, is_digest
 from composable.packaging.constraint import Constraint
 from composable.packaging.manifest import InterfaceNeed, Manifest, PackageFile
 from composable.packaging.names import check_file_name, check_package_name
@@ -76,7 +76,7 @@ class Release:
             "digest": self.interface.digest,
         }
         files = [{"name": f.name, "size": f.size, "digest": f.digest} for f in self.files]
-        return canonical_json(
+        return sign_line(
             {
                 "name": self.name,
                 "version": str(self.version),
@@ -97,6 +97,9 @@ class Release:
     def from_line(cls, line: bytes, name: str, where: str) -> Self:
         """Read a line of the index; fields that later releases add are passed over.
 
+        The check is against disks and servers that garble, not against those that lie: those are
+        caught when the manifest says otherwise than the line did.
+
         Args:
             line: One JSON object.
             name: The package whose index it stands in.
@@ -107,6 +110,8 @@ class Release:
         """
         try:
             data = json.loads(line)
+            if data.pop("check") != _check_of(data):
+                raise ValueError("its bytes were changed: it does not fit its own check")
             if data["name"] != name:
                 raise ValueError(f"a release of {str(data['name'])[:80]!r}, expected {name!r}")
             digests = [data["manifest"], data["interface"]["digest"]]
@@ -180,6 +185,15 @@ def choose_newest(releases: Iterable[Release]) -> Release:
 
 def _to_texts(ranges: Mapping[str, Constraint]) -> dict[str, str]:
     return {name: str(range_) for name, range_ in ranges.items()}
+
+
+def sign_line(fields: Mapping[str, Any]) -> bytes:
+    """Return the line that says these fields, with a check over them."""
+    return canonical_json({**fields, "check": _check_of(fields)})
+
+
+def _check_of(fields: Mapping[str, Any]) -> str:
+    return digest_bytes(canonical_json(fields)).removeprefix("sha256:")[:16]
 
 
 def _read_ranges(data: Mapping[str, Any]) -> dict[str, Constraint]:

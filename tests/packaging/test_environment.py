@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from composable.packaging import (
     lock_project,
     sync_project,
 )
+from composable.packaging.release import sign_line
 
 MakeExpert = Callable[..., Path]
 
@@ -201,7 +203,11 @@ def test_a_registry_whose_index_lies_about_a_manifest(
     world: Project, interface: RouterInterface, store: Store, registry: Registry
 ) -> None:
     index = registry.storage.root / "index" / "ge" / "german.jsonl"
-    index.write_text(index.read_text().replace('"requires":{}', '"requires":{"french":"^1"}'))
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    for fields in lines:
+        del fields["check"]
+        fields["requires"] = {"french": "^1"}
+    index.write_bytes(b"\n".join(map(sign_line, lines)))
     lock = lock_project(world, interface)
     with pytest.raises(LockError, match="says otherwise than its registry did"):
         sync_project(world, lock, store)

@@ -33,6 +33,7 @@ from composable.packaging import (
     read_tensors,
 )
 from composable.packaging.registry import blob_path, open_registry
+from composable.packaging.release import sign_line
 
 MakeExpert = Callable[..., Path]
 
@@ -242,10 +243,36 @@ def test_hostile_index_lines(
 ) -> None:
     registry.publish(make_expert(), interface=interface)
     index = registry.storage.root / "index" / "ge" / "german.jsonl"
-    index.write_text(json.dumps({**json.loads(index.read_text()), **damage}) + "\n")
+    fields = {**json.loads(index.read_text()), **damage}
+    del fields["check"]
+    index.write_bytes(sign_line(fields))
     with pytest.raises(RegistryError) as caught:
         registry.versions("german")
     assert caught.value.where == f"{index}:1"
+    assert "its own check" not in caught.value.message
+
+
+def test_an_index_line_that_was_changed_does_not_fit_its_check(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    index.write_text(index.read_text().replace('"version":"1.0.0"', '"version":"1.0.1"'))
+    with pytest.raises(RegistryError, match="does not fit its own check"):
+        registry.versions("german")
+
+
+def test_a_record_that_rots_loses_nothing(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    before = registry.versions("german")
+    record = registry.storage.root / "records" / "german" / "1.0.0.json"
+    record.write_bytes(record.read_bytes().replace(b'"published":"2', b'"published":"3'))
+    registry.publish(make_expert("german", "1.1.0"), interface=interface)
+    assert registry.versions("german")[:1] == before
+    with pytest.raises(RegistryError, match="already published with other content"):
+        registry.publish(make_expert(seed=3), interface=interface)
 
 
 def test_other_damage_to_an_index(

@@ -31,7 +31,7 @@ from composable.packaging import (
 )
 from composable.packaging.bundle import export_project
 from composable.packaging.change import add_experts, prune_store, read_wanted, refresh_lock
-from composable.packaging.release import parse_cutoff
+from composable.packaging.release import parse_cutoff, sign_line
 
 MakeExpert = Callable[..., Path]
 
@@ -237,8 +237,9 @@ class TestCutOff:
         for minor, day in enumerate((1, 5)):
             registry.publish(make_expert("german", f"1.{minor}.0", seed=minor), interface=interface)
             record = registry.storage.root / "records" / "german" / f"1.{minor}.0.json"  # type: ignore[attr-defined]
-            data = json.loads(record.read_text())
-            record.write_text(json.dumps({**data, "published": f"2026-11-0{day}T08:00:00Z"}))
+            fields = json.loads(record.read_text())
+            del fields["check"]
+            record.write_bytes(sign_line({**fields, "published": f"2026-11-0{day}T08:00:00Z"}))
         registry._write_index(registry._writable(), "german")
         project = project.add(Requirement.parse("german"))
         for cutoff, version in {"2026-11-04": "1.0.0", "2026-11-05": "1.1.0"}.items():
