@@ -42,14 +42,15 @@ from composable.packaging import atomic
 from composable.packaging.backbones import WEIGHTS_FILE
 from composable.packaging.manifest import BackbonePackage, Manifest
 from composable.packaging.tensors import MAX_TENSORS, TensorFile, read_header, stream_tensors
-from composable.training.documents import Document
+from composable.training.documents import Document, split_documents
 from composable.vetting.evaluation import mix_scorer, path_scorer, score_documents
 
 # (what is being done, done, in all)
 Progress = Callable[[str, int, int], None]
 
 RECORD_FILE: Final = "composable.json"
-# Every other document is kept from the fit, and scored.
+# Documents that routers are fitted on, and those that only measure them.
+_FITTED_DOCUMENTS: Final = 32
 _SCORED_DOCUMENTS: Final = 8
 _SCORED_BYTES: Final = 4096
 _MAX_FILE_BYTES: Final = 4 << 30
@@ -90,8 +91,8 @@ def export_model(
         experts: Folders of the experts; none at all exports the backbone alone.
         out: The folder, which must not exist or be empty.
         plan: What is to be written.
-        text: Text that routers are fitted on, of all the kinds that the experts are for; every
-            other document is only scored. By default the backbone's anchor.
+        text: Text that routers are fitted on, of all the kinds that the experts are for; half of
+            it, by document, is only scored. By default the backbone's anchor.
         progress: Called as the work goes on.
 
     Returns:
@@ -124,7 +125,7 @@ def export_model(
         )
     layout = find_layout(cfg, plan.layout) if is_mixture else None
     tokenizer = tokenizer_files(release.tokenizer)
-    kept = [path for path in experts if plan.merge in (None, path_name(path))]
+    kept = [path for path in experts if plan.merge in (None, Manifest.read(path).name)]
     model = release.plug([load_expert(release, path) for path in kept])
     exported = [manifests[name] for name in model.experts]
     dtype = plan.dtype or _exact_dtype(release, exported)
@@ -184,9 +185,22 @@ def export_model(
     return record
 
 
-def path_name(folder: Path) -> str:
-    """Return the name of the expert in a folder."""
-    return Manifest.read(folder).name
+def split_text(text: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Return documents to fit routers on and documents to measure them on, spread over the text.
+
+    Raises:
+        TextError: If there is no text.
+    """
+    if len(text) < 2:
+        return split_sample(text, "routers")
+    fit, scored = split_documents(text, 0.5, salt="routers")
+    return _spread(fit, _FITTED_DOCUMENTS), _spread(scored, _SCORED_DOCUMENTS)
+
+
+def _spread(documents: Sequence[Document], at_most: int) -> list[Document]:
+    """Return some documents, evenly from begin to end: texts of one kind often stand together."""
+    n_kept = min(at_most, len(documents))
+    return [documents[i * len(documents) // n_kept] for i in range(n_kept)]
 
 
 def _exact_dtype(release: BackboneRelease, experts: Sequence[Manifest]) -> str:
@@ -204,9 +218,7 @@ def _fit_routers(
     model: Model, text: Sequence[Document], plan: ExportPlan, dtype: str, show: Progress
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return every slot's router rows, shape LED, and what was measured of them."""
-    fit, scored = (list(text[::2]), list(text[1::2]))
-    if not scored:
-        fit, scored = split_sample(text, "routers")
+    fit, scored = split_text(text)
     observed = observe(
         model,
         [document.text.encode() for document in fit],
@@ -218,7 +230,7 @@ def _fit_routers(
     rows_LED = rows_LED.astype(DTYPE_NAMES[dtype]).astype(np.float32)
     texts = [
         document.text.encode()[:_SCORED_BYTES].decode(errors="ignore").encode()
-        for document in scored[:_SCORED_DOCUMENTS]
+        for document in scored
     ]
     scorers = {
         "backbone": path_scorer(model),

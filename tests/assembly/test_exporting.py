@@ -9,7 +9,7 @@ import safetensors.numpy
 from composable.assembly import exporting
 from composable.assembly.backbones import load_backbone
 from composable.assembly.experts import load_expert
-from composable.assembly.exporting import ExportPlan, export_model
+from composable.assembly.exporting import ExportPlan, export_model, split_text
 from composable.errors import InteropError, PackagingError
 from composable.interop.checkpoint import Checkpoint, open_source
 from composable.interop.layer_router import expert_names, layered_logits
@@ -152,7 +152,7 @@ def test_a_mixture_is_ours_but_for_its_routers(
     )
     expected_BTV = np.asarray(layered_logits(model, tokens_BT, rows_LED, 2))
     assert np.abs(logits(tokens_BT) - expected_BTV).max() < FLOAT32_TOLERANCE
-    bits = sum_bits(logits, release.tokenizer, text[1::2]) / record["measured"]["bytes"]
+    bits = sum_bits(logits, release.tokenizer, split_text(text)[1]) / record["measured"]["bytes"]
     assert bits == pytest.approx(record["measured"]["bits_per_byte"]["exported"], abs=1e-4)
 
     # Our router in their place: our model.
@@ -178,6 +178,15 @@ def sum_bits(logits, tokenizer, documents):
             log_prob_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
             total -= log_prob_TV[np.arange(len(here_T) - 1), here_T[1:]].sum()
     return total / np.log(2)
+
+
+def test_text_is_split_so_that_every_kind_is_on_both_sides():
+    text = [Document(f"{'abcd'[i // 40]}/{i}", "words") for i in range(160)]
+    fit, scored = split_text(text)
+    assert (len(fit), len(scored)) == (32, 8)
+    for side in (fit, scored):
+        assert {document.id[0] for document in side} == set("abcd")
+    assert not {document.id for document in fit} & {document.id for document in scored}
 
 
 def test_what_is_lost_is_said_everywhere(imported, write_expert, text, tmp_path):
