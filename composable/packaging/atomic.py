@@ -370,7 +370,12 @@ def settle(path: Path) -> None:
         found = _identify(folder)
         if found in _SETTLED or not os.access(above, os.W_OK):
             return
-        sync_directory(above)
+        try:
+            sync_directory(above)
+        except DiskError as error:
+            if isinstance(error.__cause__, PermissionError):
+                return  # a sandbox forbids what the permissions allow
+            raise
         _SETTLED.add(found)
         folder = above
 
