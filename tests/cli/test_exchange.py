@@ -90,7 +90,7 @@ def test_export_hf_writes_a_folder_and_says_what_is_lost(
 def test_what_the_guide_shows_can_be_typed():
     from typer.main import get_command
 
-    from composable.cli.main import app
+    from composable.cli.app import app
 
     guide = (Path(__file__).parents[2] / "docs" / "interop.md").read_text()
     commands = re.findall(r"^composable (.*)$", guide, flags=re.MULTILINE)
