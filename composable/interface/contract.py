@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
@@ -151,7 +152,7 @@ class RouterInterface:
             raise InterfaceError("expected a table of fields", where=where)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in data.keys() - fields.keys():
-            raise InterfaceError("unknown field", where=f"{where}.{name}")
+            raise InterfaceError("unknown field", where=f"{where}.{str(name)[:80]}")
         types = {"str": str, "int": int, "float": (int, float), "tuple": (list, tuple)}
         for name, field in fields.items():
             if name not in data:
@@ -161,7 +162,7 @@ class RouterInterface:
             wanted = types[str(field.type).split("[")[0]]
             if not isinstance(data[name], wanted) or isinstance(data[name], bool):  # type: ignore[arg-type]
                 raise InterfaceError(
-                    f"{data[name]!r} has the wrong type, expected {field.type}",
+                    f"{reprlib.repr(data[name])} has the wrong type, expected {field.type}",
                     where=f"{where}.{name}",
                 )
         items = {"slots": (int,), "output_bounds": (float, int), "honours": (str,)}
