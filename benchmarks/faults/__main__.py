@@ -125,6 +125,8 @@ def _refuse(bench: Bench, every: int) -> Iterator[full_disk.Refusing]:
     yield full_disk.refuse_everywhere(bench, "ENOSPC", is_lasting=False, every=every)
     for name in full_disk.ERRORS:
         yield full_disk.refuse_everywhere(bench, name, is_lasting=True, every=every)
+    for name in ("EACCES", "EIO"):
+        yield full_disk.refuse_reads(bench, name, every=every)
     yield full_disk.limit_file_size(bench)
     if full_disk.may_mount():
         yield full_disk.fill_tmpfs(bench, every=every)

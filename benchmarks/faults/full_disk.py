@@ -89,6 +89,28 @@ def refuse_everywhere(
     return refusing
 
 
+def refuse_reads(bench: Bench, name: str, *, every: int = 1, offset: int = 0) -> Refusing:
+    """Refuse a scenario to read, one file or folder after the other.
+
+    Args:
+        bench: The scenario.
+        name: Which of `ERRORS`.
+        every: Take only each n-th.
+        offset: Of those, begin with this one.
+    """
+    code, kinds = ERRORS[name][0], frozenset({Kind.READ})
+    refusing = Refusing(scenario=f"{bench.scenario.name}, {name} for reading")
+    run = bench.trace(bench.copy(), with_reads=True)
+    count = sum(operation.kind is Kind.READ for operation in run.operations)
+    for number in range(1 + offset, count + 1, every):
+        world = bench.copy()
+        decide = _refuse_at(number, code, kinds, is_lasting=False)
+        run = bench.trace(world, decide, with_reads=True)
+        refusing.tries += 1
+        _judge(bench, world, run, f"reading {number}, {_refused(run)}", refusing)
+    return refusing
+
+
 def limit_file_size(bench: Bench) -> Refusing:
     """Run a scenario under limits on the size of files that cut its every write for real."""
     refusing = Refusing(scenario=f"{bench.scenario.name}, files limited")
@@ -173,6 +195,10 @@ def _refuse_at(
         return Fail(code) if seen == number or (is_lasting and seen > number) else Fate.PASS
 
     return decide
+
+
+def _refused(run: Run) -> str:
+    return next((operation.path for operation in run.operations if operation.error), "nothing")
 
 
 def _judge(

@@ -109,9 +109,10 @@ class Bench:
         snapshot.write(root)
         return World(root=root, inputs=self.inputs)
 
-    def trace(self, world: World, decide: Decide | None = None) -> Run:
+    def trace(self, world: World, decide: Decide | None = None, *, with_reads: bool = False) -> Run:
         """Run all steps in a traced process."""
-        return run_traced(lambda: self.scenario.run(world), world.root, decide)
+        work = partial(self.scenario.run, world)
+        return run_traced(work, world.root, decide, with_reads=with_reads)
 
     def operations(self) -> list[Operation]:
         """Return the operations of an unhurt run."""

@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ class Kind(enum.StrEnum):
     """What an operation does to the disk."""
 
     CREATE = "create"
+    READ = "open for reading"
     OPEN = "open for writing"
     WRITE = "write"
     TRUNCATE = "truncate"
@@ -136,13 +138,20 @@ def is_supported() -> bool:
         return False
 
 
-def run_traced(function: Callable[[], Any], root: Path, decide: Decide | None = None) -> Run:
+def run_traced(
+    function: Callable[[], Any],
+    root: Path,
+    decide: Decide | None = None,
+    *,
+    with_reads: bool = False,
+) -> Run:
     """Run a function in a forked child that stops at every change of the disk under `root`.
 
     Args:
         function: What to run; an int that it returns is the exit code.
         root: Operations elsewhere pass unseen.
         decide: Called before every operation, with what is known before it.
+        with_reads: Whether to stop where a file or folder is opened for reading, too.
 
     Raises:
         NotModelledError: When a change under `root` cannot be understood.
@@ -151,7 +160,7 @@ def run_traced(function: Callable[[], Any], root: Path, decide: Decide | None = 
     with tempfile.TemporaryFile() as output:
         pid = fork()
         if pid == 0:
-            be_child(function, output.fileno(), _ask_to_be_traced)
+            be_child(function, output.fileno(), partial(_ask_to_be_traced, with_reads))
         tracer = _Tracer(pid, Path(os.path.realpath(root)), decide or (lambda _: Fate.PASS))
         try:
             status = tracer.follow()
@@ -238,14 +247,14 @@ def _ptrace(request: int, tid: int, address: Any = None, data: Any = None) -> No
         raise OSError(number, os.strerror(number))
 
 
-def _ask_to_be_traced() -> None:
+def _ask_to_be_traced(with_reads: bool) -> None:
     """Stop until the tracer is there, then have the kernel stop this process at changes."""
     _ptrace(_TRACEME, 0)
     os.kill(os.getpid(), signal.SIGSTOP)
-    _install_filter()
+    _install_filter(with_reads)
 
 
-def _install_filter() -> None:
+def _install_filter(with_reads: bool) -> None:
     """Install the seccomp filter: trace what may change files, allow everything else."""
     load, equal, any_bit, answer = 0x20, 0x15, 0x45, 0x06
     trace, allow = 0x7FF00000, 0x7FFF0000
@@ -255,7 +264,7 @@ def _install_filter() -> None:
 
     program = [code(load, 0, 0, 0)]  # the number of the call
     for name, number in _NUMBERS.items():
-        if name in ("open", "openat"):  # only those that may write
+        if name in ("open", "openat") and not with_reads:  # only those that may write
             flags = 16 + 8 * (1 if name == "open" else 2)
             program += [
                 code(equal, 0, 4, number),
@@ -413,6 +422,8 @@ class _Tracer:
                 raise NotModelledError(f"O_TMPFILE in {path}")
             if path is None or self._open_flags(name, args) & os.O_CREAT:
                 return self._about(Kind.CREATE, path)
+            if not self._open_flags(name, args) & _WRITE_FLAGS:
+                return self._about(Kind.READ, path)
             kind = Kind.TRUNCATE if self._open_flags(name, args) & os.O_TRUNC else Kind.OPEN
             return self._about(kind, path)
         return self._read_name_call(tid, name, args)

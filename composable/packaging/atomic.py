@@ -263,7 +263,11 @@ def link_or_copy(source: Path, target: Path) -> None:
                 raise
         if target.exists():
             raise FileExistsError(errno.EEXIST, "exists", str(target)) from error
-        with source.open("rb") as file, Sink(target, is_read_only=True) as sink:
+        with (
+            explained(source, "read"),
+            source.open("rb") as file,
+            Sink(target, is_read_only=True) as sink,
+        ):
             for chunk in iter(lambda: file.read(CHUNK), b""):
                 sink.write(chunk)
 
@@ -378,6 +382,30 @@ def settle(path: Path) -> None:
             raise
         _SETTLED.add(found)
         folder = above
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a small file.
+
+    Raises:
+        FileNotFoundError: When there is none.
+        DiskError: When it cannot be read.
+    """
+    with explained(path, "read"):
+        return path.read_bytes()
+
+
+def list_directory(path: Path) -> list[Path]:
+    """Return what lies directly in a directory, sorted; nothing where there is none.
+
+    Raises:
+        DiskError: When it cannot be read.
+    """
+    try:
+        with explained(path, "read"):
+            return sorted(path.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def sync_directory(path: Path) -> None:

@@ -62,7 +62,7 @@ def export_project(
         for expert in lock.experts:
             folder = project.environment.expert_path(expert.name)
             registry.publish(folder, interface=interface, progress=progress)
-        atomic.write_bytes(scratch / PROJECT_FILE, project.path.read_bytes())
+        atomic.write_bytes(scratch / PROJECT_FILE, atomic.read_bytes(project.path))
         atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
         if target.suffix == SUFFIX:
             _write_tar(scratch, target)

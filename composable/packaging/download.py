@@ -237,15 +237,17 @@ def _copy(
 def _open(path: Path, stack: contextlib.ExitStack) -> BinaryIO | None:
     try:
         return stack.enter_context(path.open("rb"))
-    except FileNotFoundError:
-        return None  # whoever wrote it has put it in place, or thrown it away
+    except OSError:
+        return None  # whoever wrote it has put it in place or thrown it away, or it is unreadable
 
 
 def _find_chunk(files: Sequence[BinaryIO], offset: int, digest: str) -> bytes | None:
     """Return the chunk at an offset from the first file in which it is right."""
     for file in files:
-        file.seek(offset)
-        chunk = file.read(CHUNK_BYTES)
+        chunk = b""
+        with contextlib.suppress(OSError):
+            file.seek(offset)
+            chunk = file.read(CHUNK_BYTES)
         if chunk and hashlib.sha256(chunk).hexdigest() == digest:
             return chunk
     return None

@@ -70,7 +70,7 @@ class Generation:
     def holds(self, text: str, lock: Lock) -> bool:
         """Say whether this is what installing `lock`, whose text is `text`, would make."""
         try:
-            if (self.path / LOCK_FILE).read_text(encoding="utf-8") != text:
+            if atomic.read_bytes(self.path / LOCK_FILE) != text.encode():
                 return False
             for expert in lock.experts:
                 folder = self.path / "experts" / expert.name
@@ -137,8 +137,7 @@ class Environment:
     def generations(self) -> list[Generation]:
         """Return all generations that are kept, oldest first."""
         folder = self.root / "generations"
-        found = folder.iterdir() if folder.is_dir() else ()
-        names = (path.name for path in found)
+        names = (path.name for path in atomic.list_directory(folder))
         numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
         return [self._generation(number) for number in numbers]
 
@@ -285,7 +284,7 @@ class Environment:
 
 def _read_number(path: Path) -> int | None:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
+        text = atomic.read_bytes(path).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
@@ -293,7 +292,7 @@ def _read_number(path: Path) -> int | None:
 
 def _has_digest(path: Path, digest: str) -> bool:
     try:
-        with path.open("rb") as stream:
+        with atomic.explained(path, "read"), path.open("rb") as stream:
             return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}" == digest
     except FileNotFoundError:
         return False

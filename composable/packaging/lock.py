@@ -135,7 +135,7 @@ class Lock:
         """
         path = path / LOCK_FILE if path.is_dir() else path
         try:
-            return cls.loads(path.read_text(encoding="utf-8"), path.name)
+            return cls.loads(atomic.read_bytes(path).decode(), path.name)
         except FileNotFoundError as error:
             raise LockError(
                 "there is no lock file", where=str(path), hint="run `composable lock`"
@@ -201,7 +201,7 @@ class Lock:
     def write(self, path: Path) -> bool:
         """Write the lock unless the file already holds it; say whether it was written."""
         text = self.to_toml()
-        if path.exists() and path.read_bytes() == text.encode():
+        if path.exists() and atomic.read_bytes(path) == text.encode():
             atomic.settle(path)
             return False
         atomic.write_text(path, text)

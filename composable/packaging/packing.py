@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from composable.errors import InterfaceError, ManifestError
+from composable.packaging import atomic
 from composable.packaging.manifest import (
     BODY_FILE,
     CHUNK_BYTES,
@@ -146,7 +147,7 @@ def describe_file(path: Path) -> PackageFile:
     """Return a file's name, size and digests: whole and, where there are several, of its chunks."""
     whole, size = hashlib.sha256(), 0
     chunks: list[str] = []
-    with path.open("rb") as file:
+    with atomic.explained(path, "read"), path.open("rb") as file:
         while data := file.read(CHUNK_BYTES):
             whole.update(data)
             size += len(data)

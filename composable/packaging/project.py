@@ -289,7 +289,7 @@ class Project:
             ManifestError: For a registry that the project does not name.
             PackagingError: When the file is written in a way that cannot be edited line by line.
         """
-        text = edited = self.path.read_text(encoding="utf-8")
+        text = edited = atomic.read_bytes(self.path).decode()
         for name, want in wanted.items():
             line = f"{name} = {format_value(self._describe(name, want))}" if want else None
             edited = _edit_experts(edited, name, line)

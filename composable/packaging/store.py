@@ -103,7 +103,7 @@ class Store:
         """Return the bytes of a small blob; None where there is none, or it proves damaged."""
         path = self.path(digest)
         try:
-            data = path.read_bytes()
+            data = atomic.read_bytes(path)
         except FileNotFoundError:
             return None
         if digest_bytes(data) == digest:
@@ -128,7 +128,7 @@ class Store:
         if self.has(digest, size):
             return self.path(digest)
         if isinstance(source, Path):
-            with source.open("rb") as stream:
+            with atomic.explained(source, "read"), source.open("rb") as stream:
                 return self.add(stream, digest, size)
         with self.sink(digest, size) as sink:
             if isinstance(source, bytes):
@@ -151,7 +151,7 @@ class Store:
         Some may still be growing: other processes write there too.
         """
         found: list[tuple[int, Path]] = []
-        for path in self.root.glob(f"partial/{self.path(digest).name}-*"):
+        for path in self._partials(f"{self.path(digest).name}-"):
             with contextlib.suppress(FileNotFoundError):
                 found.append((path.stat().st_size, path))
         return [path for _, path in sorted(found, reverse=True)]
@@ -172,16 +172,16 @@ class Store:
 
     def register(self, project: Path) -> None:
         """Note that a project installs from here, so that `prune` asks it what it needs."""
-        line = f"{project.absolute()}\n".encode()
+        line = os.fsencode(project.absolute()) + b"\n"
         entry = self.root / "projects" / digest_bytes(line)[7:39]
         if not entry.exists():
             atomic.write_bytes(entry, line)
 
     def projects(self) -> list[Path]:
         """Return the folders of the registered projects, sorted; those that are gone, too."""
-        entries = sorted(self.root.glob("projects/*"))
-        texts = (path.read_text() for path in entries if not atomic.is_temporary(path))
-        return sorted(Path(text.removesuffix("\n")) for text in texts)
+        entries = atomic.list_directory(self.root / "projects")
+        lines = (atomic.read_bytes(path) for path in entries if not atomic.is_temporary(path))
+        return sorted(Path(os.fsdecode(line.removesuffix(b"\n"))) for line in lines)
 
     def verify(self, progress: Progress | None = None) -> list[CorruptBlob]:
         """Read every blob and move those whose bytes are not what they should be out of the way.
@@ -223,7 +223,7 @@ class Store:
                 path.unlink()
                 removed.append(digest)
                 freed += status.st_size
-        for path in self.root.glob("partial/*"):
+        for path in self._partials():
             with contextlib.suppress(FileNotFoundError), atomic.explained(path, "removed"):
                 status = path.stat()
                 # One that was written to a moment ago is still on its way.
@@ -237,7 +237,13 @@ class Store:
         return sum(path.stat().st_size for path in self._blobs())
 
     def _blobs(self) -> list[Path]:
-        return sorted(path for path in self.root.glob("blobs/*/*") if not path.name.startswith("."))
+        folders = atomic.list_directory(self.root / "blobs")
+        found = (path for folder in folders for path in atomic.list_directory(folder))
+        return [path for path in found if not path.name.startswith(".")]
+
+    def _partials(self, start: str = "") -> list[Path]:
+        found = atomic.list_directory(self.root / "partial")
+        return [path for path in found if path.name.startswith(start)]
 
     def _quarantine(self, path: Path, found: str) -> CorruptBlob:
         target = self.root / "quarantine" / path.name
