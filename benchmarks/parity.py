@@ -33,14 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.assembly.importing import (
-    check_round_trips,
     load_checkpoint,
-    make_tokenizer,
     read_public_text,
     write_weights,
 )
 from composable.interface import RouterInterface
 from composable.interop.checkpoint import Checkpoint, open_source
+from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.backbone import Backbone
 from composable.model.bank import empty_bank
 from composable.model.composed import Parts, mix, mix_state
