@@ -1,7 +1,7 @@
 """What do two experts that were trained alone add to a real pretrained backbone, and to each other?
 
     make smollm2-experts
-    python -m benchmarks.real_backbone --json FILE --figure FILE
+    python -m benchmarks.real_backbone --json FILE --figure FILE --docs docs
 
 Resolves, locks, installs and composes both experts from the folder registry that the first command
 fills, and measures bits per byte on text that neither training nor the choice of a setting saw.
@@ -25,6 +25,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
+from benchmarks.demo_seeds import fill
 from composable.assembly.backbones import BackboneRelease, load_backbone
 from composable.assembly.experts import load_expert
 from composable.assembly.trunk_cache import trunk_parameters, upper_parameters
@@ -262,6 +263,68 @@ def continuations(release: BackboneRelease, model: Model) -> list[dict[str, str]
     ]
 
 
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return Markdown by marker: bits, trust, training, continuations."""
+    methods = ("backbone", "own_expert", "mix", "safe")
+
+    def cell(row: Mapping[str, Any], method: str) -> str:
+        if method not in row:
+            return "–"
+        found = row[method]
+        low, high = found["interval"]
+        text = f"{found['bits_per_byte']:.3f} [{low:.3f}, {high:.3f}]"
+        return text if method == "backbone" else f"{text} {found['change']:+.1%}"
+
+    bits = "| bits per byte | backbone | own expert | mix | safe |\n|---|---|---|---|---|\n"
+    bits += "".join(
+        f"| {group} | " + " | ".join(cell(row, method) for method in methods) + " |\n"
+        for group, row in result["bits_per_byte"].items()
+    )
+    for mode in ("mix", "safe"):
+        recovered = [
+            f"{group} {row[mode]['recovery']:.1%} "
+            f"[{row[mode]['recovery_interval'][0]:.1%}, {row[mode]['recovery_interval'][1]:.1%}]"
+            for group, row in result["bits_per_byte"].items()
+            if "recovery" in row[mode]
+        ]
+        bits += f"\nRecovery in {mode} mode: {', '.join(recovered)}.\n"
+
+    buckets = [f"{low}-{high}" for low, high in pairwise(BUCKETS)]
+    trusted = {**EXPERTS, PUBLIC: BACKBONE}
+    head = "| share of trust in the right one, by position in tokens | "
+    trust_table = head + " | ".join(buckets) + " |\n|---" + "|---" * len(buckets) + "|\n"
+    for group, rows in result["trust"].items():
+        cells = [f"{rows[b][trusted[group]]:.1%}" if b in rows else "–" for b in buckets]
+        trust_table += f"| {group}: {trusted[group]} | " + " | ".join(cells) + " |\n"
+    share = result["spliced_trust_in_the_true_domain"]
+    trust_table += f"\nOn spliced documents {share:.1%} of the trust goes to the true domain.\n"
+
+    lines = [
+        "| expert | package | text | tokens trained | trunk, body, scout: seconds "
+        "| gain of the card | anchor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, package in result["packages"].items():
+        card = package["card"]
+        record, measured = card["training"], card["measured"]
+        seconds = ", ".join(f"{value:.0f}" for value in record["step_seconds"].values())
+        lines.append(
+            f"| [{name}](cards/{name}.json) | {package['bytes'] / 1e6:.1f} MB "
+            f"| {record['documents']} documents, {record['text_bytes'] / 1e3:.0f} kB "
+            f"| {record['tokens']:,} | {seconds} | {measured['gain']:.1%} "
+            f"| {measured['anchor_loss']:+.2%} |"
+        )
+    training = "\n".join(lines) + "\n"
+
+    texts = ""
+    for item in result["continuations"]:
+        texts += "```text\n"
+        for name in ("prompt", "backbone", "composed"):
+            texts += f"[{name}]\n{item[name]}\n"
+        texts += "```\n\n"
+    return {"bits": bits, "trust": trust_table, "training": training, "texts": texts}
+
+
 def draw(
     path: Path,
     table: Mapping[str, Any],
@@ -330,6 +393,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="runs/smollm2-135m")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--docs", type=Path, help="folder whose real-backbone.md is filled in")
     arguments = parser.parse_args()
     start = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -372,6 +436,11 @@ def main() -> None:
     }
     if arguments.figure:
         draw(arguments.figure, result["bits_per_byte"], traces, model.names)
+    if arguments.docs:
+        fill(arguments.docs / "real-backbone.md", tables(result))
+        for name, package in packages.items():
+            card = json.dumps(package["card"], indent=2, ensure_ascii=False) + "\n"
+            atomic.write_text(arguments.docs / "cards" / f"{name}.json", card)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if arguments.json:
         atomic.write_text(arguments.json, text)
