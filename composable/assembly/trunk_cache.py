@@ -156,7 +156,7 @@ def _layer_parameters(backbone: Backbone) -> int:
 
 
 def _scout_parameters(backbone: Backbone, width: int) -> int:
-    n_classes: int = backbone.scout.b_out[...].shape[0]
+    n_classes: int = backbone.scout.b_out.shape[0]
     return width * (backbone.cfg.d_model + n_classes)
 
 
