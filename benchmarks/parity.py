@@ -1,7 +1,7 @@
 """Does an imported backbone compute what transformers computes, and at what cost?
 
-python -m benchmarks.parity --json FILE            # families of random weights, and SmolLM2-135M
-python -m benchmarks.parity --json FILE --quick    # families only
+python -m benchmarks.parity --json FILE                     # all three parts
+python -m benchmarks.parity --json FILE --parts families    # of random weights; smollm2; costs
 
 Of every family a small random model is made by transformers, saved and imported; SmolLM2-135M is
 measured where `make smollm2` left its GGUF file. `max_abs_logit_diff` and `kl` (nats per token,
@@ -33,14 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.assembly.importing import (
-    check_round_trips,
     load_checkpoint,
-    make_tokenizer,
     read_public_text,
     write_weights,
 )
 from composable.interface import RouterInterface
 from composable.interop.checkpoint import Checkpoint, open_source
+from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.backbone import Backbone
 from composable.model.bank import empty_bank
 from composable.model.composed import Parts, mix, mix_state
@@ -253,21 +252,23 @@ def child_decode_theirs(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
     import torch
     import transformers
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = make_tokenizer(open_source(_gguf()))
     tokens = torch.from_numpy(tokenizer.encode(PROMPT)[None]).long()
-    rates, made = [], []
+    rates, cpu, made = [], [], []
     with torch.inference_mode():
         for _ in range(_ROUNDS + 1):
             cache = transformers.DynamicCache(config=model.config)
             token = model(tokens, cache=cache, logits_to_keep=1).logits.argmax(-1)
-            made, start = [], time.perf_counter()
-            for _ in range(n_tokens):
+            made, times, start = [], [], time.process_time()
+            for _ in range(n_tokens + 1):
                 made.append(int(token))
+                times.append(time.perf_counter())
                 token = model(token, cache=cache).logits.argmax(-1)
-            rates.append(n_tokens / (time.perf_counter() - start))
-    return _rates(rates, made)
+            rates.append(n_tokens / (times[-1] - times[0]))
+            cpu.append((time.process_time() - start) / (n_tokens + 1))
+    return _rates(rates, cpu, made)
 
 
 def child_decode_ours(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
@@ -276,7 +277,7 @@ def child_decode_ours(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
     parts = parts_of(load_checkpoint(Checkpoint(open_source(folder))))
     tokens_T = tokenizer.encode(PROMPT)
     endless = _Endless(tokenizer)
-    rates, made = [], []
+    rates, cpu, made = [], [], []
     for _ in range(_ROUNDS + 1):
         times, made = [], []
         for token, _ in continue_tokens(
@@ -284,8 +285,11 @@ def child_decode_ours(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
         ):
             times.append(time.perf_counter())
             made.append(token)
+            if len(times) == 1:
+                start = time.process_time()
         rates.append(n_tokens / (times[-1] - times[0]))
-    return _rates(rates, made[:n_tokens])
+        cpu.append((time.process_time() - start) / n_tokens)
+    return _rates(rates, cpu, made)
 
 
 class _Endless:
@@ -299,14 +303,18 @@ class _Endless:
         return getattr(self._tokenizer, name)
 
 
-_ROUNDS = 6
+_ROUNDS, _TURNS = 6, 2
 
 
-def _rates(rates: list[float], made: list[int]) -> dict[str, Any]:
+def _rates(rates: list[float], cpu: list[float], made: list[int]) -> dict[str, Any]:
+    """Return speeds by the clock, and the processor time that a token took on all threads."""
     rates = sorted(rates[1:])  # the first compiles, or warms caches
     return {
         "tokens_per_second_best": round(rates[-1], 1),
         "tokens_per_second_median": round(rates[len(rates) // 2], 1),
+        "cpu_ms_per_token_best": round(1e3 * min(cpu[1:]), 1),
+        "threads": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
         "first_tokens": made[:16],
     }
 
@@ -324,29 +332,15 @@ def _cost(before: int, start: float) -> dict[str, Any]:
 
 
 def run_child(name: str, folder: Path) -> dict[str, Any]:
-    """Run one of the functions above in a process of its own, on two threads."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    """Run one of the functions above in a process of its own."""
+    # Threads that wait do not spin: on a shared machine that would measure the neighbours.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "benchmarks.parity", "--child", name, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def measure_costs(folder: Path) -> dict[str, Any]:
-    """Return time and memory of loading, and speed of decoding, ours beside theirs, in turns."""
-    costs = {
-        "load": {name: run_child(f"load_{name}", folder) for name in ("theirs", "ours")},
-        "convert": {"ours": run_child("convert_ours", folder)},
-    }
-    decode: dict[str, Any] = {}
-    for name in ("theirs", "ours", "theirs", "ours"):
-        row = run_child(f"decode_{name}", folder)
-        kept = decode.get(name)
-        if kept is None or row["tokens_per_second_best"] > kept["tokens_per_second_best"]:
-            decode[name] = row
-    return {**costs, "decode": decode}
 
 
 def _gguf() -> Path:
@@ -368,41 +362,80 @@ def machine() -> dict[str, Any]:
     }
 
 
+def measure_families(scratch: Path) -> dict[str, Any]:
+    """Return how far ours is from theirs for every family and dtype, random weights."""
+    families = {}
+    for name in FAMILIES:
+        for dtype in DTYPES:
+            key = _key(name, dtype)
+            families[key] = compare_family(name, dtype, scratch / key)
+            print(key, json.dumps(families[key]), flush=True)
+    return {"families": families}
+
+
+def measure_smollm2(scratch: Path) -> dict[str, Any]:
+    """Return the same for the real model, and whether file and text come over exactly."""
+    folder, source, families = scratch / "smollm2", open_source(_gguf()), {}
+    save_smollm2(_gguf(), folder)
+    text = read_public_text()[1][0].text
+    tokens_BT = make_tokenizer(source).encode(text)[None, :N_TOKENS]
+    for dtype in DTYPES:
+        key = _key("smollm2-135m", dtype)
+        families[key] = compare(folder, dtype, tokens_BT)
+        print(key, json.dumps(families[key]), flush=True)
+    return {
+        "families": families,
+        "gguf_is_read_alike": same_tensors(Checkpoint(source), folder),
+        "round_trips": measure_round_trips(source),
+    }
+
+
+def measure_costs(scratch: Path) -> dict[str, Any]:
+    """Return time and memory of loading, and speed of decoding, ours beside theirs, in turns."""
+    folder = scratch / "smollm2"
+    if not folder.exists():
+        save_smollm2(_gguf(), folder)
+    load = {name: run_child(f"load_{name}", folder) for name in ("theirs", "ours")}
+    convert = run_child("convert_ours", folder)
+    decode: dict[str, Any] = {}
+    for name in ("theirs", "ours") * _TURNS:
+        row = run_child(f"decode_{name}", folder)
+        print(name, json.dumps(row), flush=True)
+        kept = decode.get(name)
+        if kept is None or row["tokens_per_second_best"] > kept["tokens_per_second_best"]:
+            decode[name] = row
+    return {"load": load, "convert": convert, "decode": decode}
+
+
+def _key(name: str, dtype: str) -> str:
+    return name if dtype == "float32" else f"{name}-{dtype}"
+
+
+PARTS = {"families": measure_families, "smollm2": measure_smollm2, "costs": measure_costs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--quick", action="store_true", help="families of random weights only")
+    parser.add_argument("--json", type=Path, help="write figures there; parts not run are kept")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(globals()[f"child_{arguments.child}"](arguments.folder)))
         return
-    families: dict[str, Any] = {}
+    result: dict[str, Any] = {"families": {}}
+    if arguments.json and arguments.json.exists():
+        result = json.loads(arguments.json.read_text())
     with tempfile.TemporaryDirectory() as scratch:
-        for name in FAMILIES:
-            for dtype in DTYPES:
-                key = name if dtype == "float32" else f"{name}-{dtype}"
-                families[key] = compare_family(name, dtype, Path(scratch) / key)
-                print(key, json.dumps(families[key]), flush=True)
-        result: dict[str, Any] = {"machine": machine(), "families": families}
-        if not arguments.quick:
-            folder = Path(scratch) / "smollm2"
-            save_smollm2(_gguf(), folder)
-            source = open_source(_gguf())
-            tokenizer = make_tokenizer(source)
-            text = read_public_text()[1][0].text
-            tokens_BT = tokenizer.encode(text)[None, :N_TOKENS]
-            for dtype in DTYPES:
-                key = "smollm2-135m" if dtype == "float32" else f"smollm2-135m-{dtype}"
-                families[key] = compare(folder, dtype, tokens_BT)
-                print(key, json.dumps(families[key]), flush=True)
-            result["gguf_is_read_alike"] = same_tensors(Checkpoint(source), folder)
-            result["round_trips"] = measure_round_trips(source)
-            result |= measure_costs(folder)
-            print(json.dumps({k: v for k, v in result.items() if k != "families"}, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        for part in arguments.parts:
+            measured = PARTS[part](Path(scratch))
+            families = {**result["families"], **measured.pop("families", {})}
+            machines = {**result.get("machines", {}), part: machine()}
+            result = {**result, **measured, "families": families, "machines": machines}
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "families"}, indent=2))
 
 
 def same_tensors(gguf: Checkpoint, folder: Path) -> bool:

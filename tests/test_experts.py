@@ -38,10 +38,11 @@ def test_manifests_are_read_and_bear_their_folders_name(folder):
 
 
 @by_name(RECIPES)
-def test_recipes_are_pinned_and_free(folder):
+def test_recipes_are_pinned_and_copyleft_text_is_not_shipped(folder):
     recipe = load_recipe(folder)
     assert set(recipe.digests) == {"train", "heldout"}
-    assert not re.search(r"GPL|GFDL", recipe.source.license)
+    if re.search(r"GPL|GFDL", recipe.source.license):
+        assert [path.name for path in sorted(folder.iterdir())] == ["README.md", "recipe.toml"]
 
 
 def shingles(text):

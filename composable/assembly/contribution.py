@@ -8,24 +8,38 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.experts import load_expert, make_expert, save_expert
+from composable.assembly.features import cut_rows, train_scout
 from composable.assembly.publication import publish_vetted
+from composable.assembly.trunk_cache import (
+    Reading,
+    plan_reading,
+    run_trunk,
+    scout_features,
+    trunk_parameters,
+    upper_parameters,
+)
 from composable.errors import TextError, TrainingError, VettingError
 from composable.interface import body_signature, digest_bytes, scout_signature
+from composable.model.backbone import Backbone
+from composable.model.body import Expert
 from composable.packaging import atomic
 from composable.packaging.manifest import BODY_FILE, Manifest
 from composable.packaging.packing import fit_interface
 from composable.packaging.registry import Registry
-from composable.training.data import batches, token_stream
+from composable.training.data import batches, tapped_batches, token_stream
 from composable.training.documents import (
     Document,
     read_documents,
@@ -33,7 +47,7 @@ from composable.training.documents import (
     write_documents,
 )
 from composable.training.loop import Progress, TrainConfig, fit, muon
-from composable.training.objectives import expert_objective
+from composable.training.objectives import expert_objective, tapped_objective
 from composable.vetting.card import write_card
 from composable.vetting.checks import MAX_BYTES, Verdict, vet
 
@@ -41,25 +55,45 @@ WORK: Final = ".work"
 HELDOUT_FILE: Final = "heldout.jsonl"
 TRAINING_FILE: Final = "training.json"
 HELDOUT_FRACTION: Final = 0.1
+# Positions of a row.
+_WINDOW: Final = 256
+# Weights times tokens between two checkpoints: some two minutes of two cores.
+_CHECKPOINT_WORK: Final = 6e11
+# Rows per step of a scout that reads alone.
+SCOUT_ROWS: Final = 16
 # Vetting scores this many documents of either text at most.
 VETTED_DOCUMENTS: Final = 8
 
 
-def expert_config(steps: int, seed: int = 0) -> TrainConfig:
-    """Return how experts of `tiny-bytes` are trained: with Muon, 1,024 tokens a step.
+def expert_config(
+    steps: int,
+    seed: int = 0,
+    *,
+    rows: int = 4,
+    backbone: Backbone | None = None,
+) -> TrainConfig:
+    """Return how experts are trained: with Muon, on rows of 256 tokens.
 
     Many small steps taught more per second than few large ones, and windows of half the context
-    lost nothing: attention is the backbone's, and was trained at the full one. With more than four
-    devices every device gets one row.
+    lost nothing: attention is the backbone's, and was trained at the full one.
+
+    Args:
+        steps: Optimiser steps.
+        seed: Seed of weights and order.
+        rows: Rows per step. With more devices than that, every device gets one.
+        backbone: What they are trained for: the larger, the fewer steps between checkpoints.
     """
     n_devices = jax.device_count()
+    every = 400
+    if backbone is not None:
+        every = max(1, round(_CHECKPOINT_WORK / (upper_parameters(backbone) * rows * _WINDOW)))
     return TrainConfig(
         steps=steps,
-        batch_size=-(-4 // n_devices) * n_devices,
-        window=256,
+        batch_size=-(-rows // n_devices) * n_devices,
+        window=_WINDOW,
         learning_rate=1e-2,
         seed=seed,
-        checkpoint_every=400,
+        checkpoint_every=min(every, 400),
     )
 
 
@@ -109,15 +143,53 @@ def train_expert(
     work.mkdir(exist_ok=True)
     write_documents(work / HELDOUT_FILE, heldout)
 
-    expert = make_expert(release, manifest, cfg.seed)
-    graph, params = nnx.split(expert)
     stream = token_stream(train, release.tokenizer)
     _require_same_text(work, digest_bytes(stream.tobytes()))
-    data_iterator = batches(
+    reading = plan_reading(release.backbone, manifest.scout_width, cfg, len(stream))
+    start = time.perf_counter()
+    fit_parts = _fit_on_cached_trunk if reading.pays_cache else _fit_on_stream
+    expert = make_expert(release, manifest, cfg.seed)
+    run = _Run(cfg=cfg, work=work, optimizer=optimizer or muon(cfg), progress=progress)
+    trained, history, figures = fit_parts(release, expert, stream, run, reading)
+    save_expert(folder, trained, manifest)
+    record = {
+        "documents": len(train),
+        "text_bytes": sum(len(document.text.encode()) for document in train),
+        "tokens": cfg.tokens,
+        "seconds": round(time.perf_counter() - start, 1),
+        "seed": cfg.seed,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
+        "last": history[-1] if history else {},
+        **figures,
+    }
+    atomic.write_text(work / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """How to train, beside what."""
+
+    cfg: TrainConfig
+    work: Path
+    optimizer: optax.GradientTransformation
+    progress: Progress | None
+
+
+# The trained expert, what was logged, and further figures for the record.
+_Trained = tuple[Expert, list[dict[str, float]], dict[str, Any]]
+
+
+def _fit_on_stream(
+    release: BackboneRelease, expert: Expert, stream: np.ndarray, run: _Run, reading: Reading
+) -> _Trained:
+    """Train on windows at new offsets each epoch, trunk and all."""
+    graph, params = nnx.split(expert)
+    data = batches(
         stream,
-        window=cfg.window,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
+        window=run.cfg.window,
+        batch_size=run.cfg.batch_size,
+        seed=run.cfg.seed,
         process=jax.process_index(),
         n_processes=jax.process_count(),
     )
@@ -125,24 +197,69 @@ def train_expert(
         expert_objective(graph),
         params,
         release.backbone,
-        data_iterator,
-        cfg,
-        optimizer=optimizer or muon(cfg),
-        directory=work,
-        progress=progress,
+        data,
+        run.cfg,
+        optimizer=run.optimizer,
+        directory=run.work,
+        progress=run.progress,
     )
-    save_expert(folder, nnx.merge(graph, fitted.trained), manifest)
-    record = {
-        "documents": len(train),
-        "text_bytes": sum(len(document.text.encode()) for document in train),
-        "tokens": cfg.tokens,
-        "seconds": round(fitted.seconds, 1),
-        "seed": cfg.seed,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
-        "last": fitted.history[-1] if fitted.history else {},
+    return nnx.merge(graph, fitted.trained), fitted.history, {}
+
+
+def _fit_on_cached_trunk(
+    release: BackboneRelease, expert: Expert, stream: np.ndarray, run: _Run, reading: Reading
+) -> _Trained:
+    """Train on fixed rows whose trunk is run once; then let the scout read them alone."""
+    cfg, backbone = run.cfg, release.backbone
+    start = time.perf_counter()
+    rows = run_trunk(release, cut_rows(stream, cfg.window, cfg.tokens))
+    seconds = {"trunk": time.perf_counter() - start}
+    graph, params = nnx.split(expert)
+    data = tapped_batches(
+        rows,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        process=jax.process_index(),
+        n_processes=jax.process_count(),
+    )
+    fitted = fit(
+        tapped_objective(graph),
+        params,
+        backbone,
+        data,
+        cfg,
+        optimizer=run.optimizer,
+        directory=run.work,
+        progress=run.progress,
+    )
+    seconds["body"] = fitted.seconds
+    trained: Expert = nnx.merge(graph, fitted.trained)
+    n_rows, window, _ = rows.x_BTD.shape
+    n_tokens = n_rows * window
+    # Body and scout would each have run the trunk for every token that they read.
+    n_read = cfg.tokens + reading.scout * n_tokens
+    figures: dict[str, Any] = {
+        "cache": {
+            "tokens": n_tokens,
+            "bytes": int(rows.x_BTD.nbytes),
+            "flops_saved": 2 * trunk_parameters(backbone) * max(0, n_read - n_tokens),
+        }
     }
-    atomic.write_text(work / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
-    return record
+    if reading.scout:
+        steps = reading.scout * n_rows // SCOUT_ROWS
+        features = scout_features(backbone, rows)
+        scout = train_scout(
+            trained.scout, features, steps=steps, batch_size=SCOUT_ROWS, seed=cfg.seed
+        )
+        trained.scout = scout.scout
+        seconds["scout"] = scout.seconds
+        bits = scout.heldout_bits
+        figures["scout"] = {
+            "passes": reading.scout,
+            "heldout_bits": None if bits is None else round(bits, 4),
+        }
+    figures["step_seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    return trained, fitted.history, figures
 
 
 def _require_same_text(work: Path, digest: str) -> None:

@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
@@ -33,16 +31,14 @@ from composable.assembly.backbones import (
 )
 from composable.assembly.features import ScoutFit, compute_features, cut_rows, train_scout
 from composable.assembly.pretraining import output_bounds
+from composable.assembly.room import require_room
 from composable.errors import InteropError
 from composable.interface import TensorSpec, hash_classes
 from composable.interface.classes import MAX_CLASSES
-from composable.interop.chat import find_chat_format
 from composable.interop.checkpoint import Checkpoint, open_source
-from composable.interop.source import Source
+from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.backbone import Backbone
-from composable.model.config import DTYPE_NAMES, BackboneConfig
 from composable.model.scout import Scout
-from composable.model.subwords import SubwordTokenizer
 from composable.model.tensors import from_tensors, to_tensors
 from composable.packaging.backbones import WEIGHTS_FILE
 from composable.packaging.tensors import stream_tensors
@@ -68,15 +64,6 @@ _SHIPPED_BYTES: Final = 8192
 _SHIPPED_DOCUMENTS: Final = 8
 # Positions that see each other when features are computed.
 _WINDOW: Final = 256
-# Text that a tokenizer must give back, whatever else it is tried on.
-_SAMPLES: Final = (
-    "The quick brown fox; 12,345 jumps.\n\n  Indented\tand tabbed.\r\n",
-    "Füße, naïve, œuvre, Straße, Łódź, ¿Qué?",
-    "Съешь же ещё этих мягких французских булок",
-    "いろはにほへと ちりぬるを 天地玄黃 宇宙洪荒",
-    "def f(x):\n    return {k: v**2 for k, v in x.items()}  # 𝔘𝔫𝔦 👩‍👩‍👧",
-    "∀x ∃y (φ→ψ) ⊢ A∧B",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,93 +263,6 @@ def load_checkpoint(checkpoint: Checkpoint, compute_dtype: str = "F32") -> Backb
         return Backbone(cfg, classes_V, n_classes, rngs=nnx.Rngs(0))
 
     return from_tensors(make, ChainMap(extra, checkpoint))  # type: ignore[arg-type]
-
-
-def make_tokenizer(source: Source, begin: str | None = None) -> SubwordTokenizer:
-    """Return the tokenizer of a checkpoint.
-
-    Args:
-        source: The checkpoint.
-        begin: Token that begins a document; by default what the source says.
-
-    Raises:
-        InteropError: If there is none.
-    """
-    if source.tokenizer is None:
-        raise InteropError(
-            "there is no tokenizer.json beside the weights",
-            where=source.name,
-            hint="put the model's tokenizer.json and tokenizer_config.json into the folder",
-        )
-    return SubwordTokenizer(
-        source.tokenizer.definition,
-        begin=begin or source.tokenizer.begin,
-        ends=source.tokenizer.ends,
-        chat=find_chat_format(source.tokenizer.chat_template),
-    )
-
-
-def check_round_trips(tokenizer: SubwordTokenizer, texts: Sequence[str]) -> dict[str, Any]:
-    """Check that text comes back from its tokens, and return how exactly.
-
-    Raises:
-        InteropError: If it does not, though the tokenizer's own normal form is allowed for.
-    """
-    texts = [*_SAMPLES, *texts]
-    exact = 0
-    for text in texts:
-        back = tokenizer.decode(tokenizer.encode(text))
-        if back != tokenizer.normalise(text):
-            pairs = enumerate(zip(text, back, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
-            raise InteropError(
-                f"{text[at : at + 20]!r} came back as {back[at : at + 20]!r} at character {at}",
-                where="tokenizer",
-                hint="this tokenizer's rules are not those of the model; import it from its own "
-                "tokenizer.json",
-            )
-        exact += back == text
-    return {"texts": len(texts), "exact": exact}
-
-
-def require_room(checkpoint: Checkpoint, out: Path, cfg: BackboneConfig) -> None:
-    """Refuse, before anything is read, what fits neither disk nor memory.
-
-    Raises:
-        InteropError: With the bytes that are needed and those that there are.
-    """
-    place = out
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if checkpoint.n_bytes > free:
-        raise InteropError(
-            f"the weights take {checkpoint.n_bytes:,} bytes, but {free:,} are free on disk",
-            where=str(out),
-        )
-    item = np.dtype(DTYPE_NAMES[cfg.dtype]).itemsize
-    needed = sum(math.prod(spec.shape) for spec in checkpoint.specs.values()) * item
-    # A model in use holds its slots twice: in the backbone, and as the bank's first entry.
-    needed += len(cfg.slots) * 3 * cfg.d_model * cfg.d_ff * item
-    available = available_memory()
-    if available is not None and needed > available:
-        raise InteropError(
-            f"the model takes {needed:,} bytes of memory in {cfg.dtype}, but {available:,} are "
-            "available",
-            where=checkpoint.source.name,
-            hint="--compute-dtype BF16 halves it" if cfg.dtype == "F32" else None,
-        )
-
-
-def available_memory() -> int | None:
-    """Return bytes of memory that a program could still take, or None where nobody says."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (OSError, ValueError):
-        return None
 
 
 def write_weights(

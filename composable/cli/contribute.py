@@ -77,6 +77,7 @@ def train(
     more: MoreData = None,
     data: Data = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of 256 tokens in a step.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
     backbone: Backbone = None,
     as_json: Json = False,
@@ -98,7 +99,8 @@ def train(
 
     release = load_backbone(backbone)
     with bars.show_training(is_quiet=is_quiet) as progress:
-        record = train_expert(release, folder, files, expert_config(steps, seed), progress=progress)
+        cfg = expert_config(steps, seed, rows=rows, backbone=release.backbone)
+        record = train_expert(release, folder, files, cfg, progress=progress)
     figures = bars.format_figures(record["last"]) or "all steps were done before"
     show(
         f"trained {folder} on {record['documents']} documents in {record['seconds']} s: {figures}",

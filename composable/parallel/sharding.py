@@ -92,14 +92,16 @@ def _put(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def place_batch(local_BT: np.ndarray, mesh: Mesh) -> jax.Array:
+def place_batch(local: Any, mesh: Mesh) -> Any:
     """Make the global batch from this process's rows.
 
     Args:
-        local_BT: The rows that this process loaded.
+        local: The rows that this process loaded: an array, or a tree of arrays of as many rows.
         mesh: The device mesh.
 
     Returns:
-        An array whose first dimension is the sum over processes, split by `BATCH_SPEC`.
+        The same tree of arrays whose first dimension is the sum over processes, split by
+        `BATCH_SPEC`.
     """
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH_SPEC), local_BT)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)

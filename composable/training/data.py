@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import grain
 import numpy as np
@@ -14,6 +14,13 @@ from composable.training.documents import Document
 
 # As good as endless; the length of grain's own endless repeat overflows an index.
 _EPOCHS: Final = 1 << 31
+
+
+class TappedRows(NamedTuple):
+    """Rows of tokens, T + 1 each, and the residual stream at the tap before each target."""
+
+    tokens_BT: Any
+    x_BTD: Any
 
 
 def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
@@ -55,11 +62,7 @@ def batches(
         TextError: If the stream is shorter than one row.
         TrainingError: If the rows do not divide among the processes.
     """
-    if batch_size % n_processes:
-        raise TrainingError(
-            f"{batch_size} rows do not divide among {n_processes} processes",
-            where="training.batch_size",
-        )
+    _require_divisible(batch_size, n_processes)
     if len(stream) < window + 1:
         raise TextError(
             f"{len(stream)} tokens of text, but one row takes {window + 1}",
@@ -74,3 +77,38 @@ def batches(
     epoch = grain.MapDataset.range(max(1, last // window)).seed(seed).shuffle()
     rows = epoch.repeat(_EPOCHS).random_map(cut)[process::n_processes]
     return iter(rows.batch(batch_size // n_processes).to_iter_dataset())
+
+
+def tapped_batches(
+    rows: TappedRows, *, batch_size: int, seed: int, process: int = 0, n_processes: int = 1
+) -> grain.DatasetIterator:
+    """Return an endless iterator over batches of fixed rows, with a state that can be saved.
+
+    Each epoch has every row once, in a new order. Only the rows of a batch are read from disk.
+
+    Args:
+        rows: All rows; what the trunk gave may be memory-mapped.
+        batch_size: Rows over all processes; a multiple of `n_processes`.
+        seed: Seed of the order.
+        process: Index of this process.
+        n_processes: Number of processes, each of which gets its own rows.
+
+    Raises:
+        TrainingError: If the rows do not divide among the processes.
+    """
+    _require_divisible(batch_size, n_processes)
+
+    def read(index: int) -> TappedRows:
+        return TappedRows(rows.tokens_BT[index], np.array(rows.x_BTD[index]))
+
+    epoch = grain.MapDataset.range(len(rows.tokens_BT)).seed(seed).shuffle()
+    mine = epoch.repeat(_EPOCHS).map(read)[process::n_processes]
+    return iter(mine.batch(batch_size // n_processes).to_iter_dataset())
+
+
+def _require_divisible(batch_size: int, n_processes: int) -> None:
+    if batch_size % n_processes:
+        raise TrainingError(
+            f"{batch_size} rows do not divide among {n_processes} processes",
+            where="training.batch_size",
+        )

@@ -6,6 +6,7 @@ of them are used, and how much of each, is the recipe's choice.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from composable.errors import TextError
 from composable.training.documents import Document
+from composable.training.roff import strip_roff
 
 # What a text cannot use: control characters other than tab and newline, and byte order marks.
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f\ufeff]")
@@ -49,6 +51,9 @@ _RESTRICTED_TEXT = re.compile(
     r"|text of this [\w ]*licen[cs]e is (copyright|released|licensed)",
     re.IGNORECASE,
 )
+
+# The last section of every translated page: who translated it, and its licence.
+_TRANSLATORS = re.compile(r"\n\nÜBERSETZUNG\n.*", re.DOTALL)
 
 # At least this share of the words of an English text is "the" or "and".
 _ENGLISH_SHARE = 0.02
@@ -128,8 +133,21 @@ def extract_license_texts(root: Path) -> Iterator[Document]:
             yield Document(name, text)
 
 
+def extract_german_manual_pages(root: Path) -> Iterator[Document]:
+    """Yield the pages of `manpages-de`, named like `ls.1`, without markup and translators' notes.
+
+    Links to pages and pages written with mdoc macros are left out.
+    """
+    for file in sorted((root / "usr/share/man/de").glob("man*/*.gz")):
+        if not file.is_symlink():
+            source = clean_text(gzip.decompress(file.read_bytes()), file.name)
+            if text := _TRANSLATORS.sub("", strip_roff(source)):
+                yield Document(file.name.removesuffix(".gz"), text + "\n")
+
+
 Extractor = Callable[[Path], Iterator[Document]]
 EXTRACTORS: Mapping[str, Extractor] = {
+    "german-manual-pages": extract_german_manual_pages,
     "license-texts": extract_license_texts,
     "metamath-sections": extract_metamath_sections,
     "python-modules": extract_python_modules,

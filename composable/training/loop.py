@@ -22,8 +22,9 @@ from composable.errors import TrainingError
 from composable.parallel import make_mesh, place_batch, shard_tree, shardings_of
 from composable.training.checkpoints import Checkpoints
 
-# (trained, frozen, tokens of shape (B, T+1)) -> mean loss in nats, and named figures to log.
-Objective = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
+# (trained, frozen, batch) -> mean loss in nats, and named figures to log. A batch is what the data
+# gives: tokens of shape (B, T+1), or a tree of arrays of B rows.
+Objective = Callable[[Any, Any, Any], tuple[jax.Array, Mapping[str, jax.Array]]]
 # (step, steps, figures of the step)
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
@@ -31,8 +32,8 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 class BatchIterator(Protocol):
     """What the loop asks of data: batches, and a position that can be saved."""
 
-    def __next__(self) -> np.ndarray:
-        """Return the next batch, shape (B, T+1)."""
+    def __next__(self) -> Any:
+        """Return the next batch: tokens of shape (B, T+1), or a tree of arrays of B rows."""
 
     def get_state(self) -> dict[str, Any]:
         """Return the position in the data, as plain data."""
@@ -158,7 +159,7 @@ def fit(
     """Train a tree to lower an objective, resuming where an earlier run of the same stopped.
 
     Args:
-        objective: Loss of (trained, frozen, tokens).
+        objective: Loss of (trained, frozen, batch).
         trained: Tree of parameters to train; left untouched.
         frozen: Tree that the objective reads; never differentiated.
         data: Batches of this process.
@@ -181,9 +182,9 @@ def fit(
     opt_shardings = shardings_of(jax.eval_shape(optimizer.init, trained), mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
 
-    def step_fn(trained: Any, opt_state: Any, frozen: Any, tokens: jax.Array) -> Any:
+    def step_fn(trained: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
         grad_fn = jax.value_and_grad(objective, has_aux=True)
-        (loss, figures), grads = grad_fn(trained, frozen, tokens)
+        (loss, figures), grads = grad_fn(trained, frozen, batch)
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         figures = {"loss": loss, "grad_norm": optax.tree.norm(grads), **figures}
         return optax.apply_updates(trained, updates), opt_state, figures
@@ -202,8 +203,8 @@ def fit(
     start = logged = time.perf_counter()
     since = done
     for step in range(done + 1, cfg.steps + 1):
-        tokens = place_batch(next(data), mesh)
-        trained, opt_state, figures = step_jit(trained, opt_state, frozen, tokens)
+        batch = place_batch(next(data), mesh)
+        trained, opt_state, figures = step_jit(trained, opt_state, frozen, batch)
         if step % cfg.log_every == 0 or step in (1, cfg.steps):
             row = {name: float(value) for name, value in figures.items()}
             now = time.perf_counter()

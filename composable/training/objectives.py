@@ -1,6 +1,6 @@
 """What backbones and experts are trained to do. Scouts learn beside them, from the same pass.
 
-Every objective has the form (trained, frozen, tokens) -> (loss in nats per token, figures).
+Every objective has the form (trained, frozen, batch) -> (loss in nats per token, figures).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import optax
 from flax import nnx
 
 from composable.model.backbone import Backbone
-from composable.model.body import Body
+from composable.model.body import Expert
 from composable.model.scout import Scout
+from composable.training.data import TappedRows
 
 # Bits per nat; not by jnp, which would start jax before the processes of a run have met.
 _BITS = 1.0 / math.log(2.0)
@@ -70,14 +71,34 @@ def expert_objective(graph: nnx.GraphDef) -> Any:
     def objective(
         params: nnx.State, backbone: Backbone, tokens_BT: jax.Array
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-        expert = nnx.merge(graph, params)
-        inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        x_BTD, _ = backbone.trunk(inputs_BT)
-        body: Body = expert.body
-        logits_BTV, _ = backbone.upper(x_BTD, body.feed_forward(backbone))
-        loss = next_token_loss(logits_BTV, targets_BT)
-        classes_BT = backbone.class_map[...][targets_BT]
-        scout = scout_loss(expert.scout, backbone.features(x_BTD), classes_BT)
-        return loss + scout, {"bits_per_token": loss * _BITS, "scout_bits": scout * _BITS}
+        x_BTD, _ = backbone.trunk(tokens_BT[:, :-1])
+        return _expert_loss(nnx.merge(graph, params), backbone, x_BTD, tokens_BT[:, 1:])
 
     return objective
+
+
+def tapped_objective(graph: nnx.GraphDef) -> Any:
+    """Return the objective of an expert on rows whose trunk was run before.
+
+    Args:
+        graph: As for `expert_objective`.
+    """
+
+    def objective(
+        params: nnx.State, backbone: Backbone, rows: TappedRows
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        expert = nnx.merge(graph, params)
+        return _expert_loss(expert, backbone, rows.x_BTD, rows.tokens_BT[:, 1:])
+
+    return objective
+
+
+def _expert_loss(
+    expert: Expert, backbone: Backbone, x_BTD: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Return the loss of body and scout above the tap, and figures."""
+    logits_BTV, _ = backbone.upper(x_BTD, expert.body.feed_forward(backbone))
+    loss = next_token_loss(logits_BTV, targets_BT)
+    classes_BT = backbone.class_map[...][targets_BT]
+    scout = scout_loss(expert.scout, backbone.features(x_BTD), classes_BT)
+    return loss + scout, {"bits_per_token": loss * _BITS, "scout_bits": scout * _BITS}

@@ -6,18 +6,17 @@ import shutil
 import numpy as np
 import pytest
 
-from composable.assembly import importing
+from composable.assembly import room
 from composable.assembly.backbones import load_backbone
 from composable.assembly.importing import (
     ImportPlan,
-    check_round_trips,
     import_backbone,
-    make_tokenizer,
     read_public_text,
-    require_room,
 )
+from composable.assembly.room import require_room
 from composable.errors import InteropError, ModelError
 from composable.interop.checkpoint import Checkpoint, open_source
+from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.tensors import to_tensors
 from composable.training.documents import Document
 
@@ -122,7 +121,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(write_checkpoint, tmp_pa
     ):
         require_room(checkpoint, tmp_path / "not" / "yet", checkpoint.cfg)
     monkeypatch.undo()
-    monkeypatch.setattr(importing, "available_memory", lambda: 1000)
+    monkeypatch.setattr(room, "available_memory", lambda: 1000)
     n_parameters = checkpoint.n_bytes // 4
     slots = 2 * 3 * 32 * 64
     expected = rf"takes {4 * (n_parameters + slots):,} bytes of memory in F32, but 1,000"

@@ -44,8 +44,8 @@ def test_tokens_are_those_of_transformers(write_checkpoint, tmp_path):
     """But for special tokens that a text spells out: there they are text, here and nowhere else."""
     import transformers
 
-    from composable.assembly.importing import make_tokenizer
     from composable.interop.checkpoint import open_source
+    from composable.interop.tokenizer import make_tokenizer
 
     folder, _ = write_checkpoint("llama")
     ours = make_tokenizer(open_source(folder))

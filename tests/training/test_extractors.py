@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -72,6 +73,20 @@ def test_metamath_sections_run_from_heading_to_heading(tmp_path):
         name: piece.strip("\n") + "\n"
         for name, piece in zip(["Logic", "Sets", "Logic (2)", "The end"], pieces[1:], strict=True)
     }
+
+
+def test_german_pages_lose_markup_links_and_translators(tmp_path):
+    page = (
+        ".TH A 1\n.SH BEZEICHNUNG\na \\- tut etwas\n.SH ÜBERSETZUNG\nDie Übersetzung ist von N.\n"
+    )
+    pages = {
+        "usr/share/man/de/man1/a.1.gz": gzip.compress(page.encode()),
+        "usr/share/man/de/man8/m.8.gz": gzip.compress(b".Dd 2020\n.Sh NAME\n"),
+        "usr/share/man/fr/man1/a.1.gz": gzip.compress(b".SH NOM\n"),
+    }
+    root = write_files(tmp_path, pages)
+    (root / "usr/share/man/de/man1/b.1.gz").symlink_to("a.1.gz")
+    assert extract("german-manual-pages", root) == {"a.1": "BEZEICHNUNG\na - tut etwas\n"}
 
 
 FREE = "Permission is granted to use, copy and change the software."

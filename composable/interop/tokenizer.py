@@ -1,0 +1,68 @@
+"""The tokenizer that a checkpoint brings, as one of ours, and whether it gives text back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from composable.errors import InteropError
+from composable.interop.chat import find_chat_format
+from composable.interop.source import Source
+from composable.model.subwords import SubwordTokenizer
+
+# Text that a tokenizer must give back, whatever else it is tried on.
+_SAMPLES: Final = (
+    "The quick brown fox; 12,345 jumps.\n\n  Indented\tand tabbed.\r\n",
+    "Füße, naïve, œuvre, Straße, Łódź, ¿Qué?",
+    "Съешь же ещё этих мягких французских булок",
+    "いろはにほへと ちりぬるを 天地玄黃 宇宙洪荒",
+    "def f(x):\n    return {k: v**2 for k, v in x.items()}  # 𝔘𝔫𝔦 👩‍👩‍👧",
+    "∀x ∃y (φ→ψ) ⊢ A∧B",
+)
+
+
+def make_tokenizer(source: Source, begin: str | None = None) -> SubwordTokenizer:
+    """Return the tokenizer of a checkpoint.
+
+    Args:
+        source: The checkpoint.
+        begin: Token that begins a document; by default what the source says.
+
+    Raises:
+        InteropError: If there is none.
+    """
+    if source.tokenizer is None:
+        raise InteropError(
+            "there is no tokenizer.json beside the weights",
+            where=source.name,
+            hint="put the model's tokenizer.json and tokenizer_config.json into the folder",
+        )
+    return SubwordTokenizer(
+        source.tokenizer.definition,
+        begin=begin or source.tokenizer.begin,
+        ends=source.tokenizer.ends,
+        chat=find_chat_format(source.tokenizer.chat_template),
+    )
+
+
+def check_round_trips(tokenizer: SubwordTokenizer, texts: Sequence[str]) -> dict[str, int]:
+    """Check that text comes back from its tokens, and return how exactly.
+
+    Raises:
+        InteropError: If it does not, though the tokenizer's own normal form is allowed for.
+    """
+    texts = [*_SAMPLES, *texts]
+    exact = 0
+    for text in texts:
+        back = tokenizer.decode(tokenizer.encode(text))
+        if back != tokenizer.normalise(text):
+            pairs = enumerate(zip(text, back, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+            raise InteropError(
+                f"{text[at : at + 20]!r} came back as {back[at : at + 20]!r} at character {at}",
+                where="tokenizer",
+                hint="this tokenizer's rules are not those of the model; import it from its own "
+                "tokenizer.json",
+            )
+        exact += back == text
+    return {"texts": len(texts), "exact": exact}
