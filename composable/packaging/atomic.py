@@ -365,14 +365,17 @@ def sweep(directory: Path, older_than_seconds: float = 3600.0) -> int:
 def settle(path: Path) -> None:
     """Make durable that `path` is there, or that it is not, whoever brought that about.
 
-    Its directory is synced. So are those above, up to one that this process has settled before or
-    may not write to: a process that was killed may have made them without syncing theirs.
+    Its directory is synced. So are those above on the same file system, up to one that this process
+    has settled before or may not write to: a process that was killed may have made them without
+    syncing theirs.
     """
     folder = path.parent
     sync_directory(folder)
     for above in folder.parents:
         found = _identify(folder)
         if found in _SETTLED or not os.access(above, os.W_OK):
+            return
+        if _identify(above)[0] != found[0]:
             return
         try:
             sync_directory(above)
