@@ -30,12 +30,16 @@ class Crowd:
         before: What made the world.
         members: Returns what each process does, for a number of processes.
         n_projects: Projects that they share; process i works in project i modulo this.
+        published: Versions of `german` that are published in the end, for a number of processes.
+        yanked: Those of them that are yanked.
     """
 
     name: str
     before: Sequence[Command]
     members: Callable[[int], list[Command]]
     n_projects: int = 1
+    published: Callable[[int], Sequence[str]] = lambda n: ("1.0.0", "1.1.0")
+    yanked: Sequence[str] = ()
 
 
 @dataclass(kw_only=True)
@@ -115,11 +119,14 @@ WITH_PUBLISHERS = Crowd(
         {1: _release(i), 3: yank("german", "1.0.0")}.get(i % 4, _INSTALL) for i in range(n)
     ],
     n_projects=4,
+    published=lambda n: ("1.0.0", "1.1.0", *(f"1.2.{i}" for i in range(1, n, 4))),
+    yanked=("1.0.0",),
 )
 PUBLISHERS = Crowd(
     name="publishers of one package",
     before=(),
     members=lambda n: [_release(i // 2) for i in range(n)],  # each version by two at once
+    published=lambda n: [f"1.2.{i // 2}" for i in range(n)],
 )
 UPGRADERS = Crowd(
     name="upgrades and syncs in one project",
@@ -170,7 +177,7 @@ def crowd_together(
         crowding.failures += [f"round {number}: {ending}" for ending in bad]
         try:
             for world in worlds:
-                _check(world)
+                _check(world, crowd, processes)
         except (CorruptionError, RuntimeError) as error:
             crowding.corrupt += 1
             crowding.failures.append(f"round {number}: {error}")
@@ -186,9 +193,18 @@ def _member(command: Command, world: World, has_locks: bool) -> Callable[[], int
     return run
 
 
-def _check(world: World) -> None:
-    """Check one project of a world, and that one more sync leaves it with what it locked."""
+def _check(world: World, crowd: Crowd, processes: int) -> None:
+    """Check what is published, one project, and that a sync leaves it with what it locked."""
     state = inspect(world)
+    wanted = {version: version in crowd.yanked for version in crowd.published(processes)}
+    for view in (state.releases, state.recorded):
+        found = {
+            version: is_yanked
+            for (name, version), (_, is_yanked) in view.items()
+            if name == "german"
+        }
+        if found != wanted:
+            raise CorruptionError(f"published are {found}, expected {wanted}")
     if state.lock is None:
         return
     run_whole(cli("sync", "--quiet"), world)

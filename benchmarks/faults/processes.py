@@ -7,6 +7,7 @@ are affordable. Packaging never loads jax, which does not survive a fork.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -17,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Final, NoReturn
 
-# A child that takes longer hangs; SIGALRM ends it, which no fault expects.
-MAX_SECONDS: Final = 120
+# A child that takes longer hangs; SIGALRM shows where and ends it, which no fault expects.
+MAX_SECONDS: Final = 600
 CRASHED: Final = 70  # exit code of an exception that left the function
 ACKNOWLEDGEMENTS: Final = 198  # a descriptor that nobody else has
 
@@ -94,9 +95,10 @@ def be_child(function: Callable[[], Any], output: int, prepare: Callable[[], Any
     code = CRASHED
     try:
         os.setpgid(0, 0)
-        signal.alarm(MAX_SECONDS)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.register(signal.SIGALRM, 2, chain=True)
+        signal.alarm(MAX_SECONDS)
         os.dup2(os.open(os.devnull, os.O_WRONLY), ACKNOWLEDGEMENTS)
         sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115

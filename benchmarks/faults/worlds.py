@@ -219,6 +219,7 @@ class State:
     Args:
         releases: Manifest digest and whether it is yanked, by name and version, as the index tells.
         recorded: The same, as the records tell, which may know more for a moment.
+        claims: The files by which publishers agree: records, yanks and names that are taken.
         project: Text of the project file; None where there is none.
         lock: Text of the lock file; None where there is none.
         installed: Text of the lock in use; None before the first install.
@@ -227,6 +228,7 @@ class State:
 
     releases: Mapping[tuple[str, str], tuple[str, bool]]
     recorded: Mapping[tuple[str, str], tuple[str, bool]]
+    claims: frozenset[str]
     project: str | None
     lock: str | None
     installed: str | None
@@ -242,6 +244,7 @@ def inspect(world: World) -> State:
     try:
         return State(
             **_inspect_registry(world),
+            claims=_inspect_claims(world.root / "registry"),
             project=_read_text(world.project / "composable.toml"),
             lock=_inspect_lock(world.project / "composable.lock"),
             installed=_inspect_environment(world.project),
@@ -266,6 +269,8 @@ def check_between(found: State, before: State, after: State) -> None:
         for key in here.keys() | old.keys() | new.keys():
             if here.get(key) not in (old.get(key), new.get(key)):
                 raise CorruptionError(f"{' '.join(key)} is neither old nor new: {here.get(key)}")
+    if not before.claims & after.claims <= found.claims <= before.claims | after.claims:
+        raise CorruptionError(f"claims are neither old nor new: {sorted(found.claims)}")
     if lost := (before.blobs & after.blobs) - found.blobs:
         raise CorruptionError(f"the store lost {sorted(lost)}")
 
@@ -282,7 +287,7 @@ def check_equal(found: State, wanted: State, *, is_store_kept: bool = True) -> N
     Raises:
         CorruptionError: Naming a part that differs.
     """
-    for field in ("project", "lock", "installed", "releases", "recorded"):
+    for field in ("project", "lock", "installed", "releases", "recorded", "claims"):
         if getattr(found, field) != getattr(wanted, field):
             raise CorruptionError(
                 f"{field} is {getattr(found, field)!r}, expected {getattr(wanted, field)!r}"
@@ -343,6 +348,13 @@ def _inspect_registry(world: World) -> dict[str, dict[tuple[str, str], tuple[str
                         )
                 found[view][name, str(release.version)] = (release.manifest, release.is_yanked)
     return found
+
+
+def _inspect_claims(registry: Path) -> frozenset[str]:
+    paths = (*registry.glob("records/*/*"), *registry.glob("names/*"))
+    return frozenset(
+        str(path.relative_to(registry)) for path in paths if not path.name.startswith(".")
+    )
 
 
 def _inspect_lock(path: Path) -> str | None:

@@ -1,13 +1,10 @@
-"""Environments: generations, one pointer, rollback, and a process killed anywhere."""
+"""Environments: generations, one pointer, rollback. Killed and crowded ones: see `faults/`."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +13,6 @@ import pytest
 from composable.errors import IntegrityError, LockError, PackagingError
 from composable.interface import RouterInterface
 from composable.packaging import (
-    Environment,
     Lock,
     Project,
     Registry,
@@ -212,66 +208,3 @@ def test_a_registry_whose_index_lies_about_a_manifest(
     with pytest.raises(LockError, match="says otherwise than its registry did"):
         sync_project(world, lock, store)
     assert world.environment.current is None
-
-
-# The calls after which a process is killed; every change of the disk goes through them.
-KILLED_AFTER = ["fsync", "rename", "link", "unlink", "mkdir", "replace"]
-
-
-@pytest.mark.parametrize("call", KILLED_AFTER)
-@pytest.mark.parametrize("nth", [1, 3, 8])
-def test_killed_anywhere_the_next_command_works(
-    world: Project, interface: RouterInterface, tmp_path: Path, call: str, nth: int
-) -> None:
-    store = Store(tmp_path / "store")
-    world = world.add(Requirement.parse("german<1.1"))
-    first = lock_project(world, interface)
-    sync_project(world, first, store)
-    world = world.add(Requirement.parse("german"))
-    second = lock_project(world, interface, upgrade=True)
-    script = f"""
-        import os, signal, pathlib
-        left = {nth}
-        def killing(real):
-            def call(*args, **kwargs):
-                global left
-                result = real(*args, **kwargs)
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-            return call
-        for owner in (os, pathlib.Path):
-            if hasattr(owner, {call!r}):
-                setattr(owner, {call!r}, killing(getattr(owner, {call!r})))
-        from composable.packaging import Project, Store, sync_project
-        project = Project.read(pathlib.Path({str(world.root)!r}))
-        sync_project(project, store=Store({str(store.root)!r}))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
-    assert done.returncode in (0, -9)
-    environment = Environment(world.root / ".composable")
-    assert environment.lock in (first, second)
-    assert environment.holds(environment.lock), "what is in use is whole"
-    sync_project(world, second, store)
-    assert environment.holds(second)
-    assert store.verify() == []
-
-
-def test_many_at_once(world: Project, interface: RouterInterface, store: Store) -> None:
-    lock_project(world, interface)
-    script = f"""
-        import contextlib, pathlib, sys
-        from composable.packaging import Project, Store, atomic, sync_project
-        if sys.argv[1] == "0":
-            atomic.polite_lock = contextlib.nullcontext
-        project = Project.read(pathlib.Path({str(world.root)!r}))
-        sync_project(project, store=Store({str(store.root)!r}))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    jobs = [subprocess.Popen([*command, str(number % 2)]) for number in range(6)]
-    assert [job.wait() for job in jobs] == [0] * len(jobs)
-    environment = world.environment
-    assert environment.holds(Lock.read(world.root))
-    assert store.verify() == []
-    assert not any(store.root.rglob(".tmp-*"))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +24,6 @@ from composable.packaging import (
     Registry,
     Store,
     Version,
-    atomic,
     open_for_publishing,
     read_tensors,
 )
@@ -335,78 +330,6 @@ def test_a_record_cut_by_a_crash_is_written_again(
     registry.publish(folder, interface=interface)
     assert len(registry.versions("german")) == 1
     assert json.loads(record.read_text())["version"] == "1.0.0"
-
-
-def publish_without_locks(path: Path, folder: Path, interface: RouterInterface) -> None:
-    """Publish with file locks turned into no-ops, as on a file system where they lie."""
-    atomic.polite_lock = contextlib.nullcontext  # type: ignore[assignment]
-    open_for_publishing(path).publish(folder, interface=interface)
-
-
-@pytest.mark.parametrize("round_", range(3))
-def test_publishers_at_once_end_consistent_without_locks(
-    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, round_: int
-) -> None:
-    folders = [make_expert("german", f"1.{minor}.0", seed=minor) for minor in range(6)]
-    context = multiprocessing.get_context("fork")
-    jobs = [
-        context.Process(
-            target=publish_without_locks, args=(registry.storage.root, folder, interface)
-        )
-        for folder in folders
-    ]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    assert [job.exitcode for job in jobs] == [0] * len(jobs)
-    releases = registry.versions("german")
-    assert [release.version.minor for release in releases] == list(range(6))
-    for release in releases:
-        for file in release.files:
-            assert (registry.storage.root / blob_path(file.digest)).stat().st_size == file.size
-
-
-@pytest.mark.parametrize(
-    ("call", "nth"), [("link", 1), ("replace", 1), ("replace", 3), ("replace", 4), ("replace", 5)]
-)
-def test_killed_while_publishing_the_next_publish_works(
-    registry: Registry,
-    make_expert: MakeExpert,
-    interface: RouterInterface,
-    call: str,
-    nth: int,
-) -> None:
-    registry.publish(make_expert("german", "1.0.0"), interface=interface)
-    first = registry.versions("german")
-    folder = make_expert("german", "1.1.0", seed=1)
-
-    def publish_and_die() -> None:
-        left = nth
-        owner = os if call == "link" else Path
-        real = getattr(owner, call)
-
-        def killing(*args: object, **kwargs: object) -> object:
-            nonlocal left
-            result = real(*args, **kwargs)
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(owner, call, killing)
-        registry.publish(folder, interface=interface)
-
-    job = multiprocessing.get_context("fork").Process(target=publish_and_die)
-    job.start()
-    job.join()
-    assert job.exitcode == -signal.SIGKILL
-    releases = registry.versions("german")
-    assert releases[:1] == first, "what was published before is still there"
-    for file in (file for release in releases for file in release.files):
-        assert (registry.storage.root / blob_path(file.digest)).stat().st_size == file.size
-    registry.publish(folder, interface=interface)
-    assert [release.version.minor for release in registry.versions("german")] == [0, 1]
 
 
 def test_progress_counts_bytes(

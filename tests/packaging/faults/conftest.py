@@ -1,0 +1,43 @@
+"""What tests of faults share: a folder in memory, and inputs that commands are warmed up on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults.scenarios import warm_up
+from benchmarks.faults.tracer import is_supported
+from benchmarks.faults.worlds import Inputs
+
+TRACED = ("test_tracer", "test_kills", "test_power_loss", "test_full_disk", "test_mutations")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs ptrace where there is none; on CI, where there is, run and fail."""
+    if is_supported() or os.environ.get("CI"):
+        return
+    for item in items:
+        if item.path.parent.name == "faults" and item.path.stem in TRACED:
+            item.add_marker(pytest.mark.skip(reason="needs ptrace and seccomp: Linux on x86_64"))
+
+
+@pytest.fixture(scope="session")
+def inputs() -> Iterator[Inputs]:
+    home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    root = Path(tempfile.mkdtemp(prefix="faults-", dir=home))
+    made = Inputs(root / "inputs")
+    warm_up(root / "warm", made)
+    yield made
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def scratch(inputs: Inputs) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(dir=inputs.root.parent))
+    yield path
+    shutil.rmtree(path)
