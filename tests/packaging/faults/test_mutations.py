@@ -87,7 +87,11 @@ def by_power_loss(inputs: Inputs, scratch: Path) -> list[str]:
 
 
 def by_power_loss_after_a_kill(inputs: Inputs, scratch: Path) -> list[str]:
-    return cut_after_kills(Bench(scenarios.PUBLISH_FIRST, inputs, scratch), every=2).failures
+    found = []
+    for number, scenario in enumerate((scenarios.YANK, scenarios.PUBLISH_FIRST)):
+        bench = Bench(scenario, inputs, scratch / str(number))
+        found += cut_after_kills(bench, every=1 + 5 * number).failures
+    return found
 
 
 def by_days_of_crashes(inputs: Inputs, scratch: Path) -> list[str]:
