@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from composable.errors import TextError
@@ -52,11 +53,14 @@ _RESTRICTED_TEXT = re.compile(
     re.IGNORECASE,
 )
 
-# The last section of every translated page: who translated it, and its licence.
-_TRANSLATORS = re.compile(r"\n\nÜBERSETZUNG\n.*", re.DOTALL)
+# Languages of manual pages, and the heading of the last section of every translated page: who
+# translated it, and its licence.
+_TRANSLATORS = {"de": "ÜBERSETZUNG", "es": "TRADUCCIÓN", "fr": "TRADUCTION", "pl": "TŁUMACZENIE"}
 
-# At least this share of the words of an English text is "the" or "and".
+# At least this share of the words of an English text is "the" or "and", and at least that of one
+# in another language of which a good part is still in English.
 _ENGLISH_SHARE = 0.02
+_PARTLY_ENGLISH_SHARE = 0.01
 
 
 def clean_text(data: bytes, where: str) -> str:
@@ -127,30 +131,44 @@ def extract_license_texts(root: Path) -> Iterator[Document]:
     for name, entry in sorted(licenses.items()):
         text = clean_text(entry["licenseText"].encode(), name)
         is_restricted = _COPYLEFT_ID.search(name) or _RESTRICTED_TEXT.search(" ".join(text.split()))
-        words = text.lower().split()
-        is_english = words.count("the") + words.count("and") >= _ENGLISH_SHARE * len(words)
-        if is_english and not is_restricted:
+        if _english_share(text) >= _ENGLISH_SHARE and not is_restricted:
             yield Document(name, text)
 
 
-def extract_german_manual_pages(root: Path) -> Iterator[Document]:
-    """Yield the pages of `manpages-de`, named like `ls.1`, without markup and translators' notes.
+def extract_manual_pages(root: Path, language: str) -> Iterator[Document]:
+    """Yield the pages of one language, named like `ls.1`, without markup and translators' notes.
 
-    Links to pages and pages written with mdoc macros are left out.
+    Left out are links to pages, pages written with mdoc macros, and pages of which a good part
+    has not been translated.
+
+    Args:
+        root: An unpacked `manpages-<language>`.
+        language: `de`, `es`, `fr` or `pl`.
     """
-    for file in sorted((root / "usr/share/man/de").glob("man*/*.gz")):
+    translators = re.compile(rf"\n\n{_TRANSLATORS[language]}\n.*", re.DOTALL)
+    for file in sorted((root / "usr/share/man" / language).glob("man*/*.gz")):
         if not file.is_symlink():
             source = clean_text(gzip.decompress(file.read_bytes()), file.name)
-            if text := _TRANSLATORS.sub("", strip_roff(source)):
+            text = translators.sub("", strip_roff(source))
+            if text and _english_share(text) < _PARTLY_ENGLISH_SHARE:
                 yield Document(file.name.removesuffix(".gz"), text + "\n")
+
+
+def _english_share(text: str) -> float:
+    """Return which share of the words is one of two that hardly any other language has."""
+    words = text.lower().split()
+    return (words.count("the") + words.count("and")) / max(len(words), 1)
 
 
 Extractor = Callable[[Path], Iterator[Document]]
 EXTRACTORS: Mapping[str, Extractor] = {
-    "german-manual-pages": extract_german_manual_pages,
+    "french-manual-pages": partial(extract_manual_pages, language="fr"),
+    "german-manual-pages": partial(extract_manual_pages, language="de"),
     "license-texts": extract_license_texts,
     "metamath-sections": extract_metamath_sections,
+    "polish-manual-pages": partial(extract_manual_pages, language="pl"),
     "python-modules": extract_python_modules,
+    "spanish-manual-pages": partial(extract_manual_pages, language="es"),
     "speeches": extract_speeches,
 }
 """The extractors by the name that a recipe calls them."""

@@ -75,18 +75,27 @@ def test_metamath_sections_run_from_heading_to_heading(tmp_path):
     }
 
 
-def test_german_pages_lose_markup_links_and_translators(tmp_path):
-    page = (
-        ".TH A 1\n.SH BEZEICHNUNG\na \\- tut etwas\n.SH ÜBERSETZUNG\nDie Übersetzung ist von N.\n"
-    )
+@pytest.mark.parametrize(
+    ("name", "language", "translators"),
+    [
+        ("german", "de", "ÜBERSETZUNG"),
+        ("spanish", "es", "TRADUCCIÓN"),
+        ("french", "fr", "TRADUCTION"),
+        ("polish", "pl", "TŁUMACZENIE"),
+    ],
+)
+def test_manual_pages_lose_markup_links_and_translators(tmp_path, name, language, translators):
+    page = f".TH A 1\n.SH BÉ\na \\- tut etwas\n.SH {translators}\nDie {translators} ist von N.\n"
+    untranslated = ".SH BÉ\nwhich of the files and folders\n"
     pages = {
-        "usr/share/man/de/man1/a.1.gz": gzip.compress(page.encode()),
-        "usr/share/man/de/man8/m.8.gz": gzip.compress(b".Dd 2020\n.Sh NAME\n"),
-        "usr/share/man/fr/man1/a.1.gz": gzip.compress(b".SH NOM\n"),
+        f"man/{language}/man1/a.1.gz": gzip.compress(page.encode()),
+        f"man/{language}/man1/u.1.gz": gzip.compress(untranslated.encode()),
+        f"man/{language}/man8/m.8.gz": gzip.compress(b".Dd 2020\n.Sh NAME\n"),
+        "man/it/man1/a.1.gz": gzip.compress(b".SH NOME\n"),
     }
-    root = write_files(tmp_path, pages)
-    (root / "usr/share/man/de/man1/b.1.gz").symlink_to("a.1.gz")
-    assert extract("german-manual-pages", root) == {"a.1": "BEZEICHNUNG\na - tut etwas\n"}
+    write_files(tmp_path / "usr/share", pages)
+    (tmp_path / f"usr/share/man/{language}/man1/b.1.gz").symlink_to("a.1.gz")
+    assert extract(f"{name}-manual-pages", tmp_path) == {"a.1": "BÉ\na - tut etwas\n"}
 
 
 FREE = "Permission is granted to use, copy and change the software."
