@@ -16,6 +16,7 @@ from pathlib import Path
 
 from composable.errors import TextError
 from composable.training.documents import Document
+from composable.training.hypertext import strip_html
 from composable.training.roff import strip_roff
 
 # What a text cannot use: control characters other than tab and newline, and byte order marks.
@@ -35,6 +36,24 @@ _METAMATH_HEADING = re.compile(
 )
 # A section with fewer bytes is a bare heading, kept with the section that it introduces.
 _METAMATH_HEADING_BYTES = 1_000
+
+# Parts of Rust's library that are tests, and tables that a program has written.
+_NOT_LIBRARY = re.compile(
+    r"(^|/)(([a-z]+[_-])*(tests?|testing|benches|examples|ci)([_-][a-z]+)?(/|\.rs$)"
+    r"|(unicode_data|printable|generated)\.rs$)"
+)
+
+# Parts of HOL Light under other licences, copies of its core with small changes, and lists.
+_NOT_HOL_LIGHT = re.compile(
+    r"^(pa_j[^/]*\.ml$|Jordan/float\.ml$|Proofrecording/diffs/)|(^|/)(make|\w*database\w*)\.ml$"
+)
+
+# What a kernel document says of its licence; one that says nothing has the kernel's.
+_KERNEL_LICENSE = re.compile(r"SPDX-License-Identifier:(.*)")
+
+# What surrounds a page of PostgreSQL's manual, and its pages that are lists.
+_POSTGRESQL_NAVIGATION = ("navheader", "navfooter", "toc")
+_POSTGRESQL_LISTS = re.compile(r"(book)?index$|release-|biblio$|acronyms$|errcodes-appendix$")
 
 # The licences of the Free Software Foundation and those made from them, by their SPDX ids.
 _COPYLEFT_ID = re.compile(r"GPL|GFDL")
@@ -154,6 +173,56 @@ def extract_manual_pages(root: Path, language: str) -> Iterator[Document]:
                 yield Document(file.name.removesuffix(".gz"), text + "\n")
 
 
+def extract_rust_library(root: Path) -> Iterator[Document]:
+    """Yield each source file of Rust's `library`, named by its path, without tests and tables."""
+    for library in sorted(root.glob("usr/src/rustc-*/library")):
+        for file in sorted(library.rglob("*.rs")):
+            name = file.relative_to(library).as_posix()
+            if not file.is_symlink() and not _NOT_LIBRARY.search(name):
+                yield Document(name, clean_text(file.read_bytes(), name))
+
+
+def extract_hol_light(root: Path) -> Iterator[Document]:
+    """Yield each OCaml file of HOL Light, named by its path: definitions, theorems and proofs.
+
+    Left out are the files that have another licence than HOL Light's own, copies, and lists of
+    files and of theorems.
+    """
+    folder = root / "usr/share/hol-light"
+    for file in sorted(folder.rglob("*.ml")):
+        name = file.relative_to(folder).as_posix()
+        if not _NOT_HOL_LIGHT.search(name):
+            yield Document(name, clean_text(file.read_bytes(), name))
+
+
+def extract_kernel_documents(root: Path) -> Iterator[Document]:
+    """Yield each reStructuredText file of the kernel's documentation, named by its path.
+
+    Left out are translations and the files that cannot be had under the kernel's own licence.
+    """
+    for folder in sorted(root.glob("usr/share/doc/linux-doc-*/Documentation")):
+        for file in sorted(folder.rglob("*.rst.gz")):
+            name = file.relative_to(folder).as_posix().removesuffix(".gz")
+            if file.is_symlink() or name.startswith("translations/"):
+                continue
+            text = clean_text(gzip.decompress(file.read_bytes()), name)
+            license = _KERNEL_LICENSE.search(text)
+            if license is None or re.search(r"\bGPL-2\.0", license[1]):
+                yield Document(name, text)
+
+
+def extract_postgresql_pages(root: Path) -> Iterator[Document]:
+    """Yield each page of PostgreSQL's manual, named by its file name without the suffix.
+
+    Left out are tables of contents, release notes and other lists.
+    """
+    for file in sorted(root.glob("usr/share/doc/postgresql-doc-*/html/*.html")):
+        if not _POSTGRESQL_LISTS.match(file.stem):
+            text = strip_html(clean_text(file.read_bytes(), file.name), _POSTGRESQL_NAVIGATION)
+            if text:
+                yield Document(file.stem, text + "\n")
+
+
 def _english_share(text: str) -> float:
     """Return which share of the words is one of two that hardly any other language has."""
     words = text.lower().split()
@@ -164,10 +233,14 @@ Extractor = Callable[[Path], Iterator[Document]]
 EXTRACTORS: Mapping[str, Extractor] = {
     "french-manual-pages": partial(extract_manual_pages, language="fr"),
     "german-manual-pages": partial(extract_manual_pages, language="de"),
+    "hol-light": extract_hol_light,
+    "kernel-documents": extract_kernel_documents,
     "license-texts": extract_license_texts,
     "metamath-sections": extract_metamath_sections,
     "polish-manual-pages": partial(extract_manual_pages, language="pl"),
+    "postgresql-pages": extract_postgresql_pages,
     "python-modules": extract_python_modules,
+    "rust-library": extract_rust_library,
     "spanish-manual-pages": partial(extract_manual_pages, language="es"),
     "speeches": extract_speeches,
 }
