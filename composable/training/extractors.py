@@ -11,10 +11,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from composable.errors import TextError
 from composable.training.documents import Document
+from composable.training.hypertext import strip_html
 from composable.training.roff import strip_roff
 
 # What a text cannot use: control characters other than tab and newline, and byte order marks.
@@ -35,6 +37,24 @@ _METAMATH_HEADING = re.compile(
 # A section with fewer bytes is a bare heading, kept with the section that it introduces.
 _METAMATH_HEADING_BYTES = 1_000
 
+# Parts of Rust's library that are tests, and tables that a program has written.
+_NOT_LIBRARY = re.compile(
+    r"(^|/)(([a-z]+[_-])*(tests?|testing|benches|examples|ci)([_-][a-z]+)?(/|\.rs$)"
+    r"|(unicode_data|printable|generated)\.rs$)"
+)
+
+# Parts of HOL Light under other licences, copies of its core with small changes, and lists.
+_NOT_HOL_LIGHT = re.compile(
+    r"^(pa_j[^/]*\.ml$|Jordan/float\.ml$|Proofrecording/diffs/)|(^|/)(make|\w*database\w*)\.ml$"
+)
+
+# What a kernel document says of its licence; one that says nothing has the kernel's.
+_KERNEL_LICENSE = re.compile(r"SPDX-License-Identifier:(.*)")
+
+# What surrounds a page of PostgreSQL's manual, and its pages that are lists.
+_POSTGRESQL_NAVIGATION = ("navheader", "navfooter", "toc")
+_POSTGRESQL_LISTS = re.compile(r"(book)?index$|release-|biblio$|acronyms$|errcodes-appendix$")
+
 # The licences of the Free Software Foundation and those made from them, by their SPDX ids.
 _COPYLEFT_ID = re.compile(r"GPL|GFDL")
 # Notices under those licences, and licences whose own text must not be changed, or only on terms.
@@ -52,11 +72,14 @@ _RESTRICTED_TEXT = re.compile(
     re.IGNORECASE,
 )
 
-# The last section of every translated page: who translated it, and its licence.
-_TRANSLATORS = re.compile(r"\n\nÜBERSETZUNG\n.*", re.DOTALL)
+# Languages of manual pages, and the heading of the last section of every translated page: who
+# translated it, and its licence.
+_TRANSLATORS = {"de": "ÜBERSETZUNG", "es": "TRADUCCIÓN", "fr": "TRADUCTION", "pl": "TŁUMACZENIE"}
 
-# At least this share of the words of an English text is "the" or "and".
+# At least this share of the words of an English text is "the" or "and", and at least that of one
+# in another language of which a good part is still in English.
 _ENGLISH_SHARE = 0.02
+_PARTLY_ENGLISH_SHARE = 0.01
 
 
 def clean_text(data: bytes, where: str) -> str:
@@ -127,30 +150,98 @@ def extract_license_texts(root: Path) -> Iterator[Document]:
     for name, entry in sorted(licenses.items()):
         text = clean_text(entry["licenseText"].encode(), name)
         is_restricted = _COPYLEFT_ID.search(name) or _RESTRICTED_TEXT.search(" ".join(text.split()))
-        words = text.lower().split()
-        is_english = words.count("the") + words.count("and") >= _ENGLISH_SHARE * len(words)
-        if is_english and not is_restricted:
+        if _english_share(text) >= _ENGLISH_SHARE and not is_restricted:
             yield Document(name, text)
 
 
-def extract_german_manual_pages(root: Path) -> Iterator[Document]:
-    """Yield the pages of `manpages-de`, named like `ls.1`, without markup and translators' notes.
+def extract_manual_pages(root: Path, language: str) -> Iterator[Document]:
+    """Yield the pages of one language, named like `ls.1`, without markup and translators' notes.
 
-    Links to pages and pages written with mdoc macros are left out.
+    Left out are links to pages, pages written with mdoc macros, and pages of which a good part
+    has not been translated.
+
+    Args:
+        root: An unpacked `manpages-<language>`.
+        language: `de`, `es`, `fr` or `pl`.
     """
-    for file in sorted((root / "usr/share/man/de").glob("man*/*.gz")):
+    translators = re.compile(rf"\n\n{_TRANSLATORS[language]}\n.*", re.DOTALL)
+    for file in sorted((root / "usr/share/man" / language).glob("man*/*.gz")):
         if not file.is_symlink():
             source = clean_text(gzip.decompress(file.read_bytes()), file.name)
-            if text := _TRANSLATORS.sub("", strip_roff(source)):
+            text = translators.sub("", strip_roff(source))
+            if text and _english_share(text) < _PARTLY_ENGLISH_SHARE:
                 yield Document(file.name.removesuffix(".gz"), text + "\n")
+
+
+def extract_rust_library(root: Path) -> Iterator[Document]:
+    """Yield each source file of Rust's `library`, named by its path, without tests and tables."""
+    for library in sorted(root.glob("usr/src/rustc-*/library")):
+        for file in sorted(library.rglob("*.rs")):
+            name = file.relative_to(library).as_posix()
+            if not file.is_symlink() and not _NOT_LIBRARY.search(name):
+                yield Document(name, clean_text(file.read_bytes(), name))
+
+
+def extract_hol_light(root: Path) -> Iterator[Document]:
+    """Yield each OCaml file of HOL Light, named by its path: definitions, theorems and proofs.
+
+    Left out are the files that have another licence than HOL Light's own, copies, and lists of
+    files and of theorems.
+    """
+    folder = root / "usr/share/hol-light"
+    for file in sorted(folder.rglob("*.ml")):
+        name = file.relative_to(folder).as_posix()
+        if not _NOT_HOL_LIGHT.search(name):
+            yield Document(name, clean_text(file.read_bytes(), name))
+
+
+def extract_kernel_documents(root: Path) -> Iterator[Document]:
+    """Yield each reStructuredText file of the kernel's documentation, named by its path.
+
+    Left out are translations and the files that cannot be had under the kernel's own licence.
+    """
+    for folder in sorted(root.glob("usr/share/doc/linux-doc-*/Documentation")):
+        for file in sorted(folder.rglob("*.rst.gz")):
+            name = file.relative_to(folder).as_posix().removesuffix(".gz")
+            if file.is_symlink() or name.startswith("translations/"):
+                continue
+            text = clean_text(gzip.decompress(file.read_bytes()), name)
+            license = _KERNEL_LICENSE.search(text)
+            if license is None or re.search(r"\bGPL-2\.0", license[1]):
+                yield Document(name, text)
+
+
+def extract_postgresql_pages(root: Path) -> Iterator[Document]:
+    """Yield each page of PostgreSQL's manual, named by its file name without the suffix.
+
+    Left out are tables of contents, release notes and other lists.
+    """
+    for file in sorted(root.glob("usr/share/doc/postgresql-doc-*/html/*.html")):
+        if not _POSTGRESQL_LISTS.match(file.stem):
+            text = strip_html(clean_text(file.read_bytes(), file.name), _POSTGRESQL_NAVIGATION)
+            if text:
+                yield Document(file.stem, text + "\n")
+
+
+def _english_share(text: str) -> float:
+    """Return which share of the words is one of two that hardly any other language has."""
+    words = text.lower().split()
+    return (words.count("the") + words.count("and")) / max(len(words), 1)
 
 
 Extractor = Callable[[Path], Iterator[Document]]
 EXTRACTORS: Mapping[str, Extractor] = {
-    "german-manual-pages": extract_german_manual_pages,
+    "french-manual-pages": partial(extract_manual_pages, language="fr"),
+    "german-manual-pages": partial(extract_manual_pages, language="de"),
+    "hol-light": extract_hol_light,
+    "kernel-documents": extract_kernel_documents,
     "license-texts": extract_license_texts,
     "metamath-sections": extract_metamath_sections,
+    "polish-manual-pages": partial(extract_manual_pages, language="pl"),
+    "postgresql-pages": extract_postgresql_pages,
     "python-modules": extract_python_modules,
+    "rust-library": extract_rust_library,
+    "spanish-manual-pages": partial(extract_manual_pages, language="es"),
     "speeches": extract_speeches,
 }
 """The extractors by the name that a recipe calls them."""

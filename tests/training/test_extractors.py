@@ -75,18 +75,90 @@ def test_metamath_sections_run_from_heading_to_heading(tmp_path):
     }
 
 
-def test_german_pages_lose_markup_links_and_translators(tmp_path):
-    page = (
-        ".TH A 1\n.SH BEZEICHNUNG\na \\- tut etwas\n.SH ÜBERSETZUNG\nDie Übersetzung ist von N.\n"
-    )
+@pytest.mark.parametrize(
+    ("name", "language", "translators"),
+    [
+        ("german", "de", "ÜBERSETZUNG"),
+        ("spanish", "es", "TRADUCCIÓN"),
+        ("french", "fr", "TRADUCTION"),
+        ("polish", "pl", "TŁUMACZENIE"),
+    ],
+)
+def test_manual_pages_lose_markup_links_and_translators(tmp_path, name, language, translators):
+    page = f".TH A 1\n.SH BÉ\na \\- tut etwas\n.SH {translators}\nDie {translators} ist von N.\n"
+    untranslated = ".SH BÉ\nwhich of the files and folders\n"
     pages = {
-        "usr/share/man/de/man1/a.1.gz": gzip.compress(page.encode()),
-        "usr/share/man/de/man8/m.8.gz": gzip.compress(b".Dd 2020\n.Sh NAME\n"),
-        "usr/share/man/fr/man1/a.1.gz": gzip.compress(b".SH NOM\n"),
+        f"man/{language}/man1/a.1.gz": gzip.compress(page.encode()),
+        f"man/{language}/man1/u.1.gz": gzip.compress(untranslated.encode()),
+        f"man/{language}/man8/m.8.gz": gzip.compress(b".Dd 2020\n.Sh NAME\n"),
+        "man/it/man1/a.1.gz": gzip.compress(b".SH NOME\n"),
     }
-    root = write_files(tmp_path, pages)
-    (root / "usr/share/man/de/man1/b.1.gz").symlink_to("a.1.gz")
-    assert extract("german-manual-pages", root) == {"a.1": "BEZEICHNUNG\na - tut etwas\n"}
+    write_files(tmp_path / "usr/share", pages)
+    (tmp_path / f"usr/share/man/{language}/man1/b.1.gz").symlink_to("a.1.gz")
+    assert extract(f"{name}-manual-pages", tmp_path) == {"a.1": "BÉ\na - tut etwas\n"}
+
+
+def test_rust_files_leave_out_tests_and_tables(tmp_path):
+    kept = ["alloc/src/vec/mod.rs", "core/src/contest.rs", "core/src/lib.rs"]
+    left_out = [
+        "alloc/benches/vec.rs",
+        "alloc/src/vec/tests.rs",
+        "alloc/src/testing/rng.rs",
+        "core/src/neon/shift_tests.rs",
+        "core/src/neon/generated.rs",
+        "core/src/unicode/unicode_data.rs",
+        "core/tests/lib.rs",
+        "portable-simd/crates/test_helpers/src/lib.rs",
+        "core/README.md",
+    ]
+    write_files(tmp_path / "usr/src/rustc-1.0/library", dict.fromkeys(kept + left_out, "mod a;"))
+    write_files(tmp_path / "usr/src/rustc-1.0/compiler", {"a.rs": "mod a;"})
+    assert list(extract("rust-library", tmp_path)) == kept
+
+
+def test_hol_light_leaves_out_other_licences_copies_and_lists(tmp_path):
+    kept = ["Jordan/real_ext.ml", "Library/floor.ml", "sets.ml"]
+    left_out = [
+        "Jordan/float.ml",
+        "Multivariate/complex_database.ml",
+        "Multivariate/make.ml",
+        "Proofrecording/diffs/sets.ml",
+        "README",
+        "pa_j_4.xx_7.xx.ml",
+        "update_database_4.ml",
+    ]
+    write_files(tmp_path / "usr/share/hol-light", dict.fromkeys(kept + left_out, "let x = 1;;"))
+    assert list(extract("hol-light", tmp_path)) == kept
+
+
+def test_kernel_documents_leave_out_translations_and_other_licences(tmp_path):
+    line = ".. SPDX-License-Identifier: {}\n"
+    kept = {
+        "a.rst": "Words\n",
+        "mm/b.rst": line.format("GPL-2.0"),
+        "mm/c.rst": line.format("(GPL-2.0+ OR CC-BY-4.0)"),
+    }
+    left_out = {
+        "d.rst": line.format("GFDL-1.1-no-invariants-or-later"),
+        "e.rst": line.format("(LGPL-2.1 OR BSD-2-Clause)"),
+        "translations/it_IT/a.rst": "Parole\n",
+        "f.txt": "Words\n",
+    }
+    pages = {f"{name}.gz": gzip.compress(text.encode()) for name, text in (kept | left_out).items()}
+    write_files(tmp_path / "usr/share/doc/linux-doc-6.1/Documentation", pages)
+    assert extract("kernel-documents", tmp_path) == kept
+
+
+def test_postgresql_pages_lose_navigation_and_lists(tmp_path):
+    page = (
+        '<html><head><title>A</title></head><body><div class="navheader">Next</div>'
+        '<h2>A</h2><p>One.</p><div class="toc"><p>B</p></div></body></html>'
+    )
+    left_out = ["index", "bookindex", "release-15-1", "errcodes-appendix"]
+    pages = {f"{name}.html": page for name in ["sql-a", *left_out]}
+    pages["empty.html"] = "<html><head><title>A</title></head><body></body></html>"
+    write_files(tmp_path / "usr/share/doc/postgresql-doc-15/html", pages)
+    assert extract("postgresql-pages", tmp_path) == {"sql-a": "A\n\nOne.\n"}
 
 
 FREE = "Permission is granted to use, copy and change the software."
