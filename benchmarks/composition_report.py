@@ -1,0 +1,478 @@
+"""Figures, tables and plots of the composition benchmark, from the cells of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import jax
+import numpy as np
+
+from benchmarks import composition_methods as methods
+from benchmarks.composition_methods import Rows
+from benchmarks.demo_seeds import fill
+
+if TYPE_CHECKING:
+    from benchmarks.composition import Run
+
+# Cells that are no methods of their own.
+_PARTS: Final = (
+    *("paths", "mix weights", "safe weights", "c-btm weights"),
+    *("router, ", "without ", "hostile, ", "unequal, ", "growth "),
+)
+# From here on an expert is trusted.
+TRUSTED: Final = 0.5
+
+# Methods of which a setting must be chosen get the one that is best on what is reported: better
+# than anybody could have chosen it. Prefix of the cells' names.
+TUNED: Final = ("task_arithmetic", "ties", "flexolmo", "lda", "qda", "dume", "c-btm", "btm")
+# References that see everybody's text.
+JOINT: Final = ("btx", "dense")
+_DRAWS: Final = 2000
+
+Nats = Mapping[str, np.ndarray]
+
+
+def derived(load: Callable[[str], Nats]) -> dict[str, Nats]:
+    """Return the methods that are arithmetic on every path's costs."""
+    paths = load("paths")
+    n = next(iter(paths.values())).shape[-1]
+    even_E, found = np.full(n, 1 / n), {}
+    for discount in (1.0, 0.98, 0.95, 0.9):
+        found[f"btm posterior, discount {discount}"] = {
+            g: methods.ensemble(c, methods.posterior(c, discount, even_E)) for g, c in paths.items()
+        }
+    found["demix updating prior"] = {
+        g: methods.ensemble(c, methods.demix_updating(c)) for g, c in paths.items()
+    }
+    found["btm uniform"] = {
+        g: methods.ensemble(c, np.log(np.broadcast_to(even_E, c.shape))) for g, c in paths.items()
+    }
+    for name in ("0.01", "0.1"):
+        weight = load(f"c-btm weights {name}")
+        found[f"c-btm temperature {name}"] = {
+            g: methods.ensemble(c, np.log(np.maximum(weight[g], 1e-30))) for g, c in paths.items()
+        }
+    found["best path per token (not causal)"] = {g: c.min(-1) for g, c in paths.items()}
+    return found
+
+
+def oracle(run: Run, names: Sequence[str], paths: Nats) -> Nats:
+    """Return each domain's own expert; on spliced texts that of every stretch; else nothing."""
+    found = {name: paths[name][..., index] for index, name in enumerate(names, 1)}
+    found["public"] = paths["public"][..., 0]
+    spliced = np.array(paths["spliced"][..., 0])
+    for i, document in enumerate(run.spliced):
+        for segment in document.segments:
+            index = 0 if segment.name == "public" else names.index(segment.name) + 1
+            # Target t is byte t of the text: the begin token comes before the first.
+            here = slice(segment.start, min(segment.end, spliced.shape[1]))
+            spliced[i, here] = paths["spliced"][i, here, index]
+    return {**found, "spliced": spliced}
+
+
+class Table:
+    """Bits per byte by method, domain and seed, with intervals over documents and seeds."""
+
+    def __init__(self, rows: Mapping[str, Rows], domains: Sequence[str]) -> None:
+        self.rows, self.domains = rows, list(domains)
+        self.nats: dict[str, list[Nats]] = {}
+
+    def add(self, method: str, nats: Nats) -> None:
+        """Add what a method cost on one seed."""
+        self.nats.setdefault(method, []).append(nats)
+
+    def bits(self, method: str, group: str) -> float | None:
+        """Return the mean over seeds, or None where the method has no such column."""
+        values = [self._bits(group, nats[group]) for nats in self.nats[method] if group in nats]
+        return float(np.mean(values)) if values else None
+
+    def mean(self, method: str) -> float:
+        """Return the mean over domains."""
+        return float(np.mean([self.bits(method, name) for name in self.domains]))
+
+    def recovery(self, method: str, name: str | None = None) -> float:
+        """Return the share of the gaps to the domains' own experts that is closed, their mean."""
+        names = self.domains if name is None else [name]
+        shares = []
+        for domain in names:
+            base, own = self.bits("backbone", domain), self.bits("oracle", domain)
+            found = self.bits(method, domain)
+            assert base is not None and own is not None and found is not None
+            shares.append((base - found) / (base - own))
+        return float(np.mean(shares))
+
+    def interval(self, method: str, statistic: Callable[..., float]) -> list[float]:
+        """Return the 95 % interval of a statistic, resampling seeds, and documents in each group.
+
+        Args:
+            method: The method.
+            statistic: From bits per byte of backbone, oracle and method by domain to a number.
+        """
+        rng = np.random.default_rng(0)
+        sums = {m: self._sums(m) for m in ("backbone", "oracle", method)}
+        draws = []
+        for _ in range(_DRAWS):
+            seeds = rng.integers(len(self.nats[method]), size=len(self.nats[method]))
+            bits: dict[str, dict[str, float]] = {m: {} for m in sums}
+            for group in self.domains:
+                count_N = self.rows[group].mask_NT[: self.rows[group].n_documents].sum(1)
+                picked = rng.integers(len(count_N), size=len(count_N))
+                for m, by_group in sums.items():
+                    total = by_group[group][seeds][:, picked].sum()
+                    bits[m][group] = total / (len(seeds) * count_N[picked].sum()) / np.log(2)
+            draws.append(statistic(bits["backbone"], bits["oracle"], bits[method]))
+        return [round(float(x), 5) for x in np.quantile(draws, (0.025, 0.975))]
+
+    def _sums(self, method: str) -> dict[str, np.ndarray]:
+        return {
+            group: np.stack(
+                [
+                    (nats[group] * self.rows[group].mask_NT[: len(nats[group])]).sum(1)
+                    for nats in self.nats[method]
+                ]
+            )
+            for group in self.domains
+        }
+
+    def _bits(self, group: str, nats_NT: np.ndarray) -> float:
+        mask_NT = self.rows[group].mask_NT[: len(nats_NT)]
+        return float((nats_NT * mask_NT).sum() / mask_NT.sum() / np.log(2))
+
+
+def mean_recovery(
+    backbone: Mapping[str, float], own: Mapping[str, float], found: Mapping[str, float]
+) -> float:
+    """Return the mean share of the gaps that is closed."""
+    return float(np.mean([(backbone[n] - found[n]) / (backbone[n] - own[n]) for n in backbone]))
+
+
+def best_settings(table: Table) -> dict[str, str]:
+    """Return every method by the name to report it under, tuned ones with their best setting."""
+    chosen: dict[str, str] = {}
+    for name in table.nats:
+        if name.startswith(("router, ", "without ", "own ", "best path")):
+            continue
+        family = next((prefix for prefix in TUNED if name.startswith(f"{prefix} ")), name)
+        if family not in chosen or table.mean(name) < table.mean(chosen[family]):
+            chosen[family] = name
+    return chosen
+
+
+def summarise(table: Table) -> dict[str, Any]:
+    """Return the figures of every method as the JSON file holds them."""
+    found = {}
+    for family, name in best_settings(table).items():
+        row = {d: _rounded(table.bits(name, d)) for d in table.domains}
+        found[family] = {
+            "isolated": family not in JOINT,
+            "setting": name,
+            "domains": row,
+            "mean": round(table.mean(name), 5),
+            "public": _rounded(table.bits(name, "public")),
+            "spliced": _rounded(table.bits(name, "spliced")),
+            "novel": _rounded(table.bits(name, "novel")),
+            "recovery": round(table.recovery(name), 5),
+            "recovery_interval": table.interval(name, mean_recovery),
+            "worst_domain_recovery": round(
+                min(table.recovery(name, domain) for domain in table.domains), 5
+            ),
+        }
+    return found
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
+
+
+def methods_table(summary: Mapping[str, Any], domains: Sequence[str]) -> str:
+    """Return the main table in Markdown, best mean last."""
+    order = sorted(summary, key=lambda name: -summary[name]["mean"])
+    columns = [*domains, "public", "spliced", "novel"]
+    head = "| method | mean | recovery (95 %) | " + " | ".join(columns) + " |\n|---|---"
+    lines = [head + "|---" * (len(columns) + 1) + "|"]
+    for name in order:
+        row = summary[name]
+        low, high = row["recovery_interval"]
+        cells = [*(row["domains"][d] for d in domains), *(row[c] for c in columns[-3:])]
+        shown = ["–" if x is None else f"{x:.3f}" for x in cells]
+        label = f"**{name}**" if name in ("mix", "safe") else name
+        label += "" if row["isolated"] else " †"
+        setting = row["setting"].removeprefix(name).strip()
+        label += f" ({setting})" if setting else ""
+        lines.append(
+            f"| {label} | {row['mean']:.3f} | {row['recovery']:.1%} [{low:.1%}, {high:.1%}] | "
+            + " | ".join(shown)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot_methods(summary: Mapping[str, Any], path: Path) -> None:
+    """Draw mean and public bits per byte of every method: near the lower left corner is good."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    order = sorted(summary, key=lambda name: summary[name]["mean"])
+    figure, axes = plt.subplots(1, 3, figsize=(13, 0.32 * len(order) + 1.6), sharey=True)
+    places = np.arange(len(order))[::-1]
+    for axis, column in zip(axes, ("mean", "public", "spliced"), strict=True):
+        values = [summary[name][column] for name in order]
+        colours = [
+            "tab:blue" if n in ("mix", "safe") else "0.75" if summary[n]["isolated"] else "tab:pink"
+            for n in order
+        ]
+        bars = [np.nan if v is None else v for v in values]
+        axis.barh(places, bars, color=colours)
+        for place, value in zip(places, values, strict=True):
+            if value is not None:
+                axis.text(value, place, f" {value:.3f}", va="center", fontsize=8)
+        top = np.nanmax(bars)
+        axis.set_xlim(0, 1.15 * top)
+        axis.set_title({"mean": "own domains"}.get(column, f"{column} text"), fontsize=10)
+        axis.set_xlabel("bits per byte")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(places, order)
+    figure.text(0.99, 0.01, "blue: ours   pink: sees everybody's text", ha="right", fontsize=8)
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Return every figure of a run whose cells are all there."""
+    domains, seeds = list(run.preset.domains), run.preset.seeds
+    table = Table(run.rows, domains)
+    for seed in seeds:
+        load = partial(run.load, seed)
+        table.add("oracle", oracle(run, domains, load("paths")))
+        for name in run.cells(seed):
+            if not name.startswith(_PARTS):
+                table.add(name, load(name))
+        for name, nats in derived(load).items():
+            table.add(name, nats)
+    first = Table(run.rows, domains)
+    for name in ("oracle", "backbone", "mix", "safe"):
+        first.add(name, table.nats[name][0])
+    for name in run.cells(seeds[0]):
+        if name.startswith(_PARTS[4:]) and not name.endswith(", paths"):
+            first.add(name, run.load(seeds[0], name))
+    return {
+        "preset": dataclasses.asdict(run.preset),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.default_backend()}, "
+        f"jax {jax.__version__}, Python {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(sum(run.seconds.values())),
+        "methods": summarise(table),
+        "best_path_per_token": round(table.mean("best path per token (not causal)"), 5),
+        "ablations": ablations(first),
+        "neighbours": neighbours(first),
+        "switching": switching(run),
+        "hostile": hostile(first, run),
+        "unequal": unequal(first),
+        "growth": growth(run, first),
+    }
+
+
+def ablations(table: Table) -> dict[str, Any]:
+    """Return the router with one thing changed at a time, on the first seed."""
+    return {
+        name.removeprefix("router, "): {
+            "mean": round(table.mean(name), 5),
+            "recovery": round(table.recovery(name), 5),
+            "public": _rounded(table.bits(name, "public")),
+            "spliced": _rounded(table.bits(name, "spliced")),
+        }
+        for name in table.nats
+        if name.startswith("router, ")
+    }
+
+
+def neighbours(table: Table) -> dict[str, dict[str, float]]:
+    """Return by how much every text's bits change when an expert comes, by expert."""
+    found = {}
+    for name in table.nats:
+        if name.startswith("without "):
+            changes = {}
+            for group in table.rows:
+                after, before = table.bits("mix", group), table.bits(name, group)
+                if after is not None and before is not None:
+                    changes[group] = round(after / before - 1, 5)
+            found[name.removeprefix("without ")] = changes
+    return found
+
+
+def switching(run: Run) -> dict[str, Any]:
+    """Return after how many bytes the right expert is trusted, by mode, over all seeds."""
+    order = ["public", *sorted(run.preset.domains)]
+    found = {}
+    for mode in ("mix", "safe"):
+        waits = []
+        for seed in run.preset.seeds:
+            weight_NTE = run.load(seed, f"{mode} weights")["spliced"]
+            for document, weight_TE in zip(run.spliced, weight_NTE, strict=True):
+                for segment in document.segments[1:]:
+                    here_T = weight_TE[segment.start : segment.end, order.index(segment.name)]
+                    trusted = np.flatnonzero(here_T >= TRUSTED)
+                    waits.append(int(trusted[0]) if len(trusted) else len(here_T))
+        quantiles = np.quantile(waits, (0.5, 0.9)) if waits else (np.nan, np.nan)
+        found[mode] = {
+            "median": float(quantiles[0]),
+            "ninth_decile": float(quantiles[1]),
+            "switches": len(waits),
+            "waits": sorted(waits),
+        }
+    return found
+
+
+def hostile(table: Table, run: Run) -> dict[str, Any]:
+    """Return what each guest took of the public text and how much worse anything became."""
+    found: dict[str, Any] = {}
+    groups = ["public", *table.domains]
+    for name in table.nats:
+        if not name.startswith("hostile, ") or name.startswith("hostile, weights, "):
+            continue
+        _, mode, guest = name.split(", ", 2)
+        changes = {g: _change(table, name, mode, g) for g in groups}
+        row = found.setdefault(guest, {})
+        row[mode] = {
+            "public": changes["public"],
+            "worst_domain": max(changes[g] for g in table.domains),
+        }
+        weight_NTE = run.load(run.preset.seeds[0], f"hostile, weights, {guest}")["public"]
+        index = sorted([*table.domains, "guest"]).index("guest") + 1
+        mask_NT = run.rows["public"].mask_NT[: len(weight_NTE)]
+        row["taken"] = round(float(weight_NTE[..., index][mask_NT].mean()), 6)
+    return found
+
+
+def _change(table: Table, name: str, base: str, group: str) -> float:
+    after, before = table.bits(name, group), table.bits(base, group)
+    assert after is not None and before is not None
+    return round(after / before - 1, 6)
+
+
+def unequal(table: Table) -> dict[str, Any]:
+    """Return what a contributor with less got, and what it cost the others."""
+    found = {}
+    name = table.domains[0]
+    for cell in table.nats:
+        if cell.startswith("unequal, ") and not cell.startswith("unequal, own, "):
+            how = cell.removeprefix("unequal, ")
+            own = table.bits(f"unequal, own, {how}", name)
+            mixed, base = table.bits(cell, name), table.bits("backbone", name)
+            assert own is not None and mixed is not None and base is not None
+            found[how] = {
+                "own": round(own, 5),
+                "mix": round(mixed, 5),
+                "recovery": round((base - mixed) / (base - own), 5),
+                "worst_other": max(
+                    _change(table, cell, "mix", g) for g in (*table.domains[1:], "public")
+                ),
+            }
+    return found
+
+
+def growth(run: Run, table: Table) -> dict[str, Any]:
+    """Return quality by size; recovery is of the gap to the domain's best path at that size."""
+    found = {}
+    for size in run.preset.growth:
+        mixed = run.load(run.preset.seeds[0], f"growth {size}")
+        paths = run.load(run.preset.seeds[0], f"growth {size}, paths")
+        shares, bits = [], {}
+        for group in (*table.domains, "public", "spliced"):
+            bits[group] = round(run.bits(group, mixed[group]), 5)
+            if group in table.domains:
+                by_path = [
+                    run.bits(group, paths[group][..., e]) for e in range(paths[group].shape[-1])
+                ]
+                if by_path[0] - min(by_path) > 0.1:  # somebody here knows this domain
+                    shares.append((by_path[0] - bits[group]) / (by_path[0] - min(by_path)))
+        found[str(size)] = {"recovery": round(float(np.mean(shares)), 5), "bits": bits}
+    return found
+
+
+def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
+    """Write tables between the markers of `composition.md`, and the figures beside it."""
+    domains = list(run.preset.domains)
+    preset = run.preset
+    stamp = (
+        f"*`python -m benchmarks.composition --preset {run.name}`: {len(preset.seeds)} seeds, "
+        f"{preset.steps} steps per expert, {preset.documents} held-out documents of "
+        f"{512 * 2:,} bytes per domain; {result['machine']}; {result['date']}; "
+        f"{result['seconds'] / 60:.0f} minutes.*\n"
+    )
+    texts = {
+        "methods": methods_table(result["methods"], domains) + "\n" + stamp,
+        "ablations": _table(
+            ("change", "mean", "recovery", "public", "spliced"),
+            [
+                (k, f"{v['mean']:.3f}", f"{v['recovery']:.1%}", *_three(v["public"], v["spliced"]))
+                for k, v in result["ablations"].items()
+            ],
+        ),
+        "neighbours": _table(
+            ("expert that comes", *domains, "public", "spliced", "novel"),
+            [
+                (k, *(f"{v[g]:+.2%}" for g in (*domains, "public", "spliced", "novel")))
+                for k, v in result["neighbours"].items()
+            ],
+        ),
+        "switching": _table(
+            ("mode", "switches", "median bytes", "nine in ten within"),
+            [
+                (k, str(v["switches"]), f"{v['median']:.0f}", f"{v['ninth_decile']:.0f}")
+                for k, v in result["switching"].items()
+            ],
+        ),
+        "hostile": _table(
+            (
+                *("guest", "taken of public text", "public, mix", "worst domain, mix"),
+                *("public, safe", "worst domain, safe"),
+            ),
+            [
+                (k, f"{v['taken']:.4%}", *_percents(v["mix"]), *_percents(v["safe"]))
+                for k, v in result["hostile"].items()
+            ],
+        ),
+        "unequal": _table(
+            (f"{domains[0]} had", "own expert", "mix", "recovery", "worst change elsewhere"),
+            [
+                (
+                    *(k, *_three(v["own"], v["mix"])),
+                    *(f"{v['recovery']:.1%}", f"{v['worst_other']:+.3%}"),
+                )
+                for k, v in result["unequal"].items()
+            ],
+        ),
+        "growth": _table(
+            ("experts", "recovery", *domains, "public", "spliced"),
+            [
+                (k, f"{v['recovery']:.1%}", *_three(*v["bits"].values()))
+                for k, v in result["growth"].items()
+            ],
+        ),
+    }
+    fill(folder / "composition.md", {f"{run.name}-{name}": text for name, text in texts.items()})
+    plot_methods(result["methods"], folder / f"composition_{run.name}.png")
+
+
+def _three(*values: float) -> tuple[str, ...]:
+    return tuple(f"{value:.3f}" for value in values)
+
+
+def _percents(row: Mapping[str, float]) -> tuple[str, str]:
+    return f"{row['public']:+.4%}", f"{row['worst_domain']:+.4%}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
