@@ -108,7 +108,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         steps=150,
         scout_steps=300,
         documents=8,
-        growth=(2, 4, 8, 16),
+        growth=(2, 4, 8),
         is_full=True,
     ),
 }
