@@ -242,6 +242,7 @@ def contribute(
     seed: int,
     name: str,
     documents: Sequence[Document],
+    /,
     *,
     extras: Sequence[str] = (),
     kind: str = "ffn",
