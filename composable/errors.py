@@ -127,3 +127,22 @@ class TrainingError(ComposableError):
 
 class VettingError(ComposableError):
     """An expert that failed vetting and must not be published."""
+
+
+class ContributionWarning(UserWarning):
+    """An expert whose contributions a running model counted as zero; no error, for it went on.
+
+    Args:
+        expert: Its name.
+        zeroed: Contributions that were not finite or out of bounds.
+        made: Contributions in all.
+    """
+
+    def __init__(self, expert: str, zeroed: int, made: int) -> None:
+        super().__init__(
+            f"expert {expert}: {zeroed:,} of {made:,} contributions were not finite or out of "
+            "bounds, and counted as zero"
+        )
+        self.expert = expert
+        self.zeroed = zeroed
+        self.made = made
