@@ -79,9 +79,11 @@ def note_guards() -> Iterator[None]:
     told: set[str] = set()
     show_others = warnings.showwarning
 
-    def show_warning(message: Warning | str, *rest: Any) -> None:
+    def show_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any
+    ) -> None:
         if not isinstance(message, ContributionWarning):
-            show_others(message, *rest)
+            show_others(message, category, filename, lineno, *rest)
         elif message.expert not in told:
             told.add(message.expert)
             note(f"warning: {message}")

@@ -188,6 +188,28 @@ def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Ar
     return parts.backbone.upper(x_BTD, feed_forward)[0]
 
 
+def path_norms(
+    parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]
+) -> jax.Array:
+    """Return how large one body's outputs are when it is always on.
+
+    Arguments as for `path`.
+
+    Returns:
+        Root mean squares, shape LBT float32, one L per slot: what `output_bounds` bound.
+    """
+    feed_forward, norms = _fixed_feed_forward(parts, slots), []
+
+    def run(layer: int, x_BTD: jax.Array) -> jax.Array:
+        y_BTD = feed_forward(layer, x_BTD)
+        norms.append(jnp.sqrt(jnp.mean(jnp.square(y_BTD.astype(jnp.float32)), axis=-1)))
+        return y_BTD
+
+    x_BTD, _ = parts.backbone.trunk(tokens_BT)
+    parts.backbone.upper(x_BTD, run)
+    return jnp.stack(norms)
+
+
 def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Array, SafeState]:
     """Return log probabilities in safe mode.
 
