@@ -12,13 +12,11 @@ from composable.errors import VettingError
 from composable.interface import RouterInterface
 from composable.packaging.compatibility import (
     Change,
+    Step,
     choose_older,
     compare_manifests,
-    is_enough,
-    needed_bump,
-    next_version,
 )
-from composable.packaging.manifest import Manifest
+from composable.packaging.manifest import EXPERT_FILE, Manifest
 from composable.packaging.packing import fit_interface
 from composable.packaging.registry import Registry
 from composable.packaging.storage import Progress
@@ -72,12 +70,11 @@ def _require_bump(
         hint = f"run: composable check {folder} --against {name}@{before}; or "
     else:
         changes += [Change("major", found) for found in regressions]
-    needed = needed_bump(changes)
-    if not is_enough(before, manifest.version, needed):
-        found = "; ".join(change.found for change in changes if change.needs == needed)
+    step = Step(before, manifest.version, tuple(changes))
+    if not step.is_enough:
         raise VettingError(
-            f"{manifest.version} is too small a step from {name} {before}, for this is a {needed} "
-            f"change: {found}",
-            where=f"{folder / 'expert.toml'}: expert.version",
-            hint=f'{hint}write version = "{next_version(before, needed)}"',
+            f"{step.new} is too small a step from {name} {before}, for this is a {step.needed} "
+            f"change: {'; '.join(step.reasons)}",
+            where=f"{folder / EXPERT_FILE}: expert.version",
+            hint=f'{hint}write version = "{step.version}"',
         )

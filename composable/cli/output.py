@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TextIO
 
 import typer
 
@@ -80,10 +80,15 @@ def note_guards() -> Iterator[None]:
     show_others = warnings.showwarning
 
     def show_warning(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
     ) -> None:
         if not isinstance(message, ContributionWarning):
-            show_others(message, category, filename, lineno, *rest)
+            show_others(message, category, filename, lineno, file, line)
         elif message.expert not in told:
             told.add(message.expert)
             note(f"warning: {message}")

@@ -34,6 +34,43 @@ class Change:
     found: str
 
 
+@dataclass(frozen=True)
+class Step:
+    """The step from one release to the next.
+
+    Args:
+        old: The older version.
+        new: The version that is to come after it.
+        changes: All that differs.
+    """
+
+    old: Version
+    new: Version
+    changes: tuple[Change, ...]
+
+    @property
+    def needed(self) -> Bump:
+        """The smallest bump that may bring all changes."""
+        return needed_bump(self.changes)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the new version is at least that bump, or nothing changed at all."""
+        return (self.old == self.new and not self.changes) or is_enough(
+            self.old, self.new, self.needed
+        )
+
+    @property
+    def reasons(self) -> list[str]:
+        """What asks for the bump that is needed, in words."""
+        return [change.found for change in self.changes if change.needs == self.needed]
+
+    @property
+    def version(self) -> Version:
+        """The lowest version that may bring the changes."""
+        return next_version(self.old, self.needed)
+
+
 def compare_manifests(old: Manifest, new: Manifest) -> list[Change]:
     """Return what a new release changes of what an older one gives and asks for.
 

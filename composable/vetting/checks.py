@@ -88,11 +88,14 @@ class Verdict:
         checks: In the order they ran.
         measured: Bits per byte and shares, as the card records them.
         evidence: What every document cost, for comparisons; None where nothing could be run.
+        regressions: What is worse than in an older release, in words; None where there was none
+            to compare with.
     """
 
     checks: tuple[Check, ...]
     measured: dict[str, Any]
     evidence: Evidence | None = field(default=None, compare=False)
+    regressions: tuple[str, ...] | None = None
 
     @property
     def passed(self) -> bool:

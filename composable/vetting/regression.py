@@ -25,7 +25,7 @@ _RUNS: Final = {
 }
 
 
-def find_regressions_of(old: Evidence, new: Evidence) -> list[str]:
+def compare_evidence(old: Evidence, new: Evidence) -> list[str]:
     """Return what a new release does worse than an older one, beyond noise, in words.
 
     Worse is a mean over documents whose paired difference is above zero by a one-sided t test
