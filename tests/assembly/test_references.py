@@ -111,12 +111,12 @@ def test_nothing_changed_and_a_better_word_are_patches(release, folder, registry
 def test_a_release_that_got_worse_needs_a_major_version_and_gets_no_smaller_one(
     release, folder, registry
 ):
-    spoil_body(release, folder, 0.4)
+    spoil_body(release, folder, 3.0)
     edit_manifest(folder, 'version = "1.0.0"', 'version = "1.1.0"')
     step = check_against(release, folder, "logic", registry)
     assert (step.needed, str(step.version), step.is_enough) == ("major", "2.0.0", False)
     assert any("bits per byte on its own text" in reason for reason in step.reasons)
-    with pytest.raises(VettingError, match="1.1.0 is too small a step from logic 1.0.0") as caught:
+    with pytest.raises(VettingError, match="too small a step from logic") as caught:
         publish_expert(release, folder, open_for_publishing(registry))
     assert "bits per byte on its own text" in caught.value.message
     assert 'version = "2.0.0"' in caught.value.hint
@@ -133,7 +133,7 @@ def test_weights_that_are_as_good_are_a_patch(release, folder, registry, tmp_pat
 
 
 def test_an_older_release_is_looked_for_by_name(release, folder, registry, tmp_path):
-    with pytest.raises(UnknownExpertError, match="no release logic =3.0.0"):
+    with pytest.raises(UnknownExpertError, match="no release logic"):
         find_older(release, folder, "logic@3.0.0", registry=str(registry))
     with pytest.raises(VettingError, match="another expert"):
         find_older(release, folder, "sets", registry=str(registry))

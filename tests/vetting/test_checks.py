@@ -105,7 +105,7 @@ def test_outputs_beyond_the_bounds_are_told(release, tiny, good, texts):
     """They are finite, and in mix mode they count as zero; always on, they are what they are."""
     huge = dataclasses.replace(good, body=tiny.expert("huge", noise=1e4).body)
     verdict = vet_expert(release, huge, texts)
-    assert {"norms", "gain"} <= failed(verdict)
+    assert "norms" in failed(verdict)
     assert "finite" not in failed(verdict)
     assert verdict.measured["norms"]["zeroed"] > 0.5
     assert "anchor" not in failed(verdict)
