@@ -21,6 +21,8 @@
     ├── TrainingError             training that cannot start, resume or go on
     └── VettingError              an expert that must not be published
 
+And one warning, `ContributionWarning`: what a running model counted as zero.
+
 A message says what was wrong (the value), where (a dotted path or a file), what was expected, and
 ends with a hint where the cure is known. What a caller may want to act on is an attribute.
 """

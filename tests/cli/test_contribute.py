@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 
@@ -221,6 +222,20 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     card = json.loads(Path("my-expert/card.json").read_text())
     assert outcome.code == (0 if card["passed"] else 1)
     assert outcome.json["checks"] == card["checks"]
+    shutil.copytree("my-expert", "older")
+    again = cli("check", "my-expert", "--against", "./older", "--json", *backbone)
+    assert again.code == outcome.code
+    step = again.json["against"]
+    assert (step["release"], step["needs"]) == ("my-expert@0.1.0", "patch")
+    assert (step["enough"], step["write"], step["changes"]) == (True, None, [])
+    assert "'my-expert' cannot be its own neighbour" in (
+        cli("check", "my-expert", "--beside", "./older", *backbone).err
+    )
+    manifest.write_text(text.replace("languages = []", 'languages = ["en"]'))
+    told = cli("check", "my-expert", "--against", "./older", *backbone)
+    assert told.code == 1
+    assert "0.1.0 to 0.1.0: a minor change (languages: 'en' is new); write" in told.out
+    manifest.write_text(text)
     published = cli("publish", "my-expert", "--registry", "registry", *backbone)
     assert published.code == outcome.code
     if card["passed"]:
