@@ -21,6 +21,8 @@
     ├── TrainingError             training that cannot start, resume or go on
     └── VettingError              an expert that must not be published
 
+And one warning, `ContributionWarning`: what a running model counted as zero.
+
 A message says what was wrong (the value), where (a dotted path or a file), what was expected, and
 ends with a hint where the cure is known. What a caller may want to act on is an attribute.
 """
@@ -127,3 +129,22 @@ class TrainingError(ComposableError):
 
 class VettingError(ComposableError):
     """An expert that failed vetting and must not be published."""
+
+
+class ContributionWarning(UserWarning):
+    """An expert whose contributions a running model counted as zero; no error, for it went on.
+
+    Args:
+        expert: Its name.
+        zeroed: Contributions that were not finite or out of bounds.
+        made: Contributions in all.
+    """
+
+    def __init__(self, expert: str, zeroed: int, made: int) -> None:
+        super().__init__(
+            f"expert {expert}: {zeroed:,} of {made:,} contributions were not finite or out of "
+            "bounds, and counted as zero"
+        )
+        self.expert = expert
+        self.zeroed = zeroed
+        self.made = made

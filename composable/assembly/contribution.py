@@ -6,13 +6,14 @@ published (held-out text, checkpoints, curves) lives in its `.work` folder.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import jax
 import numpy as np
@@ -31,12 +32,13 @@ from composable.assembly.trunk_cache import (
     trunk_parameters,
     upper_parameters,
 )
-from composable.errors import TextError, TrainingError, VettingError
+from composable.errors import TensorFileError, TextError, TrainingError, VettingError
 from composable.interface import body_signature, digest_bytes, scout_signature
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
+from composable.model.model import Pluggable
 from composable.packaging import atomic
-from composable.packaging.manifest import BODY_FILE, Manifest
+from composable.packaging.manifest import BODY_FILE, SCOUT_FILE, Manifest
 from composable.packaging.packing import fit_interface
 from composable.packaging.registry import Registry
 from composable.training.data import batches, tapped_batches, token_stream
@@ -49,7 +51,12 @@ from composable.training.documents import (
 from composable.training.loop import Progress, TrainConfig, fit, muon
 from composable.training.objectives import expert_objective, tapped_objective
 from composable.vetting.card import write_card
-from composable.vetting.checks import MAX_BYTES, Verdict, vet
+from composable.vetting.checks import MAX_BYTES, Check, Verdict, gather_evidence, vet
+from composable.vetting.neighbours import Neighbour, vet_beside
+from composable.vetting.regression import compare_evidence
+
+if TYPE_CHECKING:
+    from composable.assembly.references import Older
 
 WORK: Final = ".work"
 HELDOUT_FILE: Final = "heldout.jsonl"
@@ -279,6 +286,8 @@ def check_expert(
     folder: Path,
     data: Sequence[Path] = (),
     *,
+    neighbours: Sequence[Neighbour] = (),
+    older: Older | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
     """Vet the expert of a folder and write its card.
@@ -287,12 +296,13 @@ def check_expert(
         release: The backbone.
         folder: The expert, trained.
         data: Held-out text; by default what training held out.
+        neighbours: Published experts to plug it in beside.
+        older: An older release to compare it with.
         progress: Called with scoring passes done and in all.
 
     Raises:
         TextError: If there is no held-out text.
         VettingError: If the expert was not trained yet.
-        TensorFileError: If the tensors must not be loaded.
     """
     manifest = Manifest.read(folder)
     if not (folder / BODY_FILE).exists():
@@ -301,7 +311,6 @@ def check_expert(
             where=str(folder),
             hint=f"run: composable train {folder} --data FILES",
         )
-    expert = load_expert(release, folder)
     heldout = folder / WORK / HELDOUT_FILE
     if not data and not heldout.exists():
         raise TextError(
@@ -309,20 +318,75 @@ def check_expert(
             where=str(folder),
             hint="train first, or give text with --data",
         )
-    documents = read_documents(data or [heldout])
-    verdict = vet(
-        release.backbone,
-        release.interface,
-        expert,
-        _texts(documents),
-        _texts(release.anchor),
-        tokenizer=release.tokenizer,
-        progress=progress,
-    )
+    texts = vetted_texts(read_documents(data or [heldout])), vetted_texts(release.anchor)
+    try:
+        expert = load_expert(release, folder)
+    except TensorFileError as error:
+        verdict = Verdict(checks=(_check_format(release, folder, manifest, error),), measured={})
+    else:
+        verdict = _vet(release, expert, *texts, neighbours, older, progress)
+        form = _check_format(release, folder, manifest)
+        verdict = dataclasses.replace(verdict, checks=(form, *verdict.checks))
     training = folder / WORK / TRAINING_FILE
     record = json.loads(training.read_text()) if training.exists() else {}
-    write_card(folder, manifest, release.interface, verdict, record)
+    against = None
+    if older is not None and verdict.regressions is not None:
+        against = {
+            "release": f"{older.manifest.name}@{older.manifest.version}",
+            "tensors": older.tensors,
+            "regressions": list(verdict.regressions),
+        }
+    write_card(folder, manifest, release.interface, verdict, record, against)
     return verdict
+
+
+def _vet(
+    release: BackboneRelease,
+    expert: Pluggable,
+    heldout: Sequence[bytes],
+    anchor: Sequence[bytes],
+    neighbours: Sequence[Neighbour],
+    older: Older | None,
+    progress: Callable[[int, int], None] | None,
+) -> Verdict:
+    """Vet an expert alone, beside others, and against what it was before."""
+    parts = release.backbone, release.interface
+    verdict = vet(*parts, expert, heldout, anchor, tokenizer=release.tokenizer, progress=progress)
+    measured = {**verdict.measured}
+    measured["documents"] |= {"own_digest": digest_bytes(b"\0".join(heldout))}
+    checks = verdict.checks
+    if neighbours:
+        more, measured["beside"] = vet_beside(
+            *parts, expert, neighbours, anchor, tokenizer=release.tokenizer, progress=progress
+        )
+        checks = (*checks, *more)
+    regressions = None
+    if older is not None and older.expert is not None and verdict.evidence is not None:
+        before = gather_evidence(release.plug([older.expert]), older.expert.name, heldout, anchor)
+        regressions = tuple(compare_evidence(before, verdict.evidence))
+    return dataclasses.replace(verdict, checks=checks, measured=measured, regressions=regressions)
+
+
+def _check_format(
+    release: BackboneRelease,
+    folder: Path,
+    manifest: Manifest,
+    error: TensorFileError | None = None,
+) -> Check:
+    """Tell whether the tensors are what the interface wants: names, shapes, types, finite."""
+    specs = {
+        **body_signature(release.interface, manifest.body.kind, manifest.body.rank),
+        **scout_signature(release.interface, manifest.scout_width),
+    }
+    size = sum((folder / name).stat().st_size for name in (BODY_FILE, SCOUT_FILE))
+    return Check(
+        name="format",
+        passed=error is None,
+        found=f"{error.where}: {error.message}"
+        if error is not None
+        else f"{len(specs)} tensors in {size:,} bytes, every number finite",
+        expected="the tensors that the interface names, every number finite",
+    )
 
 
 def publish_expert(release: BackboneRelease, folder: Path, registry: Registry) -> Manifest:
@@ -335,7 +399,7 @@ def publish_expert(release: BackboneRelease, folder: Path, registry: Registry) -
     return publish_vetted(folder, release.interface, registry)
 
 
-def _texts(documents: Sequence[Document]) -> list[bytes]:
+def vetted_texts(documents: Sequence[Document]) -> list[bytes]:
     """Return the begins of the first documents, cut so that no character is split."""
     cut = [document.text.encode()[:MAX_BYTES] for document in documents[:VETTED_DOCUMENTS]]
     return [text.decode(errors="ignore").encode() for text in cut]

@@ -72,7 +72,9 @@ def gather(
         release = load_backbone(backbone or Project.find().backbone)
         if not experts:
             return release, []
-        environment = _install(release, [Requirement.parse(text) for text in experts], registry)
+        environment = install_experts(
+            release, [Requirement.parse(text) for text in experts], registry
+        )
     return release, [environment.expert_path(m.name) for m in environment.manifests()]
 
 
@@ -94,7 +96,7 @@ def expert(
     """
     wanted = Requirement.parse(requirement)
     release = load_backbone(backbone or _default_backbone())
-    environment = _install(release, [wanted], registry)
+    environment = install_experts(release, [wanted], registry)
     return load_expert(release, environment.expert_path(wanted.name))
 
 
@@ -105,11 +107,20 @@ def _default_backbone() -> str:
         return "tiny-bytes"
 
 
-def _install(
+def install_experts(
     release: BackboneRelease, wanted: Sequence[Requirement], registry: str | Path | None
 ) -> Environment:
-    """Resolve and install requirements into an environment of their own, in the user's cache."""
-    shop = _find_shop(registry)
+    """Resolve and install requirements into an environment of their own, in the user's cache.
+
+    Args:
+        release: The backbone that they plug into.
+        wanted: The requirements.
+        registry: Where to take them from, as for `load`.
+
+    Raises:
+        PackagingError: If something does not exist, does not resolve, or is damaged.
+    """
+    shop = find_shop(registry)
     experts = {}
     for requirement in wanted:
         known = shop.experts.get(requirement.name, Wanted())
@@ -136,8 +147,15 @@ def _install(
     return sync_project(project, lock, interface=release.interface)
 
 
-def _find_shop(registry: str | Path | None) -> Project:
-    """Return where experts come from: as a project, every place in it independent of its folder."""
+def find_shop(registry: str | Path | None) -> Project:
+    """Return where experts come from: as a project, every place in it independent of its folder.
+
+    Args:
+        registry: A registry; by default the project's, or else that of COMPOSABLE_REGISTRY.
+
+    Raises:
+        PackagingError: If there is none.
+    """
     location = registry or os.environ.get(REGISTRY_VARIABLE)
     if registry is None:
         try:

@@ -115,24 +115,62 @@ def check(
     folder: ExpertFolder,
     more: MoreData = None,
     data: Data = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REQ|DIR|all",
+            help="Also vet what it does to this published expert, or to all of them.",
+            show_default=False,
+        ),
+    ] = None,
+    beside_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE", help="Held-out text of an expert of --beside.", show_default=False
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[@V]|DIR",
+            help="Also say which version bump it needs after this release.",
+            show_default=False,
+        ),
+    ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOCATION",
+            help="Where those are; by default the project's registries.",
+            show_default=False,
+        ),
+    ] = None,
     backbone: Backbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
     """Vet an expert and write its card.
 
-    Without --data, on the text that training held out. Exits with 1 if a check failed.
+    Without --data, on the text that training held out. Exits with 1 if a check failed, or if the
+    version in expert.toml is a smaller bump than --against finds is needed.
     """
-    from composable.packaging.manifest import Manifest
+    texts = dict(_read_pair(pair) for pair in beside_data or ())
+    from composable.packaging.manifest import EXPERT_FILE, Manifest
 
-    backbone = backbone or Manifest.read(folder).backbone
+    manifest = Manifest.read(folder)
     from composable.assembly.backbones import load_backbone
     from composable.assembly.contribution import check_expert
+    from composable.assembly.references import compare_releases, find_neighbours, find_older
 
     files = [*(data or ()), *(more or ())]
-    release = load_backbone(backbone)
+    release = load_backbone(backbone or manifest.backbone)
+    name = manifest.name
+    neighbours = find_neighbours(release, name, beside or (), texts, registry=registry)
+    older = find_older(release, folder, against, registry=registry) if against else None
     with bars.show_counts("check", is_quiet=is_quiet) as progress:
-        verdict = check_expert(release, folder, files, progress=progress)
+        verdict = check_expert(
+            release, folder, files, neighbours=neighbours, older=older, progress=progress
+        )
     rows = [
         (
             check.name,
@@ -146,8 +184,29 @@ def check(
         "checks": [dataclasses.asdict(check) for check in verdict.checks],
         "measured": verdict.measured,
     }
-    show(format_table((), rows), outcome, as_json=as_json, is_quiet=is_quiet and verdict.passed)
-    if not verdict.passed:
+    is_fine = verdict.passed
+    if older is not None:
+        step = compare_releases(folder, release.interface, older, verdict)
+        is_fine = is_fine and step.is_enough
+        outcome["against"] = {
+            "release": f"{name}@{step.old}",
+            "needs": step.needed,
+            "version": str(step.new),
+            "enough": step.is_enough,
+            "write": None if step.is_enough else str(step.version),
+            "changes": [dataclasses.asdict(change) for change in step.changes],
+        }
+        found = "; ".join(step.reasons) or "nothing changed"
+        cure = "" if step.is_enough else f'; write version = "{step.version}" in {EXPERT_FILE}'
+        rows.append(
+            (
+                "version",
+                "ok" if step.is_enough else "FAILED",
+                f"{step.old} to {step.new}: a {step.needed} change ({found}){cure}",
+            )
+        )
+    show(format_table((), rows), outcome, as_json=as_json, is_quiet=is_quiet and is_fine)
+    if not is_fine:
         raise typer.Exit(1)
 
 
@@ -211,6 +270,14 @@ def unyank(
 
     open_for_publishing(registry).unyank(name, version)
     show(f"unyanked {name} {version}", {"unyanked": release}, as_json=as_json, is_quiet=is_quiet)
+
+
+def _read_pair(text: str) -> tuple[str, Path]:
+    """Read `NAME=FILE`."""
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise typer.BadParameter(f"{text!r} is not NAME=FILE", param_hint="--beside-data")
+    return name, Path(file)
 
 
 def _read_release(text: str) -> tuple[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Final
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Final, TextIO
 
 import typer
 
-from composable.errors import ComposableError
+from composable.errors import ComposableError, ContributionWarning
 
 _AS_JSON: Final = "composable.is_json"
 
@@ -69,6 +71,32 @@ def note(text: str, *, is_quiet: bool = False) -> None:
     """Print a remark that is no data to standard error."""
     if not is_quiet:
         print(text, file=sys.stderr)
+
+
+@contextmanager
+def note_guards() -> Iterator[None]:
+    """Note experts whose contributions a model counted as zero, each of them once."""
+    told: set[str] = set()
+    show_others = warnings.showwarning
+
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not isinstance(message, ContributionWarning):
+            show_others(message, category, filename, lineno, file, line)
+        elif message.expert not in told:
+            told.add(message.expert)
+            note(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ContributionWarning)
+        warnings.showwarning = show_warning
+        yield
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

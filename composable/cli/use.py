@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composable.cli.output import Json, show
+from composable.cli.output import Json, note_guards, show
 from composable.cli.routing import Show, choose_show
 from composable.errors import ComposableError
 
@@ -48,6 +48,7 @@ ShowRouting = Annotated[
 
 
 @app.command()
+@note_guards()
 def generate(
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
     experts: Experts = None,
@@ -106,6 +107,7 @@ def generate(
 
 
 @app.command()
+@note_guards()
 def chat(
     experts: Experts = None,
     backbone: Backbone = None,

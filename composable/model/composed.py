@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from composable.interface import RouterInterface
 from composable.kernels import (
+    Dispatch,
     combine_rows,
     default_block,
     gather_rows,
@@ -25,6 +26,7 @@ from composable.kernels import (
 from composable.model.backbone import Backbone, FeedForwardFn
 from composable.model.bank import Bank, entry_slots
 from composable.model.body import MATRICES
+from composable.model.guard import Tally, empty_tally, exceeds, tally_paths, tally_rows
 from composable.model.layers import KVCache, swiglu
 from composable.model.router import (
     NEVER,
@@ -70,6 +72,7 @@ class MixState(NamedTuple):
     """What mix mode carries from one call to the next on the same documents."""
 
     router: RouterState
+    tally: Tally
     caches: Caches | None = None
 
 
@@ -80,14 +83,15 @@ class SafeState(NamedTuple):
     """
 
     router: RouterState
+    tally: Tally
     posterior_BE: jax.Array  # log weights, summing to one over the living
     awake_BE: jax.Array  # paths that predicted the next token
     log_prob_EBV: jax.Array  # what each path predicted for the next token
     caches: Caches | None = None
 
 
-# Log probabilities of one path, BTV, and its caches.
-_PathOutput = tuple[jax.Array, tuple[KVCache, ...]]
+# Log probabilities of one path, BTV, where it was sound, BT, and its caches.
+_PathOutput = tuple[jax.Array, jax.Array, tuple[KVCache, ...]]
 
 
 def mix_state(parts: Parts, batch: int, cache_length: int | None = None) -> MixState:
@@ -99,7 +103,8 @@ def mix_state(parts: Parts, batch: int, cache_length: int | None = None) -> MixS
         cache_length: Positions to make room for when decoding; None keeps no cache.
     """
     router = empty_state(batch, parts.bank.capacity, parts.interface.d_model)
-    return MixState(router, _empty_caches(parts, batch, cache_length))
+    tally = empty_tally(parts.bank.capacity)
+    return MixState(router, tally, _empty_caches(parts, batch, cache_length))
 
 
 def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> SafeState:
@@ -112,6 +117,7 @@ def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> Saf
         caches = caches._replace(upper=upper)
     return SafeState(
         empty_state(batch, n_experts, interface.d_model),
+        empty_tally(n_experts),
         jnp.broadcast_to(prior_E, (batch, n_experts)),
         jnp.zeros((batch, n_experts), bool).at[:, 0].set(True),
         jnp.zeros((n_experts, batch, interface.vocab_size), jnp.float32),
@@ -140,7 +146,7 @@ def trace_mix(
     """Return logits in mix mode, the weights behind them, shape BTE, and the new state."""
     x_BTD, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
     choice = _trust(parts, track_BTE, state.router.started_B)
-    feed_forward = _mixed_feed_forward(parts, choice)
+    feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice)
     if state.caches is None or caches is None:
         logits_BTV, _ = parts.backbone.upper(x_BTD, feed_forward)
     else:
@@ -148,7 +154,8 @@ def trace_mix(
             x_BTD, feed_forward, state.caches.position, caches.upper
         )
         caches = caches._replace(upper=tuple(written))
-    return logits_BTV, dense_weights(choice, parts.bank.capacity), MixState(router, caches)
+    tally = tally_rows(state.tally, zeroed, choice, dispatch)
+    return logits_BTV, dense_weights(choice, parts.bank.capacity), MixState(router, tally, caches)
 
 
 def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
@@ -159,7 +166,8 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
     """
     _, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
     choice = _trust(parts, track_BTE, state.router.started_B)
-    return dense_weights(choice, parts.bank.capacity), MixState(router, caches)
+    weight_BTE = dense_weights(choice, parts.bank.capacity)
+    return weight_BTE, MixState(router, state.tally, caches)
 
 
 def track_records(parts: Parts, tokens_BT: jax.Array, state: RouterState) -> jax.Array:
@@ -178,6 +186,28 @@ def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Ar
     x_BTD, _ = parts.backbone.trunk(tokens_BT)
     feed_forward = _fixed_feed_forward(parts, slots)
     return parts.backbone.upper(x_BTD, feed_forward)[0]
+
+
+def path_norms(
+    parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]
+) -> jax.Array:
+    """Return how large one body's outputs are when it is always on.
+
+    Arguments as for `path`.
+
+    Returns:
+        Root mean squares, shape LBT float32, one L per slot: what `output_bounds` bound.
+    """
+    feed_forward, norms = _fixed_feed_forward(parts, slots), []
+
+    def run(layer: int, x_BTD: jax.Array) -> jax.Array:
+        y_BTD = feed_forward(layer, x_BTD)
+        norms.append(jnp.sqrt(jnp.mean(jnp.square(y_BTD.astype(jnp.float32)), axis=-1)))
+        return y_BTD
+
+    x_BTD, _ = parts.backbone.trunk(tokens_BT)
+    parts.backbone.upper(x_BTD, run)
+    return jnp.stack(norms)
 
 
 def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Array, SafeState]:
@@ -212,14 +242,17 @@ def trace_safe(
     x_BTD, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
     order_E = jnp.argsort(parts.bank.key_E)
     awake_BTE = _shortlist(parts, track_BTE)[..., order_E]
-    log_prob_EBTV, upper = _paths(parts, x_BTD, order_E, awake_BTE, state.caches)
+    log_prob_EBTV, sound_BTE, upper = _paths(parts, x_BTD, order_E, awake_BTE, state.caches)
     weight_BTE, posterior_BE = _posterior(parts, tokens_BT, state, awake_BTE, log_prob_EBTV)
     log_weight_EBT1 = jnp.moveaxis(weight_BTE, -1, 0)[..., None]
     log_prob_BTV = jax.nn.logsumexp(log_weight_EBT1 + log_prob_EBTV, axis=0)
     if caches is not None:
         caches = caches._replace(upper=upper)
-    after = SafeState(router, posterior_BE, awake_BTE[:, -1], log_prob_EBTV[:, :, -1], caches)
-    return log_prob_BTV, jnp.exp(weight_BTE)[..., jnp.argsort(order_E)], after
+    slot_E = jnp.argsort(order_E)
+    tally = tally_paths(state.tally, awake_BTE[..., slot_E], sound_BTE[..., slot_E])
+    awake_BE, log_prob_EBV = awake_BTE[:, -1], log_prob_EBTV[:, :, -1]
+    after = SafeState(router, tally, posterior_BE, awake_BE, log_prob_EBV, caches)
+    return log_prob_BTV, jnp.exp(weight_BTE)[..., slot_E], after
 
 
 def _listen(
@@ -264,8 +297,14 @@ def _shortlist(parts: Parts, track_BTE: jax.Array) -> jax.Array:
     return (chosen_BTE & alive_E).at[..., 0].set(True)
 
 
-def _mixed_feed_forward(parts: Parts, choice: Choice) -> FeedForwardFn:
-    """Return the mixture of the chosen experts; groups are made once and shared by all slots."""
+def _mixed_feed_forward(
+    parts: Parts, choice: Choice
+) -> tuple[FeedForwardFn, Dispatch, list[jax.Array]]:
+    """Return the mixture of the chosen experts; groups are made once and shared by all slots.
+
+    With it come the groups, and a list that gets, from every slot that runs, which rows of the
+    groups counted as zero.
+    """
     batch, n_tokens, n_choices = choice.expert_BTJ.shape
     expert_MJ = choice.expert_BTJ.reshape(-1, n_choices)
     weight_MJ = choice.weight_BTJ.reshape(-1, n_choices)
@@ -274,6 +313,7 @@ def _mixed_feed_forward(parts: Parts, choice: Choice) -> FeedForwardFn:
     dispatch = make_dispatch(expert_MJ, capacity, block)
 
     is_guest_P = jnp.repeat(dispatch.expert_of_block, block) != 0
+    zeroed: list[jax.Array] = []
 
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
         index = parts.interface.slots.index(layer)
@@ -281,12 +321,12 @@ def _mixed_feed_forward(parts: Parts, choice: Choice) -> FeedForwardFn:
         x_PD = gather_rows(x_BTD.reshape(batch * n_tokens, -1), dispatch)
         y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
         # A guest's contribution beyond the bound counts as zero, and so does one that is not
-        # finite: no trust, however little, multiplies it. (A NaN is not below the bound.)
-        power_P = jnp.mean(jnp.square(y_PD.astype(jnp.float32)), axis=-1)
-        y_PD = jnp.where((is_guest_P & ~(power_P <= bound**2))[:, None], 0, y_PD)
+        # finite: no trust, however little, multiplies it.
+        zeroed.append(is_guest_P & exceeds(y_PD, bound))
+        y_PD = jnp.where(zeroed[-1][:, None], 0, y_PD)
         return combine_rows(y_PD, weight_MJ.astype(y_PD.dtype), dispatch).reshape(x_BTD.shape)
 
-    return run
+    return run, dispatch, zeroed
 
 
 def _fixed_feed_forward(parts: Parts, slots: Sequence[Mapping[str, jax.Array]]) -> FeedForwardFn:
@@ -305,8 +345,8 @@ def _paths(
     order_E: jax.Array,
     awake_BTE: jax.Array,
     caches: Caches | None,
-) -> tuple[jax.Array, tuple[KVCache, ...]]:
-    """Run every path that is needed whole: log probabilities EBTV, and caches where kept.
+) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
+    """Run every path that is needed whole: log probabilities EBTV, where sound BTE, and caches.
 
     Without caches a path that no token shortlists is skipped. With them every living path runs,
     since a later token may ask for it.
@@ -324,13 +364,18 @@ def _paths(
         # A path that breaks predicts nothing: the uniform distribution.
         sound_BT1 = jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True)
         log_prob_BTV = jax.nn.log_softmax(jnp.where(sound_BT1, logits_BTV, 0.0), axis=-1)
-        return log_prob_BTV, tuple(written)
+        return log_prob_BTV, sound_BT1[..., 0], tuple(written)
 
     def one(entry: tuple[jax.Array, jax.Array, tuple[KVCache, ...]]) -> _PathOutput:
         index, needed, cache = entry
-        return jax.lax.cond(needed, run, lambda _, cache: (uniform_BTV, cache), index, cache)
 
-    return jax.lax.map(one, (order_E, needed_E, own))
+        def skip(_: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
+            return uniform_BTV, jnp.ones(x_BTD.shape[:2], bool), cache
+
+        return jax.lax.cond(needed, run, skip, index, cache)
+
+    log_prob_EBTV, sound_EBT, upper = jax.lax.map(one, (order_E, needed_E, own))
+    return log_prob_EBTV, jnp.moveaxis(sound_EBT, 0, -1), upper
 
 
 def _posterior(

@@ -18,6 +18,7 @@ import numpy as np
 
 from composable.errors import ModelError, TextError
 from composable.model.composed import Parts, mix_state, safe_state, trace_mix, trace_safe
+from composable.model.guard import Tally
 from composable.model.tokenizer import Tokenizer
 
 Mode = Literal["mix", "safe"]
@@ -83,6 +84,7 @@ class Decoder:
         length: Most positions that the sequence may take.
         sampling: How tokens are drawn.
         mode: "mix" or "safe".
+        report: Called with the guards' tally of the sequence whenever drawing ends.
 
     Raises:
         TextError: If the model's context is shorter than `length`.
@@ -97,6 +99,7 @@ class Decoder:
         length: int,
         sampling: Sampling | None = None,
         mode: Mode = "mix",
+        report: Callable[[Tally], None] | None = None,
     ) -> None:
         context = parts.backbone.cfg.context
         if length > context:
@@ -105,7 +108,7 @@ class Decoder:
             raise ModelError(f"{mode!r} is not one of {', '.join(_MODES)}", where="mode")
         sampling = sampling or Sampling()
         self._length, self._ends = length, frozenset(tokenizer.ends)
-        self._parts, self._mode = parts, mode
+        self._parts, self._mode, self._report = parts, mode, report
         self._state = _MODES[mode][1](parts, 1, cache_length(length, context))
         self._draw = _Draw(
             jax.random.key(sampling.seed),
@@ -154,6 +157,13 @@ class Decoder:
         """
         if n_tokens > self.room:
             raise TextError(f"{n_tokens} more tokens, but there is room for {self.room}")
+        try:
+            yield from self._draw_tokens(n_tokens)
+        finally:
+            if self._report is not None:
+                self._report(self._state.tally)
+
+    def _draw_tokens(self, n_tokens: int) -> Iterator[Drawn]:
         for i in range(n_tokens):
             if self._next is None:
                 raise TextError("there is nothing to continue")
@@ -186,6 +196,7 @@ def continue_tokens(
     *,
     sampling: Sampling | None = None,
     mode: Mode = "mix",
+    report: Callable[[Tally], None] | None = None,
 ) -> Iterator[Drawn]:
     """Yield tokens that continue a sequence, as they are made.
 
@@ -196,6 +207,7 @@ def continue_tokens(
         n_tokens: How many to make, at most; an end of text comes earlier.
         sampling: How they are drawn.
         mode: "mix" or "safe".
+        report: Called with the guards' tally at the end.
 
     Raises:
         TextError: If sequence and continuation do not fit the context.
@@ -207,7 +219,7 @@ def continue_tokens(
             f"{len(tokens_T)} tokens and {n_tokens} more do not fit the context of {context}",
             hint="shorten the text, or ask for fewer tokens",
         )
-    decoder = Decoder(parts, tokenizer, length=length, sampling=sampling, mode=mode)
+    decoder = Decoder(parts, tokenizer, length=length, sampling=sampling, mode=mode, report=report)
     decoder.feed(tokens_T)
     yield from decoder.draw(n_tokens)
 

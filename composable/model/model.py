@@ -21,6 +21,7 @@ from composable.model.backbone import Backbone
 from composable.model.body import Body, SlotMatrices
 from composable.model.composed import Parts
 from composable.model.decoding import Mode, Sampling, continue_tokens
+from composable.model.guard import Contributions, Tally, make_reporter, read_tally
 from composable.model.scout import Scout
 from composable.model.text import Conversation, Piece, stop_before, to_pieces
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
@@ -176,6 +177,14 @@ class Model:
         """Return logits of one expert always on, or of the backbone alone, shape BTV."""
         return _path(self.parts, self._checked(tokens_BT), self._index(name))
 
+    def contributions(self, tokens_BT: jax.typing.ArrayLike) -> dict[str, Contributions]:
+        """Return how many contributions of each expert mix mode counts as zero, of how many.
+
+        A contribution is what a body puts out in one slot at one token; what is not finite, or
+        beyond the interface's bound, counts as zero. None of a sound expert's is.
+        """
+        return read_tally(self.names, _tally(self.parts, self._checked(tokens_BT)))
+
     def average_slots(self) -> tuple[SlotMatrices, ...]:
         """Return the mean of the installed bodies: the merge that composition competes with."""
         return banks.average_slots(self.parts.bank)
@@ -197,7 +206,8 @@ class Model:
     ) -> Iterator[Piece]:
         """Yield the continuation of a prompt piece by piece, with the weights behind each.
 
-        Arguments as for `generate`; entry e of the weights belongs to `names[e]`.
+        Arguments as for `generate`; entry e of the weights belongs to `names[e]`. At the end, each
+        expert whose contributions counted as zero is told of in a `ContributionWarning`.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         drawn = continue_tokens(
@@ -207,6 +217,7 @@ class Model:
             max_tokens,
             sampling=sampling,
             mode=mode,
+            report=make_reporter(self.names),
         )
         return stop_before(to_pieces(drawn, self.tokenizer), stop)
 
@@ -221,7 +232,14 @@ class Model:
     ) -> Conversation:
         """Return a fresh conversation with the model; arguments as for `generate`."""
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        return Conversation(self.parts, self.tokenizer, system=system, sampling=sampling, mode=mode)
+        return Conversation(
+            self.parts,
+            self.tokenizer,
+            system=system,
+            sampling=sampling,
+            mode=mode,
+            report=make_reporter(self.names),
+        )
 
     def _index(self, name: str, experts_only: bool = False) -> int:
         if name not in self.names or (experts_only and name == BACKBONE):
@@ -288,6 +306,11 @@ def generate(
 @jax.jit
 def _mix(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
     return composed.mix(parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]))[0]
+
+
+@jax.jit
+def _tally(parts: Parts, tokens_BT: jax.Array) -> Tally:
+    return composed.mix(parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]))[1].tally
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from composable.errors import ModelError
 from composable.model.composed import Parts
 from composable.model.decoding import Decoder, Drawn, Mode, Sampling
+from composable.model.guard import Tally
 from composable.model.tokenizer import ChatFormat, Tokenizer
 
 # Positions that a conversation may take, unless the context is shorter.
@@ -95,6 +96,7 @@ class Conversation:
         system: Instructions that come before the first turn.
         sampling: How tokens are drawn.
         mode: "mix" or "safe".
+        report: Called with the guards' tally after every reply.
 
     Raises:
         ModelError: If the model was not taught any way of conversing.
@@ -109,6 +111,7 @@ class Conversation:
         system: str = "",
         sampling: Sampling | None = None,
         mode: Mode = "mix",
+        report: Callable[[Tally], None] | None = None,
     ) -> None:
         if tokenizer.chat is None:
             raise ModelError(
@@ -117,7 +120,9 @@ class Conversation:
             )
         length = min(parts.backbone.cfg.context, _CHAT_POSITIONS)
         self._tokenizer, self._chat = tokenizer, tokenizer.chat
-        self._decoder = Decoder(parts, tokenizer, length=length, sampling=sampling, mode=mode)
+        self._decoder = Decoder(
+            parts, tokenizer, length=length, sampling=sampling, mode=mode, report=report
+        )
         self._decoder.feed([tokenizer.begin])
         self._open = ""  # markup of the last turn that is still to be read
         if system:

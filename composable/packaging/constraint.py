@@ -270,6 +270,20 @@ def have_common_version(ranges: Iterable[Constraint]) -> bool:
     The lowest such version lies where a range begins, or just after a version that one excludes.
     """
     ranges = list(ranges)
+    return any(all(range_.contains(start) for range_ in ranges) for start in _starts(ranges))
+
+
+def is_within(inner: Constraint, outer: Constraint) -> bool:
+    """Say whether `outer` holds every version that `inner` holds.
+
+    The lowest that it would lack lies where `inner` begins, or where `outer` ends or leaves out.
+    """
+    starts = _starts((inner, outer))
+    return all(outer.contains(start) for start in starts if inner.contains(start))
+
+
+def _starts(ranges: Iterable[Constraint]) -> set[Version]:
+    """Return the versions at which ranges may begin to hold, or cease to."""
     starts = {Version("0.0.0")}
     for comparator in (c for range_ in ranges for c in range_.comparators):
         major, minor, patch = comparator.major, comparator.minor or 0, comparator.patch or 0
@@ -282,7 +296,7 @@ def have_common_version(ranges: Iterable[Constraint]) -> bool:
             Version(f"{major}.{minor + 1}.0"),
             Version(f"{major + 1}.0.0"),
         }
-    return any(all(range_.contains(start) for range_ in ranges) for start in starts)
+    return starts
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,11 @@ class Registry:
         """Where it is, as an error message shows it: without any secret."""
         return self.storage.location
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a registry; the first to publish makes one."""
+        return self.storage.read(CONFIG_FILE) is not None
+
     def names(self) -> list[str]:
         """Return all package names, sorted.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from composable.errors import VettingError
 from composable.interface import RouterInterface, digest_bytes
 from composable.packaging import atomic
-from composable.packaging.manifest import BODY_FILE, SCOUT_FILE, Manifest
+from composable.packaging.manifest import BODY_FILE, SCOUT_FILE, Manifest, PackageFile
 
 if TYPE_CHECKING:
     from composable.vetting.checks import Verdict
@@ -24,6 +24,7 @@ def write_card(
     interface: RouterInterface,
     verdict: Verdict,
     training: dict[str, Any],
+    against: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `card.json` into an expert's folder and return what it says.
 
@@ -33,14 +34,17 @@ def write_card(
         interface: What it was vetted against.
         verdict: The outcome.
         training: What training recorded.
+        against: How it compares with an older release, if it was compared: its `release`, the
+            digests of its `tensors`, and the `regressions`, in words.
     """
     card = {
         "expert": f"{manifest.name}@{manifest.version}",
         "interface": {"name": interface.name, "digest": interface.digest},
-        "tensors": _tensor_digests(folder),
+        "tensors": tensor_digests(folder),
         "passed": verdict.passed,
         "checks": [dataclasses.asdict(check) for check in verdict.checks],
         "measured": verdict.measured,
+        **({"against": against} if against else {}),
         "training": training,
         "measure_again": "composable check DIR --data HELD_OUT_TEXT",
     }
@@ -65,7 +69,7 @@ def require_passed(folder: Path, interface: RouterInterface) -> dict[str, Any]:
     if not isinstance(card, dict):
         raise VettingError("not a table of figures", where=where, hint=hint)
     try:
-        tensors = _tensor_digests(folder)
+        tensors = tensor_digests(folder)
     except FileNotFoundError as error:
         raise VettingError(
             "the tensors are not there", where=str(error.filename), hint="train the expert first"
@@ -83,5 +87,25 @@ def require_passed(folder: Path, interface: RouterInterface) -> dict[str, Any]:
     return card
 
 
-def _tensor_digests(folder: Path) -> dict[str, str]:
+def find_regressions(card: dict[str, Any], older: tuple[PackageFile, ...]) -> list[str] | None:
+    """Return how the tensors of a card are worse than those of an older release.
+
+    Args:
+        card: The card.
+        older: The older release's files.
+
+    Returns:
+        What is worse beyond noise, in words; None if the two were never compared.
+    """
+    tensors = {file.name: file.digest for file in older if file.name in (BODY_FILE, SCOUT_FILE)}
+    if tensors == card["tensors"]:
+        return []
+    record = card.get("against")
+    if not isinstance(record, dict) or record.get("tensors") != tensors:
+        return None
+    return [str(found) for found in record.get("regressions", ())]
+
+
+def tensor_digests(folder: Path) -> dict[str, str]:
+    """Return the digests of an expert's tensor files, by name."""
     return {name: digest_bytes((folder / name).read_bytes()) for name in (BODY_FILE, SCOUT_FILE)}

@@ -1,13 +1,15 @@
 """Vetting: what an expert must show, on evidence that anyone can recompute, before it is published.
 
-Every check compares a figure with a limit and says so. Format, shapes and finite weights were
-checked when the package was loaded; here is what only running it can tell.
+Every check compares a figure with a limit and says so. Whether the files are what the interface
+wants is told when they are read; here is what only running the expert can tell. How it gets on with
+others is in `neighbours.py`, how it compares with what it was before in `regression.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import jax
@@ -17,15 +19,18 @@ import numpy as np
 from composable.interface import RouterInterface
 from composable.model import composed
 from composable.model.backbone import Backbone
-from composable.model.model import Model, Pluggable
+from composable.model.model import BACKBONE, Model, Pluggable
 from composable.model.tokenizer import Tokenizer
 from composable.vetting.evaluation import (
+    BATCH,
     Score,
+    measure_norms,
     mix_scorer,
     path_scorer,
     score_documents,
     trace_routing,
 )
+from composable.vetting.statistics import CONFIDENCE, upper_mean
 
 # An expert must lower the bits per byte of its own held-out text by at least this share ...
 MIN_GAIN: Final = 0.01
@@ -33,8 +38,16 @@ MIN_GAIN: Final = 0.01
 MAX_ANCHOR_LOSS: Final = 0.01
 # Documents are scored up to here; enough to see past the first uncertain bytes.
 MAX_BYTES: Final = 1024
+# With confidence, it may take this share of public text, unless that gains by it ...
+MAX_TAKEN: Final = 0.5
+# ... which so many documents can tell; with fewer, the share itself is judged.
+MIN_DOCUMENTS: Final = 6
+# This share of its contributions may be beyond the slots' bounds, and count as zero.
+MAX_ZEROED: Final = 0.001
 # Scores of this many tokens are compared bit by bit.
-_ISOLATION_TOKENS: Final = 512
+_SCORED_TOKENS: Final = 512
+# Passes over text that `vet` makes.
+_PASSES: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +67,19 @@ class Check:
     expected: str
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What every document of an expert's card cost, and how much of it the expert took.
+
+    Args:
+        scores: By run: `own_backbone`, `own_expert`, `own_mix`, `anchor_backbone`, `anchor_mix`.
+        taken_N: Share of the tokens of each anchor document that were the expert's to predict.
+    """
+
+    scores: Mapping[str, Score]
+    taken_N: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """All checks of an expert and the figures behind them.
@@ -61,10 +87,15 @@ class Verdict:
     Args:
         checks: In the order they ran.
         measured: Bits per byte and shares, as the card records them.
+        evidence: What every document cost, for comparisons; None where nothing could be run.
+        regressions: What is worse than in an older release, in words; None where there was none
+            to compare with.
     """
 
     checks: tuple[Check, ...]
     measured: dict[str, Any]
+    evidence: Evidence | None = field(default=None, compare=False)
+    regressions: tuple[str, ...] | None = None
 
     @property
     def passed(self) -> bool:
@@ -106,36 +137,50 @@ def vet(
         TextError: If either text is empty.
     """
     model = Model(backbone, interface, [expert], tokenizer=tokenizer)
-    runs = {
-        "own_backbone": (path_scorer(model), heldout),
-        "own_expert": (path_scorer(model, expert.name), heldout),
-        "own_mix": (mix_scorer(model), heldout),
-        "anchor_backbone": (path_scorer(model), anchor),
-        "anchor_mix": (mix_scorer(model), anchor),
-    }
-    scores: dict[str, Score] = {}
-    for name, (scorer, documents) in runs.items():
-        scores[name] = score_documents(
-            scorer, documents, context=model.context, max_bytes=MAX_BYTES
-        )
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
         if progress:
-            progress(len(scores), len(runs) + 1)
+            progress(done, _PASSES)
+
+    evidence = gather_evidence(model, expert.name, heldout, anchor, tick=tick)
+    norm_LN = np.concatenate(
+        [
+            measure_norms(model, expert.name, documents, max_bytes=MAX_BYTES)
+            for documents in (heldout, anchor)
+        ],
+        axis=1,
+    )
+    tick()
+    scores = evidence.scores
     bits = {name: score.bits_per_byte for name, score in scores.items()}
-    index = model.names.index(expert.name)
-    traces = trace_routing(model, anchor, max_bytes=MAX_BYTES)
-    taken = np.concatenate(traces)[:, index].mean()
-    if progress:
-        progress(len(runs) + 1, len(runs) + 1)
     gain = 1 - bits["own_expert"] / bits["own_backbone"]
     loss = bits["anchor_mix"] / bits["anchor_backbone"] - 1
+    again = score_documents(
+        mix_scorer(model), heldout[:BATCH], context=model.context, max_bytes=MAX_BYTES
+    ).nats
+    n_changed = int((again.view(np.int64) != scores["own_mix"].nats[:BATCH].view(np.int64)).sum())
+    tick()
+    taken, bound = float(evidence.taken_N.mean()), upper_mean(evidence.taken_N)
+    share_L1 = norm_LN / np.array(interface.output_bounds)[:, None]
+    zeroed = float((~(share_L1 <= 1)).mean())
     checks = (
-        _check_isolation(model, heldout[0]),
+        *_check_scores(model, expert.name, heldout[0], anchor[0], len(again), n_changed),
         Check(
             name="finite",
             passed=all(np.isfinite(score.nats).all() for score in scores.values()),
             found=f"{sum(np.isfinite(score.nats).all() for score in scores.values())} of "
             f"{len(scores)} scorings finite",
             expected="all",
+        ),
+        Check(
+            name="norms",
+            passed=zeroed <= MAX_ZEROED,
+            found=f"outputs reach {share_L1.max():.2f} of their slot's bound; {zeroed:.2%} of "
+            f"{share_L1.size:,} contributions beyond it count as zero",
+            expected=f"at most {MAX_ZEROED:.1%} beyond",
         ),
         Check(
             name="gain",
@@ -151,40 +196,133 @@ def vet(
             f"public text ({loss:+.2%})",
             expected=f"at most {MAX_ANCHOR_LOSS:+.0%}",
         ),
+        _check_taken(evidence.taken_N, bound, loss),
     )
     measured = {
-        "bits_per_byte": {name: _figure(value) for name, value in bits.items()},
-        "gain": _figure(gain),
-        "anchor_loss": _figure(loss),
-        "anchor_taken": _figure(float(taken)),
-        "recovery": _figure(recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"])),
+        "bits_per_byte": {name: figure(value) for name, value in bits.items()},
+        "gain": figure(gain),
+        "anchor_loss": figure(loss),
+        "anchor_taken": figure(taken),
+        "anchor_taken_bound": figure(bound),
+        "recovery": figure(recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"])),
+        "norms": {
+            "largest": [figure(float(norm)) for norm in norm_LN.max(axis=1)],
+            "zeroed": figure(zeroed),
+        },
         "documents": {"own": len(heldout), "anchor": len(anchor), "max_bytes": MAX_BYTES},
     }
-    return Verdict(checks=checks, measured=measured)
+    return Verdict(checks=checks, measured=measured, evidence=evidence)
 
 
-def _figure(value: float) -> float | None:
-    """Return a figure as the card records it; JSON has no word for what is not finite."""
+def gather_evidence(
+    model: Model,
+    name: str,
+    heldout: Sequence[bytes],
+    anchor: Sequence[bytes],
+    *,
+    tick: Callable[[], None] = lambda: None,
+) -> Evidence:
+    """Return what an expert's card is made of.
+
+    Args:
+        model: The expert, plugged alone into its backbone.
+        name: Its name.
+        heldout: Text of its own domain.
+        anchor: Public text.
+        tick: Called after every pass.
+
+    Raises:
+        TextError: If either text is empty.
+    """
+    runs = {
+        "own_backbone": (path_scorer(model, BACKBONE), heldout),
+        "own_expert": (path_scorer(model, name), heldout),
+        "own_mix": (mix_scorer(model), heldout),
+        "anchor_backbone": (path_scorer(model, BACKBONE), anchor),
+        "anchor_mix": (mix_scorer(model), anchor),
+    }
+    scores: dict[str, Score] = {}
+    for run, (scorer, documents) in runs.items():
+        scores[run] = score_documents(scorer, documents, context=model.context, max_bytes=MAX_BYTES)
+        tick()
+    index = model.names.index(name)
+    traces = trace_routing(model, anchor, max_bytes=MAX_BYTES)
+    tick()
+    return Evidence(scores, np.array([weight_TE[:, index].mean() for weight_TE in traces]))
+
+
+def figure(value: float) -> float | None:
+    """Return a figure as cards record it; JSON has no word for what is not finite."""
     return round(value, 5) if np.isfinite(value) else None
 
 
-def _check_isolation(plugged: Model, document: bytes) -> Check:
-    """Check that the backbone's track record is the same to the bit with the expert plugged in."""
-    alone = Model(plugged.parts.backbone, plugged.interface, tokenizer=plugged.tokenizer)
-    n_tokens = min(plugged.context, _ISOLATION_TOKENS)
-    tokens_BT = jnp.asarray(plugged.encode(document)[:n_tokens])[None]
-    with_BT = np.asarray(_backbone_track(plugged.parts, tokens_BT))
-    without_BT = np.asarray(_backbone_track(alone.parts, tokens_BT))
-    differing = int((with_BT != without_BT).sum())
+def _check_taken(taken_N: np.ndarray, bound: float, loss: float) -> Check:
+    """Check that public text stays mostly the backbone's, or that it gains by what is taken."""
+    n = len(taken_N)
+    can_tell = n >= MIN_DOCUMENTS
+    judged = bound if can_tell else float(taken_N.mean())
+    certain = f"with {CONFIDENCE:.0%} confidence at most {bound:.1%} of such text"
+    found = certain if can_tell else f"{n} documents are too few to bound what it takes of others"
     return Check(
-        name="isolation",
-        passed=differing == 0,
-        found=f"{differing} of {with_BT.size} of the backbone's scores changed",
-        expected="none, to the bit",
+        name="taken",
+        passed=judged <= MAX_TAKEN or loss <= 0,
+        found=f"{taken_N.mean():.2%} of public text was the expert's to predict; {found}",
+        expected=f"at most {MAX_TAKEN:.0%}, unless it predicts it better than the backbone",
+    )
+
+
+def _check_scores(
+    model: Model, name: str, own: bytes, other: bytes, n_repeated: int, n_changed: int
+) -> tuple[Check, Check]:
+    """Check that no score hangs on who else is plugged in, on its place, or on the hour.
+
+    Args:
+        model: The expert, plugged in.
+        name: Its name.
+        own: A text.
+        other: Another one, for the other row of a batch.
+        n_repeated: Documents that were scored again.
+        n_changed: How many of them cost something else.
+    """
+    # Scores need no bodies, so the bank goes without.
+    parts, index = model.parts, model.names.index(name)
+    bank = dataclasses.replace(parts.bank, slots=())
+    length = min(model.context, _SCORED_TOKENS)
+    rows = [model.encode(document)[:length] for document in (own, other)]
+    tokens_BT = np.zeros((2, max(map(len, rows))), np.int32)
+    for row, tokens_T in zip(tokens_BT, rows, strict=True):
+        row[: len(tokens_T)] = tokens_T
+
+    def track(entries: list[int], tokens_BT: np.ndarray) -> np.ndarray:
+        placed = jax.tree.map(lambda stack: stack[np.array(entries)], bank)
+        return np.asarray(_tracks(dataclasses.replace(parts, bank=placed), jnp.asarray(tokens_BT)))
+
+    track_BTE = track([0, index], tokens_BT)
+    alone_BT = track([0], tokens_BT)[..., 0]
+    n_touched = int((track_BTE[..., 0] != alone_BT).sum())
+    again_BTE = track([0, index], tokens_BT)
+    moved_BTE = track([0, 0, index, index], tokens_BT[::-1])[::-1]
+    found_BTE = np.concatenate([again_BTE, moved_BTE[..., 1:]], axis=-1)
+    n_differing = int((found_BTE != track_BTE[..., [0, 1, 0, 1, 1]]).sum())
+    return (
+        Check(
+            name="isolation",
+            passed=n_touched == 0,
+            found=f"{n_touched} of {alone_BT.size} of the backbone's scores changed",
+            expected="none, to the bit",
+        ),
+        Check(
+            name="determinism",
+            passed=n_differing + n_changed == 0,
+            found=f"{n_differing} of {found_BTE.size} scores differ when computed again, in "
+            f"another slot or in another row of a batch; {n_changed} of {n_repeated} documents "
+            "cost something else the second time",
+            expected="none, to the bit",
+        ),
     )
 
 
 @jax.jit
-def _backbone_track(parts: composed.Parts, tokens_BT: jax.Array) -> jax.Array:
+def _tracks(parts: composed.Parts, tokens_BT: jax.Array) -> jax.Array:
     state = composed.mix_state(parts, tokens_BT.shape[0])
-    return composed.track_records(parts, tokens_BT, state.router)[..., 0]
+    return composed.track_records(parts, tokens_BT, state.router)

@@ -159,6 +159,34 @@ def trace_routing(
     return traces
 
 
+def measure_norms(
+    model: Model, name: str, documents: Sequence[bytes], *, max_bytes: int | None = None
+) -> np.ndarray:
+    """Return how large a body's outputs are on every token of some documents.
+
+    Args:
+        model: The model.
+        name: Whose body; it is always on.
+        documents: UTF-8 texts, not empty.
+        max_bytes: Read at most this many bytes of each document, up to a character's end.
+
+    Returns:
+        Root mean squares of shape (slots, tokens); NaN or infinite where an output is not finite.
+    """
+    window = min(model.context, _MAX_WINDOW)
+    documents = _cut(documents, max_bytes)
+    slots = banks.entry_slots(model.parts.bank, model.names.index(name))
+    pieces = []
+    for start in range(0, len(documents), BATCH):
+        chunk = documents[start : start + BATCH]
+        tokens_BT, mask_BT = _to_windows(chunk, model.tokenizer, window)
+        for at in range(0, mask_BT.shape[1], window):
+            here = slice(at, at + window)
+            norm_LBT = np.asarray(_norms(model.parts, slots, tokens_BT[:, :-1][:, here]))
+            pieces.append(norm_LBT[:, mask_BT[:, here]])
+    return np.concatenate(pieces, axis=1)
+
+
 def _cut(documents: Sequence[bytes], max_bytes: int | None) -> Sequence[bytes]:
     """Return the begins of documents, no character split."""
     if max_bytes is None:
@@ -215,6 +243,13 @@ def _score_path(
 ) -> tuple[jax.Array, None]:
     logits_BTV = composed.path(parts, tokens_BT, slots)
     return _pick(jax.nn.log_softmax(logits_BTV), targets_BT), None
+
+
+@jax.jit
+def _norms(
+    parts: Parts, slots: tuple[SlotMatrices, ...], tokens_BT: jax.typing.ArrayLike
+) -> jax.Array:
+    return composed.path_norms(parts, jnp.asarray(tokens_BT), slots)
 
 
 @jax.jit

@@ -175,11 +175,11 @@ def test_tensors_that_are_not_those_of_the_manifest_are_refused(release, folder,
 
 
 def test_a_packed_experts_damage_is_told_by_file(release, registry):
-    from composable.assembly.project import _install
+    from composable.assembly.project import install_experts
     from composable.errors import IntegrityError
     from composable.packaging.constraint import Requirement
 
-    environment = _install(release, [Requirement.parse("logic")], registry)
+    environment = install_experts(release, [Requirement.parse("logic")], registry)
     path = environment.expert_path("logic") / "body.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

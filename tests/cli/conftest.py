@@ -11,6 +11,7 @@ from composable.assembly.publication import publish_vetted
 from composable.cli.app import app
 from composable.interface import body_signature, scout_signature
 from composable.packaging.backbones import find_backbone, read_interface
+from composable.packaging.compatibility import choose_older
 from composable.packaging.constraint import Constraint
 from composable.packaging.manifest import BackbonePackage, Body, InterfaceNeed, Manifest
 from composable.packaging.registry import open_for_publishing
@@ -105,14 +106,22 @@ class Fakes:
         self.vet(folder)
         return folder
 
-    def vet(self, folder, *, passed=True):
+    def vet(self, folder, *, passed=True, against=None):
         """Write a card for the tensors in a folder."""
         measured = {
             "bits_per_byte": {"own_backbone": 2.0, "own_expert": 1.0},
             "anchor_loss": 0.001,
         }
         verdict = SimpleNamespace(passed=passed, checks=(), measured=measured)
-        write_card(folder, Manifest.read(folder), self.interface, verdict, {})
+        write_card(folder, Manifest.read(folder), self.interface, verdict, {}, against)
+
+    def compare(self, folder, regressions=()):
+        """Write a card as if the expert had been compared with the release before it."""
+        manifest = Manifest.read(folder)
+        releases = self.registry.versions(manifest.name) if self.registry.exists else ()
+        if older := choose_older(releases, manifest.version):
+            tensors = {f.name: f.digest for f in older.files if f.name.endswith(".safetensors")}
+            self.vet(folder, against={"tensors": tensors, "regressions": list(regressions)})
 
     def publish(self, name, version="1.0.0", **arguments):
         """Publish a fake; one for another interface goes around the gate, which would refuse it."""
@@ -120,6 +129,7 @@ class Fakes:
         if arguments.keys() & {"needs", "digest"}:
             self.registry.publish(folder)
         else:
+            self.compare(folder)
             publish_vetted(folder, self.interface, self.registry)
         return folder
 

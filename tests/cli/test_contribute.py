@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 
@@ -83,6 +84,50 @@ def test_publish_again_changes_nothing_and_other_content_is_refused(cli, works, 
     assert outcome.code == 1
     assert "already published with other content" in outcome.err
     assert "raise the version" in outcome.err
+
+
+def test_publish_refuses_weights_that_nobody_compared(cli, works, fakes):
+    works("publish", fakes.write("german", "1.0.0"), "--registry", "registry")
+    folder = fakes.write("german", "1.1.0", seed=1)
+    outcome = cli("publish", folder, "--registry", "registry")
+    assert outcome.code == 1
+    assert "1.1.0 is too small a step from german 1.0.0, for this is a major change" in outcome.err
+    assert "its weights were not compared with those of 1.0.0" in outcome.err
+    assert f"composable check {folder} --against german@1.0.0" in outcome.err
+    fakes.compare(folder)
+    works("publish", folder, "--registry", "registry")
+    works("publish", fakes.write("german", "2.0.0", seed=2), "--registry", "registry")
+
+
+def test_publish_refuses_what_got_worse_under_a_smaller_bump(cli, works, fakes):
+    works("publish", fakes.write("german", "1.0.0"), "--registry", "registry")
+    folder = fakes.write("german", "1.0.1", seed=1)
+    fakes.compare(folder, ["2.00 to 2.40 bits per byte on its own text"])
+    outcome = cli("publish", folder, "--registry", "registry", "--json")
+    assert outcome.code == 1
+    error = outcome.json["error"]
+    assert error["kind"] == "VettingError"
+    assert "2.00 to 2.40 bits per byte" in error["message"]
+    assert error["where"].endswith("expert.toml: expert.version")
+    assert error["hint"] == 'write version = "2.0.0"'
+    assert [str(r.version) for r in open_for_publishing("registry").versions("german")] == ["1.0.0"]
+
+
+def test_publish_refuses_less_or_more_under_a_smaller_bump(cli, works, fakes):
+    """The weights are the same; what the manifest promises is not."""
+    works("publish", fakes.write("german", "1.0.0"), "--registry", "registry")
+    folder = fakes.write("german", "1.0.1")
+    manifest = folder / "expert.toml"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('domains = ["nothing"]', 'domains = ["nothing", "less"]'))
+    outcome = cli("publish", folder, "--registry", "registry")
+    assert outcome.code == 1
+    assert "a minor change: domains: 'less' is new" in outcome.err
+    assert 'write version = "1.1.0"' in outcome.err
+    manifest.write_text(text.replace('domains = ["nothing"]', "domains = []"))
+    assert 'write version = "2.0.0"' in cli("publish", folder, "--registry", "registry").err
+    manifest.write_text(text)
+    works("publish", folder, "--registry", "registry")
 
 
 def test_publish_refuses_a_truncated_file(cli, fakes):
@@ -177,6 +222,20 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     card = json.loads(Path("my-expert/card.json").read_text())
     assert outcome.code == (0 if card["passed"] else 1)
     assert outcome.json["checks"] == card["checks"]
+    shutil.copytree("my-expert", "older")
+    again = cli("check", "my-expert", "--against", "./older", "--json", *backbone)
+    assert again.code == outcome.code
+    step = again.json["against"]
+    assert (step["release"], step["needs"]) == ("my-expert@0.1.0", "patch")
+    assert (step["enough"], step["write"], step["changes"]) == (True, None, [])
+    assert "'my-expert' cannot be its own neighbour" in (
+        cli("check", "my-expert", "--beside", "./older", *backbone).err
+    )
+    manifest.write_text(text.replace("languages = []", 'languages = ["en"]'))
+    told = cli("check", "my-expert", "--against", "./older", *backbone)
+    assert told.code == 1
+    assert "0.1.0 to 0.1.0: a minor change (languages: 'en' is new); write" in told.out
+    manifest.write_text(text)
     published = cli("publish", "my-expert", "--registry", "registry", *backbone)
     assert published.code == outcome.code
     if card["passed"]:

@@ -302,3 +302,41 @@ def test_safe_mode_is_the_bayesian_mixture_of_paths_that_never_sleep(tiny):
     expected_B = -np.logaddexp(np.log(0.7) - own_B, np.log(0.3) - body_B)
     # 23 log probabilities of order 6, each to float32's seven digits.
     np.testing.assert_allclose(nats(log_prob_BTV, tokens_BT), expected_B, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------- what guards report
+
+
+def test_what_counts_as_zero_is_told_by_expert(tiny, experts):
+    """Every slot of every token that a broken body was chosen for, and nothing of a sound one."""
+    tokens_BT = tiny.tokens()
+    shouting = tiny.expert("shouting", noise=1e6)
+    shouting.scout.b_out[...] = experts["a"].scout.b_out[...]
+    model = tiny.model(experts["a"], shouting)
+    told = model.contributions(tokens_BT)
+    chosen = (np.asarray(model.route(tokens_BT)) > 0).sum(axis=(0, 1))
+    n_slots = len(model.interface.slots)
+    assert told.keys() == {"backbone", "a", "shouting"}
+    for name, (zeroed, made) in told.items():
+        assert made == n_slots * chosen[model.names.index(name)]
+        assert zeroed == (made if name == "shouting" else 0)
+    assert told["shouting"].made > 0
+
+
+@pytest.mark.parametrize("plan", ["nan body", "inf body", "huge body"])
+def test_a_body_that_breaks_is_told_in_both_modes(tiny, plan):
+    """Padding rows of a broken body are broken too, and must not be counted."""
+    bank = random_bank(tiny, np.random.default_rng(1), [plan, "sound", "sound"])
+    parts = composed.Parts(backbone=tiny.backbone, bank=bank, interface=tiny.interface)
+    model, tokens_BT = tiny.model(), tiny.tokens()
+    model.parts, model.names = parts, ("backbone", "broken", "b", "c")
+    told = model.contributions(tokens_BT)
+    n_trusted = (np.asarray(model.route(tokens_BT)) > 0).sum()
+    assert sum(made for _, made in told.values()) == len(model.interface.slots) * n_trusted
+    assert 0 < told["broken"].zeroed <= told["broken"].made
+    assert all(told[name].zeroed == 0 for name in ("backbone", "b", "c"))
+    tally = run_safe(parts, tokens_BT)[1].tally
+    assert int(tally.made_E[0]) == tokens_BT.size, "the backbone's path is always awake"
+    assert np.asarray(tally.zeroed_E)[[0, 2, 3]].sum() == 0
+    if plan == "nan body":
+        assert 0 < int(tally.zeroed_E[1]) <= int(tally.made_E[1])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from composable.errors import ModelError, TextError
+from composable.errors import ContributionWarning, ModelError, TextError
 from composable.model.composed import mix, mix_state, safe, safe_state
 from composable.model.decoding import (
     PREFILL,
@@ -236,3 +236,13 @@ def test_there_must_be_something_to_continue_and_room_for_it(model):
         decoder.feed(list(range(9)))
     with pytest.raises(TextError, match="context of 128"):
         Decoder(model.parts, ByteTokenizer(), length=129)
+
+
+def test_an_expert_that_breaks_is_told_of_once_at_the_end(tiny):
+    """By name and with figures; a sound expert is not told of."""
+    model = tiny.model(tiny.expert("a"), tiny.expert("huge", noise=1e6))
+    with pytest.warns(ContributionWarning, match="expert huge: ") as caught:
+        text = generate(model, "some words", 8)
+    assert len(caught) == 1
+    assert 0 < caught[0].message.zeroed <= caught[0].message.made
+    assert isinstance(text, str)

@@ -3,19 +3,21 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from composable.assembly.contribution import _texts
+from composable.assembly.contribution import vetted_texts
 from composable.assembly.experts import load_expert
 from composable.errors import TextError
 from composable.training.documents import read_documents
-from composable.vetting.checks import Check, Verdict, recovery, vet
+from composable.vetting.checks import Check, Verdict, _check_taken, recovery, vet
+from composable.vetting.statistics import upper_mean
 
 
 @pytest.fixture(scope="module")
 def texts(release, trained_folder):
     """Return (held-out private text, public text)."""
     heldout = read_documents([trained_folder / ".work" / "heldout.jsonl"])
-    return _texts(heldout), _texts(release.anchor)
+    return vetted_texts(heldout), vetted_texts(release.anchor)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,16 @@ def test_a_verdict_passes_when_every_check_does():
 def test_a_good_expert_passes_with_its_figures(trained_folder):
     card = json.loads((trained_folder / "card.json").read_text())
     assert card["passed"], card["checks"]
-    assert [check["name"] for check in card["checks"]] == ["isolation", "finite", "gain", "anchor"]
+    assert [check["name"] for check in card["checks"]] == [
+        "format",
+        "isolation",
+        "determinism",
+        "finite",
+        "norms",
+        "gain",
+        "anchor",
+        "taken",
+    ]
     measured = card["measured"]
     bits = measured["bits_per_byte"]
     assert bits["own_expert"] < 0.8 * bits["own_backbone"]
@@ -58,12 +69,14 @@ def test_a_good_expert_passes_with_its_figures(trained_folder):
     )
     assert measured["recovery"] > 0.5
     assert measured["anchor_taken"] < 0.5
+    assert measured["anchor_taken"] <= measured["anchor_taken_bound"] <= 1
+    assert 0 < max(measured["norms"]["largest"]) < 1e3
+    assert measured["norms"]["zeroed"] == 0
+    assert measured["documents"]["own_digest"].startswith("sha256:")
     assert card["training"]["tokens"] == 60 * 8 * 32
 
 
 def test_an_expert_that_knows_nothing_new_fails(release, tiny, good, texts):
-    from flax import nnx
-
     from composable.model.body import Expert
 
     fresh = Expert(release.backbone, kind="ffn", scout_width=8, rngs=nnx.Rngs(0))
@@ -86,6 +99,38 @@ def test_an_expert_that_takes_public_text_and_spoils_it_fails(release, tiny, goo
     assert "anchor" in failed(verdict)
     assert "isolation" not in failed(verdict)
     assert verdict.measured["anchor_loss"] > 0.01
+
+
+def test_outputs_beyond_the_bounds_are_told(release, tiny, good, texts):
+    """They are finite, and in mix mode they count as zero; always on, they are what they are."""
+    huge = dataclasses.replace(good, body=tiny.expert("huge", noise=1e4).body)
+    verdict = vet_expert(release, huge, texts)
+    assert "norms" in failed(verdict)
+    assert "finite" not in failed(verdict)
+    assert verdict.measured["norms"]["zeroed"] > 0.5
+    assert "anchor" not in failed(verdict)
+
+
+def test_an_overconfident_scout_takes_nothing(release, good, texts):
+    """It is sure of one byte, so it is wrong at every other, and nobody listens."""
+    scout = nnx.clone(good.scout)
+    scout.b_out[...] = scout.b_out[...].at[ord("e")].set(60.0)
+    verdict = vet_expert(release, dataclasses.replace(good, scout=scout), texts)
+    assert verdict.measured["anchor_taken"] < 0.01
+    assert verdict.measured["recovery"] < 0.1
+    assert failed(verdict) == set()
+
+
+def test_what_an_expert_may_take_of_public_text_hangs_on_what_others_may_show():
+    few = np.array([0.1, 0.2])
+    assert _check_taken(few, upper_mean(few), 0.002).passed, "two documents bound nothing"
+    many = np.full(40, 0.1)
+    assert _check_taken(many, upper_mean(many), 0.002).passed
+    assert not _check_taken(few + 0.5, 1.0, 0.002).passed
+    assert not _check_taken(many + 0.5, upper_mean(many + 0.5), 0.002).passed
+    assert _check_taken(many + 0.5, upper_mean(many + 0.5), -0.002).passed, "it gains by it"
+    unsure = np.tile([0.0, 0.0, 0.9], 3)
+    assert not _check_taken(unsure, upper_mean(unsure), 0.002).passed, "a third, but it may be more"
 
 
 def test_a_body_that_overflows_is_told(release, tiny, good, texts):

@@ -1,0 +1,237 @@
+"""Published experts that a contributor's is held against: neighbours, and its own older releases.
+
+They are found where a project finds its experts: in a registry, or in folders. What can be measured
+on a neighbour hangs on its text, which may be private; here is where a text at hand is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from composable.assembly.backbones import BackboneRelease
+from composable.assembly.contribution import HELDOUT_FILE, WORK, vetted_texts
+from composable.assembly.experts import load_expert
+from composable.assembly.project import find_shop, install_experts
+from composable.errors import ManifestError, TextError, UnknownExpertError, VettingError
+from composable.interface import RouterInterface
+from composable.model.model import Pluggable
+from composable.packaging.compatibility import Change, Step, choose_older, compare_manifests
+from composable.packaging.constraint import Constraint, Requirement
+from composable.packaging.manifest import BODY_FILE, EXPERT_FILE, SCOUT_FILE, Manifest
+from composable.packaging.packing import fit_interface
+from composable.packaging.release import Release, choose_newest
+from composable.packaging.version import Version
+from composable.training.documents import read_documents
+from composable.training.recipe import shipped_folder
+from composable.vetting.card import tensor_digests
+from composable.vetting.checks import Verdict
+from composable.vetting.neighbours import Neighbour
+
+# What stands for every expert of the registries that plugs into the backbone.
+ALL: Final = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Older:
+    """An older release of an expert.
+
+    Args:
+        manifest: Its manifest, with the interface's digest.
+        tensors: Digests of its tensor files, by name.
+        expert: The expert; None if it does not plug into this backbone.
+    """
+
+    manifest: Manifest
+    tensors: Mapping[str, str]
+    expert: Pluggable | None
+
+
+def find_neighbours(
+    release: BackboneRelease,
+    newcomer: str,
+    wanted: Sequence[str],
+    texts: Mapping[str, Path],
+    *,
+    registry: str | None = None,
+) -> list[Neighbour]:
+    """Return published experts, with text of theirs where some is at hand.
+
+    Args:
+        release: The backbone.
+        newcomer: Name of the expert that is to be plugged in beside them.
+        wanted: Requirements, folders, or `all`: the newest release of everything in the registries
+            that plugs into the backbone.
+        texts: Held-out text by name of the expert, where it is elsewhere than in the expert's own
+            folder or in this installation.
+        registry: Where to take them from; by default as for `load`.
+
+    Raises:
+        PackagingError: If one does not exist, does not resolve, or is damaged.
+        VettingError: If one of them is the newcomer itself, or a text is nobody's.
+    """
+    neighbours = []
+    for text in _expand(release.interface, newcomer, wanted, registry):
+        if is_folder(text):
+            folder = Path(text).expanduser()
+        else:
+            requirement = Requirement.parse(text)
+            environment = install_experts(release, [requirement], registry)
+            folder = environment.expert_path(requirement.name)
+        manifest = Manifest.read(folder)
+        if manifest.name == newcomer:
+            raise VettingError(
+                f"{newcomer!r} cannot be its own neighbour",
+                where="--beside",
+                hint=f"to compare it with an older release: --against {newcomer}",
+            )
+        file = texts.get(manifest.name) or _find_text(manifest, folder)
+        neighbours.append(
+            Neighbour(
+                expert=load_expert(release, folder),
+                release=f"{manifest.name}@{manifest.version}",
+                texts=tuple(vetted_texts(read_documents([file]))) if file else (),
+                source=str(file or ""),
+            )
+        )
+    for name in texts.keys() - {neighbour.expert.name for neighbour in neighbours}:
+        raise VettingError(
+            f"there is text of {name!r}, but no such neighbour",
+            where="--beside-data",
+            hint=f"name the expert, too: --beside {name}",
+        )
+    return neighbours
+
+
+def find_older(
+    release: BackboneRelease, folder: Path, wanted: str, *, registry: str | None = None
+) -> Older:
+    """Return an older release of the expert in a folder.
+
+    Args:
+        release: The backbone.
+        folder: The expert.
+        wanted: A folder, `NAME@VERSION`, or a range: then the newest release in it up to the
+            version of the expert.
+        registry: Where to look for it; by default as for `load`.
+
+    Raises:
+        UnknownExpertError: If there is no such release.
+        VettingError: If it is a release of another expert.
+        PackagingError: If it does not resolve, or is damaged.
+    """
+    new = Manifest.read(folder)
+    if is_folder(wanted):
+        path = Path(wanted).expanduser()
+        manifest = fit_interface(Manifest.read(path), release.interface)
+        _require_name(manifest.name, new.name)
+        return Older(
+            manifest=manifest, tensors=tensor_digests(path), expert=load_expert(release, path)
+        )
+    requirement = Requirement.parse(wanted)
+    _require_name(requirement.name, new.name)
+    shop = find_shop(registry)
+    source = shop.open_registry(shop.registry_of(new.name))
+    releases = source.versions(new.name)
+    fitting = [found for found in releases if requirement.constraint.contains(found.version)]
+    older = choose_older(fitting, new.version, or_same=True)
+    if requirement.constraint.pinned is not None:
+        older = next(iter(fitting), None)
+    if older is None:
+        have = ", ".join(str(found.version) for found in releases)
+        raise UnknownExpertError(
+            f"there is no release {requirement} up to {new.version}",
+            where=source.location,
+            hint=f"there are {have}" if have else "the first release has nothing to compare with",
+        )
+    expert = None
+    if _plugs_in(older, release.interface):
+        exactly = Requirement(new.name, Constraint.exactly(older.version))
+        environment = install_experts(release, [exactly], registry)
+        expert = load_expert(release, environment.expert_path(new.name))
+    tensors = {
+        file.name: file.digest for file in older.files if file.name in (BODY_FILE, SCOUT_FILE)
+    }
+    return Older(manifest=source.read_manifest(older), tensors=tensors, expert=expert)
+
+
+def compare_releases(
+    folder: Path, interface: RouterInterface, older: Older, verdict: Verdict
+) -> Step:
+    """Return the step from an older release to an expert that was vetted against it.
+
+    Args:
+        folder: The expert.
+        interface: The backbone's contract.
+        older: The older release.
+        verdict: Of `check_expert`, which was given that release.
+    """
+    manifest = fit_interface(Manifest.read(folder), interface)
+    worse = [Change("major", found) for found in verdict.regressions or ()]
+    if older.tensors != tensor_digests(folder) and not worse:
+        worse = [Change("patch", "other weights, nothing on the card worse beyond noise")]
+    if verdict.regressions is None:
+        worse = [Change("major", "it could not be compared")]
+    changes = (*compare_manifests(older.manifest, manifest), *worse)
+    return Step(older.manifest.version, manifest.version, changes)
+
+
+def is_folder(text: str) -> bool:
+    """Say whether a text means a folder rather than a requirement: it has a slash, or begins so."""
+    return text.startswith(".") or "/" in text or "\\" in text
+
+
+def _expand(
+    interface: RouterInterface, newcomer: str, wanted: Sequence[str], registry: str | None
+) -> Iterator[str]:
+    """Yield what is wanted, with every expert in place of `all`."""
+    for text in wanted:
+        if text != ALL:
+            yield text
+            continue
+        shop = find_shop(registry)
+        for place in shop.registries:
+            source = shop.open_registry(place)
+            for name in source.names():
+                if name != newcomer and shop.registry_of(name) == place:
+                    fitting = [
+                        release
+                        for release in source.versions(name)
+                        if _plugs_in(release, interface) and not release.is_yanked
+                    ]
+                    if fitting:
+                        yield f"{name}@{choose_newest(fitting).version}"
+
+
+def _plugs_in(release: Release, interface: RouterInterface) -> bool:
+    """Say whether a release plugs into a backbone."""
+    need = release.interface
+    return (
+        need.name == interface.name
+        and need.requires.contains(Version(interface.version))
+        and need.digest is not None
+        and interface.honours_digest(need.digest)
+    )
+
+
+def _require_name(found: str, expected: str) -> None:
+    if found != expected:
+        raise VettingError(
+            f"{found!r} is another expert than {expected!r}",
+            where="--against",
+            hint=f"to see what it does to that one: --beside {found}",
+        )
+
+
+def _find_text(manifest: Manifest, folder: Path) -> Path | None:
+    """Return the held-out text of an expert, if its folder or this installation has it."""
+    places = [folder / "text" / HELDOUT_FILE, folder / WORK / HELDOUT_FILE]
+    try:
+        shipped = shipped_folder(manifest.name)
+        if Manifest.read(shipped / EXPERT_FILE).backbone == manifest.backbone:
+            places.append(shipped / "text" / HELDOUT_FILE)
+    except (TextError, ManifestError):
+        pass  # nothing of that name ships with this installation, or it is no expert
+    return next((place for place in places if place.is_file()), None)

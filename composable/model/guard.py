@@ -1,0 +1,98 @@
+"""Runtime guards: what an expert contributes counts as zero unless it is finite and in bounds.
+
+A *contribution* is in mix mode what one body puts out in one slot at one token, and in safe mode
+what one path predicts at one token. This file says which of them count, and keeps a tally of those
+that did not: two whole numbers per expert, carried beside the router's state, read when a text is
+done. It decides nothing about trust.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from composable.errors import ContributionWarning
+from composable.kernels import Dispatch
+from composable.model.router import Choice
+
+
+class Tally(NamedTuple):
+    """Contributions of every expert of the bank since its documents began, int32."""
+
+    made_E: jax.Array
+    zeroed_E: jax.Array
+
+
+class Contributions(NamedTuple):
+    """How many contributions of one expert counted as zero, of how many it made."""
+
+    zeroed: int
+    made: int
+
+
+def empty_tally(n_experts: int) -> Tally:
+    """Return the tally at the begin of a document."""
+    return Tally(jnp.zeros(n_experts, jnp.int32), jnp.zeros(n_experts, jnp.int32))
+
+
+def exceeds(y_PD: jax.Array, bound: float) -> jax.Array:
+    """Return which rows are not finite, or have a root mean square over the bound, shape P."""
+    power_P = jnp.mean(jnp.square(y_PD.astype(jnp.float32)), axis=-1)
+    return ~(power_P <= bound**2)  # a NaN is not below the bound, nor is a square that overflows
+
+
+def tally_rows(
+    tally: Tally, zeroed: Sequence[jax.Array], choice: Choice, dispatch: Dispatch
+) -> Tally:
+    """Add what one pass in mix mode contributed.
+
+    Args:
+        tally: The tally so far.
+        zeroed: For every slot which rows counted as zero, shape P.
+        choice: Whom each token chose; a choice of weight zero contributes nothing.
+        dispatch: Which row holds which choice.
+    """
+    expert_MJ = choice.expert_BTJ.reshape(dispatch.position_MJ.shape)
+    made_MJ = (choice.weight_BTJ.reshape(expert_MJ.shape) > 0).astype(jnp.int32)
+    zeroed_P = jnp.sum(jnp.stack(zeroed), axis=0, dtype=jnp.int32)
+    zeroed_MJ = jnp.take(zeroed_P, dispatch.position_MJ, mode="fill", fill_value=0)
+    return Tally(
+        tally.made_E.at[expert_MJ].add(made_MJ * len(zeroed)),
+        tally.zeroed_E.at[expert_MJ].add(made_MJ * zeroed_MJ),
+    )
+
+
+def tally_paths(tally: Tally, awake_BTE: jax.Array, sound_BTE: jax.Array) -> Tally:
+    """Add what one pass in safe mode contributed: paths that predicted, and those that broke."""
+    return Tally(
+        tally.made_E + awake_BTE.sum(axis=(0, 1), dtype=jnp.int32),
+        tally.zeroed_E + (awake_BTE & ~sound_BTE).sum(axis=(0, 1), dtype=jnp.int32),
+    )
+
+
+def read_tally(names: Sequence[str | None], tally: Tally) -> dict[str, Contributions]:
+    """Return a tally by name of the experts; this waits for the device."""
+    pairs = np.stack([np.asarray(tally.zeroed_E), np.asarray(tally.made_E)], axis=1).tolist()
+    return {
+        name: Contributions(*pair)
+        for name, pair in zip(names, pairs, strict=True)
+        if name is not None
+    }
+
+
+def make_reporter(names: Sequence[str | None]) -> Callable[[Tally], None]:
+    """Return a function that warns of experts whose contributions counted as zero, once of each."""
+    told: set[str] = set()
+
+    def report(tally: Tally) -> None:
+        for name, (zeroed, made) in read_tally(names, tally).items():
+            if zeroed and name not in told:
+                told.add(name)
+                warnings.warn(ContributionWarning(name, zeroed, made), stacklevel=2)
+
+    return report

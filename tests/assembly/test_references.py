@@ -1,0 +1,162 @@
+"""A newcomer is held against experts that are published: its neighbours, and what it was before."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from composable.assembly.contribution import check_expert, publish_expert
+from composable.assembly.experts import load_expert, save_expert
+from composable.assembly.references import compare_releases, find_neighbours, find_older
+from composable.errors import UnknownExpertError, VettingError
+from composable.packaging.manifest import Manifest
+from composable.packaging.registry import open_for_publishing
+
+
+@pytest.fixture(scope="module")
+def registry(release, trained_folder, tmp_path_factory):
+    """Return the folder of a registry that holds logic 1.0.0."""
+    path = tmp_path_factory.mktemp("registry")
+    publish_expert(release, trained_folder, open_for_publishing(path))
+    return path
+
+
+@pytest.fixture
+def folder(trained_folder, tmp_path):
+    return shutil.copytree(trained_folder, tmp_path / "logic")
+
+
+def edit_manifest(folder, old, new):
+    text = (folder / "expert.toml").read_text()
+    assert old in text
+    (folder / "expert.toml").write_text(text.replace(old, new))
+
+
+def spoil_body(release, folder, noise):
+    """Add noise to an expert's body; its scout stays as it is."""
+    expert = load_expert(release, folder)
+    rng = np.random.default_rng(0)
+    state = nnx.state(expert.body)
+    for path, leaf in nnx.to_flat_state(state):
+        if "w_down" in path:
+            scale = noise * float(np.std(np.asarray(leaf[...])))
+            leaf[...] = leaf[...] + scale * rng.normal(size=leaf[...].shape).astype(np.float32)
+    nnx.update(expert.body, state)
+    save_expert(folder, expert, Manifest.read(folder))
+
+
+def found(verdict, name):
+    return next(check for check in verdict.checks if check.name == name)
+
+
+def check_against(release, folder, wanted, registry):
+    older = find_older(release, folder, wanted, registry=str(registry))
+    verdict = check_expert(release, folder, older=older)
+    return compare_releases(folder, release.interface, older, verdict)
+
+
+def test_a_copycat_that_behaves_on_public_text_is_found_out_by_its_neighbours_text(
+    release, trained_folder, folder, registry
+):
+    """Its scout is the published one, so it behaves on the anchor; its body does harm."""
+    edit_manifest(folder, 'name = "logic"', 'name = "copycat"')
+    spoil_body(release, folder, 3.0)
+    heldout = trained_folder / ".work" / "heldout.jsonl"
+    place = str(registry)
+    blind = find_neighbours(release, "copycat", ["all"], {}, registry=place)
+    assert [(n.release, n.texts) for n in blind] == [("logic@1.0.0", ())]
+    seeing = find_neighbours(release, "copycat", ["logic"], {"logic": heldout}, registry=place)
+    verdict = check_expert(release, folder, neighbours=[*blind, *seeing])
+    without, with_text = (c for c in verdict.checks if c.name == "beside logic")
+    assert "none of its own text is at hand" in without.found
+    assert not with_text.passed, with_text.found
+    assert str(heldout) in with_text.found
+    figures = json.loads((folder / "card.json").read_text())["measured"]["beside"]["logic"]
+    assert figures["own"]["with"] > 1.005 * figures["own"]["without"]
+    assert figures["anchor"]["with"] == pytest.approx(figures["anchor"]["without"], rel=5e-3)
+
+
+def test_a_neighbour_in_a_folder_brings_its_text_and_a_newcomer_that_knows_other_things_is_welcome(
+    release, trained_folder, folder
+):
+    edit_manifest(folder, 'name = "logic"', 'name = "newcomer"')
+    expert = load_expert(release, folder)
+    expert.scout.w_out[...] = 0 * expert.scout.w_out[...]  # it knows no text
+    save_expert(folder, expert, Manifest.read(folder))
+    (neighbour,) = find_neighbours(release, "newcomer", [str(trained_folder)], {})
+    assert neighbour.source.endswith("heldout.jsonl")
+    verdict = check_expert(release, folder, neighbours=[neighbour])
+    assert found(verdict, "beside logic").passed, found(verdict, "beside logic")
+
+
+def test_what_is_no_neighbour_is_refused(release, folder, registry, tmp_path):
+    with pytest.raises(VettingError, match="cannot be its own neighbour"):
+        find_neighbours(release, "logic", [str(folder)], {})
+    with pytest.raises(VettingError, match="text of 'sets'"):
+        find_neighbours(release, "else", [str(folder)], {"sets": tmp_path / "sets.txt"})
+    assert find_neighbours(release, "logic", ["all"], {}, registry=str(registry)) == []
+
+
+def test_nothing_changed_and_a_better_word_are_patches(release, folder, registry):
+    step = check_against(release, folder, "logic", registry)
+    assert (step.needed, step.changes, step.is_enough) == ("patch", (), True)
+    edit_manifest(folder, "For tests.", "For many tests.")
+    edit_manifest(folder, 'version = "1.0.0"', 'version = "1.0.1"')
+    assert check_against(release, folder, "logic@1.0.0", registry).is_enough
+
+
+def test_a_release_that_got_worse_needs_a_major_version_and_gets_no_smaller_one(
+    release, folder, registry
+):
+    spoil_body(release, folder, 3.0)
+    edit_manifest(folder, 'version = "1.0.0"', 'version = "1.1.0"')
+    step = check_against(release, folder, "logic", registry)
+    assert (step.needed, str(step.version), step.is_enough) == ("major", "2.0.0", False)
+    assert any("bits per byte on its own text" in reason for reason in step.reasons)
+    with pytest.raises(VettingError, match="too small a step from logic") as caught:
+        publish_expert(release, folder, open_for_publishing(registry))
+    assert "bits per byte on its own text" in caught.value.message
+    assert 'version = "2.0.0"' in caught.value.hint
+
+
+def test_weights_that_are_as_good_are_a_patch(release, folder, registry, tmp_path):
+    """Noise that no document notices; with another registry, which they are published to."""
+    spoil_body(release, folder, 1e-4)
+    edit_manifest(folder, 'version = "1.0.0"', 'version = "1.0.1"')
+    copy = shutil.copytree(registry, tmp_path / "registry")
+    step = check_against(release, folder, "logic", copy)
+    assert (step.needed, step.is_enough) == ("patch", True), step
+    publish_expert(release, folder, open_for_publishing(copy))
+
+
+def test_an_older_release_is_looked_for_by_name(release, folder, registry, tmp_path):
+    with pytest.raises(UnknownExpertError, match="no release logic"):
+        find_older(release, folder, "logic@3.0.0", registry=str(registry))
+    with pytest.raises(VettingError, match="another expert"):
+        find_older(release, folder, "sets", registry=str(registry))
+    edit_manifest(folder, 'version = "1.0.0"', 'version = "0.9.0"')
+    with pytest.raises(UnknownExpertError) as caught:
+        find_older(release, folder, "logic", registry=str(registry))
+    assert "there are 1.0.0" in caught.value.hint
+
+
+def test_a_body_that_is_not_finite_fails_by_its_format(release, folder):
+    expert = load_expert(release, folder)
+    slot = expert.body.slots["1"]
+    slot.w_up[...] = slot.w_up[...].at[0, 0].set(np.nan)
+    data = (folder / "body.safetensors").read_bytes()
+    broken = dataclasses.replace(Manifest.read(folder), files=())
+    try:
+        save_expert(folder, expert, broken)
+    except Exception:  # what writes tensors may refuse them, too
+        size = int.from_bytes(data[:8], "little") + 8
+        (folder / "body.safetensors").write_bytes(data[:size] + b"\xff" * (len(data) - size))
+    verdict = check_expert(release, folder)
+    (check,) = verdict.checks
+    assert (check.name, check.passed) == ("format", False)
+    assert "body.safetensors" in check.found
+    with pytest.raises(VettingError, match="format"):
+        publish_expert(release, folder, open_for_publishing(folder.parent / "registry"))
