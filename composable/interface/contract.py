@@ -19,6 +19,7 @@ from composable.interface.digest import canonical_json, digest_bytes, is_digest
 SCHEMA: Final = 1
 DTYPES: Final = ("BF16", "F32")
 BodyKind = Literal["ffn", "lora"]
+_MIX_FIELDS: Final = ("mix_power", "mix_prior", "mix_switch_rate")
 BODY_KINDS: Final[tuple[BodyKind, ...]] = ("ffn", "lora")
 # The matrices of a slot and the letters of their dimensions.
 SLOT_DIMS: Final = {"w_gate": "DF", "w_up": "DF", "w_down": "FD"}
@@ -60,6 +61,10 @@ class RouterInterface:
         output_bounds: For every slot the largest root mean square of a body's output at one token;
             in mix mode what exceeds it counts as zero.
         honours: Digests of earlier interfaces whose experts plug in unchanged.
+        mix_power: Exponent in (0, 1] on scouts' likelihoods in mix mode's switching filter; 0 where
+            mix mode weighs track records instead.
+        mix_prior: Prior weight of the backbone in that filter.
+        mix_switch_rate: Probability per token, in (0, 1), that somebody else becomes right in it.
         schema: Version of this record's meaning.
 
     Raises:
@@ -88,6 +93,11 @@ class RouterInterface:
     output_bounds: tuple[float, ...]
     honours: tuple[str, ...] = ()
     schema: int = SCHEMA
+    # From here on left out of the plain form where there is no such filter, so that interfaces made
+    # before there was keep their digests.
+    mix_power: float = 0.0
+    mix_prior: float = 0.5
+    mix_switch_rate: float = 0.0
 
     def __post_init__(self) -> None:
         def require(holds: bool, field: str, expected: str) -> None:
@@ -111,6 +121,10 @@ class RouterInterface:
         require(0 < self.discount <= 1, "discount", "in (0, 1]")
         require(0 < self.backbone_prior < 1, "backbone_prior", "in (0, 1)")
         require(0 <= self.switch_rate < 1, "switch_rate", "in [0, 1)")
+        require(0 <= self.mix_power <= 1, "mix_power", "in [0, 1]")
+        if self.mix_power:
+            require(0 < self.mix_prior < 1, "mix_prior", "in (0, 1)")
+            require(0 < self.mix_switch_rate < 1, "mix_switch_rate", "in (0, 1)")
         is_bounded = len(self.output_bounds) == len(self.slots) and all(
             0 < bound < float("inf") for bound in self.output_bounds
         )
@@ -130,6 +144,10 @@ class RouterInterface:
         data = dataclasses.asdict(self)
         # 1 and 1.0 are equal but spelt differently; equal interfaces must have one digest.
         floats = {name: float(data[name]) for name in ("discount", "backbone_prior", "switch_rate")}
+        for name in _MIX_FIELDS:
+            value = data.pop(name)
+            if self.mix_power:
+                floats[name] = float(value)
         lists = {
             "slots": list(self.slots),
             "output_bounds": [float(bound) for bound in self.output_bounds],

@@ -37,6 +37,7 @@ from composable.model.router import (
     empty_state,
     evidence,
     log_prior,
+    switching_trust,
     track_record,
 )
 
@@ -144,8 +145,8 @@ def trace_mix(
     parts: Parts, tokens_BT: jax.Array, state: MixState
 ) -> tuple[jax.Array, jax.Array, MixState]:
     """Return logits in mix mode, the weights behind them, shape BTE, and the new state."""
-    x_BTD, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
-    choice = _trust(parts, track_BTE, state.router.started_B)
+    x_BTD, _, score_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
+    choice = _trust(parts, score_BTE, state.router.started_B)
     feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice)
     if state.caches is None or caches is None:
         logits_BTV, _ = parts.backbone.upper(x_BTD, feed_forward)
@@ -164,8 +165,8 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
     Returns:
         Weights, shape BTE, at every position for the prediction of the next token, and the state.
     """
-    _, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
-    choice = _trust(parts, track_BTE, state.router.started_B)
+    _, _, score_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
+    choice = _trust(parts, score_BTE, state.router.started_B)
     weight_BTE = dense_weights(choice, parts.bank.capacity)
     return weight_BTE, MixState(router, state.tally, caches)
 
@@ -239,7 +240,7 @@ def trace_safe(
     parts: Parts, tokens_BT: jax.Array, state: SafeState
 ) -> tuple[jax.Array, jax.Array, SafeState]:
     """Return log probabilities in safe mode, the weights behind them, shape BTE, and the state."""
-    x_BTD, track_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
+    x_BTD, track_BTE, _, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
     order_E = jnp.argsort(parts.bank.key_E)
     awake_BTE = _shortlist(parts, track_BTE)[..., order_E]
     log_prob_EBTV, sound_BTE, upper = _paths(parts, x_BTD, order_E, awake_BTE, state.caches)
@@ -257,8 +258,11 @@ def trace_safe(
 
 def _listen(
     parts: Parts, tokens_BT: jax.Array, state: RouterState, caches: Caches | None
-) -> tuple[jax.Array, jax.Array, RouterState, Caches | None]:
-    """Run the trunk and the scouts: residual stream, track records, new state and caches."""
+) -> tuple[jax.Array, jax.Array, jax.Array, RouterState, Caches | None]:
+    """Run the trunk and the scouts: residual stream, track records, mix mode's scores, and states.
+
+    Track records are each expert's own; scores are what mix mode weighs experts by, prior included.
+    """
     backbone, interface = parts.backbone, parts.interface
     if caches is None:
         x_BTD, _ = backbone.trunk(tokens_BT)
@@ -270,13 +274,33 @@ def _listen(
     classes_BT = backbone.class_map[...][tokens_BT]
     evidence_BTE = evidence(parts.bank.scouts, feature_BTD, classes_BT, state)
     track_BTE = track_record(evidence_BTE, state.track_BE, interface.discount)
+    if interface.mix_power:
+        score_BTE = _follow(parts, evidence_BTE, state)
+    else:
+        score_BTE = _prior(parts) + track_BTE
     started_B = jnp.ones_like(state.started_B)
-    return x_BTD, track_BTE, RouterState(track_BTE[:, -1], feature_BTD[:, -1], started_B), caches
+    after = RouterState(track_BTE[:, -1], score_BTE[:, -1], feature_BTD[:, -1], started_B)
+    return x_BTD, track_BTE, score_BTE, after, caches
 
 
-def _trust(parts: Parts, track_BTE: jax.Array, started_B: jax.Array) -> Choice:
+def _follow(parts: Parts, evidence_BTE: jax.Array, state: RouterState) -> jax.Array:
+    """Return the log weights of the switching filter, shape BTE; sums run in order of keys."""
+    interface, bank = parts.interface, parts.bank
+    order_E = jnp.argsort(bank.key_E)
+    prior_E = log_prior(bank.alive_E, interface.mix_prior)
+    before_BE = jnp.where(state.started_B[:, None], state.trust_BE, prior_E)
+    trust_BTE = switching_trust(
+        evidence_BTE[..., order_E],
+        before_BE[..., order_E],
+        prior_E[order_E],
+        power=interface.mix_power,
+        rate=interface.mix_switch_rate,
+    )
+    return trust_BTE[..., jnp.argsort(order_E)]
+
+
+def _trust(parts: Parts, score_BTE: jax.Array, started_B: jax.Array) -> Choice:
     """Decide whom to mix; at a document's first token there is no evidence for any expert."""
-    score_BTE = _prior(parts) + track_BTE
     alone_E = jnp.full(score_BTE.shape[-1], NEVER).at[0].set(0.0)
     first_BE = jnp.where(started_B[:, None], score_BTE[:, 0], alone_E)
     score_BTE = score_BTE.at[:, 0].set(first_BE)

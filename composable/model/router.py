@@ -4,6 +4,11 @@
     S[i,t] = discount * S[i,t-1] + e[i,t]                    track record
     w[.,t] = softmax over the top k of (log prior_i + S[i,t])
 
+or, where the interface says so, in mix mode by a filter that expects switches:
+
+    v[i,t] = w[i,t-1] exp(power e[i,t]), normalised
+    w[i,t] = (1 - rate) v[i,t] + rate prior_i                the top k of it
+
 Pure functions on arrays. An expert's evidence and track record are computed by the same program on
 the same numbers whatever else is installed, so they are the same to the bit.
 """
@@ -37,6 +42,7 @@ class RouterState(NamedTuple):
     """What the router carries along a document, beside the KV cache."""
 
     track_BE: jax.Array  # track records so far, nats
+    trust_BE: jax.Array  # log weights of the switching filter
     feature_BD: jax.Array  # trunk features at the last position
     started_B: jax.Array  # whether there was a last position
 
@@ -51,6 +57,7 @@ class Choice(NamedTuple):
 def empty_state(batch: int, n_experts: int, d_model: int) -> RouterState:
     """Return the state at the begin of a document."""
     return RouterState(
+        jnp.zeros((batch, n_experts), jnp.float32),
         jnp.zeros((batch, n_experts), jnp.float32),
         jnp.zeros((batch, d_model), jnp.float32),
         jnp.zeros(batch, bool),
@@ -100,6 +107,42 @@ def track_record(evidence_BTE: jax.Array, track_BE: jax.Array, discount: float) 
 
     _, track_TBE = jax.lax.scan(step, track_BE, jnp.moveaxis(evidence_BTE, 1, 0))
     return jnp.moveaxis(track_TBE, 0, 1)
+
+
+def switching_trust(
+    evidence_BTE: jax.Array,
+    trust_BE: jax.Array,
+    log_prior_E: jax.Array,
+    *,
+    power: float,
+    rate: float,
+) -> jax.Array:
+    """Return log weights by a hidden Markov chain that seldom changes experts, shape BTE.
+
+    A discounted track record forgets at one pace; this remembers long inside a document and little
+    at a switch, because no weight falls below `rate` times its prior. Scouts predict neighbouring
+    tokens from much the same features, so their evidence is not as independent as the product of
+    likelihoods takes it to be; `power` below 1 corrects for that.
+
+    Args:
+        evidence_BTE: Log likelihoods in nats, E in an order that no slot decides.
+        trust_BE: Log weights before the first position.
+        log_prior_E: Log prior weights, to which the chain returns.
+        power: Exponent on likelihoods.
+        rate: Probability of a change per token.
+
+    References:
+        Herbster and Warmuth 1998, "Tracking the best expert" (fixed share, here towards the prior);
+        Grünwald 2012, "The safe Bayesian" (likelihoods to a power).
+    """
+
+    def step(trust_BE: jax.Array, evidence_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        heard_BE = jax.nn.log_softmax(trust_BE + power * evidence_BE, axis=-1)
+        trust_BE = jnp.logaddexp(heard_BE + jnp.log1p(-rate), jnp.log(rate) + log_prior_E)
+        return trust_BE, trust_BE
+
+    _, trust_TBE = jax.lax.scan(step, trust_BE, jnp.moveaxis(evidence_BTE, 1, 0))
+    return jnp.moveaxis(trust_TBE, 0, 1)
 
 
 def log_prior(alive_E: jax.Array, backbone_prior: float) -> jax.Array:

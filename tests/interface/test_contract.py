@@ -60,6 +60,9 @@ def test_the_digest_does_not_hang_on_order_spelling_or_spaces(interface):
 def test_every_field_is_in_the_digest(interface, field):
     if field == "schema":
         return  # only one value is readable
+    if field.startswith("mix_"):
+        filtered = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
+        interface = dataclasses.replace(interface, **filtered)
     value = getattr(interface, field)
     other = {
         str: lambda: DIGESTS["anchor"][:-1] + "0" if value.startswith("sha256:") else value + "0",
@@ -79,6 +82,14 @@ def test_an_interface_survives_its_json(interface):
     assert interface.to_json().endswith("}\n")
 
 
+def test_a_switching_filter_survives_json_and_has_all_its_fields(interface):
+    filtered = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
+    other = dataclasses.replace(interface, **filtered)
+    assert RouterInterface.from_json(other.to_json()) == other
+    assert filtered.items() <= other.to_dict().items()
+    assert not filtered.keys() & interface.to_dict().keys()
+
+
 def test_honours_may_be_left_out(interface):
     shorter = {name: value for name, value in FIELDS.items() if name not in ("honours", "schema")}
     assert RouterInterface.from_dict(shorter) == dataclasses.replace(interface, honours=())
@@ -93,6 +104,7 @@ def test_it_honours_itself_and_what_it_lists(interface):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("mix_power", 1.5),
         ("schema", 2),
         ("schema", "1"),
         ("name", 3),

@@ -141,6 +141,66 @@ def test_route_is_the_softmax_of_prior_and_track_record(tiny, model):
     np.testing.assert_allclose(model.route(tokens_BT), weight_BTE, atol=1e-4)
 
 
+SWITCHING = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
+
+
+def test_route_by_the_switching_filter(tiny, experts):
+    """The weights are the filter's, on the evidence of each token as it comes."""
+    model, tokens_BT = tiny.model(*experts.values(), **SWITCHING), tiny.tokens()
+    plain = tiny.model(*experts.values(), discount=1.0)
+    track_BTE = np.asarray(track_records(plain.parts, tokens_BT), np.float64)
+    evidence_BTE = np.diff(track_BTE, axis=1, prepend=0)
+    weight_BE = prior_E = np.array([0.8, *[0.2 / 3] * 3])
+    found_BTE = np.asarray(model.route(tokens_BT))
+    for t in range(1, tokens_BT.shape[1]):
+        weight_BE = weight_BE * np.exp(0.35 * evidence_BTE[:, t])
+        weight_BE = 0.997 * weight_BE / weight_BE.sum(-1, keepdims=True) + 0.003 * prior_E
+        second_B1 = np.sort(weight_BE, axis=-1)[:, -2:-1]
+        top_BE = np.where(weight_BE >= second_B1, weight_BE, 0)
+        expected_BE = top_BE / top_BE.sum(-1, keepdims=True)
+        np.testing.assert_allclose(found_BTE[:, t], expected_BE, atol=1e-4)
+    np.testing.assert_array_equal(found_BTE[:, 0], [[1, 0, 0, 0]] * len(found_BTE))
+
+
+def test_the_switching_filter_keeps_bits_as_the_discount_does(tiny, experts):
+    tokens_BT = tiny.tokens()
+    model = tiny.model(experts["a"], experts["b"], **SWITCHING)
+    before = np.asarray(model(tokens_BT))
+    assert (before != np.asarray(tiny.model(experts["a"], experts["b"])(tokens_BT))).any()
+    for name in ("a", "b"):
+        index = model.names.index(name)
+        plain = tiny.model(experts["a"], experts["b"])
+        found_BTE, expected_BTE = (track_records(m.parts, tokens_BT) for m in (model, plain))
+        np.testing.assert_array_equal(found_BTE[..., index], expected_BTE[..., index])
+    model.install(experts["c"])
+    assert (np.asarray(model(tokens_BT)) != before).any()
+    model.remove("c")
+    np.testing.assert_array_equal(model(tokens_BT), before)
+    full = [
+        np.asarray(
+            tiny.model(*(experts[name] for name in order), capacity=n, **SWITCHING)(tokens_BT)
+        )
+        for order, n in (("abc", 4), ("cab", 4), ("bca", 8))
+    ]
+    for logits_BTV in full[1:]:
+        np.testing.assert_array_equal(logits_BTV, full[0])
+
+
+def test_a_broken_scout_takes_nothing_in_the_switching_filter(tiny, experts):
+    tokens_BT = tiny.tokens()
+    alone = tiny.model(experts["a"], **SWITCHING)
+    scout = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), experts["b"].scout)
+    broken = dataclasses.replace(experts["b"], scout=scout)
+    model = tiny.model(experts["a"], broken, **SWITCHING)
+    weight_BTE = np.asarray(model.route(tokens_BT))
+    index = model.names.index("b")
+    assert np.isfinite(weight_BTE).all()
+    # What it ever gets is its share of the chain's restarts, and that is seldom among the top.
+    assert weight_BTE[..., index].max() <= 0.003
+    assert np.isfinite(np.asarray(model(tokens_BT))).all()
+    assert np.isfinite(np.asarray(alone(tokens_BT))).all()
+
+
 def test_a_model_without_experts_is_its_backbone(tiny):
     model, tokens_BT = tiny.model(capacity=4), tiny.tokens()
     # The grouped kernel and the plain product sum in another order; logits are of order 5.

@@ -56,6 +56,17 @@ def test_decoding_in_pieces_equals_one_full_pass(tiny, model, mode):
     assert int(state.caches.position) == LENGTH
 
 
+def test_the_switching_filter_goes_on_from_piece_to_piece(tiny):
+    sticky = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
+    model = tiny.model(tiny.expert("a"), tiny.expert("b"), **sticky)
+    tokens_BT = tiny.tokens(batch=1, length=LENGTH)
+    state, outputs = begin(model, "mix"), []
+    for piece_BT in np.split(tokens_BT, range(PREFILL, LENGTH), axis=1):
+        output_BTV, state = MODES["mix"][0](model.parts, piece_BT, state)
+        outputs.append(np.asarray(output_BTV))
+    np.testing.assert_allclose(np.concatenate(outputs, 1), model(tokens_BT), atol=REORDERED_SUMS)
+
+
 def test_the_likeliest_continuation_is_that_of_full_passes(tiny, model):
     prompt_T = tiny.tokens(batch=1, length=7)[0]
     tokens = list(prompt_T)

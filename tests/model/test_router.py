@@ -13,6 +13,7 @@ from composable.model.router import (
     empty_state,
     evidence,
     log_prior,
+    switching_trust,
     track_record,
 )
 
@@ -44,6 +45,35 @@ def test_track_record_goes_on_where_it_stopped():
     whole_BTE = accumulate(evidence_BTE, jnp.zeros((2, 3)), 0.9)
     first_BTE = accumulate(evidence_BTE[:, :7], jnp.zeros((2, 3)), 0.9)
     second_BTE = accumulate(evidence_BTE[:, 7:], first_BTE[:, -1], 0.9)
+    np.testing.assert_array_equal(whole_BTE, np.concatenate([first_BTE, second_BTE], axis=1))
+
+
+def reference_trust(evidence_TE, prior_E, power, rate):
+    """Return the weights of a hidden Markov chain by its forward recursion, in float64."""
+    weight_E, rows = prior_E, []
+    for row_E in evidence_TE:
+        weight_E = weight_E * np.exp(power * (row_E - row_E.max()))
+        weight_E = (1 - rate) * weight_E / weight_E.sum() + rate * prior_E
+        rows.append(weight_E)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(("power", "rate"), [(1.0, 1e-4), (0.35, 0.003), (0.5, 0.2)])
+def test_the_switching_filter_is_the_forward_recursion(power, rate):
+    evidence_TE = np.random.default_rng(2).normal(-3, 2, (60, 3)).astype(np.float32)
+    prior_E = np.array([0.8, 0.1, 0.1])
+    log_prior_E = jnp.log(jnp.asarray(prior_E, jnp.float32))
+
+    def follow(evidence_BTE, before_BE):
+        return switching_trust(evidence_BTE, before_BE, log_prior_E, power=power, rate=rate)
+
+    whole_BTE = follow(evidence_TE[None], log_prior_E[None])
+    expected_TE = reference_trust(evidence_TE.astype(np.float64), prior_E, power, rate)
+    np.testing.assert_allclose(np.exp(whole_BTE[0]), expected_TE, rtol=1e-4)
+    # No weight falls below the rate times its prior, so that it is back soon after a switch.
+    assert (expected_TE >= rate * prior_E).all()
+    first_BTE = follow(evidence_TE[None, :25], log_prior_E[None])
+    second_BTE = follow(evidence_TE[None, 25:], first_BTE[:, -1])
     np.testing.assert_array_equal(whole_BTE, np.concatenate([first_BTE, second_BTE], axis=1))
 
 
