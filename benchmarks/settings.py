@@ -1,6 +1,6 @@
 """Which settings of the router and of training are best? On text that the demo does not measure.
 
-python -m benchmarks.settings router demo      # a folder where `composable demo` ran
+python -m benchmarks.settings router demo/contributors    # where `composable demo demo` ran
 python -m benchmarks.settings training --steps 200
 """
 
@@ -17,7 +17,6 @@ from composable.assembly.contribution import check_expert, expert_config, train_
 from composable.assembly.experts import load_expert
 from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS
 from composable.model.model import Model
-from composable.packaging.project import Project
 from composable.training import loop
 from composable.training.documents import read_documents, splice_documents
 from composable.training.recipe import shipped_folder
@@ -28,7 +27,7 @@ from composable.vetting.evaluation import (
     score_documents,
 )
 
-# (backbone prior, switch rate, discount)
+# Settings of track records and of safe mode: backbone prior, switch rate, discount.
 ROUTERS = (
     (0.5, 0.002, 0.98),
     (0.5, 0.0001, 0.98),
@@ -39,15 +38,25 @@ ROUTERS = (
     (0.99, 0.02, 0.98),
     (0.999, 0.02, 0.975),
 )
+# Settings of mix mode's switching filter: power, backbone prior, switch rate.
+FILTERS = (
+    (0.35, 0.8, 0.003),
+    (0.5, 0.8, 0.003),
+    (0.7, 0.8, 0.003),
+    (0.25, 0.8, 0.003),
+    (0.35, 0.5, 0.003),
+    (0.35, 0.95, 0.003),
+    (0.35, 0.8, 0.01),
+    (0.35, 0.8, 0.001),
+)
 # (optimiser, peak rate)
 TRAININGS = (("adamw", 3e-3), ("adamw", 8e-3), ("muon", 1e-2), ("muon", 2e-2))
 
 
-def compare_routers(folder: Path) -> None:
+def compare_routers(folder: Path, *, only_filters: bool) -> None:
     """Print bits per byte of the anchor and of spliced training documents for each setting."""
     release = load_backbone(BACKBONE_NAME)
-    environment = Project.read(folder / "project").environment
-    plugged = [load_expert(release, environment.expert_path(name)) for name in CONTRIBUTORS]
+    plugged = [load_expert(release, folder / name) for name in CONTRIBUTORS]
     anchor = release.anchor
     train = {
         name: read_documents([shipped_folder(name) / "text" / "train.jsonl"])[:20]
@@ -56,7 +65,7 @@ def compare_routers(folder: Path) -> None:
     spliced = [s.text for s in splice_documents({**train, "public": anchor}, 8, 5, 256, 640, 4)]
     texts = [doc.text.encode()[:2048].decode(errors="ignore").encode() for doc in anchor]
     print("prior  switch  discount | anchor: backbone  mix  safe | spliced: backbone  mix  safe")
-    for prior, rate, discount in ROUTERS:
+    for prior, rate, discount in () if only_filters else ROUTERS:
         interface = dataclasses.replace(
             release.interface, backbone_prior=prior, switch_rate=rate, discount=discount
         )
@@ -67,6 +76,20 @@ def compare_routers(folder: Path) -> None:
             for scorer in (path_scorer, mix_scorer, safe_scorer)
         ]
         print(f"{prior}  {rate}  {discount} | " + "  ".join(f"{cell:.4f}" for cell in cells))
+    print("power  prior  switch | mix: anchor  spliced  own training text")
+    own = [doc.text.encode()[:1024] for documents in train.values() for doc in documents[:8]]
+    own = [text.decode(errors="ignore").encode() for text in own]
+    for power, prior, rate in ((0.0, 0.5, 0.0), *FILTERS):
+        interface = dataclasses.replace(
+            release.interface, mix_power=power, mix_prior=prior, mix_switch_rate=rate
+        )
+        model = Model(release.backbone, interface, plugged)
+        cells = [
+            score_documents(mix_scorer(model), documents, context=model.context).bits_per_byte
+            for documents in (texts, spliced, own)
+        ]
+        shown = f"{power}  {prior}  {rate}" if power else "track records"
+        print(f"{shown} | " + "  ".join(f"{cell:.4f}" for cell in cells), flush=True)
 
 
 def compare_training(steps: int, names: Sequence[str]) -> None:
@@ -94,12 +117,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     router = commands.add_parser("router")
     router.add_argument("folder", type=Path)
+    router.add_argument("--only-filters", action="store_true")
     training = commands.add_parser("training")
     training.add_argument("--steps", type=int, default=200)
     training.add_argument("--experts", nargs="+", default=["python-code"])
     arguments = parser.parse_args()
     if arguments.command == "router":
-        compare_routers(arguments.folder)
+        compare_routers(arguments.folder, only_filters=arguments.only_filters)
     else:
         compare_training(arguments.steps, arguments.experts)
 

@@ -40,7 +40,13 @@ ROUTER: Final[dict[str, Any]] = {
     "switch_rate": 0.02,
     "scout_max_width": 128,
     "lora_max_rank": 64,
+    "mix_power": 0.35,
+    "mix_prior": 0.8,
+    "mix_switch_rate": 0.003,
+    # That of version 1.0.0, which had no switching filter: what experts are trained on is the same.
+    "honours": ("sha256:236ae8c3446c0e6b563f18500350ca1ab716d4932e67c8b21beb6b80da94263c",),
 }
+_VERSION: Final = "1.1.0"
 # Held-out speeches are shared out: every other one is the anchor, the rest measure.
 _SHIPPED_BYTES: Final = 8192
 # A body's output may be this many times as large as the backbone's largest on the anchor. Trained
@@ -114,7 +120,7 @@ def pack(
     write = {"README.md": _README, "card.json": "{}\n"}
     save: dict[str, Any] = {
         "name": "tiny-bytes",
-        "version": "1.0.0",
+        "version": _VERSION,
         "anchor": anchor,
         "router": {**ROUTER, "output_bounds": output_bounds(backbone, anchor, ByteTokenizer())},
         "description": "A byte-level causal transformer of 2.4 M parameters, trained on public-"
@@ -128,7 +134,7 @@ def pack(
     texts = [doc.text.encode() for doc in measured]
     score = score_documents(path_scorer(model), texts, context=model.context)
     card = {
-        "backbone": "tiny-bytes@1.0.0",
+        "backbone": f"tiny-bytes@{_VERSION}",
         "interface": {"name": interface.name, "digest": interface.digest},
         "measured": {
             "bits_per_byte": round(score.bits_per_byte, 5),
