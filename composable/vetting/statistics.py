@@ -69,8 +69,10 @@ def is_above(difference_N: np.ndarray, limit: float, confidence: float = CONFIDE
         Student 1908, "The probable error of a mean".
     """
     n, mean = len(difference_N), float(difference_N.mean())
-    if not mean > limit:
-        return not np.isfinite(mean)
+    if not np.isfinite(mean):
+        return mean != -np.inf  # what has no figure any more got worse
+    if mean <= limit:
+        return False
     error = float(difference_N.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
     if error == 0:
         return True

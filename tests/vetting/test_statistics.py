@@ -46,6 +46,8 @@ def test_a_difference_counts_if_it_is_beyond_noise_and_matters():
     assert is_above(np.full(4, 0.1), limit=0.01)
     assert is_above(np.array([0.1]), limit=0.01), "of one document no noise is known"
     assert is_above(np.array([0.0, np.nan]), limit=0.01), "what is not finite got worse"
+    assert is_above(np.array([0.0, np.inf]), limit=0.01)
+    assert not is_above(np.array([0.0, -np.inf]), limit=0.01)
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 6.314), (5, 2.132), (8, 1.895), (30, 1.699)])
