@@ -28,7 +28,6 @@ import numpy as np
 from benchmarks.demo_seeds import fill
 from composable.assembly.backbones import BackboneRelease, load_backbone
 from composable.assembly.experts import load_expert
-from composable.assembly.trunk_cache import trunk_parameters, upper_parameters
 from composable.model.model import BACKBONE, Model, generate
 from composable.packaging import atomic
 from composable.packaging.constraint import Requirement
@@ -210,46 +209,6 @@ def _token_of_bytes(model: Model, text: bytes) -> np.ndarray:
     return np.searchsorted(ends, np.arange(len(text)), side="right")
 
 
-def router_cost(model: Model) -> dict[str, Any]:
-    """Return what the router costs per token: as a share of the weights used, and timed."""
-    backbone = model.parts.backbone
-    forward = trunk_parameters(backbone) + upper_parameters(backbone)
-    scout = sum(int(x.size) for x in jax.tree.leaves(model.parts.bank.scouts)) // (
-        model.parts.bank.capacity
-    )
-    tokens_BT = np.random.default_rng(0).integers(0, model.interface.vocab_size, (1, WINDOW))
-
-    @jax.jit
-    def trunk(backbone: Any, tokens_BT: jax.Array) -> jax.Array:
-        return backbone.features(backbone.trunk(tokens_BT)[0])
-
-    timed = {
-        "trunk": _time(lambda: trunk(backbone, tokens_BT)),
-        "trunk and router": _time(lambda: model.route(tokens_BT)),
-        "backbone alone": _time(lambda: model.path(tokens_BT)),
-    }
-    return {
-        "tokens": WINDOW,
-        "entries": model.parts.bank.capacity,
-        "milliseconds": {name: round(value * 1e3, 1) for name, value in timed.items()},
-        "timed_share": round(
-            (timed["trunk and router"] - timed["trunk"]) / timed["backbone alone"], 4
-        ),
-        "weights_share": {str(n): round((n + 1) * scout / forward, 4) for n in (2, 8, 64)},
-    }
-
-
-def _time(call: Callable[[], jax.Array]) -> float:
-    """Return the least of five runs, in seconds: on a shared machine the least disturbed one."""
-    jax.block_until_ready(call())
-    runs = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        runs.append(time.perf_counter() - start)
-    return min(runs)
-
-
 def continuations(release: BackboneRelease, model: Model) -> list[dict[str, str]]:
     """Return what backbone and composed model make of the same prompts, most likely token first."""
     alone = release.plug(capacity=model.parts.bank.capacity)
@@ -417,8 +376,6 @@ def main() -> None:
     print(json.dumps(result, indent=1), flush=True)
     scores = score(model, texts, lambda line: print(line, flush=True))
     result["bits_per_byte"] = summarise(scores)
-    result["router"] = router_cost(model)
-    print(json.dumps(result["router"]), flush=True)
     result["continuations"] = continuations(release, model)
     result |= {
         "backbone": f"{release.interface.name} {release.interface.version}",
