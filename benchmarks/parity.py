@@ -4,10 +4,11 @@ python -m benchmarks.parity --json FILE                     # all three parts
 python -m benchmarks.parity --json FILE --parts families    # of random weights; smollm2; costs
 
 Of every family a small random model is made by transformers, saved and imported; SmolLM2-135M is
-measured where `make smollm2` left its GGUF file. `max_abs_logit_diff` and `kl` (nats per token,
-from theirs to ours) compare whole passes, `cached_decode_max_diff` compares decoding token by
-token, each with its own cache. Both round at every step: `their_rounding` and `our_rounding` are
-how far either is from transformers in float64, the yardstick for the difference between the two.
+measured where `make smollm2` left its GGUF file, or in the folder that SMOLLM2 names.
+`max_abs_logit_diff` and `kl` (nats per token, from theirs to ours) compare whole passes,
+`cached_decode_max_diff` compares decoding token by token, each with its own cache. Both round at
+every step: `their_rounding` and `our_rounding` are how far either is from transformers in float64,
+the yardstick for the difference between the two.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 N_TOKENS, N_PREFILLED = 160, 128
 SMOLLM2 = Path("runs")
+GERMAN = Path("runs/smollm2-experts/text/german")
 PROMPT = "The president of the United States said to the Congress that"
 
 
@@ -213,9 +215,13 @@ def measure_round_trips(source: Any) -> dict[str, dict[str, int]]:
     tokenizer = make_tokenizer(source)
     _, heldout = read_public_text()
     texts = {"public": [doc.text for doc in heldout]}
-    for name in ("python-code", "set-mm", "legal"):
-        documents = read_documents([shipped_folder(name) / "text" / "heldout.jsonl"])
-        texts[name] = [doc.text for doc in documents]
+    files = {n: shipped_folder(n) / "text" for n in ("python-code", "set-mm", "legal")}
+    # Not shipped, under the GPL: there after `make smollm2-experts`.
+    files["german"] = Path(os.environ.get("GERMAN", GERMAN))
+    for name, folder in files.items():
+        if (folder / "heldout.jsonl").exists():
+            documents = read_documents([folder / "heldout.jsonl"])
+            texts[name] = [doc.text for doc in documents]
     return {name: check_round_trips(tokenizer, domain) for name, domain in texts.items()}
 
 
