@@ -293,6 +293,7 @@ def draw(
     """Draw bits per byte by method, and trust along two spliced documents."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     colours = {"backbone": "#8a8f98", "own_expert": "#c9a227", "mix": "#2a6f97", "safe": "#468c5b"}
     trusted = {BACKBONE: "#8a8f98", "smollm2-german": "#b5523b", "smollm2-set-mm": "#5a5fa8"}
@@ -308,7 +309,7 @@ def draw(
             x = g + (m - (len(methods) - 1) / 2) * 0.2
             low, high = cell["interval"]
             value = cell["bits_per_byte"]
-            bars.bar(x, value, 0.18, color=colours[method], label=method if g == 0 else None)
+            bars.bar(x, value, 0.18, color=colours[method])
             bars.errorbar(
                 x, value, [[max(0, value - low)], [max(0, high - value)]], color="#333", lw=1
             )
@@ -316,26 +317,33 @@ def draw(
     bars.set_xticks(range(len(table)), list(table))
     bars.set_ylabel("bits per byte")
     bars.set_title("SmolLM2-135M: lower is better; lines are 95 % over documents", fontsize=10)
+    known = [name for name in colours if any(name in row for row in table.values())]
     bars.legend(
-        [name.replace("_", " ") for name in colours if name in next(iter(table.values()))],
+        [Patch(color=colours[name]) for name in known],
+        [name.replace("_", " ") for name in known],
         fontsize=8,
         frameon=False,
+        ncols=len(known),
+        loc="upper left",
     )
+    bars.set_ylim(top=1.15 * bars.get_ylim()[1])
     for axis, trace in zip(axes[1:], shown, strict=True):
         weight_NE = trace["weight_NE"]
-        known = [(e, name) for e, name in enumerate(names) if name]
+        shares = [(e, name) for e, name in enumerate(names) if name]
         axis.stackplot(
             np.arange(len(weight_NE)),
-            [weight_NE[:, e] for e, _ in known],
-            colors=[trusted[name] for _, name in known],
-            labels=[name for _, name in known],
+            [weight_NE[:, e] for e, _ in shares],
+            colors=[trusted[name] for _, name in shares],
+            labels=[name for _, name in shares],
         )
         for segment in trace["segments"]:
             axis.axvline(segment.start, color="black", lw=0.8)
             axis.text(segment.start + 4, 1.03, segment.name, fontsize=8)
         axis.set(xlim=(0, len(weight_NE) - 1), ylim=(0, 1), ylabel="trust")
     axes[-1].set_xlabel("byte of a spliced document")
-    axes[-1].legend(fontsize=7, loc="lower right")
+    axes[-1].legend(
+        fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=3, frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
