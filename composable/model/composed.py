@@ -235,7 +235,8 @@ def _listen(
         caches = caches._replace(trunk=tuple(written), position=position)
     feature_BTD = backbone.features(x_BTD)
     classes_BT = backbone.class_map[...][tokens_BT]
-    evidence_BTE = evidence(parts.bank.scouts, feature_BTD, classes_BT, state)
+    bank = parts.bank
+    evidence_BTE = evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E)
     track_BTE = track_record(evidence_BTE, state.track_BE, interface.discount)
     started_B = jnp.ones_like(state.started_B)
     return x_BTD, track_BTE, RouterState(track_BTE[:, -1], feature_BTD[:, -1], started_B), caches
