@@ -35,8 +35,8 @@ backbone: setup
 smollm2: setup
 	@$(BIN)/python -m composable.assembly.smollm2 runs/smollm2-135m
 
-# Fetches the texts with apt-get, trains two experts for SmolLM2-135M, vets and publishes them: three
-# quarters of an hour on two cores that do nothing else. Interrupted, it goes on where it stopped.
+# Fetches the texts with apt-get, trains two experts for SmolLM2-135M, vets and publishes them: an hour
+# for each on two busy cores. Interrupted, it goes on where it stopped.
 WORK := runs/smollm2-experts
 smollm2-experts: smollm2
 	@for domain in german set-mm; do \

@@ -1,18 +1,20 @@
 """Does an imported backbone compute what transformers computes, and at what cost?
 
-python -m benchmarks.parity --json FILE                     # all three parts
+python -m benchmarks.parity --json FILE --docs docs         # all three parts
 python -m benchmarks.parity --json FILE --parts families    # of random weights; smollm2; costs
 
 Of every family a small random model is made by transformers, saved and imported; SmolLM2-135M is
-measured where `make smollm2` left its GGUF file. `max_abs_logit_diff` and `kl` (nats per token,
-from theirs to ours) compare whole passes, `cached_decode_max_diff` compares decoding token by
-token, each with its own cache. Both round at every step: `their_rounding` and `our_rounding` are
-how far either is from transformers in float64, the yardstick for the difference between the two.
+measured where `make smollm2` left its GGUF file, or in the folder that SMOLLM2 names.
+`max_abs_logit_diff` and `kl` (nats per token, from theirs to ours) compare whole passes,
+`cached_decode_max_diff` compares decoding token by token, each with its own cache. Both round at
+every step: `their_rounding` and `our_rounding` are how far either is from transformers in float64,
+the yardstick for the difference between the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -32,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.demo_seeds import fill
 from composable.assembly.importing import (
     load_checkpoint,
     read_public_text,
@@ -41,7 +44,8 @@ from composable.interface import RouterInterface
 from composable.interop.checkpoint import Checkpoint, open_source
 from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.backbone import Backbone
-from composable.model.bank import empty_bank
+from composable.model.bank import BankEntry, empty_bank, install
+from composable.model.body import backbone_slot
 from composable.model.composed import Parts, mix, mix_state
 from composable.model.decoding import Sampling, continue_tokens
 from composable.training.documents import read_documents
@@ -79,6 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 N_TOKENS, N_PREFILLED = 160, 128
 SMOLLM2 = Path("runs")
+GERMAN = Path("runs/smollm2-experts/text/german")
 PROMPT = "The president of the United States said to the Congress that"
 
 
@@ -213,9 +218,13 @@ def measure_round_trips(source: Any) -> dict[str, dict[str, int]]:
     tokenizer = make_tokenizer(source)
     _, heldout = read_public_text()
     texts = {"public": [doc.text for doc in heldout]}
-    for name in ("python-code", "set-mm", "legal"):
-        documents = read_documents([shipped_folder(name) / "text" / "heldout.jsonl"])
-        texts[name] = [doc.text for doc in documents]
+    files = {n: shipped_folder(n) / "text" for n in ("python-code", "set-mm", "legal")}
+    # Not shipped, under the GPL: there after `make smollm2-experts`.
+    files["german"] = Path(os.environ.get("GERMAN", GERMAN))
+    for name, folder in files.items():
+        if (folder / "heldout.jsonl").exists():
+            documents = read_documents([folder / "heldout.jsonl"])
+            texts[name] = [doc.text for doc in documents]
     return {name: check_round_trips(tokenizer, domain) for name, domain in texts.items()}
 
 
@@ -271,10 +280,44 @@ def child_decode_theirs(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
     return _rates(rates, cpu, made)
 
 
-def child_decode_ours(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
-    source = open_source(_gguf())
-    tokenizer = make_tokenizer(source)
+def child_decode_ours(folder: Path) -> dict[str, Any]:
+    return _decode_ours(parts_of(load_checkpoint(Checkpoint(open_source(folder)))))
+
+
+def child_decode_composed(folder: Path) -> dict[str, Any]:
+    """Decode with two experts installed, of full bodies: copies of the backbone's, so one text."""
     parts = parts_of(load_checkpoint(Checkpoint(open_source(folder))))
+    backbone, bank = parts.backbone, empty_bank(parts.backbone, parts.interface, 4)
+    slots = tuple(backbone_slot(backbone, layer) for layer in parts.interface.slots)
+    for index in (1, 2):
+        scout = jax.tree.map(lambda x: x[0], bank.scouts)
+        width = bank.width_E[0]
+        entry = BankEntry(slots=slots, scout=scout, width=width, key=jnp.uint32(index))
+        bank = install(bank, index, entry)
+    return _decode_ours(dataclasses.replace(parts, bank=bank))
+
+
+def child_read_memory(folder: Path) -> dict[str, Any]:
+    """Read as many bytes as the weights have, and nothing else: the least that a token can take."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    n_bytes = (folder / "model.safetensors").stat().st_size
+    numbers = torch.ones(n_bytes // 4)
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "weights_mb": round(n_bytes / 1e6, 1),
+        "gb_per_second_best": round(n_bytes / min(seconds) / 1e9, 2),
+        "tokens_per_second_best": round(1 / min(seconds), 1),
+    }
+
+
+def _decode_ours(parts: Parts, n_tokens: int = 64) -> dict[str, Any]:
+    tokenizer = make_tokenizer(open_source(_gguf()))
     tokens_T = tokenizer.encode(PROMPT)
     endless = _Endless(tokenizer)
     rates, cpu, made = [], [], []
@@ -398,13 +441,70 @@ def measure_costs(scratch: Path) -> dict[str, Any]:
     load = {name: run_child(f"load_{name}", folder) for name in ("theirs", "ours")}
     convert = run_child("convert_ours", folder)
     decode: dict[str, Any] = {}
-    for name in ("theirs", "ours") * _TURNS:
-        row = run_child(f"decode_{name}", folder)
+    for name in ("floor", "theirs", "ours", "composed") * _TURNS:
+        row = run_child("read_memory" if name == "floor" else f"decode_{name}", folder)
         print(name, json.dumps(row), flush=True)
         kept = decode.get(name)
         if kept is None or row["tokens_per_second_best"] > kept["tokens_per_second_best"]:
             decode[name] = row
     return {"load": load, "convert": convert, "decode": decode}
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """Return Markdown by marker, of the parts that were measured."""
+    texts = {}
+    heads = ("largest difference", "cached", "KL, nats", "same likeliest", "theirs", "ours")
+    table = _row("model", "dtype", *heads) + _row(*["---"] * 8)
+    for key, row in result["families"].items():
+        fields = ("max_abs_logit_diff", "cached_decode_max_diff", "kl")
+        cells = [f"{row[field]:.2g}" for field in fields]
+        cells += [f"{row['same_likeliest']:.1%}"]
+        cells += [f"{row[f'{who}_rounding']:.2g}" for who in ("their", "our")]
+        table += _row(key.removesuffix("-bfloat16"), row["dtype"], *cells)
+    texts["logits"] = table
+    if "round_trips" in result:
+        table = _row("text", "documents", "exactly back from their tokens") + _row(*["---"] * 3)
+        for name, row in result["round_trips"].items():
+            table += _row(name, row["texts"], row["exact"])
+        texts["round-trips"] = table
+    if "load" in result:
+        table = _row("", "seconds", "peak memory, MB", "of it before loading")
+        table += _row(*["---"] * 4)
+        rows = {
+            "transformers, `from_pretrained`": result["load"]["theirs"],
+            "ours, `load_checkpoint`": result["load"]["ours"],
+            "ours, written out as a package": result["convert"],
+        }
+        for name, row in rows.items():
+            table += _row(name, row["seconds"], row["peak_mb"], row["peak_mb_before"])
+        texts["load"] = table
+        decode = result["decode"]
+        floor = decode["floor"]["tokens_per_second_best"]
+        table = _row("", "tokens/s, best", "median", "CPU ms per token", "of the floor")
+        table += _row(*["---"] * 5)
+        table += _row("floor: the weights are read once", floor, "", "", "")
+        names = {
+            "theirs": "transformers",
+            "ours": "ours, backbone alone",
+            "composed": "ours, two experts installed",
+        }
+        for key, name in names.items():
+            row = decode[key]
+            best = row["tokens_per_second_best"]
+            median, cpu = row["tokens_per_second_median"], row["cpu_ms_per_token_best"]
+            table += _row(name, best, median, cpu, f"{best / floor:.0%}")
+        texts["decode"] = table
+    for part, found in result["machines"].items():
+        versions = ", ".join(f"{n} {found[n]}" for n in ("jax", "torch", "transformers"))
+        texts[f"{part}-machine"] = (
+            f"*{found['cpu']}, Python {found['python']}, {versions}; load {found['load'][0]}; "
+            f"{found['date']}.*\n"
+        )
+    return texts
+
+
+def _row(*cells: Any) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
 def _key(name: str, dtype: str) -> str:
@@ -417,6 +517,7 @@ PARTS = {"families": measure_families, "smollm2": measure_smollm2, "costs": meas
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write figures there; parts not run are kept")
+    parser.add_argument("--docs", type=Path, help="folder whose parity.md is filled in")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -435,6 +536,8 @@ def main() -> None:
             result = {**result, **measured, "families": families, "machines": machines}
             if arguments.json:
                 arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.docs:
+        fill(arguments.docs / "parity.md", tables(result))
     print(json.dumps({k: v for k, v in result.items() if k != "families"}, indent=2))
 
 

@@ -28,7 +28,6 @@ import numpy as np
 from benchmarks.demo_seeds import fill
 from composable.assembly.backbones import BackboneRelease, load_backbone
 from composable.assembly.experts import load_expert
-from composable.assembly.trunk_cache import trunk_parameters, upper_parameters
 from composable.model.model import BACKBONE, Model, generate
 from composable.packaging import atomic
 from composable.packaging.constraint import Requirement
@@ -210,46 +209,6 @@ def _token_of_bytes(model: Model, text: bytes) -> np.ndarray:
     return np.searchsorted(ends, np.arange(len(text)), side="right")
 
 
-def router_cost(model: Model) -> dict[str, Any]:
-    """Return what the router costs per token: as a share of the weights used, and timed."""
-    backbone = model.parts.backbone
-    forward = trunk_parameters(backbone) + upper_parameters(backbone)
-    scout = sum(int(x.size) for x in jax.tree.leaves(model.parts.bank.scouts)) // (
-        model.parts.bank.capacity
-    )
-    tokens_BT = np.random.default_rng(0).integers(0, model.interface.vocab_size, (1, WINDOW))
-
-    @jax.jit
-    def trunk(backbone: Any, tokens_BT: jax.Array) -> jax.Array:
-        return backbone.features(backbone.trunk(tokens_BT)[0])
-
-    timed = {
-        "trunk": _time(lambda: trunk(backbone, tokens_BT)),
-        "trunk and router": _time(lambda: model.route(tokens_BT)),
-        "backbone alone": _time(lambda: model.path(tokens_BT)),
-    }
-    return {
-        "tokens": WINDOW,
-        "entries": model.parts.bank.capacity,
-        "milliseconds": {name: round(value * 1e3, 1) for name, value in timed.items()},
-        "timed_share": round(
-            (timed["trunk and router"] - timed["trunk"]) / timed["backbone alone"], 4
-        ),
-        "weights_share": {str(n): round((n + 1) * scout / forward, 4) for n in (2, 8, 64)},
-    }
-
-
-def _time(call: Callable[[], jax.Array]) -> float:
-    """Return the least of five runs, in seconds: on a shared machine the least disturbed one."""
-    jax.block_until_ready(call())
-    runs = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        runs.append(time.perf_counter() - start)
-    return min(runs)
-
-
 def continuations(release: BackboneRelease, model: Model) -> list[dict[str, str]]:
     """Return what backbone and composed model make of the same prompts, most likely token first."""
     alone = release.plug(capacity=model.parts.bank.capacity)
@@ -334,6 +293,7 @@ def draw(
     """Draw bits per byte by method, and trust along two spliced documents."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     colours = {"backbone": "#8a8f98", "own_expert": "#c9a227", "mix": "#2a6f97", "safe": "#468c5b"}
     trusted = {BACKBONE: "#8a8f98", "smollm2-german": "#b5523b", "smollm2-set-mm": "#5a5fa8"}
@@ -349,7 +309,7 @@ def draw(
             x = g + (m - (len(methods) - 1) / 2) * 0.2
             low, high = cell["interval"]
             value = cell["bits_per_byte"]
-            bars.bar(x, value, 0.18, color=colours[method], label=method if g == 0 else None)
+            bars.bar(x, value, 0.18, color=colours[method])
             bars.errorbar(
                 x, value, [[max(0, value - low)], [max(0, high - value)]], color="#333", lw=1
             )
@@ -357,26 +317,33 @@ def draw(
     bars.set_xticks(range(len(table)), list(table))
     bars.set_ylabel("bits per byte")
     bars.set_title("SmolLM2-135M: lower is better; lines are 95 % over documents", fontsize=10)
+    known = [name for name in colours if any(name in row for row in table.values())]
     bars.legend(
-        [name.replace("_", " ") for name in colours if name in next(iter(table.values()))],
+        [Patch(color=colours[name]) for name in known],
+        [name.replace("_", " ") for name in known],
         fontsize=8,
         frameon=False,
+        ncols=len(known),
+        loc="upper left",
     )
+    bars.set_ylim(top=1.15 * bars.get_ylim()[1])
     for axis, trace in zip(axes[1:], shown, strict=True):
         weight_NE = trace["weight_NE"]
-        known = [(e, name) for e, name in enumerate(names) if name]
+        shares = [(e, name) for e, name in enumerate(names) if name]
         axis.stackplot(
             np.arange(len(weight_NE)),
-            [weight_NE[:, e] for e, _ in known],
-            colors=[trusted[name] for _, name in known],
-            labels=[name for _, name in known],
+            [weight_NE[:, e] for e, _ in shares],
+            colors=[trusted[name] for _, name in shares],
+            labels=[name for _, name in shares],
         )
         for segment in trace["segments"]:
             axis.axvline(segment.start, color="black", lw=0.8)
             axis.text(segment.start + 4, 1.03, segment.name, fontsize=8)
         axis.set(xlim=(0, len(weight_NE) - 1), ylim=(0, 1), ylabel="trust")
     axes[-1].set_xlabel("byte of a spliced document")
-    axes[-1].legend(fontsize=7, loc="lower right")
+    axes[-1].legend(
+        fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=3, frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -417,8 +384,6 @@ def main() -> None:
     print(json.dumps(result, indent=1), flush=True)
     scores = score(model, texts, lambda line: print(line, flush=True))
     result["bits_per_byte"] = summarise(scores)
-    result["router"] = router_cost(model)
-    print(json.dumps(result["router"]), flush=True)
     result["continuations"] = continuations(release, model)
     result |= {
         "backbone": f"{release.interface.name} {release.interface.version}",

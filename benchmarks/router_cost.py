@@ -1,11 +1,13 @@
 """What share of a forward pass is the router, at 8 and 64 experts, on the shape of SmolLM2-135M?
 
-python -m benchmarks.router_cost --json FILE
+python -m benchmarks.router_cost --json docs/router_cost.json --docs docs
 
-Counted in the compiled programs, by FLOPs that XLA reports, and by wall time, with random weights.
-The forward pass is the backbone's own; the router is what is added to it per token: every scout's
-prediction, the track records and the choice. XLA counts the body of a loop once, so the scouts,
-which run one after the other in a loop, are counted apart and multiplied.
+By the FLOPs that XLA counts in compiled programs, and by wall time, with random weights. The
+forward pass is the backbone's own; the router is what is added to it per token: every scout's
+prediction, the track records and the choice. The bank is as a model makes it: the backbone's scout
+beside the experts', entries up to the next power of two, scouts of width 64 stored at the
+interface's bound. XLA counts the body of a loop once, so a scout is counted apart, as the program
+that an entry in use runs, and multiplied by how many are in use.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.demo_seeds import fill
 from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig
 from composable.model.router import (
@@ -34,6 +37,7 @@ from composable.model.router import (
     empty_state,
     evidence,
     log_prior,
+    scout_evidence,
     track_record,
 )
 
@@ -50,7 +54,7 @@ CFG = BackboneConfig(
     scout_width=64,
     rope_theta=100_000.0,
 )
-N_CLASSES, WIDTH, TOP_K = 1024, 64, 2
+N_CLASSES, WIDTH, BOUND, TOP_K = 1024, 64, 128, 2
 N_EXPERTS = (8, 64)
 # One token while decoding, and a window while reading.
 SHAPES = {"decode": (1, 1), "window": (1, 256)}
@@ -58,30 +62,45 @@ SHAPES = {"decode": (1, 1), "window": (1, 256)}
 TARGETS = {8: 0.03, 64: 0.10}
 
 
-def make_scouts(n_experts: int) -> ScoutBank:
-    """Return random scouts."""
+def make_scouts(n_experts: int) -> tuple[ScoutBank, jax.Array]:
+    """Return scouts as a bank holds them, the backbone's first, and how wide each is."""
     rng = np.random.default_rng(0)
+    n_scouts = n_experts + 1
+    capacity = 1 << (n_scouts - 1).bit_length()
 
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape).astype(np.float32) * 0.05)
+    def normal(*used: int, stored: tuple[int, ...]) -> jax.Array:
+        out = np.zeros((capacity, *stored), np.float32)
+        out[tuple(map(slice, (n_scouts, *used)))] = rng.normal(size=(n_scouts, *used)) * 0.05
+        return jnp.asarray(out)
 
     d, w, c = CFG.d_model, WIDTH, N_CLASSES
-    return ScoutBank(
-        normal(n_experts, d, w), normal(n_experts, w), normal(n_experts, w, c), normal(n_experts, c)
+    scouts = ScoutBank(
+        normal(d, w, stored=(d, BOUND)),
+        normal(w, stored=(BOUND,)),
+        normal(w, c, stored=(BOUND, c)),
+        normal(c, stored=(c,)),
     )
+    return scouts, jnp.where(jnp.arange(capacity) < n_scouts, w, 0)
+
+
+def trust(evidence_BTE: jax.Array, state: RouterState, width_E: jax.Array) -> Any:
+    """Return whom to mix, from what every scout said."""
+    track_BTE = track_record(evidence_BTE, state.track_BE, 0.975)
+    key_E = jnp.arange(width_E.shape[0])
+    choice = choose(log_prior(width_E > 0, 0.999) + track_BTE, key_E, TOP_K)
+    return choice.expert_BTJ, choice.weight_BTJ
 
 
 @jax.jit
 def route(
-    scouts: ScoutBank, feature_BTD: jax.Array, classes_BT: jax.Array, state: RouterState
-) -> tuple[jax.Array, jax.Array]:
+    scouts: ScoutBank,
+    width_E: jax.Array,
+    feature_BTD: jax.Array,
+    classes_BT: jax.Array,
+    state: RouterState,
+) -> Any:
     """Run the router alone."""
-    evidence_BTE = evidence(scouts, feature_BTD, classes_BT, state)
-    track_BTE = track_record(evidence_BTE, state.track_BE, 0.975)
-    n_experts = scouts.b_in_EW.shape[0]
-    alive_E = jnp.ones(n_experts, bool)
-    choice = choose(log_prior(alive_E, 0.999) + track_BTE, jnp.arange(n_experts), TOP_K)
-    return choice.expert_BTJ, choice.weight_BTJ
+    return trust(evidence(scouts, feature_BTD, classes_BT, state, width_E), state, width_E)
 
 
 @jax.jit
@@ -131,13 +150,20 @@ def measure(backbone: Backbone, kind: str) -> dict[str, Any]:
         "forward_mflops": flops_of(*forward) / 1e6,
         "forward_ms": best_ms(lambda: forward[0](*forward[1:])),
     }
-    per_scout = flops_of(*_router(1, feature_BTD, classes_BT))
+    scouts, _ = make_scouts(0)
+    one = (scouts.w_in_EDW[0, :, :WIDTH], scouts.b_in_EW[0, :WIDTH])
+    one += (scouts.w_out_EWC[0, :WIDTH], scouts.b_out_EC[0])
+    per_scout = flops_of(jax.jit(scout_evidence), one, feature_BTD, classes_BT)
     for n_experts in N_EXPERTS:
-        router = _router(n_experts, feature_BTD, classes_BT)
-        # The loop's body, one scout, is counted once whatever the number of experts.
-        flops = flops_of(*router) + (n_experts - 1) * per_scout
-        milliseconds = best_ms(lambda router=router: router[0](*router[1:]))
+        scouts, width_E = make_scouts(n_experts)
+        state = empty_state(batch, len(width_E), CFG.d_model)
+        evidence_BTE = jnp.zeros((batch, n_tokens, len(width_E)))
+        flops = (n_experts + 1) * per_scout
+        flops += flops_of(jax.jit(trust), evidence_BTE, state, width_E)
+        router = (scouts, width_E, feature_BTD, classes_BT, state)
+        milliseconds = best_ms(lambda router=router: route(*router))
         row[str(n_experts)] = {
+            "entries": len(width_E),
             "router_mflops": flops / 1e6,
             "router_ms": milliseconds,
             "flops_share": flops / 1e6 / row["forward_mflops"],
@@ -147,14 +173,31 @@ def measure(backbone: Backbone, kind: str) -> dict[str, Any]:
     return row
 
 
-def _router(n_experts: int, feature_BTD: jax.Array, classes_BT: jax.Array) -> tuple[Any, ...]:
-    state = empty_state(feature_BTD.shape[0], n_experts, CFG.d_model)
-    return route, make_scouts(n_experts), feature_BTD, classes_BT, state
+def table(result: dict[str, Any]) -> str:
+    """Return all figures as Markdown."""
+    text = "| experts | | forward | router | share | at most |\n|---|---|---|---|---|---|\n"
+    what = {"decode": "a token", "window": f"{SHAPES['window'][1]} tokens"}
+    for n_experts in N_EXPERTS:
+        for kind in SHAPES:
+            row, cost = result[kind], result[kind][str(n_experts)]
+            cells = {
+                "MFLOP": (row["forward_mflops"], cost["router_mflops"], cost["flops_share"]),
+                "ms": (row["forward_ms"], cost["router_ms"], cost["time_share"]),
+            }
+            for unit, (forward, router, share) in cells.items():
+                text += f"| {n_experts} | {what[kind]}, {unit} | {forward:,.1f} | {router:,.2f} "
+                text += f"| {share:.1%} | {cost['target']:.0%} |\n"
+    machine = result["machine"]
+    return text + (
+        f"\n*{machine['cpu']}, jax {machine['jax']}; load {machine['load'][0]}; "
+        f"{machine['date']}.*\n"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--docs", type=Path, help="folder whose backbones.md is filled in")
     arguments = parser.parse_args()
     backbone = Backbone(CFG, np.arange(CFG.vocab_size) % N_CLASSES, N_CLASSES, rngs=nnx.Rngs(0))
     result: dict[str, Any] = {
@@ -175,6 +218,8 @@ def main() -> None:
                 f"({cost['flops_share']:.2%}), {cost['router_ms']:.2f} ms "
                 f"({cost['time_share']:.2%}); at most {cost['target']:.0%}"
             )
+    if arguments.docs:
+        fill(arguments.docs / "backbones.md", {"router": table(result)})
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -28,12 +28,14 @@ class Bank:
         slots: For every slot of the interface, in order, its matrices stacked over E: "w_gate" and
             "w_up" of shape EDF, "w_down" of shape EFD.
         scouts: Stacked scouts.
+        width_E: Hidden units of each scout before it was padded; 0 where there is none.
         alive_E: Which entries hold an expert.
         key_E: Each expert's own number, by which ties are settled; the backbone's is 0.
     """
 
     slots: tuple[SlotMatrices, ...]
     scouts: ScoutBank
+    width_E: jax.Array
     alive_E: jax.Array
     key_E: jax.Array
 
@@ -51,11 +53,13 @@ class BankEntry:
     Args:
         slots: For every slot its full matrices.
         scout: The scout, padded to the interface's widest.
+        width: Its hidden units before that.
         key: The expert's own number, at least 1.
     """
 
     slots: tuple[SlotMatrices, ...]
     scout: ScoutBank
+    width: jax.Array
     key: jax.Array
 
 
@@ -64,7 +68,9 @@ def make_entry(
 ) -> BankEntry:
     """Return an expert as the bank stores it: body merged, scout padded."""
     slots = tuple(body.merged(backbone, layer) for layer in interface.slots)
-    return BankEntry(slots=slots, scout=_pad(scout, interface), key=jnp.uint32(key))
+    return BankEntry(
+        slots=slots, scout=_pad(scout, interface), width=_width(scout), key=jnp.uint32(key)
+    )
 
 
 def empty_bank(backbone: Backbone, interface: RouterInterface, capacity: int) -> Bank:
@@ -72,12 +78,14 @@ def empty_bank(backbone: Backbone, interface: RouterInterface, capacity: int) ->
     own = BankEntry(
         slots=tuple(backbone_slot(backbone, layer) for layer in interface.slots),
         scout=_pad(backbone.scout, interface),
+        width=_width(backbone.scout),
         key=jnp.uint32(0),
     )
     zeros = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), own)
     bank = Bank(
         slots=zeros.slots,
         scouts=zeros.scout,
+        width_E=zeros.width,
         alive_E=jnp.zeros(capacity, bool),
         key_E=jnp.full(capacity, 2**32 - 1, jnp.uint32),
     )
@@ -97,6 +105,7 @@ def install(bank: Bank, index: jax.Array | int, entry: BankEntry) -> Bank:
     return Bank(
         slots=put(bank.slots, entry.slots),
         scouts=put(bank.scouts, entry.scout),
+        width_E=put(bank.width_E, entry.width),
         alive_E=bank.alive_E.at[index].set(True),
         key_E=bank.key_E.at[index].set(entry.key),
     )
@@ -109,6 +118,7 @@ def remove(bank: Bank, index: jax.Array | int) -> Bank:
     return Bank(
         slots=clear(bank.slots),
         scouts=clear(bank.scouts),
+        width_E=clear(bank.width_E),
         alive_E=bank.alive_E.at[index].set(False),
         key_E=bank.key_E.at[index].set(jnp.uint32(2**32 - 1)),
     )
@@ -122,10 +132,11 @@ def grow(bank: Bank, capacity: int) -> Bank:
         widths = [(0, more)] + [(0, 0)] * (stack.ndim - 1)
         return jnp.pad(stack, widths, constant_values=jnp.asarray(value, stack.dtype))
 
-    slots, scouts = jax.tree.map(pad, (bank.slots, bank.scouts))
+    slots, scouts, width_E = jax.tree.map(pad, (bank.slots, bank.scouts, bank.width_E))
     return Bank(
         slots=slots,
         scouts=scouts,
+        width_E=width_E,
         alive_E=jnp.pad(bank.alive_E, (0, more)),
         key_E=pad(bank.key_E, 2**32 - 1),
     )
@@ -145,6 +156,10 @@ def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
 def entry_slots(bank: Bank, index: jax.Array | int) -> tuple[SlotMatrices, ...]:
     """Return the matrices of one entry of the bank, for every slot."""
     return tuple({name: slot[name][index] for name in MATRICES} for slot in bank.slots)
+
+
+def _width(scout: Scout) -> jax.Array:
+    return jnp.int32(scout.b_in[...].shape[0])
 
 
 def _pad(scout: Scout, interface: RouterInterface) -> ScoutBank:

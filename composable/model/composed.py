@@ -272,7 +272,8 @@ def _listen(
         caches = caches._replace(trunk=tuple(written), position=position)
     feature_BTD = backbone.features(x_BTD)
     classes_BT = backbone.class_map[...][tokens_BT]
-    evidence_BTE = evidence(parts.bank.scouts, feature_BTD, classes_BT, state)
+    bank = parts.bank
+    evidence_BTE = evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E)
     track_BTE = track_record(evidence_BTE, state.track_BE, interface.discount)
     if interface.mix_power:
         score_BTE = _follow(parts, evidence_BTE, state)

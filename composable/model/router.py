@@ -15,6 +15,7 @@ the same numbers whatever else is installed, so they are the same to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -65,7 +66,11 @@ def empty_state(batch: int, n_experts: int, d_model: int) -> RouterState:
 
 
 def evidence(
-    scouts: ScoutBank, feature_BTD: jax.Array, classes_BT: jax.Array, state: RouterState
+    scouts: ScoutBank,
+    feature_BTD: jax.Array,
+    classes_BT: jax.Array,
+    state: RouterState,
+    width_E: jax.Array | None = None,
 ) -> jax.Array:
     """Return how well each scout predicted each token, from the features just before it.
 
@@ -74,22 +79,63 @@ def evidence(
         feature_BTD: Trunk features of these positions.
         classes_BT: Class of the token at each of these positions.
         state: State before the first of them.
+        width_E: Hidden units of each scout before it was padded, 0 where there is none; by
+            default all are used.
 
     Returns:
-        Log likelihoods in nats, shape BTE; zero where there is no position before.
+        Log likelihoods in nats, shape BTE; zero where there is no position before. Where there is
+        no scout they are those of the uniform distribution.
     """
     before_BTD = jnp.concatenate([state.feature_BD[:, None], feature_BTD[:, :-1]], axis=1)
+    n_experts, bound = scouts.b_in_EW.shape
+    n_classes = scouts.b_out_EC.shape[-1]
+    width_E = jnp.full(n_experts, bound) if width_E is None else width_E
 
-    def one_scout(scout: ScoutBank) -> jax.Array:
-        log_prob_BTC = class_log_probs(before_BTD, *scout)
-        log_prob_BT = jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1)[..., 0]
-        return jnp.where(jnp.isfinite(log_prob_BT), jnp.maximum(log_prob_BT, _WORST), _WORST)
+    def ask(width: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda e: scout_evidence(_first_units(scouts, e, width), before_BTD, classes_BT)
 
-    # One scout at a time, each through the same program: the bits of its score cannot depend on
-    # how many others there are, as they could in one batched product.
-    log_prob_BTE = jnp.moveaxis(jax.lax.map(one_scout, scouts), 0, -1)
+    def nobody(_: jax.Array) -> jax.Array:
+        return jnp.full(classes_BT.shape, -jnp.log(jnp.float32(n_classes)))
+
+    # One scout at a time, through a program that only its own width decides: the bits of its score
+    # cannot depend on how many others there are, as they could in one batched product. Units that
+    # are padding cost as much as others, and a bank's empty entries as much as experts, so neither
+    # is multiplied.
+    widths = sorted({max(1, bound // 2), bound})
+    program_E = jnp.where(width_E > 0, 1 + jnp.searchsorted(jnp.asarray(widths), width_E), 0)
+    programs = [nobody, *(ask(width) for width in widths)]
+    log_prob_EBT = jax.lax.map(
+        lambda entry: jax.lax.switch(entry[0], programs, entry[1]),
+        (program_E, jnp.arange(n_experts)),
+    )
+    log_prob_BTE = jnp.moveaxis(log_prob_EBT, 0, -1)
     predicted_BT = jnp.ones(classes_BT.shape, bool).at[:, 0].set(state.started_B)
     return jnp.where(predicted_BT[..., None], log_prob_BTE, 0.0)
+
+
+def scout_evidence(
+    scout: tuple[jax.Array, ...], before_BTD: jax.Array, classes_BT: jax.Array
+) -> jax.Array:
+    """Return how well one scout predicted each token, shape BT, in nats.
+
+    Args:
+        scout: Its matrices DW, W, WC and C.
+        before_BTD: Trunk features of the positions just before the tokens.
+        classes_BT: Classes of the tokens.
+    """
+    log_prob_BTC = class_log_probs(before_BTD, *scout)
+    log_prob_BT = jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1)[..., 0]
+    return jnp.where(jnp.isfinite(log_prob_BT), jnp.maximum(log_prob_BT, _WORST), _WORST)
+
+
+def _first_units(scouts: ScoutBank, e: jax.Array, width: int) -> tuple[jax.Array, ...]:
+    """Return one scout without the hidden units from `width` on, which are padding."""
+    return (
+        scouts.w_in_EDW[e, :, :width],
+        scouts.b_in_EW[e, :width],
+        scouts.w_out_EWC[e, :width],
+        scouts.b_out_EC[e],
+    )
 
 
 def track_record(evidence_BTE: jax.Array, track_BE: jax.Array, discount: float) -> jax.Array:

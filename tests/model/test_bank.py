@@ -46,7 +46,7 @@ def test_installing_writes_one_entry_and_removing_clears_it(tiny, expert):
 
 def _leaves(bank):
     slots = [slot[name] for slot in bank.slots for name in MATRICES]
-    return [*slots, *bank.scouts, bank.alive_E, bank.key_E]
+    return [*slots, *bank.scouts, bank.width_E, bank.alive_E, bank.key_E]
 
 
 def test_a_narrow_scout_says_the_same_when_padded(tiny, expert):

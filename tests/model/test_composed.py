@@ -252,6 +252,8 @@ def random_bank(tiny, rng, plans, capacity=4):
     return Bank(
         slots=tuple({name: jnp.asarray(x) for name, x in slot.items()} for slot in slots),
         scouts=ScoutBank(*map(jnp.asarray, scouts)),
+        # Of an entry that is dead, the scout may be there nevertheless.
+        width_E=jnp.full(capacity, scouts[1].shape[1]),
         alive_E=jnp.asarray(alive_E),
         key_E=jnp.asarray(key_E),
     )

@@ -100,6 +100,34 @@ def test_evidence_is_what_each_scout_said_one_position_earlier():
     assert (np.asarray(found_BTE[:, 0]) == 0).all(), "nobody predicted the first token"
 
 
+def test_evidence_of_a_scout_hangs_on_its_own_width_alone():
+    scouts = random_scouts(n_experts=4, width=8)
+    rng = np.random.default_rng(1)
+    feature_BTD = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
+    classes_BT, state = rng.integers(0, 6, (2, 5)), empty_state(2, 4, 4)
+    width_E = jnp.asarray([3, 8, 0, 4])
+    is_padding_EW = np.arange(8) >= np.asarray(width_E)[:, None]
+    padded = scouts._replace(
+        w_in_EDW=jnp.where(is_padding_EW[:, None], 0, scouts.w_in_EDW),
+        b_in_EW=jnp.where(is_padding_EW, 0, scouts.b_in_EW),
+        w_out_EWC=jnp.where(is_padding_EW[..., None], 0, scouts.w_out_EWC),
+    )
+    found_BTE = np.asarray(hear(padded, feature_BTD, classes_BT, state, width_E))
+    whole_BTE = hear(padded, feature_BTD, classes_BT, state)
+    # Fewer zeros are added up, perhaps in another order; logits are of order 10.
+    alive = [0, 1, 3]
+    np.testing.assert_allclose(found_BTE[..., alive], whole_BTE[..., alive], rtol=1e-5)
+    np.testing.assert_allclose(found_BTE[:, 1:, 2], -np.log(6), rtol=FLOAT32_ROUNDING)
+
+    # What is more than the program for its width needs is not read, and neither are neighbours.
+    spoilt = padded._replace(w_out_EWC=padded.w_out_EWC.at[:, 4:].set(jnp.nan).at[1:3].set(jnp.nan))
+    again_BTE = np.asarray(hear(spoilt, feature_BTD, classes_BT, state, width_E))
+    np.testing.assert_array_equal(again_BTE[..., [0, 3]], found_BTE[..., [0, 3]])
+    few = jax.tree.map(lambda x: x[3:], padded)
+    alone_BT1 = hear(few, feature_BTD, classes_BT, empty_state(2, 1, 4), width_E[3:])
+    np.testing.assert_array_equal(alone_BT1[..., 0], found_BTE[..., 3])
+
+
 def test_evidence_of_a_broken_scout_is_finite_and_worse_than_any_other():
     broken = [jnp.full((4, 5), jnp.nan), jnp.full((4, 5), jnp.inf), jnp.full((4, 5), 3e38)]
     scouts = random_scouts()
