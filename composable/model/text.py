@@ -52,15 +52,21 @@ def stop_before(pieces: Iterable[Piece], stops: Sequence[str]) -> Iterator[Piece
     for piece in pieces:
         held.append(piece)
         text = "".join(p.text for p in held)
-        found = [at for stop in stops if (at := text.find(stop)) >= 0]
-        if found:
-            yield from _cut(held, min(found))
-            return
         n_unclear = max((_overlap(text, stop) for stop in stops), default=0)
         clear = len(text) - n_unclear
+        # One that is there may yet prove to be inside one that begins earlier.
+        if (found := _find_any(text, stops)) is not None and found <= clear:
+            yield from _cut(held, found)
+            return
         yield from _cut(held, clear)
         held = _drop(held, clear)
-    yield from held
+    found = _find_any("".join(p.text for p in held), stops)
+    yield from held if found is None else _cut(held, found)
+
+
+def _find_any(text: str, stops: Sequence[str]) -> int | None:
+    """Return where the first of some strings begins in a text, or None."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def _overlap(text: str, stop: str) -> int:

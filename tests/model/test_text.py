@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from composable.errors import ModelError
@@ -16,6 +16,8 @@ def stopped(texts, stops):
     return [piece.text for piece in pieces]
 
 
+@example(texts=["ba", "b"], stops=["a", "bab"])
+@example(texts=["ba", "a"], stops=["a", "bab"])
 @given(
     texts=st.lists(st.text("ab", max_size=3), max_size=8),
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
