@@ -496,27 +496,41 @@ def router_ablations(community: Community) -> dict[str, Make]:
     """Return the router with one thing changed at a time."""
     c = community
     interface = c.run.release.interface
+
+    def number(value: float) -> jax.Array:
+        return jnp.float32(value)
+
     base = methods.Scouts(
         scouts=c.scouts,
-        prior=jnp.float32(interface.backbone_prior),
-        discount=jnp.float32(interface.discount),
-        rate=jnp.float32(0.0),
-        power=jnp.float32(1.0),
+        prior=number(interface.mix_prior),
+        discount=number(interface.discount),
+        rate=number(interface.mix_switch_rate),
+        power=number(interface.mix_power),
+        filter="switch",
     )
+    records = {"filter": "discount", "prior": number(interface.backbone_prior)}
     unigram_EC = c.extra("unigram_C")
     changes: dict[str, dict[str, Any]] = {
-        "as shipped": {},
+        "as published": {},
         "top 1": {"k": 1},
         "top 4": {"k": 4},
-        "prior 0.5": {"prior": jnp.float32(0.5)},
-        "prior 0.99": {"prior": jnp.float32(0.99)},
+        "track records": records,
+        "power 1": {"power": number(1)},
         "unigram scouts": {"scouts": methods.unigram_scouts(unigram_EC, interface.d_model)},
     }
-    for discount in (0.9, 0.95, 0.98, 0.99, 1.0) if c.is_full else (0.95, 1.0):
-        changes[f"discount {discount}"] = {"discount": jnp.float32(discount)}
-    for rate in (0.02, 0.005, 0.001) if c.is_full else (0.005,):
-        changes[f"switching rate {rate}"] = {"filter": "switch", "rate": jnp.float32(rate)}
     if c.is_full:
+        for power in (0.2, 0.5):
+            changes[f"power {power}"] = {"power": number(power)}
+        for rate in (0.01, 0.001):
+            changes[f"rate {rate}"] = {"rate": number(rate)}
+        for prior in (0.5, 0.95):
+            changes[f"prior {prior}"] = {"prior": number(prior)}
+        for discount in (0.9, 0.95, 0.99, 1.0):
+            changes[f"track records, discount {discount}"] = {
+                **records,
+                "discount": number(discount),
+            }
+        changes["track records, prior 0.5"] = {**records, "prior": number(0.5)}
         for name, (_, tap, _) in SCOUTS.items():
             changes[f"scouts {name}"] = {"scouts": c.variant_scouts(name), "tap": tap}
     backbone = c.run.release.backbone
