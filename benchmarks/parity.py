@@ -488,7 +488,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             "ours": "ours, backbone alone",
             "composed": "ours, two experts installed",
         }
-        for key, name in names.items():
+        for key, name in ((k, n) for k, n in names.items() if k in decode):
             row = decode[key]
             best = row["tokens_per_second_best"]
             median, cpu = row["tokens_per_second_median"], row["cpu_ms_per_token_best"]
