@@ -121,7 +121,7 @@ class Run:
         self.name, self.preset, self.folder = name, preset, folder
         folder.mkdir(parents=True, exist_ok=True)
         note = folder / "preset.json"
-        text = json.dumps(dataclasses.asdict(preset))
+        text = json.dumps({**dataclasses.asdict(preset), "seeds": "each has a folder"})
         if note.exists() and note.read_text() != text:
             sys.exit(f"{folder} holds a run of another preset; give another --run, or remove it")
         note.write_text(text)
@@ -795,12 +795,16 @@ def score_everything(run: Run, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.composition", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="smoke")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the preset's, only these")
     parser.add_argument("--run", type=Path, help="folder to work in and to go on from")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", type=Path, help="folder of composition.md and its figures")
     arguments = parser.parse_args()
     folder = arguments.run or Path("runs") / "composition" / arguments.preset
-    run = Run(arguments.preset, PRESETS[arguments.preset], folder)
+    preset = PRESETS[arguments.preset]
+    if arguments.seeds:
+        preset = dataclasses.replace(preset, seeds=tuple(arguments.seeds))
+    run = Run(arguments.preset, preset, folder)
     for seed in run.preset.seeds:
         score_everything(run, seed)
     result = report(run)
