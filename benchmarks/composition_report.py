@@ -248,7 +248,7 @@ def plot_methods(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def report(run: Run) -> dict[str, Any]:
-    """Return every figure of a run whose cells are all there."""
+    """Return every figure of a run whose methods are scored; of the questions, what is there."""
     domains, seeds = list(run.preset.domains), run.preset.seeds
     table = Table(run.rows, domains)
     for seed in seeds:
@@ -341,6 +341,8 @@ def hostile(table: Table, run: Run) -> dict[str, Any]:
         if not name.startswith("hostile, ") or name.startswith("hostile, weights, "):
             continue
         _, mode, guest = name.split(", ", 2)
+        if f"hostile, weights, {guest}" not in run.cells(run.preset.seeds[0]):
+            continue
         changes = {g: _change(table, name, mode, g) for g in groups}
         row = found.setdefault(guest, {})
         row[mode] = {
@@ -385,6 +387,8 @@ def growth(run: Run, table: Table) -> dict[str, Any]:
     """Return quality by size; recovery is of the gap to the domain's best path at that size."""
     found = {}
     for size in run.preset.growth:
+        if f"growth {size}, paths" not in run.cells(run.preset.seeds[0]):
+            continue
         mixed = run.load(run.preset.seeds[0], f"growth {size}")
         paths = run.load(run.preset.seeds[0], f"growth {size}, paths")
         shares, bits = [], {}
@@ -405,7 +409,8 @@ def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
     domains = list(run.preset.domains)
     preset = run.preset
     stamp = (
-        f"*`python -m benchmarks.composition --preset {run.name}`: {len(preset.seeds)} seeds, "
+        f"*`python -m benchmarks.composition --preset {run.name}`, seeds "
+        f"{', '.join(map(str, preset.seeds))}; "
         f"{preset.steps} steps per expert, {preset.documents} held-out documents of "
         f"{512 * 2:,} bytes per domain; {result['machine']}; {result['date']}; "
         f"{result['seconds'] / 60:.0f} minutes.*\n"
