@@ -1,6 +1,7 @@
 """Which settings of the router and of training are best? On text that the demo does not measure.
 
-python -m benchmarks.settings router demo/contributors    # where `composable demo demo` ran
+python -m benchmarks.settings router demo/contributors     # where `composable demo demo` ran
+python -m benchmarks.settings filters demo/contributors    # mix mode's switching filter
 python -m benchmarks.settings training --steps 200
 """
 
@@ -11,6 +12,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from composable.assembly.backbones import load_backbone
 from composable.assembly.contribution import check_expert, expert_config, train_expert
@@ -53,8 +55,8 @@ FILTERS = (
 TRAININGS = (("adamw", 3e-3), ("adamw", 8e-3), ("muon", 1e-2), ("muon", 2e-2))
 
 
-def compare_routers(folder: Path, *, only_filters: bool) -> None:
-    """Print bits per byte of the anchor and of spliced training documents for each setting."""
+def _prepare(folder: Path) -> tuple[Any, ...]:
+    """Return backbone, experts, anchor, spliced training text, and training documents by domain."""
     release = load_backbone(BACKBONE_NAME)
     plugged = [load_expert(release, folder / name) for name in CONTRIBUTORS]
     anchor = release.anchor
@@ -64,10 +66,20 @@ def compare_routers(folder: Path, *, only_filters: bool) -> None:
     }
     spliced = [s.text for s in splice_documents({**train, "public": anchor}, 8, 5, 256, 640, 4)]
     texts = [doc.text.encode()[:2048].decode(errors="ignore").encode() for doc in anchor]
+    return release, plugged, texts, spliced, train
+
+
+def compare_routers(folder: Path) -> None:
+    """Print bits per byte of the anchor and of spliced training documents for each setting."""
+    release, plugged, texts, spliced, _ = _prepare(folder)
     print("prior  switch  discount | anchor: backbone  mix  safe | spliced: backbone  mix  safe")
-    for prior, rate, discount in () if only_filters else ROUTERS:
+    for prior, rate, discount in ROUTERS:
         interface = dataclasses.replace(
-            release.interface, backbone_prior=prior, switch_rate=rate, discount=discount
+            release.interface,
+            backbone_prior=prior,
+            switch_rate=rate,
+            discount=discount,
+            mix_power=0.0,  # by track records
         )
         model = Model(release.backbone, interface, plugged)
         cells = [
@@ -76,6 +88,11 @@ def compare_routers(folder: Path, *, only_filters: bool) -> None:
             for scorer in (path_scorer, mix_scorer, safe_scorer)
         ]
         print(f"{prior}  {rate}  {discount} | " + "  ".join(f"{cell:.4f}" for cell in cells))
+
+
+def compare_filters(folder: Path) -> None:
+    """Print what mix mode needs for the same texts, and for training text, for each filter."""
+    release, plugged, texts, spliced, train = _prepare(folder)
     print("power  prior  switch | mix: anchor  spliced  own training text")
     own = [doc.text.encode()[:1024] for documents in train.values() for doc in documents[:8]]
     own = [text.decode(errors="ignore").encode() for text in own]
@@ -117,13 +134,16 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     router = commands.add_parser("router")
     router.add_argument("folder", type=Path)
-    router.add_argument("--only-filters", action="store_true")
+    filters = commands.add_parser("filters")
+    filters.add_argument("folder", type=Path)
     training = commands.add_parser("training")
     training.add_argument("--steps", type=int, default=200)
     training.add_argument("--experts", nargs="+", default=["python-code"])
     arguments = parser.parse_args()
     if arguments.command == "router":
-        compare_routers(arguments.folder, only_filters=arguments.only_filters)
+        compare_routers(arguments.folder)
+    elif arguments.command == "filters":
+        compare_filters(arguments.folder)
     else:
         compare_training(arguments.steps, arguments.experts)
 

@@ -161,7 +161,11 @@ def test_publish_refuses_another_interface(cli, fakes):
 def test_registry_can_come_from_the_environment(works, fakes, monkeypatch, tmp_path):
     monkeypatch.setenv("COMPOSABLE_REGISTRY", str(tmp_path / "registry"))
     works("publish", fakes.write("german"))
+    assert [
+        str(r.version) for r in open_for_publishing(tmp_path / "registry").versions("german")
+    ] == ["1.0.0"]
     works("yank", "german@1.0.0")
+    assert open_for_publishing(tmp_path / "registry").versions("german")[0].is_yanked
 
 
 def test_yanked_is_not_chosen_but_stays_locked(cli, works, project):
