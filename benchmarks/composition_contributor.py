@@ -186,7 +186,7 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
     import jax.numpy as jnp
     from flax import nnx
 
-    from composable.assembly.features import cut_rows
+    from composable.assembly.features import RowOrder, cut_rows
     from composable.model.scout import Scout
     from composable.training.loop import TrainConfig, fit
 
@@ -247,7 +247,7 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
             log_every=1000,
         )
         frozen = (features[tap], classes_RT[:n_rows], soft if is_distilled else None)
-        trained = fit(objective, params, frozen, _Order(n_rows, 16, job["seed"]), cfg).trained
+        trained = fit(objective, params, frozen, RowOrder(n_rows, 16, job["seed"]), cfg).trained
         scout = nnx.merge(graph, trained)
         for part in ("w_in", "b_in", "w_out", "b_out"):
             found[f"scout_{name}_{part}"] = np.asarray(getattr(scout, part)[...])
@@ -261,22 +261,6 @@ _PARTS: Final[Mapping[str, Callable[..., Any]]] = {
     "flex": flex,
     "scouts": scouts,
 }
-
-
-class _Order:
-    """An endless order of rows, new in every epoch."""
-
-    def __init__(self, n_rows: int, batch_size: int, seed: int) -> None:
-        self._rng, self._n, self._batch = np.random.default_rng(seed), n_rows, batch_size
-
-    def __next__(self) -> np.ndarray:
-        return self._rng.choice(self._n, min(self._batch, self._n), replace=False)
-
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
 
 
 def features_at(backbone: Any, tokens_BT: Any, tap: int) -> Any:

@@ -135,24 +135,13 @@ def _safe(parts: Parts, tokens_BT: Any, targets_BT: Any, state: Any) -> Any:
     return nll_BT, weight_BTE, state
 
 
-def shipped(parts: Parts, mode: str) -> Callable[..., Any]:
-    """Return the step of mix or safe mode as users run it."""
+def shipped(parts: Parts, mode: str, *, is_traced: bool = False) -> Callable[..., Any]:
+    """Return the step of mix or safe mode as users run it; traced, that of its weights, BTE."""
     run = {"mix": _mix, "safe": _safe}[mode]
 
     def step(tokens: Any, targets: Any, state: Any) -> Any:
-        nll_BT, _, state = run(parts, tokens, targets, state)
-        return nll_BT, state
-
-    return step
-
-
-def trusted(parts: Parts, mode: str) -> Callable[..., Any]:
-    """Return the step that gives the weights of mix or safe mode, shape BTE."""
-    run = {"mix": _mix, "safe": _safe}[mode]
-
-    def step(tokens: Any, targets: Any, state: Any) -> Any:
-        _, weight_BTE, state = run(parts, tokens, targets, state)
-        return weight_BTE, state
+        nll_BT, weight_BTE, state = run(parts, tokens, targets, state)
+        return weight_BTE if is_traced else nll_BT, state
 
     return step
 

@@ -19,7 +19,7 @@ from benchmarks.composition_methods import Rows
 from benchmarks.demo_seeds import fill
 
 if TYPE_CHECKING:
-    from benchmarks.composition import Run
+    from benchmarks.composition_run import Run
 
 # Cells that are no methods of their own.
 _PARTS: Final = (

@@ -125,7 +125,7 @@ def _trunk_features(backbone: Backbone, tokens_BT: jax.Array) -> jax.Array:
     return backbone.features(x_BTD)
 
 
-class _Rows:
+class RowOrder:
     """Batches of row numbers, in a new order each epoch; a position is a number of batches."""
 
     def __init__(self, n_rows: int, batch_size: int, seed: int) -> None:
@@ -143,9 +143,11 @@ class _Rows:
         return order[at * self._size : (at + 1) * self._size].astype(np.int32)
 
     def get_state(self) -> dict[str, Any]:
+        """Return the position."""
         return {"done": self._done}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position that `get_state` returned."""
         self._done = int(state["done"])
 
 
@@ -214,7 +216,7 @@ def train_scout(
         objective,
         params,
         (features.feature_RTD[train_R], features.classes_RT[train_R]),
-        _Rows(len(train_R), cfg.batch_size, seed),
+        RowOrder(len(train_R), cfg.batch_size, seed),
         cfg,
         progress=progress,
     )

@@ -1,0 +1,290 @@
+"""Every rival of the composition benchmark, and the router with one thing changed, for a community.
+
+How a method runs is in `composition_methods`; here is what it is given by whom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import composition_methods as methods
+from benchmarks.composition_contributor import SCOUTS
+from benchmarks.composition_run import Community
+from composable.assembly.contribution import expert_config
+from composable.model.body import MATRICES
+from composable.training.data import batches, token_stream
+from composable.training.loop import fit, muon
+
+Make = Callable[[], Callable[..., Any]]
+
+
+def isolated_methods(community: Community) -> dict[str, Make]:
+    """Return every method whose contributors never met, as cells that score every target."""
+    c, release = community, community.run.release
+    backbone, n = release.backbone, len(community.names) + 1
+    flex_stack, is_full = _flex_stack(c), c.is_full
+    made: dict[str, Make] = {
+        "backbone": lambda: methods.path(backbone, methods.entry(c.stack, 0)),
+        "random": lambda: methods.mixture(backbone, c.stack, methods.Random(jnp.ones(n))),
+        "uniform": lambda: methods.mixture(backbone, c.stack, methods.Constant(jnp.full(n, 1 / n))),
+        "average": lambda: methods.path(backbone, methods.average(c.stack)),
+    }
+    for scale in (0.3, 0.5, 1.0) if is_full else (0.5,):
+        made[f"task_arithmetic {scale}"] = lambda scale=scale: methods.path(
+            backbone, methods.task_arithmetic(c.stack, scale)
+        )
+        made[f"ties {scale}"] = lambda scale=scale: methods.path(
+            backbone, methods.ties(c.stack, scale)
+        )
+    for bias in (0.0, -1.0) if is_full else (0.0,):
+        for k in (1, 2, 4) if is_full else (2,):
+            made[f"flexolmo top{k} bias {bias}"] = lambda k=k, bias=bias: methods.mixture(
+                backbone, flex_stack, _flex_gate(c, k, bias)
+            )
+    gates = {"phatgoose": _phatgoose_gate(c), "arrow": _arrow_gate(c)}
+    for temperature in (0.05, 1.0) if is_full else (0.05,):
+        gates[f"lda temperature {temperature}"] = _discriminant(c, temperature, is_linear=True)
+        gates[f"qda temperature {temperature}"] = _discriminant(c, temperature, is_linear=False)
+    for temperature in (5.0, 20.0) if is_full else (20.0,):
+        gates[f"dume temperature {temperature}"] = _ridge(c, temperature)
+    for name, gate in gates.items():
+        made[name] = lambda gate=gate: methods.mixture(backbone, c.stack, gate)
+    made["mix"] = lambda: methods.shipped(c.model.parts, "mix")
+    made["safe"] = lambda: methods.shipped(c.model.parts, "safe")
+    return made
+
+
+def _flex_stack(c: Community) -> methods.Slots:
+    slots = range(len(c.stack))
+    own = methods.entry(c.stack, 0)
+    return tuple(
+        {
+            name: jnp.concatenate(
+                [own[i][name][None], jnp.asarray(c.extra(f"flex_{name}_{i}", skip_public=True))]
+            )
+            for name in MATRICES
+        }
+        for i in slots
+    )
+
+
+def _flex_gate(c: Community, k: int, bias: float) -> methods.PerSlot:
+    public_1LD = c.extras[1]["flex_public_LD"][None]
+    rows_ELD = np.concatenate([public_1LD, c.extra("flex_row_LD", skip_public=True)])
+    bias_E = jnp.full(len(rows_ELD), bias).at[0].set(0.0)
+    return methods.PerSlot(jnp.asarray(rows_ELD.swapaxes(0, 1)), bias_E, "row", k)
+
+
+def _phatgoose_gate(c: Community) -> methods.PerSlot:
+    rows_ELD = c.extra("gate_LD", skip_public=True)
+    rows_LED = jnp.asarray(rows_ELD.swapaxes(0, 1))
+    return methods.PerSlot(rows_LED, jnp.zeros(len(rows_ELD)), "standard", 2)
+
+
+def _arrow_gate(c: Community) -> methods.PerSlot:
+    """Return the input direction along which each body changes most (its first singular vector)."""
+    rows = []
+    for slot in c.stack:
+        change_EDF = np.concatenate(
+            [np.asarray(slot[name][1:] - slot[name][:1]) for name in ("w_gate", "w_up")], axis=2
+        )
+        rows.append(np.linalg.svd(change_EDF, full_matrices=False)[0][:, :, 0])
+    return methods.PerSlot(jnp.asarray(np.stack(rows)), jnp.zeros(len(c.names)), "arrow", 2)
+
+
+def _moments(c: Community) -> tuple[np.ndarray, np.ndarray]:
+    mean_ED = c.extra("pooled_mean_D")
+    spread_EDD = c.extra("pooled_moment_DD") - mean_ED[:, :, None] * mean_ED[:, None]
+    return mean_ED, spread_EDD
+
+
+def _discriminant(c: Community, temperature: float, *, is_linear: bool) -> Any:
+    """Return LDA, or QDA with covariances shrunk by 0.3 towards the shared one."""
+    mean_ED, spread_EDD = _moments(c)
+    shared_DD = spread_EDD.mean(0)
+    width = len(shared_DD)
+    ridge_DD = np.eye(width) * np.trace(shared_DD) / width * 1e-2
+    if is_linear:
+        precision_DD = np.linalg.inv(shared_DD + ridge_DD)
+        w_DE = precision_DD @ mean_ED.T
+        b_E = -0.5 * np.einsum("ed,de->e", mean_ED, w_DE)
+        as_jax = (jnp.asarray(x, jnp.float32) for x in (w_DE, b_E, temperature))
+        return methods.Linear(*as_jax, k=2)
+    shrunk_EDD = 0.7 * spread_EDD + 0.3 * shared_DD + ridge_DD
+    constant_E = -0.5 * np.linalg.slogdet(shrunk_EDD)[1]
+    arrays = (mean_ED, np.linalg.inv(shrunk_EDD), constant_E, temperature)
+    return methods.Quadratic(*(jnp.asarray(x, jnp.float32) for x in arrays), k=2)
+
+
+def _ridge(c: Community, temperature: float) -> methods.Linear:
+    """Return a ridge regression from pooled features to who wrote them, from summed moments."""
+    mean_ED, moment_EDD = c.extra("pooled_mean_D"), c.extra("pooled_moment_DD")
+    total_DD = moment_EDD.sum(0)
+    ridge_DD = np.eye(len(total_DD)) * np.trace(total_DD) / len(total_DD) * 1e-3
+    w_DE = np.linalg.solve(total_DD + ridge_DD, mean_ED.T)
+    zeros_E = jnp.zeros(len(mean_ED))
+    return methods.Linear(jnp.asarray(w_DE, jnp.float32), zeros_E, jnp.float32(temperature), k=2)
+
+
+def cluster_gate(c: Community, temperature: float) -> methods.Quadratic:
+    """Return c-BTM's weights: exp(-squared distance to a cluster's centre / temperature).
+
+    Distances are per feature, between pooled trunk features and their mean over a contributor's
+    text, where the paper takes tf-idf vectors and k-means.
+
+    References:
+        Gururangan et al. 2023, arXiv:2303.14177, equation 2.
+    """
+    mean_ED = c.extra("pooled_mean_D")
+    n, width = mean_ED.shape
+    same_EDD = np.broadcast_to(np.eye(width), (n, width, width))
+    arrays = (mean_ED, same_EDD, np.zeros(n), 2.0 / (temperature * width))
+    return methods.Quadratic(*(jnp.asarray(x, jnp.float32) for x in arrays), k=n)
+
+
+CLUSTER_TEMPERATURES: Final = (0.01, 0.1)
+
+
+def router_ablations(community: Community) -> dict[str, Make]:
+    """Return the router with one thing changed at a time."""
+    c = community
+    interface = c.run.release.interface
+
+    def number(value: float) -> jax.Array:
+        return jnp.float32(value)
+
+    base = methods.Scouts(
+        scouts=c.scouts,
+        prior=number(interface.mix_prior),
+        discount=number(interface.discount),
+        rate=number(interface.mix_switch_rate),
+        power=number(interface.mix_power),
+        filter="switch",
+    )
+    records = {"filter": "discount", "prior": number(interface.backbone_prior)}
+    unigram_EC = c.extra("unigram_C")
+    changes: dict[str, dict[str, Any]] = {
+        "as published": {},
+        "top 1": {"k": 1},
+        "top 4": {"k": 4},
+        "track records": records,
+        "power 1": {"power": number(1)},
+        "unigram scouts": {"scouts": methods.unigram_scouts(unigram_EC, interface.d_model)},
+    }
+    if c.is_full:
+        for power in (0.2, 0.5):
+            changes[f"power {power}"] = {"power": number(power)}
+        for rate in (0.01, 0.001):
+            changes[f"rate {rate}"] = {"rate": number(rate)}
+        for prior in (0.5, 0.95):
+            changes[f"prior {prior}"] = {"prior": number(prior)}
+        for discount in (0.9, 0.95, 0.99, 1.0):
+            changes[f"track records, discount {discount}"] = {
+                **records,
+                "discount": number(discount),
+            }
+        changes["track records, prior 0.5"] = {**records, "prior": number(0.5)}
+        for name, (_, tap, _) in SCOUTS.items():
+            changes[f"scouts {name}"] = {"scouts": c.variant_scouts(name), "tap": tap}
+    backbone = c.run.release.backbone
+    return {
+        f"router, {name}": lambda change=change: methods.mixture(
+            backbone, c.stack, dataclasses.replace(base, **change)
+        )
+        for name, change in changes.items()
+    }
+
+
+# ---- references that break the rules -----------------------------------------------------------
+
+
+def train_btx(community: Community) -> Make:
+    """Return BTX: experts and a learned router trained together on everybody's text.
+
+    References:
+        Sukhbaatar et al. 2024, arXiv:2403.07816: top-2 routing, load-balancing loss (their
+        equation 3, weight 0.01). Attention and trunk stay frozen, as they are in every expert.
+    """
+    c = community
+    backbone = c.run.release.backbone
+    first, n = backbone.cfg.tap, len(c.names) + 1
+
+    def mixed(trained: Any, backbone: Any, tokens_BT: jax.Array) -> Any:
+        balance = 0.0
+        shares = []
+
+        def run(layer: int, x_BTD: jax.Array) -> jax.Array:
+            logit_BTE = x_BTD @ trained["router"][str(layer)]
+            top_BTJ, expert_BTJ = jax.lax.top_k(logit_BTE, 2)
+            choice = expert_BTJ, jax.nn.softmax(top_BTJ, axis=-1)
+            used_E = jax.nn.one_hot(expert_BTJ[..., 0], n).mean((0, 1))
+            shares.append((used_E * jax.nn.softmax(logit_BTE).mean((0, 1))).sum())
+            return methods.mix_blocks(trained["stack"][layer - first], x_BTD, *choice)
+
+        x_BTD, _ = backbone.trunk(tokens_BT)
+        logits_BTV, _ = backbone.upper(x_BTD, run)
+        balance = n * sum(shares) / len(shares)
+        return logits_BTV, balance
+
+    def objective(trained: Any, backbone: Any, tokens_BT: jax.Array) -> Any:
+        logits_BTV, balance = mixed(trained, backbone, tokens_BT[:, :-1])
+        loss = methods.costs(logits_BTV, tokens_BT[:, 1:]).mean()
+        return loss + 0.01 * balance, {}
+
+    router = {str(layer): jnp.zeros((backbone.cfg.d_model, n)) for layer in backbone.cfg.slots}
+    start = {"stack": c.stack, "router": router}
+    # As many tokens as half of all contributors' training together, on top of it.
+    steps = c.run.preset.steps * len(c.names) // 2
+    trained = _train_jointly(c, "btx", objective, start, backbone, steps)
+    return lambda: methods.whole(lambda tokens_BT: mixed(trained, backbone, tokens_BT)[0])
+
+
+def train_dense(community: Community) -> Make:
+    """Return one dense model: all weights, everybody's text, as many tokens as all experts."""
+    c = community
+    parts: Any = nnx.split(c.run.release.backbone, nnx.Param, ...)
+    graph, params, rest = parts
+
+    def objective(params: Any, rest: Any, tokens_BT: jax.Array) -> Any:
+        logits_BTV = nnx.merge(graph, params, rest)(tokens_BT[:, :-1])
+        return methods.costs(logits_BTV, tokens_BT[:, 1:]).mean(), {}
+
+    steps = c.run.preset.steps * len(c.names)
+    trained = _train_jointly(c, "dense", objective, params, rest, steps)
+    return lambda: methods.whole(nnx.merge(graph, trained, rest))
+
+
+def _train_jointly(
+    c: Community, name: str, objective: Any, start: Any, frozen: Any, steps: int
+) -> Any:
+    """Train on all texts, the public one among them, an equal share of each."""
+    path = c.run.folder / f"seed-{c.seed}" / f"{name}.npz"
+    leaves, structure = jax.tree.flatten(start)
+    if not path.exists():
+        c.run.say(f"seed {c.seed}: training {name}, {steps} steps")
+        began = time.perf_counter()
+        preset, tokenizer = c.run.preset, c.run.release.tokenizer
+        texts = [c.run.text(x, "train") for x in (*preset.domains, preset.backbone)]
+        streams = [token_stream(documents, tokenizer) for documents in texts]
+        shortest = min(map(len, streams))
+        cfg = expert_config(steps, c.seed)
+        stream = np.concatenate([stream[:shortest] for stream in streams])
+        data = batches(stream, window=cfg.window, batch_size=cfg.batch_size, seed=cfg.seed)
+        trained = fit(objective, start, frozen, data, cfg, optimizer=muon(cfg)).trained
+        leaves = jax.tree.leaves(trained)
+        part = path.with_suffix(".part.npz")
+        np.savez(part, **{str(i): np.asarray(x) for i, x in enumerate(leaves)})
+        part.rename(path)
+        c.run.note_seconds(f"seed-{c.seed}/train {name}", time.perf_counter() - began)
+    with np.load(path) as file:
+        return jax.tree.unflatten(
+            structure, [jnp.asarray(file[str(i)]) for i in range(len(leaves))]
+        )

@@ -1,0 +1,317 @@
+"""A run of the composition benchmark: its texts, its contributors, and the cells done so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import composition_methods as methods
+from benchmarks.composition_contributor import SCOUTS
+from benchmarks.composition_methods import Rows
+from composable.assembly.backbones import BackboneRelease, load_backbone
+from composable.assembly.contribution import expert_config
+from composable.assembly.experts import load_expert
+from composable.interface.contract import RouterInterface
+from composable.model.bank import Bank
+from composable.model.model import Model, Pluggable
+from composable.training.documents import (
+    Document,
+    Spliced,
+    read_documents,
+    splice_documents,
+    write_documents,
+)
+from composable.training.recipe import load_recipe, make_texts, shipped_folder
+
+PUBLIC: Final = "public"
+NOVEL: Final = "novel"
+SPLICED: Final = "spliced"
+# Spliced texts: four stretches, of so many bytes each.
+SEGMENT_BYTES: Final = (192, 256)
+WINDOWS: Final = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How large a run is.
+
+    Args:
+        backbone: Name of a shipped backbone, or of an entry of `BACKBONES`, which is trained first.
+        domains: Texts of first-party recipes, one contributor each.
+        novel: A text that nobody trains on.
+        seeds: Seeds of everything random in training.
+        steps: Steps of every expert.
+        scout_steps: Steps of the further scouts.
+        documents: Held-out documents scored per domain.
+        growth: Sizes of the growing community; none leaves the question out.
+        is_full: Whether rivals and router are tried with many settings, and scouts of other kinds
+            are trained, on the first seed.
+    """
+
+    backbone: str
+    domains: tuple[str, ...]
+    novel: str
+    seeds: tuple[int, ...]
+    steps: int
+    scout_steps: int
+    documents: int
+    growth: tuple[int, ...]
+    is_full: bool
+
+
+class Run:
+    """One run: its folder, its texts, and the cells done so far."""
+
+    def __init__(self, name: str, preset: Preset, folder: Path) -> None:
+        self.name, self.preset, self.folder = name, preset, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        note = folder / "preset.json"
+        text = json.dumps({**dataclasses.asdict(preset), "seeds": "each has a folder"})
+        if note.exists() and note.read_text() != text:
+            sys.exit(f"{folder} holds a run of another preset; give another --run, or remove it")
+        note.write_text(text)
+        self.cache = folder / "compiled"
+        self.cache.mkdir(exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(self.cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        self.release: BackboneRelease = load_backbone(preset.backbone)
+        self.seconds: dict[str, float] = {}
+        if (done := folder / "seconds.json").exists():
+            self.seconds = json.loads(done.read_text())
+
+    def note_seconds(self, name: str, seconds: float) -> None:
+        """Remember how long something took."""
+        self.seconds[name] = round(seconds, 1)
+        (self.folder / "seconds.json").write_text(json.dumps(self.seconds))
+
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    def text(self, name: str, part: str) -> list[Document]:
+        """Return a text of a first-party recipe: shipped, or made from the recipe."""
+        folder = shipped_folder(name)
+        shipped = folder / "text" / f"{part}.jsonl"
+        if shipped.exists():
+            return read_documents([shipped])
+        made = self.folder / "text" / name
+        if not (made / f"{part}.jsonl").exists():
+            self.say(f"making the text of {name}")
+            made.mkdir(parents=True, exist_ok=True)
+            make_texts(load_recipe(folder), made)
+        return read_documents([made / f"{part}.jsonl"])
+
+    @cached_property
+    def heldout(self) -> dict[str, list[Document]]:
+        """Held-out documents by domain; the public ones last."""
+        found = {name: self.text(name, "heldout") for name in self.preset.domains}
+        return {**found, PUBLIC: self.text(self.preset.backbone, "heldout")}
+
+    @cached_property
+    def spliced(self) -> list[Spliced]:
+        """Texts that switch domain three times."""
+        return splice_documents(self.heldout, self.preset.documents, 5, *SEGMENT_BYTES, 4)
+
+    @cached_property
+    def rows(self) -> dict[str, Rows]:
+        """What is scored, by group."""
+        n = self.preset.documents
+        encode = self.release.tokenizer.encode
+        texts = {name: [d.text.encode() for d in docs[:n]] for name, docs in self.heldout.items()}
+        texts[SPLICED] = [document.text for document in self.spliced]
+        novel = self.text(self.preset.novel, "heldout")[:n]
+        texts[NOVEL] = [document.text.encode() for document in novel]
+        return {name: Rows.of(documents, encode, WINDOWS) for name, documents in texts.items()}
+
+    def cell(
+        self,
+        seed: int,
+        name: str,
+        make: Callable[[], Callable[..., Any]],
+        groups: Sequence[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Return what a step gives for every group; computed once, then read."""
+        path = self.folder / f"seed-{seed}" / "cells" / f"{name}.npz"
+        if not path.exists():
+            start = time.perf_counter()
+            step = make()
+            wanted = self.rows if groups is None else {g: self.rows[g] for g in groups}
+            found = {group: rows.run(step) for group, rows in wanted.items()}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part.npz")
+            np.savez(part, **{g: x.astype(np.float32) for g, x in found.items()})
+            part.rename(path)
+            self.note_seconds(f"seed-{seed}/{name}", time.perf_counter() - start)
+            if found[next(iter(found))].ndim == 2:
+                bits = {g: round(self.bits(g, x), 3) for g, x in found.items()}
+                self.say(f"seed {seed} {name}: {bits}")
+        return self.load(seed, name)
+
+    def load(self, seed: int, name: str) -> dict[str, np.ndarray]:
+        """Return a cell that is there."""
+        with np.load(self.folder / f"seed-{seed}" / "cells" / f"{name}.npz") as file:
+            return dict(file)
+
+    def cells(self, seed: int) -> list[str]:
+        """Return the names of the cells that are there, oldest first."""
+        files = (self.folder / f"seed-{seed}" / "cells").glob("*.npz")
+        return [p.stem for p in sorted(files, key=lambda p: p.stat().st_mtime_ns)]
+
+    def bits(self, group: str, nats_NT: np.ndarray) -> float:
+        """Return bits per byte; for bytes, a target is a byte."""
+        mask_NT = self.rows[group].mask_NT[: len(nats_NT)]
+        return float((nats_NT * mask_NT).sum() / mask_NT.sum() / np.log(2))
+
+
+_MANIFEST: Final = """[expert]
+name = "{name}"
+version = "1.0.0"
+backbone = "{backbone}"
+
+[interface]
+name = "{interface}"
+requires = "^{major}"
+
+[body]
+kind = "{kind}"
+{rank}
+[scout]
+width = 64
+"""
+
+
+def contribute(
+    run: Run,
+    seed: int,
+    name: str,
+    documents: Sequence[Document],
+    /,
+    *,
+    extras: Sequence[str] = (),
+    kind: str = "ffn",
+    rank: int | None = None,
+    **job: Any,
+) -> Path:
+    """Run one contributor, unless its work is there; return its folder."""
+    folder = run.folder / f"seed-{seed}" / "contributors" / name
+    if (folder / "extras.npz").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "text").mkdir(parents=True)
+    write_documents(folder / "text" / "train.jsonl", documents)
+    interface = run.release.interface
+    text = _MANIFEST.format(
+        name=name,
+        backbone=run.release.interface.name,
+        interface=interface.name,
+        major=str(interface.version).partition(".")[0] + ".0",
+        kind=kind,
+        rank="" if rank is None else f"rank = {rank}\n",
+    )
+    (folder / "expert.toml").write_text(text)
+    (folder / "README.md").write_text(f"# {name}\n")
+    full = {
+        "is_public": False,
+        "steps": run.preset.steps,
+        "seed": seed,
+        "learning_rate": expert_config(1).learning_rate,
+        "extras": list(extras),
+        "scouts": list(SCOUTS),
+        "scout_steps": run.preset.scout_steps,
+        **job,
+    }
+    (folder / "job.json").write_text(json.dumps(full))
+    run.say(f"seed {seed}: contributor {name}")
+    start = time.perf_counter()
+    module = "benchmarks.composition_contributor"
+    command = [sys.executable, "-m", module, folder, run.release.folder, run.cache]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
+    if done.returncode:
+        sys.exit(f"contributor {name} failed:\n{done.stderr}")
+    run.note_seconds(f"seed-{seed}/contributor {name}", time.perf_counter() - start)
+    return folder
+
+
+def extras_of(folder: Path) -> dict[str, np.ndarray]:
+    """Return what a contributor gave for other methods."""
+    with np.load(folder / "extras.npz") as file:
+        return dict(file)
+
+
+class Community:
+    """The contributors of one seed, and everything that methods need of them."""
+
+    def __init__(self, run: Run, seed: int) -> None:
+        self.run, self.seed = run, seed
+        preset, release = run.preset, run.release
+        self.is_full = preset.is_full and seed == preset.seeds[0]
+        asked = ["pooled", "unigram", "phatgoose", "flex"] + ["scouts"] * self.is_full
+        self.folders = {
+            name: contribute(run, seed, name, run.text(name, "train"), extras=asked)
+            for name in preset.domains
+        }
+        public = [part for part in asked if part in ("pooled", "unigram", "scouts")]
+        self.public = contribute(
+            run, seed, PUBLIC, run.text(preset.backbone, "train"), extras=public, is_public=True
+        )
+        self.plugged = [load_expert(release, folder) for folder in self.folders.values()]
+        self.names = list(self.folders)
+        self.extras = [extras_of(self.public), *map(extras_of, self.folders.values())]
+
+    @cached_property
+    def model(self) -> Model:
+        """The composed model, with room for guests."""
+        return self.plug(self.plugged)
+
+    def plug(self, experts: Sequence[Pluggable], **settings: Any) -> Model:
+        """Return a model of some experts, if need be with other settings of the router."""
+        interface: RouterInterface = self.run.release.interface
+        if settings:
+            interface = dataclasses.replace(interface, **settings)
+        backbone, tokenizer = self.run.release.backbone, self.run.release.tokenizer
+        return Model(backbone, interface, experts, capacity=8, tokenizer=tokenizer)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Entries of the bank in the order backbone, then experts as the preset names them."""
+        return [0, *(self.model.names.index(name) for name in self.names)]
+
+    @cached_property
+    def stack(self) -> methods.Slots:
+        """Blocks of the backbone and of every expert."""
+        bank: Bank = self.model.parts.bank
+        order = np.array(self.order)
+        return jax.tree.map(lambda w: w[order].astype(jnp.float32), bank.slots)
+
+    @cached_property
+    def scouts(self) -> methods.ScoutBank:
+        """The published scouts, in the order of `stack`."""
+        order = np.array(self.order)
+        return methods.ScoutBank(*(x[order] for x in self.model.parts.bank.scouts))
+
+    def variant_scouts(self, name: str) -> methods.ScoutBank:
+        """Return scouts of another kind, the backbone's from public text among them."""
+        parts = ("w_in", "b_in", "w_out", "b_out")
+        return methods.stack_scouts(
+            [{part: extra[f"scout_{name}_{part}"] for part in parts} for extra in self.extras]
+        )
+
+    def extra(self, name: str, skip_public: bool = False) -> np.ndarray:
+        """Return one thing that every contributor gave, stacked."""
+        return np.stack([extra[name] for extra in self.extras[skip_public:]])
