@@ -190,7 +190,7 @@ requires = "^{major}"
 kind = "{kind}"
 {rank}
 [scout]
-width = 64
+width = 128
 """
 
 

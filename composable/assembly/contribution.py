@@ -10,7 +10,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +22,7 @@ from flax import nnx
 
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.experts import load_expert, make_expert, save_expert
-from composable.assembly.features import cut_rows, train_scout
+from composable.assembly.features import Features, cut_rows, train_scout, trunk_features
 from composable.assembly.publication import publish_vetted
 from composable.assembly.trunk_cache import (
     Reading,
@@ -68,6 +68,8 @@ _WINDOW: Final = 256
 _CHECKPOINT_WORK: Final = 6e11
 # Rows per step of a scout that reads alone.
 SCOUT_ROWS: Final = 16
+# Peak rate at which it learns, by Muon: half as much and twice as much left it worse.
+_SCOUT_RATE: Final = 2e-2
 # Vetting scores this many documents of either text at most.
 VETTED_DOCUMENTS: Final = 8
 
@@ -152,12 +154,36 @@ def train_expert(
 
     stream = token_stream(train, release.tokenizer)
     _require_same_text(work, digest_bytes(stream.tobytes()))
-    reading = plan_reading(release.backbone, manifest.scout_width, cfg, len(stream))
+    reading = plan_reading(release.backbone, cfg, len(stream), SCOUT_ROWS)
     start = time.perf_counter()
     fit_parts = _fit_on_cached_trunk if reading.pays_cache else _fit_on_stream
     expert = make_expert(release, manifest, cfg.seed)
-    run = _Run(cfg=cfg, work=work, optimizer=optimizer or muon(cfg), progress=progress)
-    trained, history, figures = fit_parts(release, expert, stream, run, reading)
+
+    def show(step: int, _: int, row: Mapping[str, float]) -> None:
+        if progress:
+            progress(step, cfg.steps + reading.scout_steps, row)
+
+    run = _Run(cfg=cfg, work=work, optimizer=optimizer or muon(cfg), progress=show)
+    trained, history, features, seconds, figures = fit_parts(release, expert, stream, run, reading)
+    last = history[-1] if history else {}
+    scout = train_scout(
+        trained.scout,
+        features,
+        steps=reading.scout_steps,
+        batch_size=SCOUT_ROWS,
+        learning_rate=_SCOUT_RATE,
+        optimizer=muon,
+        seed=cfg.seed,
+        progress=lambda step, _, row: show(
+            cfg.steps + step, 0, {**last, "scout_bits": row.get("scout_bits", np.nan)}
+        ),
+    )
+    trained.scout = scout.scout
+    seconds["scout"] = scout.seconds
+    figures["scout"] = {"tokens": features.classes_RT.size, "steps": reading.scout_steps}
+    if scout.heldout_bits is not None:
+        figures["scout"]["heldout_bits"] = round(scout.heldout_bits, 4)
+        last = {**last, "scout_bits": scout.heldout_bits} if last else {}
     save_expert(folder, trained, manifest)
     record = {
         "documents": len(train),
@@ -166,7 +192,8 @@ def train_expert(
         "seconds": round(time.perf_counter() - start, 1),
         "seed": cfg.seed,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
-        "last": history[-1] if history else {},
+        "last": last,
+        "step_seconds": {name: round(value, 1) for name, value in seconds.items()},
         **figures,
     }
     atomic.write_text(work / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
@@ -183,8 +210,9 @@ class _Run:
     progress: Progress | None
 
 
-# The trained expert, what was logged, and further figures for the record.
-_Trained = tuple[Expert, list[dict[str, float]], dict[str, Any]]
+# The trained expert, what was logged, what its scout is to read, seconds by step, and further
+# figures for the record.
+_Trained = tuple[Expert, list[dict[str, float]], Features, dict[str, float], dict[str, Any]]
 
 
 def _fit_on_stream(
@@ -210,13 +238,16 @@ def _fit_on_stream(
         directory=run.work,
         progress=run.progress,
     )
-    return nnx.merge(graph, fitted.trained), fitted.history, {}
+    rows_RT = cut_rows(stream, run.cfg.window, reading.scout_tokens)
+    features = trunk_features(release.backbone, rows_RT)
+    seconds = {"body": fitted.seconds}
+    return nnx.merge(graph, fitted.trained), fitted.history, features, seconds, {}
 
 
 def _fit_on_cached_trunk(
     release: BackboneRelease, expert: Expert, stream: np.ndarray, run: _Run, reading: Reading
 ) -> _Trained:
-    """Train on fixed rows whose trunk is run once; then let the scout read them alone."""
+    """Train on fixed rows whose trunk is run once."""
     cfg, backbone = run.cfg, release.backbone
     start = time.perf_counter()
     rows = run_trunk(release, cut_rows(stream, cfg.window, cfg.tokens))
@@ -240,33 +271,17 @@ def _fit_on_cached_trunk(
         progress=run.progress,
     )
     seconds["body"] = fitted.seconds
-    trained: Expert = nnx.merge(graph, fitted.trained)
     n_rows, window, _ = rows.x_BTD.shape
-    n_tokens = n_rows * window
-    # Body and scout would each have run the trunk for every token that they read.
-    n_read = cfg.tokens + reading.scout * n_tokens
-    figures: dict[str, Any] = {
+    # The body would have run the trunk for every token that it reads, and the scout once more.
+    figures = {
         "cache": {
-            "tokens": n_tokens,
+            "tokens": n_rows * window,
             "bytes": int(rows.x_BTD.nbytes),
-            "flops_saved": 2 * trunk_parameters(backbone) * max(0, n_read - n_tokens),
+            "flops_saved": 2 * trunk_parameters(backbone) * cfg.tokens,
         }
     }
-    if reading.scout:
-        steps = reading.scout * n_rows // SCOUT_ROWS
-        features = scout_features(backbone, rows)
-        scout = train_scout(
-            trained.scout, features, steps=steps, batch_size=SCOUT_ROWS, seed=cfg.seed
-        )
-        trained.scout = scout.scout
-        seconds["scout"] = scout.seconds
-        bits = scout.heldout_bits
-        figures["scout"] = {
-            "passes": reading.scout,
-            "heldout_bits": None if bits is None else round(bits, 4),
-        }
-    figures["step_seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    return trained, fitted.history, figures
+    features = scout_features(backbone, rows)
+    return nnx.merge(graph, fitted.trained), fitted.history, features, seconds, figures
 
 
 def _require_same_text(work: Path, digest: str) -> None:

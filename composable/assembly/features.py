@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 from composable.errors import TextError
@@ -20,7 +21,7 @@ from composable.interface import canonical_json, digest_bytes
 from composable.model.backbone import Backbone
 from composable.model.scout import Scout
 from composable.packaging.atomic import Sink
-from composable.training.loop import Progress, TrainConfig, fit
+from composable.training.loop import Progress, TrainConfig, adamw, fit
 from composable.training.objectives import scout_loss
 
 _BITS: Final = 1 / np.log(2)
@@ -87,6 +88,27 @@ def compute_features(
     return Features(np.load(path, mmap_mode="r"), classes_V[tokens_RT[:, 1:]])
 
 
+def trunk_features(backbone: Backbone, tokens_RT: np.ndarray) -> Features:
+    """Return the trunk's features of rows of text, kept nowhere but in memory.
+
+    Args:
+        backbone: The model.
+        tokens_RT: Rows of T + 1 tokens.
+    """
+    parts = list(_feature_batches(backbone, tokens_RT[:, :-1]))
+    classes_V = np.asarray(backbone.class_map[...])
+    return Features(np.concatenate(parts), classes_V[tokens_RT[:, 1:]])
+
+
+def _feature_batches(backbone: Backbone, tokens_RT: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the features of some rows after the other, float16."""
+    for start in range(0, len(tokens_RT), _BATCH):
+        rows_BT = tokens_RT[start : start + _BATCH]
+        # Always a full batch, so that one program serves all.
+        padded_BT = np.pad(rows_BT, ((0, _BATCH - len(rows_BT)), (0, 0)))
+        yield np.asarray(_trunk_features(backbone, padded_BT), np.float16)[: len(rows_BT)]
+
+
 def _write_features(
     backbone: Backbone,
     tokens_RT: np.ndarray,
@@ -98,14 +120,12 @@ def _write_features(
     with Sink(path) as sink:
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(_Writable(sink), header)
-        for start in range(0, n_rows, _BATCH):
-            rows_BT = tokens_RT[start : start + _BATCH]
-            # Always a full batch, so that one program serves all.
-            padded_BT = np.pad(rows_BT, ((0, _BATCH - len(rows_BT)), (0, 0)))
-            feature_BTD = np.asarray(_trunk_features(backbone, padded_BT), np.float16)
-            sink.write(feature_BTD[: len(rows_BT)].tobytes())
+        done = 0
+        for feature_BTD in _feature_batches(backbone, tokens_RT):
+            sink.write(feature_BTD.tobytes())
+            done += len(feature_BTD) * window
             if progress:
-                progress(min(start + _BATCH, n_rows) * window, n_rows * window)
+                progress(done, n_rows * window)
 
 
 class _Writable:
@@ -172,6 +192,7 @@ def train_scout(
     steps: int,
     batch_size: int = 16,
     learning_rate: float = 3e-3,
+    optimizer: Callable[[TrainConfig], optax.GradientTransformation] = adamw,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ScoutFit:
@@ -183,6 +204,7 @@ def train_scout(
         steps: Optimiser steps; none at all leaves it untrained.
         batch_size: Rows per step.
         learning_rate: Peak.
+        optimizer: Makes the optimiser.
         seed: Seed of the rows' order.
         progress: Called at every step.
 
@@ -218,6 +240,7 @@ def train_scout(
         (features.feature_RTD[train_R], features.classes_RT[train_R]),
         RowOrder(len(train_R), cfg.batch_size, seed),
         cfg,
+        optimizer=optimizer(cfg),
         progress=progress,
     )
     trained: Scout = nnx.merge(graph, fitted.trained)

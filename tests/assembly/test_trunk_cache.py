@@ -135,15 +135,22 @@ def test_an_epoch_has_every_row_once_and_goes_on_where_it_stopped():
         tapped_batches(rows, batch_size=3, seed=0, n_processes=2)
 
 
-def test_the_cache_is_used_where_tokens_are_read_twice(release, tiny):
+def test_what_a_large_trunk_gives_is_kept_and_a_small_one_is_run_again(release, tiny):
     def plan(steps, n_tokens):
-        return plan_reading(tiny.backbone, 16, dataclasses.replace(CFG, steps=steps), n_tokens)
+        return plan_reading(tiny.backbone, dataclasses.replace(CFG, steps=steps), n_tokens, 4)
 
-    assert not plan(3, 96).pays_cache
-    assert not plan(5, 96).pays_cache
-    assert plan(6, 96).pays_cache
-    assert plan(1, 10**6).body == 1
-    assert plan(1, 10**6).scout == 0, "a scout of this model costs as much as its body"
+    short = plan(3, 10**6)
+    assert short.scout_tokens == 8 * 3 * 2 * 16, "eight times what the body reads"
+    assert short.scout_steps == 20 * (short.scout_tokens // 16) // 4
+    assert not short.pays_cache
+    assert plan(3, 500).scout_tokens == 500, "no more than there is"
+    assert plan(3, 20).scout_steps == 0, "one row cannot be split"
+    # This trunk has 9,216 weights: 4e11 of work are 43 million tokens.
+    assert plan(10**7, 10**9).scout_tokens == 10**7 * 32
+    assert plan(10**7, 10**9).pays_cache
+
+
+def test_parameters_are_counted(tiny):
     layer = tiny.backbone.layers[0]
     per_layer = sum(
         leaf.size
@@ -172,8 +179,9 @@ def test_a_large_backbone_lets_its_scouts_read_alone_and_saves_often():
     )
     large = nnx.eval_shape(lambda: Backbone(cfg, np.zeros(49152), 1024, rngs=nnx.Rngs(0)))
     assert trunk_parameters(large) + upper_parameters(large) == 134_479_872
-    reading = plan_reading(large, 64, dataclasses.replace(CFG, steps=1), 10**6)
-    assert (reading.scout, reading.pays_cache) == (20, True)
+    reading = plan_reading(large, dataclasses.replace(CFG, steps=1000), 10**6, 2)
+    assert (reading.scout_tokens, reading.pays_cache) == (32_000, True)
+    assert reading.scout_steps == 20 * 2000 // 2
     assert expert_config(300, rows=4, backbone=large).checkpoint_every == 6
     assert expert_config(300).checkpoint_every == 400
 
@@ -204,12 +212,14 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
 ):
     cfg = dataclasses.replace(CFG, steps=200, checkpoint_every=50)
     monkeypatch.setattr(
-        contribution, "plan_reading", lambda *args: contribution.Reading(body=2.0, scout=2)
+        contribution,
+        "plan_reading",
+        lambda *args: contribution.Reading(scout_tokens=6400, scout_steps=9, pays_cache=True),
     )
     straight = Path(shutil.copytree(folder, tmp_path / "straight"))
     record = train_expert(release, straight, [texts], cfg)
     assert record["cache"]["flops_saved"] > 0
-    assert record["scout"]["passes"] == 2
+    assert record["scout"]["steps"] == 9
     assert set(record["step_seconds"]) == {"trunk", "body", "scout"}
 
     def kill(step, steps, row):
