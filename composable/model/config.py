@@ -196,3 +196,19 @@ def tiny_bytes() -> BackboneConfig:
         context=512,
         scout_width=64,
     )
+
+
+def small_bytes() -> BackboneConfig:
+    """Return a byte-level backbone of 12.7 M parameters, for experiments on an accelerator."""
+    return BackboneConfig(
+        vocab_size=256,
+        d_model=384,
+        n_layers=8,
+        n_heads=6,
+        n_kv_heads=2,
+        d_head=64,
+        d_ff=1024,
+        tap=3,
+        context=512,
+        scout_width=128,
+    )
