@@ -26,7 +26,14 @@ from composable.kernels import (
 from composable.model.backbone import Backbone, FeedForwardFn
 from composable.model.bank import Bank, entry_slots
 from composable.model.body import MATRICES
-from composable.model.guard import Tally, empty_tally, exceeds, tally_paths, tally_rows
+from composable.model.guard import (
+    Tally,
+    empty_tally,
+    exceeds,
+    give_back,
+    tally_paths,
+    tally_rows,
+)
 from composable.model.layers import KVCache, swiglu
 from composable.model.router import (
     NEVER,
@@ -327,6 +334,9 @@ def _mixed_feed_forward(
 ) -> tuple[FeedForwardFn, Dispatch, list[jax.Array]]:
     """Return the mixture of the chosen experts; groups are made once and shared by all slots.
 
+    In each slot, what counts as zero leaves its weight to the token's other choices, and to the
+    backbone's own block where no choice is left: as if whoever broke had not been chosen there.
+
     With it come the groups, and a list that gets, from every slot that runs, which rows of the
     groups counted as zero.
     """
@@ -343,13 +353,23 @@ def _mixed_feed_forward(
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
         index = parts.interface.slots.index(layer)
         slot, bound = parts.bank.slots[index], parts.interface.output_bounds[index]
-        x_PD = gather_rows(x_BTD.reshape(batch * n_tokens, -1), dispatch)
+        x_MD = x_BTD.reshape(batch * n_tokens, -1)
+        x_PD = gather_rows(x_MD, dispatch)
         y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
         # A guest's contribution beyond the bound counts as zero, and so does one that is not
         # finite: no trust, however little, multiplies it.
         zeroed.append(is_guest_P & exceeds(y_PD, bound))
         y_PD = jnp.where(zeroed[-1][:, None], 0, y_PD)
-        return combine_rows(y_PD, weight_MJ.astype(y_PD.dtype), dispatch).reshape(x_BTD.shape)
+        left_MJ, bereft_M = give_back(weight_MJ, zeroed[-1], dispatch)
+        y_MD = combine_rows(y_PD, left_MJ.astype(y_PD.dtype), dispatch)
+
+        def fall_back(y_MD: jax.Array) -> jax.Array:
+            own_MD = parts.backbone.own_feed_forward(layer, x_MD)
+            return jnp.where(bereft_M[:, None], own_MD, y_MD)
+
+        # Sound experts pay for a look at whether it is needed, not for the backbone's block.
+        y_MD = jax.lax.cond(bereft_M.any(), fall_back, lambda y_MD: y_MD, y_MD)
+        return y_MD.reshape(x_BTD.shape)
 
     return run, dispatch, zeroed
 

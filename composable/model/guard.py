@@ -1,9 +1,10 @@
 """Runtime guards: what an expert contributes counts as zero unless it is finite and in bounds.
 
 A *contribution* is in mix mode what one body puts out in one slot at one token, and in safe mode
-what one path predicts at one token. This file says which of them count, and keeps a tally of those
-that did not: two whole numbers per expert, carried beside the router's state, read when a text is
-done. It decides nothing about trust.
+what one path predicts at one token. This file says which of them count, who gets the weight of
+those that do not, and keeps a tally of them: two whole numbers per expert, carried beside the
+router's state, read when a text is done. It decides nothing about trust: the weights that a model
+reports stay those that the scouts won.
 """
 
 from __future__ import annotations
@@ -44,6 +45,32 @@ def exceeds(y_PD: jax.Array, bound: float) -> jax.Array:
     """Return which rows are not finite, or have a root mean square over the bound, shape P."""
     power_P = jnp.mean(jnp.square(y_PD.astype(jnp.float32)), axis=-1)
     return ~(power_P <= bound**2)  # a NaN is not below the bound, nor is a square that overflows
+
+
+def give_back(
+    weight_MJ: jax.Array, zeroed_P: jax.Array, dispatch: Dispatch
+) -> tuple[jax.Array, jax.Array]:
+    """Give the weight of contributions that count as zero to the token's other choices.
+
+    They get it in proportion to their own weights: those of a softmax over fewer.
+
+    Args:
+        weight_MJ: Weight of each choice, float32.
+        zeroed_P: Which rows count as zero in one slot.
+        dispatch: Which row holds which choice.
+
+    Returns:
+        Weights, shape MJ, of tokens that lost nothing the ones given, to the bit; and which tokens
+        have no choice left, shape M: their weights are zero, and the backbone's own block is due.
+    """
+    zeroed_MJ = jnp.take(zeroed_P, dispatch.position_MJ, mode="fill", fill_value=False)
+    lost_M1 = jnp.any(zeroed_MJ & (weight_MJ > 0), axis=-1, keepdims=True)
+    left_MJ = jnp.where(zeroed_MJ, 0, weight_MJ)
+    left_M1 = jnp.sum(left_MJ, axis=-1, keepdims=True)
+    # Of what is smaller than a normal number a device may keep nothing: 0 / 0.
+    is_left_M1 = left_M1 >= jnp.finfo(weight_MJ.dtype).tiny
+    shared_MJ = jnp.where(is_left_M1, left_MJ / jnp.where(is_left_M1, left_M1, 1), 0)
+    return jnp.where(lost_M1, shared_MJ, weight_MJ), (lost_M1 & ~is_left_M1)[:, 0]
 
 
 def tally_rows(

@@ -181,7 +181,8 @@ class Model:
         """Return how many contributions of each expert mix mode counts as zero, of how many.
 
         A contribution is what a body puts out in one slot at one token; what is not finite, or
-        beyond the interface's bound, counts as zero. None of a sound expert's is.
+        beyond the interface's bound, counts as zero, and its weight goes to the token's other
+        choices. None of a sound expert's is.
         """
         return read_tally(self.names, _tally(self.parts, self._checked(tokens_BT)))
 

@@ -56,6 +56,25 @@ def test_decoding_in_pieces_equals_one_full_pass(tiny, model, mode):
     assert int(state.caches.position) == LENGTH
 
 
+def test_a_broken_body_leaves_its_tokens_to_others_in_decoding_as_in_a_full_pass(tiny):
+    broken = tiny.expert("b")
+    w_down = broken.body.slots["2"].w_down
+    w_down[...] = jnp.full_like(w_down, jnp.nan)
+    for top_k in (1, 2):
+        model = tiny.model(tiny.expert("a"), broken, top_k=top_k)
+        tokens_BT, (step, _) = tiny.tokens(batch=1, length=24), MODES["mix"]
+        assert np.asarray(model.route(tokens_BT))[..., model.names.index("b")].max() > 0.5
+        state, outputs = begin(model, "mix"), []
+        for piece_BT in np.split(tokens_BT, range(8, 24), axis=1):
+            output_BTV, state = step(model.parts, piece_BT, state)
+            outputs.append(np.asarray(output_BTV))
+        np.testing.assert_allclose(
+            np.concatenate(outputs, 1), model(tokens_BT), atol=REORDERED_SUMS
+        )
+        told = model.contributions(tokens_BT)["b"]
+        assert int(state.tally.zeroed_E[model.names.index("b")]) == told.zeroed == told.made // 2
+
+
 def test_the_switching_filter_goes_on_from_piece_to_piece(tiny):
     sticky = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
     model = tiny.model(tiny.expert("a"), tiny.expert("b"), **sticky)
