@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import composition_methods as methods
-from benchmarks.composition_questions import growth, hostile, neighbours, unequal
+from benchmarks.composition_questions import adversarial, growth, hostile, neighbours, unequal
 from benchmarks.composition_report import report, write_docs
 from benchmarks.composition_rivals import (
-    CLUSTER_TEMPERATURES,
-    cluster_gate,
     isolated_methods,
+    joint_methods,
+    path_methods,
     router_ablations,
-    train_btx,
-    train_dense,
 )
-from benchmarks.composition_run import Community, Preset, Run
+from benchmarks.composition_run import SPLICED, Community, Preset, Run
 
 PRESETS: Final[Mapping[str, Preset]] = {
     "smoke": Preset(
@@ -37,9 +35,10 @@ PRESETS: Final[Mapping[str, Preset]] = {
         novel="spanish",
         seeds=(0,),
         steps=60,
-        scout_steps=150,
+        rows=4,
         documents=8,
         growth=(),
+        adversarial=32,
         is_full=False,
     ),
     "cpu": Preset(
@@ -48,45 +47,55 @@ PRESETS: Final[Mapping[str, Preset]] = {
         novel="spanish",
         seeds=(0, 1, 2),
         steps=150,
-        scout_steps=300,
+        rows=4,
         documents=8,
         growth=(2, 4, 8),
+        adversarial=500,
         is_full=True,
+    ),
+    "gpu": Preset(
+        backbone="small-bytes",
+        domains=(
+            *("python-code", "set-mm", "legal", "german", "french"),
+            *("polish", "rust-code", "proofs", "kernel-docs", "sql-docs"),
+        ),
+        novel="spanish",
+        seeds=(0, 1, 2),
+        steps=240,
+        rows=16,
+        documents=12,
+        growth=(2, 4, 8, 16, 32),
+        adversarial=10_000,
+        is_full=True,
+        workers=8,
     ),
 }
 
 
-def score_everything(run: Run, seed: int) -> None:
-    """Fill the cells of one seed."""
+def score_methods(run: Run, seed: int) -> None:
+    """Fill the cells of every method on one seed; on the first, of the router's ablations too."""
     c = Community(run, seed)
-    backbone, n = run.release.backbone, len(c.names) + 1
-    for name, make in isolated_methods(c).items():
-        run.cell(seed, name, make)
-    run.cell(seed, "paths", lambda: methods.all_paths(backbone, c.stack))
-    for temperature in CLUSTER_TEMPERATURES:
-        gate = cluster_gate(c, temperature)
-        run.cell(
-            seed,
-            f"c-btm weights {temperature}",
-            lambda gate=gate: methods.weights(backbone, gate, n),
-        )
-    if seed == run.preset.seeds[0]:
-        for name, make in router_ablations(c).items():
-            run.cell(seed, name, make)
-    run.cell(seed, "btx", lambda: train_btx(c)())
-    run.cell(seed, "dense", lambda: train_dense(c)())
-    for mode in ("mix", "safe"):
-        run.cell(
-            seed,
-            f"{mode} weights",
-            lambda m=mode: methods.shipped(c.model.parts, m, is_traced=True),
-        )
-    if seed == run.preset.seeds[0]:
-        neighbours(c)
-        hostile(c)
-        if run.preset.is_full:
-            unequal(c)
-            growth(c)
+    cells = {**path_methods(c), **isolated_methods(c)}
+    if c.is_first:
+        cells |= router_ablations(c)
+    run.fill(seed, cells)
+    traced = {
+        f"{mode} weights": lambda mode=mode: methods.shipped(c.model.parts, mode, is_traced=True)
+        for mode in ("mix", "safe")
+    }
+    run.fill(seed, traced, [SPLICED])
+
+
+def answer_questions(run: Run, seed: int) -> None:
+    """Fill the cells of everything else that is asked, on one seed."""
+    c = Community(run, seed)
+    neighbours(c)
+    hostile(c)
+    adversarial(c)
+    run.fill(seed, joint_methods(c))
+    if run.preset.is_full:
+        growth(c)
+        unequal(c)
 
 
 def main() -> None:
@@ -103,7 +112,8 @@ def main() -> None:
         preset = dataclasses.replace(preset, seeds=tuple(arguments.seeds))
     run = Run(arguments.preset, preset, folder)
     for seed in run.preset.seeds:
-        score_everything(run, seed)
+        score_methods(run, seed)
+    answer_questions(run, run.preset.seeds[0])
     result = report(run)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

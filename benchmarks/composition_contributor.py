@@ -15,12 +15,13 @@ writes `extras.npz` beside it: what other methods ask of a contributor who is al
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from composable.demo.sandbox import python_paths, restrict
 
@@ -38,18 +39,32 @@ import numpy as np
 # Pooled features forget so much per token, as the router does.
 POOLING: Final = 0.98
 WINDOW: Final = 256
-_SCOUT_TOKENS: Final = 98_304
 _MOMENT_ROWS: Final = 48
 
-# Scouts beside the published one: hidden width, layers below its tap, and whether its targets are
-# the expert's own predictions.
-SCOUTS: Final[Mapping[str, tuple[int, int, bool]]] = {
-    "narrow": (16, 2, False),
-    "long": (64, 2, False),
-    "wide": (128, 2, False),
-    "distilled": (128, 2, True),
-    "tap1": (64, 1, False),
-    "tap4": (64, 4, False),
+
+class Variant(NamedTuple):
+    """A scout beside the published one, with one thing changed.
+
+    Args:
+        width: Hidden width.
+        tap: Layers of the trunk more, or fewer, that it reads after.
+        share: Share of the published scout's steps.
+        is_distilled: Whether half of its targets are the expert's own predictions.
+    """
+
+    width: int = 128
+    tap: int = 0
+    share: float = 1.0
+    is_distilled: bool = False
+
+
+SCOUTS: Final[Mapping[str, Variant]] = {
+    "of width 16": Variant(width=16),
+    "of width 64": Variant(width=64),
+    "that read a tenth as long": Variant(share=0.1),
+    "distilled": Variant(is_distilled=True),
+    "a layer below": Variant(tap=-1),
+    "two layers above": Variant(tap=2),
 }
 
 
@@ -73,8 +88,8 @@ def main(arguments: Sequence[str]) -> None:
     text = folder / "text" / "train.jsonl"
     body = None
     if not job["is_public"]:
-        cfg = expert_config(job["steps"], job["seed"])
-        cfg = type(cfg)(**{**vars(cfg), "learning_rate": job["learning_rate"]})
+        cfg = expert_config(job["steps"], job["seed"], rows=job["rows"])
+        cfg = dataclasses.replace(cfg, learning_rate=job["learning_rate"])
         record = train_expert(release, folder, [text], cfg)
         (folder / "record.json").write_text(json.dumps(record))
         body = load_expert(release, folder).body
@@ -186,43 +201,39 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
     import jax.numpy as jnp
     from flax import nnx
 
+    from composable.assembly.contribution import SCOUT_RATE, SCOUT_ROWS, expert_config
     from composable.assembly.features import RowOrder, cut_rows
+    from composable.assembly.trunk_cache import plan_reading
     from composable.model.scout import Scout
-    from composable.training.loop import TrainConfig, fit
+    from composable.training.loop import TrainConfig, fit, muon
 
     backbone, interface = release.backbone, release.interface
-    rows_RT = cut_rows(stream, WINDOW, _SCOUT_TOKENS)
+    cfg = expert_config(job["steps"], job["seed"], rows=job["rows"])
+    reading = plan_reading(backbone, cfg, len(stream), SCOUT_ROWS)
+    rows_RT = cut_rows(stream, WINDOW, reading.scout_tokens)
+    rows_RT = rows_RT[: len(rows_RT) // 8 * 8]
     classes_RT = np.asarray(backbone.class_map[...])[rows_RT[:, 1:]]
-    teacher = None if body is None else body.feed_forward(backbone)
+    teacher = backbone.own_feed_forward if body is None else body.feed_forward(backbone)
 
-    def read(tap: int) -> np.ndarray:
-        run = jax.jit(lambda tokens_BT: features_at(backbone, tokens_BT, tap))
-        whole = len(rows_RT) // 8 * 8
-        parts = [np.asarray(run(rows_RT[i : i + 8, :-1])) for i in range(0, whole, 8)]
+    def read(run: Callable[[Any], Any]) -> np.ndarray:
+        step = jax.jit(run)
+        parts = [np.asarray(step(rows_RT[i : i + 8, :-1])) for i in range(0, len(rows_RT), 8)]
         return np.concatenate(parts).astype(np.float16)
 
-    def teach() -> np.ndarray:
-        @jax.jit
-        def run(tokens_BT: jax.Array) -> jax.Array:
-            x_BTD, _ = backbone.trunk(tokens_BT)
-            return jax.nn.softmax(
-                backbone.upper(x_BTD, teacher or backbone.own_feed_forward)[0], axis=-1
-            )
-
-        whole = len(rows_RT) // 8 * 8
-        parts = [np.asarray(run(rows_RT[i : i + 8, :-1])) for i in range(0, whole, 8)]
-        return np.concatenate(parts).astype(np.float16)
+    def teach(tokens_BT: jax.Array) -> jax.Array:
+        x_BTD, _ = backbone.trunk(tokens_BT)
+        return jax.nn.softmax(backbone.upper(x_BTD, teacher)[0], axis=-1)
 
     found: dict[str, np.ndarray] = {}
     features: dict[int, np.ndarray] = {}
-    soft = None
     for name in job["scouts"]:
-        width, tap, is_distilled = SCOUTS[name]
+        variant = SCOUTS[name]
+        tap = backbone.cfg.tap + variant.tap
         if tap not in features:
-            features[tap] = read(tap)
-        if is_distilled and soft is None:
-            soft = teach()
-        scout = Scout(interface.d_model, width, interface.n_classes, rngs=nnx.Rngs(job["seed"]))
+            features[tap] = read(lambda tokens_BT, tap=tap: features_at(backbone, tokens_BT, tap))
+        soft_RTC = read(teach) if variant.is_distilled else None
+        seed = nnx.Rngs(job["seed"])
+        scout = Scout(interface.d_model, variant.width, interface.n_classes, rngs=seed)
         graph, params = nnx.split(scout)
 
         def objective(
@@ -236,18 +247,18 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
             kept = soft_RTC[rows_B].astype(jnp.float32)
             return 0.5 * hard - 0.5 * (kept * log_prob_BTC).sum(-1).mean(), {}
 
-        n_rows = len(features[tap])
         cfg = TrainConfig(
-            steps=job["scout_steps"],
-            batch_size=16,
+            steps=max(1, round(variant.share * reading.scout_steps)),
+            batch_size=SCOUT_ROWS,
             window=WINDOW,
-            learning_rate=4e-3,
+            learning_rate=SCOUT_RATE,
             weight_decay=0.01,
             seed=job["seed"],
             log_every=1000,
         )
-        frozen = (features[tap], classes_RT[:n_rows], soft if is_distilled else None)
-        trained = fit(objective, params, frozen, RowOrder(n_rows, 16, job["seed"]), cfg).trained
+        frozen = (features[tap], classes_RT, soft_RTC)
+        order = RowOrder(len(rows_RT), SCOUT_ROWS, job["seed"])
+        trained = fit(objective, params, frozen, order, cfg, optimizer=muon(cfg)).trained
         scout = nnx.merge(graph, trained)
         for part in ("w_in", "b_in", "w_out", "b_out"):
             found[f"scout_{name}_{part}"] = np.asarray(getattr(scout, part)[...])
@@ -308,7 +319,7 @@ def _fit(objective: Any, start: Any, frozen: Any, stream: np.ndarray, steps: int
     from composable.training.data import batches
     from composable.training.loop import fit, muon
 
-    cfg = expert_config(steps, job["seed"])
+    cfg = expert_config(steps, job["seed"], rows=job["rows"])
     data = batches(stream, window=cfg.window, batch_size=cfg.batch_size, seed=cfg.seed)
     return fit(objective, start, frozen, data, cfg, optimizer=muon(cfg)).trained
 

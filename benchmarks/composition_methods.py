@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -87,6 +87,21 @@ class Rows:
                 windows.append(np.asarray(found))
             batches.append(np.concatenate(windows, axis=1))
         return np.concatenate(batches)[: self.n_documents]
+
+    @cached_property
+    def count_N(self) -> np.ndarray:  # noqa: N802
+        """Targets of every document; for bytes, a target is a byte."""
+        counts_N: np.ndarray = self.mask_NT[: self.n_documents].sum(1)
+        return counts_N
+
+    def total(self, nats_NT: np.ndarray) -> np.ndarray:
+        """Return what every document cost, in nats."""
+        sums_N: np.ndarray = (nats_NT * self.mask_NT[: self.n_documents]).sum(1, dtype=np.float64)
+        return sums_N
+
+    def bits(self, nats_N: np.ndarray) -> float:
+        """Return bits per byte of all documents together."""
+        return float(nats_N.sum() / self.count_N.sum() / np.log(2))
 
 
 def costs(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -341,8 +356,8 @@ class Scouts:
     discount: jax.Array
     rate: jax.Array
     power: jax.Array
+    tap: int = field(metadata={"static": True})
     filter: str = field(default="discount", metadata={"static": True})
-    tap: int = field(default=2, metadata={"static": True})
     k: int = field(default=2, metadata={"static": True})
 
     def route(self, seen: Seen, state: Any, backbone: Backbone) -> Any:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from benchmarks import composition_methods as methods
-from benchmarks.composition_run import PUBLIC, Community, contribute
+from benchmarks.composition_run import PUBLIC, SPLICED, Community, Step, contribute
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.contribution import expert_config
 from composable.assembly.experts import load_expert, make_expert
+from composable.assembly.trunk_cache import trunk_parameters, upper_parameters
 from composable.model.model import Model, Pluggable
 from composable.packaging.manifest import Manifest
 
 
 def neighbours(c: Community) -> None:
     """Fill the cells of mix mode without each expert: what its coming and going changes."""
-    for name in c.names:
+
+    def without(name: str) -> Step:
         rest = [expert for expert in c.plugged if expert.name != name]
-        c.run.cell(
-            c.seed, f"without {name}", lambda rest=rest: methods.shipped(c.plug(rest).parts, "mix")
-        )
+        return methods.shipped(c.plug(rest).parts, "mix")
+
+    c.run.fill(c.seed, {f"without {name}": partial(without, name) for name in c.names})
 
 
 def unequal(c: Community) -> None:
@@ -40,19 +47,24 @@ def unequal(c: Community) -> None:
         "another seed": {"seed": c.seed + 1000},
         "a third of the rate": {"learning_rate": rate / 3},
     }
-    for how, job in weaker.items():
+
+    def train(how: str) -> Pluggable:
+        job = dict(weaker[how])
         documents = job.pop("documents", text)
         other = f"{name}-{how.replace(' ', '-')}"
-        folder = contribute(run, c.seed, other, documents, **job)
-        expert = load_expert(run.release, folder)
-        rest = [expert for expert in c.plugged if expert.name != name]
-        model = c.plug([*rest, expert])
-        slots = model.parts.bank.slots
-        index = model.names.index(other)
-        own = jax.tree.map(lambda w, i=index: w[i].astype(jnp.float32), slots)
-        alone = methods.path(run.release.backbone, own)
-        run.cell(c.seed, f"unequal, own, {how}", lambda alone=alone: alone, [name])
-        run.cell(c.seed, f"unequal, {how}", lambda m=model: methods.shipped(m.parts, "mix"))
+        return load_expert(run.release, contribute(run, c.seed, other, documents, **job))
+
+    def mixed(expert: Pluggable) -> Step:
+        return methods.shipped(c.plug([*c.plugged[1:], expert]).parts, "mix")
+
+    def alone(expert: Pluggable) -> Step:
+        model = c.plug([expert])
+        own = jax.tree.map(lambda w: w[1].astype(jnp.float32), model.parts.bank.slots)
+        return methods.path(run.release.backbone, own)
+
+    experts = dict(zip(weaker, run.map([partial(train, how) for how in weaker]), strict=True))
+    run.fill(c.seed, {f"unequal, {k}": partial(mixed, e) for k, e in experts.items()})
+    run.fill(c.seed, {f"unequal, own, {k}": partial(alone, e) for k, e in experts.items()}, [name])
 
 
 def hostile_experts(c: Community) -> dict[str, Pluggable]:
@@ -97,51 +109,154 @@ def load_untrained(release: BackboneRelease, folder: Path) -> Any:
 
 def hostile(c: Community) -> None:
     """Fill the cells of both modes with each guest plugged in."""
-    for name, guest in hostile_experts(c).items():
+    guests = hostile_experts(c)
+
+    def step(guest: Pluggable, mode: str, is_traced: bool = False) -> Step:
         model = c.plug([*c.plugged, guest])
-        for mode in ("mix", "safe"):
-            c.run.cell(
-                c.seed,
-                f"hostile, {mode}, {name}",
-                lambda m=model, mode=mode: methods.shipped(m.parts, mode),
-            )
-        c.run.cell(
-            c.seed,
-            f"hostile, weights, {name}",
-            lambda m=model: methods.shipped(m.parts, "mix", is_traced=True),
-            [PUBLIC],
-        )
+        return methods.shipped(model.parts, mode, is_traced=is_traced)
+
+    texts = [*c.names, PUBLIC]
+    for mode in ("mix", "safe"):
+        cells = {f"hostile, {mode}, {k}": partial(step, g, mode) for k, g in guests.items()}
+        c.run.fill(c.seed, cells, texts)
+    traced = {f"hostile, weights, {k}": partial(step, g, "mix", True) for k, g in guests.items()}
+    c.run.fill(c.seed, traced, [PUBLIC])
+
+
+def adversarial(c: Community) -> None:
+    """Try safe mode's bound on random inputs, with three hostile guests plugged in.
+
+    A third of the inputs are random bytes; a third change text every 1 to 16 bytes, drawn from all
+    domains and the novel text; a third go back and forth between two stretches of such texts, of 8
+    to 32 bytes. What is kept is, for every input, by how many nats safe mode cost more than the
+    backbone alone, and what the bound allows.
+    """
+    run, n = c.run, c.run.preset.adversarial
+    path = run.folder / f"seed-{c.seed}" / "adversarial.npz"
+    if path.exists():
+        return
+    start = time.perf_counter()
+    guests = [
+        dataclasses.replace(guest, name=f"guest-{i}", key=99 + i)
+        for i, (name, guest) in enumerate(hostile_experts(c).items())
+        if name in _TRIED
+    ]
+    parts = c.plug([*c.plugged, *guests]).parts
+    safe = methods.shipped(parts, "safe")
+    backbone = methods.path(run.release.backbone, methods.entry(c.stack, 0))
+    tokens_NT = _adversarial_inputs(c, n)
+    costs = [
+        [np.asarray(step(rows[:, :-1], rows[:, 1:], None)[0], np.float64).sum(1) for rows in parts_]
+        for step in (safe, backbone)
+        for parts_ in [np.array_split(tokens_NT, max(1, n // _INPUT_ROWS))]
+    ]
+    excess_N = np.concatenate(costs[0]) - np.concatenate(costs[1])
+    prior, rate = parts.interface.backbone_prior, parts.interface.switch_rate
+    n_targets = tokens_NT.shape[1] - 1
+    bound = -np.log(prior) - n_targets * np.log1p(-rate * (1 - prior))
+    np.savez(path, excess_N=excess_N, bound=bound, n_targets=n_targets)
+    run.note_seconds(f"seed-{c.seed}/adversarial", time.perf_counter() - start)
+    run.say(f"seed {c.seed} adversarial: at most {excess_N.max():.5f} nats of {bound:.5f}")
+
+
+_TRIED: Final = (
+    "overconfident scout, harmful body",
+    "copy of a neighbour's scout, harmful body",
+    "copy of the backbone's scout, harmful body",
+)
+_INPUT_TOKENS: Final = 128
+_INPUT_ROWS: Final = 50
+
+
+def _adversarial_inputs(c: Community, n: int) -> np.ndarray:
+    """Return inputs of 128 bytes and the begin token, shape NT."""
+    rng = np.random.default_rng(11)
+    texts = [d.text.encode()[:4096] for docs in c.run.heldout.values() for d in docs]
+    texts += [d.text.encode()[:4096] for d in c.run.text(c.run.preset.novel, "heldout")]
+
+    def stretch(length: int) -> bytes:
+        text = texts[rng.integers(len(texts))]
+        start = int(rng.integers(max(1, len(text) - length)))
+        return text[start : start + length]
+
+    def make(kind: int) -> bytes:
+        if kind == 0:
+            return rng.integers(1, 256, _INPUT_TOKENS, dtype=np.uint8).tobytes()
+        if kind == 1:
+            return b"".join(stretch(int(rng.integers(1, 17))) for _ in range(_INPUT_TOKENS))
+        pair = [stretch(int(rng.integers(8, 33))) for _ in range(2)]
+        return b"".join(pair * _INPUT_TOKENS)
+
+    encode = c.run.release.tokenizer.encode
+    rows = [np.asarray(encode(make(i % 3)[:_INPUT_TOKENS])) for i in range(n)]
+    return np.stack(rows).astype(np.int32)
 
 
 def growth(c: Community) -> None:
     """Fill the cells of communities of growing size: parts of domains, rivals and near-copies."""
-    run, sizes = c.run, c.run.preset.growth
+    run, sizes, n_names = c.run, c.run.preset.growth, len(c.names)
     if not sizes:
         return
-    parts = max(sizes) // len(c.names)
-    small: list[list[Pluggable]] = []
-    for part in range(parts):
-        row = []
-        for name in c.names:
-            documents = run.text(name, "train")[part::parts]
-            folder = contribute(
-                run, c.seed, f"{name}-part-{part}", documents, steps=run.preset.steps // 2
-            )
-            row.append(load_expert(run.release, folder))
-        small.append(row)
-    ordered = [expert for row in small for expert in row]
-    for size in sizes:
-        model = Model(
-            run.release.backbone,
-            run.release.interface,
-            ordered[:size],
-            tokenizer=run.release.tokenizer,
+    n_parts = -(-max(sizes) // n_names)
+
+    def train(index: int) -> Pluggable:
+        part, name = index // n_names, c.names[index % n_names]
+        documents = run.text(name, "train")[part::n_parts]
+        steps = run.preset.steps // 2
+        folder = contribute(run, c.seed, f"{name}-part-{part}", documents, steps=steps)
+        return load_expert(run.release, folder)
+
+    experts = run.map([partial(train, index) for index in range(max(sizes))])
+
+    def model(size: int) -> Model:
+        release = run.release
+        return Model(
+            release.backbone, release.interface, experts[:size], tokenizer=release.tokenizer
         )
-        run.cell(c.seed, f"growth {size}", lambda m=model: methods.shipped(m.parts, "mix"))
-        run.cell(
-            c.seed,
-            f"growth {size}, paths",
-            lambda m=model, n=size: methods.all_paths(
-                run.release.backbone, methods.stack_of(m.parts, n + 1)
-            ),
+
+    def paths(size: int) -> Step:
+        return methods.all_paths(
+            run.release.backbone, methods.stack_of(model(size).parts, size + 1)
         )
+
+    texts = [*c.names, PUBLIC, SPLICED]
+    mixed = {
+        f"growth {size}": lambda size=size: methods.shipped(model(size).parts, "mix")
+        for size in sizes
+    }
+    run.fill(c.seed, mixed, texts)
+    run.fill(c.seed, {f"growth {n}, paths": partial(paths, n) for n in sizes}, c.names)
+    costs = run.folder / f"seed-{c.seed}" / "growth.json"
+    if not costs.exists():
+        rows = run.rows[SPLICED].tokens_NT[: methods.BATCH, : methods.WINDOW + 1]
+        found = {str(size): _cost(model(size), rows) for size in sizes}
+        costs.write_text(json.dumps(found))
+
+
+def _cost(model: Model, tokens_BT: np.ndarray) -> dict[str, float]:
+    """Return what a token costs in mix mode: FLOPs as a share of the backbone's, speed, bytes."""
+    parts = model.parts
+    backbone, bank, interface = parts.backbone, parts.bank, parts.interface
+    cfg = backbone.cfg
+    block = 3 * cfg.d_model * cfg.d_ff
+    alone = trunk_parameters(backbone) + upper_parameters(backbone)
+    scout = sum(int(np.prod(x.shape[1:])) for x in bank.scouts)
+    more = len(cfg.slots) * (interface.top_k - 1) * block
+    n_scouts = len(model.experts) + 1
+    step = methods.shipped(parts, "mix")
+    inputs = tokens_BT[:, :-1], tokens_BT[:, 1:], None
+    jax.block_until_ready(step(*inputs)[0])
+    start = time.perf_counter()
+    for _ in range(_TIMED):
+        jax.block_until_ready(step(*inputs)[0])
+    seconds = (time.perf_counter() - start) / _TIMED
+    held = sum(x.nbytes for x in jax.tree.leaves((bank.slots, bank.scouts)))
+    return {
+        "flops_of_backbone": round((alone + more + n_scouts * scout) / alone, 4),
+        "router_share": round(n_scouts * scout / (alone + more + n_scouts * scout), 4),
+        "tokens_per_second": round(inputs[0].size / seconds),
+        "megabytes": round(held / 1e6, 1),
+    }
+
+
+_TIMED: Final = 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import time
@@ -39,27 +40,33 @@ _DRAWS: Final = 2000
 Nats = Mapping[str, np.ndarray]
 
 
-def derived(load: Callable[[str], Nats]) -> dict[str, Nats]:
+def derived(run: Run, load: Callable[[str], Nats]) -> dict[str, Nats]:
     """Return the methods that are arithmetic on every path's costs."""
     paths = load("paths")
     n = next(iter(paths.values())).shape[-1]
-    even_E, found = np.full(n, 1 / n), {}
-    for discount in (1.0, 0.98, 0.95, 0.9):
-        found[f"btm posterior, discount {discount}"] = {
-            g: methods.ensemble(c, methods.posterior(c, discount, even_E)) for g, c in paths.items()
-        }
-    found["demix updating prior"] = {
-        g: methods.ensemble(c, methods.demix_updating(c)) for g, c in paths.items()
+    even_E = np.full(n, 1 / n)
+
+    def total(cost: Callable[[str, np.ndarray], np.ndarray]) -> Nats:
+        return {g: run.rows[g].total(cost(g, c)) for g, c in paths.items()}
+
+    found = {
+        f"btm posterior, discount {d}": total(
+            lambda _, c, d=d: methods.ensemble(c, methods.posterior(c, d, even_E))
+        )
+        for d in (1.0, 0.98, 0.95, 0.9, 0.85)
     }
-    found["btm uniform"] = {
-        g: methods.ensemble(c, np.log(np.broadcast_to(even_E, c.shape))) for g, c in paths.items()
-    }
+    found["demix updating prior"] = total(
+        lambda _, c: methods.ensemble(c, methods.demix_updating(c))
+    )
+    found["btm uniform"] = total(
+        lambda _, c: methods.ensemble(c, np.log(np.broadcast_to(even_E, c.shape)))
+    )
     for name in ("0.01", "0.1"):
         weight = load(f"c-btm weights {name}")
-        found[f"c-btm temperature {name}"] = {
-            g: methods.ensemble(c, np.log(np.maximum(weight[g], 1e-30))) for g, c in paths.items()
-        }
-    found["best path per token (not causal)"] = {g: c.min(-1) for g, c in paths.items()}
+        found[f"c-btm temperature {name}"] = total(
+            lambda g, c, w=weight: methods.ensemble(c, np.log(np.maximum(w[g], 1e-30)))
+        )
+    found["best path per token (not causal)"] = total(lambda _, c: c.min(-1))
     return found
 
 
@@ -74,7 +81,7 @@ def oracle(run: Run, names: Sequence[str], paths: Nats) -> Nats:
             # Target t is byte t of the text: the begin token comes before the first.
             here = slice(segment.start, min(segment.end, spliced.shape[1]))
             spliced[i, here] = paths["spliced"][i, here, index]
-    return {**found, "spliced": spliced}
+    return {g: run.rows[g].total(x) for g, x in {**found, "spliced": spliced}.items()}
 
 
 class Table:
@@ -88,9 +95,16 @@ class Table:
         """Add what a method cost on one seed."""
         self.nats.setdefault(method, []).append(nats)
 
-    def bits(self, method: str, group: str) -> float | None:
-        """Return the mean over seeds, or None where the method has no such column."""
-        values = [self._bits(group, nats[group]) for nats in self.nats[method] if group in nats]
+    def bits(self, method: str, group: str, n_seeds: int | None = None) -> float | None:
+        """Return the mean over seeds, or None where the method has no such column.
+
+        Args:
+            method: The method.
+            group: The column.
+            n_seeds: How many seeds, from the first; by default all that were scored.
+        """
+        some = self.nats[method][:n_seeds]
+        values = [self.rows[group].bits(x[group]) for x in some if group in x]
         return float(np.mean(values)) if values else None
 
     def mean(self, method: str) -> float:
@@ -102,7 +116,8 @@ class Table:
         names = self.domains if name is None else [name]
         shares = []
         for domain in names:
-            base, own = self.bits("backbone", domain), self.bits("oracle", domain)
+            n = len(self.nats[method])
+            base, own = self.bits("backbone", domain, n), self.bits("oracle", domain, n)
             found = self.bits(method, domain)
             assert base is not None and own is not None and found is not None
             shares.append((base - found) / (base - own))
@@ -116,13 +131,16 @@ class Table:
             statistic: From bits per byte of backbone, oracle and method by domain to a number.
         """
         rng = np.random.default_rng(0)
+        # What was scored on the first seeds only is held against those.
+        n = len(self.nats[method])
         sums = {m: self._sums(m) for m in ("backbone", "oracle", method)}
+        sums = {m: {g: x_SN[:n] for g, x_SN in by_group.items()} for m, by_group in sums.items()}
         draws = []
         for _ in range(_DRAWS):
-            seeds = rng.integers(len(self.nats[method]), size=len(self.nats[method]))
+            seeds = rng.integers(n, size=n)
             bits: dict[str, dict[str, float]] = {m: {} for m in sums}
             for group in self.domains:
-                count_N = self.rows[group].mask_NT[: self.rows[group].n_documents].sum(1)
+                count_N = self.rows[group].count_N
                 picked = rng.integers(len(count_N), size=len(count_N))
                 for m, by_group in sums.items():
                     total = by_group[group][seeds][:, picked].sum()
@@ -131,19 +149,7 @@ class Table:
         return [round(float(x), 5) for x in np.quantile(draws, (0.025, 0.975))]
 
     def _sums(self, method: str) -> dict[str, np.ndarray]:
-        return {
-            group: np.stack(
-                [
-                    (nats[group] * self.rows[group].mask_NT[: len(nats[group])]).sum(1)
-                    for nats in self.nats[method]
-                ]
-            )
-            for group in self.domains
-        }
-
-    def _bits(self, group: str, nats_NT: np.ndarray) -> float:
-        mask_NT = self.rows[group].mask_NT[: len(nats_NT)]
-        return float((nats_NT * mask_NT).sum() / mask_NT.sum() / np.log(2))
+        return {g: np.stack([x[g] for x in self.nats[method]]) for g in self.domains}
 
 
 def mean_recovery(
@@ -173,6 +179,7 @@ def summarise(table: Table) -> dict[str, Any]:
         found[family] = {
             "isolated": family not in JOINT,
             "setting": name,
+            "seeds": len(table.nats[name]),
             "domains": row,
             "mean": round(table.mean(name), 5),
             "public": _rounded(table.bits(name, "public")),
@@ -257,7 +264,7 @@ def report(run: Run) -> dict[str, Any]:
         for name in run.cells(seed):
             if not name.startswith(_PARTS):
                 table.add(name, load(name))
-        for name, nats in derived(load).items():
+        for name, nats in derived(run, load).items():
             table.add(name, nats)
     first = Table(run.rows, domains)
     for name in ("oracle", "backbone", "mix", "safe"):
@@ -277,6 +284,7 @@ def report(run: Run) -> dict[str, Any]:
         "neighbours": neighbours(first),
         "switching": switching(run),
         "hostile": hostile(first, run),
+        "adversarial": adversarial(run),
         "unequal": unequal(first),
         "growth": growth(run, first),
     }
@@ -356,6 +364,22 @@ def hostile(table: Table, run: Run) -> dict[str, Any]:
     return found
 
 
+def adversarial(run: Run) -> dict[str, Any]:
+    """Return how often safe mode cost more than its bound, and how near it came."""
+    path = run.folder / f"seed-{run.preset.seeds[0]}" / "adversarial.npz"
+    if not path.exists():
+        return {}
+    with np.load(path) as file:
+        excess_N, bound = file["excess_N"], float(file["bound"])
+    return {
+        "inputs": len(excess_N),
+        "beyond_bound": int((excess_N > bound + 1e-3).sum()),  # float32 sums over 128 targets
+        "worst_nats": round(float(excess_N.max()), 6),
+        "bound_nats": round(bound, 6),
+        "better_than_backbone": round(float((excess_N < 0).mean()), 4),
+    }
+
+
 def _change(table: Table, name: str, base: str, group: str) -> float:
     after, before = table.bits(name, group), table.bits(base, group)
     assert after is not None and before is not None
@@ -386,21 +410,28 @@ def unequal(table: Table) -> dict[str, Any]:
 def growth(run: Run, table: Table) -> dict[str, Any]:
     """Return quality by size; recovery is of the gap to the domain's best path at that size."""
     found = {}
+    seed = run.preset.seeds[0]
+    costs_file = run.folder / f"seed-{seed}" / "growth.json"
+    costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     for size in run.preset.growth:
-        if f"growth {size}, paths" not in run.cells(run.preset.seeds[0]):
+        if f"growth {size}, paths" not in run.cells(seed):
             continue
-        mixed = run.load(run.preset.seeds[0], f"growth {size}")
-        paths = run.load(run.preset.seeds[0], f"growth {size}, paths")
-        shares, bits = [], {}
-        for group in (*table.domains, "public", "spliced"):
-            bits[group] = round(run.bits(group, mixed[group]), 5)
-            if group in table.domains:
-                by_path = [
-                    run.bits(group, paths[group][..., e]) for e in range(paths[group].shape[-1])
-                ]
-                if by_path[0] - min(by_path) > 0.1:  # somebody here knows this domain
-                    shares.append((by_path[0] - bits[group]) / (by_path[0] - min(by_path)))
-        found[str(size)] = {"recovery": round(float(np.mean(shares)), 5), "bits": bits}
+        mixed, paths = run.load(seed, f"growth {size}"), run.load(seed, f"growth {size}, paths")
+        bits = {g: round(run.rows[g].bits(mixed[g]), 5) for g in mixed}
+        shares = []
+        for group in table.domains:
+            rows = run.rows[group]
+            by_path = [
+                rows.bits(rows.total(cost_NT)) for cost_NT in paths[group].transpose(2, 0, 1)
+            ]
+            if by_path[0] - min(by_path) > 0.1:  # somebody here knows this domain
+                shares.append((by_path[0] - bits[group]) / (by_path[0] - min(by_path)))
+        found[str(size)] = {
+            "recovery": round(float(np.mean(shares)), 5),
+            "domains_known": len(shares),
+            "bits": bits,
+            **costs.get(str(size), {}),
+        }
     return found
 
 
@@ -459,10 +490,35 @@ def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
             ],
         ),
         "growth": _table(
-            ("experts", "recovery", *domains, "public", "spliced"),
+            (
+                *("experts", "domains known", "recovery", "public", "spliced"),
+                *("FLOPs of the backbone's", "router's share", "tokens/s", "MB"),
+            ),
             [
-                (k, f"{v['recovery']:.1%}", *_three(*v["bits"].values()))
+                (
+                    *(k, str(v["domains_known"]), f"{v['recovery']:.1%}"),
+                    *_three(v["bits"]["public"], v["bits"]["spliced"]),
+                    *(f"{v['flops_of_backbone']:.2f}", f"{v['router_share']:.1%}"),
+                    *(f"{v['tokens_per_second']:,}", f"{v['megabytes']:,.0f}"),
+                )
                 for k, v in result["growth"].items()
+            ],
+        ),
+        "adversarial": _table(
+            (
+                "inputs",
+                "beyond the bound",
+                "worst, nats",
+                "bound, nats",
+                "better than the backbone",
+            ),
+            [
+                (
+                    *(f"{v['inputs']:,}", str(v["beyond_bound"]), f"{v['worst_nats']:.5f}"),
+                    *(f"{v['bound_nats']:.5f}", f"{v['better_than_backbone']:.1%}"),
+                )
+                for v in [result["adversarial"]]
+                if v
             ],
         ),
     }

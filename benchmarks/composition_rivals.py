@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -17,13 +16,11 @@ from flax import nnx
 
 from benchmarks import composition_methods as methods
 from benchmarks.composition_contributor import SCOUTS
-from benchmarks.composition_run import Community
+from benchmarks.composition_run import PUBLIC_TEXT, Community, Make, Step
 from composable.assembly.contribution import expert_config
 from composable.model.body import MATRICES
 from composable.training.data import batches, token_stream
 from composable.training.loop import fit, muon
-
-Make = Callable[[], Callable[..., Any]]
 
 
 def isolated_methods(community: Community) -> dict[str, Make]:
@@ -153,6 +150,17 @@ def cluster_gate(c: Community, temperature: float) -> methods.Quadratic:
 CLUSTER_TEMPERATURES: Final = (0.01, 0.1)
 
 
+def path_methods(community: Community) -> dict[str, Make]:
+    """Return what methods that mix probabilities of whole paths need, as cells of shape NTE."""
+    c, backbone = community, community.run.release.backbone
+    made: dict[str, Make] = {"paths": lambda: methods.all_paths(backbone, c.stack)}
+    for temperature in CLUSTER_TEMPERATURES:
+        made[f"c-btm weights {temperature}"] = lambda temperature=temperature: methods.weights(
+            backbone, cluster_gate(c, temperature), len(c.names) + 1
+        )
+    return made
+
+
 def router_ablations(community: Community) -> dict[str, Make]:
     """Return the router with one thing changed at a time."""
     c = community
@@ -167,6 +175,7 @@ def router_ablations(community: Community) -> dict[str, Make]:
         discount=number(interface.discount),
         rate=number(interface.mix_switch_rate),
         power=number(interface.mix_power),
+        tap=c.run.release.backbone.cfg.tap,
         filter="switch",
     )
     records = {"filter": "discount", "prior": number(interface.backbone_prior)}
@@ -192,7 +201,8 @@ def router_ablations(community: Community) -> dict[str, Make]:
                 "discount": number(discount),
             }
         changes["track records, prior 0.5"] = {**records, "prior": number(0.5)}
-        for name, (_, tap, _) in SCOUTS.items():
+        for name, variant in SCOUTS.items():
+            tap = c.run.release.backbone.cfg.tap + variant.tap
             changes[f"scouts {name}"] = {"scouts": c.variant_scouts(name), "tap": tap}
     backbone = c.run.release.backbone
     return {
@@ -206,7 +216,12 @@ def router_ablations(community: Community) -> dict[str, Make]:
 # ---- references that break the rules -----------------------------------------------------------
 
 
-def train_btx(community: Community) -> Make:
+def joint_methods(community: Community) -> dict[str, Make]:
+    """Return what is trained on everybody's text, as cells that score every target."""
+    return {"btx": lambda: train_btx(community), "dense": lambda: train_dense(community)}
+
+
+def train_btx(community: Community) -> Step:
     """Return BTX: experts and a learned router trained together on everybody's text.
 
     References:
@@ -244,10 +259,10 @@ def train_btx(community: Community) -> Make:
     # As many tokens as half of all contributors' training together, on top of it.
     steps = c.run.preset.steps * len(c.names) // 2
     trained = _train_jointly(c, "btx", objective, start, backbone, steps)
-    return lambda: methods.whole(lambda tokens_BT: mixed(trained, backbone, tokens_BT)[0])
+    return methods.whole(lambda tokens_BT: mixed(trained, backbone, tokens_BT)[0])
 
 
-def train_dense(community: Community) -> Make:
+def train_dense(community: Community) -> Step:
     """Return one dense model: all weights, everybody's text, as many tokens as all experts."""
     c = community
     parts: Any = nnx.split(c.run.release.backbone, nnx.Param, ...)
@@ -259,7 +274,7 @@ def train_dense(community: Community) -> Make:
 
     steps = c.run.preset.steps * len(c.names)
     trained = _train_jointly(c, "dense", objective, params, rest, steps)
-    return lambda: methods.whole(nnx.merge(graph, trained, rest))
+    return methods.whole(nnx.merge(graph, trained, rest))
 
 
 def _train_jointly(
@@ -272,10 +287,10 @@ def _train_jointly(
         c.run.say(f"seed {c.seed}: training {name}, {steps} steps")
         began = time.perf_counter()
         preset, tokenizer = c.run.preset, c.run.release.tokenizer
-        texts = [c.run.text(x, "train") for x in (*preset.domains, preset.backbone)]
+        texts = [c.run.text(x, "train") for x in (*preset.domains, PUBLIC_TEXT)]
         streams = [token_stream(documents, tokenizer) for documents in texts]
         shortest = min(map(len, streams))
-        cfg = expert_config(steps, c.seed)
+        cfg = expert_config(steps, c.seed, rows=preset.rows)
         stream = np.concatenate([stream[:shortest] for stream in streams])
         data = batches(stream, window=cfg.window, batch_size=cfg.batch_size, seed=cfg.seed)
         trained = fit(objective, start, frozen, data, cfg, optimizer=muon(cfg)).trained

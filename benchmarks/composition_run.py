@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,11 @@ from benchmarks.composition_methods import Rows
 from composable.assembly.backbones import BackboneRelease, load_backbone
 from composable.assembly.contribution import expert_config
 from composable.assembly.experts import load_expert
+from composable.assembly.pretraining import PLANS, pack, pretrain
 from composable.interface.contract import RouterInterface
 from composable.model.bank import Bank
 from composable.model.model import Model, Pluggable
+from composable.packaging.manifest import BACKBONE_FILE
 from composable.training.documents import (
     Document,
     Spliced,
@@ -37,12 +41,21 @@ from composable.training.documents import (
 )
 from composable.training.recipe import load_recipe, make_texts, shipped_folder
 
+# Several processes share an accelerator: none takes all of its memory at the start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 PUBLIC: Final = "public"
 NOVEL: Final = "novel"
 SPLICED: Final = "spliced"
+# The recipe of the public text.
+PUBLIC_TEXT: Final = "tiny-bytes"
 # Spliced texts: four stretches, of so many bytes each.
 SEGMENT_BYTES: Final = (192, 256)
 WINDOWS: Final = 2
+
+Step = Callable[..., Any]
+Make = Callable[[], Step]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +63,18 @@ class Preset:
     """How large a run is.
 
     Args:
-        backbone: Name of a shipped backbone, or of an entry of `BACKBONES`, which is trained first.
+        backbone: Name of a backbone; one that is not shipped is trained first.
         domains: Texts of first-party recipes, one contributor each.
         novel: A text that nobody trains on.
         seeds: Seeds of everything random in training.
         steps: Steps of every expert.
-        scout_steps: Steps of the further scouts.
+        rows: Rows of 256 tokens in each of them.
         documents: Held-out documents scored per domain.
         growth: Sizes of the growing community; none leaves the question out.
+        adversarial: Inputs on which the bound of safe mode is tried.
         is_full: Whether rivals and router are tried with many settings, and scouts of other kinds
             are trained, on the first seed.
+        workers: Contributors, or cells, that are worked on at a time.
     """
 
     backbone: str
@@ -67,59 +82,89 @@ class Preset:
     novel: str
     seeds: tuple[int, ...]
     steps: int
-    scout_steps: int
+    rows: int
     documents: int
     growth: tuple[int, ...]
+    adversarial: int
     is_full: bool
+    workers: int = 1
 
 
 class Run:
     """One run: its folder, its texts, and the cells done so far."""
 
     def __init__(self, name: str, preset: Preset, folder: Path) -> None:
-        self.name, self.preset, self.folder = name, preset, folder
+        self.name, self.preset, self.folder = name, preset, folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         note = folder / "preset.json"
         text = json.dumps({**dataclasses.asdict(preset), "seeds": "each has a folder"})
         if note.exists() and note.read_text() != text:
             sys.exit(f"{folder} holds a run of another preset; give another --run, or remove it")
         note.write_text(text)
-        self.cache = folder / "compiled"
+        self.cache = self.folder / "compiled"
         self.cache.mkdir(exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(self.cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-        self.release: BackboneRelease = load_backbone(preset.backbone)
+        self._lock = threading.Lock()
         self.seconds: dict[str, float] = {}
         if (done := folder / "seconds.json").exists():
             self.seconds = json.loads(done.read_text())
+        self.release: BackboneRelease = load_backbone(self._find_backbone())
 
     def note_seconds(self, name: str, seconds: float) -> None:
         """Remember how long something took."""
-        self.seconds[name] = round(seconds, 1)
-        (self.folder / "seconds.json").write_text(json.dumps(self.seconds))
+        with self._lock:
+            self.seconds[name] = round(seconds, 1)
+            (self.folder / "seconds.json").write_text(json.dumps(self.seconds))
 
     def say(self, text: str) -> None:
         """Tell the user."""
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
+    def map(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Return what every call returns; as many at a time as the preset says."""
+        with ThreadPoolExecutor(self.preset.workers) as pool:
+            futures = [pool.submit(call) for call in calls]
+            return [future.result() for future in futures]
+
     def text(self, name: str, part: str) -> list[Document]:
         """Return a text of a first-party recipe: shipped, or made from the recipe."""
-        folder = shipped_folder(name)
-        shipped = folder / "text" / f"{part}.jsonl"
-        if shipped.exists():
-            return read_documents([shipped])
+        shipped = shipped_folder(name) / "text" / f"{part}.jsonl"
+        return read_documents([shipped if shipped.exists() else self._make(name, part)])
+
+    def _make(self, name: str, part: str) -> Path:
         made = self.folder / "text" / name
         if not (made / f"{part}.jsonl").exists():
             self.say(f"making the text of {name}")
             made.mkdir(parents=True, exist_ok=True)
-            make_texts(load_recipe(folder), made)
-        return read_documents([made / f"{part}.jsonl"])
+            make_texts(load_recipe(shipped_folder(name)), made)
+        return made / f"{part}.jsonl"
+
+    def _find_backbone(self) -> str:
+        """Return the backbone's name, or the folder of one that is trained for this run."""
+        name, folder = self.preset.backbone, self.folder / "backbone"
+        if name == PUBLIC_TEXT:
+            return name
+        if not (folder / BACKBONE_FILE).exists():
+            plan, start = PLANS[name], time.perf_counter()
+            texts = [read_documents([self._make(PUBLIC_TEXT, x)]) for x in ("train", "heldout")]
+            self.say(f"training {name}, {plan.training.steps} steps")
+
+            def show(step: int, steps: int, row: Mapping[str, float]) -> None:
+                if step % 250 == 0:
+                    self.say(f"{name}: step {step}, {row['bits_per_token']:.3f} bits per byte")
+
+            backbone = pretrain(plan, texts[0], self.folder / "pretraining", progress=show)
+            package = load_recipe(shipped_folder(PUBLIC_TEXT)).source.package
+            pack(plan, backbone, texts[1], package, folder)
+            self.note_seconds(f"train {name}", time.perf_counter() - start)
+        return str(folder)
 
     @cached_property
     def heldout(self) -> dict[str, list[Document]]:
         """Held-out documents by domain; the public ones last."""
         found = {name: self.text(name, "heldout") for name in self.preset.domains}
-        return {**found, PUBLIC: self.text(self.preset.backbone, "heldout")}
+        return {**found, PUBLIC: self.text(PUBLIC_TEXT, "heldout")}
 
     @cached_property
     def spliced(self) -> list[Spliced]:
@@ -137,44 +182,48 @@ class Run:
         texts[NOVEL] = [document.text.encode() for document in novel]
         return {name: Rows.of(documents, encode, WINDOWS) for name, documents in texts.items()}
 
-    def cell(
-        self,
-        seed: int,
-        name: str,
-        make: Callable[[], Callable[..., Any]],
-        groups: Sequence[str] | None = None,
-    ) -> dict[str, np.ndarray]:
-        """Return what a step gives for every group; computed once, then read."""
-        path = self.folder / f"seed-{seed}" / "cells" / f"{name}.npz"
-        if not path.exists():
-            start = time.perf_counter()
-            step = make()
-            wanted = self.rows if groups is None else {g: self.rows[g] for g in groups}
-            found = {group: rows.run(step) for group, rows in wanted.items()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part.npz")
-            np.savez(part, **{g: x.astype(np.float32) for g, x in found.items()})
-            part.rename(path)
-            self.note_seconds(f"seed-{seed}/{name}", time.perf_counter() - start)
-            if found[next(iter(found))].ndim == 2:
-                bits = {g: round(self.bits(g, x), 3) for g, x in found.items()}
-                self.say(f"seed {seed} {name}: {bits}")
-        return self.load(seed, name)
+    def fill(self, seed: int, cells: Mapping[str, Make], groups: Sequence[str] = ()) -> None:
+        """Fill the cells that are not there yet.
+
+        A cell holds what a step gives for every group: of costs their sums over each document, in
+        nats, shape N; of anything else all of it, in half precision, shape NTE.
+
+        Args:
+            seed: Whose folder they go to.
+            cells: What makes each cell's step.
+            groups: Groups of `rows`; by default all.
+        """
+        missing = [name for name in cells if not self._path(seed, name).exists()]
+        self.map([partial(self._fill, seed, name, cells[name], groups) for name in missing])
+
+    def _fill(self, seed: int, name: str, make: Make, groups: Sequence[str]) -> None:
+        start, path = time.perf_counter(), self._path(seed, name)
+        step, found = make(), {}
+        for group in groups or self.rows:
+            value = self.rows[group].run(step)
+            is_cost = value.ndim == 2
+            found[group] = self.rows[group].total(value) if is_cost else value.astype(np.float16)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part.npz")
+        np.savez(part, **found)  # type: ignore[arg-type]
+        part.rename(path)
+        self.note_seconds(f"seed-{seed}/{name}", time.perf_counter() - start)
+        if found[next(iter(found))].ndim == 1:
+            bits = {g: round(self.rows[g].bits(x), 3) for g, x in found.items()}
+            self.say(f"seed {seed} {name}: {bits}")
+
+    def _path(self, seed: int, name: str) -> Path:
+        return self.folder / f"seed-{seed}" / "cells" / f"{name}.npz"
 
     def load(self, seed: int, name: str) -> dict[str, np.ndarray]:
         """Return a cell that is there."""
-        with np.load(self.folder / f"seed-{seed}" / "cells" / f"{name}.npz") as file:
-            return dict(file)
+        with np.load(self._path(seed, name)) as file:
+            return {group: file[group].astype(np.float64) for group in file}
 
     def cells(self, seed: int) -> list[str]:
         """Return the names of the cells that are there, oldest first."""
         files = (self.folder / f"seed-{seed}" / "cells").glob("*.npz")
         return [p.stem for p in sorted(files, key=lambda p: p.stat().st_mtime_ns)]
-
-    def bits(self, group: str, nats_NT: np.ndarray) -> float:
-        """Return bits per byte; for bytes, a target is a byte."""
-        mask_NT = self.rows[group].mask_NT[: len(nats_NT)]
-        return float((nats_NT * mask_NT).sum() / mask_NT.sum() / np.log(2))
 
 
 _MANIFEST: Final = """[expert]
@@ -227,11 +276,11 @@ def contribute(
     full = {
         "is_public": False,
         "steps": run.preset.steps,
+        "rows": run.preset.rows,
         "seed": seed,
         "learning_rate": expert_config(1).learning_rate,
         "extras": list(extras),
         "scouts": list(SCOUTS),
-        "scout_steps": run.preset.scout_steps,
         **job,
     }
     (folder / "job.json").write_text(json.dumps(full))
@@ -239,9 +288,7 @@ def contribute(
     start = time.perf_counter()
     module = "benchmarks.composition_contributor"
     command = [sys.executable, "-m", module, folder, run.release.folder, run.cache]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, env=dict(os.environ)
-    )
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"contributor {name} failed:\n{done.stderr}")
     run.note_seconds(f"seed-{seed}/contributor {name}", time.perf_counter() - start)
@@ -260,16 +307,21 @@ class Community:
     def __init__(self, run: Run, seed: int) -> None:
         self.run, self.seed = run, seed
         preset, release = run.preset, run.release
-        self.is_full = preset.is_full and seed == preset.seeds[0]
+        self.is_first = seed == preset.seeds[0]
+        self.is_full = preset.is_full and self.is_first
         asked = ["pooled", "unigram", "phatgoose", "flex"] + ["scouts"] * self.is_full
-        self.folders = {
-            name: contribute(run, seed, name, run.text(name, "train"), extras=asked)
+        public = [part for part in asked if part in ("pooled", "unigram", "scouts")]
+        jobs = {
+            name: partial(contribute, run, seed, name, run.text(name, "train"), extras=asked)
             for name in preset.domains
         }
-        public = [part for part in asked if part in ("pooled", "unigram", "scouts")]
-        self.public = contribute(
-            run, seed, PUBLIC, run.text(preset.backbone, "train"), extras=public, is_public=True
+        jobs[PUBLIC] = partial(
+            *(contribute, run, seed, PUBLIC, run.text(PUBLIC_TEXT, "train")),
+            extras=public,
+            is_public=True,
         )
+        self.folders = dict(zip(jobs, run.map(list(jobs.values())), strict=True))
+        self.public = self.folders.pop(PUBLIC)
         self.plugged = [load_expert(release, folder) for folder in self.folders.values()]
         self.names = list(self.folders)
         self.extras = [extras_of(self.public), *map(extras_of, self.folders.values())]
@@ -285,7 +337,9 @@ class Community:
         if settings:
             interface = dataclasses.replace(interface, **settings)
         backbone, tokenizer = self.run.release.backbone, self.run.release.tokenizer
-        return Model(backbone, interface, experts, capacity=8, tokenizer=tokenizer)
+        # Room for the backbone and some guests, the same for all models of a run.
+        capacity = -(-(len(self.names) + 4) // 8) * 8
+        return Model(backbone, interface, experts, capacity=capacity, tokenizer=tokenizer)
 
     @cached_property
     def order(self) -> list[int]:

@@ -69,7 +69,7 @@ _CHECKPOINT_WORK: Final = 6e11
 # Rows per step of a scout that reads alone.
 SCOUT_ROWS: Final = 16
 # Peak rate at which it learns, by Muon: half as much and twice as much left it worse.
-_SCOUT_RATE: Final = 2e-2
+SCOUT_RATE: Final = 2e-2
 # Vetting scores this many documents of either text at most.
 VETTED_DOCUMENTS: Final = 8
 
@@ -171,7 +171,7 @@ def train_expert(
         features,
         steps=reading.scout_steps,
         batch_size=SCOUT_ROWS,
-        learning_rate=_SCOUT_RATE,
+        learning_rate=SCOUT_RATE,
         optimizer=muon,
         seed=cfg.seed,
         progress=lambda step, _, row: show(

@@ -99,13 +99,13 @@ PLANS: Final[Mapping[str, Plan]] = {
                 "sha256:b314d6ce3a42be41fefbec189dbbf169435a5c235375a7110b183c8d484f151f",
             ),
         ),
-        # 49 M tokens, five epochs: for one accelerator.
+        # 33 M tokens, three epochs: for one accelerator.
         Plan(
             name="small-bytes",
             version="1.0.0",
             shape=small_bytes(),
             training=TrainConfig(
-                steps=1500,
+                steps=1000,
                 batch_size=64,
                 window=512,
                 learning_rate=2e-3,

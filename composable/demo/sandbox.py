@@ -25,11 +25,18 @@ from typing import Any, Final
 from composable.errors import ComposableError
 
 _PACKAGE: Final = Path(__file__).resolve().parents[1]
-_DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+# What an NVIDIA accelerator is used through, where there is one, and what its driver looks up.
+_ACCELERATORS: Final = tuple(sorted(map(str, Path("/dev").glob("nvidia*"))))
+_DRIVER: Final = ("/proc/driver", "/proc/devices", "/proc/modules", "/proc/version", "/sys")
+_DEVICES: Final = (
+    *("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"),
+    *_ACCELERATORS,
+)
 _SYSTEM: Final = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc"),
     *("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/filesystems"),
     *("/proc/sys", "/sys/devices/system", "/sys/fs/cgroup", "/sys/kernel/mm"),
+    *(_DRIVER if _ACCELERATORS else ()),
 )
 
 

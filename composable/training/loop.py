@@ -108,7 +108,7 @@ def schedule(cfg: TrainConfig) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=cfg.learning_rate,
-        warmup_steps=max(1, int(cfg.steps * cfg.warmup_fraction)),
+        warmup_steps=min(max(1, int(cfg.steps * cfg.warmup_fraction)), cfg.steps - 1),
         decay_steps=cfg.steps,
         end_value=cfg.learning_rate * cfg.final_fraction,
     )

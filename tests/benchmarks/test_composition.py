@@ -104,6 +104,7 @@ def test_a_chain_that_never_switches_is_bayes(tiny, tokens):
         discount=jnp.float32(1),
         rate=jnp.float32(1e-30),
         power=jnp.float32(1),
+        tap=tiny.cfg.tap,
         filter="switch",
     )
     evidence = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 3)), jnp.float32)
@@ -118,7 +119,8 @@ def test_recovery_is_the_share_of_the_gap():
     rows = {"a": methods.Rows.of([b"x" * 600], lambda d: [0, *d], 1)}
     table = Table(rows, ["a"])
     for name, cost in (("backbone", 4.0), ("oracle", 2.0), ("mix", 2.5)):
-        table.add(name, {"a": np.full((1, methods.WINDOW), cost * np.log(2))})
+        nats_NT = np.full((1, methods.WINDOW), cost * np.log(2))
+        table.add(name, {"a": rows["a"].total(nats_NT)})
     assert table.bits("mix", "a") == pytest.approx(2.5)
     assert table.recovery("mix") == pytest.approx(0.75)
     assert table.interval("mix", mean_recovery) == [0.75, 0.75]
