@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,11 +23,21 @@ from benchmarks.composition_questions import adversarial, growth, hostile, neigh
 from benchmarks.composition_report import report, write_docs
 from benchmarks.composition_rivals import (
     isolated_methods,
-    joint_methods,
     path_methods,
+    reference,
     router_ablations,
 )
 from benchmarks.composition_run import SPLICED, Community, Preset, Run
+
+# What is asked of the first seed's community, beside the methods' quality.
+QUESTIONS: Final[tuple[Callable[[Community], None], ...]] = (
+    neighbours,
+    hostile,
+    adversarial,
+    reference,
+    growth,
+    unequal,
+)
 
 PRESETS: Final[Mapping[str, Preset]] = {
     "smoke": Preset(
@@ -43,15 +54,19 @@ PRESETS: Final[Mapping[str, Preset]] = {
     ),
     "cpu": Preset(
         backbone="tiny-bytes",
-        domains=("python-code", "set-mm", "legal", "german"),
+        domains=(
+            *("python-code", "set-mm", "legal", "german"),
+            *("french", "rust-code", "proofs", "kernel-docs"),
+        ),
         novel="spanish",
         seeds=(0, 1, 2),
-        steps=150,
+        steps=100,
         rows=4,
         documents=8,
-        growth=(2, 4, 8),
-        adversarial=500,
+        growth=(2, 4, 8, 16),
+        adversarial=300,
         is_full=True,
+        scouts=("of width 64", "that read a tenth as long", "two layers above"),
     ),
     "gpu": Preset(
         backbone="small-bytes",
@@ -67,35 +82,36 @@ PRESETS: Final[Mapping[str, Preset]] = {
         growth=(2, 4, 8, 16, 32),
         adversarial=10_000,
         is_full=True,
-        workers=8,
+        workers=3,
     ),
 }
 
 
-def score_methods(run: Run, seed: int) -> None:
+def score_methods(c: Community) -> None:
     """Fill the cells of every method on one seed; on the first, of the router's ablations too."""
-    c = Community(run, seed)
     cells = {**path_methods(c), **isolated_methods(c)}
     if c.is_first:
         cells |= router_ablations(c)
-    run.fill(seed, cells)
+    c.run.fill(c.seed, cells)
     traced = {
         f"{mode} weights": lambda mode=mode: methods.shipped(c.model.parts, mode, is_traced=True)
         for mode in ("mix", "safe")
     }
-    run.fill(seed, traced, [SPLICED])
+    c.run.fill(c.seed, traced, [SPLICED])
 
 
-def answer_questions(run: Run, seed: int) -> None:
-    """Fill the cells of everything else that is asked, on one seed."""
-    c = Community(run, seed)
-    neighbours(c)
-    hostile(c)
-    adversarial(c)
-    run.fill(seed, joint_methods(c))
-    if run.preset.is_full:
-        growth(c)
-        unequal(c)
+def score_everything(run: Run) -> None:
+    """Fill every cell; with several workers, contributors train while methods are scored."""
+    first_seed, *seeds = run.preset.seeds
+    first = Community(run, first_seed)
+    later: list[Community] = []
+
+    def prepare() -> None:
+        later.extend(Community(run, seed) for seed in seeds)
+
+    run.map([partial(score_methods, first), prepare])
+    run.map([partial(score_methods, c) for c in later])
+    run.map([partial(ask, first) for ask in QUESTIONS])
 
 
 def main() -> None:
@@ -111,9 +127,7 @@ def main() -> None:
     if arguments.seeds:
         preset = dataclasses.replace(preset, seeds=tuple(arguments.seeds))
     run = Run(arguments.preset, preset, folder)
-    for seed in run.preset.seeds:
-        score_methods(run, seed)
-    answer_questions(run, run.preset.seeds[0])
+    score_everything(run)
     result = report(run)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -38,6 +38,8 @@ def neighbours(c: Community) -> None:
 def unequal(c: Community) -> None:
     """Fill the cells of mix mode where the first contributor had less of something."""
     run, name = c.run, c.names[0]
+    if not run.preset.growth:
+        return
     text = run.text(name, "train")
     steps, rate = run.preset.steps, expert_config(1).learning_rate
     weaker: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ def isolated_methods(community: Community) -> dict[str, Make]:
     """Return every method whose contributors never met, as cells that score every target."""
     c, release = community, community.run.release
     backbone, n = release.backbone, len(community.names) + 1
-    flex_stack, is_full = _flex_stack(c), c.is_full
+    is_full = c.is_full
     made: dict[str, Make] = {
         "backbone": lambda: methods.path(backbone, methods.entry(c.stack, 0)),
         "random": lambda: methods.mixture(backbone, c.stack, methods.Random(jnp.ones(n))),
@@ -41,12 +41,15 @@ def isolated_methods(community: Community) -> dict[str, Make]:
         made[f"ties {scale}"] = lambda scale=scale: methods.path(
             backbone, methods.ties(c.stack, scale)
         )
-    for bias in (0.0, -1.0) if is_full else (0.0,):
-        for k in (1, 2, 4) if is_full else (2,):
-            made[f"flexolmo top{k} bias {bias}"] = lambda k=k, bias=bias: methods.mixture(
-                backbone, flex_stack, _flex_gate(c, k, bias)
-            )
-    gates = {"phatgoose": _phatgoose_gate(c), "arrow": _arrow_gate(c)}
+    gates: dict[str, Any] = {"arrow": _arrow_gate(c)}
+    if c.is_first:
+        gates["phatgoose"] = _phatgoose_gate(c)
+        flex_stack = _flex_stack(c)
+        for bias in (0.0, -1.0) if is_full else (0.0,):
+            for k in (1, 2, 4) if is_full else (2,):
+                made[f"flexolmo top{k} bias {bias}"] = lambda k=k, bias=bias: methods.mixture(
+                    backbone, flex_stack, _flex_gate(c, k, bias)
+                )
     for temperature in (0.05, 1.0) if is_full else (0.05,):
         gates[f"lda temperature {temperature}"] = _discriminant(c, temperature, is_linear=True)
         gates[f"qda temperature {temperature}"] = _discriminant(c, temperature, is_linear=False)
@@ -201,9 +204,9 @@ def router_ablations(community: Community) -> dict[str, Make]:
                 "discount": number(discount),
             }
         changes["track records, prior 0.5"] = {**records, "prior": number(0.5)}
-        for name, variant in SCOUTS.items():
-            tap = c.run.release.backbone.cfg.tap + variant.tap
-            changes[f"scouts {name}"] = {"scouts": c.variant_scouts(name), "tap": tap}
+    for name in c.variants:
+        tap = c.run.release.backbone.cfg.tap + SCOUTS[name].tap
+        changes[f"scouts {name}"] = {"scouts": c.variant_scouts(name), "tap": tap}
     backbone = c.run.release.backbone
     return {
         f"router, {name}": lambda change=change: methods.mixture(
@@ -216,9 +219,10 @@ def router_ablations(community: Community) -> dict[str, Make]:
 # ---- references that break the rules -----------------------------------------------------------
 
 
-def joint_methods(community: Community) -> dict[str, Make]:
-    """Return what is trained on everybody's text, as cells that score every target."""
-    return {"btx": lambda: train_btx(community), "dense": lambda: train_dense(community)}
+def reference(c: Community) -> None:
+    """Fill the cells of what is trained on everybody's text."""
+    cells = {"btx": lambda: train_btx(c), "dense": lambda: train_dense(c)}
+    c.run.fill(c.seed, cells)
 
 
 def train_btx(community: Community) -> Step:
@@ -256,8 +260,8 @@ def train_btx(community: Community) -> Step:
 
     router = {str(layer): jnp.zeros((backbone.cfg.d_model, n)) for layer in backbone.cfg.slots}
     start = {"stack": c.stack, "router": router}
-    # As many tokens as half of all contributors' training together, on top of it.
-    steps = c.run.preset.steps * len(c.names) // 2
+    # As many tokens as a quarter of all contributors' training together, on top of it.
+    steps = c.run.preset.steps * len(c.names) // 4
     trained = _train_jointly(c, "btx", objective, start, backbone, steps)
     return methods.whole(lambda tokens_BT: mixed(trained, backbone, tokens_BT)[0])
 

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import composition_methods as methods
-from benchmarks.composition_contributor import SCOUTS
 from benchmarks.composition_methods import Rows
 from composable.assembly.backbones import BackboneRelease, load_backbone
 from composable.assembly.contribution import expert_config
@@ -41,8 +40,10 @@ from composable.training.documents import (
 )
 from composable.training.recipe import load_recipe, make_texts, shipped_folder
 
-# Several processes share an accelerator: none takes all of its memory at the start.
+# Several processes share an accelerator: none takes all of its memory at the start. And they run
+# for seconds, less than choosing the fastest kernels by trial would take.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
 
 PUBLIC: Final = "public"
 NOVEL: Final = "novel"
@@ -72,8 +73,8 @@ class Preset:
         documents: Held-out documents scored per domain.
         growth: Sizes of the growing community; none leaves the question out.
         adversarial: Inputs on which the bound of safe mode is tried.
-        is_full: Whether rivals and router are tried with many settings, and scouts of other kinds
-            are trained, on the first seed.
+        is_full: Whether rivals and router are tried with many settings, on the first seed.
+        scouts: Scouts of other kinds that are trained for the first seed.
         workers: Contributors, or cells, that are worked on at a time.
     """
 
@@ -87,6 +88,7 @@ class Preset:
     growth: tuple[int, ...]
     adversarial: int
     is_full: bool
+    scouts: tuple[str, ...] = ()
     workers: int = 1
 
 
@@ -194,12 +196,13 @@ class Run:
             groups: Groups of `rows`; by default all.
         """
         missing = [name for name in cells if not self._path(seed, name).exists()]
+        groups = list(groups or self.rows)
         self.map([partial(self._fill, seed, name, cells[name], groups) for name in missing])
 
     def _fill(self, seed: int, name: str, make: Make, groups: Sequence[str]) -> None:
         start, path = time.perf_counter(), self._path(seed, name)
         step, found = make(), {}
-        for group in groups or self.rows:
+        for group in groups:
             value = self.rows[group].run(step)
             is_cost = value.ndim == 2
             found[group] = self.rows[group].total(value) if is_cost else value.astype(np.float16)
@@ -280,7 +283,7 @@ def contribute(
         "seed": seed,
         "learning_rate": expert_config(1).learning_rate,
         "extras": list(extras),
-        "scouts": list(SCOUTS),
+        "scouts": list(run.preset.scouts),
         **job,
     }
     (folder / "job.json").write_text(json.dumps(full))
@@ -309,7 +312,10 @@ class Community:
         preset, release = run.preset, run.release
         self.is_first = seed == preset.seeds[0]
         self.is_full = preset.is_full and self.is_first
-        asked = ["pooled", "unigram", "phatgoose", "flex"] + ["scouts"] * self.is_full
+        self.variants = preset.scouts if self.is_first else ()
+        # Rivals whose contributors must train something more are compared on the first seed.
+        asked = ["pooled", "unigram"] + ["phatgoose", "flex"] * self.is_first
+        asked += ["scouts"] * bool(self.variants)
         public = [part for part in asked if part in ("pooled", "unigram", "scouts")]
         jobs = {
             name: partial(contribute, run, seed, name, run.text(name, "train"), extras=asked)

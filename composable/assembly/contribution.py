@@ -250,7 +250,7 @@ def _fit_on_cached_trunk(
     """Train on fixed rows whose trunk is run once."""
     cfg, backbone = run.cfg, release.backbone
     start = time.perf_counter()
-    rows = run_trunk(release, cut_rows(stream, cfg.window, cfg.tokens))
+    rows = run_trunk(release, cut_rows(stream, cfg.window, cfg.tokens), run.work / "trunk")
     seconds = {"trunk": time.perf_counter() - start}
     graph, params = nnx.split(expert)
     data = tapped_batches(

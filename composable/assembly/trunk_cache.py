@@ -16,7 +16,6 @@ from typing import Final
 
 import jax
 import numpy as np
-import platformdirs
 
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.features import Features
@@ -99,7 +98,7 @@ def upper_parameters(backbone: Backbone) -> int:
 def run_trunk(
     release: BackboneRelease,
     tokens_RT: np.ndarray,
-    cache: Path | None = None,
+    cache: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> TappedRows:
     """Return rows of text with what the trunk gives for them, from the cache if it is there.
@@ -107,7 +106,8 @@ def run_trunk(
     Args:
         release: The backbone.
         tokens_RT: Rows of T + 1 tokens.
-        cache: Folder of cached files; in the user's cache folder by default.
+        cache: Folder of cached files. What the trunk gives tells much of the text: they are as
+            private.
         progress: Called with positions done and in all.
     """
     cfg = release.backbone.cfg
@@ -121,7 +121,7 @@ def run_trunk(
         "shape": list(shape),
     }
     name = digest_bytes(canonical_json(key)).removeprefix("sha256:")[:32]
-    path = (cache or _cache_folder()) / f"{name}.tap"
+    path = cache / f"{name}.tap"
     if not path.is_file() or path.stat().st_size != math.prod(shape) * dtype.itemsize:
         _write(release.backbone, tokens_RT[:, :-1], path, progress)
     return TappedRows(tokens_RT, np.memmap(path, dtype, "r", shape=shape))
@@ -167,7 +167,3 @@ def _layer_parameters(backbone: Backbone) -> int:
     cfg = backbone.cfg
     attention = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + cfg.n_kv_heads)
     return attention + 3 * cfg.d_model * cfg.d_ff
-
-
-def _cache_folder() -> Path:
-    return Path(platformdirs.user_cache_dir("composable", appauthor=False)) / "trunk"

@@ -25,12 +25,14 @@ from typing import Any, Final
 from composable.errors import ComposableError
 
 _PACKAGE: Final = Path(__file__).resolve().parents[1]
-# What an NVIDIA accelerator is used through, where there is one, and what its driver looks up.
+# What an NVIDIA accelerator is used through, where there is one, and what its driver looks up. It
+# also gives its threads names, by writing to /proc/self/task, and does not start if it may not.
 _ACCELERATORS: Final = tuple(sorted(map(str, Path("/dev").glob("nvidia*"))))
 _DRIVER: Final = ("/proc/driver", "/proc/devices", "/proc/modules", "/proc/version", "/sys")
 _DEVICES: Final = (
     *("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"),
     *_ACCELERATORS,
+    *(("/proc/self/task",) if _ACCELERATORS else ()),
 )
 _SYSTEM: Final = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc"),
