@@ -58,7 +58,7 @@ def create_expert(folder: Path, name: str, backbone: str, interface: RouterInter
         'backbone = "tiny-bytes"': f'backbone = "{backbone}"',
         'name = "tiny-bytes"': f'name = "{interface.name}"',
         'requires = "^1.0"': f'requires = "^{interface.version}"',
-        "width = 64": f"width = {min(64, interface.scout_max_width)}",
+        "width = 128": f"width = {min(128, interface.scout_max_width)}",
     }
     atomic.make_directory(folder)
     for source in sorted(find_template().iterdir()):
