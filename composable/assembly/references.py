@@ -55,6 +55,7 @@ def find_neighbours(
     wanted: Sequence[str],
     texts: Mapping[str, Path],
     *,
+    derives_from: str | None = None,
     registry: str | None = None,
 ) -> list[Neighbour]:
     """Return published experts, with text of theirs where some is at hand.
@@ -66,6 +67,7 @@ def find_neighbours(
             that plugs into the backbone.
         texts: Held-out text by name of the expert, where it is elsewhere than in the expert's own
             folder or in this installation.
+        derives_from: The release that the newcomer derives from, by its manifest.
         registry: Where to take them from; by default as for `load`.
 
     Raises:
@@ -94,6 +96,9 @@ def find_neighbours(
                 release=f"{manifest.name}@{manifest.version}",
                 texts=tuple(vetted_texts(read_documents([file]))) if file else (),
                 source=str(file or ""),
+                is_kin=bool(
+                    _family(newcomer, derives_from) & _family(manifest.name, manifest.derives_from)
+                ),
             )
         )
     for name in texts.keys() - {neighbour.expert.name for neighbour in neighbours}:
@@ -203,6 +208,11 @@ def _expand(
                     ]
                     if fitting:
                         yield f"{name}@{choose_newest(fitting).version}"
+
+
+def _family(name: str, derives_from: str | None) -> set[str]:
+    """Return an expert's own name and that of the one it derives from."""
+    return {name} if derives_from is None else {name, Requirement.parse(derives_from).name}
 
 
 def _plugs_in(release: Release, interface: RouterInterface) -> bool:

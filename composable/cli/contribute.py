@@ -165,7 +165,14 @@ def check(
     files = [*(data or ()), *(more or ())]
     release = load_backbone(backbone or manifest.backbone)
     name = manifest.name
-    neighbours = find_neighbours(release, name, beside or (), texts, registry=registry)
+    neighbours = find_neighbours(
+        release,
+        name,
+        beside or (),
+        texts,
+        derives_from=manifest.derives_from,
+        registry=registry,
+    )
     older = find_older(release, folder, against, registry=registry) if against else None
     with bars.show_counts("check", is_quiet=is_quiet) as progress:
         verdict = check_expert(

@@ -1,4 +1,4 @@
-"""Bits per byte of documents under any way of using a model, and who was trusted where.
+"""Bits per byte of documents under any way of using a model, who was trusted where, and by what.
 
 A document is read in consecutive windows, of the model's context or 512 tokens if that is less.
 Attention restarts with each window, for every method alike; the router's track record, which is one
@@ -24,6 +24,7 @@ from composable.model import composed
 from composable.model.body import SlotMatrices
 from composable.model.composed import Parts
 from composable.model.model import BACKBONE, Model
+from composable.model.router import scout_evidence
 from composable.model.tokenizer import Tokenizer
 
 # Documents scored at once: fixed, so that every call runs the same compiled program.
@@ -187,6 +188,34 @@ def measure_norms(
     return np.concatenate(pieces, axis=1)
 
 
+def measure_evidence(
+    model: Model, documents: Sequence[bytes], *, max_bytes: int | None = None
+) -> np.ndarray:
+    """Return how well every scout predicts the tokens of some documents.
+
+    Args:
+        model: The model.
+        documents: UTF-8 texts, not empty.
+        max_bytes: Read at most this many bytes of each document, up to a character's end.
+
+    Returns:
+        Log likelihoods of the tokens' classes in nats, shape (E, tokens) float64; entry e belongs
+        to `model.names[e]`. The order of the tokens is one for all scouts, not that of the texts.
+    """
+    window = min(model.context, _MAX_WINDOW)
+    documents = _cut(documents, max_bytes)
+    pieces = []
+    for start in range(0, len(documents), BATCH):
+        chunk = documents[start : start + BATCH]
+        tokens_BT, mask_BT = _to_windows(chunk, model.tokenizer, window)
+        for at in range(0, mask_BT.shape[1], window):
+            here = slice(at, at + window)
+            inputs_BT, targets_BT = tokens_BT[:, :-1][:, here], tokens_BT[:, 1:][:, here]
+            evidence_EBT = np.asarray(_evidence(model.parts, inputs_BT, targets_BT), np.float64)
+            pieces.append(evidence_EBT[:, mask_BT[:, here]])
+    return np.concatenate(pieces, axis=1)
+
+
 def _cut(documents: Sequence[bytes], max_bytes: int | None) -> Sequence[bytes]:
     """Return the begins of documents, no character split."""
     if max_bytes is None:
@@ -250,6 +279,18 @@ def _norms(
     parts: Parts, slots: tuple[SlotMatrices, ...], tokens_BT: jax.typing.ArrayLike
 ) -> jax.Array:
     return composed.path_norms(parts, jnp.asarray(tokens_BT), slots)
+
+
+@jax.jit
+def _evidence(
+    parts: Parts, tokens_BT: jax.typing.ArrayLike, targets_BT: jax.typing.ArrayLike
+) -> jax.Array:
+    backbone = parts.backbone
+    x_BTD, _ = backbone.trunk(jnp.asarray(tokens_BT))
+    feature_BTD, classes_BT = backbone.features(x_BTD), backbone.class_map[...][targets_BT]
+    return jax.lax.map(
+        lambda scout: scout_evidence(scout, feature_BTD, classes_BT), parts.bank.scouts
+    )
 
 
 @jax.jit

@@ -4,6 +4,12 @@ An expert's card was measured with the expert alone beside the backbone. So each
 plugged in alone, then the newcomer beside it, and what changes is the newcomer's doing. Public text
 is always at hand. The other expert's own text is often private: where it is not at hand, the effect
 on it is unknown, and the check says so.
+
+Nobody's text is needed to tell whether the newcomer's scout is a copy of the other's. A copy gets
+half of the other's tokens in mix mode, whatever its body does with them. Scouts that were trained
+apart, on one domain or on the very same text, predict that text about as well, but each token of
+public text as well and as badly as the other only a copy does
+(`docs/adr/0010-copied-scouts-by-public-text.md`).
 """
 
 from __future__ import annotations
@@ -12,15 +18,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from composable.interface import RouterInterface
 from composable.model.backbone import Backbone
-from composable.model.model import Model, Pluggable
+from composable.model.model import BACKBONE, Model, Pluggable
 from composable.model.tokenizer import Tokenizer
 from composable.vetting.checks import MAX_BYTES, Check, figure
-from composable.vetting.evaluation import mix_scorer, score_documents
+from composable.vetting.evaluation import measure_evidence, mix_scorer, score_documents
 
 # A newcomer may raise the bits per byte of another expert's text, or of public text, by this share.
 MAX_CHANGE: Final = 0.005
+# Its scout may be so much like another's. On the anchor of `tiny-bytes` (ADR 10), rivals in one
+# domain reach 0.82, and 0.84 with the same text but for a twentieth; begun from the same seed and
+# hardly trained, 0.92. A copy is at 1, and with 5 % of noise on every weight at 0.95 or more.
+MAX_LIKENESS: Final = 0.93
+# Predictions beyond this quantile of all, at either end, count as being there: a copy that is made
+# to fail on a few bytes that its domain does not have remains a copy.
+_TAIL: Final = 0.05
+# A scout of whose variance the backbone's explains all but this share says what that one says.
+_ROUNDING: Final = 1e-9
 # Room for the backbone, the neighbour and the newcomer: one program serves every pair.
 _CAPACITY: Final = 4
 
@@ -34,12 +51,15 @@ class Neighbour:
         release: What it is, `NAME@VERSION`.
         texts: Text of its domain that it was not trained on, if there is any at hand.
         source: Where that text is from.
+        is_kin: Whether the newcomer and it derive from one another, or both from a third, by what
+            their manifests say: then their scouts may be alike.
     """
 
     expert: Pluggable
     release: str
     texts: tuple[bytes, ...] = ()
     source: str = ""
+    is_kin: bool = False
 
 
 def vet_beside(
@@ -64,10 +84,12 @@ def vet_beside(
         progress: Called with neighbours done and in all.
 
     Returns:
-        A check for every neighbour, and the figures behind them by name.
+        A check for every neighbour, one of the newcomer's scout, and the figures behind them by
+        name.
     """
     model = Model(backbone, interface, capacity=_CAPACITY, tokenizer=tokenizer)
     checks, measured = [], {}
+    likenesses: list[tuple[Neighbour, float]] = []
     for done, neighbour in enumerate(neighbours, start=1):
         texts = {"own": neighbour.texts, "anchor": anchor}
         at_hand = {kind: list(documents) for kind, documents in texts.items() if documents}
@@ -85,6 +107,11 @@ def vet_beside(
         before = measure()
         model.install(newcomer)
         after = measure()
+        evidence_ET = measure_evidence(model, anchor, max_bytes=MAX_BYTES)
+        own_T, other_T, backbone_T = (
+            evidence_ET[model.names.index(whose)] for whose in (newcomer.name, name, BACKBONE)
+        )
+        likenesses.append((neighbour, measure_likeness(own_T, other_T, backbone_T)))
         for expert in (neighbour.expert, newcomer):
             model.remove(expert.name)
         checks.append(_check(neighbour, before, after))
@@ -96,10 +123,66 @@ def vet_beside(
                 else None
                 for kind in texts
             },
+            "likeness": figure(likenesses[-1][1]),
         }
         if progress:
             progress(done, len(neighbours))
+    if likenesses:
+        checks.append(_check_copied(likenesses))
     return checks, measured
+
+
+def measure_likeness(own_T: np.ndarray, other_T: np.ndarray, backbone_T: np.ndarray) -> float:
+    """Return how alike two scouts are by what they say of the same tokens.
+
+    It is the correlation of what the backbone's scout does not explain of either: without that, two
+    scouts that know nothing would be alike for finding hard what is hard.
+
+    Args:
+        own_T: Log likelihood of every token by one scout, in nats.
+        other_T: By the other.
+        backbone_T: By the backbone's.
+
+    Returns:
+        1 for a scout and its copy, 0 where one of them says nothing that the backbone's does not.
+    """
+    if np.array_equal(own_T, other_T):
+        return 1.0
+    common_T, *both = (
+        _centre(np.clip(x_T, *np.quantile(x_T, [_TAIL, 1 - _TAIL])))
+        for x_T in (backbone_T, own_T, other_T)
+    )
+    power = float(common_T @ common_T) or 1.0
+    rest = [x_T - (x_T @ common_T / power) * common_T for x_T in both]
+    for x_T, rest_T in zip(both, rest, strict=True):
+        if not rest_T @ rest_T > _ROUNDING * (x_T @ x_T):
+            return 0.0
+    own_T, other_T = (rest_T / np.linalg.norm(rest_T) for rest_T in rest)
+    return float(own_T @ other_T)
+
+
+def _centre(x_T: np.ndarray) -> np.ndarray:
+    return x_T - x_T.mean()
+
+
+def _check_copied(likenesses: Sequence[tuple[Neighbour, float]]) -> Check:
+    """Check that the newcomer's scout is nobody else's."""
+    strangers = sorted((like, it.release) for it, like in likenesses if not it.is_kin)
+    copied = [pair for pair in strangers if pair[0] > MAX_LIKENESS]
+    found = [f"{like:.2f} with that of {release}" for like, release in copied or strangers[-1:]]
+    if copied:
+        found[-1] += " (a copy, or begun from the same seed and taught little)"
+    found += [
+        f"{like:.2f} with that of {it.release}, its kin by the manifests"
+        for it, like in likenesses
+        if it.is_kin
+    ]
+    return Check(
+        name="copied",
+        passed=not copied,
+        found=f"on public text its scout correlates {'; '.join(found)}",
+        expected=f"at most {MAX_LIKENESS:.2f}, but for kin by the manifests",
+    )
 
 
 def _check(neighbour: Neighbour, before: dict[str, float], after: dict[str, float]) -> Check:

@@ -69,6 +69,12 @@ def test_a_copycat_that_behaves_on_public_text_is_found_out_by_its_neighbours_te
     blind = find_neighbours(release, "copycat", ["all"], {}, registry=place)
     assert [(n.release, n.texts) for n in blind] == [("logic@1.0.0", ())]
     seeing = find_neighbours(release, "copycat", ["logic"], {"logic": heldout}, registry=place)
+    told = found(check_expert(release, folder, neighbours=blind), "copied")
+    assert not told.passed, "a copy of a scout shows without anybody's text"
+    assert "1.00 with that of logic@1.0.0 (a copy" in told.found
+    card = json.loads((folder / "card.json").read_text())
+    assert dataclasses.asdict(told) in card["checks"]
+    assert card["measured"]["beside"]["logic"]["likeness"] == 1
     verdict = check_expert(release, folder, neighbours=[*blind, *seeing])
     without, with_text = (c for c in verdict.checks if c.name == "beside logic")
     assert "none of its own text is at hand" in without.found
@@ -90,6 +96,36 @@ def test_a_neighbour_in_a_folder_brings_its_text_and_a_newcomer_that_knows_other
     assert neighbour.source.endswith("heldout.jsonl")
     verdict = check_expert(release, folder, neighbours=[neighbour])
     assert found(verdict, "beside logic").passed, found(verdict, "beside logic")
+
+
+def test_a_scout_may_be_that_of_a_release_that_the_expert_derives_from(
+    release, folder, registry, tmp_path
+):
+    """By the manifest of either, and of a sibling; nobody else's may be."""
+
+    def is_passed(newcomer, derives_from, wanted):
+        (neighbour,) = find_neighbours(
+            release, newcomer, [wanted], {}, derives_from=derives_from, registry=str(registry)
+        )
+        verdict = check_expert(release, folder, neighbours=[neighbour])
+        return found(verdict, "copied").passed
+
+    edit_manifest(folder, 'name = "logic"', 'name = "sequents"')
+    assert is_passed("sequents", "logic@0.9.0", "logic")
+    assert not is_passed("sequents", "sets@0.9.0", "logic")
+    sibling = shutil.copytree(folder, tmp_path / "sibling")
+    edit_manifest(sibling, 'name = "sequents"', 'name = "sibling"\nderives-from = "logic@1.0.0"')
+    assert is_passed("sequents", "logic@1.0.0", str(sibling))
+    edit_manifest(folder, 'name = "sequents"', 'name = "logic"')
+    assert is_passed("logic", None, str(sibling))
+
+
+def test_another_release_of_the_same_expert_may_keep_its_scout(release, folder, registry):
+    """It is never plugged in beside itself."""
+    edit_manifest(folder, 'version = "1.0.0"', 'version = "1.0.1"')
+    neighbours = find_neighbours(release, "logic", ["all"], {}, registry=str(registry))
+    older = find_older(release, folder, "logic", registry=str(registry))
+    assert check_expert(release, folder, neighbours=neighbours, older=older).passed
 
 
 def test_what_is_no_neighbour_is_refused(release, folder, registry, tmp_path):

@@ -235,6 +235,15 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     assert "'my-expert' cannot be its own neighbour" in (
         cli("check", "my-expert", "--beside", "./older", *backbone).err
     )
+    copied = Path("older/expert.toml")
+    copied.write_text(copied.read_text().replace('name = "my-expert"', 'name = "older"'))
+    outcome_beside = cli("check", "my-expert", "--beside", "./older", "--json", *backbone)
+    checks = {check["name"]: check for check in outcome_beside.json["checks"]}
+    assert outcome_beside.code == 1
+    assert not checks["copied"]["passed"]
+    assert "1.00 with that of older@0.1.0" in checks["copied"]["found"]
+    shutil.copy(Path("my-expert/expert.toml"), copied)
+    cli("check", "my-expert", *backbone)
     manifest.write_text(text.replace("languages = []", 'languages = ["en"]'))
     told = cli("check", "my-expert", "--against", "./older", *backbone)
     assert told.code == 1

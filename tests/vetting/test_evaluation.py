@@ -7,6 +7,7 @@ from composable.vetting.evaluation import (
     BATCH,
     Score,
     _route,
+    measure_evidence,
     mix_scorer,
     path_scorer,
     safe_scorer,
@@ -132,3 +133,32 @@ def test_progress_counts_documents(model, documents):
 def test_nothing_to_score_is_refused(model, documents):
     with pytest.raises(TextError):
         score_documents(path_scorer(model), documents, context=CONTEXT)
+
+
+def test_evidence_is_what_each_scout_says_of_each_token(model, tiny, documents):
+    """In windows, each of which begins anew."""
+    for document in documents:
+        evidence_ET, tokens_T = measure_evidence(model, [document]), model.encode(document)
+        assert evidence_ET.shape == (len(model.names), len(document))
+        for start in range(0, len(document), CONTEXT):
+            window_T = tokens_T[start : start + CONTEXT + 1]
+            backbone, n = model.parts.backbone, len(window_T) - 1
+            x_BTD, _ = backbone.trunk(np.pad(window_T[:-1], (0, CONTEXT - n))[None])
+            feature_BTD = backbone.features(x_BTD)[:, :n]
+            for index, scout in ((0, backbone.scout), (1, tiny.expert("a").scout)):
+                expected_T = np.asarray(scout(feature_BTD))[0, np.arange(n), window_T[1:]]
+                found_T = evidence_ET[index, start : start + n]
+                # Matrix products of other shapes round differently.
+                np.testing.assert_allclose(found_T, expected_T, atol=1e-4)
+    whole_ET, each = (
+        measure_evidence(model, documents),
+        [measure_evidence(model, [document]) for document in documents],
+    )
+    np.testing.assert_allclose(np.sort(whole_ET), np.sort(np.concatenate(each, axis=1)), atol=1e-4)
+    cut_ET = measure_evidence(model, documents, max_bytes=100)
+    assert cut_ET.shape[1] == sum(min(100, len(document)) for document in documents)
+
+
+def test_an_empty_entry_of_the_bank_has_the_evidence_of_chance(release, documents):
+    model = Model(release.backbone, release.interface, capacity=2)
+    np.testing.assert_allclose(measure_evidence(model, documents)[1], -np.log(256), rtol=1e-5)
