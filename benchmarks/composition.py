@@ -66,7 +66,6 @@ PRESETS: Final[Mapping[str, Preset]] = {
         growth=(2, 4, 8, 16),
         adversarial=300,
         is_full=True,
-        scouts=("of width 64", "that read a tenth as long", "two layers above"),
     ),
     "gpu": Preset(
         backbone="small-bytes",
@@ -82,6 +81,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         growth=(2, 4, 8, 16, 32),
         adversarial=10_000,
         is_full=True,
+        scouts=("of width 64", "that read a tenth as long", "two layers above"),
         workers=3,
     ),
 }

@@ -3,24 +3,37 @@
 python -m benchmarks.settings router demo/contributors     # where `composable demo demo` ran
 python -m benchmarks.settings filters demo/contributors    # mix mode's switching filter
 python -m benchmarks.settings training --steps 200
+python -m benchmarks.settings scouts --experts python-code set-mm legal
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from flax import nnx
 
 from composable.assembly.backbones import load_backbone
-from composable.assembly.contribution import check_expert, expert_config, train_expert
+from composable.assembly.contribution import (
+    SCOUT_ROWS,
+    check_expert,
+    expert_config,
+    train_expert,
+)
 from composable.assembly.experts import load_expert
+from composable.assembly.features import Features, cut_rows, train_scout, trunk_features
 from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS
 from composable.model.model import Model
+from composable.model.scout import Scout
 from composable.training import loop
+from composable.training.data import token_stream
 from composable.training.documents import read_documents, splice_documents
+from composable.training.objectives import scout_loss
 from composable.training.recipe import shipped_folder
 from composable.vetting.evaluation import (
     mix_scorer,
@@ -29,6 +42,7 @@ from composable.vetting.evaluation import (
     score_documents,
 )
 
+_WINDOW: Final = 256
 # Settings of track records and of safe mode: backbone prior, switch rate, discount.
 ROUTERS = (
     (0.5, 0.002, 0.98),
@@ -42,6 +56,9 @@ ROUTERS = (
 )
 # Settings of mix mode's switching filter: power, backbone prior, switch rate.
 FILTERS = (
+    (0.35, 0.7, 0.005),
+    (0.4, 0.7, 0.005),
+    (0.4, 0.6, 0.005),
     (0.35, 0.8, 0.003),
     (0.5, 0.8, 0.003),
     (0.7, 0.8, 0.003),
@@ -53,6 +70,20 @@ FILTERS = (
 )
 # (optimiser, peak rate)
 TRAININGS = (("adamw", 3e-3), ("adamw", 8e-3), ("muon", 1e-2), ("muon", 2e-2))
+# How a scout reads alone: hidden width, thousands of tokens, times, optimiser, peak rate.
+READINGS: Final = (
+    (64, 60, 1, "muon", 1e-2),
+    (64, 60, 10, "adamw", 4e-3),
+    (128, 60, 10, "adamw", 4e-3),
+    (128, 400, 3, "adamw", 4e-3),
+    (128, 400, 3, "adamw", 1e-2),
+    (128, 400, 3, "muon", 1e-2),
+    (128, 400, 3, "muon", 2e-2),
+    (128, 400, 3, "muon", 4e-2),
+    (64, 400, 5, "muon", 2e-2),
+    (128, 400, 5, "muon", 2e-2),
+    (128, 400, 10, "muon", 2e-2),
+)
 
 
 def _prepare(folder: Path) -> tuple[Any, ...]:
@@ -129,6 +160,38 @@ def compare_training(steps: int, names: Sequence[str]) -> None:
             print(f"{name}  {optimizer}  {rate} | {bits:.3f}  {record['last']['scout_bits']:.3f}")
 
 
+def compare_scouts(names: Sequence[str]) -> None:
+    """Print what scouts score, in bits per class, on documents kept back from training text."""
+    release = load_backbone(BACKBONE_NAME)
+    backbone, interface = release.backbone, release.interface
+    print("text  width  tokens  times  optimiser  rate  bits  seconds")
+    for name in names:
+        documents = read_documents([shipped_folder(name) / "text" / "train.jsonl"])
+        parts = [documents[len(documents) // 8 :], documents[: len(documents) // 8]]
+        learnt, kept = (
+            trunk_features(backbone, cut_rows(token_stream(d, release.tokenizer), _WINDOW, n))
+            for d, n in zip(parts, (400_000, 50_000), strict=True)
+        )
+        for width, thousands, times, kind, rate in READINGS:
+            n_rows = min(len(learnt.classes_RT), thousands * 1000 // _WINDOW)
+            some = Features(learnt.feature_RTD[:n_rows], learnt.classes_RT[:n_rows])
+            scout = Scout(interface.d_model, width, interface.n_classes, rngs=nnx.Rngs(0))
+            fitted = train_scout(
+                scout,
+                some,
+                steps=times * n_rows // SCOUT_ROWS,
+                batch_size=SCOUT_ROWS,
+                learning_rate=rate,
+                optimizer=getattr(loop, kind),
+            )
+            nats = scout_loss(fitted.scout, kept.feature_RTD, kept.classes_RT)
+            print(
+                f"{name}  {width}  {n_rows * _WINDOW:,}  {times}  {kind}  {rate}  "
+                f"{nats / math.log(2):.3f}  {fitted.seconds:.1f}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -139,13 +202,17 @@ def main() -> None:
     training = commands.add_parser("training")
     training.add_argument("--steps", type=int, default=200)
     training.add_argument("--experts", nargs="+", default=["python-code"])
+    scouts = commands.add_parser("scouts")
+    scouts.add_argument("--experts", nargs="+", default=["python-code"])
     arguments = parser.parse_args()
     if arguments.command == "router":
         compare_routers(arguments.folder)
     elif arguments.command == "filters":
         compare_filters(arguments.folder)
-    else:
+    elif arguments.command == "training":
         compare_training(arguments.steps, arguments.experts)
+    else:
+        compare_scouts(arguments.experts)
 
 
 if __name__ == "__main__":
