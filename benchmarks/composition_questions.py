@@ -111,7 +111,11 @@ def load_untrained(release: BackboneRelease, folder: Path) -> Any:
 
 def hostile(c: Community) -> None:
     """Fill the cells of both modes with each guest plugged in."""
-    guests = hostile_experts(c)
+    guests = {
+        name: guest
+        for name, guest in hostile_experts(c).items()
+        if c.run.preset.is_full or name in (*_TRIED, "body of NaN")
+    }
 
     def step(guest: Pluggable, mode: str, is_traced: bool = False) -> Step:
         model = c.plug([*c.plugged, guest])

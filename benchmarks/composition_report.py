@@ -300,6 +300,7 @@ def _draw_growth(axis: Any, found: Mapping[str, Any]) -> None:
     axis.set_xticks(sizes, map(str, sizes))
     axis.set_xlabel("experts installed")
     axis.set_ylabel("recovery, per cent")
+    axis.set_ylim(90, 105)
     axis.set_title("growth", fontsize=10)
     twin = axis.twinx()
     cost = [v["flops_of_backbone"] for v in found.values()]
@@ -342,8 +343,9 @@ def _draw_unequal(axis: Any, found: Mapping[str, Any]) -> None:
     axis.set_yticks(places, list(found), fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("bits per byte of its domain")
+    axis.set_xlim(0, 1.6 * max(row["own"] for row in found.values()))
     axis.set_title("a contributor who had less", fontsize=10)
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, loc="center right")
 
 
 def _draw_ablations(axis: Any, found: Mapping[str, Any]) -> None:
@@ -394,15 +396,15 @@ def report(run: Run) -> dict[str, Any]:
 
 def ablations(table: Table) -> dict[str, Any]:
     """Return the router with one thing changed at a time, on the first seed."""
+    names = ["mix", *(name for name in table.nats if name.startswith("router, "))]
     return {
-        name.removeprefix("router, "): {
+        "as published" if name == "mix" else name.removeprefix("router, "): {
             "mean": round(table.mean(name), 5),
             "recovery": round(table.recovery(name), 5),
             "public": _rounded(table.bits(name, "public")),
             "spliced": _rounded(table.bits(name, "spliced")),
         }
-        for name in table.nats
-        if name.startswith("router, ")
+        for name in names
     }
 
 
@@ -510,7 +512,10 @@ def unequal(table: Table) -> dict[str, Any]:
 
 
 def growth(run: Run, table: Table) -> dict[str, Any]:
-    """Return quality by size; recovery is of the gap to the domain's best path at that size."""
+    """Return quality by size.
+
+    Recovery is of the gap to the domain's best path, on domains of which a contributor is there.
+    """
     found = {}
     seed = run.preset.seeds[0]
     costs_file = run.folder / f"seed-{seed}" / "growth.json"
@@ -521,13 +526,12 @@ def growth(run: Run, table: Table) -> dict[str, Any]:
         mixed, paths = run.load(seed, f"growth {size}"), run.load(seed, f"growth {size}, paths")
         bits = {g: round(run.rows[g].bits(mixed[g]), 5) for g in mixed}
         shares = []
-        for group in table.domains:
+        for group in table.domains[:size]:
             rows = run.rows[group]
             by_path = [
                 rows.bits(rows.total(cost_NT)) for cost_NT in paths[group].transpose(2, 0, 1)
             ]
-            if by_path[0] - min(by_path) > 0.1:  # somebody here knows this domain
-                shares.append((by_path[0] - bits[group]) / (by_path[0] - min(by_path)))
+            shares.append((by_path[0] - bits[group]) / (by_path[0] - min(by_path)))
         found[str(size)] = {
             "recovery": round(float(np.mean(shares)), 5),
             "domains_known": len(shares),

@@ -184,7 +184,6 @@ def router_ablations(community: Community) -> dict[str, Make]:
     records = {"filter": "discount", "prior": number(interface.backbone_prior)}
     unigram_EC = c.extra("unigram_C")
     changes: dict[str, dict[str, Any]] = {
-        "as published": {},
         "top 1": {"k": 1},
         "top 4": {"k": 4},
         "track records": records,

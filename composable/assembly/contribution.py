@@ -68,7 +68,7 @@ _WINDOW: Final = 256
 _CHECKPOINT_WORK: Final = 6e11
 # Rows per step of a scout that reads alone.
 SCOUT_ROWS: Final = 16
-# Peak rate at which it learns, by Muon: half as much and twice as much left it worse.
+# Peak rate at which it learns, by Muon: half as much left it worse, twice as much no better.
 SCOUT_RATE: Final = 2e-2
 # Vetting scores this many documents of either text at most.
 VETTED_DOCUMENTS: Final = 8

@@ -59,11 +59,9 @@ class Reading:
 def plan_reading(backbone: Backbone, cfg: TrainConfig, n_tokens: int, scout_rows: int) -> Reading:
     """Return what a run reads of its text.
 
-    A scout learns most from reading much: of Python source, 0.06 M tokens read once beside the
-    body left it at 4.09 bits per byte, 0.4 M tokens read ten times at 2.56, in twenty seconds. So
-    it reads what more the trunk gives cheaply. Where the trunk is so large that the text is run
-    through it in minutes, body and scout read the same tokens from disk; an accelerator runs it
-    faster than a disk is read.
+    A scout learns most from reading much (ADR 11), so it reads what more the trunk gives cheaply.
+    Where the trunk is so large that the text is run through it in minutes, body and scout read the
+    same tokens from disk; an accelerator runs it faster than a disk is read.
 
     Args:
         backbone: The model.
