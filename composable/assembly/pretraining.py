@@ -42,8 +42,8 @@ ROUTER: Final[dict[str, Any]] = {
     "scout_max_width": 128,
     "lora_max_rank": 64,
     "mix_power": 0.35,
-    "mix_prior": 0.7,
-    "mix_switch_rate": 0.005,
+    "mix_prior": 0.8,
+    "mix_switch_rate": 0.003,
 }
 # Held-out speeches are shared out: every other one is the anchor, the rest measure.
 _SHIPPED_BYTES: Final = 8192
