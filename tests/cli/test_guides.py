@@ -1,12 +1,16 @@
-"""The user's guide: every command in it works, in its order, and prints what it shows."""
+"""What is written for users is so: commands of the guide work, and the bound that is promised."""
 
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).parents[2] / "docs" / "users-guide.md"
+from composable.packaging.backbones import find_backbone, read_interface
+
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "users-guide.md"
 
 
 def read_sessions(text):
@@ -28,3 +32,18 @@ def test_users_guide(works, fakes, tmp_path, monkeypatch):
         if name != "generate":  # which needs jax and has a test of its own
             printed = works(name, *arguments).out
             assert shown in ("", printed), command
+
+
+@pytest.mark.skipif(not GUIDE.exists(), reason="the guides are part of a checkout only")
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/concepts.md", "docs/adr/0011-scouts-read-alone.md"]
+)
+def test_the_bound_that_is_promised_is_that_of_the_shipped_interface(page):
+    interface = read_interface(find_backbone("tiny-bytes"))
+    prior, rate = interface.backbone_prior, interface.switch_rate
+    per_document, per_byte = -math.log2(prior), -math.log2(1 - rate * (1 - prior))
+    text = " ".join((ROOT / page).read_text().split())
+    promised = re.search(r"([\d.]+) bits (?:per|a) document and ([\d.]+) bits (?:per|a) byte", text)
+    assert promised is not None
+    assert float(promised[1]) == pytest.approx(per_document, abs=1e-4)
+    assert float(promised[2]) == pytest.approx(per_byte, abs=5e-6)
