@@ -81,7 +81,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         growth=(2, 4, 8, 16, 32),
         adversarial=10_000,
         is_full=True,
-        scouts=("of width 64", "that read a tenth as long", "two layers above"),
+        has_scouts=True,
         workers=3,
     ),
 }

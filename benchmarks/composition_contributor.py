@@ -10,7 +10,7 @@ writes `extras.npz` beside it: what other methods ask of a contributor who is al
 * `gate_LD`: the gates of PHATGOOSE (Muqeeth et al. 2024, arXiv:2402.05859, section 3.1).
 * `flex_*`: feed-forward blocks co-trained with the frozen public one, and the rows of their router
   (Shi et al. 2025, arXiv:2507.07024, section 3).
-* `scout_NAME_*`: scouts of other widths and taps, or with soft targets, for ablations.
+* `scout_NAME_*`: scouts of another width or tap, or that read less, for ablations.
 """
 
 from __future__ import annotations
@@ -49,21 +49,16 @@ class Variant(NamedTuple):
         width: Hidden width.
         tap: Layers of the trunk more, or fewer, that it reads after.
         share: Share of the published scout's steps.
-        is_distilled: Whether half of its targets are the expert's own predictions.
     """
 
     width: int = 128
     tap: int = 0
     share: float = 1.0
-    is_distilled: bool = False
 
 
 SCOUTS: Final[Mapping[str, Variant]] = {
-    "of width 16": Variant(width=16),
     "of width 64": Variant(width=64),
     "that read a tenth as long": Variant(share=0.1),
-    "distilled": Variant(is_distilled=True),
-    "a layer below": Variant(tap=-1),
     "two layers above": Variant(tap=2),
 }
 
@@ -196,16 +191,15 @@ def flex(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job: A
 
 
 def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job: Any) -> Any:
-    """Return further scouts, each trained alone on the features of this text."""
+    """Return scouts of other kinds, trained alone on this text as the published one is."""
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 
     from composable.assembly.contribution import SCOUT_RATE, SCOUT_ROWS, expert_config
-    from composable.assembly.features import RowOrder, cut_rows
+    from composable.assembly.features import Features, cut_rows, train_scout
     from composable.assembly.trunk_cache import plan_reading
     from composable.model.scout import Scout
-    from composable.training.loop import TrainConfig, fit, muon
+    from composable.training.loop import muon
 
     backbone, interface = release.backbone, release.interface
     cfg = expert_config(job["steps"], job["seed"], rows=job["rows"])
@@ -213,55 +207,27 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
     rows_RT = cut_rows(stream, WINDOW, reading.scout_tokens)
     rows_RT = rows_RT[: len(rows_RT) // 8 * 8]
     classes_RT = np.asarray(backbone.class_map[...])[rows_RT[:, 1:]]
-    teacher = backbone.own_feed_forward if body is None else body.feed_forward(backbone)
 
-    def read(run: Callable[[Any], Any]) -> np.ndarray:
-        step = jax.jit(run)
-        parts = [np.asarray(step(rows_RT[i : i + 8, :-1])) for i in range(0, len(rows_RT), 8)]
+    def read(tap: int) -> np.ndarray:
+        run = jax.jit(lambda tokens_BT: features_at(backbone, tokens_BT, tap))
+        parts = [np.asarray(run(rows_RT[i : i + 8, :-1])) for i in range(0, len(rows_RT), 8)]
         return np.concatenate(parts).astype(np.float16)
 
-    def teach(tokens_BT: jax.Array) -> jax.Array:
-        x_BTD, _ = backbone.trunk(tokens_BT)
-        return jax.nn.softmax(backbone.upper(x_BTD, teacher)[0], axis=-1)
-
     found: dict[str, np.ndarray] = {}
-    features: dict[int, np.ndarray] = {}
-    for name in job["scouts"]:
-        variant = SCOUTS[name]
-        tap = backbone.cfg.tap + variant.tap
-        if tap not in features:
-            features[tap] = read(lambda tokens_BT, tap=tap: features_at(backbone, tokens_BT, tap))
-        soft_RTC = read(teach) if variant.is_distilled else None
-        seed = nnx.Rngs(job["seed"])
-        scout = Scout(interface.d_model, variant.width, interface.n_classes, rngs=seed)
-        graph, params = nnx.split(scout)
-
-        def objective(
-            params: Any, frozen: Any, rows_B: jax.Array, graph: Any = graph
-        ) -> tuple[jax.Array, Any]:
-            feature_RTD, classes_RT, soft_RTC = frozen
-            log_prob_BTC = nnx.merge(graph, params)(feature_RTD[rows_B])
-            hard = -jnp.take_along_axis(log_prob_BTC, classes_RT[rows_B][..., None], -1).mean()
-            if soft_RTC is None:
-                return hard, {}
-            kept = soft_RTC[rows_B].astype(jnp.float32)
-            return 0.5 * hard - 0.5 * (kept * log_prob_BTC).sum(-1).mean(), {}
-
-        cfg = TrainConfig(
+    for name, variant in SCOUTS.items():
+        rngs = nnx.Rngs(job["seed"])
+        scout = Scout(interface.d_model, variant.width, interface.n_classes, rngs=rngs)
+        fitted = train_scout(
+            scout,
+            Features(read(backbone.cfg.tap + variant.tap), classes_RT),
             steps=max(1, round(variant.share * reading.scout_steps)),
             batch_size=SCOUT_ROWS,
-            window=WINDOW,
             learning_rate=SCOUT_RATE,
-            weight_decay=0.01,
+            optimizer=muon,
             seed=job["seed"],
-            log_every=1000,
         )
-        frozen = (features[tap], classes_RT, soft_RTC)
-        order = RowOrder(len(rows_RT), SCOUT_ROWS, job["seed"])
-        trained = fit(objective, params, frozen, order, cfg, optimizer=muon(cfg)).trained
-        scout = nnx.merge(graph, trained)
         for part in ("w_in", "b_in", "w_out", "b_out"):
-            found[f"scout_{name}_{part}"] = np.asarray(getattr(scout, part)[...])
+            found[f"scout_{name}_{part}"] = np.asarray(getattr(fitted.scout, part)[...])
     return found
 
 

@@ -89,8 +89,8 @@ class Rows:
         return np.concatenate(batches)[: self.n_documents]
 
     @cached_property
-    def count_N(self) -> np.ndarray:  # noqa: N802
-        """Targets of every document; for bytes, a target is a byte."""
+    def n_targets(self) -> np.ndarray:
+        """Targets of every document, shape N; for bytes, a target is a byte."""
         counts_N: np.ndarray = self.mask_NT[: self.n_documents].sum(1)
         return counts_N
 
@@ -101,7 +101,7 @@ class Rows:
 
     def bits(self, nats_N: np.ndarray) -> float:
         """Return bits per byte of all documents together."""
-        return float(nats_N.sum() / self.count_N.sum() / np.log(2))
+        return float(nats_N.sum() / self.n_targets.sum() / np.log(2))
 
 
 def costs(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -534,8 +534,3 @@ def stack_of(parts: Parts, count: int) -> Slots:
 def entry(stack: Slots, index: int) -> Slots:
     """Return the blocks of one expert."""
     return jax.tree.map(lambda w: w[index], stack)
-
-
-def bank_of_scouts(parts: Parts, count: int) -> ScoutBank:
-    """Return the published scouts of the first entries of a bank."""
-    return ScoutBank(*(x[:count] for x in parts.bank.scouts))

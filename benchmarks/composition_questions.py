@@ -38,7 +38,7 @@ def neighbours(c: Community) -> None:
 def unequal(c: Community) -> None:
     """Fill the cells of mix mode where the first contributor had less of something."""
     run, name = c.run, c.names[0]
-    if not run.preset.growth:
+    if not c.is_full:
         return
     text = run.text(name, "train")
     steps, rate = run.preset.steps, expert_config(1).learning_rate
@@ -148,19 +148,19 @@ def adversarial(c: Community) -> None:
         if name in _TRIED
     ]
     parts = c.plug([*c.plugged, *guests]).parts
-    safe = methods.shipped(parts, "safe")
-    backbone = methods.path(run.release.backbone, methods.entry(c.stack, 0))
     tokens_NT = _adversarial_inputs(c, n)
-    costs = [
-        [np.asarray(step(rows[:, :-1], rows[:, 1:], None)[0], np.float64).sum(1) for rows in parts_]
-        for step in (safe, backbone)
-        for parts_ in [np.array_split(tokens_NT, max(1, n // _INPUT_ROWS))]
-    ]
-    excess_N = np.concatenate(costs[0]) - np.concatenate(costs[1])
+
+    def cost(step: Step) -> np.ndarray:
+        batches = np.array_split(tokens_NT, max(1, n // _INPUT_ROWS))
+        nats = [step(rows_BT[:, :-1], rows_BT[:, 1:], None)[0] for rows_BT in batches]
+        return np.concatenate([np.asarray(nats_BT, np.float64).sum(1) for nats_BT in nats])
+
+    backbone = methods.path(run.release.backbone, methods.entry(c.stack, 0))
+    excess_N = cost(methods.shipped(parts, "safe")) - cost(backbone)
     prior, rate = parts.interface.backbone_prior, parts.interface.switch_rate
     n_targets = tokens_NT.shape[1] - 1
     bound = -np.log(prior) - n_targets * np.log1p(-rate * (1 - prior))
-    np.savez(path, excess_N=excess_N, bound=bound, n_targets=n_targets)
+    np.savez(path, excess_N=excess_N, bound=bound)
     run.note_seconds(f"seed-{c.seed}/adversarial", time.perf_counter() - start)
     run.say(f"seed {c.seed} adversarial: at most {excess_N.max():.5f} nats of {bound:.5f}")
 

@@ -203,8 +203,8 @@ def router_ablations(community: Community) -> dict[str, Make]:
                 "discount": number(discount),
             }
         changes["track records, prior 0.5"] = {**records, "prior": number(0.5)}
-    for name in c.variants:
-        tap = c.run.release.backbone.cfg.tap + SCOUTS[name].tap
+    for name, variant in SCOUTS.items() if c.has_scouts else ():
+        tap = c.run.release.backbone.cfg.tap + variant.tap
         changes[f"scouts {name}"] = {"scouts": c.variant_scouts(name), "tap": tap}
     backbone = c.run.release.backbone
     return {

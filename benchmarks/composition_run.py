@@ -74,7 +74,7 @@ class Preset:
         growth: Sizes of the growing community; none leaves the question out.
         adversarial: Inputs on which the bound of safe mode is tried.
         is_full: Whether rivals and router are tried with many settings, on the first seed.
-        scouts: Scouts of other kinds that are trained for the first seed.
+        has_scouts: Whether scouts of other kinds are trained, too, on the first seed.
         workers: Contributors, or cells, that are worked on at a time.
     """
 
@@ -88,7 +88,7 @@ class Preset:
     growth: tuple[int, ...]
     adversarial: int
     is_full: bool
-    scouts: tuple[str, ...] = ()
+    has_scouts: bool = False
     workers: int = 1
 
 
@@ -201,14 +201,14 @@ class Run:
 
     def _fill(self, seed: int, name: str, make: Make, groups: Sequence[str]) -> None:
         start, path = time.perf_counter(), self._path(seed, name)
-        step, found = make(), {}
+        step, found = make(), dict[str, Any]()
         for group in groups:
             value = self.rows[group].run(step)
             is_cost = value.ndim == 2
             found[group] = self.rows[group].total(value) if is_cost else value.astype(np.float16)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")
-        np.savez(part, **found)  # type: ignore[arg-type]
+        np.savez(part, **found)
         part.rename(path)
         self.note_seconds(f"seed-{seed}/{name}", time.perf_counter() - start)
         if found[next(iter(found))].ndim == 1:
@@ -283,7 +283,6 @@ def contribute(
         "seed": seed,
         "learning_rate": expert_config(1).learning_rate,
         "extras": list(extras),
-        "scouts": list(run.preset.scouts),
         **job,
     }
     (folder / "job.json").write_text(json.dumps(full))
@@ -312,20 +311,17 @@ class Community:
         preset, release = run.preset, run.release
         self.is_first = seed == preset.seeds[0]
         self.is_full = preset.is_full and self.is_first
-        self.variants = preset.scouts if self.is_first else ()
+        self.has_scouts = preset.has_scouts and self.is_first
         # Rivals whose contributors must train something more are compared on the first seed.
         asked = ["pooled", "unigram"] + ["phatgoose", "flex"] * self.is_first
-        asked += ["scouts"] * bool(self.variants)
+        asked += ["scouts"] * self.has_scouts
         public = [part for part in asked if part in ("pooled", "unigram", "scouts")]
         jobs = {
             name: partial(contribute, run, seed, name, run.text(name, "train"), extras=asked)
             for name in preset.domains
         }
-        jobs[PUBLIC] = partial(
-            *(contribute, run, seed, PUBLIC, run.text(PUBLIC_TEXT, "train")),
-            extras=public,
-            is_public=True,
-        )
+        text = run.text(PUBLIC_TEXT, "train")
+        jobs[PUBLIC] = partial(contribute, run, seed, PUBLIC, text, extras=public, is_public=True)
         self.folders = dict(zip(jobs, run.map(list(jobs.values())), strict=True))
         self.public = self.folders.pop(PUBLIC)
         self.plugged = [load_expert(release, folder) for folder in self.folders.values()]

@@ -175,7 +175,7 @@ def train_expert(
         optimizer=muon,
         seed=cfg.seed,
         progress=lambda step, _, row: show(
-            cfg.steps + step, 0, {**last, "scout_bits": row.get("scout_bits", np.nan)}
+            cfg.steps + step, 0, {**last, "scout_bits": row["scout_bits"]}
         ),
     )
     trained.scout = scout.scout

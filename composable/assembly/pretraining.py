@@ -33,7 +33,7 @@ from composable.training.objectives import backbone_objective
 from composable.training.recipe import cut_text, load_recipe, make_texts
 from composable.vetting.evaluation import path_scorer, score_documents
 
-# What the interface asks of the router; docs/composition.md and ADR 9 say how that was chosen.
+# What the interface asks of the router; docs/demo.md and ADRs 9 and 11 say how that was chosen.
 ROUTER: Final[dict[str, Any]] = {
     "discount": 0.975,
     "top_k": 2,
@@ -93,7 +93,7 @@ PLANS: Final[Mapping[str, Plan]] = {
             ),
             description="A byte-level causal transformer of 2.4 M parameters, trained on public-"
             "domain English (State of the Union addresses).",
-            # 1.0.0, which had no switching filter, and 1.1.0, which had other settings of it.
+            # 1.0.0, which had no switching filter, and 1.1.0, with other settings of safe mode.
             honours=(
                 "sha256:236ae8c3446c0e6b563f18500350ca1ab716d4932e67c8b21beb6b80da94263c",
                 "sha256:b314d6ce3a42be41fefbec189dbbf169435a5c235375a7110b183c8d484f151f",

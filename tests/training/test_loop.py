@@ -222,3 +222,13 @@ def test_the_step_compiles_once():
         jax.monitoring.unregister_event_duration_listener(listen)
     assert at_step[0] > 0, "the first step compiles something"
     assert at_step[-1] == at_step[0]
+
+
+def test_a_run_may_have_one_step_only():
+    fitted = fit_line(dataclasses.replace(CFG, steps=1))
+    assert [row["step"] for row in fitted.history] == [1]
+    start = LINE["parts"]()[0]
+    changed = jax.tree.map(
+        lambda x, y: (np.asarray(x) != np.asarray(y)).any(), fitted.trained, start
+    )
+    assert all(jax.tree.leaves(changed)), "at its full rate: there is nothing to warm up for"
