@@ -195,11 +195,10 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
     import jax
     from flax import nnx
 
-    from composable.assembly.contribution import SCOUT_RATE, SCOUT_ROWS, expert_config
-    from composable.assembly.features import Features, cut_rows, train_scout
+    from composable.assembly.contribution import expert_config
+    from composable.assembly.features import SCOUT_ROWS, Features, cut_rows, train_scout
     from composable.assembly.trunk_cache import plan_reading
     from composable.model.scout import Scout
-    from composable.training.loop import muon
 
     backbone, interface = release.backbone, release.interface
     cfg = expert_config(job["steps"], job["seed"], rows=job["rows"])
@@ -221,9 +220,6 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
             scout,
             Features(read(backbone.cfg.tap + variant.tap), classes_RT),
             steps=max(1, round(variant.share * reading.scout_steps)),
-            batch_size=SCOUT_ROWS,
-            learning_rate=SCOUT_RATE,
-            optimizer=muon,
             seed=job["seed"],
         )
         for part in ("w_in", "b_in", "w_out", "b_out"):

@@ -22,7 +22,13 @@ from flax import nnx
 
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.experts import load_expert, make_expert, save_expert
-from composable.assembly.features import Features, cut_rows, train_scout, trunk_features
+from composable.assembly.features import (
+    SCOUT_ROWS,
+    Features,
+    cut_rows,
+    train_scout,
+    trunk_features,
+)
 from composable.assembly.publication import publish_vetted
 from composable.assembly.trunk_cache import (
     Reading,
@@ -66,10 +72,6 @@ HELDOUT_FRACTION: Final = 0.1
 _WINDOW: Final = 256
 # Weights times tokens between two checkpoints: some two minutes of two cores.
 _CHECKPOINT_WORK: Final = 6e11
-# Rows per step of a scout that reads alone.
-SCOUT_ROWS: Final = 16
-# Peak rate at which it learns, by Muon: half as much left it worse, twice as much no better.
-SCOUT_RATE: Final = 2e-2
 # Vetting scores this many documents of either text at most.
 VETTED_DOCUMENTS: Final = 8
 
@@ -170,9 +172,6 @@ def train_expert(
         trained.scout,
         features,
         steps=reading.scout_steps,
-        batch_size=SCOUT_ROWS,
-        learning_rate=SCOUT_RATE,
-        optimizer=muon,
         seed=cfg.seed,
         progress=lambda step, _, row: show(
             cfg.steps + step, 0, {**last, "scout_bits": row["scout_bits"]}

@@ -21,9 +21,13 @@ from composable.interface import canonical_json, digest_bytes
 from composable.model.backbone import Backbone
 from composable.model.scout import Scout
 from composable.packaging.atomic import Sink
-from composable.training.loop import Progress, TrainConfig, adamw, fit
+from composable.training.loop import Progress, TrainConfig, fit, muon
 from composable.training.objectives import scout_loss
 
+# How a scout learns alone: rows per step, and the peak rate, by Muon. Half as much left scouts
+# worse, twice as much no better (docs/adr/0011-scouts-read-alone.md).
+SCOUT_ROWS: Final = 16
+SCOUT_RATE: Final = 2e-2
 _BITS: Final = 1 / np.log(2)
 # Rows of text that go through the trunk at once.
 _BATCH: Final = 8
@@ -190,9 +194,9 @@ def train_scout(
     features: Features,
     *,
     steps: int,
-    batch_size: int = 16,
-    learning_rate: float = 3e-3,
-    optimizer: Callable[[TrainConfig], optax.GradientTransformation] = adamw,
+    batch_size: int = SCOUT_ROWS,
+    learning_rate: float = SCOUT_RATE,
+    optimizer: Callable[[TrainConfig], optax.GradientTransformation] = muon,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ScoutFit:

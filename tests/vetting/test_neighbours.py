@@ -12,7 +12,6 @@ from composable.assembly.features import cut_rows, train_scout, trunk_features
 from composable.model.scout import Scout
 from composable.training.data import token_stream
 from composable.training.documents import read_documents
-from composable.training.loop import muon
 from composable.vetting.neighbours import (
     MAX_LIKENESS,
     Neighbour,
@@ -55,9 +54,7 @@ def train(release, trained_folder):
         features = trunk_features(release.backbone, cut_rows(stream, 32, len(stream)))
         cfg = release.backbone.cfg
         scout = Scout(cfg.d_model, 16, 256, rngs=nnx.Rngs(seed))
-        return train_scout(
-            scout, features, steps=200, learning_rate=2e-2, optimizer=muon, seed=seed
-        ).scout
+        return train_scout(scout, features, steps=200, seed=seed).scout
 
     return run
 
