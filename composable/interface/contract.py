@@ -19,7 +19,6 @@ from composable.interface.digest import canonical_json, digest_bytes, is_digest
 SCHEMA: Final = 1
 DTYPES: Final = ("BF16", "F32")
 BodyKind = Literal["ffn", "lora"]
-_MIX_FIELDS: Final = ("mix_power", "mix_prior", "mix_switch_rate")
 BODY_KINDS: Final[tuple[BodyKind, ...]] = ("ffn", "lora")
 # The matrices of a slot and the letters of their dimensions.
 SLOT_DIMS: Final = {"w_gate": "DF", "w_up": "DF", "w_down": "FD"}
@@ -65,6 +64,10 @@ class RouterInterface:
             mix mode weighs track records instead.
         mix_prior: Prior weight of the backbone in that filter.
         mix_switch_rate: Probability per token, in (0, 1), that somebody else becomes right in it.
+        mix_margin: Nats per token, at least 0, by which an expert's scout has to beat the
+            backbone's to gain weight in it.
+        mix_floor: Least weight, in [0, 1), of an expert in mix mode; who has less is not run.
+        mix_top_k: Experts mixed per token in mix mode; `top_k` where it is 0.
         schema: Version of this record's meaning.
 
     Raises:
@@ -98,6 +101,10 @@ class RouterInterface:
     mix_power: float = 0.0
     mix_prior: float = 0.5
     mix_switch_rate: float = 0.0
+    # And these are left out where they change nothing, for the same reason.
+    mix_margin: float = 0.0
+    mix_floor: float = 0.0
+    mix_top_k: int = 0
 
     def __post_init__(self) -> None:
         def require(holds: bool, field: str, expected: str) -> None:
@@ -125,10 +132,20 @@ class RouterInterface:
         if self.mix_power:
             require(0 < self.mix_prior < 1, "mix_prior", "in (0, 1)")
             require(0 < self.mix_switch_rate < 1, "mix_switch_rate", "in (0, 1)")
+        is_finite = 0 <= self.mix_margin < float("inf")
+        require(is_finite, "mix_margin", "a number of nats, 0 or more")
+        require(0 <= self.mix_floor < 1, "mix_floor", "in [0, 1)")
+        is_whole = isinstance(self.mix_top_k, int) and self.mix_top_k >= 0
+        require(is_whole, "mix_top_k", "a whole number, 0 or more")
         is_bounded = len(self.output_bounds) == len(self.slots) and all(
             0 < bound < float("inf") for bound in self.output_bounds
         )
         require(is_bounded, "output_bounds", "one positive number for every slot")
+
+    @property
+    def n_mixed(self) -> int:
+        """Experts mixed per token in mix mode, at most."""
+        return self.mix_top_k or self.top_k
 
     @functools.cached_property
     def digest(self) -> str:
@@ -144,10 +161,16 @@ class RouterInterface:
         data = dataclasses.asdict(self)
         # 1 and 1.0 are equal but spelt differently; equal interfaces must have one digest.
         floats = {name: float(data[name]) for name in ("discount", "backbone_prior", "switch_rate")}
-        for name in _MIX_FIELDS:
+        for name in ("mix_power", "mix_prior", "mix_switch_rate"):
             value = data.pop(name)
             if self.mix_power:
                 floats[name] = float(value)
+        for name in ("mix_margin", "mix_floor"):
+            value = data.pop(name)
+            if value:
+                floats[name] = float(value)
+        if not self.mix_top_k:
+            del data["mix_top_k"]
         lists = {
             "slots": list(self.slots),
             "output_bounds": [float(bound) for bound in self.output_bounds],

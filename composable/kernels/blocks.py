@@ -9,7 +9,8 @@ has one implementation per kind of platform, same meaning:
   expert's weights are sliced once per group, and what a block computes on the way stays in cache.
 - `batch_blocks` (everything else): accelerators want one large batched product rather than many
   small ones in a row, each waiting for the host to ask whether the loop goes on. Blocks are taken
-  in chunks, each with its expert's weights beside it, so all P / block static blocks are computed.
+  in a few large chunks, each with its expert's weights beside it, and chunks that hold nothing are
+  not computed.
 
 `lax.ragged_dot` is neither: on CPU and GPU, XLA expands it to every row times every expert.
 
@@ -37,8 +38,10 @@ BlockFunction = Callable[[Arrays, Arrays], BlockOutputs]
 _one_by_one: Callable[[Callable[..., BlockOutputs]], Callable[..., BlockOutputs]]
 _one_by_one = jax.custom_batching.sequential_vmap
 
-# `batch_blocks` gathers at most about this many bytes of weights at a time.
+# `batch_blocks` gathers at most about this many bytes of weights at a time, and takes all blocks in
+# about this many chunks, so that an eighth at most is computed for nothing.
 _GATHERED_BYTES = 1 << 28
+_CHUNKS = 8
 
 
 def run_blocks(
@@ -132,6 +135,8 @@ def batch_blocks(
 ) -> BlockOutputs:
     """Run `fn` on chunks of blocks at a time, each block beside a copy of its expert's weights.
 
+    How many chunks there are to run is known at run time only, so the host asks once for each.
+
     Args:
         fn: See `run_blocks`.
         rows: See `run_blocks`.
@@ -143,45 +148,51 @@ def batch_blocks(
     """
     block = dispatch.block
     n_blocks = dispatch.expert_of_block.shape[0]
-    _, sum_shapes = _shapes_of_one_block(fn, rows, weights, block)
+    out_shapes, sum_shapes = _shapes_of_one_block(fn, rows, weights, block)
     bytes_per_block = sum(w[0].size * w.dtype.itemsize for w in weights) + sum(
         s.size * s.dtype.itemsize for s in sum_shapes
     )
-    chunk = min(n_blocks, max(1, _GATHERED_BYTES // max(1, bytes_per_block)))
+    most = max(1, _GATHERED_BYTES // max(1, bytes_per_block))
+    chunk = min(most, -(-n_blocks // _CHUNKS))
     n_chunks = -(-n_blocks // chunk)
     n_missing = n_chunks * chunk - n_blocks
+    rows = tuple(jnp.pad(row, [(0, n_missing * block), *[(0, 0)] * (row.ndim - 1)]) for row in rows)
+    expert_of_block = jnp.pad(dispatch.expert_of_block, (0, n_missing))
 
-    def split_rows(row: Array) -> Array:
-        row = jnp.pad(row, [(0, n_missing * block), *[(0, 0)] * (row.ndim - 1)])
-        return row.reshape(n_chunks, chunk, block, *row.shape[1:])
-
-    def run_chunk(sums: Arrays, chunk_of: tuple[Arrays, Array, Array]) -> BlockOutputs:
-        own_rows, experts, is_used = chunk_of
-        own_weights = tuple(w[experts] for w in weights)
-        outs, parts = jax.vmap(fn)(own_rows, own_weights)
+    def run_chunk(index: Array, state: BlockOutputs) -> BlockOutputs:
+        outs, sums = state
+        first = index * chunk
+        start = first * block
+        own_rows = tuple(
+            lax.dynamic_slice_in_dim(row, start, chunk * block).reshape(
+                chunk, block, *row.shape[1:]
+            )
+            for row in rows
+        )
+        experts = lax.dynamic_slice_in_dim(expert_of_block, first, chunk)
+        is_used = first + jnp.arange(chunk) < dispatch.n_blocks_used
 
         def keep_used(array: Array) -> Array:
             return jnp.where(is_used.reshape(-1, *[1] * (array.ndim - 1)), array, 0)
 
+        new_outs, parts = jax.vmap(fn)(own_rows, tuple(w[experts] for w in weights))
+        outs = tuple(
+            lax.dynamic_update_slice_in_dim(
+                out, keep_used(new).reshape(-1, *out.shape[1:]), start, axis=0
+            )
+            for out, new in zip(outs, new_outs, strict=True)
+        )
         sums = tuple(
             total.at[experts].add(keep_used(part)) for total, part in zip(sums, parts, strict=True)
         )
-        return sums, tuple(keep_used(out) for out in outs)
+        return outs, sums
 
-    index = jnp.arange(n_chunks * chunk)
-    experts = jnp.pad(dispatch.expert_of_block, (0, n_missing))
+    n_rows = n_chunks * chunk * block
+    outs = tuple(jnp.zeros((n_rows, *s.shape[1:]), s.dtype) for s in out_shapes)
     sums = tuple(jnp.zeros((dispatch.n_experts, *s.shape), s.dtype) for s in sum_shapes)
-    sums, outs = lax.scan(
-        run_chunk,
-        sums,
-        (
-            tuple(split_rows(row) for row in rows),
-            experts.reshape(n_chunks, chunk),
-            (index < dispatch.n_blocks_used).reshape(n_chunks, chunk),
-        ),
-    )
-    outs = tuple(out.reshape(-1, *out.shape[3:])[: n_blocks * block] for out in outs)
-    return outs, sums
+    n_chunks_used = -(-dispatch.n_blocks_used // chunk)
+    outs, sums = lax.fori_loop(0, n_chunks_used, run_chunk, (outs, sums))
+    return tuple(out[: n_blocks * block] for out in outs), sums
 
 
 def _shapes_of_one_block(

@@ -303,6 +303,7 @@ def _follow(parts: Parts, evidence_BTE: jax.Array, state: RouterState) -> jax.Ar
         prior_E[order_E],
         power=interface.mix_power,
         rate=interface.mix_switch_rate,
+        margin_E=jnp.full(len(order_E), interface.mix_margin).at[0].set(0.0)[order_E],
     )
     return trust_BTE[..., jnp.argsort(order_E)]
 
@@ -312,7 +313,8 @@ def _trust(parts: Parts, score_BTE: jax.Array, started_B: jax.Array) -> Choice:
     alone_E = jnp.full(score_BTE.shape[-1], NEVER).at[0].set(0.0)
     first_BE = jnp.where(started_B[:, None], score_BTE[:, 0], alone_E)
     score_BTE = score_BTE.at[:, 0].set(first_BE)
-    return choose(score_BTE, parts.bank.key_E, parts.interface.top_k)
+    interface = parts.interface
+    return choose(score_BTE, parts.bank.key_E, interface.n_mixed, interface.mix_floor)
 
 
 def _prior(parts: Parts) -> jax.Array:

@@ -6,8 +6,10 @@
 
 or, where the interface says so, in mix mode by a filter that expects switches:
 
-    v[i,t] = w[i,t-1] exp(power e[i,t]), normalised
-    w[i,t] = (1 - rate) v[i,t] + rate prior_i                the top k of it
+    v[i,t] = w[i,t-1] exp(power (e[i,t] - margin_i)), normalised
+    w[i,t] = (1 - rate) v[i,t] + rate prior_i                the top k of it, above the floor
+
+with a margin of zero for the backbone and one for all experts.
 
 Pure functions on arrays. An expert's evidence and track record are computed by the same program on
 the same numbers whatever else is installed, so they are the same to the bit.
@@ -49,7 +51,10 @@ class RouterState(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One routing decision per token, shared by all slots; best expert first."""
+    """One routing decision per token, shared by all slots; best expert first.
+
+    A choice that was not taken has weight zero and names the expert E, which there is not.
+    """
 
     expert_BTJ: jax.Array
     weight_BTJ: jax.Array
@@ -162,13 +167,15 @@ def switching_trust(
     *,
     power: float,
     rate: float,
+    margin_E: jax.Array | float = 0.0,
 ) -> jax.Array:
     """Return log weights by a hidden Markov chain that seldom changes experts, shape BTE.
 
     A discounted track record forgets at one pace; this remembers long inside a document and little
     at a switch, because no weight falls below `rate` times its prior. Scouts predict neighbouring
     tokens from much the same features, so their evidence is not as independent as the product of
-    likelihoods takes it to be; `power` below 1 corrects for that.
+    likelihoods takes it to be; `power` below 1 corrects for that. Where an expert's scout is as
+    good as the backbone's, its weight wanders with the noise; a margin has it sink.
 
     Args:
         evidence_BTE: Log likelihoods in nats, E in an order that no slot decides.
@@ -176,6 +183,7 @@ def switching_trust(
         log_prior_E: Log prior weights, to which the chain returns.
         power: Exponent on likelihoods.
         rate: Probability of a change per token.
+        margin_E: What is taken off everybody's evidence per token, in nats.
 
     References:
         Herbster and Warmuth 1998, "Tracking the best expert" (fixed share, here towards the prior);
@@ -183,7 +191,7 @@ def switching_trust(
     """
 
     def step(trust_BE: jax.Array, evidence_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
-        heard_BE = jax.nn.log_softmax(trust_BE + power * evidence_BE, axis=-1)
+        heard_BE = jax.nn.log_softmax(trust_BE + power * (evidence_BE - margin_E), axis=-1)
         trust_BE = jnp.logaddexp(heard_BE + jnp.log1p(-rate), jnp.log(rate) + log_prior_E)
         return trust_BE, trust_BE
 
@@ -205,18 +213,27 @@ def log_prior(alive_E: jax.Array, backbone_prior: float) -> jax.Array:
     return jnp.where(alive_E, jnp.log(share_E), NEVER)
 
 
-def choose(score_BTE: jax.Array, key_E: jax.Array, k: int) -> Choice:
+def choose(score_BTE: jax.Array, key_E: jax.Array, k: int, floor: float = 0.0) -> Choice:
     """Return the k best experts of each token and their softmax weights.
+
+    Who has less weight than the floor is left out and costs nothing; the best never is.
 
     Args:
         score_BTE: Log prior plus track record; NEVER for a dead slot.
         key_E: A number of each expert's own that settles exact ties, so that the slot it happens
             to sit in never does.
-        k: How many.
+        k: How many at most.
+        floor: Least weight, in [0, 1).
     """
+    n_experts = score_BTE.shape[-1]
     order_E = jnp.argsort(key_E)
-    top_BTJ, rank_BTJ = jax.lax.top_k(score_BTE[..., order_E], min(k, score_BTE.shape[-1]))
-    return Choice(order_E[rank_BTJ], jax.nn.softmax(top_BTJ, axis=-1))
+    top_BTJ, rank_BTJ = jax.lax.top_k(score_BTE[..., order_E], min(k, n_experts))
+    expert_BTJ, weight_BTJ = order_E[rank_BTJ], jax.nn.softmax(top_BTJ, axis=-1)
+    if not floor:
+        return Choice(expert_BTJ, weight_BTJ)
+    taken_BTJ = (weight_BTJ >= floor).at[..., 0].set(True)
+    weight_BTJ = jax.nn.softmax(jnp.where(taken_BTJ, top_BTJ, -jnp.inf), axis=-1)
+    return Choice(jnp.where(taken_BTJ, expert_BTJ, n_experts), weight_BTJ)
 
 
 def dense_weights(choice: Choice, n_experts: int) -> jax.Array:

@@ -37,6 +37,16 @@ FIELDS = {
 GOLDEN = "sha256:d076559b1b3510797ab924ad02bf136e762fb8221be544936325151fae82f11d"
 
 
+FILTERED = {
+    "mix_power": 0.35,
+    "mix_prior": 0.8,
+    "mix_switch_rate": 0.003,
+    "mix_margin": 0.1,
+    "mix_floor": 0.05,
+    "mix_top_k": 4,
+}
+
+
 @pytest.fixture
 def interface():
     return RouterInterface.from_dict(FIELDS)
@@ -61,8 +71,7 @@ def test_every_field_is_in_the_digest(interface, field):
     if field == "schema":
         return  # only one value is readable
     if field.startswith("mix_"):
-        filtered = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
-        interface = dataclasses.replace(interface, **filtered)
+        interface = dataclasses.replace(interface, **FILTERED)
     value = getattr(interface, field)
     other = {
         str: lambda: DIGESTS["anchor"][:-1] + "0" if value.startswith("sha256:") else value + "0",
@@ -83,11 +92,18 @@ def test_an_interface_survives_its_json(interface):
 
 
 def test_a_switching_filter_survives_json_and_has_all_its_fields(interface):
-    filtered = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
-    other = dataclasses.replace(interface, **filtered)
+    other = dataclasses.replace(interface, **FILTERED)
     assert RouterInterface.from_json(other.to_json()) == other
-    assert filtered.items() <= other.to_dict().items()
-    assert not filtered.keys() & interface.to_dict().keys()
+    assert FILTERED.items() <= other.to_dict().items()
+    assert not FILTERED.keys() & interface.to_dict().keys()
+
+
+def test_without_margin_floor_or_number_of_its_own_the_filter_has_the_digest_it_had(interface):
+    first = {name: FILTERED[name] for name in ("mix_power", "mix_prior", "mix_switch_rate")}
+    plain = dataclasses.replace(interface, **first).to_dict()
+    assert plain == {**interface.to_dict(), **first}
+    assert RouterInterface.from_dict(plain).n_mixed == interface.top_k
+    assert dataclasses.replace(interface, mix_top_k=5).n_mixed == 5
 
 
 def test_honours_may_be_left_out(interface):
@@ -105,6 +121,12 @@ def test_it_honours_itself_and_what_it_lists(interface):
     ("field", "value"),
     [
         ("mix_power", 1.5),
+        ("mix_margin", -0.1),
+        ("mix_margin", float("inf")),
+        ("mix_floor", -0.1),
+        ("mix_floor", 1.0),
+        ("mix_top_k", -1),
+        ("mix_top_k", 2.5),
         ("schema", 2),
         ("schema", "1"),
         ("name", 3),

@@ -308,7 +308,8 @@ def test_other_experts_tokens_change_no_bit() -> None:
 # Work in proportion to the rows that are really routed.
 
 
-def count_block_runs(expert_MJ, n_experts, block) -> int:
+def count_block_runs(expert_MJ, n_experts, block, by=loop_blocks) -> int:
+    """Return how often the function is run: for every block, or for every chunk of blocks."""
     runs = []
     dispatch = make_dispatch_jit(expert_MJ, n_experts, block)
     rows = jnp.ones((dispatch.choice_P.shape[0], WIDTH))
@@ -317,7 +318,7 @@ def count_block_runs(expert_MJ, n_experts, block) -> int:
         jax.debug.callback(lambda: runs.append(1))
         return (rows[0] @ weights[0],), ()
 
-    run = jax.jit(lambda rows, w_EDF, dispatch: loop_blocks(fn, (rows,), (w_EDF,), dispatch))
+    run = jax.jit(lambda rows, w_EDF, dispatch: by(fn, (rows,), (w_EDF,), dispatch))
     run(rows, jnp.ones((n_experts, WIDTH, HIDDEN)), dispatch)
     jax.effects_barrier()
     return len(runs)
@@ -329,6 +330,14 @@ def test_blocks_run_follow_the_routing_not_the_number_of_experts(n_experts: int)
     assert count_block_runs(expert_MJ, n_experts, 8) == 6
     expert_MJ[5:] = -1
     assert count_block_runs(expert_MJ, n_experts, 8) == 2
+
+
+def test_chunks_of_blocks_that_hold_nothing_are_not_run() -> None:
+    expert_MJ = np.full((128, 4), -1)
+    expert_MJ[:, 0] = np.arange(128) % 2  # one choice in four is taken
+    # 65 blocks of 8 rows, of which 16 are in use, in 8 chunks of 9.
+    assert count_block_runs(expert_MJ, 2, 8, batch_blocks) == 2
+    assert count_block_runs(np.tile([0, 1, 0, 1], (128, 1)), 2, 8, batch_blocks) == 8
 
 
 def lower(fn, *args):

@@ -144,6 +144,7 @@ def test_route_is_the_softmax_of_prior_and_track_record(tiny, model):
 
 
 SWITCHING = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
+FLOORED = {**SWITCHING, "mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 4}
 
 
 def test_route_by_the_switching_filter(tiny, experts):
@@ -164,9 +165,10 @@ def test_route_by_the_switching_filter(tiny, experts):
     np.testing.assert_array_equal(found_BTE[:, 0], [[1, 0, 0, 0]] * len(found_BTE))
 
 
-def test_the_switching_filter_keeps_bits_as_the_discount_does(tiny, experts):
+@pytest.mark.parametrize("settings", [SWITCHING, FLOORED])
+def test_the_switching_filter_keeps_bits_as_the_discount_does(tiny, experts, settings):
     tokens_BT = tiny.tokens()
-    model = tiny.model(experts["a"], experts["b"], **SWITCHING)
+    model = tiny.model(experts["a"], experts["b"], **settings)
     before = np.asarray(model(tokens_BT))
     assert (before != np.asarray(tiny.model(experts["a"], experts["b"])(tokens_BT))).any()
     for name in ("a", "b"):
@@ -180,7 +182,7 @@ def test_the_switching_filter_keeps_bits_as_the_discount_does(tiny, experts):
     np.testing.assert_array_equal(model(tokens_BT), before)
     full = [
         np.asarray(
-            tiny.model(*(experts[name] for name in order), capacity=n, **SWITCHING)(tokens_BT)
+            tiny.model(*(experts[name] for name in order), capacity=n, **settings)(tokens_BT)
         )
         for order, n in (("abc", 4), ("cab", 4), ("bca", 8))
     ]
@@ -201,6 +203,28 @@ def test_a_broken_scout_takes_nothing_in_the_switching_filter(tiny, experts):
     assert weight_BTE[..., index].max() <= 0.003
     assert np.isfinite(np.asarray(model(tokens_BT))).all()
     assert np.isfinite(np.asarray(alone(tokens_BT))).all()
+
+
+def test_who_is_below_the_floor_takes_no_row_and_the_others_are_as_if_he_were_not_there(
+    tiny, experts
+):
+    tokens_BT, crowd = tiny.tokens(), experts.values()
+    settings = {**SWITCHING, "mix_top_k": 4}
+    whole, floored = (tiny.model(*crowd, **settings, mix_floor=floor) for floor in (0.0, 0.2))
+    weight_BTE, kept_BTE = (np.asarray(m.route(tokens_BT)) for m in (whole, floored))
+    assert (weight_BTE[:, 1:] > 0).all(), "four of four"
+    expected_BTE = np.where(weight_BTE >= 0.2, weight_BTE, 0)
+    expected_BTE /= expected_BTE.sum(-1, keepdims=True)
+    np.testing.assert_allclose(kept_BTE, expected_BTE, atol=1e-5)
+    made = {m: sum(x.made for x in m.contributions(tokens_BT).values()) for m in (whole, floored)}
+    n_slots = len(tiny.interface.slots)
+    assert made[floored] == (kept_BTE > 0).sum() * n_slots < made[whole]
+    # The largest weight alone is the path of whoever has it.
+    alone = tiny.model(*crowd, **settings, mix_floor=0.99)
+    single = tiny.model(*crowd, **SWITCHING, mix_top_k=1)
+    np.testing.assert_array_equal(alone.route(tokens_BT), single.route(tokens_BT))
+    # Rows of one expert are multiplied in blocks of another size where there are four choices.
+    np.testing.assert_allclose(alone(tokens_BT), single(tokens_BT), atol=1e-4)
 
 
 def test_a_model_without_experts_is_its_backbone(tiny):

@@ -75,8 +75,9 @@ def test_a_broken_body_leaves_its_tokens_to_others_in_decoding_as_in_a_full_pass
         assert int(state.tally.zeroed_E[model.names.index("b")]) == told.zeroed == told.made // 2
 
 
-def test_the_switching_filter_goes_on_from_piece_to_piece(tiny):
-    sticky = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
+@pytest.mark.parametrize("more", [{}, {"mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 3}])
+def test_the_switching_filter_goes_on_from_piece_to_piece(tiny, more):
+    sticky = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003, **more}
     model = tiny.model(tiny.expert("a"), tiny.expert("b"), **sticky)
     tokens_BT = tiny.tokens(batch=1, length=LENGTH)
     state, outputs = begin(model, "mix"), []

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +162,35 @@ def test_weights_sum_to_one_over_the_top_k_and_leave_out_the_dead():
         best_BTE = np.sort(score_BTE, axis=-1)[..., -k:]
         chosen_BTE = np.take_along_axis(score_BTE, np.asarray(choice.expert_BTJ), axis=-1)
         np.testing.assert_array_equal(np.sort(chosen_BTE, axis=-1), best_BTE)
+
+
+def test_who_has_less_weight_than_the_floor_is_not_chosen_and_the_best_always_is():
+    score_BTE = jnp.log(jnp.asarray([[[0.04, 0.06, 0.6, 0.3], [0.25, 0.25, 0.25, 0.25]]]))
+    choice = choose(score_BTE, jnp.arange(4), k=4, floor=0.05)
+    weight_BTE = np.asarray(dense_weights(choice, 4))
+    kept_E = np.array([0, 0.06, 0.6, 0.3])
+    np.testing.assert_allclose(weight_BTE[0, 0], kept_E / kept_E.sum(), atol=FLOAT32_ROUNDING)
+    np.testing.assert_allclose(weight_BTE[0, 1], 0.25, atol=FLOAT32_ROUNDING)
+    assert choice.expert_BTJ[0, 0].tolist() == [2, 3, 1, 4], "nobody has the number 4"
+    alone = choose(score_BTE, jnp.arange(4), k=4, floor=0.7)
+    assert np.asarray(dense_weights(alone, 4))[0].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+
+
+def test_a_margin_has_the_weight_of_a_scout_sink_that_is_no_better_than_the_backbones():
+    rng = np.random.default_rng(5)
+    evidence_BTE = jnp.asarray(rng.normal(-2, 1, (16, 400, 3)), jnp.float32)
+    prior_E = log_prior(jnp.ones(3, bool), 0.5)
+    start_BE = jnp.broadcast_to(prior_E, (16, 3))
+
+    def trusted(evidence_BTE, margin):
+        margin_E = jnp.asarray([0.0, margin, margin])
+        follow = partial(switching_trust, power=0.35, rate=0.01, margin_E=margin_E)
+        return np.exp(np.asarray(follow(evidence_BTE, start_BE, prior_E)))[..., 1:].sum(-1)
+
+    wandering, sunk = (trusted(evidence_BTE, margin) for margin in (0.0, 0.5))
+    assert sunk.mean() < wandering.mean() / 3
+    better_BTE = evidence_BTE.at[..., 2].add(1.0)  # a nat per token better: by more than the margin
+    assert trusted(better_BTE, 0.5)[:, 100:].mean() > 0.9
 
 
 def test_asking_for_more_experts_than_there_are_takes_all():
