@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.composition_contributor import POOLING, features_at
+from composable.interface.contract import RouterInterface
 from composable.kernels import (
     combine_rows,
     default_block,
@@ -34,11 +35,13 @@ from composable.model.composed import Parts
 from composable.model.layers import swiglu
 from composable.model.router import (
     NEVER,
+    RouterState,
     ScoutBank,
     choose,
     empty_state,
     evidence,
     log_prior,
+    switching_trust,
     track_record,
 )
 
@@ -343,62 +346,44 @@ def _standardise(x: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scouts:
-    """The router, with every setting open; the shipped one is a special case.
-
-    Filters:
-        discount: the shipped track record.
-        switch: a hidden Markov chain that changes experts with probability `rate` per token, to
-            any by its prior (fixed share, Herbster and Warmuth 1998), evidence cooled by `power`.
-    """
+    """Mix mode's router, with scouts of any kind, at any tap, and any settings."""
 
     scouts: ScoutBank
-    prior: jax.Array
-    discount: jax.Array
-    rate: jax.Array
-    power: jax.Array
+    interface: RouterInterface = field(metadata={"static": True})
     tap: int = field(metadata={"static": True})
-    filter: str = field(default="discount", metadata={"static": True})
-    k: int = field(default=2, metadata={"static": True})
 
     def route(self, seen: Seen, state: Any, backbone: Backbone) -> Any:
-        n = self.scouts.b_out_EC.shape[0]
+        rule, n = self.interface, self.scouts.b_out_EC.shape[0]
         batch = seen.tokens_BT.shape[0]
-        prior_E = log_prior(jnp.ones(n, bool), self.prior)
-        fresh = empty_state(batch, n, seen.feature_BTD.shape[-1])
+        own = rule.mix_prior if rule.mix_power else rule.backbone_prior
+        prior_E = log_prior(jnp.ones(n, bool), own)
         if state is None:
-            start_BE = jnp.zeros((batch, n)) if self.filter == "discount" else prior_E + fresh[0]
-            state = fresh._replace(track_BE=start_BE)
+            state = empty_state(batch, n, seen.feature_BTD.shape[-1])
+            state = state._replace(trust_BE=jnp.broadcast_to(prior_E, (batch, n)))
         feature_BTD = seen.feature_BTD
         if self.tap != backbone.cfg.tap:
             feature_BTD = features_at(backbone, seen.tokens_BT, self.tap)
         classes_BT = backbone.class_map[...][seen.tokens_BT]
         evidence_BTE = evidence(self.scouts, feature_BTD, classes_BT, state)
-        if self.filter == "discount":
-            track_BTE = track_record(evidence_BTE, state.track_BE, self.discount)
-            score_BTE = track_BTE + prior_E
-        else:
-            score_BTE = track_BTE = self._switching(evidence_BTE, state.track_BE, prior_E)
+        track_BTE = track_record(evidence_BTE, state.track_BE, rule.discount)
+        score_BTE = prior_E + track_BTE
+        if rule.mix_power:
+            score_BTE = switching_trust(
+                evidence_BTE,
+                state.trust_BE,
+                prior_E,
+                power=rule.mix_power,
+                rate=rule.mix_switch_rate,
+                margin_E=jnp.full(n, rule.mix_margin).at[0].set(0.0),
+            )
         alone_E = jnp.full(n, NEVER).at[0].set(0.0)
         first_BE = jnp.where(state.started_B[:, None], score_BTE[:, 0], alone_E)
-        picked = choose(score_BTE.at[:, 0].set(first_BE), jnp.arange(n), self.k)
+        scored_BTE = score_BTE.at[:, 0].set(first_BE)
+        picked = choose(scored_BTE, jnp.arange(n), rule.n_mixed, rule.mix_floor)
         choice = picked.expert_BTJ, picked.weight_BTJ
-        after = state._replace(
-            track_BE=track_BTE[:, -1],
-            feature_BD=feature_BTD[:, -1],
-            started_B=jnp.ones_like(state.started_B),
-        )
+        started_B = jnp.ones_like(state.started_B)
+        after = RouterState(track_BTE[:, -1], score_BTE[:, -1], feature_BTD[:, -1], started_B)
         return (lambda layer, x_BTD: choice), after
-
-    def _switching(
-        self, evidence_BTE: jax.Array, start_BE: jax.Array, prior_E: jax.Array
-    ) -> jax.Array:
-        def step(log_BE: jax.Array, evidence_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
-            log_BE = jax.nn.log_softmax(log_BE + self.power * evidence_BE)
-            log_BE = jnp.logaddexp(log_BE + jnp.log1p(-self.rate), jnp.log(self.rate) + prior_E)
-            return log_BE, log_BE
-
-        _, log_TBE = jax.lax.scan(step, start_BE, jnp.moveaxis(evidence_BTE, 1, 0))
-        return jnp.moveaxis(log_TBE, 0, 1)
 
 
 def stack_scouts(scouts: Sequence[Mapping[str, np.ndarray]]) -> ScoutBank:

@@ -21,6 +21,7 @@ from composable.assembly.backbones import BackboneRelease
 from composable.assembly.contribution import expert_config
 from composable.assembly.experts import load_expert, make_expert
 from composable.assembly.trunk_cache import trunk_parameters, upper_parameters
+from composable.kernels import default_block
 from composable.model.model import Model, Pluggable
 from composable.packaging.manifest import Manifest
 
@@ -240,17 +241,24 @@ def growth(c: Community) -> None:
 
 
 def _cost(model: Model, tokens_BT: np.ndarray) -> dict[str, float]:
-    """Return what a token costs in mix mode: FLOPs as a share of the backbone's, speed, bytes."""
+    """Return what a token costs in mix mode: FLOPs as a share of the backbone's, speed, bytes.
+
+    What is multiplied are whole blocks of rows, so the rows that fill them up are counted.
+    """
     parts = model.parts
     backbone, bank, interface = parts.backbone, parts.bank, parts.interface
     cfg = backbone.cfg
     block = 3 * cfg.d_model * cfg.d_ff
     alone = trunk_parameters(backbone) + upper_parameters(backbone)
     scout = sum(int(np.prod(x.shape[1:])) for x in bank.scouts)
-    more = len(cfg.slots) * (interface.top_k - 1) * block
     n_scouts = len(model.experts) + 1
-    step = methods.shipped(parts, "mix")
     inputs = tokens_BT[:, :-1], tokens_BT[:, 1:], None
+    weight_BTE = np.asarray(methods.shipped(parts, "mix", is_traced=True)(*inputs)[0])
+    per_block = default_block(inputs[0].size, min(interface.n_mixed, bank.capacity))
+    blocks_E = -(-(weight_BTE > 0).sum((0, 1)) // per_block)
+    bodies = blocks_E.sum() * per_block / inputs[0].size
+    more = len(cfg.slots) * (bodies - 1) * block
+    step = methods.shipped(parts, "mix")
     jax.block_until_ready(step(*inputs)[0])
     start = time.perf_counter()
     for _ in range(_TIMED):
@@ -258,6 +266,7 @@ def _cost(model: Model, tokens_BT: np.ndarray) -> dict[str, float]:
     seconds = (time.perf_counter() - start) / _TIMED
     held = sum(x.nbytes for x in jax.tree.leaves((bank.slots, bank.scouts)))
     return {
+        "bodies": round(float(bodies), 3),
         "flops_of_backbone": round((alone + more + n_scouts * scout) / alone, 4),
         "router_share": round(n_scouts * scout / (alone + more + n_scouts * scout), 4),
         "tokens_per_second": round(inputs[0].size / seconds),

@@ -463,13 +463,15 @@ def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
         "growth": _table(
             (
                 *("experts", "domains known", "recovery", "public", "spliced"),
-                *("FLOPs of the backbone's", "router's share", "tokens/s", "MB"),
+                *("bodies a token", "FLOPs of the backbone's", "router's share"),
+                *("tokens/s", "MB"),
             ),
             [
                 (
                     *(k, str(v["domains_known"]), f"{v['recovery']:.1%}"),
                     *_three(v["bits"]["public"], v["bits"]["spliced"]),
-                    *(f"{v['flops_of_backbone']:.2f}", f"{v['router_share']:.1%}"),
+                    *(f"{v['bodies']:.2f}", f"{v['flops_of_backbone']:.2f}"),
+                    f"{v['router_share']:.1%}",
                     *(f"{v['tokens_per_second']:,}", f"{v['megabytes']:,.0f}"),
                 )
                 for k, v in result["growth"].items()

@@ -166,47 +166,37 @@ def path_methods(community: Community) -> dict[str, Make]:
 
 def router_ablations(community: Community) -> dict[str, Make]:
     """Return the router with one thing changed at a time."""
-    c = community
-    interface = c.run.release.interface
-
-    def number(value: float) -> jax.Array:
-        return jnp.float32(value)
-
-    base = methods.Scouts(
-        scouts=c.scouts,
-        prior=number(interface.mix_prior),
-        discount=number(interface.discount),
-        rate=number(interface.mix_switch_rate),
-        power=number(interface.mix_power),
-        tap=c.run.release.backbone.cfg.tap,
-        filter="switch",
-    )
-    records = {"filter": "discount", "prior": number(interface.backbone_prior)}
-    unigram_EC = c.extra("unigram_C")
-    changes: dict[str, dict[str, Any]] = {
-        "top 1": {"k": 1},
-        "top 4": {"k": 4},
+    c, release = community, community.run.release
+    interface, backbone = release.interface, release.backbone
+    records: dict[str, Any] = {"mix_power": 0.0}
+    rules: dict[str, dict[str, Any]] = {
+        "top 1": {"mix_top_k": 1},
+        "no floor": {"mix_floor": 0.0},
+        "no margin": {"mix_margin": 0.0},
         "track records": records,
-        "power 1": {"power": number(1)},
-        "unigram scouts": {"scouts": methods.unigram_scouts(unigram_EC, interface.d_model)},
+        "power 1": {"mix_power": 1.0},
     }
     if c.is_full:
-        for power in (0.2, 0.5):
-            changes[f"power {power}"] = {"power": number(power)}
-        for rate in (0.01, 0.001):
-            changes[f"rate {rate}"] = {"rate": number(rate)}
-        for prior in (0.5, 0.95):
-            changes[f"prior {prior}"] = {"prior": number(prior)}
+        rules |= {f"top {k}": {"mix_top_k": k} for k in (2, 3)}
+        rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.02, 0.1)}
+        rules |= {f"margin {margin}": {"mix_margin": margin} for margin in (0.1, 0.3)}
+        rules |= {f"power {power}": {"mix_power": power} for power in (0.2, 0.5)}
+        rules |= {f"rate {rate}": {"mix_switch_rate": rate} for rate in (0.02, 0.003)}
+        rules |= {f"prior {prior}": {"mix_prior": prior} for prior in (0.2, 0.8)}
+        before = {"mix_prior": 0.8, "mix_switch_rate": 0.003, "mix_margin": 0.0, "mix_floor": 0.0}
+        rules["version 1.2.0"] = {**before, "mix_top_k": 2}
         for discount in (0.9, 0.95, 0.99, 1.0):
-            changes[f"track records, discount {discount}"] = {
-                **records,
-                "discount": number(discount),
-            }
-        changes["track records, prior 0.5"] = {**records, "prior": number(0.5)}
+            rules[f"track records, discount {discount}"] = {**records, "discount": discount}
+        rules["track records, prior 0.5"] = {**records, "backbone_prior": 0.5}
+    base = methods.Scouts(scouts=c.scouts, interface=interface, tap=backbone.cfg.tap)
+    changes: dict[str, dict[str, Any]] = {
+        name: {"interface": dataclasses.replace(interface, **rule)} for name, rule in rules.items()
+    }
+    unigram_EC = c.extra("unigram_C")
+    changes["unigram scouts"] = {"scouts": methods.unigram_scouts(unigram_EC, interface.d_model)}
     for name, variant in SCOUTS.items() if c.has_scouts else ():
-        tap = c.run.release.backbone.cfg.tap + variant.tap
+        tap = backbone.cfg.tap + variant.tap
         changes[f"scouts {name}"] = {"scouts": c.variant_scouts(name), "tap": tap}
-    backbone = c.run.release.backbone
     return {
         f"router, {name}": lambda change=change: methods.mixture(
             backbone, c.stack, dataclasses.replace(base, **change)

@@ -54,10 +54,16 @@ Progress = Callable[[str, int, int], None]
 ROUTER: Final[dict[str, Any]] = {
     "discount": 0.975,
     "top_k": 2,
-    "backbone_prior": 0.999,
+    "backbone_prior": 0.99,
     "switch_rate": 0.02,
     "scout_max_width": 128,
     "lora_max_rank": 64,
+    "mix_power": 0.5,
+    "mix_prior": 0.5,
+    "mix_switch_rate": 0.02,
+    "mix_margin": 0.2,
+    "mix_floor": 0.05,
+    "mix_top_k": 4,
 }
 # Of a held-out document this much is shipped as anchor, of this many documents.
 _SHIPPED_BYTES: Final = 8192
