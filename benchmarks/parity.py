@@ -20,7 +20,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import numpy as np
 
 from benchmarks.demo_seeds import fill
 from composable.assembly.importing import (
+    ROUTER,
     load_checkpoint,
     read_public_text,
     write_weights,
@@ -145,13 +145,8 @@ def parts_of(backbone: Backbone) -> Parts:
         d_ff=cfg.d_ff,
         tap=cfg.tap,
         slots=cfg.slots,
-        scout_max_width=128,
-        lora_max_rank=64,
-        discount=0.975,
-        top_k=2,
-        backbone_prior=0.999,
-        switch_rate=0.02,
         output_bounds=(1e4,) * len(cfg.slots),
+        **ROUTER,
     )
     return Parts(backbone=backbone, bank=empty_bank(backbone, interface, 1), interface=interface)
 
@@ -363,7 +358,10 @@ def _rates(rates: list[float], cpu: list[float], made: list[int]) -> dict[str, A
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the most memory that this program has held; what its parent held is not counted."""
+    status = Path("/proc/self/status").read_text()
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024
 
 
 def _cost(before: int, start: float) -> dict[str, Any]:

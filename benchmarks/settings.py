@@ -16,17 +16,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from composable.assembly.backbones import load_backbone
 from composable.assembly.contribution import (
-    SCOUT_ROWS,
     check_expert,
     expert_config,
     train_expert,
+    vetted_texts,
 )
 from composable.assembly.experts import load_expert
-from composable.assembly.features import Features, cut_rows, train_scout, trunk_features
+from composable.assembly.features import (
+    SCOUT_ROWS,
+    Features,
+    cut_rows,
+    train_scout,
+    trunk_features,
+)
 from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS
 from composable.model.model import Model
 from composable.model.scout import Scout
@@ -53,20 +61,26 @@ ROUTERS = (
     (0.99, 0.002, 0.98),
     (0.99, 0.02, 0.98),
     (0.999, 0.02, 0.975),
+    (0.99, 0.005, 0.975),
 )
-# Settings of mix mode's switching filter: power, backbone prior, switch rate.
-FILTERS = (
-    (0.35, 0.7, 0.005),
-    (0.4, 0.7, 0.005),
-    (0.4, 0.6, 0.005),
-    (0.35, 0.8, 0.003),
-    (0.5, 0.8, 0.003),
-    (0.7, 0.8, 0.003),
-    (0.25, 0.8, 0.003),
-    (0.35, 0.5, 0.003),
-    (0.35, 0.95, 0.003),
-    (0.35, 0.8, 0.01),
-    (0.35, 0.8, 0.001),
+# Settings of mix mode: power, backbone prior, switch rate, margin, floor, experts at most.
+FILTERS: Final = (
+    (0.35, 0.8, 0.003, 0.0, 0.0, 2),  # version 1.2.0 of the interface
+    (0.35, 0.8, 0.003, 0.0, 0.05, 4),
+    (0.35, 0.5, 0.01, 0.0, 0.05, 4),
+    (0.35, 0.5, 0.01, 0.1, 0.05, 4),
+    (0.35, 0.5, 0.01, 0.2, 0.05, 4),
+    (0.35, 0.5, 0.01, 0.3, 0.05, 4),
+    (0.35, 0.5, 0.01, 0.2, 0.0, 4),
+    (0.35, 0.5, 0.01, 0.2, 0.02, 4),
+    (0.35, 0.5, 0.01, 0.2, 0.1, 4),
+    (0.35, 0.5, 0.01, 0.2, 0.05, 2),
+    (0.25, 0.5, 0.01, 0.2, 0.05, 4),
+    (0.5, 0.5, 0.01, 0.2, 0.05, 4),
+    (0.35, 0.3, 0.01, 0.2, 0.05, 4),
+    (0.35, 0.8, 0.01, 0.2, 0.05, 4),
+    (0.35, 0.5, 0.003, 0.2, 0.05, 4),
+    (0.35, 0.5, 0.02, 0.2, 0.05, 4),
 )
 # (optimiser, peak rate)
 TRAININGS = (("adamw", 3e-3), ("adamw", 8e-3), ("muon", 1e-2), ("muon", 2e-2))
@@ -122,22 +136,48 @@ def compare_routers(folder: Path) -> None:
 
 
 def compare_filters(folder: Path) -> None:
-    """Print what mix mode needs for the same texts, and for training text, for each filter."""
+    """Print what mix mode needs for the same texts, and for training text, for each filter.
+
+    Beside it the worst that one expert alone costs the anchor, of which vetting allows 1 %, and how
+    many experts are run per token of the spliced texts.
+    """
     release, plugged, texts, spliced, train = _prepare(folder)
-    print("power  prior  switch | mix: anchor  spliced  own training text")
+    print(
+        "| power, prior, rate | margin | floor, most | anchor | spliced | own | one alone | run |"
+    )
+    print("|---" * 8 + "|")
     own = [doc.text.encode()[:1024] for documents in train.values() for doc in documents[:8]]
     own = [text.decode(errors="ignore").encode() for text in own]
-    for power, prior, rate in ((0.0, 0.5, 0.0), *FILTERS):
+    vetted = vetted_texts(release.anchor)
+
+    def bits(model: Model, documents: Sequence[bytes], scorer: Any = mix_scorer) -> float:
+        return score_documents(scorer(model), documents, context=model.context).bits_per_byte
+
+    for power, prior, rate, margin, floor, most in FILTERS:
         interface = dataclasses.replace(
-            release.interface, mix_power=power, mix_prior=prior, mix_switch_rate=rate
+            release.interface,
+            mix_power=power,
+            mix_prior=prior,
+            mix_switch_rate=rate,
+            mix_margin=margin,
+            mix_floor=floor,
+            mix_top_k=most,
         )
         model = Model(release.backbone, interface, plugged)
-        cells = [
-            score_documents(mix_scorer(model), documents, context=model.context).bits_per_byte
-            for documents in (texts, spliced, own)
-        ]
-        shown = f"{power}  {prior}  {rate}" if power else "track records"
-        print(f"{shown} | " + "  ".join(f"{cell:.4f}" for cell in cells), flush=True)
+        cells = "".join(f" {bits(model, documents):.4f} |" for documents in (texts, spliced, own))
+        alone = [Model(release.backbone, interface, [expert]) for expert in plugged]
+        worst = max(bits(one, vetted) / bits(one, vetted, path_scorer) - 1 for one in alone)
+        tokens = [release.tokenizer.encode(text)[: model.context] for text in spliced]
+        run = np.mean(
+            np.concatenate(
+                [(np.asarray(model.route(np.array([t])))[0] > 0).sum(-1) for t in tokens]
+            )
+        )
+        print(
+            f"| {power}, {prior}, {rate} | {margin} | {floor}, {most} |{cells} {worst:+.2%} | "
+            f"{run:.2f} |",
+            flush=True,
+        )
 
 
 def compare_training(steps: int, names: Sequence[str]) -> None:
@@ -180,11 +220,12 @@ def compare_scouts(names: Sequence[str]) -> None:
                 scout,
                 some,
                 steps=times * n_rows // SCOUT_ROWS,
-                batch_size=SCOUT_ROWS,
                 learning_rate=rate,
                 optimizer=getattr(loop, kind),
             )
-            nats = scout_loss(fitted.scout, kept.feature_RTD, kept.classes_RT)
+            nats = scout_loss(
+                fitted.scout, jnp.asarray(kept.feature_RTD), jnp.asarray(kept.classes_RT)
+            )
             print(
                 f"{name}  {width}  {n_rows * _WINDOW:,}  {times}  {kind}  {rate}  "
                 f"{nats / math.log(2):.3f}  {fitted.seconds:.1f}",
