@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import composition_methods as methods
-from benchmarks.composition_questions import adversarial, growth, hostile, neighbours, unequal
+from benchmarks.composition_questions import (
+    adversarial,
+    generations,
+    growth,
+    hostile,
+    neighbours,
+    unequal,
+)
 from benchmarks.composition_report import report, write_docs
 from benchmarks.composition_rivals import (
     isolated_methods,
@@ -37,6 +44,7 @@ QUESTIONS: Final[tuple[Callable[[Community], None], ...]] = (
     reference,
     growth,
     unequal,
+    generations,
 )
 
 PRESETS: Final[Mapping[str, Preset]] = {

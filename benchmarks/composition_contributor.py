@@ -2,7 +2,8 @@
 
     python -m benchmarks.composition_contributor FOLDER BACKBONE CACHE
 
-FOLDER holds `job.json` and `text/train.jsonl`. The process confines itself to FOLDER (and a cache
+FOLDER holds `job.json`, `text/train.jsonl` and, for a second generation, `parent`, the expert that
+it starts from. The process confines itself to FOLDER (and a cache
 of compiled programs) before it reads anything, trains the expert as `composable train` does, and
 writes `extras.npz` beside it: what other methods ask of a contributor who is alone with its text.
 
@@ -39,6 +40,8 @@ import numpy as np
 # Pooled features forget so much per token, as the router does.
 POOLING: Final = 0.98
 WINDOW: Final = 256
+# The published expert that a contributor starts from, beside its own text.
+PARENT: Final = "parent"
 _MOMENT_ROWS: Final = 48
 
 
@@ -85,7 +88,8 @@ def main(arguments: Sequence[str]) -> None:
     if not job["is_public"]:
         cfg = expert_config(job["steps"], job["seed"], rows=job["rows"])
         cfg = dataclasses.replace(cfg, learning_rate=job["learning_rate"])
-        record = train_expert(release, folder, [text], cfg)
+        parent = load_expert(release, folder / PARENT) if job["has_parent"] else None
+        record = train_expert(release, folder, [text], cfg, parent=parent)
         (folder / "record.json").write_text(json.dumps(record))
         body = load_expert(release, folder).body
     extras: dict[str, np.ndarray] = {}

@@ -355,8 +355,10 @@ class Scouts:
     def route(self, seen: Seen, state: Any, backbone: Backbone) -> Any:
         rule, n = self.interface, self.scouts.b_out_EC.shape[0]
         batch = seen.tokens_BT.shape[0]
-        own = rule.mix_prior if rule.mix_power else rule.backbone_prior
-        prior_E = log_prior(jnp.ones(n, bool), own)
+        alive_E = jnp.ones(n, bool)
+        prior_E = log_prior(alive_E, rule.backbone_prior)
+        if rule.mix_power:
+            prior_E = log_prior(alive_E, rule.mix_prior, rule.mix_share)
         if state is None:
             state = empty_state(batch, n, seen.feature_BTD.shape[-1])
             state = state._replace(trust_BE=jnp.broadcast_to(prior_E, (batch, n)))

@@ -49,6 +49,7 @@ def plot_questions(result: Mapping[str, Any], path: Path) -> None:
         "switching": _draw_switching,
         "hostile": _draw_hostile,
         "unequal": _draw_unequal,
+        "generations": _draw_generations,
         "ablations": _draw_ablations,
     }
     drawn = {name: draw for name, draw in panels.items() if result[name]}
@@ -128,6 +129,18 @@ def _draw_unequal(axis: Any, found: Mapping[str, Any]) -> None:
     axis.set_xlim(0, 1.6 * max(row["own"] for row in found.values()))
     axis.set_title("a contributor who had less", fontsize=10)
     axis.legend(fontsize=8, loc="center right")
+
+
+def _draw_generations(axis: Any, found: Mapping[str, Any]) -> None:
+    names, places = list(found), np.arange(len(found))
+    styles = {"mix": ("tab:blue", "o-"), "safe": ("tab:green", "o-"), "dense": ("tab:pink", "s-")}
+    for method, (colour, style) in styles.items():
+        axis.plot(places, [found[n][method]["mean"] for n in names], style, c=colour, label=method)
+    axis.plot(places, [found[n]["own"] for n in names], "--", color="0.5", label="own experts")
+    axis.set_xticks(places, names)
+    axis.set_ylabel("bits per byte of all domains")
+    axis.set_title("trained on from what was released", fontsize=10)
+    axis.legend(fontsize=8)
 
 
 def _draw_ablations(axis: Any, found: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import composition_methods as methods
-from benchmarks.composition_run import PUBLIC, SPLICED, Community, Step, contribute
+from benchmarks.composition_rivals import train_dense
+from benchmarks.composition_run import PUBLIC, SPLICED, Community, Make, Step, contribute
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.contribution import expert_config
 from composable.assembly.experts import load_expert, make_expert
@@ -61,13 +62,44 @@ def unequal(c: Community) -> None:
         return methods.shipped(c.plug([*c.plugged[1:], expert]).parts, "mix")
 
     def alone(expert: Pluggable) -> Step:
-        model = c.plug([expert])
-        own = jax.tree.map(lambda w: w[1].astype(jnp.float32), model.parts.bank.slots)
-        return methods.path(run.release.backbone, own)
+        return methods.path(run.release.backbone, own_stack(c, expert))
 
     experts = dict(zip(weaker, run.map([partial(train, how) for how in weaker]), strict=True))
     run.fill(c.seed, {f"unequal, {k}": partial(mixed, e) for k, e in experts.items()})
     run.fill(c.seed, {f"unequal, own, {k}": partial(alone, e) for k, e in experts.items()}, [name])
+
+
+def own_stack(c: Community, expert: Pluggable) -> methods.Slots:
+    """Return the blocks of one expert."""
+    return methods.entry(methods.stack_of(c.plug([expert]).parts, 2), 1)
+
+
+def generations(c: Community) -> None:
+    """Fill the cells of a second generation: every expert trained on from its first release.
+
+    As many steps again, on the same text in another order; and the dense model likewise.
+    """
+    run, seed = c.run, c.seed + 1
+    if not c.is_full:
+        return
+
+    def train(name: str) -> Pluggable:
+        text, parent = run.text(name, "train"), c.folders[name]
+        folder = contribute(run, c.seed, f"{name}-second", text, parent=parent, seed=seed)
+        return load_expert(run.release, folder)
+
+    experts = run.map([partial(train, name) for name in c.names])
+
+    def alone(expert: Pluggable) -> Step:
+        return methods.path(run.release.backbone, own_stack(c, expert))
+
+    cells: dict[str, Make] = {
+        f"second, {mode}": lambda mode=mode: methods.shipped(c.plug(experts).parts, mode)
+        for mode in ("mix", "safe")
+    }
+    run.fill(c.seed, {**cells, "second, dense": lambda: train_dense(c, generations=2)})
+    for name, expert in zip(c.names, experts, strict=True):
+        run.fill(c.seed, {f"second, own, {name}": partial(alone, expert)}, [name])
 
 
 def hostile_experts(c: Community) -> dict[str, Pluggable]:

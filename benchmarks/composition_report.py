@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Cells that are no methods of their own.
 _PARTS: Final = (
     *("paths", "mix weights", "safe weights", "c-btm weights"),
-    *("router, ", "without ", "hostile, ", "unequal, ", "growth "),
+    *("router, ", "without ", "hostile, ", "unequal, ", "growth ", "second, "),
 )
 # From here on an expert is trusted.
 TRUSTED: Final = 0.5
@@ -235,8 +235,9 @@ def report(run: Run) -> dict[str, Any]:
         for name, nats in derived(run, load).items():
             table.add(name, nats)
     first = Table(run.rows, domains)
-    for name in ("oracle", "backbone", "mix", "safe"):
-        first.add(name, table.nats[name][0])
+    for name in ("oracle", "backbone", "mix", "safe", "dense"):
+        if name in table.nats:
+            first.add(name, table.nats[name][0])
     for name in run.cells(seeds[0]):
         if name.startswith(_PARTS[4:]) and not name.endswith(", paths"):
             first.add(name, run.load(seeds[0], name))
@@ -255,6 +256,7 @@ def report(run: Run) -> dict[str, Any]:
         "adversarial": adversarial(run),
         "unequal": unequal(first),
         "growth": growth(run, first),
+        "generations": generations(first),
     }
 
 
@@ -405,6 +407,28 @@ def growth(run: Run, table: Table) -> dict[str, Any]:
     return found
 
 
+def generations(table: Table) -> dict[str, Any]:
+    """Return the means over domains, public and spliced text, by generation."""
+    if "second, mix" not in table.nats:
+        return {}
+
+    def row(prefix: str, own: Callable[[str], float | None]) -> dict[str, Any]:
+        figures = {
+            method: {
+                "mean": round(table.mean(prefix + method), 5),
+                "public": _rounded(table.bits(prefix + method, "public")),
+                "spliced": _rounded(table.bits(prefix + method, "spliced")),
+            }
+            for method in ("mix", "safe", "dense")
+        }
+        return {"own": round(float(np.mean([own(d) for d in table.domains])), 5), **figures}
+
+    return {
+        "first": row("", lambda domain: table.bits("oracle", domain)),
+        "second": row("second, ", lambda domain: table.bits(f"second, own, {domain}", domain)),
+    }
+
+
 def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
     """Write tables between the markers of `composition.md`, or of other presets than `cpu` a page
     of their own, and the figures beside it."""
@@ -475,6 +499,22 @@ def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
                     *(f"{v['tokens_per_second']:,}", f"{v['megabytes']:,.0f}"),
                 )
                 for k, v in result["growth"].items()
+            ],
+        ),
+        "generations": _table(
+            (
+                *("generation", "own expert", "mix", "safe", "dense †"),
+                *(f"{text}, {m}" for text in ("public", "spliced") for m in ("mix", "dense †")),
+            ),
+            [
+                (
+                    k,
+                    *_three(v["own"], *(v[m]["mean"] for m in ("mix", "safe", "dense"))),
+                    *_three(
+                        *(v[m][text] for text in ("public", "spliced") for m in ("mix", "dense"))
+                    ),
+                )
+                for k, v in result["generations"].items()
             ],
         ),
         "adversarial": _table(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import jax
@@ -164,12 +165,24 @@ def path_methods(community: Community) -> dict[str, Make]:
     return made
 
 
+# Mix mode's settings in version 1.2.0 of the interface.
+BEFORE: Final[Mapping[str, Any]] = {
+    "mix_power": 0.35,
+    "mix_prior": 0.8,
+    "mix_share": 1.0,
+    "mix_switch_rate": 0.003,
+    "mix_margin": 0.0,
+    "mix_floor": 0.0,
+    "mix_top_k": 2,
+}
+
+
 def router_ablations(community: Community) -> dict[str, Make]:
     """Return the router with one thing changed at a time."""
     c, release = community, community.run.release
     interface, backbone = release.interface, release.backbone
     records: dict[str, Any] = {"mix_power": 0.0}
-    rules: dict[str, dict[str, Any]] = {
+    rules: dict[str, Mapping[str, Any]] = {
         "top 1": {"mix_top_k": 1},
         "no floor": {"mix_floor": 0.0},
         "no margin": {"mix_margin": 0.0},
@@ -178,13 +191,12 @@ def router_ablations(community: Community) -> dict[str, Make]:
     }
     if c.is_full:
         rules |= {f"top {k}": {"mix_top_k": k} for k in (2, 3)}
-        rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.02, 0.1)}
-        rules |= {f"margin {margin}": {"mix_margin": margin} for margin in (0.1, 0.3)}
-        rules |= {f"power {power}": {"mix_power": power} for power in (0.2, 0.5)}
-        rules |= {f"rate {rate}": {"mix_switch_rate": rate} for rate in (0.02, 0.003)}
-        rules |= {f"prior {prior}": {"mix_prior": prior} for prior in (0.2, 0.8)}
-        before = {"mix_prior": 0.8, "mix_switch_rate": 0.003, "mix_margin": 0.0, "mix_floor": 0.0}
-        rules["version 1.2.0"] = {**before, "mix_top_k": 2}
+        rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.03, 0.15)}
+        rules |= {f"margin {margin}": {"mix_margin": margin} for margin in (0.15, 0.45)}
+        rules |= {f"power {power}": {"mix_power": power} for power in (0.2, 0.45)}
+        rules |= {f"rate {rate}": {"mix_switch_rate": rate} for rate in (0.005, 0.04)}
+        rules |= {f"prior {prior}": {"mix_prior": prior} for prior in (0.1, 0.5)}
+        rules["version 1.2.0"] = BEFORE
         for discount in (0.9, 0.95, 0.99, 1.0):
             rules[f"track records, discount {discount}"] = {**records, "discount": discount}
         rules["track records, prior 0.5"] = {**records, "backbone_prior": 0.5}
@@ -255,7 +267,7 @@ def train_btx(community: Community) -> Step:
     return methods.whole(lambda tokens_BT: mixed(trained, backbone, tokens_BT)[0])
 
 
-def train_dense(community: Community) -> Step:
+def train_dense(community: Community, generations: int = 1) -> Step:
     """Return one dense model: all weights, everybody's text, as many tokens as all experts."""
     c = community
     parts: Any = nnx.split(c.run.release.backbone, nnx.Param, ...)
@@ -267,11 +279,20 @@ def train_dense(community: Community) -> Step:
 
     steps = c.run.preset.steps * len(c.names)
     trained = _train_jointly(c, "dense", objective, params, rest, steps)
+    for n in range(2, generations + 1):
+        name = f"dense, generation {n}"
+        trained = _train_jointly(c, name, objective, trained, rest, steps, seed=c.seed + n - 1)
     return methods.whole(nnx.merge(graph, trained, rest))
 
 
 def _train_jointly(
-    c: Community, name: str, objective: Any, start: Any, frozen: Any, steps: int
+    c: Community,
+    name: str,
+    objective: Any,
+    start: Any,
+    frozen: Any,
+    steps: int,
+    seed: int | None = None,
 ) -> Any:
     """Train on all texts, the public one among them, an equal share of each."""
     path = c.run.folder / f"seed-{c.seed}" / f"{name}.npz"
@@ -283,7 +304,7 @@ def _train_jointly(
         texts = [c.run.text(x, "train") for x in (*preset.domains, PUBLIC_TEXT)]
         streams = [token_stream(documents, tokenizer) for documents in texts]
         shortest = min(map(len, streams))
-        cfg = expert_config(steps, c.seed, rows=preset.rows)
+        cfg = expert_config(steps, c.seed if seed is None else seed, rows=preset.rows)
         stream = np.concatenate([stream[:shortest] for stream in streams])
         data = batches(stream, window=cfg.window, batch_size=cfg.batch_size, seed=cfg.seed)
         trained = fit(objective, start, frozen, data, cfg, optimizer=muon(cfg)).trained

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import composition_methods as methods
+from benchmarks.composition_contributor import PARENT
 from benchmarks.composition_methods import Rows
 from composable.assembly.backbones import BackboneRelease, load_backbone
 from composable.assembly.contribution import expert_config
@@ -30,7 +31,7 @@ from composable.assembly.pretraining import PLANS, pack, pretrain
 from composable.interface.contract import RouterInterface
 from composable.model.bank import Bank
 from composable.model.model import Model, Pluggable
-from composable.packaging.manifest import BACKBONE_FILE
+from composable.packaging.manifest import BACKBONE_FILE, BODY_FILE, EXPERT_FILE, SCOUT_FILE
 from composable.training.documents import (
     Document,
     Spliced,
@@ -233,7 +234,7 @@ _MANIFEST: Final = """[expert]
 name = "{name}"
 version = "1.0.0"
 backbone = "{backbone}"
-
+{derives}
 [interface]
 name = "{interface}"
 requires = "^{major}"
@@ -256,9 +257,13 @@ def contribute(
     extras: Sequence[str] = (),
     kind: str = "ffn",
     rank: int | None = None,
+    parent: Path | None = None,
     **job: Any,
 ) -> Path:
-    """Run one contributor, unless its work is there; return its folder."""
+    """Run one contributor, unless its work is there; return its folder.
+
+    A parent is the folder of another one, whose expert this one starts from.
+    """
     folder = run.folder / f"seed-{seed}" / "contributors" / name
     if (folder / "extras.npz").exists():
         return folder
@@ -273,11 +278,17 @@ def contribute(
         major=str(interface.version).partition(".")[0] + ".0",
         kind=kind,
         rank="" if rank is None else f"rank = {rank}\n",
+        derives="" if parent is None else f'derives-from = "{parent.name}@1.0.0"\n',
     )
+    if parent is not None:
+        (folder / PARENT).mkdir()
+        for file in (EXPERT_FILE, BODY_FILE, SCOUT_FILE):
+            shutil.copy(parent / file, folder / PARENT)
     (folder / "expert.toml").write_text(text)
     (folder / "README.md").write_text(f"# {name}\n")
     full = {
         "is_public": False,
+        "has_parent": parent is not None,
         "steps": run.preset.steps,
         "rows": run.preset.rows,
         "seed": seed,

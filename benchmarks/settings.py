@@ -63,24 +63,26 @@ ROUTERS = (
     (0.999, 0.02, 0.975),
     (0.99, 0.005, 0.975),
 )
-# Settings of mix mode: power, backbone prior, switch rate, margin, floor, experts at most.
+# Settings of mix mode: power, prior of the backbone and most of an expert, switch rate, margin,
+# floor, experts at most.
 FILTERS: Final = (
-    (0.35, 0.8, 0.003, 0.0, 0.0, 2),  # version 1.2.0 of the interface
-    (0.35, 0.8, 0.003, 0.0, 0.05, 4),
-    (0.35, 0.5, 0.01, 0.0, 0.05, 4),
-    (0.35, 0.5, 0.01, 0.1, 0.05, 4),
-    (0.35, 0.5, 0.01, 0.2, 0.05, 4),
-    (0.35, 0.5, 0.01, 0.3, 0.05, 4),
-    (0.35, 0.5, 0.01, 0.2, 0.0, 4),
-    (0.35, 0.5, 0.01, 0.2, 0.02, 4),
-    (0.35, 0.5, 0.01, 0.2, 0.1, 4),
-    (0.35, 0.5, 0.01, 0.2, 0.05, 2),
-    (0.25, 0.5, 0.01, 0.2, 0.05, 4),
-    (0.5, 0.5, 0.01, 0.2, 0.05, 4),
-    (0.35, 0.3, 0.01, 0.2, 0.05, 4),
-    (0.35, 0.8, 0.01, 0.2, 0.05, 4),
-    (0.35, 0.5, 0.003, 0.2, 0.05, 4),
-    (0.35, 0.5, 0.02, 0.2, 0.05, 4),
+    (0.35, 0.8, 1.0, 0.003, 0.0, 0.0, 2),  # version 1.2.0 of the interface
+    (0.35, 0.8, 1.0, 0.003, 0.0, 0.07, 4),
+    (0.35, 0.5, 1.0, 0.01, 0.0, 0.07, 4),
+    (0.35, 0.5, 1.0, 0.01, 0.3, 0.07, 4),
+    (0.3, 0.2, 1.0, 0.02, 0.3, 0.07, 4),
+    (0.3, 0.2, 0.1, 0.02, 0.3, 0.07, 4),
+    (0.3, 0.2, 0.1, 0.02, 0.0, 0.07, 4),
+    (0.3, 0.2, 0.1, 0.02, 0.15, 0.07, 4),
+    (0.3, 0.2, 0.1, 0.02, 0.45, 0.07, 4),
+    (0.3, 0.2, 0.1, 0.02, 0.3, 0.0, 4),
+    (0.3, 0.2, 0.1, 0.02, 0.3, 0.03, 4),
+    (0.3, 0.2, 0.1, 0.02, 0.3, 0.15, 4),
+    (0.3, 0.2, 0.1, 0.02, 0.3, 0.07, 2),
+    (0.2, 0.2, 0.1, 0.02, 0.3, 0.07, 4),
+    (0.45, 0.2, 0.1, 0.02, 0.3, 0.07, 4),
+    (0.3, 0.2, 0.1, 0.005, 0.3, 0.07, 4),
+    (0.3, 0.2, 0.1, 0.04, 0.3, 0.07, 4),
 )
 # (optimiser, peak rate)
 TRAININGS = (("adamw", 3e-3), ("adamw", 8e-3), ("muon", 1e-2), ("muon", 2e-2))
@@ -153,11 +155,12 @@ def compare_filters(folder: Path) -> None:
     def bits(model: Model, documents: Sequence[bytes], scorer: Any = mix_scorer) -> float:
         return score_documents(scorer(model), documents, context=model.context).bits_per_byte
 
-    for power, prior, rate, margin, floor, most in FILTERS:
+    for power, prior, share, rate, margin, floor, most in FILTERS:
         interface = dataclasses.replace(
             release.interface,
             mix_power=power,
             mix_prior=prior,
+            mix_share=share,
             mix_switch_rate=rate,
             mix_margin=margin,
             mix_floor=floor,
@@ -174,8 +177,8 @@ def compare_filters(folder: Path) -> None:
             )
         )
         print(
-            f"| {power}, {prior}, {rate} | {margin} | {floor}, {most} |{cells} {worst:+.2%} | "
-            f"{run:.2f} |",
+            f"| {power}, {prior}, {share}, {rate} | {margin} | {floor}, {most} |{cells} "
+            f"{worst:+.2%} | {run:.2f} |",
             flush=True,
         )
 

@@ -114,6 +114,7 @@ def train_expert(
     data: Sequence[Path],
     cfg: TrainConfig,
     *,
+    parent: Pluggable | None = None,
     optimizer: optax.GradientTransformation | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -126,6 +127,7 @@ def train_expert(
         folder: The expert, with `expert.toml`.
         data: Text files, JSON-lines files or folders of them.
         cfg: How to train.
+        parent: The release that it derives from, where training starts instead of anew.
         optimizer: `muon(cfg)` by default.
         progress: Called at every step.
 
@@ -155,11 +157,14 @@ def train_expert(
     write_documents(work / HELDOUT_FILE, heldout)
 
     stream = token_stream(train, release.tokenizer)
-    _require_same_text(work, digest_bytes(stream.tobytes()))
+    begun = digest_bytes(stream.tobytes())
+    _require_same_start(work, begun if parent is None else f"{begun} {manifest.derives_from}")
     reading = plan_reading(release.backbone, cfg, len(stream), SCOUT_ROWS)
     start = time.perf_counter()
     fit_parts = _fit_on_cached_trunk if reading.pays_cache else _fit_on_stream
     expert = make_expert(release, manifest, cfg.seed)
+    if parent is not None:
+        expert.body, expert.scout = nnx.clone((parent.body, parent.scout))
 
     def show(step: int, _: int, row: Mapping[str, float]) -> None:
         if progress:
@@ -193,6 +198,7 @@ def train_expert(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
         "last": last,
         "step_seconds": {name: round(value, 1) for name, value in seconds.items()},
+        **({"derives_from": manifest.derives_from} if parent else {}),
         **figures,
     }
     atomic.write_text(work / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
@@ -283,16 +289,17 @@ def _fit_on_cached_trunk(
     return nnx.merge(graph, fitted.trained), fitted.history, features, seconds, figures
 
 
-def _require_same_text(work: Path, digest: str) -> None:
-    """Refuse to resume, on other text, what checkpoints of an earlier run began."""
+def _require_same_start(work: Path, start: str) -> None:
+    """Refuse to resume what checkpoints of an earlier run began on other text or weights."""
     file = work / "text.digest"
-    if file.exists() and file.read_text().strip() != digest:
+    if file.exists() and (begun := file.read_text().strip()) != start:
+        is_text = begun.split()[0] != start.split()[0]
         raise TrainingError(
-            "the text is not the one that training began with",
+            f"the {'text' if is_text else 'parent'} is not the one that training began with",
             where=str(work),
-            hint=f"give that text to resume, or remove {work} to start anew",
+            hint=f"give that one to resume, or remove {work} to start anew",
         )
-    atomic.write_text(file, digest + "\n")
+    atomic.write_text(file, start + "\n")
 
 
 def check_expert(

@@ -162,6 +162,39 @@ def find_older(
     return Older(manifest=source.read_manifest(older), tensors=tensors, expert=expert)
 
 
+def find_parent(
+    release: BackboneRelease, manifest: Manifest, *, registry: str | None = None
+) -> Pluggable | None:
+    """Return the release that an expert derives from, for its training to start there.
+
+    Args:
+        release: The backbone.
+        manifest: The expert's; where it names no parent, there is none.
+        registry: Where to look for it; by default as for `load`.
+
+    Raises:
+        PackagingError: If it does not exist, does not plug in, or is damaged.
+        ManifestError: If its body or its scout is of another kind or size.
+    """
+    if manifest.derives_from is None:
+        return None
+    wanted = Requirement.parse(manifest.derives_from)
+    folder = install_experts(release, [wanted], registry).expert_path(wanted.name)
+    found = Manifest.read(folder)
+    kinds = [(m.body.kind, m.body.rank, m.scout_width) for m in (found, manifest)]
+    if kinds[0] != kinds[1]:
+        theirs, own = (
+            f"{kind}{f' of rank {rank}' if rank else ''}, scout {width} wide"
+            for kind, rank, width in kinds
+        )
+        raise ManifestError(
+            f"training cannot start from {manifest.derives_from}, which is {theirs}; this is {own}",
+            where=f"{EXPERT_FILE}: expert.derives-from",
+            hint="give body and scout the same kind and size, or remove derives-from",
+        )
+    return load_expert(release, folder)
+
+
 def compare_releases(
     folder: Path, interface: RouterInterface, older: Older, verdict: Verdict
 ) -> Step:

@@ -79,6 +79,14 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
     rows: Annotated[int, typer.Option(min=1, help="Rows of 256 tokens in a step.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOCATION",
+            help="Where the release is that it derives from; by default the project's registries.",
+            show_default=False,
+        ),
+    ] = None,
     backbone: Backbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -86,24 +94,28 @@ def train(
     """Train an expert on your text; run again to resume.
 
     FILES are text files, .jsonl files with one document per line, or folders of them. One document
-    in ten is held out for `composable check`.
+    in ten is held out for `composable check`. Training starts from the release that expert.toml
+    names as derives-from, if it names one.
     """
     files = [*(data or ()), *(more or ())]
     if not files:
         raise typer.BadParameter("give the text to train on", param_hint="--data")
     from composable.packaging.manifest import Manifest
 
-    backbone = backbone or Manifest.read(folder).backbone
+    manifest = Manifest.read(folder)
     from composable.assembly.backbones import load_backbone
     from composable.assembly.contribution import expert_config, train_expert
+    from composable.assembly.references import find_parent
 
-    release = load_backbone(backbone)
+    release = load_backbone(backbone or manifest.backbone)
+    parent = find_parent(release, manifest, registry=registry)
     with bars.show_training(is_quiet=is_quiet) as progress:
         cfg = expert_config(steps, seed, rows=rows, backbone=release.backbone)
-        record = train_expert(release, folder, files, cfg, progress=progress)
+        record = train_expert(release, folder, files, cfg, parent=parent, progress=progress)
     figures = bars.format_figures(record["last"]) or "all steps were done before"
+    start = f"{folder} from {manifest.derives_from}" if parent else str(folder)
     show(
-        f"trained {folder} on {record['documents']} documents in {record['seconds']} s: {figures}",
+        f"trained {start} on {record['documents']} documents in {record['seconds']} s: {figures}",
         record,
         as_json=as_json,
         is_quiet=is_quiet,

@@ -62,8 +62,9 @@ class RouterInterface:
         honours: Digests of earlier interfaces whose experts plug in unchanged.
         mix_power: Exponent in (0, 1] on scouts' likelihoods in mix mode's switching filter; 0 where
             mix mode weighs track records instead.
-        mix_prior: Prior weight of the backbone in that filter.
+        mix_prior: Prior weight of the backbone in that filter, at least.
         mix_switch_rate: Probability per token, in (0, 1), that somebody else becomes right in it.
+        mix_share: Prior weight of one expert in it, at most; what is left is the backbone's.
         mix_margin: Nats per token, at least 0, by which an expert's scout has to beat the
             backbone's to gain weight in it.
         mix_floor: Least weight, in [0, 1), of an expert in mix mode; who has less is not run.
@@ -102,6 +103,7 @@ class RouterInterface:
     mix_prior: float = 0.5
     mix_switch_rate: float = 0.0
     # And these are left out where they change nothing, for the same reason.
+    mix_share: float = 1.0
     mix_margin: float = 0.0
     mix_floor: float = 0.0
     mix_top_k: int = 0
@@ -132,6 +134,7 @@ class RouterInterface:
         if self.mix_power:
             require(0 < self.mix_prior < 1, "mix_prior", "in (0, 1)")
             require(0 < self.mix_switch_rate < 1, "mix_switch_rate", "in (0, 1)")
+        require(0 < self.mix_share <= 1, "mix_share", "in (0, 1]")
         is_finite = 0 <= self.mix_margin < float("inf")
         require(is_finite, "mix_margin", "a number of nats, 0 or more")
         require(0 <= self.mix_floor < 1, "mix_floor", "in [0, 1)")
@@ -165,9 +168,9 @@ class RouterInterface:
             value = data.pop(name)
             if self.mix_power:
                 floats[name] = float(value)
-        for name in ("mix_margin", "mix_floor"):
+        for name, neutral in (("mix_share", 1), ("mix_margin", 0), ("mix_floor", 0)):
             value = data.pop(name)
-            if value:
+            if value != neutral:
                 floats[name] = float(value)
         if not self.mix_top_k:
             del data["mix_top_k"]

@@ -295,7 +295,7 @@ def _follow(parts: Parts, evidence_BTE: jax.Array, state: RouterState) -> jax.Ar
     """Return the log weights of the switching filter, shape BTE; sums run in order of keys."""
     interface, bank = parts.interface, parts.bank
     order_E = jnp.argsort(bank.key_E)
-    prior_E = log_prior(bank.alive_E, interface.mix_prior)
+    prior_E = log_prior(bank.alive_E, interface.mix_prior, interface.mix_share)
     before_BE = jnp.where(state.started_B[:, None], state.trust_BE, prior_E)
     trust_BTE = switching_trust(
         evidence_BTE[..., order_E],

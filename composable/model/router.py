@@ -199,17 +199,22 @@ def switching_trust(
     return jnp.moveaxis(trust_TBE, 0, 1)
 
 
-def log_prior(alive_E: jax.Array, backbone_prior: float) -> jax.Array:
+def log_prior(alive_E: jax.Array, backbone_prior: float, most: float = 1.0) -> jax.Array:
     """Return log prior weights: the backbone's share, the rest evenly to the living experts.
 
     Args:
         alive_E: Which slots of the bank hold an expert; the backbone's is always alive.
         backbone_prior: The backbone's share, in (0, 1).
+        most: What one expert may have at most; what then is left is the backbone's, too.
     """
     n_experts = jnp.maximum(alive_E.sum() - 1, 1)
     # Of a strong type: a weak one in the first state would compile every step twice.
     own = jnp.float32(backbone_prior)
-    share_E = jnp.where(jnp.arange(alive_E.shape[0]) == 0, own, (1 - own) / n_experts)
+    each = (1 - own) / n_experts
+    if most < 1:
+        each = jnp.minimum(each, most)
+        own = 1 - n_experts * each
+    share_E = jnp.where(jnp.arange(alive_E.shape[0]) == 0, own, each)
     return jnp.where(alive_E, jnp.log(share_E), NEVER)
 
 

@@ -8,12 +8,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from composable.assembly.contribution import check_expert, publish_expert
+from composable.assembly.contribution import check_expert, publish_expert, train_expert
 from composable.assembly.experts import load_expert, save_expert
-from composable.assembly.references import compare_releases, find_neighbours, find_older
-from composable.errors import UnknownExpertError, VettingError
+from composable.assembly.references import (
+    compare_releases,
+    find_neighbours,
+    find_older,
+    find_parent,
+)
+from composable.errors import (
+    ManifestError,
+    PackagingError,
+    TrainingError,
+    UnknownExpertError,
+    VettingError,
+)
 from composable.packaging.manifest import Manifest
 from composable.packaging.registry import open_for_publishing
+from composable.training.loop import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +130,55 @@ def test_a_scout_may_be_that_of_a_release_that_the_expert_derives_from(
     assert is_passed("sequents", "logic@1.0.0", str(sibling))
     edit_manifest(folder, 'name = "sequents"', 'name = "logic"')
     assert is_passed("logic", None, str(sibling))
+
+
+PARENT = 'name = "next"\nderives-from = "logic@1.0.0"'
+
+
+def test_training_starts_from_the_release_that_an_expert_derives_from(
+    release, trained_folder, registry, folder, tmp_path
+):
+    texts = trained_folder.parent / "logic.jsonl"
+    still = TrainConfig(steps=1, batch_size=8, window=32, learning_rate=1e-12)
+    shutil.rmtree(folder / ".work")
+    edit_manifest(folder, 'name = "logic"', PARENT)
+    anew = shutil.copytree(folder, tmp_path / "anew")
+    parent = find_parent(release, Manifest.read(folder), registry=str(registry))
+    record = train_expert(release, folder, [texts], still, parent=parent)
+    assert record["derives_from"] == "logic@1.0.0"
+    first = load_expert(release, trained_folder)
+    second = load_expert(release, folder)
+    for (path, was), (_, now) in zip(
+        nnx.to_flat_state(nnx.state(first.body)),
+        nnx.to_flat_state(nnx.state(second.body)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(now[...], was[...], atol=1e-6, err_msg=str(path))
+    for name in ("w_in", "b_out"):  # training left the parent that it was given as it was
+        was, kept = (getattr(x.scout, name)[...] for x in (first, parent))
+        np.testing.assert_array_equal(kept, was)
+    plain = train_expert(release, anew, [texts], still)
+    assert "derives_from" not in plain
+    # The scout reads on from where it was, and ends better than one that begins.
+    assert record["scout"]["heldout_bits"] < plain["scout"]["heldout_bits"]
+    with pytest.raises(TrainingError, match="parent is not the one"):
+        train_expert(release, folder, [texts], still)
+
+
+def test_training_starts_only_from_a_release_that_is_there_and_of_the_same_kind(
+    release, registry, folder
+):
+    def parent():
+        return find_parent(release, Manifest.read(folder), registry=str(registry))
+
+    assert parent() is None
+    edit_manifest(folder, 'name = "logic"', PARENT.replace("1.0.0", "7.0.0"))
+    with pytest.raises(PackagingError, match="logic"):
+        parent()
+    edit_manifest(folder, "7.0.0", "1.0.0")
+    edit_manifest(folder, 'kind = "ffn"', 'kind = "lora"\nrank = 4')
+    with pytest.raises(ManifestError, match="is ffn, scout 16 wide; this is lora of rank 4"):
+        parent()
 
 
 def test_another_release_of_the_same_expert_may_keep_its_scout(release, folder, registry):

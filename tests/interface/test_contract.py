@@ -41,6 +41,7 @@ FILTERED = {
     "mix_power": 0.35,
     "mix_prior": 0.8,
     "mix_switch_rate": 0.003,
+    "mix_share": 0.2,
     "mix_margin": 0.1,
     "mix_floor": 0.05,
     "mix_top_k": 4,
@@ -98,7 +99,7 @@ def test_a_switching_filter_survives_json_and_has_all_its_fields(interface):
     assert not FILTERED.keys() & interface.to_dict().keys()
 
 
-def test_without_margin_floor_or_number_of_its_own_the_filter_has_the_digest_it_had(interface):
+def test_the_filter_without_what_came_later_has_the_digest_it_had(interface):
     first = {name: FILTERED[name] for name in ("mix_power", "mix_prior", "mix_switch_rate")}
     plain = dataclasses.replace(interface, **first).to_dict()
     assert plain == {**interface.to_dict(), **first}
@@ -121,6 +122,8 @@ def test_it_honours_itself_and_what_it_lists(interface):
     ("field", "value"),
     [
         ("mix_power", 1.5),
+        ("mix_share", 0.0),
+        ("mix_share", 1.1),
         ("mix_margin", -0.1),
         ("mix_margin", float("inf")),
         ("mix_floor", -0.1),

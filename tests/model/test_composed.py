@@ -144,7 +144,7 @@ def test_route_is_the_softmax_of_prior_and_track_record(tiny, model):
 
 
 SWITCHING = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
-FLOORED = {**SWITCHING, "mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 4}
+FLOORED = {**SWITCHING, "mix_share": 0.05, "mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 4}
 
 
 def test_route_by_the_switching_filter(tiny, experts):

@@ -215,6 +215,14 @@ def test_prior_gives_the_backbone_its_share_and_the_living_the_rest(alive):
     assert prior_E[1:][alive_E[1:]] == pytest.approx(0.75 / alive_E[1:].sum())
 
 
+@pytest.mark.parametrize(
+    ("n_experts", "own", "each"), [(1, 0.9, 0.1), (3, 0.7, 0.1), (15, 0.25, 0.05)]
+)
+def test_no_experts_prior_exceeds_the_most_that_one_may_have(n_experts, own, each):
+    prior_E = np.exp(log_prior(jnp.ones(n_experts + 1, bool), 0.25, most=0.1))
+    np.testing.assert_allclose(prior_E, [own, *[each] * n_experts], rtol=1e-5)
+
+
 def test_no_expert_can_expect_to_look_better_than_the_backbone_on_the_backbones_own_text(tiny):
     """With discount 1, prod q_i / q_0 is a martingale under the backbone's scout.
 
