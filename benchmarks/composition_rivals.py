@@ -191,11 +191,12 @@ def router_ablations(community: Community) -> dict[str, Make]:
     }
     if c.is_full:
         rules |= {f"top {k}": {"mix_top_k": k} for k in (2, 3)}
-        rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.03, 0.15)}
+        rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.03, 0.12)}
         rules |= {f"margin {margin}": {"mix_margin": margin} for margin in (0.15, 0.45)}
-        rules |= {f"power {power}": {"mix_power": power} for power in (0.2, 0.45)}
+        rules |= {f"power {power}": {"mix_power": power} for power in (0.2, 0.5)}
         rules |= {f"rate {rate}": {"mix_switch_rate": rate} for rate in (0.005, 0.04)}
-        rules |= {f"prior {prior}": {"mix_prior": prior} for prior in (0.1, 0.5)}
+        rules["prior 0.5"] = {"mix_prior": 0.5}
+        rules["prior 0.1, of one expert 0.2"] = {"mix_prior": 0.1, "mix_share": 0.2}
         rules["version 1.2.0"] = BEFORE
         for discount in (0.9, 0.95, 0.99, 1.0):
             rules[f"track records, discount {discount}"] = {**records, "discount": discount}

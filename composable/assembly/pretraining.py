@@ -41,12 +41,12 @@ ROUTER: Final[dict[str, Any]] = {
     "switch_rate": 0.005,
     "scout_max_width": 128,
     "lora_max_rank": 64,
-    "mix_power": 0.3,
+    "mix_power": 0.35,
     "mix_prior": 0.2,
     "mix_share": 0.1,
     "mix_switch_rate": 0.02,
     "mix_margin": 0.3,
-    "mix_floor": 0.07,
+    "mix_floor": 0.06,
     "mix_top_k": 4,
 }
 # Held-out speeches are shared out: every other one is the anchor, the rest measure.
