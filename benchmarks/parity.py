@@ -49,7 +49,7 @@ from composable.model.body import backbone_slot
 from composable.model.composed import Parts, mix, mix_state
 from composable.model.decoding import Sampling, continue_tokens
 from composable.training.documents import read_documents
-from composable.training.recipe import shipped_folder
+from composable.training.recipe import load_recipe, make_texts, shipped_folder
 
 SIZES = {
     "vocab_size": 600,
@@ -83,7 +83,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 N_TOKENS, N_PREFILLED = 160, 128
 SMOLLM2 = Path("runs")
-GERMAN = Path("runs/smollm2-experts/text/german")
+# Texts of recipes; those that are not shipped are made here.
+TEXTS = Path("runs/text")
+DOMAINS = (
+    *("python-code", "set-mm", "legal", "german", "french", "spanish", "polish"),
+    *("rust-code", "proofs", "kernel-docs", "sql-docs"),
+)
 PROMPT = "The president of the United States said to the Congress that"
 
 
@@ -213,13 +218,12 @@ def measure_round_trips(source: Any) -> dict[str, dict[str, int]]:
     tokenizer = make_tokenizer(source)
     _, heldout = read_public_text()
     texts = {"public": [doc.text for doc in heldout]}
-    files = {n: shipped_folder(n) / "text" for n in ("python-code", "set-mm", "legal")}
-    # Not shipped, under the GPL: there after `make smollm2-experts`.
-    files["german"] = Path(os.environ.get("GERMAN", GERMAN))
-    for name, folder in files.items():
-        if (folder / "heldout.jsonl").exists():
-            documents = read_documents([folder / "heldout.jsonl"])
-            texts[name] = [doc.text for doc in documents]
+    for name in DOMAINS:
+        shipped, made = shipped_folder(name) / "text", TEXTS / name
+        if not shipped.exists() and not made.exists():
+            make_texts(load_recipe(shipped_folder(name)), made)
+        folder = shipped if shipped.exists() else made
+        texts[name] = [doc.text for doc in read_documents([folder / "heldout.jsonl"])]
     return {name: check_round_trips(tokenizer, domain) for name, domain in texts.items()}
 
 
