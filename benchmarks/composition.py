@@ -40,11 +40,11 @@ from benchmarks.composition_run import SPLICED, Community, Preset, Run
 QUESTIONS: Final[tuple[Callable[[Community], None], ...]] = (
     neighbours,
     hostile,
-    adversarial,
     reference,
     growth,
     unequal,
     generations,
+    adversarial,
 )
 
 PRESETS: Final[Mapping[str, Preset]] = {
@@ -72,7 +72,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         rows=4,
         documents=8,
         growth=(2, 4, 8, 16),
-        adversarial=300,
+        adversarial=10_000,
         is_full=True,
     ),
     "gpu": Preset(

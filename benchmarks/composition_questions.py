@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import composition_methods as methods
-from benchmarks.composition_rivals import train_dense
+from benchmarks.composition_rivals import DENSE_RATES, train_dense
 from benchmarks.composition_run import PUBLIC, SPLICED, Community, Make, Step, contribute
 from composable.assembly.backbones import BackboneRelease
 from composable.assembly.contribution import expert_config
@@ -97,7 +97,11 @@ def generations(c: Community) -> None:
         f"second, {mode}": lambda mode=mode: methods.shipped(c.plug(experts).parts, mode)
         for mode in ("mix", "safe")
     }
-    run.fill(c.seed, {**cells, "second, dense": lambda: train_dense(c, generations=2)})
+    dense: dict[str, Make] = {
+        f"dense rate {rate}": lambda rate=rate: train_dense(c, rate, generations=2)
+        for rate in DENSE_RATES[:2]
+    }
+    run.fill(c.seed, {**cells, **{f"second, {name}": make for name, make in dense.items()}})
     for name, expert in zip(c.names, experts, strict=True):
         run.fill(c.seed, {f"second, own, {name}": partial(alone, expert)}, [name])
 
@@ -269,6 +273,7 @@ def growth(c: Community) -> None:
     if not costs.exists():
         rows = run.rows[SPLICED].tokens_NT[: methods.BATCH, : methods.WINDOW + 1]
         found = {str(size): _cost(model(size), rows) for size in sizes}
+        found["all"] = _cost(c.model, rows)
         costs.write_text(json.dumps(found))
 
 
@@ -299,7 +304,7 @@ def _cost(model: Model, tokens_BT: np.ndarray) -> dict[str, float]:
     held = sum(x.nbytes for x in jax.tree.leaves((bank.slots, bank.scouts)))
     return {
         "bodies": round(float(bodies), 3),
-        "flops_of_backbone": round((alone + more + n_scouts * scout) / alone, 4),
+        "flops_of_backbone": round(float(alone + more + n_scouts * scout) / alone, 4),
         "router_share": round(n_scouts * scout / (alone + more + n_scouts * scout), 4),
         "tokens_per_second": round(inputs[0].size / seconds),
         "megabytes": round(held / 1e6, 1),

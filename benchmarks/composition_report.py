@@ -33,7 +33,17 @@ TRUSTED: Final = 0.5
 
 # Methods of which a setting must be chosen get the one that is best on what is reported: better
 # than anybody could have chosen it. Prefix of the cells' names.
-TUNED: Final = ("task_arithmetic", "ties", "flexolmo", "lda", "qda", "dume", "c-btm", "btm")
+TUNED: Final = (
+    "task_arithmetic",
+    "ties",
+    "flexolmo",
+    "lda",
+    "qda",
+    "dume",
+    "c-btm",
+    "btm",
+    "dense",
+)
 # References that see everybody's text.
 JOINT: Final = ("btx", "dense")
 _DRAWS: Final = 2000
@@ -235,11 +245,10 @@ def report(run: Run) -> dict[str, Any]:
         for name, nats in derived(run, load).items():
             table.add(name, nats)
     first = Table(run.rows, domains)
-    for name in ("oracle", "backbone", "mix", "safe", "dense"):
-        if name in table.nats:
-            first.add(name, table.nats[name][0])
+    for name in ("oracle", "backbone", "mix", "safe"):
+        first.add(name, table.nats[name][0])
     for name in run.cells(seeds[0]):
-        if name.startswith(_PARTS[4:]) and not name.endswith(", paths"):
+        if name.startswith((*_PARTS[4:], "dense")) and not name.endswith(", paths"):
             first.add(name, run.load(seeds[0], name))
     return {
         "preset": dataclasses.asdict(run.preset),
@@ -256,6 +265,7 @@ def report(run: Run) -> dict[str, Any]:
         "adversarial": adversarial(run),
         "unequal": unequal(first),
         "growth": growth(run, first),
+        "cost": _growth_costs(run).get("all", {}),
         "generations": generations(first),
     }
 
@@ -383,9 +393,7 @@ def growth(run: Run, table: Table) -> dict[str, Any]:
     Recovery is of the gap to the domain's best path, on domains of which a contributor is there.
     """
     found = {}
-    seed = run.preset.seeds[0]
-    costs_file = run.folder / f"seed-{seed}" / "growth.json"
-    costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
+    seed, costs = run.preset.seeds[0], _growth_costs(run)
     for size in run.preset.growth:
         if f"growth {size}, paths" not in run.cells(seed):
             continue
@@ -407,19 +415,34 @@ def growth(run: Run, table: Table) -> dict[str, Any]:
     return found
 
 
+def _growth_costs(run: Run) -> dict[str, dict[str, float]]:
+    """Return what a token costs by size of the growing community, and in that of all experts."""
+    file = run.folder / f"seed-{run.preset.seeds[0]}" / "growth.json"
+    found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
 def generations(table: Table) -> dict[str, Any]:
     """Return the means over domains, public and spliced text, by generation."""
     if "second, mix" not in table.nats:
         return {}
 
+    def best(prefix: str) -> str:
+        names = [name for name in table.nats if name.startswith(f"{prefix}dense")]
+        return min(names, key=table.mean)
+
     def row(prefix: str, own: Callable[[str], float | None]) -> dict[str, Any]:
         figures = {
             method: {
-                "mean": round(table.mean(prefix + method), 5),
-                "public": _rounded(table.bits(prefix + method, "public")),
-                "spliced": _rounded(table.bits(prefix + method, "spliced")),
+                "mean": round(table.mean(name), 5),
+                "public": _rounded(table.bits(name, "public")),
+                "spliced": _rounded(table.bits(name, "spliced")),
             }
-            for method in ("mix", "safe", "dense")
+            for method, name in {
+                "mix": f"{prefix}mix",
+                "safe": f"{prefix}safe",
+                "dense": best(prefix),
+            }.items()
         }
         return {"own": round(float(np.mean([own(d) for d in table.domains])), 5), **figures}
 

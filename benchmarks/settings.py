@@ -51,17 +51,18 @@ from composable.vetting.evaluation import (
 )
 
 _WINDOW: Final = 256
-# Settings of track records and of safe mode: backbone prior, switch rate, discount.
-ROUTERS = (
-    (0.5, 0.002, 0.98),
-    (0.5, 0.0001, 0.98),
-    (0.9, 0.0001, 0.98),
-    (0.9, 0.0001, 0.95),
-    (0.9, 0.0001, 0.99),
-    (0.99, 0.002, 0.98),
-    (0.99, 0.02, 0.98),
-    (0.999, 0.02, 0.975),
+# Settings of safe mode: backbone prior, switch rate, discount of the track records behind its
+# shortlist.
+ROUTERS: Final = (
+    (0.5, 0.002, 0.975),
+    (0.9, 0.0001, 0.975),
+    (0.99, 0.0001, 0.975),
+    (0.99, 0.002, 0.975),
     (0.99, 0.005, 0.975),
+    (0.99, 0.02, 0.975),
+    (0.999, 0.02, 0.975),
+    (0.99, 0.005, 0.95),
+    (0.99, 0.005, 0.99),
 )
 # Settings of mix mode: power, prior of the backbone and most of an expert, switch rate, margin,
 # floor, experts at most.
@@ -71,18 +72,18 @@ FILTERS: Final = (
     (0.35, 0.5, 1.0, 0.01, 0.0, 0.06, 4),
     (0.35, 0.5, 1.0, 0.01, 0.3, 0.06, 4),
     (0.35, 0.2, 1.0, 0.02, 0.3, 0.06, 4),
-    (0.35, 0.2, 0.1, 0.02, 0.3, 0.06, 4),
-    (0.35, 0.2, 0.1, 0.02, 0.0, 0.06, 4),
-    (0.35, 0.2, 0.1, 0.02, 0.15, 0.06, 4),
-    (0.35, 0.2, 0.1, 0.02, 0.45, 0.06, 4),
-    (0.35, 0.2, 0.1, 0.02, 0.3, 0.0, 4),
-    (0.35, 0.2, 0.1, 0.02, 0.3, 0.03, 4),
-    (0.35, 0.2, 0.1, 0.02, 0.3, 0.12, 4),
-    (0.35, 0.2, 0.1, 0.02, 0.3, 0.06, 2),
-    (0.2, 0.2, 0.1, 0.02, 0.3, 0.06, 4),
-    (0.5, 0.2, 0.1, 0.02, 0.3, 0.06, 4),
-    (0.35, 0.2, 0.1, 0.005, 0.3, 0.06, 4),
-    (0.35, 0.2, 0.1, 0.04, 0.3, 0.06, 4),
+    (0.35, 0.2, 0.2, 0.02, 0.3, 0.06, 4),
+    (0.35, 0.2, 0.2, 0.02, 0.0, 0.06, 4),
+    (0.35, 0.2, 0.2, 0.02, 0.15, 0.06, 4),
+    (0.35, 0.2, 0.2, 0.02, 0.45, 0.06, 4),
+    (0.35, 0.2, 0.2, 0.02, 0.3, 0.0, 4),
+    (0.35, 0.2, 0.2, 0.02, 0.3, 0.03, 4),
+    (0.35, 0.2, 0.2, 0.02, 0.3, 0.12, 4),
+    (0.35, 0.2, 0.2, 0.02, 0.3, 0.06, 2),
+    (0.2, 0.2, 0.2, 0.02, 0.3, 0.06, 4),
+    (0.5, 0.2, 0.2, 0.02, 0.3, 0.06, 4),
+    (0.35, 0.2, 0.2, 0.005, 0.3, 0.06, 4),
+    (0.35, 0.2, 0.2, 0.04, 0.3, 0.06, 4),
 )
 # (optimiser, peak rate)
 TRAININGS = (("adamw", 3e-3), ("adamw", 8e-3), ("muon", 1e-2), ("muon", 2e-2))
@@ -117,24 +118,26 @@ def _prepare(folder: Path) -> tuple[Any, ...]:
 
 
 def compare_routers(folder: Path) -> None:
-    """Print bits per byte of the anchor and of spliced training documents for each setting."""
+    """Print what safe mode needs for anchor and spliced text, and its bound, for each setting."""
     release, plugged, texts, spliced, _ = _prepare(folder)
-    print("prior  switch  discount | anchor: backbone  mix  safe | spliced: backbone  mix  safe")
+    columns = ("prior", "rate", "discount", "bound, bits a document", "a byte", "anchor", "spliced")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    own = score_documents(path_scorer(release.plug()), texts, context=512).bits_per_byte
     for prior, rate, discount in ROUTERS:
         interface = dataclasses.replace(
-            release.interface,
-            backbone_prior=prior,
-            switch_rate=rate,
-            discount=discount,
-            mix_power=0.0,  # by track records
+            release.interface, backbone_prior=prior, switch_rate=rate, discount=discount
         )
         model = Model(release.backbone, interface, plugged)
-        cells = [
-            score_documents(scorer(model), documents, context=model.context).bits_per_byte
+        anchor, switching = (
+            score_documents(safe_scorer(model), documents, context=model.context).bits_per_byte
             for documents in (texts, spliced)
-            for scorer in (path_scorer, mix_scorer, safe_scorer)
-        ]
-        print(f"{prior}  {rate}  {discount} | " + "  ".join(f"{cell:.4f}" for cell in cells))
+        )
+        once, each = -math.log2(prior), -math.log2(1 - rate * (1 - prior))
+        print(
+            f"| {prior} | {rate} | {discount} | {once:.4f} | {each:.6f} | {anchor / own - 1:+.4%} "
+            f"| {switching:.4f} |",
+            flush=True,
+        )
 
 
 def compare_filters(folder: Path) -> None:
