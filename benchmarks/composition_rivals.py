@@ -220,7 +220,7 @@ def router_ablations(community: Community) -> dict[str, Make]:
 # ---- references that break the rules -----------------------------------------------------------
 
 
-# Peak rates of the dense model. The experts' own, 0.01, is too high for all weights at once: trained
+# Peak rates of the dense model. That of experts, 0.01, is too high for all weights at once: trained
 # on at that rate it gets worse.
 DENSE_RATES: Final = (3e-3, 1e-3, 1e-2)
 
