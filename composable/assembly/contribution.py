@@ -25,6 +25,7 @@ from composable.assembly.experts import load_expert, make_expert, save_expert
 from composable.assembly.features import (
     SCOUT_ROWS,
     Features,
+    count_scout_steps,
     cut_rows,
     train_scout,
     trunk_features,
@@ -168,7 +169,7 @@ def train_expert(
 
     def show(step: int, _: int, row: Mapping[str, float]) -> None:
         if progress:
-            progress(step, cfg.steps + reading.scout_steps, row)
+            progress(step, cfg.steps + count_scout_steps(reading.scout_steps), row)
 
     run = _Run(cfg=cfg, work=work, optimizer=optimizer or muon(cfg), progress=show)
     trained, history, features, seconds, figures = fit_parts(release, expert, stream, run, reading)
@@ -184,7 +185,7 @@ def train_expert(
     )
     trained.scout = scout.scout
     seconds["scout"] = scout.seconds
-    figures["scout"] = {"tokens": features.classes_RT.size, "steps": reading.scout_steps}
+    figures["scout"] = {"tokens": features.classes_RT.size, "steps": scout.steps}
     if scout.heldout_bits is not None:
         figures["scout"]["heldout_bits"] = round(scout.heldout_bits, 4)
         last = {**last, "scout_bits": scout.heldout_bits} if last else {}

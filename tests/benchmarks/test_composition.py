@@ -1,6 +1,7 @@
 """The rivals of the composition benchmark, on cases whose answer is known."""
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,18 +38,23 @@ def run(step, tokens_BT):
     return np.concatenate(found, axis=1)
 
 
-def test_the_open_router_is_the_shipped_one(tiny, model, stack, tokens):
-    scouts = ScoutBank(*(x[:3] for x in model.parts.bank.scouts))
-    gate = methods.Scouts(
-        scouts=scouts,
-        prior=jnp.float32(tiny.interface.backbone_prior),
-        discount=jnp.float32(tiny.interface.discount),
-        rate=jnp.float32(0),
-        power=jnp.float32(1),
-        tap=tiny.cfg.tap,
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {
+            **{"mix_power": 0.35, "mix_prior": 0.3, "mix_share": 0.2, "mix_switch_rate": 0.01},
+            **{"mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 3},
+        },
+    ],
+)
+def test_the_open_router_is_the_shipped_one(tiny, model, stack, tokens, settings):
+    interface = dataclasses.replace(model.interface, **settings)
+    parts = dataclasses.replace(model.parts, interface=interface)
+    scouts = ScoutBank(*(x[:3] for x in parts.bank.scouts))
+    gate = methods.Scouts(scouts=scouts, interface=interface, tap=tiny.cfg.tap)
     open_one = run(methods.mixture(tiny.backbone, stack, gate), tokens)
-    shipped = run(methods.shipped(model.parts, "mix"), tokens)
+    shipped = run(methods.shipped(parts, "mix"), tokens)
     np.testing.assert_allclose(open_one, shipped, rtol=1e-4, atol=1e-4)
 
 
@@ -94,24 +100,6 @@ def test_an_ensemble_follows_who_predicted_better():
     assert found[0, -1] == pytest.approx(1.0)
     updating = np.exp(methods.demix_updating(cost))
     assert updating[0, -1, 1] > 0.99
-
-
-def test_a_chain_that_never_switches_is_bayes(tiny, tokens):
-    scouts = ScoutBank(*(x[:3] for x in tiny.model(tiny.expert("ant")).parts.bank.scouts))
-    gate = methods.Scouts(
-        scouts=scouts,
-        prior=jnp.float32(0.5),
-        discount=jnp.float32(1),
-        rate=jnp.float32(1e-30),
-        power=jnp.float32(1),
-        tap=tiny.cfg.tap,
-        filter="switch",
-    )
-    evidence = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 3)), jnp.float32)
-    prior = jnp.log(jnp.array([0.5, 0.25, 0.25]))
-    track = gate._switching(evidence, prior[None], prior)
-    expected = jax.nn.log_softmax(prior + evidence.cumsum(1))
-    np.testing.assert_allclose(track, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_recovery_is_the_share_of_the_gap():

@@ -176,6 +176,14 @@ def test_who_has_less_weight_than_the_floor_is_not_chosen_and_the_best_always_is
     assert np.asarray(dense_weights(alone, 4))[0].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
 
 
+def test_a_chain_that_never_switches_is_bayes():
+    evidence_BTE = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 3)), jnp.float32)
+    prior_E = jnp.log(jnp.array([0.5, 0.25, 0.25]))
+    found_BTE = switching_trust(evidence_BTE, prior_E[None], prior_E, power=1.0, rate=1e-30)
+    expected_BTE = jax.nn.log_softmax(prior_E + evidence_BTE.cumsum(1))
+    np.testing.assert_allclose(found_BTE, expected_BTE, rtol=1e-4, atol=1e-4)
+
+
 def test_a_margin_has_the_weight_of_a_scout_sink_that_is_no_better_than_the_backbones():
     rng = np.random.default_rng(5)
     evidence_BTE = jnp.asarray(rng.normal(-2, 1, (16, 400, 3)), jnp.float32)
