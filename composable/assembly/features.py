@@ -215,7 +215,7 @@ def train_scout(
     the steps learn the text by heart, and a quarter or a sixteenth of them teaches more.
 
     Args:
-        scout: An untrained scout, left untouched.
+        scout: Where to start, left untouched.
         features: What it reads and what it is to predict.
         steps: Optimiser steps at most; none at all leaves it untrained.
         batch_size: Rows per step.
