@@ -126,7 +126,7 @@ def _draw_unequal(axis: Any, found: Mapping[str, Any]) -> None:
     axis.set_yticks(places, list(found), fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("bits per byte of its domain")
-    axis.set_xlim(0, 1.6 * max(row["own"] for row in found.values()))
+    axis.set_xlim(0, 1.9 * max(row["own"] for row in found.values()))
     axis.set_title("a contributor who had less", fontsize=10)
     axis.legend(fontsize=8, loc="center right")
 

@@ -43,7 +43,7 @@ ROUTER: Final[dict[str, Any]] = {
     "lora_max_rank": 64,
     "mix_power": 0.35,
     "mix_prior": 0.2,
-    "mix_share": 0.2,
+    "mix_share": 0.1,
     "mix_switch_rate": 0.02,
     "mix_margin": 0.3,
     "mix_floor": 0.06,
