@@ -50,7 +50,7 @@ from composable.vetting.evaluation import path_scorer, score_documents
 # (what is being done, done, in all)
 Progress = Callable[[str, int, int], None]
 
-# What the interface asks of the router unless the plan says otherwise; see docs/concepts.md.
+# What the interface asks of the router; docs/real-backbone.md says how that was chosen.
 ROUTER: Final[dict[str, Any]] = {
     "discount": 0.975,
     "top_k": 2,
