@@ -233,7 +233,8 @@ def compare_scouts(names: Sequence[str]) -> None:
                 fitted.scout, jnp.asarray(kept.feature_RTD), jnp.asarray(kept.classes_RT)
             )
             print(
-                f"{name}  {width}  {n_rows * _WINDOW:,}  {times}  {kind}  {rate}  "
+                f"{name}  {width}  {n_rows * _WINDOW:,}  "
+                f"{fitted.steps * SCOUT_ROWS / n_rows:.1f}  {kind}  {rate}  "
                 f"{nats / math.log(2):.3f}  {fitted.seconds:.1f}",
                 flush=True,
             )

@@ -268,7 +268,8 @@ def train_scout(
         fits.append(
             ScoutFit(scout=trained, heldout_bits=bits, steps=n_steps, seconds=fitted.seconds)
         )
-    best = min(fits, key=lambda tried: tried.heldout_bits or 0.0)
+    bits_F = np.array([tried.heldout_bits for tried in fits])
+    best = fits[int(np.nan_to_num(bits_F, nan=np.inf).argmin())]
     return dataclasses.replace(best, seconds=sum(tried.seconds for tried in fits))
 
 
