@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import composition_methods as methods
+from benchmarks.composition_page import write_docs
 from benchmarks.composition_questions import (
     adversarial,
     generations,
@@ -27,7 +28,7 @@ from benchmarks.composition_questions import (
     neighbours,
     unequal,
 )
-from benchmarks.composition_report import report, write_docs
+from benchmarks.composition_report import report
 from benchmarks.composition_rivals import (
     isolated_methods,
     path_methods,
