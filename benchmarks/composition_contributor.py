@@ -3,9 +3,9 @@
     python -m benchmarks.composition_contributor FOLDER BACKBONE CACHE
 
 FOLDER holds `job.json`, `text/train.jsonl` and, for a second generation, `parent`, the expert that
-it starts from. The process confines itself to FOLDER (and a cache
-of compiled programs) before it reads anything, trains the expert as `composable train` does, and
-writes `extras.npz` beside it: what other methods ask of a contributor who is alone with its text.
+it starts from. The process confines itself to FOLDER (and a cache of compiled programs) before it
+reads anything, trains the expert as `composable train` does, and writes `extras.npz` beside it:
+what other methods ask of a contributor who is alone with its text.
 
 * `pooled_*`: moments of pooled trunk features, for closed-form gates and for c-BTM.
 * `gate_LD`: the gates of PHATGOOSE (Muqeeth et al. 2024, arXiv:2402.05859, section 3.1).

@@ -208,6 +208,11 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     outcome = cli("train", "my-expert", "--data", "texts", *backbone)
     assert outcome.code == 1
     assert "scout.width: 64 is not a width between 1 and 16" in outcome.err
+    manifest.write_text(text.replace("# derives-from", "derives-from"))
+    for more, reason in (((), "no registry"), (("--registry", "registry"), "is not a registry")):
+        outcome = cli("train", "my-expert", "--data", "texts", *more, *backbone)
+        assert outcome.code == 1
+        assert reason in outcome.err
     manifest.write_text(text)
 
     texts = sorted(Path("texts").iterdir())
