@@ -70,11 +70,9 @@ def measure(
         mode: [recovery(row["backbone"], row["own_expert"], row[mode]) for row in domains.values()]
         for mode in ("mix", "safe")
     }
-    interface = model.interface
-    share = interface.switch_rate * (1 - interface.backbone_prior)
-    bound = -len(public) * np.log2(interface.backbone_prior)
-    bound -= sum(map(len, groups[PUBLIC])) * np.log2(1 - share)
-    public_bits = table[PUBLIC]["backbone"] * sum(map(len, groups[PUBLIC]))
+    sizes = list(map(len, groups[PUBLIC]))
+    bound = sum(map(model.interface.safe_bound, sizes)) / np.log(2)
+    public_bits = table[PUBLIC]["backbone"] * sum(sizes)
     return {
         "safe_bound": float(bound / public_bits),
         "domains": domains,

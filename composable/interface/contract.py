@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import reprlib
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
@@ -69,6 +70,10 @@ class RouterInterface:
             backbone's to gain weight in it.
         mix_floor: Least weight, in [0, 1), of an expert in mix mode; who has less is not run.
         mix_top_k: Experts mixed per token in mix mode; `top_k` where it is 0.
+        scout_prior: Share of the output, in [0, 1), that experts' scouts have at first; 0 where
+            they only route.
+        scout_rate: Probability per token, in (0, 1), that their share starts anew.
+        scout_power: Exponent, in (0, 1], on what they say, where 1 minus it is the model's.
         schema: Version of this record's meaning.
 
     Raises:
@@ -107,6 +112,9 @@ class RouterInterface:
     mix_margin: float = 0.0
     mix_floor: float = 0.0
     mix_top_k: int = 0
+    scout_prior: float = 0.0
+    scout_rate: float = 0.0
+    scout_power: float = 1.0
 
     def __post_init__(self) -> None:
         def require(holds: bool, field: str, expected: str) -> None:
@@ -140,6 +148,10 @@ class RouterInterface:
         require(0 <= self.mix_floor < 1, "mix_floor", "in [0, 1)")
         is_whole = isinstance(self.mix_top_k, int) and self.mix_top_k >= 0
         require(is_whole, "mix_top_k", "a whole number, 0 or more")
+        require(0 <= self.scout_prior < 1, "scout_prior", "in [0, 1)")
+        if self.scout_prior:
+            require(0 < self.scout_rate < 1, "scout_rate", "in (0, 1)")
+            require(0 < self.scout_power <= 1, "scout_power", "in (0, 1]")
         is_bounded = len(self.output_bounds) == len(self.slots) and all(
             0 < bound < float("inf") for bound in self.output_bounds
         )
@@ -149,6 +161,18 @@ class RouterInterface:
     def n_mixed(self) -> int:
         """Experts mixed per token in mix mode, at most."""
         return self.mix_top_k or self.top_k
+
+    def safe_bound(self, n_tokens: int) -> float:
+        """Return by how many nats a document may cost more in safe mode than the backbone alone.
+
+        Args:
+            n_tokens: Tokens that are predicted in it.
+        """
+        paths = -math.log(self.backbone_prior)
+        paths -= n_tokens * math.log1p(-self.switch_rate * (1 - self.backbone_prior))
+        scouts = -math.log1p(-self.scout_prior)
+        scouts -= n_tokens * math.log1p(-self.scout_rate * self.scout_prior)
+        return paths + scouts
 
     @functools.cached_property
     def digest(self) -> str:
@@ -174,6 +198,10 @@ class RouterInterface:
                 floats[name] = float(value)
         if not self.mix_top_k:
             del data["mix_top_k"]
+        for name in ("scout_prior", "scout_rate", "scout_power"):
+            value = data.pop(name)
+            if self.scout_prior:
+                floats[name] = float(value)
         lists = {
             "slots": list(self.slots),
             "output_bounds": [float(bound) for bound in self.output_bounds],

@@ -34,6 +34,7 @@ from composable.model.guard import (
     tally_paths,
     tally_rows,
 )
+from composable.model.hedge import HedgeState, empty_hedge, hedge
 from composable.model.layers import KVCache, swiglu
 from composable.model.router import (
     NEVER,
@@ -43,7 +44,9 @@ from composable.model.router import (
     dense_weights,
     empty_state,
     evidence,
+    evidence_of,
     log_prior,
+    predictions,
     switching_trust,
     track_record,
 )
@@ -81,6 +84,7 @@ class MixState(NamedTuple):
 
     router: RouterState
     tally: Tally
+    hedge: HedgeState
     caches: Caches | None = None
 
 
@@ -92,10 +96,21 @@ class SafeState(NamedTuple):
 
     router: RouterState
     tally: Tally
+    hedge: HedgeState
     posterior_BE: jax.Array  # log weights, summing to one over the living
     awake_BE: jax.Array  # paths that predicted the next token
     log_prob_EBV: jax.Array  # what each path predicted for the next token
     caches: Caches | None = None
+
+
+class _Heard(NamedTuple):
+    """What trunk and scouts give."""
+
+    x_BTD: jax.Array  # the residual stream after the trunk
+    classes_BT: jax.Array
+    track_BTE: jax.Array  # each expert's own track record
+    score_BTE: jax.Array  # what mix mode weighs experts by, prior included
+    said_EBTC: jax.Array | None  # what scouts say of the next token, where they have a share of it
 
 
 # Log probabilities of one path, BTV, where it was sound, BT, and its caches.
@@ -112,7 +127,8 @@ def mix_state(parts: Parts, batch: int, cache_length: int | None = None) -> MixS
     """
     router = empty_state(batch, parts.bank.capacity, parts.interface.d_model)
     tally = empty_tally(parts.bank.capacity)
-    return MixState(router, tally, _empty_caches(parts, batch, cache_length))
+    hedged = empty_hedge(batch, parts.interface.n_classes)
+    return MixState(router, tally, hedged, _empty_caches(parts, batch, cache_length))
 
 
 def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> SafeState:
@@ -126,6 +142,7 @@ def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> Saf
     return SafeState(
         empty_state(batch, n_experts, interface.d_model),
         empty_tally(n_experts),
+        empty_hedge(batch, interface.n_classes),
         jnp.broadcast_to(prior_E, (batch, n_experts)),
         jnp.zeros((batch, n_experts), bool).at[:, 0].set(True),
         jnp.zeros((n_experts, batch, interface.vocab_size), jnp.float32),
@@ -152,18 +169,20 @@ def trace_mix(
     parts: Parts, tokens_BT: jax.Array, state: MixState
 ) -> tuple[jax.Array, jax.Array, MixState]:
     """Return logits in mix mode, the weights behind them, shape BTE, and the new state."""
-    x_BTD, _, score_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
-    choice = _trust(parts, score_BTE, state.router.started_B)
+    heard, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
+    choice = _trust(parts, heard.score_BTE)
     feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice)
     if state.caches is None or caches is None:
-        logits_BTV, _ = parts.backbone.upper(x_BTD, feed_forward)
+        logits_BTV, _ = parts.backbone.upper(heard.x_BTD, feed_forward)
     else:
         logits_BTV, written = parts.backbone.upper(
-            x_BTD, feed_forward, state.caches.position, caches.upper
+            heard.x_BTD, feed_forward, state.caches.position, caches.upper
         )
         caches = caches._replace(upper=tuple(written))
+    logits_BTV, hedged = _hedge(parts, logits_BTV, heard, state.router, state.hedge)
     tally = tally_rows(state.tally, zeroed, choice, dispatch)
-    return logits_BTV, dense_weights(choice, parts.bank.capacity), MixState(router, tally, caches)
+    after = MixState(router, tally, hedged, caches)
+    return logits_BTV, dense_weights(choice, parts.bank.capacity), after
 
 
 def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
@@ -172,15 +191,14 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
     Returns:
         Weights, shape BTE, at every position for the prediction of the next token, and the state.
     """
-    _, _, score_BTE, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
-    choice = _trust(parts, score_BTE, state.router.started_B)
-    weight_BTE = dense_weights(choice, parts.bank.capacity)
-    return weight_BTE, MixState(router, state.tally, caches)
+    heard, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
+    weight_BTE = dense_weights(_trust(parts, heard.score_BTE), parts.bank.capacity)
+    return weight_BTE, state._replace(router=router, caches=caches)
 
 
 def track_records(parts: Parts, tokens_BT: jax.Array, state: RouterState) -> jax.Array:
     """Return every expert's track record at every position, shape BTE, in nats."""
-    return _listen(parts, tokens_BT, state, None)[1]
+    return _listen(parts, tokens_BT, state, None)[0].track_BTE
 
 
 def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]) -> jax.Array:
@@ -224,7 +242,8 @@ def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Arra
     The backbone's path is always awake; the router's best `top_k` experts are awake token by
     token, and an expert that sleeps neither gains nor loses. With prior p of the backbone and
     switch rate a, a document of n tokens costs at most
-    `log(1/p) - n log(1 - a (1 - p))` nats more than the backbone alone, whatever is installed.
+    `log(1/p) - n log(1 - a (1 - p))` nats more than the backbone alone, whatever is installed;
+    where scouts have a share of the output, `RouterInterface.safe_bound` adds what that may cost.
 
     Args:
         parts: The model.
@@ -247,29 +266,27 @@ def trace_safe(
     parts: Parts, tokens_BT: jax.Array, state: SafeState
 ) -> tuple[jax.Array, jax.Array, SafeState]:
     """Return log probabilities in safe mode, the weights behind them, shape BTE, and the state."""
-    x_BTD, track_BTE, _, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
+    heard, router, caches = _listen(parts, tokens_BT, state.router, state.caches)
     order_E = jnp.argsort(parts.bank.key_E)
-    awake_BTE = _shortlist(parts, track_BTE)[..., order_E]
-    log_prob_EBTV, sound_BTE, upper = _paths(parts, x_BTD, order_E, awake_BTE, state.caches)
+    awake_BTE = _shortlist(parts, heard.track_BTE)[..., order_E]
+    log_prob_EBTV, sound_BTE, upper = _paths(parts, heard.x_BTD, order_E, awake_BTE, state.caches)
     weight_BTE, posterior_BE = _posterior(parts, tokens_BT, state, awake_BTE, log_prob_EBTV)
     log_weight_EBT1 = jnp.moveaxis(weight_BTE, -1, 0)[..., None]
     log_prob_BTV = jax.nn.logsumexp(log_weight_EBT1 + log_prob_EBTV, axis=0)
+    log_prob_BTV, hedged = _hedge(parts, log_prob_BTV, heard, state.router, state.hedge)
     if caches is not None:
         caches = caches._replace(upper=upper)
     slot_E = jnp.argsort(order_E)
     tally = tally_paths(state.tally, awake_BTE[..., slot_E], sound_BTE[..., slot_E])
     awake_BE, log_prob_EBV = awake_BTE[:, -1], log_prob_EBTV[:, :, -1]
-    after = SafeState(router, tally, posterior_BE, awake_BE, log_prob_EBV, caches)
+    after = SafeState(router, tally, hedged, posterior_BE, awake_BE, log_prob_EBV, caches)
     return log_prob_BTV, jnp.exp(weight_BTE)[..., slot_E], after
 
 
 def _listen(
     parts: Parts, tokens_BT: jax.Array, state: RouterState, caches: Caches | None
-) -> tuple[jax.Array, jax.Array, jax.Array, RouterState, Caches | None]:
-    """Run the trunk and the scouts: residual stream, track records, mix mode's scores, and states.
-
-    Track records are each expert's own; scores are what mix mode weighs experts by, prior included.
-    """
+) -> tuple[_Heard, RouterState, Caches | None]:
+    """Run the trunk and the scouts."""
     backbone, interface = parts.backbone, parts.interface
     if caches is None:
         x_BTD, _ = backbone.trunk(tokens_BT)
@@ -279,8 +296,13 @@ def _listen(
         caches = caches._replace(trunk=tuple(written), position=position)
     feature_BTD = backbone.features(x_BTD)
     classes_BT = backbone.class_map[...][tokens_BT]
-    bank = parts.bank
-    evidence_BTE = evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E)
+    bank, said_EBTC = parts.bank, None
+    if interface.scout_prior:
+        said_EBSC = predictions(bank.scouts, feature_BTD, state, bank.width_E)
+        evidence_BTE = evidence_of(said_EBSC, classes_BT, state.started_B)
+        said_EBTC = said_EBSC[:, :, 1:]
+    else:
+        evidence_BTE = evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E)
     track_BTE = track_record(evidence_BTE, state.track_BE, interface.discount)
     if interface.mix_power:
         score_BTE = _follow(parts, evidence_BTE, state)
@@ -288,7 +310,11 @@ def _listen(
         score_BTE = _prior(parts) + track_BTE
     started_B = jnp.ones_like(state.started_B)
     after = RouterState(track_BTE[:, -1], score_BTE[:, -1], feature_BTD[:, -1], started_B)
-    return x_BTD, track_BTE, score_BTE, after, caches
+    # At a document's first token there is no evidence for any expert.
+    alone_E = jnp.full(bank.capacity, NEVER).at[0].set(0.0)
+    first_BE = jnp.where(state.started_B[:, None], score_BTE[:, 0], alone_E)
+    score_BTE = score_BTE.at[:, 0].set(first_BE)
+    return _Heard(x_BTD, classes_BT, track_BTE, score_BTE, said_EBTC), after, caches
 
 
 def _follow(parts: Parts, evidence_BTE: jax.Array, state: RouterState) -> jax.Array:
@@ -308,13 +334,33 @@ def _follow(parts: Parts, evidence_BTE: jax.Array, state: RouterState) -> jax.Ar
     return trust_BTE[..., jnp.argsort(order_E)]
 
 
-def _trust(parts: Parts, score_BTE: jax.Array, started_B: jax.Array) -> Choice:
-    """Decide whom to mix; at a document's first token there is no evidence for any expert."""
-    alone_E = jnp.full(score_BTE.shape[-1], NEVER).at[0].set(0.0)
-    first_BE = jnp.where(started_B[:, None], score_BTE[:, 0], alone_E)
-    score_BTE = score_BTE.at[:, 0].set(first_BE)
+def _trust(parts: Parts, score_BTE: jax.Array) -> Choice:
+    """Decide whom to mix."""
     interface = parts.interface
     return choose(score_BTE, parts.bank.key_E, interface.n_mixed, interface.mix_floor)
+
+
+def _hedge(
+    parts: Parts, logits_BTV: jax.Array, heard: _Heard, before: RouterState, state: HedgeState
+) -> tuple[jax.Array, HedgeState]:
+    """Give the experts' scouts their share of the output, if the interface says so."""
+    if heard.said_EBTC is None:
+        return logits_BTV, state
+    order_E = jnp.argsort(parts.bank.key_E)
+    weight_BTE = jax.nn.softmax(heard.score_BTE[..., order_E])[..., jnp.argsort(order_E)]
+    return hedge(
+        logits_BTV,
+        heard.said_EBTC,
+        weight_BTE,
+        heard.classes_BT,
+        parts.backbone.class_map[...],
+        order_E,
+        before.started_B,
+        state,
+        power=parts.interface.scout_power,
+        prior=parts.interface.scout_prior,
+        rate=parts.interface.scout_rate,
+    )
 
 
 def _prior(parts: Parts) -> jax.Array:

@@ -92,30 +92,75 @@ def evidence(
         no scout they are those of the uniform distribution.
     """
     before_BTD = jnp.concatenate([state.feature_BD[:, None], feature_BTD[:, :-1]], axis=1)
+    log_prob_EBT = _ask_each(
+        scouts, width_E, lambda *scout: scout_evidence(scout, before_BTD, classes_BT)
+    )
+    return _where_predicted(jnp.moveaxis(log_prob_EBT, 0, -1), state.started_B)
+
+
+def predictions(
+    scouts: ScoutBank,
+    feature_BTD: jax.Array,
+    state: RouterState,
+    width_E: jax.Array | None = None,
+) -> jax.Array:
+    """Return what each scout says of the class of the next token, at the last position, too.
+
+    Args:
+        scouts: Stacked scouts.
+        feature_BTD: Trunk features of these positions.
+        state: State before the first of them.
+        width_E: As for `evidence`.
+
+    Returns:
+        Log probabilities, shape EBSC with S = T + 1: first those after the position before these.
+    """
+    feature_BSD = jnp.concatenate([state.feature_BD[:, None], feature_BTD], axis=1)
+    return _ask_each(scouts, width_E, lambda *scout: _bounded(class_log_probs(feature_BSD, *scout)))
+
+
+def evidence_of(said_EBSC: jax.Array, classes_BT: jax.Array, started_B: jax.Array) -> jax.Array:
+    """Return evidence as `evidence` does, shape BTE, from what `predictions` returned."""
+    said_EBT = jnp.take_along_axis(said_EBSC[:, :, :-1], classes_BT[None, ..., None], axis=-1)[
+        ..., 0
+    ]
+    return _where_predicted(jnp.moveaxis(said_EBT, 0, -1), started_B)
+
+
+def _where_predicted(log_prob_BTE: jax.Array, started_B: jax.Array) -> jax.Array:
+    """Return evidence without that of a token before which there was no position."""
+    predicted_BT = jnp.ones(log_prob_BTE.shape[:2], bool).at[:, 0].set(started_B)
+    return jnp.where(predicted_BT[..., None], log_prob_BTE, 0.0)
+
+
+def _ask_each(
+    scouts: ScoutBank, width_E: jax.Array | None, ask: Callable[..., jax.Array]
+) -> jax.Array:
+    """Return what each scout answers, E first; an empty entry's scout says that all is as likely.
+
+    One scout at a time, through a program that only its own width decides: the bits of its score
+    cannot depend on how many others there are, as they could in one batched product. Units that
+    are padding cost as much as others, and a bank's empty entries as much as experts, so neither
+    is multiplied.
+    """
     n_experts, bound = scouts.b_in_EW.shape
-    n_classes = scouts.b_out_EC.shape[-1]
     width_E = jnp.full(n_experts, bound) if width_E is None else width_E
-
-    def ask(width: int) -> Callable[[jax.Array], jax.Array]:
-        return lambda e: scout_evidence(_first_units(scouts, e, width), before_BTD, classes_BT)
-
-    def nobody(_: jax.Array) -> jax.Array:
-        return jnp.full(classes_BT.shape, -jnp.log(jnp.float32(n_classes)))
-
-    # One scout at a time, through a program that only its own width decides: the bits of its score
-    # cannot depend on how many others there are, as they could in one batched product. Units that
-    # are padding cost as much as others, and a bank's empty entries as much as experts, so neither
-    # is multiplied.
     widths = sorted({max(1, bound // 2), bound})
     program_E = jnp.where(width_E > 0, 1 + jnp.searchsorted(jnp.asarray(widths), width_E), 0)
-    programs = [nobody, *(ask(width) for width in widths)]
-    log_prob_EBT = jax.lax.map(
+
+    def ask_first_units(width: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda e: ask(*_first_units(scouts, e, width))
+
+    answer = jax.eval_shape(ask_first_units(bound), 0)
+
+    def nobody(_: jax.Array) -> jax.Array:
+        return jnp.full(answer.shape, -jnp.log(jnp.float32(scouts.b_out_EC.shape[-1])))
+
+    programs = [nobody, *map(ask_first_units, widths)]
+    return jax.lax.map(
         lambda entry: jax.lax.switch(entry[0], programs, entry[1]),
         (program_E, jnp.arange(n_experts)),
     )
-    log_prob_BTE = jnp.moveaxis(log_prob_EBT, 0, -1)
-    predicted_BT = jnp.ones(classes_BT.shape, bool).at[:, 0].set(state.started_B)
-    return jnp.where(predicted_BT[..., None], log_prob_BTE, 0.0)
 
 
 def scout_evidence(
@@ -130,7 +175,11 @@ def scout_evidence(
     """
     log_prob_BTC = class_log_probs(before_BTD, *scout)
     log_prob_BT = jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1)[..., 0]
-    return jnp.where(jnp.isfinite(log_prob_BT), jnp.maximum(log_prob_BT, _WORST), _WORST)
+    return _bounded(log_prob_BT)
+
+
+def _bounded(log_prob: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(log_prob), jnp.maximum(log_prob, _WORST), _WORST)
 
 
 def _first_units(scouts: ScoutBank, e: jax.Array, width: int) -> tuple[jax.Array, ...]:

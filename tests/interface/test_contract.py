@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -46,6 +47,7 @@ FILTERED = {
     "mix_floor": 0.05,
     "mix_top_k": 4,
 }
+HEDGED = {"scout_prior": 0.05, "scout_rate": 0.01, "scout_power": 0.6}
 
 
 @pytest.fixture
@@ -73,6 +75,8 @@ def test_every_field_is_in_the_digest(interface, field):
         return  # only one value is readable
     if field.startswith("mix_"):
         interface = dataclasses.replace(interface, **FILTERED)
+    if field.startswith("scout_") and field != "scout_max_width":
+        interface = dataclasses.replace(interface, **HEDGED)
     value = getattr(interface, field)
     other = {
         str: lambda: DIGESTS["anchor"][:-1] + "0" if value.startswith("sha256:") else value + "0",
@@ -92,11 +96,26 @@ def test_an_interface_survives_its_json(interface):
     assert interface.to_json().endswith("}\n")
 
 
-def test_a_switching_filter_survives_json_and_has_all_its_fields(interface):
-    other = dataclasses.replace(interface, **FILTERED)
+@pytest.mark.parametrize("more", [FILTERED, HEDGED])
+def test_what_came_later_survives_json_and_is_left_out_where_it_is_not_used(interface, more):
+    other = dataclasses.replace(interface, **more)
     assert RouterInterface.from_json(other.to_json()) == other
-    assert FILTERED.items() <= other.to_dict().items()
-    assert not FILTERED.keys() & interface.to_dict().keys()
+    assert more.items() <= other.to_dict().items()
+    assert not more.keys() & interface.to_dict().keys()
+
+
+def test_scouts_that_have_a_share_need_a_rate():
+    with pytest.raises(InterfaceError) as caught:
+        RouterInterface.from_dict({**FIELDS, "scout_prior": 0.1})
+    assert caught.value.where == "interface.scout_rate"
+
+
+def test_the_bound_of_safe_mode_grows_with_the_share_of_scouts(interface):
+    plain = interface.safe_bound(100)
+    assert plain == pytest.approx(-math.log(0.5) - 100 * math.log(1 - 0.01 * 0.5))
+    more = -math.log(1 - 0.05) - 100 * math.log(1 - 0.01 * 0.05)
+    hedged = dataclasses.replace(interface, **HEDGED)
+    assert hedged.safe_bound(100) == pytest.approx(plain + more)
 
 
 def test_the_filter_without_what_came_later_has_the_digest_it_had(interface):
@@ -130,6 +149,8 @@ def test_it_honours_itself_and_what_it_lists(interface):
         ("mix_floor", 1.0),
         ("mix_top_k", -1),
         ("mix_top_k", 2.5),
+        ("scout_prior", 1.0),
+        ("scout_prior", -0.1),
         ("schema", 2),
         ("schema", "1"),
         ("name", 3),

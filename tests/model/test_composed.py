@@ -145,6 +145,7 @@ def test_route_is_the_softmax_of_prior_and_track_record(tiny, model):
 
 SWITCHING = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
 FLOORED = {**SWITCHING, "mix_share": 0.05, "mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 4}
+HEDGED = {**FLOORED, "scout_prior": 0.3, "scout_rate": 0.05, "scout_power": 0.6}
 
 
 def test_route_by_the_switching_filter(tiny, experts):
@@ -165,7 +166,7 @@ def test_route_by_the_switching_filter(tiny, experts):
     np.testing.assert_array_equal(found_BTE[:, 0], [[1, 0, 0, 0]] * len(found_BTE))
 
 
-@pytest.mark.parametrize("settings", [SWITCHING, FLOORED])
+@pytest.mark.parametrize("settings", [SWITCHING, FLOORED, HEDGED])
 def test_the_switching_filter_keeps_bits_as_the_discount_does(tiny, experts, settings):
     tokens_BT = tiny.tokens()
     model = tiny.model(experts["a"], experts["b"], **settings)
@@ -233,6 +234,24 @@ def test_a_model_without_experts_is_its_backbone(tiny):
     np.testing.assert_allclose(model(tokens_BT), model.path(tokens_BT), atol=1e-4)
     log_prob_BTV = jax.nn.log_softmax(model.path(tokens_BT))
     np.testing.assert_allclose(model.safe(tokens_BT), log_prob_BTV, atol=1e-4)
+    hedged = tiny.model(capacity=4, **HEDGED)
+    np.testing.assert_array_equal(hedged(tokens_BT), tiny.model(capacity=4, **FLOORED)(tokens_BT))
+
+
+def test_scouts_that_know_the_text_are_heard(tiny, experts):
+    """An expert whose scout always says the same class, on a text of that class alone."""
+    scout = jax.tree.map(jnp.zeros_like, experts["a"].scout)
+    scout.b_out[...] = jnp.zeros(scout.b_out[...].shape).at[7].set(20.0)
+    knowing = dataclasses.replace(experts["a"], scout=scout)
+    tokens_BT = np.full((2, 20), 7)
+    plain, hedged = (tiny.model(knowing, **settings) for settings in (FLOORED, HEDGED))
+    for mode in ("mix", "safe"):
+        before, after = (
+            np.asarray(jax.nn.log_softmax(MODES[mode](m, tokens_BT)))[:, 10:, 7]
+            for m in (plain, hedged)
+        )
+        assert (after > -0.5).all()
+        assert (before < -2).all()
 
 
 def test_an_expert_that_alone_predicts_takes_over(tiny):
@@ -301,13 +320,17 @@ def nats(log_prob_BTV, tokens_BT):
 ONE_DOCUMENT = {"discount": 1.0, "backbone_prior": 0.7, "switch_rate": 0.0, "top_k": 1}
 
 
-@pytest.mark.parametrize("router", [{}, ONE_DOCUMENT], ids=["switching", "one document"])
+HEARD = {"scout_prior": 0.1, "scout_rate": 0.05, "scout_power": 0.6}
+
+
+@pytest.mark.parametrize(
+    "router", [{}, ONE_DOCUMENT, HEARD], ids=["switching", "one document", "scouts heard"]
+)
 def test_safe_mode_keeps_its_bound_whatever_is_installed(tiny, router):
     """50 random banks, every plan in turn and most of them hostile, on random tokens."""
     interface = tiny.interface_with(**router)
-    prior, rate = interface.backbone_prior, interface.switch_rate
     n_tokens = 24
-    bound = -np.log(prior) - (n_tokens - 1) * np.log(1 - rate * (1 - prior))
+    bound = interface.safe_bound(n_tokens - 1)
     rng = np.random.default_rng(0)
     model, excesses = tiny.model(), []
     for case in range(50):

@@ -75,16 +75,25 @@ def test_a_broken_body_leaves_its_tokens_to_others_in_decoding_as_in_a_full_pass
         assert int(state.tally.zeroed_E[model.names.index("b")]) == told.zeroed == told.made // 2
 
 
-@pytest.mark.parametrize("more", [{}, {"mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 3}])
-def test_the_switching_filter_goes_on_from_piece_to_piece(tiny, more):
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [
+        ("mix", {}),
+        ("mix", {"mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 3}),
+        ("mix", {"scout_prior": 0.3, "scout_rate": 0.05}),
+        ("safe", {"scout_prior": 0.3, "scout_rate": 0.05}),
+    ],
+)
+def test_the_switching_filter_goes_on_from_piece_to_piece(tiny, mode, more):
     sticky = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003, **more}
     model = tiny.model(tiny.expert("a"), tiny.expert("b"), **sticky)
     tokens_BT = tiny.tokens(batch=1, length=LENGTH)
-    state, outputs = begin(model, "mix"), []
+    state, outputs = begin(model, mode), []
     for piece_BT in np.split(tokens_BT, range(PREFILL, LENGTH), axis=1):
-        output_BTV, state = MODES["mix"][0](model.parts, piece_BT, state)
+        output_BTV, state = MODES[mode][0](model.parts, piece_BT, state)
         outputs.append(np.asarray(output_BTV))
-    np.testing.assert_allclose(np.concatenate(outputs, 1), model(tokens_BT), atol=REORDERED_SUMS)
+    whole_BTV = model(tokens_BT) if mode == "mix" else model.safe(tokens_BT)
+    np.testing.assert_allclose(np.concatenate(outputs, 1), whole_BTV, atol=REORDERED_SUMS)
 
 
 def test_the_likeliest_continuation_is_that_of_full_passes(tiny, model):
