@@ -33,7 +33,7 @@ from composable.training.objectives import backbone_objective
 from composable.training.recipe import cut_text, load_recipe, make_texts
 from composable.vetting.evaluation import path_scorer, score_documents
 
-# What the interface asks of the router; docs/demo.md and ADRs 9, 11 and 12 say how that was chosen.
+# What the interface asks of the router; docs/demo.md, ADRs 9 and 11 to 13 say how that was chosen.
 ROUTER: Final[dict[str, Any]] = {
     "discount": 0.975,
     "top_k": 2,
@@ -46,8 +46,11 @@ ROUTER: Final[dict[str, Any]] = {
     "mix_share": 0.1,
     "mix_switch_rate": 0.02,
     "mix_margin": 0.3,
-    "mix_floor": 0.06,
+    "mix_floor": 0.1,
     "mix_top_k": 4,
+    "scout_prior": 0.05,
+    "scout_rate": 0.01,
+    "scout_power": 0.6,
 }
 # Held-out speeches are shared out: every other one is the anchor, the rest measure.
 _SHIPPED_BYTES: Final = 8192
@@ -85,7 +88,7 @@ PLANS: Final[Mapping[str, Plan]] = {
         # 11.5 M tokens, about one epoch of its text.
         Plan(
             name="tiny-bytes",
-            version="1.3.0",
+            version="1.4.0",
             shape=tiny_bytes(),
             training=TrainConfig(
                 steps=2800,
@@ -97,12 +100,13 @@ PLANS: Final[Mapping[str, Plan]] = {
             ),
             description="A byte-level causal transformer of 2.4 M parameters, trained on public-"
             "domain English (State of the Union addresses).",
-            # 1.0.0, which had no switching filter, 1.1.0, with other settings of safe mode, and
-            # 1.2.0, with other settings of mix mode.
+            # 1.0.0, which had no switching filter, 1.1.0, with other settings of safe mode, 1.2.0,
+            # with other settings of mix mode, and 1.3.0, where scouts only routed.
             honours=(
                 "sha256:236ae8c3446c0e6b563f18500350ca1ab716d4932e67c8b21beb6b80da94263c",
                 "sha256:b314d6ce3a42be41fefbec189dbbf169435a5c235375a7110b183c8d484f151f",
                 "sha256:e311c857757b089946b2d1e2fa575722d766a4ecc364265c6475fdd70f1dbba5",
+                "sha256:289a7c878785267ec9189775077677e1aa5b38cdf43e54f47af45059883d01cc",
             ),
         ),
         # 33 M tokens, three epochs: for one accelerator.
