@@ -72,7 +72,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         steps=100,
         rows=4,
         documents=8,
-        growth=(2, 4, 8, 16),
+        growth=(2, 4, 8, 16, 32),
         adversarial=10_000,
         is_full=True,
     ),
@@ -102,6 +102,11 @@ def score_methods(c: Community) -> None:
     if c.is_first:
         cells |= router_ablations(c)
     c.run.fill(c.seed, cells)
+    for name, expert in zip(c.names, c.plugged, strict=True):
+        alone = {
+            f"alone, {name}": lambda expert=expert: methods.shipped(c.plug([expert]).parts, "mix")
+        }
+        c.run.fill(c.seed, alone, [name])
     traced = {
         f"{mode} weights": lambda mode=mode: methods.shipped(c.model.parts, mode, is_traced=True)
         for mode in ("mix", "safe")

@@ -192,9 +192,7 @@ def adversarial(c: Community) -> None:
 
     backbone = methods.path(run.release.backbone, methods.entry(c.stack, 0))
     excess_N = cost(methods.shipped(parts, "safe")) - cost(backbone)
-    prior, rate = parts.interface.backbone_prior, parts.interface.switch_rate
-    n_targets = tokens_NT.shape[1] - 1
-    bound = -np.log(prior) - n_targets * np.log1p(-rate * (1 - prior))
+    bound = parts.interface.safe_bound(tokens_NT.shape[1] - 1)
     np.savez(path, excess_N=excess_N, bound=bound)
     run.note_seconds(f"seed-{c.seed}/adversarial", time.perf_counter() - start)
     run.say(f"seed {c.seed} adversarial: at most {excess_N.max():.5f} nats of {bound:.5f}")
@@ -285,7 +283,8 @@ def _cost(model: Model, tokens_BT: np.ndarray) -> dict[str, float]:
     cfg = backbone.cfg
     block = 3 * cfg.d_model * cfg.d_ff
     alone = trunk_parameters(backbone) + upper_parameters(backbone)
-    scout = sum(int(np.prod(x.shape[1:])) for x in bank.scouts)
+    # A scout's parameters; and what it says of every class is weighed.
+    scout = sum(int(np.prod(x.shape[1:])) for x in bank.scouts) + interface.n_classes
     n_scouts = len(model.experts) + 1
     inputs = tokens_BT[:, :-1], tokens_BT[:, 1:], None
     weight_BTE = np.asarray(methods.shipped(parts, "mix", is_traced=True)(*inputs)[0])

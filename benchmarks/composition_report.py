@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Cells that are no methods of their own.
 _PARTS: Final = (
-    *("paths", "mix weights", "safe weights", "c-btm weights"),
+    *("paths", "mix weights", "safe weights", "c-btm weights", "alone, "),
     *("router, ", "without ", "hostile, ", "unequal, ", "growth ", "second, "),
 )
 # From here on an expert is trusted.
@@ -213,6 +213,7 @@ def report(run: Run) -> dict[str, Any]:
     for seed in seeds:
         load = partial(run.load, seed)
         table.add("oracle", oracle(run, domains, load("paths")))
+        table.add("alone", {name: load(f"alone, {name}")[name] for name in domains})
         for name in run.cells(seed):
             if not name.startswith(_PARTS):
                 table.add(name, load(name))
@@ -222,7 +223,7 @@ def report(run: Run) -> dict[str, Any]:
     for name in ("oracle", "backbone", "mix", "safe"):
         first.add(name, table.nats[name][0])
     for name in run.cells(seeds[0]):
-        if name.startswith((*_PARTS[4:], "dense")) and not name.endswith(", paths"):
+        if name.startswith((*_PARTS[5:], "dense")) and not name.endswith(", paths"):
             first.add(name, run.load(seeds[0], name))
     return {
         "preset": dataclasses.asdict(run.preset),

@@ -165,8 +165,10 @@ def path_methods(community: Community) -> dict[str, Make]:
     return made
 
 
-# Mix mode's settings in version 1.2.0 of the interface.
-BEFORE: Final[Mapping[str, Any]] = {
+# Mix mode's settings in versions 1.2.0 and 1.3.0 of the interface.
+V1_3: Final[Mapping[str, Any]] = {"scout_prior": 0.0, "mix_floor": 0.06}
+V1_2: Final[Mapping[str, Any]] = {
+    "scout_prior": 0.0,
     "mix_power": 0.35,
     "mix_prior": 0.8,
     "mix_share": 1.0,
@@ -178,11 +180,16 @@ BEFORE: Final[Mapping[str, Any]] = {
 
 
 def router_ablations(community: Community) -> dict[str, Make]:
-    """Return the router with one thing changed at a time."""
+    """Return the router with one thing changed at a time.
+
+    Scouts of other kinds only route; they are to be held against the published ones that do.
+    """
     c, release = community, community.run.release
     interface, backbone = release.interface, release.backbone
     records: dict[str, Any] = {"mix_power": 0.0}
     rules: dict[str, Mapping[str, Any]] = {
+        "scouts only route": {"scout_prior": 0.0},
+        "no pool": {"scout_power": 1.0},
         "top 1": {"mix_top_k": 1},
         "no floor": {"mix_floor": 0.0},
         "no margin": {"mix_margin": 0.0},
@@ -191,30 +198,33 @@ def router_ablations(community: Community) -> dict[str, Make]:
     }
     if c.is_full:
         rules["top 2"] = {"mix_top_k": 2}
-        rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.03, 0.12)}
+        rules |= {f"scouts' power {power}": {"scout_power": power} for power in (0.4, 0.8)}
+        rules |= {f"scouts' prior {prior}": {"scout_prior": prior} for prior in (0.01, 0.2)}
+        rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.06, 0.2)}
         rules |= {f"margin {margin}": {"mix_margin": margin} for margin in (0.15, 0.45)}
         rules |= {f"power {power}": {"mix_power": power} for power in (0.2, 0.5)}
         rules |= {f"rate {rate}": {"mix_switch_rate": rate} for rate in (0.005, 0.04)}
         rules |= {f"prior {prior}": {"mix_prior": prior} for prior in (0.1, 0.5)}
-        rules["version 1.2.0"] = BEFORE
+        rules |= {"version 1.3.0": V1_3, "version 1.2.0": V1_2}
         for discount in (0.9, 0.99, 1.0):
             rules[f"track records, discount {discount}"] = {**records, "discount": discount}
         rules["track records, prior 0.5"] = {**records, "backbone_prior": 0.5}
+    made: dict[str, Make] = {
+        f"router, {name}": lambda rule=rule: methods.shipped(c.plug(c.plugged, **rule).parts, "mix")
+        for name, rule in rules.items()
+    }
     base = methods.Scouts(scouts=c.scouts, interface=interface, tap=backbone.cfg.tap)
-    changes: dict[str, dict[str, Any]] = {
-        name: {"interface": dataclasses.replace(interface, **rule)} for name, rule in rules.items()
-    }
-    unigram_EC = c.extra("unigram_C")
-    changes["unigram scouts"] = {"scouts": methods.unigram_scouts(unigram_EC, interface.d_model)}
+    unigram = methods.unigram_scouts(c.extra("unigram_C"), interface.d_model)
+    others = {"unigram scouts": dataclasses.replace(base, scouts=unigram)}
     for name, variant in SCOUTS.items() if c.has_scouts else ():
-        tap = backbone.cfg.tap + variant.tap
-        changes[f"scouts {name}"] = {"scouts": c.variant_scouts(name), "tap": tap}
-    return {
-        f"router, {name}": lambda change=change: methods.mixture(
-            backbone, c.stack, dataclasses.replace(base, **change)
+        others[f"scouts {name}"] = dataclasses.replace(
+            base, scouts=c.variant_scouts(name), tap=backbone.cfg.tap + variant.tap
         )
-        for name, change in changes.items()
-    }
+    for name, gate in others.items():
+        made[f"router, {name}, only routing"] = lambda gate=gate: methods.mixture(
+            backbone, c.stack, gate
+        )
+    return made
 
 
 # ---- references that break the rules -----------------------------------------------------------
