@@ -22,8 +22,11 @@ import jax.numpy as jnp
 
 # Who has less of a token's weight is not heard; the backbone's part grows by it.
 _LEAST = 1e-3
-# Q / P stays finite, and so do products with it.
+# What is divided by is no less, and a ratio no more, so that all stays finite; where that bites,
+# what is said adds up to less than one.
 _LEAST_PROBABILITY = 1e-30
+_LEAST_TOTAL = 1e-12
+_LARGEST_RATIO = 1e30
 
 
 class HedgeState(NamedTuple):
@@ -73,10 +76,11 @@ def hedge(
         and Warmuth 1998, "Tracking the best expert" (fixed share, of two predictors).
     """
     prob_BTC = _by_class(jax.nn.softmax(logits_BTV), class_map_V, said_EBTC.shape[-1])
-    ratio_BTC = _said_ratio(prob_BTC, said_EBTC, weight_BTE, order_E) ** power
-    # The sum of P ratio, written so that it is 1, to the bit, where the ratios are.
-    total_BT1 = 1 + (prob_BTC * (ratio_BTC - 1)).sum(-1, keepdims=True)
-    ratio_BTC = ratio_BTC / total_BT1
+    heard_BTE = jnp.where(weight_BTE < _LEAST, 0.0, weight_BTE).at[..., 0].set(0.0)
+    ratio_BTC = _said_ratio(prob_BTC, said_EBTC, heard_BTE, order_E) ** power
+    total_BT1 = jnp.maximum((prob_BTC * ratio_BTC).sum(-1, keepdims=True), _LEAST_TOTAL)
+    is_heard_BT1 = (heard_BTE > 0).any(-1, keepdims=True)
+    ratio_BTC = jnp.where(is_heard_BT1, jnp.minimum(ratio_BTC / total_BT1, _LARGEST_RATIO), 1.0)
     before_BTC = jnp.concatenate([state.ratio_BC[:, None], ratio_BTC[:, :-1]], axis=1)
     gain_BT = jnp.take_along_axis(before_BTC, classes_BT[..., None], axis=-1)[..., 0]
 
@@ -103,10 +107,9 @@ def _by_class(prob_BTV: jax.Array, class_map_V: jax.Array, n_classes: int) -> ja
 
 
 def _said_ratio(
-    prob_BTC: jax.Array, said_EBTC: jax.Array, weight_BTE: jax.Array, order_E: jax.Array
+    prob_BTC: jax.Array, said_EBTC: jax.Array, heard_BTE: jax.Array, order_E: jax.Array
 ) -> jax.Array:
-    """Return Q / P of every class, shape BTC; exactly 1 where no expert is heard."""
-    heard_BTE = jnp.where(weight_BTE < _LEAST, 0.0, weight_BTE).at[..., 0].set(0.0)
+    """Return Q / P of every class, shape BTC, from the weights of those who are heard."""
 
     def add(sum_BTC: jax.Array, e: jax.Array) -> tuple[jax.Array, None]:
         weight_BT1 = heard_BTE[..., e][..., None]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import composition_methods as methods
-from benchmarks.composition_report import Table, mean_recovery
+from benchmarks.composition_report import Table, best_settings, mean_recovery
+from benchmarks.composition_rivals import nearest_rows
 from composable.model.router import ScoutBank
 
 TOKENS = 32
@@ -102,6 +103,18 @@ def test_an_ensemble_follows_who_predicted_better():
     assert updating[0, -1, 1] > 0.99
 
 
+def test_a_proxy_is_the_public_text_most_like_the_domain():
+    rng = np.random.default_rng(0)
+    mean_ED = np.array([[0.0, 0.0, 5.0], [3.0, 0.0, 5.0], [0.0, -3.0, 5.0]])
+    # The last feature has the largest values and the largest spread, and tells nothing.
+    spread_EDD = np.stack([np.diag([1.0, 1.0, 100.0])] * 3)
+    public_RD = rng.normal(scale=[0.1, 0.1, 10.0], size=(50, 3)) + mean_ED[0]
+    public_RD[[7, 9], 0] = 2.0, 1.0
+    public_RD[[30, 31], 1] = -1.0, -2.0
+    found = nearest_rows(public_RD, mean_ED, spread_EDD, 2)
+    np.testing.assert_array_equal(found, [[7, 9], [31, 30]])
+
+
 def test_recovery_is_the_share_of_the_gap():
     assert mean_recovery({"a": 4.0}, {"a": 2.0}, {"a": 2.5}) == 0.75
     rows = {"a": methods.Rows.of([b"x" * 600], lambda d: [0, *d], 1)}
@@ -112,3 +125,22 @@ def test_recovery_is_the_share_of_the_gap():
     assert table.bits("mix", "a") == pytest.approx(2.5)
     assert table.recovery("mix") == pytest.approx(0.75)
     assert table.interval("mix", mean_recovery) == [0.75, 0.75]
+
+
+def test_a_rival_is_reported_with_its_best_setting():
+    rows = {"a": methods.Rows.of([b"x" * 600], lambda d: [0, *d], 1)}
+    table = Table(rows, ["a"])
+    bits = {
+        **{"flexolmo top2 bias 0.0": 3.0, "flexolmo top4 bias 0.0": 2.5},
+        **{
+            "flexolmo-tuned top2 bias 0.0 steps 10": 2.0,
+            "flexolmo-tuned top4 bias 0.0 steps 10": 4.0,
+        },
+    }
+    for name, cost in bits.items():
+        nats_NT = np.full((1, methods.WINDOW), cost * np.log(2))
+        table.add(name, {"a": rows["a"].total(nats_NT)})
+    assert best_settings(table) == {
+        "flexolmo": "flexolmo top4 bias 0.0",
+        "flexolmo-tuned": "flexolmo-tuned top2 bias 0.0 steps 10",
+    }

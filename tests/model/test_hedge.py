@@ -116,6 +116,20 @@ def test_no_scout_can_cost_a_document_more_than_the_bound():
     assert min(excesses) < -5, "nobody gained"
 
 
+def test_what_is_said_of_what_the_model_rules_out_stays_finite():
+    """Both are sure, of different classes, and nobody listens to the backbone."""
+    logits_BTV, said_EBTC, weight_BTE, tokens_BT = draw_case()
+    for sure in (20.0, 80.0, 500.0):
+        logits_BTV = np.where(np.arange(VOCAB) == 1, sure, -sure).astype(np.float32)
+        logits_BTV = np.broadcast_to(logits_BTV, (BATCH, LENGTH, VOCAB))
+        said_C = jnp.maximum(jax.nn.log_softmax(2 * sure * (np.arange(CLASSES) == 2)), -1e4)
+        said_EBTC = jnp.broadcast_to(said_C, said_EBTC.shape)
+        weight_BTE = np.broadcast_to(np.float32([0, 1, 0]), weight_BTE.shape)
+        found_BTV, state = hedged((logits_BTV, said_EBTC, weight_BTE, tokens_BT))
+        assert np.isfinite(found_BTV).all()
+        assert all(np.isfinite(x).all() for x in state)
+
+
 def test_the_order_of_entries_changes_no_bit():
     logits_BTV, said_EBTC, weight_BTE, tokens_BT = draw_case()
     expected_BTV, _ = hedged((logits_BTV, said_EBTC, weight_BTE, tokens_BT))
