@@ -316,7 +316,7 @@ class PerSlot:
     """
 
     row_LED: jax.Array
-    bias_E: jax.Array
+    bias_LE: jax.Array
     kind: str = field(metadata={"static": True})
     k: int = field(metadata={"static": True})
 
@@ -326,7 +326,7 @@ class PerSlot:
         def run(layer: int, x_BTD: jax.Array) -> Choice:
             row_ED = self.row_LED[layer - first]
             if self.kind == "row":
-                return _take_top(x_BTD @ row_ED.T + self.bias_E, self.k)
+                return _take_top(x_BTD @ row_ED.T + self.bias_LE[layer - first], self.k)
             if self.kind == "standard":
                 score_BTE = _standardise(x_BTD) @ _standardise(row_ED).T
                 score_BTE = score_BTE / x_BTD.shape[-1] ** 0.5
@@ -420,10 +420,10 @@ def mix_blocks(
     return combine_rows(y_PD, weight_MJ, dispatch).reshape(x_BTD.shape)
 
 
-@jax.jit
-def _mixture(
+def mixture_costs(
     backbone: Backbone, stack: Slots, gate: Any, tokens_BT: Any, targets_BT: Any, state: Any
 ) -> Any:
+    """Return what every target costs where blocks are mixed as a gate says, and its state."""
     first = backbone.cfg.tap
     x_BTD, _ = backbone.trunk(tokens_BT)
     seen = Seen(tokens_BT, backbone.features(x_BTD))
@@ -433,6 +433,9 @@ def _mixture(
         return mix_blocks(stack[layer - first], x_BTD, *choose_in(layer, x_BTD))
 
     return costs(backbone.upper(x_BTD, run)[0], targets_BT), state
+
+
+_mixture = jax.jit(mixture_costs)
 
 
 def mixture(backbone: Backbone, stack: Slots, gate: Any) -> Callable[..., Any]:

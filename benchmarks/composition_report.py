@@ -34,6 +34,7 @@ TUNED: Final = (
     "task_arithmetic",
     "ties",
     "flexolmo",
+    "flexolmo-tuned",
     "lda",
     "qda",
     "dume",

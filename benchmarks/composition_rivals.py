@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Final
 
 import jax
@@ -19,6 +20,7 @@ from benchmarks import composition_methods as methods
 from benchmarks.composition_contributor import SCOUTS
 from benchmarks.composition_run import PUBLIC_TEXT, Community, Make, Step
 from composable.assembly.contribution import expert_config
+from composable.assembly.features import cut_rows
 from composable.model.body import MATRICES
 from composable.training.data import batches, token_stream
 from composable.training.loop import fit, muon
@@ -45,12 +47,7 @@ def isolated_methods(community: Community) -> dict[str, Make]:
     gates: dict[str, Any] = {"arrow": _arrow_gate(c)}
     if c.is_first:
         gates["phatgoose"] = _phatgoose_gate(c)
-        flex_stack = _flex_stack(c)
-        for bias in (0.0, -1.0) if is_full else (0.0,):
-            for k in (1, 2, 4) if is_full else (2,):
-                made[f"flexolmo top{k} bias {bias}"] = lambda k=k, bias=bias: methods.mixture(
-                    backbone, flex_stack, _flex_gate(c, k, bias)
-                )
+        made |= _flex_methods(c)
     for temperature in (0.05, 1.0) if is_full else (0.05,):
         gates[f"lda temperature {temperature}"] = _discriminant(c, temperature, is_linear=True)
         gates[f"qda temperature {temperature}"] = _discriminant(c, temperature, is_linear=False)
@@ -61,6 +58,31 @@ def isolated_methods(community: Community) -> dict[str, Make]:
     made["mix"] = lambda: methods.shipped(c.model.parts, "mix")
     made["safe"] = lambda: methods.shipped(c.model.parts, "safe")
     return made
+
+
+# For how long FlexOlmo's router is tuned, in a contributor's steps. The first is what its authors
+# chose: 5B tokens, where every expert had 50B.
+TUNING_SHARES: Final = (0.1, 0.25, 1.0)
+# So many rows of public text, evenly spread, are looked through for proxies.
+_PUBLIC_ROWS: Final = 8192
+
+
+def _flex_methods(c: Community) -> dict[str, Make]:
+    """Return FlexOlmo with its router as it is joined, and tuned; the tuning is done here."""
+    backbone, stack, steps = c.run.release.backbone, _flex_stack(c), c.run.preset.steps
+    gates: dict[tuple[str, str], methods.PerSlot] = {}
+    for bias in (0.0, -1.0) if c.is_full else (0.0,):
+        gates["flexolmo", f"bias {bias}"] = joined = _flex_gate(c, bias)
+        for share in TUNING_SHARES if c.is_full else TUNING_SHARES[:1]:
+            setting = f"bias {bias} steps {(n := round(share * steps))}"
+            gates["flexolmo-tuned", setting] = _tune_flex(c, stack, joined, setting, n)
+    return {
+        f"{family} top{k} {setting}": lambda gate=gate, k=k: methods.mixture(
+            backbone, stack, dataclasses.replace(gate, k=k)
+        )
+        for (family, setting), gate in gates.items()
+        for k in ((1, 2, 4) if c.is_full else (2,))
+    }
 
 
 def _flex_stack(c: Community) -> methods.Slots:
@@ -77,17 +99,91 @@ def _flex_stack(c: Community) -> methods.Slots:
     )
 
 
-def _flex_gate(c: Community, k: int, bias: float) -> methods.PerSlot:
+def _flex_gate(c: Community, bias: float) -> methods.PerSlot:
+    """Return the rows of everybody's router, joined; all experts speak."""
     public_1LD = c.extras[1]["flex_public_LD"][None]
     rows_ELD = np.concatenate([public_1LD, c.extra("flex_row_LD", skip_public=True)])
-    bias_E = jnp.full(len(rows_ELD), bias).at[0].set(0.0)
-    return methods.PerSlot(jnp.asarray(rows_ELD.swapaxes(0, 1)), bias_E, "row", k)
+    row_LED = jnp.asarray(rows_ELD.swapaxes(0, 1))
+    bias_LE = jnp.full(row_LED.shape[:2], bias).at[:, 0].set(0.0)
+    return methods.PerSlot(row_LED, bias_LE, "row", len(rows_ELD))
+
+
+def _tune_flex(
+    c: Community, stack: methods.Slots, joined: methods.PerSlot, setting: str, steps: int
+) -> methods.PerSlot:
+    """Return FlexOlmo's gate, rows and biases tuned on public text that stands in for the others.
+
+    Everybody's text has a proxy: the rows of public text most like it, by a classifier of the two.
+    The proxies and rows of public text drawn uniformly have an equal share each, all experts speak,
+    blocks are frozen, biases stay below 0, and loads are not balanced, as in the released recipe.
+    Departures: the classifier is a linear discriminant, in closed form from published moments;
+    Muon stands for AdamW; the small penalty on logits is left out.
+
+    References:
+        Shi et al. 2025, arXiv:2507.07024, section 3.3 (router training on proxy data, optional);
+        allenai/FlexOlmo, `OLMoE-7x7B.py` and `train_router.sh`.
+    """
+
+    def tuned(router: Any) -> methods.PerSlot:
+        row_LED, bias_LE = jnp.stack(router["row"]), jnp.minimum(jnp.stack(router["bias"]), 0.0)
+        return dataclasses.replace(joined, row_LED=row_LED, bias_LE=bias_LE.at[:, 0].set(0.0))
+
+    def objective(router: Any, frozen: Any, tokens_BT: jax.Array) -> Any:
+        inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        nats_BT, _ = methods.mixture_costs(*frozen, tuned(router), inputs_BT, targets_BT, None)
+        return nats_BT.mean(), {}
+
+    start = {"row": list(joined.row_LED), "bias": list(joined.bias_LE)}
+    name, frozen = f"flexolmo-tuned {setting}", (c.run.release.backbone, stack)
+    return tuned(_train_jointly(c, name, objective, start, frozen, steps, read=_proxies))
+
+
+@cache
+def _proxies(c: Community) -> list[np.ndarray]:
+    """Return uniformly drawn public text and everybody's proxy, together as long as a contributor
+    reads."""
+    release, cfg = c.run.release, expert_config(c.run.preset.steps, rows=c.run.preset.rows)
+    stream = token_stream(c.run.text(PUBLIC_TEXT, "train"), release.tokenizer)
+    rows_RT = cut_rows(stream, cfg.window, cfg.window * _PUBLIC_ROWS)[:, :-1]
+
+    @jax.jit
+    def pooled(tokens_BT: jax.Array) -> jax.Array:
+        x_BTD, _ = release.backbone.trunk(tokens_BT)
+        return methods.pool(release.backbone.features(x_BTD), None)[0].mean(1)
+
+    pooled_RD = np.concatenate([pooled(rows_RT[i : i + 32]) for i in range(0, len(rows_RT), 32)])
+    n = -(-cfg.steps * cfg.batch_size // (len(c.names) + 1))
+    drawn_1N = np.random.default_rng(c.seed).choice(len(rows_RT), (1, n), replace=False)
+    picked_EN = np.concatenate([drawn_1N, nearest_rows(pooled_RD, *_moments(c), n)])
+    return [rows_RT[picked_N].ravel() for picked_N in picked_EN]
+
+
+def nearest_rows(
+    pooled_RD: np.ndarray, mean_ED: np.ndarray, spread_EDD: np.ndarray, n: int
+) -> np.ndarray:
+    """Return which rows of public text are most like each contributor's and least like the public.
+
+    Args:
+        pooled_RD: Mean pooled features of each row.
+        mean_ED: Mean pooled features of public text, then of each contributor's.
+        spread_EDD: Their covariances.
+        n: Rows for each contributor.
+
+    Returns:
+        Indices, one line of n per contributor, the likest first.
+    """
+    lines = []
+    for index in range(1, len(mean_ED)):
+        pair = [0, index]
+        w_DE, _ = _linear_discriminant(mean_ED[pair], spread_EDD[pair])
+        lines.append(np.argsort(pooled_RD @ (w_DE[:, 0] - w_DE[:, 1]), kind="stable")[:n])
+    return np.stack(lines)
 
 
 def _phatgoose_gate(c: Community) -> methods.PerSlot:
     rows_ELD = c.extra("gate_LD", skip_public=True)
     rows_LED = jnp.asarray(rows_ELD.swapaxes(0, 1))
-    return methods.PerSlot(rows_LED, jnp.zeros(len(rows_ELD)), "standard", 2)
+    return methods.PerSlot(rows_LED, jnp.zeros(rows_LED.shape[:2]), "standard", 2)
 
 
 def _arrow_gate(c: Community) -> methods.PerSlot:
@@ -98,7 +194,8 @@ def _arrow_gate(c: Community) -> methods.PerSlot:
             [np.asarray(slot[name][1:] - slot[name][:1]) for name in ("w_gate", "w_up")], axis=2
         )
         rows.append(np.linalg.svd(change_EDF, full_matrices=False)[0][:, :, 0])
-    return methods.PerSlot(jnp.asarray(np.stack(rows)), jnp.zeros(len(c.names)), "arrow", 2)
+    row_LED = jnp.asarray(np.stack(rows))
+    return methods.PerSlot(row_LED, jnp.zeros(row_LED.shape[:2]), "arrow", 2)
 
 
 def _moments(c: Community) -> tuple[np.ndarray, np.ndarray]:
@@ -107,18 +204,30 @@ def _moments(c: Community) -> tuple[np.ndarray, np.ndarray]:
     return mean_ED, spread_EDD
 
 
+def _shared_spread(spread_EDD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean covariance, and the ridge to add to it."""
+    shared_DD = spread_EDD.mean(0)
+    width = len(shared_DD)
+    return shared_DD, np.eye(width) * np.trace(shared_DD) / width * 1e-2
+
+
+def _linear_discriminant(
+    mean_ED: np.ndarray, spread_EDD: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights and constants of Gaussian log likelihoods, but for what all have in common."""
+    shared_DD, ridge_DD = _shared_spread(spread_EDD)
+    w_DE = np.linalg.inv(shared_DD + ridge_DD) @ mean_ED.T
+    return w_DE, -0.5 * np.einsum("ed,de->e", mean_ED, w_DE)
+
+
 def _discriminant(c: Community, temperature: float, *, is_linear: bool) -> Any:
     """Return LDA, or QDA with covariances shrunk by 0.3 towards the shared one."""
     mean_ED, spread_EDD = _moments(c)
-    shared_DD = spread_EDD.mean(0)
-    width = len(shared_DD)
-    ridge_DD = np.eye(width) * np.trace(shared_DD) / width * 1e-2
     if is_linear:
-        precision_DD = np.linalg.inv(shared_DD + ridge_DD)
-        w_DE = precision_DD @ mean_ED.T
-        b_E = -0.5 * np.einsum("ed,de->e", mean_ED, w_DE)
+        w_DE, b_E = _linear_discriminant(mean_ED, spread_EDD)
         as_jax = (jnp.asarray(x, jnp.float32) for x in (w_DE, b_E, temperature))
         return methods.Linear(*as_jax, k=2)
+    shared_DD, ridge_DD = _shared_spread(spread_EDD)
     shrunk_EDD = 0.7 * spread_EDD + 0.3 * shared_DD + ridge_DD
     constant_E = -0.5 * np.linalg.slogdet(shrunk_EDD)[1]
     arrays = (mean_ED, np.linalg.inv(shrunk_EDD), constant_E, temperature)
@@ -303,6 +412,11 @@ def train_dense(community: Community, rate: float, generations: int = 1) -> Step
     return methods.whole(nnx.merge(graph, trained, rest))
 
 
+def _all_texts(c: Community) -> list[np.ndarray]:
+    texts = [c.run.text(x, "train") for x in (*c.run.preset.domains, PUBLIC_TEXT)]
+    return [token_stream(documents, c.run.release.tokenizer) for documents in texts]
+
+
 def _train_jointly(
     c: Community,
     name: str,
@@ -311,20 +425,19 @@ def _train_jointly(
     frozen: Any,
     steps: int,
     *,
+    read: Callable[[Community], list[np.ndarray]] = _all_texts,
     rate: float | None = None,
     seed: int | None = None,
 ) -> Any:
-    """Train on all texts, the public one among them, an equal share of each."""
+    """Train on an equal share of each stream: by default all texts, the public one among them."""
     path = c.run.folder / f"seed-{c.seed}" / f"{name}.npz"
     leaves, structure = jax.tree.flatten(start)
     if not path.exists():
         c.run.say(f"seed {c.seed}: training {name}, {steps} steps")
         began = time.perf_counter()
-        preset, tokenizer = c.run.preset, c.run.release.tokenizer
-        texts = [c.run.text(x, "train") for x in (*preset.domains, PUBLIC_TEXT)]
-        streams = [token_stream(documents, tokenizer) for documents in texts]
+        streams = read(c)
         shortest = min(map(len, streams))
-        cfg = expert_config(steps, c.seed if seed is None else seed, rows=preset.rows)
+        cfg = expert_config(steps, c.seed if seed is None else seed, rows=c.run.preset.rows)
         if rate is not None:
             cfg = dataclasses.replace(cfg, learning_rate=rate)
         stream = np.concatenate([stream[:shortest] for stream in streams])
