@@ -294,6 +294,11 @@ def _losses(
             "The bounds: here an expert's output beyond the interface's bound counts as zero, "
             "there nothing holds it."
         )
+    if experts and release.interface.scout_prior:
+        lost.append(
+            "What scouts say of the next token: in composable it has a share of the output, there "
+            "nobody asks them."
+        )
     if experts:
         lost.append(
             "Safe mode, and with it the bound on what a document may cost beyond the backbone "
