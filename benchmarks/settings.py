@@ -2,6 +2,8 @@
 
 python -m benchmarks.settings router demo/contributors     # where `composable demo demo` ran
 python -m benchmarks.settings filters demo/contributors    # mix mode's switching filter
+python -m benchmarks.settings filters runs/smollm2-experts --backbone runs/smollm2-135m
+python -m benchmarks.settings hedges demo/contributors     # the scouts' share of the output
 python -m benchmarks.settings training --steps 200
 python -m benchmarks.settings scouts --experts python-code set-mm legal
 """
@@ -12,15 +14,26 @@ import argparse
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from composable.assembly.backbones import load_backbone
+from benchmarks.real_backbone import (
+    DOCUMENTS,
+    EXPERTS,
+    PUBLIC,
+    SEGMENT_BYTES,
+    SEGMENTS,
+    TRACED_BYTES,
+    WINDOW,
+    begins,
+)
+from composable.assembly.backbones import BackboneRelease, load_backbone
 from composable.assembly.contribution import (
     check_expert,
     expert_config,
@@ -36,7 +49,7 @@ from composable.assembly.features import (
     trunk_features,
 )
 from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS
-from composable.model.model import Model
+from composable.model.model import Model, Pluggable
 from composable.model.scout import Scout
 from composable.training import loop
 from composable.training.data import token_stream
@@ -44,10 +57,12 @@ from composable.training.documents import read_documents, splice_documents
 from composable.training.objectives import scout_loss
 from composable.training.recipe import shipped_folder
 from composable.vetting.evaluation import (
+    Scorer,
     mix_scorer,
     path_scorer,
     safe_scorer,
     score_documents,
+    trace_routing,
 )
 
 _WINDOW: Final = 256
@@ -85,6 +100,39 @@ FILTERS: Final = (
     (0.35, 0.2, 0.1, 0.005, 0.3, 0.06, 4),
     (0.35, 0.2, 0.1, 0.04, 0.3, 0.06, 4),
 )
+# The same for imported backbones: what is published first, then one thing changed at a time.
+IMPORTED_FILTERS: Final = (
+    (0.5, 0.5, 1.0, 0.02, 0.2, 0.05, 4),
+    (0.0, 0.5, 1.0, 0.02, 0.2, 0.05, 4),  # no filter: discounted track records
+    (0.35, 0.5, 1.0, 0.02, 0.2, 0.05, 4),
+    (1.0, 0.5, 1.0, 0.02, 0.2, 0.05, 4),
+    (0.5, 0.2, 1.0, 0.02, 0.2, 0.05, 4),
+    (0.5, 0.8, 1.0, 0.02, 0.2, 0.05, 4),
+    (0.5, 0.5, 1.0, 0.005, 0.2, 0.05, 4),
+    (0.5, 0.5, 1.0, 0.05, 0.2, 0.05, 4),
+    (0.5, 0.5, 1.0, 0.02, 0.0, 0.05, 4),
+    (0.5, 0.5, 1.0, 0.02, 0.4, 0.05, 4),
+    (0.5, 0.5, 1.0, 0.02, 0.2, 0.0, 4),
+    (0.5, 0.5, 1.0, 0.02, 0.2, 0.1, 4),
+    (0.5, 0.5, 1.0, 0.02, 0.2, 0.05, 2),
+    (0.35, 0.2, 0.1, 0.02, 0.3, 0.06, 4),  # that of tiny-bytes 1.3.0
+)
+# The scouts' share of mix mode's output: prior, rate, power. First none, then what is published.
+HEDGES: Final = (
+    (0.0, 0.0, 1.0),
+    (0.05, 0.01, 0.6),
+    (0.01, 0.01, 0.6),
+    (0.2, 0.01, 0.6),
+    (0.05, 0.002, 0.6),
+    (0.05, 0.05, 0.6),
+    (0.05, 0.01, 0.4),
+    (0.05, 0.01, 0.8),
+    (0.05, 0.01, 1.0),
+)
+# Of each domain's held-out text, how many of the documents that follow those reported, and of each
+# how much.
+_SPARE_DOCUMENTS: Final = 6
+_SPARE_BYTES: Final = 1024
 # (optimiser, peak rate)
 TRAININGS = (("adamw", 3e-3), ("adamw", 8e-3), ("muon", 1e-2), ("muon", 2e-2))
 # How a scout reads alone: hidden width, thousands of tokens, times, optimiser, peak rate.
@@ -103,36 +151,86 @@ READINGS: Final = (
 )
 
 
-def _prepare(folder: Path) -> tuple[Any, ...]:
-    """Return backbone, experts, anchor, spliced training text, and training documents by domain."""
+@dataclass(frozen=True, kw_only=True)
+class Community:
+    """Experts of one backbone, and text that is not reported anywhere to compare settings on.
+
+    Args:
+        release: The backbone.
+        plugged: The experts.
+        anchor: Public text.
+        spliced: Text that switches between all domains and public text.
+        own: Text of the experts' domains.
+        vetted: Public text on which each expert, alone, is held against the backbone.
+        window: Tokens that see each other.
+    """
+
+    release: BackboneRelease
+    plugged: Sequence[Pluggable]
+    anchor: Sequence[bytes]
+    spliced: Sequence[bytes]
+    own: Sequence[bytes]
+    vetted: Sequence[bytes]
+    window: int
+
+
+def demo_community(folder: Path) -> Community:
+    """Return the demo's experts, and documents that they were trained on."""
     release = load_backbone(BACKBONE_NAME)
-    plugged = [load_expert(release, folder / name) for name in CONTRIBUTORS]
-    anchor = release.anchor
     train = {
         name: read_documents([shipped_folder(name) / "text" / "train.jsonl"])[:20]
         for name in CONTRIBUTORS
     }
-    spliced = [s.text for s in splice_documents({**train, "public": anchor}, 8, 5, 256, 640, 4)]
-    texts = [doc.text.encode()[:2048].decode(errors="ignore").encode() for doc in anchor]
-    return release, plugged, texts, spliced, train
+    spliced = splice_documents({**train, PUBLIC: release.anchor}, 8, 5, 256, 640, 4)
+    return Community(
+        release=release,
+        plugged=[load_expert(release, folder / name) for name in CONTRIBUTORS],
+        anchor=begins(release.anchor, 2048),
+        spliced=[document.text for document in spliced],
+        own=[text for documents in train.values() for text in begins(documents, 1024)],
+        vetted=vetted_texts(release.anchor),
+        window=release.backbone.cfg.context,
+    )
 
 
-def compare_routers(folder: Path) -> None:
+def imported_community(folder: Path, backbone: str) -> Community:
+    """Return the experts of `real_backbone.py`, and what it does not report of held-out text."""
+    release = load_backbone(backbone)
+    heldout = {name: read_documents([folder / "text" / name / "heldout.jsonl"]) for name in EXPERTS}
+    spare = {name: d[DOCUMENTS : DOCUMENTS + _SPARE_DOCUMENTS] for name, d in heldout.items()}
+    public = [dataclasses.replace(d, text=d.text[TRACED_BYTES:]) for d in release.anchor]
+    spliced = splice_documents({**spare, PUBLIC: public}, DOCUMENTS, 5, *SEGMENT_BYTES, SEGMENTS)
+    anchor = begins(public, _SPARE_BYTES)
+    return Community(
+        release=release,
+        plugged=[load_expert(release, folder / name) for name in EXPERTS.values()],
+        anchor=anchor,
+        spliced=[document.text for document in spliced],
+        own=[text for documents in spare.values() for text in begins(documents, _SPARE_BYTES)],
+        vetted=anchor,
+        window=WINDOW,
+    )
+
+
+def compare_routers(community: Community) -> None:
     """Print what safe mode needs for anchor and spliced text, and its bound, for each setting."""
-    release, plugged, texts, spliced, _ = _prepare(folder)
+    release = community.release
     columns = ("prior", "rate", "discount", "bound, bits a document", "a byte", "anchor", "spliced")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    own = score_documents(path_scorer(release.plug()), texts, context=512).bits_per_byte
+    own = score_documents(
+        path_scorer(release.plug()), community.anchor, context=community.window
+    ).bits_per_byte
     for prior, rate, discount in ROUTERS:
         interface = dataclasses.replace(
             release.interface, backbone_prior=prior, switch_rate=rate, discount=discount
         )
-        model = Model(release.backbone, interface, plugged)
+        model = dataclasses.replace(release, interface=interface).plug(community.plugged)
         anchor, switching = (
-            score_documents(safe_scorer(model), documents, context=model.context).bits_per_byte
-            for documents in (texts, spliced)
+            score_documents(safe_scorer(model), documents, context=community.window).bits_per_byte
+            for documents in (community.anchor, community.spliced)
         )
-        once, each = -math.log2(prior), -math.log2(1 - rate * (1 - prior))
+        once = interface.safe_bound(0) / math.log(2)
+        each = interface.safe_bound(1) / math.log(2) - once
         print(
             f"| {prior} | {rate} | {discount} | {once:.4f} | {each:.6f} | {anchor / own - 1:+.4%} "
             f"| {switching:.4f} |",
@@ -140,25 +238,33 @@ def compare_routers(folder: Path) -> None:
         )
 
 
-def compare_filters(folder: Path) -> None:
-    """Print what mix mode needs for the same texts, and for training text, for each filter.
+def compare_filters(
+    community: Community, filters: Sequence[tuple[float, float, float, float, float, float, int]]
+) -> None:
+    """Print what mix mode needs for the same texts, and for the domains' own, for each filter.
+
+    Scouts only route here.
 
     Beside it the worst that one expert alone costs the anchor, of which vetting allows 1 %, and how
     many experts are run per token of the spliced texts.
     """
-    release, plugged, texts, spliced, train = _prepare(folder)
+    release = community.release
+    groups = (community.anchor, community.spliced, community.own)
+
+    def bits(
+        model: Model, documents: Sequence[bytes], scorer: Callable[[Model], Scorer] = mix_scorer
+    ) -> float:
+        return score_documents(scorer(model), documents, context=community.window).bits_per_byte
+
     print(
-        "| power, prior, rate | margin | floor, most | anchor | spliced | own | one alone | run |"
+        "| power, prior, share, rate | margin | floor, most "
+        "| anchor | spliced | own | one alone | run |\n" + "|---" * 8 + "|"
     )
-    print("|---" * 8 + "|")
-    own = [doc.text.encode()[:1024] for documents in train.values() for doc in documents[:8]]
-    own = [text.decode(errors="ignore").encode() for text in own]
-    vetted = vetted_texts(release.anchor)
-
-    def bits(model: Model, documents: Sequence[bytes], scorer: Any = mix_scorer) -> float:
-        return score_documents(scorer(model), documents, context=model.context).bits_per_byte
-
-    for power, prior, share, rate, margin, floor, most in FILTERS:
+    backbone = release.plug()
+    bases = [bits(backbone, documents, path_scorer) for documents in groups]
+    vetted = bits(backbone, community.vetted, path_scorer)
+    print("| backbone alone | | |" + "".join(f" {base:.4f} |" for base in bases) + " | 1.00 |")
+    for power, prior, share, rate, margin, floor, most in filters:
         interface = dataclasses.replace(
             release.interface,
             mix_power=power,
@@ -168,22 +274,47 @@ def compare_filters(folder: Path) -> None:
             mix_margin=margin,
             mix_floor=floor,
             mix_top_k=most,
+            scout_prior=0.0,
         )
-        model = Model(release.backbone, interface, plugged)
-        cells = "".join(f" {bits(model, documents):.4f} |" for documents in (texts, spliced, own))
-        alone = [Model(release.backbone, interface, [expert]) for expert in plugged]
-        worst = max(bits(one, vetted) / bits(one, vetted, path_scorer) - 1 for one in alone)
-        tokens = [release.tokenizer.encode(text)[: model.context] for text in spliced]
-        run = np.mean(
-            np.concatenate(
-                [(np.asarray(model.route(np.array([t])))[0] > 0).sum(-1) for t in tokens]
-            )
+        changed = dataclasses.replace(release, interface=interface)
+        model = changed.plug(community.plugged)
+        found = [bits(model, documents) for documents in groups]
+        cells = "".join(
+            f" {f:.4f} {f / base - 1:+.2%} |" for f, base in zip(found, bases, strict=True)
         )
+        # As large a bank, so that nothing is compiled again.
+        capacity = model.parts.bank.capacity
+        alone = [changed.plug([expert], capacity) for expert in community.plugged]
+        worst = max(bits(one, community.vetted) / vetted - 1 for one in alone)
+        traces = trace_routing(model, community.spliced)
+        run = np.mean(np.concatenate([(weight_TE > 0).sum(-1) for weight_TE in traces]))
         print(
             f"| {power}, {prior}, {share}, {rate} | {margin} | {floor}, {most} |{cells} "
             f"{worst:+.2%} | {run:.2f} |",
             flush=True,
         )
+
+
+def compare_hedges(community: Community) -> None:
+    """Print what mix mode needs for the same texts, for each share of the scouts.
+
+    Beside it the most that their share may cost a document of a thousand tokens.
+    """
+    release = community.release
+    print("| prior, rate | power | may cost, bits | anchor | spliced | own |\n" + "|---" * 6 + "|")
+    for prior, rate, power in HEDGES:
+        interface = dataclasses.replace(
+            release.interface, scout_prior=prior, scout_rate=rate, scout_power=power
+        )
+        plain = dataclasses.replace(interface, scout_prior=0.0)
+        cost = (interface.safe_bound(1000) - plain.safe_bound(1000)) / math.log(2)
+        model = dataclasses.replace(release, interface=interface).plug(community.plugged)
+        scores = (
+            score_documents(mix_scorer(model), texts, context=community.window).bits_per_byte
+            for texts in (community.anchor, community.spliced, community.own)
+        )
+        cells = " | ".join(f"{bits:.4f}" for bits in scores)
+        print(f"| {prior}, {rate} | {power} | {cost:.2f} | {cells} |", flush=True)
 
 
 def compare_training(steps: int, names: Sequence[str]) -> None:
@@ -246,21 +377,34 @@ def main() -> None:
     router = commands.add_parser("router")
     router.add_argument("folder", type=Path)
     filters = commands.add_parser("filters")
-    filters.add_argument("folder", type=Path)
+    for command in (filters, commands.add_parser("hedges")):
+        command.add_argument("folder", type=Path)
+        command.add_argument(
+            "--backbone",
+            help="imported; `make smollm2-experts` left its experts and texts in FOLDER",
+        )
     training = commands.add_parser("training")
     training.add_argument("--steps", type=int, default=200)
     training.add_argument("--experts", nargs="+", default=["python-code"])
     scouts = commands.add_parser("scouts")
     scouts.add_argument("--experts", nargs="+", default=["python-code"])
     arguments = parser.parse_args()
+    if arguments.command == "training":
+        return compare_training(arguments.steps, arguments.experts)
+    if arguments.command == "scouts":
+        return compare_scouts(arguments.experts)
+    imported = getattr(arguments, "backbone", None)
+    community = (
+        imported_community(arguments.folder, imported)
+        if imported
+        else demo_community(arguments.folder)
+    )
     if arguments.command == "router":
-        compare_routers(arguments.folder)
+        compare_routers(community)
     elif arguments.command == "filters":
-        compare_filters(arguments.folder)
-    elif arguments.command == "training":
-        compare_training(arguments.steps, arguments.experts)
+        compare_filters(community, IMPORTED_FILTERS if imported else FILTERS)
     else:
-        compare_scouts(arguments.experts)
+        compare_hedges(community)
 
 
 if __name__ == "__main__":
