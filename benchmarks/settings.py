@@ -213,7 +213,10 @@ def imported_community(folder: Path, backbone: str) -> Community:
 
 
 def compare_routers(community: Community) -> None:
-    """Print what safe mode needs for anchor and spliced text, and its bound, for each setting."""
+    """Print what safe mode needs for anchor and spliced text, and its bound, for each setting.
+
+    Scouts only route here.
+    """
     release = community.release
     columns = ("prior", "rate", "discount", "bound, bits a document", "a byte", "anchor", "spliced")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
@@ -222,7 +225,11 @@ def compare_routers(community: Community) -> None:
     ).bits_per_byte
     for prior, rate, discount in ROUTERS:
         interface = dataclasses.replace(
-            release.interface, backbone_prior=prior, switch_rate=rate, discount=discount
+            release.interface,
+            backbone_prior=prior,
+            switch_rate=rate,
+            discount=discount,
+            scout_prior=0.0,
         )
         model = dataclasses.replace(release, interface=interface).plug(community.plugged)
         anchor, switching = (
