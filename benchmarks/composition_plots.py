@@ -78,12 +78,13 @@ def _draw_neighbours(axis: Any, found: Mapping[str, Any]) -> None:
 
 def _draw_growth(axis: Any, found: Mapping[str, Any]) -> None:
     sizes = [int(size) for size in found]
-    axis.plot(sizes, [100 * v["recovery"] for v in found.values()], "o-", label="recovery")
+    recovery = [100 * v["recovery"] for v in found.values()]
+    axis.plot(sizes, recovery, "o-", label="recovery")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, map(str, sizes))
     axis.set_xlabel("experts installed")
     axis.set_ylabel("recovery, per cent")
-    axis.set_ylim(90, 105)
+    axis.set_ylim(min(90, *recovery), max(105, *recovery) + 1)
     axis.set_title("growth", fontsize=10)
     twin = axis.twinx()
     cost = [v["flops_of_backbone"] for v in found.values()]
