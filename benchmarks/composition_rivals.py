@@ -73,7 +73,7 @@ def _flex_methods(c: Community) -> dict[str, Make]:
     gates: dict[tuple[str, str], methods.PerSlot] = {}
     for bias in (0.0, -1.0) if c.is_full else (0.0,):
         gates["flexolmo", f"bias {bias}"] = joined = _flex_gate(c, bias)
-        for share in TUNING_SHARES if c.is_full else TUNING_SHARES[:1]:
+        for share in TUNING_SHARES if c.is_full else ():
             setting = f"bias {bias} steps {(n := round(share * steps))}"
             gates["flexolmo-tuned", setting] = _tune_flex(c, stack, joined, setting, n)
     return {
@@ -299,14 +299,13 @@ def router_ablations(community: Community) -> dict[str, Make]:
     rules: dict[str, Mapping[str, Any]] = {
         "scouts only route": {"scout_prior": 0.0},
         "no pool": {"scout_power": 1.0},
-        "top 1": {"mix_top_k": 1},
-        "no floor": {"mix_floor": 0.0},
         "no margin": {"mix_margin": 0.0},
         "track records": records,
         "power 1": {"mix_power": 1.0},
     }
     if c.is_full:
-        rules["top 2"] = {"mix_top_k": 2}
+        rules |= {f"top {k}": {"mix_top_k": k} for k in (1, 2)}
+        rules["no floor"] = {"mix_floor": 0.0}
         rules |= {f"scouts' power {power}": {"scout_power": power} for power in (0.4, 0.8)}
         rules |= {f"scouts' prior {prior}": {"scout_prior": prior} for prior in (0.01, 0.2)}
         rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.06, 0.2)}
