@@ -121,10 +121,8 @@ def predictions(
 
 def evidence_of(said_EBSC: jax.Array, classes_BT: jax.Array, started_B: jax.Array) -> jax.Array:
     """Return evidence as `evidence` does, shape BTE, from what `predictions` returned."""
-    said_EBT = jnp.take_along_axis(said_EBSC[:, :, :-1], classes_BT[None, ..., None], axis=-1)[
-        ..., 0
-    ]
-    return _where_predicted(jnp.moveaxis(said_EBT, 0, -1), started_B)
+    said_EBT1 = jnp.take_along_axis(said_EBSC[:, :, :-1], classes_BT[None, ..., None], axis=-1)
+    return _where_predicted(jnp.moveaxis(said_EBT1[..., 0], 0, -1), started_B)
 
 
 def _where_predicted(log_prob_BTE: jax.Array, started_B: jax.Array) -> jax.Array:
