@@ -20,11 +20,9 @@ from benchmarks.composition_methods import Rows
 if TYPE_CHECKING:
     from benchmarks.composition_run import Run
 
-# Cells that are no methods of their own.
-_PARTS: Final = (
-    *("paths", "mix weights", "safe weights", "c-btm weights", "alone, "),
-    *("router, ", "without ", "hostile, ", "unequal, ", "growth ", "second, "),
-)
+# Cells that are no methods of their own: parts of some, and answers to questions.
+_PARTS: Final = ("paths", "mix weights", "safe weights", "c-btm weights", "alone, ")
+_ANSWERS: Final = ("router, ", "without ", "hostile, ", "unequal, ", "growth ", "second, ")
 # From here on an expert is trusted.
 TRUSTED: Final = 0.5
 
@@ -216,7 +214,7 @@ def report(run: Run) -> dict[str, Any]:
         table.add("oracle", oracle(run, domains, load("paths")))
         table.add("alone", {name: load(f"alone, {name}")[name] for name in domains})
         for name in run.cells(seed):
-            if not name.startswith(_PARTS):
+            if not name.startswith(_PARTS + _ANSWERS):
                 table.add(name, load(name))
         for name, nats in derived(run, load).items():
             table.add(name, nats)
@@ -224,7 +222,7 @@ def report(run: Run) -> dict[str, Any]:
     for name in ("oracle", "backbone", "mix", "safe"):
         first.add(name, table.nats[name][0])
     for name in run.cells(seeds[0]):
-        if name.startswith((*_PARTS[5:], "dense")) and not name.endswith(", paths"):
+        if name.startswith((*_ANSWERS, "dense")) and not name.endswith(", paths"):
             first.add(name, run.load(seeds[0], name))
     return {
         "preset": dataclasses.asdict(run.preset),
