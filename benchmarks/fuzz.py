@@ -193,6 +193,7 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         scratch: An empty folder for those that read files.
     """
     from composable.errors import ComposableError, ManifestError
+    from composable.files.safetensors import check_tensors, read_header
     from composable.interface import RouterInterface, TensorSpec
     from composable.packaging import (
         BackbonePackage,
@@ -205,12 +206,15 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         Version,
         resolve,
     )
-    from composable.packaging.bundle import TarFile
-    from composable.packaging.names import check_file_name, check_package_name, confusable_key
-    from composable.packaging.registry import Registry
-    from composable.packaging.release import Release, sign_line
-    from composable.packaging.storage import Folder
-    from composable.packaging.tensors import check_tensors, read_header
+    from composable.packaging.registry.registry import Registry
+    from composable.packaging.registry.release import Release, sign_line
+    from composable.packaging.registry.storage import Folder
+    from composable.packaging.registry.tar import TarFile
+    from composable.packaging.versions.names import (
+        check_file_name,
+        check_package_name,
+        confusable_key,
+    )
 
     def text_of(data: bytes) -> str:
         try:

@@ -34,7 +34,7 @@ from composable.packaging import (
     open_for_publishing,
     write_tensors,
 )
-from tests.packaging.servers import run_nginx
+from tests.support.servers import run_nginx
 
 ANY_DIGEST = "sha256:" + "0" * 64
 SLOT_BYTES = 3 * 1024 * 4096 * 4

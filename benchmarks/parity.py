@@ -34,22 +34,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.demo_seeds import fill
-from composable.assembly.importing import (
-    ROUTER,
-    load_checkpoint,
-    read_public_text,
-    write_weights,
-)
+from composable.corpora.documents import read_documents
+from composable.corpora.recipe import load_recipe, make_texts, shipped_folder
 from composable.interface import RouterInterface
 from composable.interop.checkpoint import Checkpoint, open_source
 from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.backbone import Backbone
 from composable.model.bank import BankEntry, empty_bank, install
 from composable.model.body import backbone_slot
-from composable.model.composed import Parts, mix, mix_state
+from composable.model.composed import Parts
 from composable.model.decoding import Sampling, continue_tokens
-from composable.training.documents import read_documents
-from composable.training.recipe import load_recipe, make_texts, shipped_folder
+from composable.model.mix import mix, mix_state
+from composable.workflows.import_backbone import (
+    ROUTER,
+    load_checkpoint,
+    read_public_text,
+    write_weights,
+)
 
 SIZES = {
     "vocab_size": 600,
@@ -378,7 +379,7 @@ def _cost(before: int, start: float) -> dict[str, Any]:
 
 def run_child(name: str, folder: Path) -> dict[str, Any]:
     """Run one of the functions above in a process of its own."""
-    # Threads that wait do not spin: on a shared machine that would measure the neighbours.
+    # Threads that wait do not spin: on a shared machine that would measure the peers.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "benchmarks.parity", "--child", name, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -26,19 +26,20 @@ import jax
 import numpy as np
 
 from benchmarks.demo_seeds import fill
-from composable.assembly.backbones import BackboneRelease, load_backbone
+from composable.assembly.backbones import LoadedBackbone, load_backbone
 from composable.assembly.experts import load_expert
-from composable.model.model import BACKBONE, Model, generate
-from composable.packaging import atomic
-from composable.packaging.constraint import Requirement
-from composable.packaging.locking import lock_project, sync_project
-from composable.packaging.project import Project
-from composable.training.documents import (
+from composable.corpora.documents import (
     Document,
     Spliced,
     read_documents,
     splice_documents,
 )
+from composable.files import atomic
+from composable.model.model import BACKBONE, Model, generate
+from composable.packaging.project.locking import lock_project
+from composable.packaging.project.project import Project
+from composable.packaging.project.sync import sync_project
+from composable.packaging.versions.constraint import Requirement
 from composable.vetting.checks import recovery
 from composable.vetting.evaluation import (
     Score,
@@ -73,25 +74,25 @@ _DRAWS: Final = 2000
 
 
 def install(
-    release: BackboneRelease, registry: Path, seconds: dict[str, float]
+    loaded: LoadedBackbone, registry: Path, seconds: dict[str, float]
 ) -> tuple[Model, dict[str, Any]]:
     """Resolve, lock, install and compose, as a user in a new project."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "project"
         root.mkdir()
-        project = Project.create(root, str(release.folder), {"local": str(registry.resolve())})
+        project = Project.create(root, str(loaded.folder), {"local": str(registry.resolve())})
         for name in EXPERTS.values():
             project = project.add(Requirement.parse(f"{name}>=1.0,<2"))
         start = time.perf_counter()
-        lock = lock_project(project, release.interface)
+        lock = lock_project(project, loaded.interface)
         seconds["resolve and lock"] = time.perf_counter() - start
         start = time.perf_counter()
-        environment = sync_project(project, lock, interface=release.interface)
+        environment = sync_project(project, lock, interface=loaded.interface)
         seconds["install"] = time.perf_counter() - start
         start = time.perf_counter()
         folders = {expert.name: environment.expert_path(expert.name) for expert in lock.experts}
-        plugged = [load_expert(release, path) for path in folders.values()]
-        model = release.plug(plugged, capacity=4)
+        plugged = [load_expert(loaded, path) for path in folders.values()]
+        model = loaded.plug(plugged, capacity=4)
         seconds["compose"] = time.perf_counter() - start
         packages = {
             name: {
@@ -209,9 +210,9 @@ def _token_of_bytes(model: Model, text: bytes) -> np.ndarray:
     return np.searchsorted(ends, np.arange(len(text)), side="right")
 
 
-def continuations(release: BackboneRelease, model: Model) -> list[dict[str, str]]:
+def continuations(loaded: LoadedBackbone, model: Model) -> list[dict[str, str]]:
     """Return what backbone and composed model make of the same prompts, most likely token first."""
-    alone = release.plug(capacity=model.parts.bank.capacity)
+    alone = loaded.plug(capacity=model.parts.bank.capacity)
     return [
         {
             "prompt": prompt,
@@ -364,12 +365,12 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     seconds: dict[str, float] = {}
-    release = load_backbone(arguments.backbone)
-    model, packages = install(release, arguments.work / "registry", seconds)
+    loaded = load_backbone(arguments.backbone)
+    model, packages = install(loaded, arguments.work / "registry", seconds)
     groups = {
         name: read_documents([arguments.work / "text" / name / "heldout.jsonl"]) for name in EXPERTS
     }
-    groups[PUBLIC] = release.anchor
+    groups[PUBLIC] = loaded.anchor
     pieces = {name: documents[:DOCUMENTS] for name, documents in groups.items()}
     spliced = splice_documents(pieces, DOCUMENTS, 0, *SEGMENT_BYTES, SEGMENTS)
     texts = {name: begins(documents, BYTES) for name, documents in groups.items()}
@@ -384,9 +385,9 @@ def main() -> None:
     print(json.dumps(result, indent=1), flush=True)
     scores = score(model, texts, lambda line: print(line, flush=True))
     result["bits_per_byte"] = summarise(scores)
-    result["continuations"] = continuations(release, model)
+    result["continuations"] = continuations(loaded, model)
     result |= {
-        "backbone": f"{release.interface.name} {release.interface.version}",
+        "backbone": f"{loaded.interface.name} {loaded.interface.version}",
         "packages": packages,
         "documents": {
             name: {"documents": len(group), "bytes": sum(map(len, group))}

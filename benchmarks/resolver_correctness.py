@@ -34,11 +34,12 @@ from typing import Any
 import resolvelib
 
 from composable.errors import ConstraintError, ResolutionError, VersionError
-from composable.packaging import Constraint, Universe, Version, resolve, solver
-from composable.packaging.constraint import split_extra
-from composable.packaging.resolver import World
-from composable.packaging.solver import ChoiceSet, Fact, Proof, PubGrub
-from composable.packaging.universe import INTERFACE_PREFIX, Candidate
+from composable.packaging import Constraint, Universe, Version, resolve
+from composable.packaging.resolve import solver
+from composable.packaging.resolve.problem import ResolutionProblem
+from composable.packaging.resolve.solver import ChoiceSet, Fact, Proof, PubGrub
+from composable.packaging.resolve.universe import INTERFACE_PREFIX, Candidate
+from composable.packaging.versions.constraint import split_extra
 
 TESTS = Path(__file__).parent.parent / "tests" / "packaging"
 MIN_SATISFIABLE_SHARE = 1 / 3
@@ -163,8 +164,8 @@ def check_story(universe: Universe, story: str, count: Callable[[str], None]) ->
 
 def check_proof(universe: Universe, count: Callable[[str], None]) -> Iterator[str]:
     """Check each fact against the universe, and that together they rule everything out."""
-    world = World(universe, universe.requires, universe.interface, universe.locked)
-    proof = PubGrub().solve(world)
+    problem = ResolutionProblem(universe, universe.requires, universe.interface, universe.locked)
+    proof = PubGrub().solve(problem)
     assert isinstance(proof, Proof)
     for fact in proof.facts:
         count("facts checked")

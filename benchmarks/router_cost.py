@@ -1,6 +1,6 @@
 """What share of a forward pass is the router, at 8 and 64 experts, on the shape of SmolLM2-135M?
 
-python -m benchmarks.router_cost --json docs/router_cost.json --docs docs
+python -m benchmarks.router_cost --json benchmarks/results/router_cost.json --docs docs
 
 By the FLOPs that XLA counts in compiled programs, and by wall time, with random weights. The
 forward pass is the backbone's own; the router is what is added to it per token: every scout's

@@ -33,29 +33,17 @@ from benchmarks.real_backbone import (
     WINDOW,
     begins,
 )
-from composable.assembly.backbones import BackboneRelease, load_backbone
-from composable.assembly.contribution import (
-    check_expert,
-    expert_config,
-    train_expert,
-    vetted_texts,
-)
+from composable.assembly.backbones import LoadedBackbone, load_backbone
 from composable.assembly.experts import load_expert
-from composable.assembly.features import (
-    SCOUT_ROWS,
-    Features,
-    cut_rows,
-    train_scout,
-    trunk_features,
-)
+from composable.corpora.documents import read_documents, splice_documents
+from composable.corpora.recipe import shipped_folder
 from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS
 from composable.model.model import Model, Pluggable
 from composable.model.scout import Scout
 from composable.training import loop
 from composable.training.data import token_stream
-from composable.training.documents import read_documents, splice_documents
 from composable.training.objectives import scout_loss
-from composable.training.recipe import shipped_folder
+from composable.training.scouts import SCOUT_ROWS, Features, train_scout
 from composable.vetting.evaluation import (
     Scorer,
     mix_scorer,
@@ -64,6 +52,10 @@ from composable.vetting.evaluation import (
     score_documents,
     trace_routing,
 )
+from composable.workflows.train import expert_config, train_expert
+from composable.workflows.trunk_cache import cut_rows, trunk_features
+from composable.workflows.vet import check_expert
+from composable.workflows.workspace import vetted_texts
 
 _WINDOW: Final = 256
 # Settings of safe mode: backbone prior, switch rate, discount of the track records behind its
@@ -165,7 +157,7 @@ class Community:
         window: Tokens that see each other.
     """
 
-    release: BackboneRelease
+    release: LoadedBackbone
     plugged: Sequence[Pluggable]
     anchor: Sequence[bytes]
     spliced: Sequence[bytes]
@@ -176,34 +168,34 @@ class Community:
 
 def demo_community(folder: Path) -> Community:
     """Return the demo's experts, and documents that they were trained on."""
-    release = load_backbone(BACKBONE_NAME)
+    loaded = load_backbone(BACKBONE_NAME)
     train = {
         name: read_documents([shipped_folder(name) / "text" / "train.jsonl"])[:20]
         for name in CONTRIBUTORS
     }
-    spliced = splice_documents({**train, PUBLIC: release.anchor}, 8, 5, 256, 640, 4)
+    spliced = splice_documents({**train, PUBLIC: loaded.anchor}, 8, 5, 256, 640, 4)
     return Community(
-        release=release,
-        plugged=[load_expert(release, folder / name) for name in CONTRIBUTORS],
-        anchor=begins(release.anchor, 2048),
+        release=loaded,
+        plugged=[load_expert(loaded, folder / name) for name in CONTRIBUTORS],
+        anchor=begins(loaded.anchor, 2048),
         spliced=[document.text for document in spliced],
         own=[text for documents in train.values() for text in begins(documents, 1024)],
-        vetted=vetted_texts(release.anchor),
-        window=release.backbone.cfg.context,
+        vetted=vetted_texts(loaded.anchor),
+        window=loaded.backbone.cfg.context,
     )
 
 
 def imported_community(folder: Path, backbone: str) -> Community:
     """Return the experts of `real_backbone.py`, and what it does not report of held-out text."""
-    release = load_backbone(backbone)
+    loaded = load_backbone(backbone)
     heldout = {name: read_documents([folder / "text" / name / "heldout.jsonl"]) for name in EXPERTS}
     spare = {name: d[DOCUMENTS : DOCUMENTS + _SPARE_DOCUMENTS] for name, d in heldout.items()}
-    public = [dataclasses.replace(d, text=d.text[TRACED_BYTES:]) for d in release.anchor]
+    public = [dataclasses.replace(d, text=d.text[TRACED_BYTES:]) for d in loaded.anchor]
     spliced = splice_documents({**spare, PUBLIC: public}, DOCUMENTS, 5, *SEGMENT_BYTES, SEGMENTS)
     anchor = begins(public, _SPARE_BYTES)
     return Community(
-        release=release,
-        plugged=[load_expert(release, folder / name) for name in EXPERTS.values()],
+        release=loaded,
+        plugged=[load_expert(loaded, folder / name) for name in EXPERTS.values()],
         anchor=anchor,
         spliced=[document.text for document in spliced],
         own=[text for documents in spare.values() for text in begins(documents, _SPARE_BYTES)],
@@ -326,7 +318,7 @@ def compare_hedges(community: Community) -> None:
 
 def compare_training(steps: int, names: Sequence[str]) -> None:
     """Print what an expert scores on the text that its own training holds out, per optimiser."""
-    release = load_backbone(BACKBONE_NAME)
+    loaded = load_backbone(BACKBONE_NAME)
     optimizers = {"adamw": loop.adamw, "muon": loop.muon}
     print("expert  optimiser  peak rate | own held-out bits per byte, scout's training bits")
     for name in names:
@@ -338,22 +330,22 @@ def compare_training(steps: int, names: Sequence[str]) -> None:
                 (folder / "expert.toml").write_text(manifest.read_text())
                 train = shipped_folder(name) / "text" / "train.jsonl"
                 tuned = optimizers[optimizer](cfg)
-                record = train_expert(release, folder, [train], cfg, optimizer=tuned)
-                verdict = check_expert(release, folder)
+                record = train_expert(loaded, folder, [train], cfg, optimizer=tuned)
+                verdict = check_expert(loaded, folder)
             bits = verdict.measured["bits_per_byte"]["own_expert"]
             print(f"{name}  {optimizer}  {rate} | {bits:.3f}  {record['last']['scout_bits']:.3f}")
 
 
 def compare_scouts(names: Sequence[str]) -> None:
     """Print what scouts score, in bits per class, on documents kept back from training text."""
-    release = load_backbone(BACKBONE_NAME)
-    backbone, interface = release.backbone, release.interface
+    loaded = load_backbone(BACKBONE_NAME)
+    backbone, interface = loaded.backbone, loaded.interface
     print("text  width  tokens  times  optimiser  rate  bits  seconds")
     for name in names:
         documents = read_documents([shipped_folder(name) / "text" / "train.jsonl"])
         parts = [documents[len(documents) // 8 :], documents[: len(documents) // 8]]
         learnt, kept = (
-            trunk_features(backbone, cut_rows(token_stream(d, release.tokenizer), _WINDOW, n))
+            trunk_features(backbone, cut_rows(token_stream(d, loaded.tokenizer), _WINDOW, n))
             for d, n in zip(parts, (400_000, 50_000), strict=True)
         )
         for width, thousands, times, kind, rate in READINGS:

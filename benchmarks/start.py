@@ -26,8 +26,8 @@ import numpy as np
 
 from composable.interface import RouterInterface, body_signature, scout_signature
 from composable.packaging import open_for_publishing, write_tensors
-from composable.packaging.backbones import find_backbone, read_interface
-from tests.packaging.servers import run_nginx
+from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+from tests.support.servers import run_nginx
 
 HELP_TARGET_RATIO = 6.0
 TREE_TARGET_SECONDS = 0.4

@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from composable.assembly.project import expert, load
+    from composable.assembly.load import expert, load
     from composable.errors import ComposableError
     from composable.interface import RouterInterface
     from composable.model.model import Model, generate
@@ -28,9 +28,9 @@ _HOME_OF = {
     "ComposableError": "errors",
     "Model": "model.model",
     "RouterInterface": "interface",
-    "expert": "assembly.project",
+    "expert": "assembly.load",
     "generate": "model.model",
-    "load": "assembly.project",
+    "load": "assembly.load",
 }
 
 

@@ -29,6 +29,8 @@ ends with a hint where the cure is known. What a caller may want to act on is an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ComposableError(Exception):
     """Base of all deliberate errors.
@@ -148,3 +150,11 @@ class ContributionWarning(UserWarning):
         self.expert = expert
         self.zeroed = zeroed
         self.made = made
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """Return a hint that names the closest of `known`, or None when nothing is close."""
+    import difflib  # here: only errors need it
+
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else None

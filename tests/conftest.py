@@ -195,10 +195,11 @@ def release(tiny, tmp_path_factory):
     from flax import nnx
 
     from composable.assembly.backbones import load_backbone, save_backbone
+    from composable.corpora.documents import Document
     from composable.model.tokenizer import ByteTokenizer
+    from composable.training.config import TrainConfig
     from composable.training.data import batches, token_stream
-    from composable.training.documents import Document
-    from composable.training.loop import TrainConfig, fit
+    from composable.training.loop import fit
     from composable.training.objectives import backbone_objective
 
     train, anchor = (
@@ -364,11 +365,12 @@ width = 16
 
 
 @pytest.fixture(scope="session")
-def trained_folder(release, tiny, tmp_path_factory):
+def trained_folder(loaded, tiny, tmp_path_factory):
     """Return the folder of a trained and vetted expert of private text; copy it to change it."""
-    from composable.assembly.contribution import check_expert, train_expert
-    from composable.training.documents import Document, write_documents
-    from composable.training.loop import TrainConfig
+    from composable.corpora.documents import Document, write_documents
+    from composable.training.config import TrainConfig
+    from composable.workflows.train import train_expert
+    from composable.workflows.vet import check_expert
 
     folder = tmp_path_factory.mktemp("experts") / "logic"
     folder.mkdir()
@@ -380,6 +382,6 @@ def trained_folder(release, tiny, tmp_path_factory):
     ]
     write_documents(texts, documents)
     cfg = TrainConfig(steps=60, batch_size=8, window=32, learning_rate=1e-2)
-    train_expert(release, folder, [texts], cfg)
-    check_expert(release, folder)
+    train_expert(loaded, folder, [texts], cfg)
+    check_expert(loaded, folder)
     return folder

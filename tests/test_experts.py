@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from composable.packaging.manifest import Manifest
-from composable.training.documents import read_documents
-from composable.training.recipe import check_digests, load_recipe
+from composable.corpora.documents import read_documents
+from composable.corpora.recipe import check_digests, load_recipe
+from composable.packaging.manifests.manifest import Manifest
 
 EXPERTS = Path(__file__).parents[1] / "experts"
 FOLDERS = sorted(path for path in EXPERTS.iterdir() if path.is_dir())

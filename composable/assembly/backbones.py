@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from composable.corpora.documents import Document, read_documents
 from composable.errors import IntegrityError
+from composable.files import atomic
+from composable.files.blobs import digest_file
+from composable.files.safetensors import TensorFile, write_tensors
 from composable.interface import RouterInterface, TensorSpec, digest_bytes, digest_tensors
 from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig
@@ -22,8 +25,7 @@ from composable.model.model import Model, Pluggable
 from composable.model.subwords import SubwordTokenizer
 from composable.model.tensors import from_tensors, shapes_of, to_tensors
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
-from composable.packaging import atomic
-from composable.packaging.backbones import (
+from composable.packaging.manifests.backbone_folder import (
     ANCHOR_FILE,
     CONFIG_FILE,
     INTERFACE_FILE,
@@ -36,16 +38,14 @@ from composable.packaging.backbones import (
     read_interface,
     read_listed,
 )
-from composable.packaging.manifest import BACKBONE_FILE, BackbonePackage, PackageFile
-from composable.packaging.tensors import TensorFile, write_tensors
-from composable.packaging.version import Version
-from composable.training.documents import Document, read_documents
+from composable.packaging.manifests.manifest import BACKBONE_FILE, BackbonePackage, PackageFile
+from composable.packaging.versions.version import Version
 
 _CLASS_MAP = "class_map"
 
 
 @dataclass(frozen=True)
-class BackboneRelease:
+class LoadedBackbone:
     """A backbone package in memory.
 
     Args:
@@ -73,7 +73,7 @@ class BackboneRelease:
         )
 
 
-def load_backbone(name: str) -> BackboneRelease:
+def load_backbone(name: str) -> LoadedBackbone:
     """Load a backbone package and check that it is what its interface says.
 
     Args:
@@ -97,7 +97,7 @@ def load_backbone(name: str) -> BackboneRelease:
                 f"the files give {digest}, but the interface says {getattr(interface, field)}",
                 where=f"{folder / INTERFACE_FILE}: {field}",
             )
-    return BackboneRelease(folder, from_tensors(make, tensors), interface, tokenizer)
+    return LoadedBackbone(folder, from_tensors(make, tensors), interface, tokenizer)
 
 
 def save_backbone(
@@ -271,9 +271,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 def _describe(path: Path) -> PackageFile:
     """Return size and digest of a file, read in blocks."""
-    with path.open("rb") as file:
-        digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-    return PackageFile(name=path.name, size=path.stat().st_size, digest=digest)
+    return PackageFile(name=path.name, size=path.stat().st_size, digest=digest_file(path))
 
 
 def _make(cfg: BackboneConfig, n_classes: int) -> Backbone:

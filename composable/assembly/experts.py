@@ -9,21 +9,22 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from composable.assembly.backbones import BackboneRelease
+from composable.assembly.backbones import LoadedBackbone
 from composable.errors import IntegrityError
-from composable.interface import body_signature, digest_bytes, scout_signature
+from composable.files.blobs import digest_file
+from composable.files.safetensors import read_tensors, write_tensors
+from composable.interface import body_signature, scout_signature
 from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.model.tensors import from_tensors, to_tensors
-from composable.packaging.manifest import BODY_FILE, SCOUT_FILE, Manifest
-from composable.packaging.packing import fit_interface
-from composable.packaging.tensors import read_tensors, write_tensors
+from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manifest
+from composable.packaging.manifests.packing import fit_interface
 
 
-def make_expert(release: BackboneRelease, manifest: Manifest, seed: int = 0) -> Expert:
+def make_expert(loaded: LoadedBackbone, manifest: Manifest, seed: int = 0) -> Expert:
     """Return an untrained expert of the kind that a manifest describes."""
     return Expert(
-        release.backbone,
+        loaded.backbone,
         kind=manifest.body.kind,
         rank=manifest.body.rank,
         scout_width=manifest.scout_width,
@@ -31,11 +32,11 @@ def make_expert(release: BackboneRelease, manifest: Manifest, seed: int = 0) -> 
     )
 
 
-def load_expert(release: BackboneRelease, folder: Path) -> Pluggable:
+def load_expert(loaded: LoadedBackbone, folder: Path) -> Pluggable:
     """Load an expert package for a backbone; every tensor is checked before it is used.
 
     Args:
-        release: The backbone that it is for.
+        loaded: The backbone that it is for.
         folder: The package.
 
     Raises:
@@ -45,16 +46,16 @@ def load_expert(release: BackboneRelease, folder: Path) -> Pluggable:
         TensorFileError: If its tensors are not those of the interface.
     """
     manifest = Manifest.read(folder)
-    fit_interface(manifest, release.interface)
+    fit_interface(manifest, loaded.interface)
     for file in manifest.files:
         _check_digest(folder / file.name, file.digest)
-    body_spec = body_signature(release.interface, manifest.body.kind, manifest.body.rank)
-    scout_spec = scout_signature(release.interface, manifest.scout_width)
+    body_spec = body_signature(loaded.interface, manifest.body.kind, manifest.body.rank)
+    scout_spec = scout_signature(loaded.interface, manifest.scout_width)
     tensors: dict[str, np.ndarray[Any, Any]] = {
         **_prefixed("body", read_tensors(folder / BODY_FILE, body_spec)),
         **_prefixed("scout", read_tensors(folder / SCOUT_FILE, scout_spec)),
     }
-    expert = from_tensors(partial(make_expert, release, manifest), tensors)
+    expert = from_tensors(partial(make_expert, loaded, manifest), tensors)
     # 32 bits of the manifest's digest: the same release has the same key everywhere.
     key = int(manifest.digest.removeprefix("sha256:")[:8], 16)
     return Pluggable(name=manifest.name, body=expert.body, scout=expert.scout, key=max(1, key))
@@ -67,7 +68,7 @@ def save_expert(folder: Path, expert: Expert, manifest: Manifest) -> None:
 
 
 def _check_digest(path: Path, digest: str) -> None:
-    found = digest_bytes(path.read_bytes())
+    found = digest_file(path)
     if found != digest:
         raise IntegrityError(
             f"the bytes have digest {found}, but the manifest lists {digest}",

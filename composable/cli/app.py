@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from composable.cli.main import COMMANDS, format_help
+from composable.cli.commands import COMMANDS, format_help
 from composable.cli.output import show_error
 from composable.errors import ComposableError
 

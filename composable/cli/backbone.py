@@ -88,8 +88,8 @@ def import_(
     The families Llama (SmolLM included), Qwen3 and OLMo2 are known. What would not be computed
     exactly is refused with the name of the field or tensor.
     """
-    from composable.assembly.importing import ImportPlan, import_backbone, read_public_text
-    from composable.packaging.names import check_package_name
+    from composable.packaging.versions.names import check_package_name
+    from composable.workflows.import_backbone import ImportPlan, import_backbone, read_public_text
 
     plan = ImportPlan(
         name=check_package_name(name, "--name"),

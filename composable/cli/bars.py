@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from composable.progress import ByteProgress, CountProgress, StageProgress
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -18,7 +20,7 @@ _BITS_PER_NAT = 1.4426950408889634
 
 
 @contextmanager
-def show_bytes(*, is_quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+def show_bytes(*, is_quiet: bool) -> Iterator[ByteProgress | None]:
     """Show a bar with bytes for each file while it is being copied or fetched."""
     if is_quiet or not sys.stderr.isatty():
         yield None
@@ -42,7 +44,7 @@ def show_bytes(*, is_quiet: bool) -> Iterator[Callable[[str, int, int], None] | 
 
 
 @contextmanager
-def show_counts(label: str, *, is_quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def show_counts(label: str, *, is_quiet: bool) -> Iterator[CountProgress | None]:
     """Show one bar of things done and in all."""
     if is_quiet or not sys.stderr.isatty():
         yield None
@@ -58,7 +60,7 @@ def show_counts(label: str, *, is_quiet: bool) -> Iterator[Callable[[int, int], 
 
 
 @contextmanager
-def show_stages(*, is_quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+def show_stages(*, is_quiet: bool) -> Iterator[StageProgress | None]:
     """Show a bar for every stage of a long piece of work, as they come."""
     if is_quiet or not sys.stderr.isatty():
         yield None

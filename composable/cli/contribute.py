@@ -54,9 +54,9 @@ def new(
 
     Makes a folder NAME in the working directory.
     """
-    from composable.packaging.backbones import find_backbone, read_interface
-    from composable.packaging.manifest import BackbonePackage
-    from composable.packaging.template import create_expert
+    from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+    from composable.packaging.manifests.manifest import BackbonePackage
+    from composable.packaging.manifests.template import create_expert
 
     home = find_backbone(backbone)
     package = BackbonePackage.read(home)
@@ -100,18 +100,18 @@ def train(
     files = [*(data or ()), *(more or ())]
     if not files:
         raise typer.BadParameter("give the text to train on", param_hint="--data")
-    from composable.packaging.manifest import Manifest
+    from composable.packaging.manifests.manifest import Manifest
 
     manifest = Manifest.read(folder)
     from composable.assembly.backbones import load_backbone
-    from composable.assembly.contribution import expert_config, train_expert
-    from composable.assembly.references import find_parent
+    from composable.workflows.references import find_parent
+    from composable.workflows.train import expert_config, train_expert
 
-    release = load_backbone(backbone or manifest.backbone)
-    parent = find_parent(release, manifest, registry=registry)
+    loaded = load_backbone(backbone or manifest.backbone)
+    parent = find_parent(loaded, manifest, registry=registry)
     with bars.show_training(is_quiet=is_quiet) as progress:
-        cfg = expert_config(steps, seed, rows=rows, backbone=release.backbone)
-        record = train_expert(release, folder, files, cfg, parent=parent, progress=progress)
+        cfg = expert_config(steps, seed, rows=rows, backbone=loaded.backbone)
+        record = train_expert(loaded, folder, files, cfg, parent=parent, progress=progress)
     figures = bars.format_figures(record["last"]) or "all steps were done before"
     start = f"{folder} from {manifest.derives_from}" if parent else str(folder)
     show(
@@ -167,29 +167,27 @@ def check(
     version in expert.toml is a smaller bump than --against finds is needed.
     """
     texts = dict(_read_pair(pair) for pair in beside_data or ())
-    from composable.packaging.manifest import EXPERT_FILE, Manifest
+    from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 
     manifest = Manifest.read(folder)
     from composable.assembly.backbones import load_backbone
-    from composable.assembly.contribution import check_expert
-    from composable.assembly.references import compare_releases, find_neighbours, find_older
+    from composable.workflows.references import compare_releases, find_peers, find_previous
+    from composable.workflows.vet import check_expert
 
     files = [*(data or ()), *(more or ())]
-    release = load_backbone(backbone or manifest.backbone)
+    loaded = load_backbone(backbone or manifest.backbone)
     name = manifest.name
-    neighbours = find_neighbours(
-        release,
+    peers = find_peers(
+        loaded,
         name,
         beside or (),
         texts,
         derives_from=manifest.derives_from,
         registry=registry,
     )
-    older = find_older(release, folder, against, registry=registry) if against else None
+    older = find_previous(loaded, folder, against, registry=registry) if against else None
     with bars.show_counts("check", is_quiet=is_quiet) as progress:
-        verdict = check_expert(
-            release, folder, files, neighbours=neighbours, older=older, progress=progress
-        )
+        verdict = check_expert(loaded, folder, files, peers=peers, older=older, progress=progress)
     rows = [
         (
             check.name,
@@ -205,7 +203,7 @@ def check(
     }
     is_fine = verdict.passed
     if older is not None:
-        step = compare_releases(folder, release.interface, older, verdict)
+        step = compare_releases(folder, loaded.interface, older, verdict)
         is_fine = is_fine and step.is_enough
         outcome["against"] = {
             "release": f"{name}@{step.old}",
@@ -241,10 +239,10 @@ def publish(
 
     A release never changes: publishing the same content again changes nothing.
     """
-    from composable.assembly.publication import publish_vetted
-    from composable.packaging.backbones import find_backbone, read_interface
-    from composable.packaging.manifest import Manifest
-    from composable.packaging.registry import open_for_publishing
+    from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+    from composable.packaging.manifests.manifest import Manifest
+    from composable.packaging.registry.locations import open_for_publishing
+    from composable.workflows.publish import publish_vetted
 
     home = find_backbone(backbone or Manifest.read(folder).backbone)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
@@ -273,7 +271,7 @@ def yank(
     Locks that have it keep working.
     """
     name, version = _read_release(release)
-    from composable.packaging.registry import open_for_publishing
+    from composable.packaging.registry.locations import open_for_publishing
 
     open_for_publishing(registry).yank(name, version)
     show(f"yanked {name} {version}", {"yanked": release}, as_json=as_json, is_quiet=is_quiet)
@@ -285,7 +283,7 @@ def unyank(
 ) -> None:
     """Take back a yank."""
     name, version = _read_release(release)
-    from composable.packaging.registry import open_for_publishing
+    from composable.packaging.registry.locations import open_for_publishing
 
     open_for_publishing(registry).unyank(name, version)
     show(f"unyanked {name} {version}", {"unyanked": release}, as_json=as_json, is_quiet=is_quiet)
@@ -301,7 +299,7 @@ def _read_pair(text: str) -> tuple[str, Path]:
 
 def _read_release(text: str) -> tuple[str, Any]:
     """Read `NAME@VERSION`."""
-    from composable.packaging.constraint import Requirement
+    from composable.packaging.versions.constraint import Requirement
 
     wanted = Requirement.parse(text)
     if wanted.constraint.pinned is None:

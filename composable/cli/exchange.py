@@ -73,12 +73,12 @@ def import_peft(
     The body is the adapter's, exactly; the scout is trained on the sample. What cannot be carried
     exactly is refused with the name of the field or tensor.
     """
-    from composable.packaging.names import check_package_name
+    from composable.packaging.versions.names import check_package_name
 
     name = check_package_name(name or source.resolve().name, "--name")
-    from composable.assembly.adapters import AdapterPlan, import_adapter
     from composable.assembly.backbones import load_backbone
-    from composable.training.documents import read_documents
+    from composable.corpora.documents import read_documents
+    from composable.workflows.import_peft import AdapterPlan, import_adapter
 
     plan = AdapterPlan(
         name=name,
@@ -167,15 +167,15 @@ def export_hf(
     """
     if merge is not None and is_alone:
         raise typer.BadParameter("there is nothing to merge with --alone", param_hint="--merge")
-    from composable.assembly.exporting import ExportPlan, export_model
-    from composable.assembly.project import gather
-    from composable.training.documents import read_documents
+    from composable.assembly.load import gather
+    from composable.corpora.documents import read_documents
+    from composable.workflows.export_hf import ExportPlan, export_model
 
-    release, folders = gather(backbone, [] if is_alone else experts, registry=registry)
+    loaded, folders = gather(backbone, [] if is_alone else experts, registry=registry)
     plan = ExportPlan(merge=merge, layout=layout, dtype=dtype, fit_tokens=fit_tokens)
     with bars.show_stages(is_quiet=is_quiet or as_json) as progress:
         record = export_model(
-            release, folders, out, plan, read_documents(text) if text else (), progress=progress
+            loaded, folders, out, plan, read_documents(text) if text else (), progress=progress
         )
     lost = "".join(f"\n  - {line}" for line in record["lost"]) or " nothing"
     names = [record["backbone"]["name"], *(expert["name"] for expert in record["experts"])]

@@ -21,8 +21,8 @@ from composable.cli.output import (
 from composable.cli.project import open_project
 
 if TYPE_CHECKING:
-    from composable.packaging.project import Project
-    from composable.packaging.survey import Details, Need
+    from composable.packaging.project.project import Project
+    from composable.packaging.project.queries import Details, Need
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -37,7 +37,7 @@ Location = Annotated[
 @app.command(name="list")
 def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """List what is installed."""
-    from composable.packaging.project import Project
+    from composable.packaging.project.project import Project
 
     experts = Project.find().environment.lock.experts
     rows = [
@@ -62,9 +62,9 @@ def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
 @app.command()
 def tree(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Show what is locked as a tree."""
-    from composable.packaging.lock import Lock
-    from composable.packaging.project import Project
-    from composable.packaging.survey import grow_tree
+    from composable.packaging.install.lock import Lock
+    from composable.packaging.project.project import Project
+    from composable.packaging.project.queries import grow_tree
 
     project = Project.find()
     needs = grow_tree(project, Lock.read(project.root))
@@ -81,9 +81,9 @@ def why(
     is_quiet: Quiet = False,
 ) -> None:
     """Show who asks for an expert."""
-    from composable.packaging.lock import Lock
-    from composable.packaging.project import PROJECT_FILE, Project
-    from composable.packaging.survey import find_reasons
+    from composable.packaging.install.lock import Lock
+    from composable.packaging.project.project import PROJECT_FILE, Project
+    from composable.packaging.project.queries import find_reasons
 
     project = Project.find()
     lock = Lock.read(project.root)
@@ -107,8 +107,8 @@ def why(
 @app.command()
 def outdated(is_offline: Offline = False, as_json: Json = False, is_quiet: Quiet = False) -> None:
     """List experts of which there is a newer release."""
-    from composable.packaging.lock import Lock
-    from composable.packaging.survey import find_outdated
+    from composable.packaging.install.lock import Lock
+    from composable.packaging.project.queries import find_outdated
 
     project, interface = open_project(is_offline)
     found = find_outdated(project, Lock.read(project.root), interface)
@@ -127,7 +127,7 @@ def search(
     is_quiet: Quiet = False,
 ) -> None:
     """Search the registries by name, description and tags."""
-    from composable.packaging.survey import search_experts
+    from composable.packaging.project.queries import search_experts
 
     found = list(search_experts(_shop(registry, is_offline), word))
     rows = [(r.name, r.version, name, r.description) for name, r in found]
@@ -155,8 +155,8 @@ def info(
     is_quiet: Quiet = False,
 ) -> None:
     """Show what a registry tells of an expert."""
-    from composable.packaging.constraint import Requirement
-    from composable.packaging.survey import describe_expert
+    from composable.packaging.project.queries import describe_expert
+    from composable.packaging.versions.constraint import Requirement
 
     details = describe_expert(_shop(registry, is_offline), Requirement.parse(requirement))
     facts = dict(_facts(details))
@@ -184,8 +184,8 @@ def resolve(
     import json
 
     from composable.errors import ManifestError
-    from composable.packaging.resolver import resolve as resolve_universe
-    from composable.packaging.universe import Universe
+    from composable.packaging.resolve.resolver import resolve as resolve_universe
+    from composable.packaging.resolve.universe import Universe
 
     try:
         data = json.loads(universe.read_bytes())
@@ -198,7 +198,7 @@ def resolve(
 
 def _shop(registry: str | None, is_offline: bool) -> Project:
     """Return the project, or one that knows nothing but a registry."""
-    from composable.packaging.project import Project
+    from composable.packaging.project.project import Project
 
     if registry is None:
         return dataclasses.replace(Project.find(), is_offline=is_offline)

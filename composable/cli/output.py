@@ -35,7 +35,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; 
 
 def complete_names(incomplete: str) -> list[str]:
     """Return the experts of the project around here that begin so, for the shell to offer."""
-    from composable.packaging.project import Project
+    from composable.packaging.project.project import Project
 
     try:
         project = Project.find()

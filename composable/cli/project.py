@@ -14,9 +14,9 @@ from composable.cli.output import DryRun, Json, Offline, Quiet, complete_names, 
 
 if TYPE_CHECKING:
     from composable.interface import RouterInterface
-    from composable.packaging.change import Change
-    from composable.packaging.lock import Lock
-    from composable.packaging.project import Project
+    from composable.packaging.install.lock import Lock
+    from composable.packaging.project.edits import VersionChange
+    from composable.packaging.project.project import Project
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -48,8 +48,8 @@ ExcludeNewer = Annotated[
 
 def open_project(is_offline: bool = False) -> tuple[Project, RouterInterface]:
     """Return the project around the working directory and its backbone's router interface."""
-    from composable.packaging.backbones import find_backbone, read_interface
-    from composable.packaging.project import Project
+    from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+    from composable.packaging.project.project import Project
 
     project = dataclasses.replace(Project.find(), is_offline=is_offline)
     return project, read_interface(find_backbone(project.backbone, project.root))
@@ -70,8 +70,8 @@ def init(
     is_quiet: Quiet = False,
 ) -> None:
     """Make this directory a project."""
-    from composable.packaging.backbones import find_backbone
-    from composable.packaging.project import Project
+    from composable.packaging.manifests.backbone_folder import find_backbone
+    from composable.packaging.project.project import Project
 
     find_backbone(backbone)
     project = Project.create(Path.cwd(), backbone, _name_registries(registry or ()))
@@ -95,7 +95,7 @@ def add(
     is_quiet: Quiet = False,
 ) -> None:
     """Ask for experts in composable.toml."""
-    from composable.packaging.change import add_experts, read_wanted
+    from composable.packaging.project.edits import add_experts, read_wanted
 
     project, interface = open_project(is_offline)
     wanted = read_wanted(project, requirements, registry=registry, is_editable=is_editable)
@@ -122,7 +122,7 @@ def remove(
     is_quiet: Quiet = False,
 ) -> None:
     """Stop asking for experts in composable.toml."""
-    from composable.packaging.project import Project
+    from composable.packaging.project.project import Project
 
     project = Project.find()
     project.remove(*names)
@@ -144,7 +144,7 @@ def lock(
     is_quiet: Quiet = False,
 ) -> None:
     """Choose versions and write composable.lock."""
-    from composable.packaging.locking import lock_project
+    from composable.packaging.project.locking import lock_project
 
     project, interface = open_project(is_offline)
     before = _lock_of(project)
@@ -179,9 +179,9 @@ def sync(
     is_quiet: Quiet = False,
 ) -> None:
     """Install what is locked, locking first where that is needed."""
-    from composable.packaging.change import refresh_lock
-    from composable.packaging.lock import Lock
-    from composable.packaging.locking import check_lock
+    from composable.packaging.install.lock import Lock
+    from composable.packaging.project.edits import refresh_lock
+    from composable.packaging.project.locking import check_lock
 
     project, interface = open_project(is_offline)
     if is_frozen:
@@ -207,7 +207,7 @@ def install(
     is_quiet: Quiet = False,
 ) -> None:
     """Add experts, lock and sync."""
-    from composable.packaging.change import add_experts, read_wanted
+    from composable.packaging.project.edits import add_experts, read_wanted
 
     project, interface = open_project(is_offline)
     wanted = read_wanted(project, requirements, registry=registry, is_editable=is_editable)
@@ -238,7 +238,7 @@ def upgrade(
     is_quiet: Quiet = False,
 ) -> None:
     """Lock the newest versions that fit, and sync."""
-    from composable.packaging.locking import lock_project
+    from composable.packaging.project.locking import lock_project
 
     project, interface = open_project(is_offline)
     chosen = lock_project(
@@ -255,8 +255,8 @@ def upgrade(
 def rollback(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Go back to what was installed before."""
     from composable.errors import LockError
-    from composable.packaging.change import roll_back
-    from composable.packaging.locking import check_lock
+    from composable.packaging.project.edits import roll_back
+    from composable.packaging.project.locking import check_lock
 
     project, interface = open_project()
     before = project.environment.lock
@@ -283,9 +283,9 @@ def export(
     OUT is a registry with just those releases, beside the project's two files. There, in a folder
     with these two files: `composable sync --from OUT`.
     """
-    from composable.packaging.bundle import export_project
-    from composable.packaging.change import refresh_lock
-    from composable.packaging.locking import sync_project
+    from composable.packaging.project.edits import refresh_lock
+    from composable.packaging.project.export import export_project
+    from composable.packaging.project.sync import sync_project
 
     project, interface = open_project(is_offline)
     lock = refresh_lock(project, interface)
@@ -313,8 +313,8 @@ def _install(
 ) -> None:
     """Install a lock and say what that changed."""
     from composable.errors import PackagingError
-    from composable.packaging.locking import sync_project
-    from composable.packaging.registry import open_registry
+    from composable.packaging.project.sync import sync_project
+    from composable.packaging.registry.locations import open_registry
 
     try:
         before = project.environment.lock
@@ -336,7 +336,7 @@ def _report(
     is_quiet: bool,
 ) -> None:
     """Say what differs between two locks."""
-    from composable.packaging.change import compare_locks
+    from composable.packaging.project.edits import compare_locks
 
     if is_dry_run:
         note("dry run: nothing is written", is_quiet=is_quiet)
@@ -348,7 +348,7 @@ def _report(
     show(text, data, as_json=as_json, is_quiet=is_quiet)
 
 
-def _tell(change: Change) -> str:
+def _tell(change: VersionChange) -> str:
     if change.before is None:
         return f"+ {change.name} {change.after}"
     if change.after is None:
@@ -356,7 +356,7 @@ def _tell(change: Change) -> str:
     return f"~ {change.name} {change.before} -> {change.after}"
 
 
-def _describe(change: Change) -> dict[str, str | None]:
+def _describe(change: VersionChange) -> dict[str, str | None]:
     return {
         "name": change.name,
         "before": str(change.before) if change.before else None,
@@ -375,7 +375,7 @@ def _lock_of(project: Project) -> Lock | None:
 
 
 def _read_cutoff(text: str | None) -> str | None:
-    from composable.packaging.release import parse_cutoff
+    from composable.packaging.registry.release import parse_cutoff
 
     return parse_cutoff(text) if text is not None else None
 

@@ -26,9 +26,9 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     Exits with 1 if there are any.
     """
     from composable.errors import PackagingError
-    from composable.packaging.change import name_files
-    from composable.packaging.project import Project
-    from composable.packaging.store import Store
+    from composable.packaging.install.store import Store
+    from composable.packaging.project.edits import name_files
+    from composable.packaging.project.project import Project
 
     store = Store()
     with bars.show_counts("verify", is_quiet=is_quiet) as count:
@@ -60,8 +60,8 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
 @cache.command(name="list")
 def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """List the files in the store."""
-    from composable.packaging.change import name_files
-    from composable.packaging.store import Store
+    from composable.packaging.install.store import Store
+    from composable.packaging.project.edits import name_files
 
     store = Store()
     in_use, names = store.linked(), name_files(store)
@@ -91,8 +91,8 @@ def prune(
 
     What a project's lock names stays, installed or not.
     """
-    from composable.packaging.change import prune_store
-    from composable.packaging.store import Store
+    from composable.packaging.install.store import Store
+    from composable.packaging.project.edits import prune_store
 
     pruned = prune_store(Store(), older_than * 3600)
     n = len(pruned.digests)
@@ -107,7 +107,7 @@ def prune(
 @cache.command(name="dir")
 def dir_(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Print where the store is."""
-    from composable.packaging.store import Store
+    from composable.packaging.install.store import Store
 
     root = str(Store().root)
     show(root, {"dir": root}, as_json=as_json, is_quiet=is_quiet)

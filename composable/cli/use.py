@@ -143,7 +143,7 @@ def chat(
 def _load(
     backbone: str | None, experts: list[str] | None, registry: Path | None, is_alone: bool
 ) -> Model:
-    from composable.assembly.project import load
+    from composable.assembly.load import load
 
     return load(backbone, [] if is_alone else experts, registry=registry)
 

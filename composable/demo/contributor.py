@@ -33,27 +33,24 @@ def main(arguments: list[str]) -> None:
     say("confined", mechanism=mechanism, refused=_refusal(others))
 
     from composable.assembly.backbones import load_backbone
-    from composable.assembly.contribution import (
-        check_expert,
-        expert_config,
-        publish_expert,
-        train_expert,
-    )
-    from composable.packaging.registry import open_for_publishing
+    from composable.packaging.registry.locations import open_for_publishing
+    from composable.workflows.publish import publish_expert
+    from composable.workflows.train import expert_config, train_expert
+    from composable.workflows.vet import check_expert
 
-    release = load_backbone(str(backbone))
+    loaded = load_backbone(str(backbone))
     cfg = expert_config(steps, seed)
     record = train_expert(
-        release,
+        loaded,
         folder,
         [folder / "text"],
         cfg,
         progress=lambda step, steps, row: say("train", done=step, total=steps, **row),
     )
     verdict = check_expert(
-        release, folder, progress=lambda done, total: say("check", done=done, total=total)
+        loaded, folder, progress=lambda done, total: say("check", done=done, total=total)
     )
-    manifest = publish_expert(release, folder, open_for_publishing(registry))
+    manifest = publish_expert(loaded, folder, open_for_publishing(registry))
     say(
         "published",
         name=manifest.name,

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from composable.corpora.documents import Document, Spliced, truncate_utf8
 from composable.model.model import Model
-from composable.training.documents import Document, Spliced
 from composable.vetting.checks import recovery
 from composable.vetting.evaluation import (
     Scorer,
@@ -127,5 +127,4 @@ def claims_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def begins(documents: Sequence[Document]) -> list[bytes]:
     """Return the begins of documents, cut so that no character is split."""
-    cut = [document.text.encode()[:SCORED_BYTES] for document in documents]
-    return [text.decode(errors="ignore").encode() for text in cut]
+    return [truncate_utf8(document.text.encode(), SCORED_BYTES) for document in documents]

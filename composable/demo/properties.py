@@ -12,26 +12,27 @@ import jax
 import numpy as np
 from flax import nnx
 
-from composable.assembly.backbones import BackboneRelease
-from composable.assembly.contribution import WORK, check_expert
+from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert, make_expert, save_expert
+from composable.corpora.documents import Document, Spliced
 from composable.demo.measure import begins
 from composable.errors import ComposableError
+from composable.files import atomic
 from composable.model.model import Model, Pluggable
-from composable.packaging import atomic
-from composable.packaging.constraint import Requirement
-from composable.packaging.locking import lock_project
-from composable.packaging.manifest import EXPERT_FILE, Manifest
-from composable.packaging.project import Project
-from composable.packaging.registry import open_for_publishing
-from composable.packaging.version import Version
-from composable.training.documents import Document, Spliced
+from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
+from composable.packaging.project.locking import lock_project
+from composable.packaging.project.project import Project
+from composable.packaging.registry.locations import open_for_publishing
+from composable.packaging.versions.constraint import Requirement
+from composable.packaging.versions.version import Version
 from composable.vetting.evaluation import (
     mix_scorer,
     safe_scorer,
     score_documents,
     trace_routing,
 )
+from composable.workflows.vet import check_expert
+from composable.workflows.workspace import WORK
 
 # Room for the experts, the backbone and a hostile guest: one compilation serves all.
 CAPACITY: Final = 8
@@ -41,7 +42,7 @@ MAX_CHANGE: Final = 1e-3
 
 def show_properties(
     folder: Path,
-    release: BackboneRelease,
+    loaded: LoadedBackbone,
     project: Project,
     plugged: Sequence[Pluggable],
     public: Sequence[Document],
@@ -53,7 +54,7 @@ def show_properties(
 
     Args:
         folder: The demo's.
-        release: The backbone.
+        loaded: The backbone.
         project: The user's project.
         plugged: Its experts.
         public: Held-out public documents.
@@ -61,10 +62,10 @@ def show_properties(
         progress: Called with properties done, properties in all, and the newest one's name.
     """
     shows: dict[str, Callable[[], tuple[bool, str]]] = {
-        "remove": lambda: _show_remove(release, plugged, spliced),
-        "reorder": lambda: _show_reorder(release, plugged, spliced),
-        "refuse": lambda: _show_refusal(folder, release, project, plugged[0].name),
-        "withstand": lambda: _show_hostile(folder, release, plugged, public),
+        "remove": lambda: _show_remove(loaded, plugged, spliced),
+        "reorder": lambda: _show_reorder(loaded, plugged, spliced),
+        "refuse": lambda: _show_refusal(folder, loaded, project, plugged[0].name),
+        "withstand": lambda: _show_hostile(folder, loaded, plugged, public),
     }
     properties = []
     for name, show in shows.items():
@@ -92,14 +93,14 @@ def _same_bits(one: Model, other: Model, tokens_BT: np.ndarray) -> tuple[bool, i
 
 
 def _show_remove(
-    release: BackboneRelease, plugged: Sequence[Pluggable], spliced: Sequence[Spliced]
+    loaded: LoadedBackbone, plugged: Sequence[Pluggable], spliced: Sequence[Spliced]
 ) -> tuple[bool, str]:
     """Remove an expert; the logits are those of the model that never had it."""
     gone = plugged[1]
-    model = release.plug(plugged, CAPACITY)
+    model = loaded.plug(plugged, CAPACITY)
     model.remove(gone.name)
     rest = [expert for expert in plugged if expert is not gone]
-    never = release.plug(rest, CAPACITY)
+    never = loaded.plug(rest, CAPACITY)
     same, n_values = _same_bits(model, never, _tokens(model, spliced))
     verb = "equal" if same else "differ from"
     return same, (
@@ -109,11 +110,11 @@ def _show_remove(
 
 
 def _show_reorder(
-    release: BackboneRelease, plugged: Sequence[Pluggable], spliced: Sequence[Spliced]
+    loaded: LoadedBackbone, plugged: Sequence[Pluggable], spliced: Sequence[Spliced]
 ) -> tuple[bool, str]:
     """Install in another order; the logits are the same."""
-    model = release.plug(plugged, CAPACITY)
-    other = release.plug(capacity=CAPACITY)
+    model = loaded.plug(plugged, CAPACITY)
+    other = loaded.plug(capacity=CAPACITY)
     order = list(reversed(plugged))
     for expert in order:
         other.install(expert)
@@ -124,7 +125,7 @@ def _show_reorder(
 
 
 def _show_refusal(
-    folder: Path, release: BackboneRelease, project: Project, name: str
+    folder: Path, loaded: LoadedBackbone, project: Project, name: str
 ) -> tuple[bool, str]:
     """Ask for an expert of another interface version; resolution refuses and says why."""
     future = folder / "contributors" / f"{name}-2"
@@ -153,7 +154,7 @@ def _show_refusal(
         root=folder / "refused",
     )
     try:
-        lock_project(wanting, release.interface, is_dry_run=True)
+        lock_project(wanting, loaded.interface, is_dry_run=True)
     except ComposableError as error:
         return True, f"{asked} refused: {error}"
     return False, f"{asked} was not refused"
@@ -161,7 +162,7 @@ def _show_refusal(
 
 def _show_hostile(
     folder: Path,
-    release: BackboneRelease,
+    loaded: LoadedBackbone,
     plugged: Sequence[Pluggable],
     public: Sequence[Document],
 ) -> tuple[bool, str]:
@@ -170,18 +171,18 @@ def _show_hostile(
     own.mkdir()
     manifest = dataclasses.replace(Manifest.read(source), name="hostile")
     atomic.write_text(own / EXPERT_FILE, manifest.to_toml())
-    expert = make_expert(release, manifest, seed=1)
+    expert = make_expert(loaded, manifest, seed=1)
     key = jax.random.key(1)
     noise = jax.tree.map(lambda x: 100.0 * jax.random.normal(key, x.shape), nnx.state(expert.body))
     nnx.update(expert.body, noise)
     save_expert(own, expert, manifest)
     shutil.copytree(source / WORK, own / WORK)
-    verdict = check_expert(release, own)
+    verdict = check_expert(loaded, own)
     failed = [check.name for check in verdict.checks if not check.passed]
 
-    clean = release.plug(plugged, CAPACITY)
-    dirty = release.plug(plugged, CAPACITY)
-    dirty.install(load_expert(release, own))
+    clean = loaded.plug(plugged, CAPACITY)
+    dirty = loaded.plug(plugged, CAPACITY)
+    dirty.install(load_expert(loaded, own))
     documents = begins(public)
     change = {}
     for mode, scorer in (("mix", mix_scorer), ("safe", safe_scorer)):

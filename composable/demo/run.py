@@ -24,19 +24,23 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from composable.assembly.backbones import BackboneRelease, load_backbone
+from composable.assembly.backbones import LoadedBackbone, load_backbone
 from composable.assembly.experts import load_expert
+from composable.corpora.documents import Document, Spliced, read_documents, splice_documents
+from composable.corpora.recipe import shipped_folder
+from composable.demo.figure import write_readme_figure
 from composable.demo.measure import PUBLIC, claims_of, measure
+from composable.demo.page import write_report
 from composable.demo.properties import CAPACITY, show_properties
-from composable.demo.report import Trace, print_table, write_readme_figure, write_report
+from composable.demo.table import print_table
+from composable.demo.trace import Trace
 from composable.errors import ComposableError, TrainingError
 from composable.model.model import Model, Pluggable
-from composable.packaging.constraint import Requirement
-from composable.packaging.locking import lock_project, sync_project
-from composable.packaging.manifest import EXPERT_FILE, Manifest
-from composable.packaging.project import Project
-from composable.training.documents import Document, Spliced, read_documents, splice_documents
-from composable.training.recipe import shipped_folder
+from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
+from composable.packaging.project.locking import lock_project
+from composable.packaging.project.project import Project
+from composable.packaging.project.sync import sync_project
+from composable.packaging.versions.constraint import Requirement
 from composable.vetting.evaluation import trace_routing
 
 BACKBONE_NAME: Final = "tiny-bytes"
@@ -76,7 +80,7 @@ def run_demo(
     folder = _fresh(folder)
     seconds: dict[str, float] = {}
     memory: dict[str, int] = {}
-    release = load_backbone(BACKBONE_NAME)
+    loaded = load_backbone(BACKBONE_NAME)
     texts = {name: _heldout(name) for name in (*CONTRIBUTORS, BACKBONE_NAME)}
     public = texts.pop(BACKBONE_NAME)
     spliced = splice_documents(
@@ -87,17 +91,17 @@ def run_demo(
     experts = {}
     for name in CONTRIBUTORS:
         with _timed(console, seconds, f"contribute {name}"):
-            experts[name] = _contribute(console, folder, release, registry, name, steps, seed)
+            experts[name] = _contribute(console, folder, loaded, registry, name, steps, seed)
         memory[f"contribute {name}"] = experts[name].pop("peak_rss_bytes")
     with _timed(console, seconds, "install"):
-        model, plugged, project = _install(console, folder, release, registry)
+        model, plugged, project = _install(console, folder, loaded, registry)
     memory["install"] = _peak_memory()
     with _timed(console, seconds, "measure"), _bar(console, "measure") as show:
         result = measure(model, texts, public, spliced, progress=show)
     memory["measure"] = _peak_memory()
     with _timed(console, seconds, "properties"), _bar(console, "properties") as show:
         result["properties"] = show_properties(
-            folder, release, project, plugged, public, spliced, progress=show
+            folder, loaded, project, plugged, public, spliced, progress=show
         )
     memory["properties"] = _peak_memory()
     result["claims"] = claims_of(result)
@@ -111,7 +115,7 @@ def run_demo(
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].platform}, "
         f"jax {jax.__version__}, Python {platform.python_version()}",
         "date": datetime.date.today().isoformat(),
-        "backbone": f"{release.interface.name} {release.interface.version}",
+        "backbone": f"{loaded.interface.name} {loaded.interface.version}",
         "experts": experts,
     }
     print_table(result, console)
@@ -189,7 +193,7 @@ def _bar(console: Console, label: str) -> Iterator[Callable[[int, int, str], Non
 def _contribute(
     console: Console,
     folder: Path,
-    release: BackboneRelease,
+    loaded: LoadedBackbone,
     registry: Path,
     name: str,
     steps: int,
@@ -203,7 +207,7 @@ def _contribute(
     others = next(other for other in CONTRIBUTORS if other != name)
     unreadable = shipped_folder(others) / "text" / "train.jsonl"
     command = [sys.executable, "-m", "composable.demo.contributor", str(own)]
-    command += [str(release.folder), str(registry), str(steps), str(seed), str(unreadable)]
+    command += [str(loaded.folder), str(registry), str(steps), str(seed), str(unreadable)]
     published: dict[str, Any] = {}
     confined = ""
     log = (own / "log.txt").open("w+")
@@ -251,7 +255,7 @@ def _contribute(
 
 
 def _install(
-    console: Console, folder: Path, release: BackboneRelease, registry: Path
+    console: Console, folder: Path, loaded: LoadedBackbone, registry: Path
 ) -> tuple[Model, list[Pluggable], Project]:
     """Add, resolve, lock, install and compose, as a user in a new project."""
     root = folder / "project"
@@ -259,14 +263,14 @@ def _install(
     project = Project.create(root, BACKBONE_NAME, {"demo": "../registry"})
     for name in CONTRIBUTORS:
         project = project.add(Requirement.parse(f"{name}>=1.0,<2"))
-    lock = lock_project(project, release.interface)
-    environment = sync_project(project, lock, interface=release.interface)
-    plugged = [load_expert(release, environment.expert_path(e.name)) for e in lock.experts]
+    lock = lock_project(project, loaded.interface)
+    environment = sync_project(project, lock, interface=loaded.interface)
+    plugged = [load_expert(loaded, environment.expert_path(e.name)) for e in lock.experts]
     console.print(
         "  resolved, locked and installed "
         + ", ".join(f"{expert.name} {expert.version}" for expert in lock.experts)
     )
-    model = release.plug(plugged, CAPACITY)
+    model = loaded.plug(plugged, CAPACITY)
     return model, plugged, project
 
 

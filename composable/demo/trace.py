@@ -47,7 +47,7 @@ class Trace:
                 f"{expected[1]} names; expected {expected}, and at least one byte"
             )
 
-    def trust_in_truth(self) -> float:
+    def weight_on_truth(self) -> float:
         """Return the mean weight of the expert of the true domain.
 
         What no expert is for, such as public text, is the backbone's.

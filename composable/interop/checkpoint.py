@@ -26,7 +26,7 @@ from composable.interop.families import (
     shape_of_axes,
     sizes_of,
 )
-from composable.interop.source import Source, StoredTensor
+from composable.interop.source import CheckpointSource, StoredTensor
 from composable.model.config import DTYPE_NAMES, BackboneConfig
 
 
@@ -55,7 +55,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __init__(
         self,
-        source: Source,
+        source: CheckpointSource,
         *,
         tap: int | None = None,
         scout_width: int = 64,
@@ -147,7 +147,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return len(self._places)
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> CheckpointSource:
     """Open a checkpoint: a folder of Hugging Face files, or a GGUF file.
 
     Raises:

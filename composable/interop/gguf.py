@@ -16,7 +16,7 @@ import numpy as np
 
 from composable.errors import InteropError
 from composable.interop.gguf_tokenizer import build_tokenizer
-from composable.interop.source import Source, StoredTensor
+from composable.interop.source import CheckpointSource, StoredTensor
 
 # Key after the architecture's name -> field of a Hugging Face config.
 FIELDS: Final = {
@@ -41,7 +41,7 @@ _ONLY: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 
-def open_gguf(path: Path) -> Source:
+def open_gguf(path: Path) -> CheckpointSource:
     """Read the header of a GGUF file.
 
     Raises:
@@ -81,7 +81,7 @@ def open_gguf(path: Path) -> Source:
     if "token_embd.weight" in tensors:
         config.setdefault("vocab_size", tensors["token_embd.weight"].shape[0])
     license_ = metadata.get("general.license", "")
-    return Source(
+    return CheckpointSource(
         name=str(path),
         files=(path,),
         is_gguf=True,

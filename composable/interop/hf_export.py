@@ -105,7 +105,7 @@ LAYOUTS: Final[dict[str, Layout]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TensorPart:
     """One tensor to be written.
 
     Args:
@@ -163,7 +163,7 @@ def dense_config(cfg: BackboneConfig) -> dict[str, Any]:
     return write_config(family_of(cfg), cfg)
 
 
-def dense_pieces(cfg: BackboneConfig, expert: int = 0) -> list[Piece]:
+def dense_pieces(cfg: BackboneConfig, expert: int = 0) -> list[TensorPart]:
     """Return the tensors of a model in which one expert is always on.
 
     Args:
@@ -203,7 +203,7 @@ def mixture_config(
     return config
 
 
-def mixture_pieces(layout: Layout, cfg: BackboneConfig, n_experts: int) -> list[Piece]:
+def mixture_pieces(layout: Layout, cfg: BackboneConfig, n_experts: int) -> list[TensorPart]:
     """Return the tensors of a mixture, the backbone's own feed-forward being expert 0.
 
     Arguments as for `mixture_config`.
@@ -222,7 +222,7 @@ def mixture_pieces(layout: Layout, cfg: BackboneConfig, n_experts: int) -> list[
             owner = expert if layer in cfg.slots else 0
             pieces.append(_piece(theirs, row.ours, row.layout, cfg, owner))
     routers = [
-        Piece(
+        TensorPart(
             theirs=_spell(layout.router, layer, 0),
             ours=f"routers.{layer}",
             expert=0,
@@ -235,10 +235,10 @@ def mixture_pieces(layout: Layout, cfg: BackboneConfig, n_experts: int) -> list[
 
 
 def split_pieces(
-    pieces: Sequence[Piece], item_bytes: int, *, max_bytes: int, max_tensors: int
-) -> list[list[Piece]]:
+    pieces: Sequence[TensorPart], item_bytes: int, *, max_bytes: int, max_tensors: int
+) -> list[list[TensorPart]]:
     """Return the tensors file by file, in order, each file within the limits."""
-    files: list[list[Piece]] = [[]]
+    files: list[list[TensorPart]] = [[]]
     size = 0
     for piece in pieces:
         n_bytes = int(np.prod(piece.shape)) * item_bytes
@@ -250,10 +250,10 @@ def split_pieces(
     return files
 
 
-def _piece(theirs: str, ours: str, layout: str, cfg: BackboneConfig, expert: int) -> Piece:
+def _piece(theirs: str, ours: str, layout: str, cfg: BackboneConfig, expert: int) -> TensorPart:
     """Return a piece from a row's layout, which is written for reading."""
     sides = layout.split(" -> ")
-    return Piece(
+    return TensorPart(
         theirs=theirs,
         ours=ours,
         expert=expert,

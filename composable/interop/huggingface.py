@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from composable.errors import InteropError, TensorFileError
+from composable.files.safetensors import ANY_CASE_NAME, TensorFile, read_header
 from composable.interface import TensorSpec
 from composable.interop.source import (
-    Source,
+    CheckpointSource,
     SourceTokenizer,
     StoredTensor,
     choose_special_tokens,
 )
-from composable.packaging.tensors import ANY_CASE_NAME, TensorFile, read_header
 
 _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path) -> CheckpointSource:
     """Read config, headers and tokenizer of a folder.
 
     Raises:
@@ -44,7 +44,7 @@ def open_folder(folder: Path) -> Source:
             tensors[name] = stored
         for name in (names or set()) - tensors.keys():
             raise InteropError(f"tensor {name!r} is missing, which {_INDEX} lists", where=str(file))
-    return Source(
+    return CheckpointSource(
         name=str(folder),
         files=tuple(files),
         is_gguf=False,

@@ -7,7 +7,7 @@ running here, on the same weights, what the other runtime will compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -18,12 +18,13 @@ import numpy as np
 import optax
 
 from composable.errors import TextError
-from composable.model import composed
+from composable.model import mix as mix_mode
 from composable.model.body import MATRICES, SlotMatrices
 from composable.model.composed import Parts
 from composable.model.layers import swiglu
 from composable.model.model import BACKBONE, Model
 from composable.model.router import choose, dense_weights
+from composable.progress import CountProgress
 from composable.vetting.evaluation import Scorer
 
 # Positions of one window, at most; as `vetting.evaluation` reads documents.
@@ -56,7 +57,7 @@ def observe(
     texts: Sequence[bytes],
     *,
     max_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> Observed:
     """Run mix mode over a text and note every slot's input and the router's weights.
 
@@ -77,7 +78,7 @@ def observe(
     hidden, weights = [], []
     for done, text in enumerate(texts):
         tokens_T = model.encode(text)[:share]
-        state = composed.mix_state(model.parts, 1)
+        state = mix_mode.mix_state(model.parts, 1)
         for start in range(0, len(tokens_T), window):
             here_T = tokens_T[start : start + window]
             # Always a full window, so that one program serves all; nothing looks ahead.
@@ -92,9 +93,9 @@ def observe(
 
 @jax.jit
 def _observe(
-    parts: Parts, tokens_BT: jax.Array, state: composed.MixState, order_E: jax.Array
-) -> tuple[jax.Array, jax.Array, composed.MixState]:
-    weight_BTE, state = composed.route(parts, tokens_BT, state)
+    parts: Parts, tokens_BT: jax.Array, state: mix_mode.MixState, order_E: jax.Array
+) -> tuple[jax.Array, jax.Array, mix_mode.MixState]:
+    weight_BTE, state = mix_mode.route(parts, tokens_BT, state)
     weight_BTE = weight_BTE[..., order_E]
     seen = []
 
@@ -110,7 +111,7 @@ def _observe(
 
 
 def fit_rows(
-    observed: Observed, progress: Callable[[int, int], None] | None = None
+    observed: Observed, progress: CountProgress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return rows of every slot's router, shape LED, and how often their first choice is ours, L.
 

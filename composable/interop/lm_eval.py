@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.errors import InteropError
-from composable.model import composed
+from composable.model import mix as mix_mode
+from composable.model import safe as safe_mode
 from composable.model.composed import Parts
 from composable.model.decoding import Mode, Sampling, continue_tokens
 from composable.model.model import Model
@@ -151,8 +152,8 @@ class ComposableLM(LM):
 
 
 _MODES: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
-    "mix": (composed.mix, composed.mix_state),
-    "safe": (composed.safe, composed.safe_state),
+    "mix": (mix_mode.mix, mix_mode.mix_state),
+    "safe": (safe_mode.safe, safe_mode.safe_state),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from composable.errors import InteropError
-from composable.interface import digest_bytes
+from composable.files.blobs import digest_file
 from composable.interface.contract import SLOT_DIMS
 from composable.interop.families import family_of, rows_of
 from composable.interop.huggingface import open_tensors, read_json
@@ -173,8 +173,8 @@ def read_adapter(folder: Path, cfg: BackboneConfig) -> Adapter:
         base=str(config.get("base_model_name_or_path") or ""),
         revision=config.get("revision"),
         version=config.get("peft_version"),
-        config_digest=digest_bytes(config_path.read_bytes()),
-        weights_digest=digest_bytes(weights_path.read_bytes()),
+        config_digest=digest_file(config_path),
+        weights_digest=digest_file(weights_path),
         rank=max(b.shape[0] for _, b in changes.values()),
         changes=changes,
     )

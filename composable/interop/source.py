@@ -43,7 +43,7 @@ class SourceTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class CheckpointSource:
     """A checkpoint of another project, its header read and its tensors not.
 
     Args:

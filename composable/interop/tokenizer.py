@@ -7,7 +7,7 @@ from typing import Final
 
 from composable.errors import InteropError
 from composable.interop.chat import find_chat_format
-from composable.interop.source import Source
+from composable.interop.source import CheckpointSource
 from composable.model.subwords import SubwordTokenizer
 
 # Text that a tokenizer must give back, whatever else it is tried on.
@@ -21,7 +21,7 @@ _SAMPLES: Final = (
 )
 
 
-def make_tokenizer(source: Source, begin: str | None = None) -> SubwordTokenizer:
+def make_tokenizer(source: CheckpointSource, begin: str | None = None) -> SubwordTokenizer:
     """Return the tokenizer of a checkpoint.
 
     Args:

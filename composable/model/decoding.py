@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.errors import ModelError, TextError
-from composable.model.composed import Parts, mix_state, safe_state, trace_mix, trace_safe
+from composable.model.composed import Parts
 from composable.model.guard import Tally
+from composable.model.mix import mix_state, trace_mix
+from composable.model.safe import safe_state, trace_safe
 from composable.model.tokenizer import Tokenizer
 
 Mode = Literal["mix", "safe"]

@@ -47,7 +47,7 @@ def exceeds(y_PD: jax.Array, bound: float) -> jax.Array:
     return ~(power_P <= bound**2)  # a NaN is not below the bound, nor is a square that overflows
 
 
-def give_back(
+def redistribute(
     weight_MJ: jax.Array, zeroed_P: jax.Array, dispatch: Dispatch
 ) -> tuple[jax.Array, jax.Array]:
     """Give the weight of contributions that count as zero to the token's other choices.
@@ -65,12 +65,12 @@ def give_back(
     """
     zeroed_MJ = jnp.take(zeroed_P, dispatch.position_MJ, mode="fill", fill_value=False)
     lost_M1 = jnp.any(zeroed_MJ & (weight_MJ > 0), axis=-1, keepdims=True)
-    left_MJ = jnp.where(zeroed_MJ, 0, weight_MJ)
-    left_M1 = jnp.sum(left_MJ, axis=-1, keepdims=True)
+    kept_MJ = jnp.where(zeroed_MJ, 0, weight_MJ)
+    kept_M1 = jnp.sum(kept_MJ, axis=-1, keepdims=True)
     # Of what is smaller than a normal number a device may keep nothing: 0 / 0.
-    is_left_M1 = left_M1 >= jnp.finfo(weight_MJ.dtype).tiny
-    shared_MJ = jnp.where(is_left_M1, left_MJ / jnp.where(is_left_M1, left_M1, 1), 0)
-    return jnp.where(lost_M1, shared_MJ, weight_MJ), (lost_M1 & ~is_left_M1)[:, 0]
+    is_kept_M1 = kept_M1 >= jnp.finfo(weight_MJ.dtype).tiny
+    shared_MJ = jnp.where(is_kept_M1, kept_MJ / jnp.where(is_kept_M1, kept_M1, 1), 0)
+    return jnp.where(lost_M1, shared_MJ, weight_MJ), (lost_M1 & ~is_kept_M1)[:, 0]
 
 
 def tally_rows(

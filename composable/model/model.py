@@ -17,6 +17,8 @@ from composable.errors import InterfaceError, ModelError, TextError
 from composable.interface import RouterInterface
 from composable.model import bank as banks
 from composable.model import composed
+from composable.model import mix as mix_mode
+from composable.model import safe as safe_mode
 from composable.model.backbone import Backbone
 from composable.model.body import Body, SlotMatrices
 from composable.model.composed import Parts
@@ -163,7 +165,7 @@ class Model:
         return _mix(self.parts, tokens_BT)
 
     def safe(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
-        """Return log probabilities in safe mode, shape BTV; see `composed.safe` for its bound."""
+        """Return log probabilities in safe mode, shape BTV; see `safe_mode.safe` for its bound."""
         return _safe(self.parts, self._checked(tokens_BT))
 
     def route(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
@@ -306,22 +308,22 @@ def generate(
 
 @jax.jit
 def _mix(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
-    return composed.mix(parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]))[0]
+    return mix_mode.mix(parts, tokens_BT, mix_mode.mix_state(parts, tokens_BT.shape[0]))[0]
 
 
 @jax.jit
 def _tally(parts: Parts, tokens_BT: jax.Array) -> Tally:
-    return composed.mix(parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]))[1].tally
+    return mix_mode.mix(parts, tokens_BT, mix_mode.mix_state(parts, tokens_BT.shape[0]))[1].tally
 
 
 @jax.jit
 def _route(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
-    return composed.route(parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]))[0]
+    return mix_mode.route(parts, tokens_BT, mix_mode.mix_state(parts, tokens_BT.shape[0]))[0]
 
 
 @jax.jit
 def _safe(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
-    return composed.safe(parts, tokens_BT, composed.safe_state(parts, tokens_BT.shape[0]))[0]
+    return safe_mode.safe(parts, tokens_BT, safe_mode.safe_state(parts, tokens_BT.shape[0]))[0]
 
 
 @jax.jit

@@ -45,7 +45,7 @@ class RouterState(NamedTuple):
     """What the router carries along a document, beside the KV cache."""
 
     track_BE: jax.Array  # track records so far, nats
-    trust_BE: jax.Array  # log weights of the switching filter
+    posterior_BE: jax.Array  # log weights of the switching filter
     feature_BD: jax.Array  # trunk features at the last position
     started_B: jax.Array  # whether there was a last position
 
@@ -92,13 +92,13 @@ def evidence(
         no scout they are those of the uniform distribution.
     """
     before_BTD = jnp.concatenate([state.feature_BD[:, None], feature_BTD[:, :-1]], axis=1)
-    log_prob_EBT = _ask_each(
+    log_prob_EBT = _map_scouts(
         scouts, width_E, lambda *scout: scout_evidence(scout, before_BTD, classes_BT)
     )
     return _where_predicted(jnp.moveaxis(log_prob_EBT, 0, -1), state.started_B)
 
 
-def predictions(
+def scout_log_probs(
     scouts: ScoutBank,
     feature_BTD: jax.Array,
     state: RouterState,
@@ -116,12 +116,18 @@ def predictions(
         Log probabilities, shape EBSC with S = T + 1: first those after the position before these.
     """
     feature_BSD = jnp.concatenate([state.feature_BD[:, None], feature_BTD], axis=1)
-    return _ask_each(scouts, width_E, lambda *scout: _bounded(class_log_probs(feature_BSD, *scout)))
+    return _map_scouts(
+        scouts, width_E, lambda *scout: _bounded(class_log_probs(feature_BSD, *scout))
+    )
 
 
-def evidence_of(said_EBSC: jax.Array, classes_BT: jax.Array, started_B: jax.Array) -> jax.Array:
-    """Return evidence as `evidence` does, shape BTE, from what `predictions` returned."""
-    said_EBT1 = jnp.take_along_axis(said_EBSC[:, :, :-1], classes_BT[None, ..., None], axis=-1)
+def evidence_from(
+    scout_log_prob_EBSC: jax.Array, classes_BT: jax.Array, started_B: jax.Array
+) -> jax.Array:
+    """Return evidence as `evidence` does, shape BTE, from what `scout_log_probs` returned."""
+    said_EBT1 = jnp.take_along_axis(
+        scout_log_prob_EBSC[:, :, :-1], classes_BT[None, ..., None], axis=-1
+    )
     return _where_predicted(jnp.moveaxis(said_EBT1[..., 0], 0, -1), started_B)
 
 
@@ -131,8 +137,8 @@ def _where_predicted(log_prob_BTE: jax.Array, started_B: jax.Array) -> jax.Array
     return jnp.where(predicted_BT[..., None], log_prob_BTE, 0.0)
 
 
-def _ask_each(
-    scouts: ScoutBank, width_E: jax.Array | None, ask: Callable[..., jax.Array]
+def _map_scouts(
+    scouts: ScoutBank, width_E: jax.Array | None, score: Callable[..., jax.Array]
 ) -> jax.Array:
     """Return what each scout answers, E first; an empty entry's scout says that all is as likely.
 
@@ -146,15 +152,15 @@ def _ask_each(
     widths = sorted({max(1, bound // 2), bound})
     program_E = jnp.where(width_E > 0, 1 + jnp.searchsorted(jnp.asarray(widths), width_E), 0)
 
-    def ask_first_units(width: int) -> Callable[[jax.Array], jax.Array]:
-        return lambda e: ask(*_first_units(scouts, e, width))
+    def score_first_units(width: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda e: score(*_first_units(scouts, e, width))
 
-    answer = jax.eval_shape(ask_first_units(bound), 0)
+    answer = jax.eval_shape(score_first_units(bound), 0)
 
-    def nobody(_: jax.Array) -> jax.Array:
+    def uniform(_: jax.Array) -> jax.Array:
         return jnp.full(answer.shape, -jnp.log(jnp.float32(scouts.b_out_EC.shape[-1])))
 
-    programs = [nobody, *map(ask_first_units, widths)]
+    programs = [uniform, *map(score_first_units, widths)]
     return jax.lax.map(
         lambda entry: jax.lax.switch(entry[0], programs, entry[1]),
         (program_E, jnp.arange(n_experts)),
@@ -207,9 +213,9 @@ def track_record(evidence_BTE: jax.Array, track_BE: jax.Array, discount: float) 
     return jnp.moveaxis(track_TBE, 0, 1)
 
 
-def switching_trust(
+def switching_posterior(
     evidence_BTE: jax.Array,
-    trust_BE: jax.Array,
+    posterior_BE: jax.Array,
     log_prior_E: jax.Array,
     *,
     power: float,
@@ -226,7 +232,7 @@ def switching_trust(
 
     Args:
         evidence_BTE: Log likelihoods in nats, E in an order that no slot decides.
-        trust_BE: Log weights before the first position.
+        posterior_BE: Log weights before the first position.
         log_prior_E: Log prior weights, to which the chain returns.
         power: Exponent on likelihoods.
         rate: Probability of a change per token.
@@ -237,13 +243,13 @@ def switching_trust(
         Grünwald 2012, "The safe Bayesian" (likelihoods to a power).
     """
 
-    def step(trust_BE: jax.Array, evidence_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
-        heard_BE = jax.nn.log_softmax(trust_BE + power * (evidence_BE - margin_E), axis=-1)
-        trust_BE = jnp.logaddexp(heard_BE + jnp.log1p(-rate), jnp.log(rate) + log_prior_E)
-        return trust_BE, trust_BE
+    def step(posterior_BE: jax.Array, evidence_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        updated_BE = jax.nn.log_softmax(posterior_BE + power * (evidence_BE - margin_E), axis=-1)
+        posterior_BE = jnp.logaddexp(updated_BE + jnp.log1p(-rate), jnp.log(rate) + log_prior_E)
+        return posterior_BE, posterior_BE
 
-    _, trust_TBE = jax.lax.scan(step, trust_BE, jnp.moveaxis(evidence_BTE, 1, 0))
-    return jnp.moveaxis(trust_TBE, 0, 1)
+    _, posterior_TBE = jax.lax.scan(step, posterior_BE, jnp.moveaxis(evidence_BTE, 1, 0))
+    return jnp.moveaxis(posterior_TBE, 0, 1)
 
 
 def log_prior(alive_E: jax.Array, backbone_prior: float, most: float = 1.0) -> jax.Array:

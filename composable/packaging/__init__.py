@@ -9,18 +9,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from composable.packaging.constraint import Constraint, Requirement
-    from composable.packaging.environment import Environment
-    from composable.packaging.lock import Lock
-    from composable.packaging.locking import lock_project, sync_project
-    from composable.packaging.manifest import BackbonePackage, Manifest
-    from composable.packaging.project import Project
-    from composable.packaging.registry import Registry, open_for_publishing, open_registry
-    from composable.packaging.resolver import Resolution, resolve
-    from composable.packaging.store import Store
-    from composable.packaging.tensors import check_tensors, read_tensors, write_tensors
-    from composable.packaging.universe import Universe
-    from composable.packaging.version import Version
+    from composable.files.safetensors import check_tensors, read_tensors, write_tensors
+    from composable.packaging.install.environment import Environment
+    from composable.packaging.install.lock import Lock
+    from composable.packaging.install.store import Store
+    from composable.packaging.manifests.manifest import BackbonePackage, Manifest
+    from composable.packaging.project.locking import lock_project
+    from composable.packaging.project.project import Project
+    from composable.packaging.project.sync import sync_project
+    from composable.packaging.registry.locations import open_for_publishing, open_registry
+    from composable.packaging.registry.registry import Registry
+    from composable.packaging.resolve.resolver import Resolution, resolve
+    from composable.packaging.resolve.universe import Universe
+    from composable.packaging.versions.constraint import Constraint, Requirement
+    from composable.packaging.versions.version import Version
 
 __all__ = [
     "BackbonePackage",
@@ -46,18 +48,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "constraint": ("Constraint", "Requirement"),
-    "environment": ("Environment",),
-    "lock": ("Lock",),
-    "locking": ("lock_project", "sync_project"),
-    "manifest": ("BackbonePackage", "Manifest"),
-    "project": ("Project",),
-    "registry": ("Registry", "open_for_publishing", "open_registry"),
-    "resolver": ("Resolution", "resolve"),
-    "store": ("Store",),
-    "tensors": ("check_tensors", "read_tensors", "write_tensors"),
-    "universe": ("Universe",),
-    "version": ("Version",),
+    "files.safetensors": ("check_tensors", "read_tensors", "write_tensors"),
+    "packaging.install.environment": ("Environment",),
+    "packaging.install.lock": ("Lock",),
+    "packaging.install.store": ("Store",),
+    "packaging.manifests.manifest": ("BackbonePackage", "Manifest"),
+    "packaging.project.locking": ("lock_project",),
+    "packaging.project.project": ("Project",),
+    "packaging.project.sync": ("sync_project",),
+    "packaging.registry.locations": ("open_for_publishing", "open_registry"),
+    "packaging.registry.registry": ("Registry",),
+    "packaging.resolve.resolver": ("Resolution", "resolve"),
+    "packaging.resolve.universe": ("Universe",),
+    "packaging.versions.constraint": ("Constraint", "Requirement"),
+    "packaging.versions.version": ("Version",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -66,7 +70,7 @@ def __getattr__(name: str) -> object:
     """Import the file that holds a public name."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    return getattr(importlib.import_module(f"composable.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ from flax import nnx
 from composable.errors import TrainingError
 
 if TYPE_CHECKING:
-    from composable.training.loop import TrainConfig
+    from composable.training.config import TrainConfig
 
 
 class Checkpoints:

@@ -8,9 +8,9 @@ from typing import Any, Final, NamedTuple
 import grain
 import numpy as np
 
+from composable.corpora.documents import Document
 from composable.errors import TextError, TrainingError
 from composable.model.tokenizer import Tokenizer
-from composable.training.documents import Document
 
 # As good as endless; the length of grain's own endless repeat overflows an index.
 _EPOCHS: Final = 1 << 31

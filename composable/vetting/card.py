@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from composable.errors import VettingError
-from composable.interface import RouterInterface, digest_bytes
-from composable.packaging import atomic
-from composable.packaging.manifest import BODY_FILE, SCOUT_FILE, Manifest, PackageFile
+from composable.files import atomic
+from composable.files.blobs import digest_file
+from composable.interface import RouterInterface
+from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manifest, PackageFile
 
 if TYPE_CHECKING:
     from composable.vetting.checks import Verdict
@@ -108,4 +109,4 @@ def find_regressions(card: dict[str, Any], older: tuple[PackageFile, ...]) -> li
 
 def tensor_digests(folder: Path) -> dict[str, str]:
     """Return the digests of an expert's tensor files, by name."""
-    return {name: digest_bytes((folder / name).read_bytes()) for name in (BODY_FILE, SCOUT_FILE)}
+    return {name: digest_file(folder / name) for name in (BODY_FILE, SCOUT_FILE)}

@@ -2,7 +2,7 @@
 
 Every check compares a figure with a limit and says so. Whether the files are what the interface
 wants is told when they are read; here is what only running the expert can tell. How it gets on with
-others is in `neighbours.py`, how it compares with what it was before in `regression.py`.
+others is in `peers.py`, how it compares with what it was before in `regression.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import numpy as np
 
 from composable.interface import RouterInterface
 from composable.model import composed
+from composable.model import mix as mix_mode
 from composable.model.backbone import Backbone
 from composable.model.model import BACKBONE, Model, Pluggable
 from composable.model.tokenizer import Tokenizer
+from composable.progress import CountProgress
 from composable.vetting.evaluation import (
     BATCH,
     Score,
@@ -120,7 +122,7 @@ def vet(
     anchor: Sequence[bytes],
     *,
     tokenizer: Tokenizer | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> Verdict:
     """Vet an expert, plugged alone into its backbone.
 
@@ -324,5 +326,5 @@ def _check_scores(
 
 @jax.jit
 def _tracks(parts: composed.Parts, tokens_BT: jax.Array) -> jax.Array:
-    state = composed.mix_state(parts, tokens_BT.shape[0])
+    state = mix_mode.mix_state(parts, tokens_BT.shape[0])
     return composed.track_records(parts, tokens_BT, state.router)

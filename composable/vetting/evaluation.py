@@ -18,14 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from composable.corpora.documents import truncate_utf8
 from composable.errors import TextError
 from composable.model import bank as banks
 from composable.model import composed
+from composable.model import mix as mix_mode
+from composable.model import safe as safe_mode
 from composable.model.body import SlotMatrices
 from composable.model.composed import Parts
 from composable.model.model import BACKBONE, Model
 from composable.model.router import scout_evidence
 from composable.model.tokenizer import Tokenizer
+from composable.progress import CountProgress
 
 # Documents scored at once: fixed, so that every call runs the same compiled program.
 BATCH: Final = 8
@@ -95,7 +99,7 @@ def score_documents(
     *,
     context: int,
     max_bytes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> Score:
     """Score documents.
 
@@ -220,8 +224,7 @@ def _cut(documents: Sequence[bytes], max_bytes: int | None) -> Sequence[bytes]:
     """Return the begins of documents, no character split."""
     if max_bytes is None:
         return documents
-    begins = (document[:max_bytes] for document in documents)
-    return [begin.decode(errors="ignore").encode() for begin in begins]
+    return [truncate_utf8(document, max_bytes) for document in documents]
 
 
 def _to_windows(
@@ -248,8 +251,8 @@ def _pick(log_prob_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 def _score_mix(
     parts: Parts, tokens_BT: jax.Array, targets_BT: jax.Array, state: Any
 ) -> tuple[jax.Array, Any]:
-    state = composed.mix_state(parts, tokens_BT.shape[0]) if state is None else state
-    logits_BTV, state = composed.mix(parts, tokens_BT, state)
+    state = mix_mode.mix_state(parts, tokens_BT.shape[0]) if state is None else state
+    logits_BTV, state = mix_mode.mix(parts, tokens_BT, state)
     return _pick(jax.nn.log_softmax(logits_BTV), targets_BT), state
 
 
@@ -257,8 +260,8 @@ def _score_mix(
 def _score_safe(
     parts: Parts, tokens_BT: jax.Array, targets_BT: jax.Array, state: Any
 ) -> tuple[jax.Array, Any]:
-    state = composed.safe_state(parts, tokens_BT.shape[0]) if state is None else state
-    log_prob_BTV, state = composed.safe(parts, tokens_BT, state)
+    state = safe_mode.safe_state(parts, tokens_BT.shape[0]) if state is None else state
+    log_prob_BTV, state = safe_mode.safe(parts, tokens_BT, state)
     return _pick(log_prob_BTV, targets_BT), state
 
 
@@ -295,5 +298,5 @@ def _evidence(
 
 @jax.jit
 def _route(parts: Parts, tokens_BT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-    state = composed.mix_state(parts, tokens_BT.shape[0]) if state is None else state
-    return composed.route(parts, tokens_BT, state)
+    state = mix_mode.mix_state(parts, tokens_BT.shape[0]) if state is None else state
+    return mix_mode.route(parts, tokens_BT, state)

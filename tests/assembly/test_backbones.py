@@ -28,30 +28,30 @@ ROUTER_FIELDS = (
 
 
 @pytest.fixture
-def folder(release, tmp_path):
-    return shutil.copytree(release.folder, tmp_path / "tiny")
+def folder(loaded, tmp_path):
+    return shutil.copytree(loaded.folder, tmp_path / "tiny")
 
 
-def test_what_is_loaded_is_what_was_saved_rounded_to_bfloat16(release, tiny):
-    tensors = to_tensors(release.backbone)
+def test_what_is_loaded_is_what_was_saved_rounded_to_bfloat16(loaded, tiny):
+    tensors = to_tensors(loaded.backbone)
     assert tensors.keys() == to_tensors(tiny.backbone).keys()
     for name, array in tensors.items():
         if name != "class_map":
             rounded = array.astype(ml_dtypes.bfloat16).astype(np.float32)
             np.testing.assert_array_equal(array, rounded, err_msg=name)
     np.testing.assert_array_equal(tensors["class_map"], np.arange(256))
-    assert release.backbone.cfg == tiny.cfg
+    assert loaded.backbone.cfg == tiny.cfg
 
 
-def test_saving_what_was_loaded_gives_the_same_interface(release, tmp_path):
-    interface = release.interface
+def test_saving_what_was_loaded_gives_the_same_interface(loaded, tmp_path):
+    interface = loaded.interface
     router = {name: getattr(interface, name) for name in ROUTER_FIELDS}
     again = save_backbone(
         tmp_path / "again",
-        release.backbone,
+        loaded.backbone,
         name="tiny",
         version="1.0.0",
-        anchor=release.anchor,
+        anchor=loaded.anchor,
         router=router,
         texts={},
         description="",
@@ -59,23 +59,23 @@ def test_saving_what_was_loaded_gives_the_same_interface(release, tmp_path):
     )
     assert again == interface
     weights = "weights.safetensors"
-    assert (tmp_path / "again" / weights).read_bytes() == (release.folder / weights).read_bytes()
+    assert (tmp_path / "again" / weights).read_bytes() == (loaded.folder / weights).read_bytes()
 
 
 @pytest.fixture(scope="module")
-def subword_release(tiny, subwords, release, tmp_path_factory):
+def subword_release(tiny, subwords, loaded, tmp_path_factory):
     """Return a package whose tokens are subwords, seen as 64 classes; nobody trained it."""
     cfg = dataclasses.replace(tiny.cfg, vocab_size=subwords.vocab_size)
     classes_V = hash_classes(cfg.vocab_size, 64)
     backbone = Backbone(cfg, classes_V, 64, rngs=nnx.Rngs(0))
     folder = tmp_path_factory.mktemp("backbones") / "subwords"
-    router = {name: getattr(release.interface, name) for name in ROUTER_FIELDS}
+    router = {name: getattr(loaded.interface, name) for name in ROUTER_FIELDS}
     save_backbone(
         folder,
         backbone,
         name="subwords",
         version="1.0.0",
-        anchor=release.anchor,
+        anchor=loaded.anchor,
         router=router,
         texts={"README.md": "Subwords.\n"},
         description="For tests.",
@@ -128,12 +128,12 @@ def test_another_tokenizer_is_refused(subword_release, tmp_path, file):
             load_backbone(str(folder))
 
 
-def test_the_interface_names_trunk_and_backbone_apart(release, tmp_path):
+def test_the_interface_names_trunk_and_backbone_apart(loaded, tmp_path):
     from composable.assembly.backbones import digests
 
-    tensors = to_tensors(release.backbone, "BF16")
-    before = digests(tensors, release.backbone.cfg)
-    assert before["trunk"] == release.interface.trunk
+    tensors = to_tensors(loaded.backbone, "BF16")
+    before = digests(tensors, loaded.backbone.cfg)
+    assert before["trunk"] == loaded.interface.trunk
     for name, hears_trunk in (
         ("embed", True),
         ("layers.0.ffn.w_up", True),
@@ -141,7 +141,7 @@ def test_the_interface_names_trunk_and_backbone_apart(release, tmp_path):
         ("scout.w_in", False),
     ):
         changed = {**tensors, name: tensors[name] + tensors[name].dtype.type(1)}
-        after = digests(changed, release.backbone.cfg)
+        after = digests(changed, loaded.backbone.cfg)
         assert after["backbone"] != before["backbone"], name
         assert (after["trunk"] != before["trunk"]) is hears_trunk, name
         assert after["class_map"] == before["class_map"], name

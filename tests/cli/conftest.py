@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from composable.assembly.publication import publish_vetted
 from composable.cli.app import app
+from composable.files.safetensors import write_tensors
 from composable.interface import body_signature, scout_signature
-from composable.packaging.backbones import find_backbone, read_interface
-from composable.packaging.compatibility import choose_older
-from composable.packaging.constraint import Constraint
-from composable.packaging.manifest import BackbonePackage, Body, InterfaceNeed, Manifest
-from composable.packaging.registry import open_for_publishing
-from composable.packaging.tensors import write_tensors
-from composable.packaging.version import Version
+from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+from composable.packaging.manifests.manifest import (
+    BackbonePackage,
+    BodySpec,
+    InterfaceNeed,
+    Manifest,
+)
+from composable.packaging.registry.compatibility import choose_previous
+from composable.packaging.registry.locations import open_for_publishing
+from composable.packaging.versions.constraint import Constraint
+from composable.packaging.versions.version import Version
 from composable.vetting.card import write_card
+from composable.workflows.publish import publish_vetted
 
 
 class Outcome:
@@ -84,7 +89,7 @@ class Fakes:
             interface=InterfaceNeed(
                 name=self.interface.name, requires=Constraint(needs), digest=digest
             ),
-            body=Body(kind="lora", rank=1),
+            body=BodySpec(kind="lora", rank=1),
             scout_width=1,
             description=f"Knows nothing of {name}.",
             domains=("nothing",),
@@ -119,7 +124,7 @@ class Fakes:
         """Write a card as if the expert had been compared with the release before it."""
         manifest = Manifest.read(folder)
         releases = self.registry.versions(manifest.name) if self.registry.exists else ()
-        if older := choose_older(releases, manifest.version):
+        if older := choose_previous(releases, manifest.version):
             tensors = {f.name: f.digest for f in older.files if f.name.endswith(".safetensors")}
             self.vet(folder, against={"tensors": tensors, "regressions": list(regressions)})
 
@@ -172,7 +177,7 @@ def project(works, fakes, tmp_path):
 def tiny_backbone(tiny, tmp_path):
     """Return the folder of a backbone package that trains and runs in a blink."""
     from composable.assembly.backbones import save_backbone
-    from composable.training.documents import Document
+    from composable.corpora.documents import Document
 
     fields = (
         "discount",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from composable.packaging.manifest import Manifest
-from composable.packaging.registry import open_for_publishing
+from composable.packaging.manifests.manifest import Manifest
+from composable.packaging.registry.locations import open_for_publishing
 
 
 def test_new_fills_in_the_template(works):
@@ -185,7 +185,7 @@ def test_yank_of_a_release_that_is_not_there(cli, project):
 
 def test_from_new_to_published(cli, works, tiny_backbone):
     """The whole path on a backbone of noise: whatever vetting says, publishing obeys."""
-    from composable.assembly.contribution import WORK
+    from composable.workflows.workspace import WORK
 
     backbone = ("--backbone", tiny_backbone)
     works("new", "my-expert", *backbone)
@@ -237,7 +237,7 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     step = again.json["against"]
     assert (step["release"], step["needs"]) == ("my-expert@0.1.0", "patch")
     assert (step["enough"], step["write"], step["changes"]) == (True, None, [])
-    assert "'my-expert' cannot be its own neighbour" in (
+    assert "'my-expert' cannot be its own peer" in (
         cli("check", "my-expert", "--beside", "./older", *backbone).err
     )
     copied = Path("older/expert.toml")

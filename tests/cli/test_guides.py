@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from composable.packaging.backbones import find_backbone, read_interface
+from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "users-guide.md"

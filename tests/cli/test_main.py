@@ -9,7 +9,8 @@ import pytest
 
 import composable
 from composable.cli.app import Commands
-from composable.cli.main import COMMANDS, run
+from composable.cli.commands import COMMANDS
+from composable.cli.main import run
 
 ALL = [(name, text) for panel in COMMANDS.values() for name, (_, text) in panel.items()]
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from composable.packaging.lock import Lock
-from composable.packaging.project import Project
+from composable.packaging.install.lock import Lock
+from composable.packaging.project.project import Project
 
 
 def versions(path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from composable.packaging.lock import Lock
-from composable.packaging.store import Store
+from composable.packaging.install.lock import Lock
+from composable.packaging.install.store import Store
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from composable.demo.report import Trace, print_table, write_readme_figure, write_report
-from composable.demo.trace import colour_text, draw_strip
+from composable.demo.figure import write_readme_figure
+from composable.demo.page import write_report
+from composable.demo.table import print_table
+from composable.demo.trace import Trace, colour_text, draw_strip
 from composable.errors import ModelError
 
 HOSTILE = '<script>alert("x")</script>&$x^2$[red]'
@@ -238,7 +240,7 @@ def test_a_long_document_keeps_the_page_small(result: dict[str, Any], tmp_path: 
 def test_trust_in_truth_is_the_weight_of_the_true_expert() -> None:
     weight_TE = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.2, 0.8]])
     trace = Trace(b"text", (("public", 0, 2), ("a", 2, 4)), ("backbone", "a"), weight_TE)
-    assert trace.trust_in_truth() == pytest.approx((1 + 0.5 + 1 + 0.8) / 4)
+    assert trace.weight_on_truth() == pytest.approx((1 + 0.5 + 1 + 0.8) / 4)
 
 
 @pytest.mark.parametrize(("text", "shape"), [(b"", (0, 1)), (b"ab", (3, 1)), (b"ab", (2, 2))])

@@ -14,18 +14,22 @@ from pathlib import Path
 from flax import nnx
 
 from composable.assembly.backbones import load_backbone, save_backbone
-from composable.assembly.contribution import check_expert, publish_expert, train_expert
-from composable.assembly.references import find_older
+from composable.corpora.documents import Document, write_documents
 from composable.model.tokenizer import ByteTokenizer
-from composable.packaging.constraint import Constraint
-from composable.packaging.locking import lock_project, sync_project
-from composable.packaging.project import Project, Wanted
-from composable.packaging.registry import open_for_publishing
-from composable.packaging.version import Version
+from composable.packaging.project.locking import lock_project
+from composable.packaging.project.project import Project, Wanted
+from composable.packaging.project.sync import sync_project
+from composable.packaging.registry.locations import open_for_publishing
+from composable.packaging.versions.constraint import Constraint
+from composable.packaging.versions.version import Version
+from composable.training.config import TrainConfig
 from composable.training.data import batches, token_stream
-from composable.training.documents import Document, write_documents
-from composable.training.loop import TrainConfig, fit
+from composable.training.loop import fit
 from composable.training.objectives import backbone_objective
+from composable.workflows.publish import publish_expert
+from composable.workflows.references import find_previous
+from composable.workflows.train import train_expert
+from composable.workflows.vet import check_expert
 from tests.conftest import INTERFACE_FIELDS, PRIVATE_WORDS, PUBLIC_WORDS, Tiny
 from tests.golden.logits import save_logits
 
@@ -139,7 +143,7 @@ def make_registry(tiny, backbone, scratch):
         train_expert(backbone, folder, [texts], steps)
         older = None
         if version != "1.0.0":
-            older = find_older(backbone, folder, f"{name}@1.0.0", registry=str(OUT / "registry"))
+            older = find_previous(backbone, folder, f"{name}@1.0.0", registry=str(OUT / "registry"))
         check_expert(backbone, folder, older=older)
         publish_expert(backbone, folder, registry)
         record = OUT / "training" / f"{name}-{version}.json"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from composable.interface import RouterInterface
-from composable.packaging.backbones import read_interface
-from composable.packaging.locking import lock_project, sync_project
-from composable.packaging.project import Project
-from composable.packaging.registry import open_registry
+from composable.packaging.manifests.backbone_folder import read_interface
+from composable.packaging.project.locking import lock_project
+from composable.packaging.project.project import Project
+from composable.packaging.project.sync import sync_project
+from composable.packaging.registry.locations import open_registry
 
 HERE = Path(__file__).parent
 FOLDERS = sorted(path for path in HERE.iterdir() if (path / "logits.json").exists())

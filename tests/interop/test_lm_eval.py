@@ -20,11 +20,11 @@ def adapter():
 
 
 @pytest.fixture(scope="module")
-def model(release, tiny):
+def model(loaded, tiny):
     from composable.model.model import Pluggable
 
     expert = tiny.expert("logic", noise=0.2)
-    return release.plug([Pluggable(name="logic", body=expert.body, scout=expert.scout, key=7)])
+    return loaded.plug([Pluggable(name="logic", body=expert.body, scout=expert.scout, key=7)])
 
 
 def ask(*arguments):

@@ -8,9 +8,9 @@ from flax import nnx
 
 from composable.errors import ModelError
 from composable.model.backbone import Backbone
-from composable.model.composed import mix, mix_state
 from composable.model.config import BackboneConfig, RopeScaling, tiny_bytes
 from composable.model.layers import _stretch
+from composable.model.mix import mix, mix_state
 from composable.model.model import Model
 
 SCALING = RopeScaling(factor=8.0, low_frequency=1.0, high_frequency=4.0, original_context=64)

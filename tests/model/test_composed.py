@@ -11,13 +11,15 @@ from flax import nnx
 
 from composable.model import bank as banks
 from composable.model import composed
+from composable.model import mix as mix_mode
+from composable.model import safe as safe_mode
 from composable.model.bank import Bank
 from composable.model.layers import swiglu
 from composable.model.router import ScoutBank
 
 track_records = jax.jit(
     lambda parts, tokens_BT: composed.track_records(
-        parts, tokens_BT, composed.mix_state(parts, tokens_BT.shape[0]).router
+        parts, tokens_BT, mix_mode.mix_state(parts, tokens_BT.shape[0]).router
     )
 )
 
@@ -307,7 +309,7 @@ def random_bank(tiny, rng, plans, capacity=4):
 @jax.jit
 def run_safe(parts, tokens_BT):
     """Return safe mode's log probabilities and the state after them."""
-    return composed.safe(parts, tokens_BT, composed.safe_state(parts, tokens_BT.shape[0]))
+    return safe_mode.safe(parts, tokens_BT, safe_mode.safe_state(parts, tokens_BT.shape[0]))
 
 
 def nats(log_prob_BTV, tokens_BT):

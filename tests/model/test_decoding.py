@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from composable.errors import ContributionWarning, ModelError, TextError
-from composable.model.composed import mix, mix_state, safe, safe_state
 from composable.model.decoding import (
     PREFILL,
     Decoder,
@@ -15,7 +14,9 @@ from composable.model.decoding import (
     continue_tokens,
 )
 from composable.model.layers import CACHE_BLOCK
+from composable.model.mix import mix, mix_state
 from composable.model.model import generate
+from composable.model.safe import safe, safe_state
 from composable.model.tokenizer import ByteTokenizer
 
 # Cached attention sums over the whole cache, masked, where a full pass sums over the blocks in use;

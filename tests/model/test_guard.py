@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from composable.kernels import make_dispatch
-from composable.model.guard import exceeds, give_back
+from composable.model.guard import exceeds, redistribute
 
 # Weights of three choices; which of them count as zero; weights after; is no choice left?
 TABLE = [
@@ -35,9 +35,11 @@ def test_weight_of_what_counts_as_zero_goes_to_the_other_choices(block):
     rng = np.random.default_rng(0)
     expert_MJ = np.array([rng.permutation(5)[:3] for _ in TABLE])
     dispatch = make_dispatch(jnp.asarray(expert_MJ), 5, block)
-    found_MJ, bereft_M = give_back(jnp.asarray(WEIGHTS_MJ), rows_of(ZEROED_MJ, dispatch), dispatch)
+    found_MJ, dropped_M = redistribute(
+        jnp.asarray(WEIGHTS_MJ), rows_of(ZEROED_MJ, dispatch), dispatch
+    )
     np.testing.assert_allclose(found_MJ, [row[2] for row in TABLE], rtol=1e-6)
-    np.testing.assert_array_equal(bereft_M, [row[3] for row in TABLE])
+    np.testing.assert_array_equal(dropped_M, [row[3] for row in TABLE])
 
 
 def test_who_lost_nothing_keeps_every_bit():
@@ -47,7 +49,7 @@ def test_who_lost_nothing_keeps_every_bit():
     dispatch = make_dispatch(jnp.tile(jnp.arange(3), (64, 1)), 3, 8)
     zeroed_MJ = np.zeros((64, 3), bool)
     zeroed_MJ[::2, 1] = True
-    found_MJ, _ = give_back(weight_MJ, rows_of(zeroed_MJ, dispatch), dispatch)
+    found_MJ, _ = redistribute(weight_MJ, rows_of(zeroed_MJ, dispatch), dispatch)
     np.testing.assert_array_equal(found_MJ[1::2], weight_MJ[1::2])
     assert (np.asarray(found_MJ)[::2, 1] == 0).all()
 
@@ -56,9 +58,9 @@ def test_a_choice_of_no_expert_is_not_a_broken_one():
     dispatch = make_dispatch(jnp.array([[0, 3], [3, 1]]), 2, 2)
     weight_MJ = jnp.array([[0.5, 0.5], [0.5, 0.5]])
     zeroed_P = jnp.zeros(dispatch.choice_P.shape, bool)
-    found_MJ, bereft_M = give_back(weight_MJ, zeroed_P, dispatch)
+    found_MJ, dropped_M = redistribute(weight_MJ, zeroed_P, dispatch)
     np.testing.assert_array_equal(found_MJ, weight_MJ)
-    assert not bereft_M.any()
+    assert not dropped_M.any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.1, 3e38])

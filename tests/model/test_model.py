@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from composable.errors import ModelError, TextError
-from composable.model import composed
+from composable.model import mix as mix_mode
 from composable.model.model import Model, Pluggable
 
 
@@ -126,7 +126,7 @@ def test_only_chosen_experts_have_a_gradient(tiny):
     def gradient(slots):
         bank = dataclasses.replace(model.parts.bank, slots=slots)
         parts = dataclasses.replace(model.parts, bank=bank)
-        logits_BTV, _ = composed.mix(parts, tokens_BT, composed.mix_state(parts, 2))
+        logits_BTV, _ = mix_mode.mix(parts, tokens_BT, mix_mode.mix_state(parts, 2))
         return jnp.square(jax.nn.log_softmax(logits_BTV)).mean()
 
     for slot in gradient(model.parts.bank.slots):
@@ -145,7 +145,7 @@ def test_the_mixture_is_differentiable_where_a_scout_is_broken(tiny):
     def loss(scouts):
         bank = dataclasses.replace(model.parts.bank, scouts=scouts)
         parts = dataclasses.replace(model.parts, bank=bank)
-        weight_BTE, _ = composed.route(parts, tokens_BT, composed.mix_state(parts, 2))
+        weight_BTE, _ = mix_mode.route(parts, tokens_BT, mix_mode.mix_state(parts, 2))
         return (weight_BTE * jnp.arange(4)).sum()
 
     gradient = jax.jit(jax.grad(loss))(model.parts.bank.scouts)

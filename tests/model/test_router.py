@@ -15,7 +15,7 @@ from composable.model.router import (
     empty_state,
     evidence,
     log_prior,
-    switching_trust,
+    switching_posterior,
     track_record,
 )
 
@@ -67,7 +67,7 @@ def test_the_switching_filter_is_the_forward_recursion(power, rate):
     log_prior_E = jnp.log(jnp.asarray(prior_E, jnp.float32))
 
     def follow(evidence_BTE, before_BE):
-        return switching_trust(evidence_BTE, before_BE, log_prior_E, power=power, rate=rate)
+        return switching_posterior(evidence_BTE, before_BE, log_prior_E, power=power, rate=rate)
 
     whole_BTE = follow(evidence_TE[None], log_prior_E[None])
     expected_TE = reference_trust(evidence_TE.astype(np.float64), prior_E, power, rate)
@@ -121,7 +121,7 @@ def test_evidence_of_a_scout_hangs_on_its_own_width_alone():
     np.testing.assert_allclose(found_BTE[..., alive], whole_BTE[..., alive], rtol=1e-5)
     np.testing.assert_allclose(found_BTE[:, 1:, 2], -np.log(6), rtol=FLOAT32_ROUNDING)
 
-    # What is more than the program for its width needs is not read, and neither are neighbours.
+    # What is more than the program for its width needs is not read, and neither are peers.
     spoilt = padded._replace(w_out_EWC=padded.w_out_EWC.at[:, 4:].set(jnp.nan).at[1:3].set(jnp.nan))
     again_BTE = np.asarray(hear(spoilt, feature_BTD, classes_BT, state, width_E))
     np.testing.assert_array_equal(again_BTE[..., [0, 3]], found_BTE[..., [0, 3]])
@@ -179,7 +179,7 @@ def test_who_has_less_weight_than_the_floor_is_not_chosen_and_the_best_always_is
 def test_a_chain_that_never_switches_is_bayes():
     evidence_BTE = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 3)), jnp.float32)
     prior_E = jnp.log(jnp.array([0.5, 0.25, 0.25]))
-    found_BTE = switching_trust(evidence_BTE, prior_E[None], prior_E, power=1.0, rate=1e-30)
+    found_BTE = switching_posterior(evidence_BTE, prior_E[None], prior_E, power=1.0, rate=1e-30)
     expected_BTE = jax.nn.log_softmax(prior_E + evidence_BTE.cumsum(1))
     np.testing.assert_allclose(found_BTE, expected_BTE, rtol=1e-4, atol=1e-4)
 
@@ -192,7 +192,7 @@ def test_a_margin_has_the_weight_of_a_scout_sink_that_is_no_better_than_the_back
 
     def trusted(evidence_BTE, margin):
         margin_E = jnp.asarray([0.0, margin, margin])
-        follow = partial(switching_trust, power=0.35, rate=0.01, margin_E=margin_E)
+        follow = partial(switching_posterior, power=0.35, rate=0.01, margin_E=margin_E)
         return np.exp(np.asarray(follow(evidence_BTE, start_BE, prior_E)))[..., 1:].sum(-1)
 
     wandering, sunk = (trusted(evidence_BTE, margin) for margin in (0.0, 0.5))

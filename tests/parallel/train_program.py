@@ -17,8 +17,9 @@ from flax import nnx
 from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig
 from composable.parallel import make_mesh, shard_tree, start_processes
+from composable.training.config import TrainConfig
 from composable.training.data import batches
-from composable.training.loop import TrainConfig, fit
+from composable.training.loop import fit
 from composable.training.objectives import backbone_objective
 
 CFG = BackboneConfig(

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from composable.training.config import TrainConfig
 from composable.training.data import batches
-from composable.training.loop import TrainConfig, fit
+from composable.training.loop import fit
 
 CFG = TrainConfig(
     steps=6,

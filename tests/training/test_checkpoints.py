@@ -8,7 +8,7 @@ from flax import nnx
 
 from composable.errors import TrainingError
 from composable.training.checkpoints import Checkpoints
-from composable.training.loop import TrainConfig
+from composable.training.config import TrainConfig
 
 CFG = TrainConfig(steps=3, batch_size=1, window=1, learning_rate=1.0)
 

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from composable.corpora.documents import Document
 from composable.errors import TextError
 from composable.model.tokenizer import ByteTokenizer
 from composable.training.data import batches, token_stream
-from composable.training.documents import Document
 
 WINDOW = 8
 # Token i of the stream is i, so that a row tells where it was cut.

@@ -13,11 +13,13 @@ import optax
 import pytest
 from flax import nnx
 
+from composable.corpora.documents import Document
 from composable.errors import TrainingError
+from composable.training.config import TrainConfig
 from composable.training.data import batches, token_stream
-from composable.training.documents import Document
-from composable.training.loop import TrainConfig, adamw, fit
+from composable.training.loop import fit
 from composable.training.objectives import expert_objective
+from composable.training.optimizers import adamw
 
 PROGRAM = Path(__file__).with_name("line_program.py")
 LINE = runpy.run_path(str(PROGRAM))

@@ -18,29 +18,29 @@ def change_card(folder, **changes):
     (folder / CARD_FILE).write_text(json.dumps({**card, **changes}))
 
 
-def test_a_vetted_expert_may_be_published(folder, release):
-    card = require_passed(folder, release.interface)
+def test_a_vetted_expert_may_be_published(folder, loaded):
+    card = require_passed(folder, loaded.interface)
     assert card["expert"] == "logic@1.0.0"
-    assert card["interface"] == {"name": "tiny", "digest": release.interface.digest}
+    assert card["interface"] == {"name": "tiny", "digest": loaded.interface.digest}
     for name, digest in card["tensors"].items():
         assert digest == digest_bytes((folder / name).read_bytes())
     assert "composable check" in card["measure_again"]
 
 
-def test_without_a_card_there_is_no_publishing(folder, release):
+def test_without_a_card_there_is_no_publishing(folder, loaded):
     (folder / CARD_FILE).unlink()
     with pytest.raises(VettingError, match="was not vetted") as caught:
-        require_passed(folder, release.interface)
+        require_passed(folder, loaded.interface)
     assert "composable check" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["body.safetensors", "scout.safetensors"])
-def test_tensors_that_changed_since_must_be_vetted_again(folder, release, name):
+def test_tensors_that_changed_since_must_be_vetted_again(folder, loaded, name):
     data = bytearray((folder / name).read_bytes())
     data[-1] ^= 1
     (folder / name).write_bytes(data)
     with pytest.raises(VettingError, match="changed since they were vetted"):
-        require_passed(folder, release.interface)
+        require_passed(folder, loaded.interface)
 
 
 def test_a_card_of_another_interface_does_not_count(folder, tiny):
@@ -48,22 +48,22 @@ def test_a_card_of_another_interface_does_not_count(folder, tiny):
         require_passed(folder, tiny.interface)
 
 
-def test_a_failed_check_is_told_with_its_figures(folder, release):
+def test_a_failed_check_is_told_with_its_figures(folder, loaded):
     checks = [{"name": "gain", "passed": False, "found": "3 to 3", "expected": "1% less"}]
     change_card(folder, checks=checks, passed=False)
     with pytest.raises(VettingError, match="gain: 3 to 3, expected 1% less"):
-        require_passed(folder, release.interface)
+        require_passed(folder, loaded.interface)
 
 
-def test_a_card_that_contradicts_itself_does_not_count(folder, release):
+def test_a_card_that_contradicts_itself_does_not_count(folder, loaded):
     checks = [{"name": "gain", "passed": False, "found": "3 to 3", "expected": "1% less"}]
     change_card(folder, checks=checks, passed=True)
     with pytest.raises(VettingError, match="gain"):
-        require_passed(folder, release.interface)
+        require_passed(folder, loaded.interface)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"tensors": 3}', '{"interface": []}'])
-def test_a_damaged_card_does_not_count(folder, release, text):
+def test_a_damaged_card_does_not_count(folder, loaded, text):
     (folder / CARD_FILE).write_text(text)
     with pytest.raises(VettingError):
-        require_passed(folder, release.interface)
+        require_passed(folder, loaded.interface)

@@ -5,28 +5,28 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from composable.assembly.contribution import vetted_texts
 from composable.assembly.experts import load_expert
+from composable.corpora.documents import read_documents
 from composable.errors import TextError
-from composable.training.documents import read_documents
 from composable.vetting.checks import Check, Verdict, _check_taken, recovery, vet
 from composable.vetting.statistics import upper_mean
+from composable.workflows.workspace import vetted_texts
 
 
 @pytest.fixture(scope="module")
-def texts(release, trained_folder):
+def texts(loaded, trained_folder):
     """Return (held-out private text, public text)."""
     heldout = read_documents([trained_folder / ".work" / "heldout.jsonl"])
-    return vetted_texts(heldout), vetted_texts(release.anchor)
+    return vetted_texts(heldout), vetted_texts(loaded.anchor)
 
 
 @pytest.fixture(scope="module")
-def good(release, trained_folder):
-    return load_expert(release, trained_folder)
+def good(loaded, trained_folder):
+    return load_expert(loaded, trained_folder)
 
 
-def vet_expert(release, expert, texts):
-    return vet(release.backbone, release.interface, expert, *texts)
+def vet_expert(loaded, expert, texts):
+    return vet(loaded.backbone, loaded.interface, expert, *texts)
 
 
 def failed(verdict):
@@ -76,46 +76,46 @@ def test_a_good_expert_passes_with_its_figures(trained_folder):
     assert card["training"]["tokens"] == 60 * 8 * 32
 
 
-def test_an_expert_that_knows_nothing_new_fails(release, tiny, good, texts):
+def test_an_expert_that_knows_nothing_new_fails(loaded, tiny, good, texts):
     from composable.model.body import Expert
 
-    fresh = Expert(release.backbone, kind="ffn", scout_width=8, rngs=nnx.Rngs(0))
+    fresh = Expert(loaded.backbone, kind="ffn", scout_width=8, rngs=nnx.Rngs(0))
     untrained = dataclasses.replace(good, body=fresh.body, scout=fresh.scout)
-    verdict = vet_expert(release, untrained, texts)
+    verdict = vet_expert(loaded, untrained, texts)
     assert failed(verdict) == {"gain"}
     assert verdict.measured["gain"] == 0
     json.dumps(verdict.measured, allow_nan=False)
 
 
-def test_an_expert_that_takes_public_text_and_spoils_it_fails(release, tiny, good, texts):
+def test_an_expert_that_takes_public_text_and_spoils_it_fails(loaded, tiny, good, texts):
     """The backbone's own scout with a bias for public letters, and a body that knows nothing."""
     scout = tiny.expert("thief", width=16).scout
-    backbone = release.backbone.scout
+    backbone = loaded.backbone.scout
     for name in ("w_in", "b_in", "w_out", "b_out"):
         getattr(scout, name)[...] = getattr(backbone, name)[...]
     body = tiny.expert("noise", noise=3.0).body
     thief = dataclasses.replace(good, body=body, scout=scout)
-    verdict = vet_expert(release, thief, texts)
+    verdict = vet_expert(loaded, thief, texts)
     assert "anchor" in failed(verdict)
     assert "isolation" not in failed(verdict)
     assert verdict.measured["anchor_loss"] > 0.01
 
 
-def test_outputs_beyond_the_bounds_are_told(release, tiny, good, texts):
+def test_outputs_beyond_the_bounds_are_told(loaded, tiny, good, texts):
     """They are finite, and in mix mode they count as zero; always on, they are what they are."""
     huge = dataclasses.replace(good, body=tiny.expert("huge", noise=1e4).body)
-    verdict = vet_expert(release, huge, texts)
+    verdict = vet_expert(loaded, huge, texts)
     assert "norms" in failed(verdict)
     assert "finite" not in failed(verdict)
     assert verdict.measured["norms"]["zeroed"] > 0.5
     assert "anchor" not in failed(verdict)
 
 
-def test_an_overconfident_scout_takes_nothing(release, good, texts):
+def test_an_overconfident_scout_takes_nothing(loaded, good, texts):
     """It is sure of one byte, so it is wrong at every other, and nobody listens."""
     scout = nnx.clone(good.scout)
     scout.b_out[...] = scout.b_out[...].at[ord("e")].set(60.0)
-    verdict = vet_expert(release, dataclasses.replace(good, scout=scout), texts)
+    verdict = vet_expert(loaded, dataclasses.replace(good, scout=scout), texts)
     assert verdict.measured["anchor_taken"] < 0.01
     assert verdict.measured["recovery"] < 0.1
     assert failed(verdict) == set()
@@ -133,29 +133,29 @@ def test_what_an_expert_may_take_of_public_text_hangs_on_what_others_may_show():
     assert not _check_taken(unsure, upper_mean(unsure), 0.002).passed, "a third, but it may be more"
 
 
-def test_a_body_that_overflows_is_told(release, tiny, good, texts):
+def test_a_body_that_overflows_is_told(loaded, tiny, good, texts):
     broken = dataclasses.replace(good, body=tiny.expert("huge", noise=1e25).body)
-    verdict = vet_expert(release, broken, texts)
+    verdict = vet_expert(loaded, broken, texts)
     assert {"finite", "gain"} <= failed(verdict)
     json.dumps(verdict.measured, allow_nan=False)
     assert "isolation" not in failed(verdict)
 
 
-def test_progress_counts_the_passes(release, good, texts):
+def test_progress_counts_the_passes(loaded, good, texts):
     heard = []
-    vet(release.backbone, release.interface, good, *texts, progress=lambda *at: heard.append(at))
+    vet(loaded.backbone, loaded.interface, good, *texts, progress=lambda *at: heard.append(at))
     assert heard == [(i, len(heard)) for i in range(1, len(heard) + 1)]
     assert len(heard) > 1
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_vetting_without_text_is_refused(release, good, texts, missing):
+def test_vetting_without_text_is_refused(loaded, good, texts, missing):
     given = [[] if i == missing else text for i, text in enumerate(texts)]
     with pytest.raises(TextError):
-        vet(release.backbone, release.interface, good, *given)
+        vet(loaded.backbone, loaded.interface, good, *given)
 
 
-def test_figures_are_numbers_that_json_can_say(release, good, texts):
-    measured = vet_expert(release, good, texts).measured
+def test_figures_are_numbers_that_json_can_say(loaded, good, texts):
+    measured = vet_expert(loaded, good, texts).measured
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     assert all(np.isfinite(x) for x in measured["bits_per_byte"].values())

@@ -22,9 +22,9 @@ CONTEXT = 128
 
 
 @pytest.fixture(scope="module")
-def model(release, tiny):
+def model(loaded, tiny):
     """Return a model of the shapes that vetting uses, so that it compiles nothing of its own."""
-    return Model(release.backbone, release.interface, [tiny.expert("a")])
+    return Model(loaded.backbone, loaded.interface, [tiny.expert("a")])
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,8 @@ def test_what_else_is_scored_does_not_change_a_documents_score(model, documents,
     np.testing.assert_allclose(many.nats, np.tile(together.nats, 4), atol=SAME_NATS)
 
 
-def test_safe_mode_keeps_its_bound_over_windows(release, tiny, documents):
-    model = Model(release.backbone, release.interface, [tiny.expert("a", noise=30.0)])
+def test_safe_mode_keeps_its_bound_over_windows(loaded, tiny, documents):
+    model = Model(loaded.backbone, loaded.interface, [tiny.expert("a", noise=30.0)])
     safe = score_documents(safe_scorer(model), documents, context=CONTEXT).nats
     own = score_documents(path_scorer(model), documents, context=CONTEXT).nats
     prior, rate = model.interface.backbone_prior, model.interface.switch_rate
@@ -159,6 +159,6 @@ def test_evidence_is_what_each_scout_says_of_each_token(model, tiny, documents):
     assert cut_ET.shape[1] == sum(min(100, len(document)) for document in documents)
 
 
-def test_an_empty_entry_of_the_bank_has_the_evidence_of_chance(release, documents):
-    model = Model(release.backbone, release.interface, capacity=2)
+def test_an_empty_entry_of_the_bank_has_the_evidence_of_chance(loaded, documents):
+    model = Model(loaded.backbone, loaded.interface, capacity=2)
     np.testing.assert_allclose(measure_evidence(model, documents)[1], -np.log(256), rtol=1e-5)

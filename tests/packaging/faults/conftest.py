@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.scenarios import warm_up
-from benchmarks.faults.tracer import is_supported
-from benchmarks.faults.worlds import Inputs
+from tests.support.faults.scenarios import warm_up
+from tests.support.faults.tracer import is_supported
+from tests.support.faults.worlds import Inputs
 
 TRACED = ("test_tracer", "test_kills", "test_power_loss", "test_full_disk", "test_mutations")
 

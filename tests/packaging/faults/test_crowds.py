@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import crowds
-from benchmarks.faults.crowds import Crowd, crowd_together
-from benchmarks.faults.worlds import Inputs
+from tests.support.faults import crowds
+from tests.support.faults.crowds import Crowd, crowd_together
+from tests.support.faults.worlds import Inputs
 
 
 @pytest.mark.parametrize("crowd", crowds.ALL, ids=lambda crowd: crowd.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.disk import (
+from tests.support.faults.disk import (
     CUT,
     NAMES,
     STRICT,
@@ -19,7 +19,7 @@ from benchmarks.faults.disk import (
     Snapshot,
     draw_omen,
 )
-from benchmarks.faults.tracer import is_supported, run_traced
+from tests.support.faults.tracer import is_supported, run_traced
 
 pytestmark = pytest.mark.skipif(
     not is_supported() and not os.environ.get("CI"), reason="needs ptrace: Linux on x86_64"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import flips
-from benchmarks.faults.flips import Target, flip_everywhere
-from benchmarks.faults.worlds import Inputs
+from tests.support.faults import flips
+from tests.support.faults.flips import Target, flip_everywhere
+from tests.support.faults.worlds import Inputs
 
 
 @pytest.mark.parametrize("target", flips.ALL, ids=lambda target: target.name)

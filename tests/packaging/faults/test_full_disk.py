@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import scenarios
-from benchmarks.faults.full_disk import (
+from tests.support.faults import scenarios
+from tests.support.faults.full_disk import (
     ERRORS,
     fill_tmpfs,
     limit_file_size,
     may_mount,
     refuse_everywhere,
 )
-from benchmarks.faults.kills import Bench
-from benchmarks.faults.scenarios import Scenario
-from benchmarks.faults.worlds import Inputs
+from tests.support.faults.kills import Bench
+from tests.support.faults.scenarios import Scenario
+from tests.support.faults.worlds import Inputs
 
 COMMANDS = [scenarios.PUBLISH, scenarios.INSTALL, scenarios.YANK, scenarios.PRUNE]
 

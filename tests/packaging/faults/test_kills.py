@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import scenarios
-from benchmarks.faults.kills import Bench, crash_for_days, kill_everywhere
-from benchmarks.faults.scenarios import Scenario
-from benchmarks.faults.worlds import Inputs
+from tests.support.faults import scenarios
+from tests.support.faults.kills import Bench, crash_for_days, kill_everywhere
+from tests.support.faults.scenarios import Scenario
+from tests.support.faults.worlds import Inputs
 
 
 @pytest.mark.parametrize("scenario", scenarios.ALL, ids=lambda scenario: scenario.name)

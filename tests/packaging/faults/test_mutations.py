@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import flips, scenarios
-from benchmarks.faults.disk import NAMES, STRICT
-from benchmarks.faults.flips import flip_everywhere
-from benchmarks.faults.full_disk import refuse_everywhere
-from benchmarks.faults.kills import Bench, crash_for_days, kill_everywhere
-from benchmarks.faults.power_loss import cut_after_kills, cut_everywhere
-from benchmarks.faults.worlds import Inputs
-from composable.packaging import atomic, release
+from composable.files import atomic
+from composable.packaging.registry import release
+from tests.support.faults import flips, scenarios
+from tests.support.faults.disk import NAMES, STRICT
+from tests.support.faults.flips import flip_everywhere
+from tests.support.faults.full_disk import refuse_everywhere
+from tests.support.faults.kills import Bench, crash_for_days, kill_everywhere
+from tests.support.faults.power_loss import cut_after_kills, cut_everywhere
+from tests.support.faults.worlds import Inputs
 
 Break = Callable[[pytest.MonkeyPatch], None]
 Find = Callable[[Inputs, Path], list[str]]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import scenarios
-from benchmarks.faults.kills import Bench
-from benchmarks.faults.power_loss import cut_after_kills, cut_everywhere, omens
-from benchmarks.faults.scenarios import Scenario
-from benchmarks.faults.worlds import Inputs
+from tests.support.faults import scenarios
+from tests.support.faults.kills import Bench
+from tests.support.faults.power_loss import cut_after_kills, cut_everywhere, omens
+from tests.support.faults.scenarios import Scenario
+from tests.support.faults.worlds import Inputs
 
 
 @pytest.mark.parametrize("scenario", scenarios.ALL, ids=lambda scenario: scenario.name)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.processes import CRASHED, acknowledge
-from benchmarks.faults.tracer import Fail, Fate, Kind, NotModelledError, Operation, run_traced
+from tests.support.faults.processes import CRASHED, acknowledge
+from tests.support.faults.tracer import Fail, Fate, Kind, NotModelledError, Operation, run_traced
 
 
 def work(root: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.faults.wire import play_tricks
-from benchmarks.faults.worlds import Inputs
+from tests.support.faults.wire import play_tricks
+from tests.support.faults.worlds import Inputs
 
 
 def test_tricks(inputs: Inputs, scratch: Path) -> None:

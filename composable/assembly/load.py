@@ -1,0 +1,186 @@
+"""From names to a model: requirements are resolved, locked, installed and plugged in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from composable.assembly.backbones import LoadedBackbone, load_backbone
+from composable.assembly.experts import load_expert
+from composable.errors import PackagingError
+from composable.interface import canonical_json, digest_bytes
+from composable.model.model import Model, Pluggable
+from composable.packaging.install.environment import Environment
+from composable.packaging.project.locking import lock_project
+from composable.packaging.project.project import Project, Wanted
+from composable.packaging.project.sync import sync_project
+from composable.packaging.versions.constraint import Requirement
+
+REGISTRY_VARIABLE: Final = "COMPOSABLE_REGISTRY"
+
+
+def load(
+    backbone: str | None = None,
+    experts: Sequence[str] | None = None,
+    *,
+    registry: str | Path | None = None,
+    capacity: int | None = None,
+) -> Model:
+    """Return a model: a backbone with experts plugged in.
+
+    Without `experts`, what the project around the working directory has installed. With them, the
+    newest releases that fit together, from `registry`, or else the project's registries, or else
+    the one in COMPOSABLE_REGISTRY; they are installed once and found again the next time.
+
+    Args:
+        backbone: Name of a backbone that ships with composable, or the folder of one; by default
+            the project's.
+        experts: Requirements such as "python-code>=1.0" or "set-mm"; none at all is the backbone
+            alone.
+        registry: Where to take them from: a folder, an export, or a URL.
+        capacity: Entries of the bank; see `Model`.
+
+    Returns:
+        The model, on the default device.
+
+    Raises:
+        PackagingError: If something does not exist, does not resolve, or is damaged.
+    """
+    loaded, folders = gather(backbone, experts, registry=registry)
+    return loaded.plug([load_expert(loaded, folder) for folder in folders], capacity=capacity)
+
+
+def gather(
+    backbone: str | None = None,
+    experts: Sequence[str] | None = None,
+    *,
+    registry: str | Path | None = None,
+) -> tuple[LoadedBackbone, list[Path]]:
+    """Return what `load` plugs together: the backbone, and the folders of the installed experts.
+
+    Arguments and errors as for `load`.
+    """
+    if experts is None:
+        project = Project.find()
+        loaded = load_backbone(backbone or project.backbone)
+        environment = sync_project(project, interface=loaded.interface)
+    else:
+        loaded = load_backbone(backbone or Project.find().backbone)
+        if not experts:
+            return loaded, []
+        environment = install_experts(
+            loaded, [Requirement.parse(text) for text in experts], registry
+        )
+    return loaded, [environment.expert_path(m.name) for m in environment.manifests()]
+
+
+def expert(
+    requirement: str, *, backbone: str | None = None, registry: str | Path | None = None
+) -> Pluggable:
+    """Return one expert as modules, for research code of one's own.
+
+    Args:
+        requirement: For example "set-mm@1.0.0".
+        backbone: The backbone that it is for; by default the one that its manifest names.
+        registry: As for `load`.
+
+    Returns:
+        The expert: `body` and `scout` are flax modules.
+
+    Raises:
+        PackagingError: If it does not exist, does not resolve, or is damaged.
+    """
+    wanted = Requirement.parse(requirement)
+    loaded = load_backbone(backbone or _default_backbone())
+    environment = install_experts(loaded, [wanted], registry)
+    return load_expert(loaded, environment.expert_path(wanted.name))
+
+
+def _default_backbone() -> str:
+    try:
+        return Project.find().backbone
+    except PackagingError:
+        return "tiny-bytes"
+
+
+def install_experts(
+    loaded: LoadedBackbone, wanted: Sequence[Requirement], registry: str | Path | None
+) -> Environment:
+    """Resolve and install requirements into an environment of their own, in the user's cache.
+
+    Args:
+        loaded: The backbone that they plug into.
+        wanted: The requirements.
+        registry: Where to take them from, as for `load`.
+
+    Raises:
+        PackagingError: If something does not exist, does not resolve, or is damaged.
+    """
+    shop = find_registries(registry)
+    experts = {}
+    for requirement in wanted:
+        known = shop.experts.get(requirement.name, Wanted())
+        experts[requirement.name] = dataclasses.replace(
+            known,
+            constraint=requirement.constraint,
+            extras=requirement.extras or known.extras,
+        )
+    identity = {
+        "interface": loaded.interface.digest,
+        "experts": {name: dataclasses.astuple(want)[1:] for name, want in experts.items()},
+        "ranges": {name: str(want.constraint) for name, want in experts.items()},
+        "registries": dict(shop.registries),
+    }
+    key = digest_bytes(canonical_json(identity)).removeprefix("sha256:")[:16]
+    cache = Path(platformdirs.user_cache_dir("composable", appauthor=False))
+    project = dataclasses.replace(
+        shop,
+        root=cache / "environments" / key,
+        backbone=str(loaded.folder),
+        experts=experts,
+    )
+    lock = lock_project(project, loaded.interface, upgrade=True)
+    return sync_project(project, lock, interface=loaded.interface)
+
+
+def find_registries(registry: str | Path | None) -> Project:
+    """Return where experts come from: as a project, every place in it independent of its folder.
+
+    Args:
+        registry: A registry; by default the project's, or else that of COMPOSABLE_REGISTRY.
+
+    Raises:
+        PackagingError: If there is none.
+    """
+    location = registry or os.environ.get(REGISTRY_VARIABLE)
+    if registry is None:
+        try:
+            project = Project.find()
+        except PackagingError:
+            project = None
+        if project is not None:
+            experts = {
+                name: dataclasses.replace(want, path=str(project.folder_of(name)))
+                if want.path
+                else want
+                for name, want in project.experts.items()
+            }
+            places = {n: _anchor(place, project.root) for n, place in project.registries.items()}
+            return dataclasses.replace(project, registries=places, experts=experts)
+    if location is None:
+        raise PackagingError(
+            "there is no registry to take experts from",
+            hint=f"give registry=LOCATION, set {REGISTRY_VARIABLE}, or work inside a project",
+        )
+    places = {"default": _anchor(str(location), Path.cwd())}
+    return Project(root=Path.cwd(), backbone="", registries=places, default_registry="default")
+
+
+def _anchor(location: str, root: Path) -> str:
+    """Return a location that means the same everywhere."""
+    return location if "://" in location else str((root / Path(location).expanduser()).resolve())

@@ -1,0 +1,1 @@
+"""Files: atomic writes, content addresses and checked tensor files."""

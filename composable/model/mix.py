@@ -1,0 +1,162 @@
+"""Mix mode: one pass, in which every slot mixes the outputs of the experts chosen per token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from composable.kernels import (
+    Dispatch,
+    combine_rows,
+    default_block,
+    gather_rows,
+    grouped_swiglu,
+    make_dispatch,
+)
+from composable.model.backbone import FeedForwardFn
+from composable.model.composed import (
+    Caches,
+    Parts,
+    empty_caches,
+    mix_in_scouts,
+    run_trunk_and_scouts,
+)
+from composable.model.guard import (
+    Tally,
+    empty_tally,
+    exceeds,
+    redistribute,
+    tally_rows,
+)
+from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
+from composable.model.router import (
+    Choice,
+    RouterState,
+    choose,
+    dense_weights,
+    empty_state,
+)
+
+
+class MixState(NamedTuple):
+    """What mix mode carries from one call to the next on the same documents."""
+
+    router: RouterState
+    tally: Tally
+    output_mixture: OutputMixtureState
+    caches: Caches | None = None
+
+
+def mix_state(parts: Parts, batch: int, cache_length: int | None = None) -> MixState:
+    """Return mix mode's state at the begin of a document.
+
+    Args:
+        parts: The model.
+        batch: Sequences (B).
+        cache_length: Positions to make room for when decoding; None keeps no cache.
+    """
+    router = empty_state(batch, parts.bank.capacity, parts.interface.d_model)
+    tally = empty_tally(parts.bank.capacity)
+    mixture = empty_output_mixture(batch, parts.interface.n_classes)
+    return MixState(router, tally, mixture, empty_caches(parts, batch, cache_length))
+
+
+def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
+    """Return logits in mix mode.
+
+    Args:
+        parts: The model.
+        tokens_BT: Token ids, from where the state left off.
+        state: State before the first of them.
+
+    Returns:
+        Logits of the next token at every position, shape BTV float32, and the new state.
+    """
+    logits_BTV, _, state = trace_mix(parts, tokens_BT, state)
+    return logits_BTV, state
+
+
+def trace_mix(
+    parts: Parts, tokens_BT: jax.Array, state: MixState
+) -> tuple[jax.Array, jax.Array, MixState]:
+    """Return logits in mix mode, the weights behind them, shape BTE, and the new state."""
+    trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
+    choice = choose_experts(parts, trunk.score_BTE)
+    feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice)
+    if state.caches is None or caches is None:
+        logits_BTV, _ = parts.backbone.upper(trunk.x_BTD, feed_forward)
+    else:
+        logits_BTV, written = parts.backbone.upper(
+            trunk.x_BTD, feed_forward, state.caches.position, caches.upper
+        )
+        caches = caches._replace(upper=tuple(written))
+    logits_BTV, mixture = mix_in_scouts(
+        parts, logits_BTV, trunk, state.router, state.output_mixture
+    )
+    tally = tally_rows(state.tally, zeroed, choice, dispatch)
+    after = MixState(router, tally, mixture, caches)
+    return logits_BTV, dense_weights(choice, parts.bank.capacity), after
+
+
+def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
+    """Return the weights of mix mode without running the upper layers.
+
+    Returns:
+        Weights, shape BTE, at every position for the prediction of the next token, and the state.
+    """
+    trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
+    weight_BTE = dense_weights(choose_experts(parts, trunk.score_BTE), parts.bank.capacity)
+    return weight_BTE, state._replace(router=router, caches=caches)
+
+
+def choose_experts(parts: Parts, score_BTE: jax.Array) -> Choice:
+    """Decide whom to mix."""
+    interface = parts.interface
+    return choose(score_BTE, parts.bank.key_E, interface.n_mixed, interface.mix_floor)
+
+
+def _mixed_feed_forward(
+    parts: Parts, choice: Choice
+) -> tuple[FeedForwardFn, Dispatch, list[jax.Array]]:
+    """Return the mixture of the chosen experts; groups are made once and shared by all slots.
+
+    In each slot, what counts as zero leaves its weight to the token's other choices, and to the
+    backbone's own block where no choice is left: as if whoever broke had not been chosen there.
+
+    With it come the groups, and a list that gets, from every slot that runs, which rows of the
+    groups counted as zero.
+    """
+    batch, n_tokens, n_choices = choice.expert_BTJ.shape
+    expert_MJ = choice.expert_BTJ.reshape(-1, n_choices)
+    weight_MJ = choice.weight_BTJ.reshape(-1, n_choices)
+    capacity = parts.bank.capacity
+    block = default_block(batch * n_tokens, n_choices)
+    dispatch = make_dispatch(expert_MJ, capacity, block)
+
+    is_expert_P = jnp.repeat(dispatch.expert_of_block, block) != 0
+    zeroed: list[jax.Array] = []
+
+    def run(layer: int, x_BTD: jax.Array) -> jax.Array:
+        index = parts.interface.slots.index(layer)
+        slot, bound = parts.bank.slots[index], parts.interface.output_bounds[index]
+        x_MD = x_BTD.reshape(batch * n_tokens, -1)
+        x_PD = gather_rows(x_MD, dispatch)
+        y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
+        # A guest's contribution beyond the bound counts as zero, and so does one that is not
+        # finite: no trust, however little, multiplies it.
+        zeroed.append(is_expert_P & exceeds(y_PD, bound))
+        y_PD = jnp.where(zeroed[-1][:, None], 0, y_PD)
+        kept_MJ, dropped_M = redistribute(weight_MJ, zeroed[-1], dispatch)
+        y_MD = combine_rows(y_PD, kept_MJ.astype(y_PD.dtype), dispatch)
+
+        def fall_back(y_MD: jax.Array) -> jax.Array:
+            own_MD = parts.backbone.own_feed_forward(layer, x_MD)
+            return jnp.where(dropped_M[:, None], own_MD, y_MD)
+
+        # Sound experts pay for a look at whether it is needed, not for the backbone's block.
+        y_MD = jax.lax.cond(dropped_M.any(), fall_back, lambda y_MD: y_MD, y_MD)
+        return y_MD.reshape(x_BTD.shape)
+
+    return run, dispatch, zeroed

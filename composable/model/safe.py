@@ -1,0 +1,206 @@
+"""Safe mode: whole paths, whose output probabilities are mixed by how well each predicted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from composable.model.bank import entry_slots
+from composable.model.composed import (
+    Caches,
+    Parts,
+    empty_caches,
+    fixed_feed_forward,
+    log_prior_of,
+    mix_in_scouts,
+    run_trunk_and_scouts,
+)
+from composable.model.guard import (
+    Tally,
+    empty_tally,
+    tally_paths,
+)
+from composable.model.layers import KVCache
+from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
+from composable.model.router import (
+    NEVER,
+    RouterState,
+    choose,
+    empty_state,
+)
+
+
+class SafeState(NamedTuple):
+    """What safe mode carries from one call to the next on the same documents.
+
+    Its E runs in the order of the experts' keys, so that sums over paths do not depend on slots.
+    """
+
+    router: RouterState
+    tally: Tally
+    output_mixture: OutputMixtureState
+    posterior_BE: jax.Array  # log weights, summing to one over the living
+    awake_BE: jax.Array  # paths that predicted the next token
+    log_prob_EBV: jax.Array  # what each path predicted for the next token
+    caches: Caches | None = None
+
+
+# Log probabilities of one path, BTV, where it was sound, BT, and its caches.
+_PathOutput = tuple[jax.Array, jax.Array, tuple[KVCache, ...]]
+
+
+def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> SafeState:
+    """Return safe mode's state at the begin of a document; arguments as for `mix_state`."""
+    n_experts, interface = parts.bank.capacity, parts.interface
+    prior_E = log_prior_of(parts)[jnp.argsort(parts.bank.key_E)]
+    caches = empty_caches(parts, batch, cache_length)
+    if caches is not None:
+        upper = jax.tree.map(lambda x: jnp.zeros((n_experts, *x.shape), x.dtype), caches.upper)
+        caches = caches._replace(upper=upper)
+    return SafeState(
+        empty_state(batch, n_experts, interface.d_model),
+        empty_tally(n_experts),
+        empty_output_mixture(batch, interface.n_classes),
+        jnp.broadcast_to(prior_E, (batch, n_experts)),
+        jnp.zeros((batch, n_experts), bool).at[:, 0].set(True),
+        jnp.zeros((n_experts, batch, interface.vocab_size), jnp.float32),
+        caches,
+    )
+
+
+def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Array, SafeState]:
+    """Return log probabilities in safe mode.
+
+    The backbone's path is always awake; the router's best `top_k` experts are awake token by
+    token, and an expert that sleeps neither gains nor loses. With prior p of the backbone and
+    switch rate a, a document of n tokens costs at most
+    `log(1/p) - n log(1 - a (1 - p))` nats more than the backbone alone, whatever is installed;
+    where scouts have a share of the output, `RouterInterface.safe_bound` adds what that may cost.
+
+    Args:
+        parts: The model.
+        tokens_BT: Token ids, from where the state left off.
+        state: State before the first of them.
+
+    Returns:
+        Log probabilities of the next token, shape BTV float32, and the new state.
+
+    References:
+        Freund, Schapire, Singer and Warmuth 1997, "Using and combining predictors that
+        specialize" (sleeping experts); Herbster and Warmuth 1998, "Tracking the best expert"
+        (fixed share, here towards the prior).
+    """
+    log_prob_BTV, _, state = trace_safe(parts, tokens_BT, state)
+    return log_prob_BTV, state
+
+
+def trace_safe(
+    parts: Parts, tokens_BT: jax.Array, state: SafeState
+) -> tuple[jax.Array, jax.Array, SafeState]:
+    """Return log probabilities in safe mode, the weights behind them, shape BTE, and the state."""
+    trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
+    order_E = jnp.argsort(parts.bank.key_E)
+    awake_BTE = _shortlist(parts, trunk.track_BTE)[..., order_E]
+    log_prob_EBTV, sound_BTE, upper = _paths(parts, trunk.x_BTD, order_E, awake_BTE, state.caches)
+    weight_BTE, posterior_BE = _posterior(parts, tokens_BT, state, awake_BTE, log_prob_EBTV)
+    log_weight_EBT1 = jnp.moveaxis(weight_BTE, -1, 0)[..., None]
+    log_prob_BTV = jax.nn.logsumexp(log_weight_EBT1 + log_prob_EBTV, axis=0)
+    log_prob_BTV, mixture = mix_in_scouts(
+        parts, log_prob_BTV, trunk, state.router, state.output_mixture
+    )
+    if caches is not None:
+        caches = caches._replace(upper=upper)
+    slot_E = jnp.argsort(order_E)
+    tally = tally_paths(state.tally, awake_BTE[..., slot_E], sound_BTE[..., slot_E])
+    awake_BE, log_prob_EBV = awake_BTE[:, -1], log_prob_EBTV[:, :, -1]
+    after = SafeState(router, tally, mixture, posterior_BE, awake_BE, log_prob_EBV, caches)
+    return log_prob_BTV, jnp.exp(weight_BTE)[..., slot_E], after
+
+
+def _shortlist(parts: Parts, track_BTE: jax.Array) -> jax.Array:
+    """Return which paths predict each token, shape BTE: the backbone's and the best experts'."""
+    alive_E = parts.bank.alive_E.at[0].set(False)
+    score_BTE = jnp.where(alive_E, track_BTE, NEVER)
+    choice = choose(score_BTE, parts.bank.key_E, parts.interface.top_k)
+    chosen_BTE = jax.nn.one_hot(choice.expert_BTJ, alive_E.shape[0], dtype=bool).any(axis=-2)
+    return (chosen_BTE & alive_E).at[..., 0].set(True)
+
+
+def _paths(
+    parts: Parts,
+    x_BTD: jax.Array,
+    order_E: jax.Array,
+    awake_BTE: jax.Array,
+    caches: Caches | None,
+) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
+    """Run every path that is needed whole: log probabilities EBTV, where sound BTE, and caches.
+
+    Without caches a path that no token shortlists is skipped. With them every living path runs,
+    since a later token may need it.
+    """
+    backbone, bank = parts.backbone, parts.bank
+    needed_E = awake_BTE.any(axis=(0, 1)) if caches is None else bank.alive_E[order_E]
+    vocab = parts.interface.vocab_size
+    uniform_BTV = jnp.full((*x_BTD.shape[:2], vocab), -jnp.log(vocab), jnp.float32)
+    own = () if caches is None else caches.upper
+    position = 0 if caches is None else caches.position
+
+    def run(index: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
+        feed_forward = fixed_feed_forward(parts, entry_slots(bank, index))
+        logits_BTV, written = backbone.upper(x_BTD, feed_forward, position, cache or None)
+        # A path that breaks predicts nothing: the uniform distribution.
+        sound_BT1 = jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True)
+        log_prob_BTV = jax.nn.log_softmax(jnp.where(sound_BT1, logits_BTV, 0.0), axis=-1)
+        return log_prob_BTV, sound_BT1[..., 0], tuple(written)
+
+    def one(entry: tuple[jax.Array, jax.Array, tuple[KVCache, ...]]) -> _PathOutput:
+        index, needed, cache = entry
+
+        def skip(_: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
+            return uniform_BTV, jnp.ones(x_BTD.shape[:2], bool), cache
+
+        return jax.lax.cond(needed, run, skip, index, cache)
+
+    log_prob_EBTV, sound_EBT, upper = jax.lax.map(one, (order_E, needed_E, own))
+    return log_prob_EBTV, jnp.moveaxis(sound_EBT, 0, -1), upper
+
+
+def _posterior(
+    parts: Parts,
+    tokens_BT: jax.Array,
+    state: SafeState,
+    awake_BTE: jax.Array,
+    log_prob_EBTV: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return each path's log weight at every position, BTE, and the last posterior, BE."""
+    # What each path had said of token t, one position earlier.
+    before_EBTV = jnp.concatenate([state.log_prob_EBV[:, :, None], log_prob_EBTV[:, :, :-1]], 2)
+    log_prob_EBT = jnp.take_along_axis(before_EBTV, tokens_BT[None, ..., None], axis=-1)[..., 0]
+    predicted_BTE = jnp.concatenate([state.awake_BE[:, None], awake_BTE[:, :-1]], axis=1)
+    seen_BT = jnp.ones(tokens_BT.shape, bool).at[:, 0].set(state.router.started_B)
+    prior_E = log_prior_of(parts)[jnp.argsort(parts.bank.key_E)]
+    rate = parts.interface.switch_rate
+
+    def step(
+        posterior_BE: jax.Array, at: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, tuple[jax.Array]]:
+        log_prob_BE, predicted_BE, awake_BE, seen_B = at
+        weight_BE = _normalise(posterior_BE, predicted_BE)
+        mixture_B1 = jax.nn.logsumexp(weight_BE + log_prob_BE, axis=-1, keepdims=True)
+        updated_BE = jnp.where(predicted_BE, posterior_BE + log_prob_BE - mixture_B1, posterior_BE)
+        if rate:
+            updated_BE = jnp.logaddexp(updated_BE + jnp.log1p(-rate), jnp.log(rate) + prior_E)
+        posterior_BE = jnp.where(seen_B[:, None], updated_BE, posterior_BE)
+        return posterior_BE, (_normalise(posterior_BE, awake_BE),)
+
+    per_token = (log_prob_EBT.transpose(2, 1, 0), predicted_BTE, awake_BTE, seen_BT)
+    along_T = (per_token[0], *(jnp.moveaxis(x, 1, 0) for x in per_token[1:]))
+    posterior_BE, (weight_TBE,) = jax.lax.scan(step, state.posterior_BE, along_T)
+    return jnp.moveaxis(weight_TBE, 0, 1), posterior_BE
+
+
+def _normalise(log_weight_BE: jax.Array, mask_BE: jax.Array) -> jax.Array:
+    """Return log weights that sum to one over the masked entries."""
+    return jax.nn.log_softmax(jnp.where(mask_BE, log_weight_BE, NEVER), axis=-1)

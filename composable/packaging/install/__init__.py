@@ -1,0 +1,1 @@
+"""Installation: the store, downloads, the lock and the environment."""

@@ -1,0 +1,326 @@
+"""Environments: what a project has installed, as generations with one pointer.
+
+    .composable/current                           the number of the generation in use
+    .composable/generations/7/composable.lock     what it holds
+    .composable/generations/7/previous            the number of the one in use when it was made
+    .composable/generations/7/experts/<name>/     the expert's files, linked from the store
+
+A generation is built beside the others under a temporary name, synced and renamed; then the
+pointer is replaced. A process that is killed anywhere leaves the old generation in use, and the
+next command sweeps what is left over. PreviousRelease generations stay for rollback.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from composable.errors import IntegrityError, LockError, MissingBlobError, PackagingError
+from composable.files import atomic
+from composable.files.blobs import digest_file
+from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert
+from composable.packaging.install.store import Store
+from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
+from composable.progress import ByteProgress
+
+FOLDER: Final = ".composable"
+PREVIOUS_FILE: Final = "previous"
+KEPT_GENERATIONS: Final = 5
+# A younger generation may be one that another process is about to point to.
+_SETTLED_SECONDS: Final = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One state that an environment was or is in.
+
+    Args:
+        number: Its number; later ones are higher.
+        path: Its directory.
+    """
+
+    number: int
+    path: Path
+
+    @functools.cached_property
+    def lock(self) -> Lock:
+        """The lock that it was installed from."""
+        return Lock.read(self.path / LOCK_FILE)
+
+    def expert_path(self, name: str) -> Path:
+        """Return the directory of an installed expert; of an editable one, where it lies.
+
+        Raises:
+            PackagingError: When it is not installed.
+        """
+        path = self.path / "experts" / name
+        if name in self.lock and self.lock[name].is_editable:
+            path = self._folder_of(self.lock[name])
+        if not (path / EXPERT_FILE).is_file():
+            raise PackagingError(f"{name!r} is not installed", hint="run `composable sync`")
+        return path
+
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of an installed expert."""
+        return Manifest.read(self.expert_path(name))
+
+    def holds(self, text: str, lock: Lock) -> bool:
+        """Say whether this is what installing `lock`, whose text is `text`, would make."""
+        try:
+            if atomic.read_bytes(self.path / LOCK_FILE) != text.encode():
+                return False
+            for expert in lock.experts:
+                folder = self.path / "experts" / expert.name
+                if expert.is_editable:
+                    folder = self._folder_of(expert)
+                (folder / EXPERT_FILE).stat()
+                for file in expert.files:
+                    if (folder / file.name).stat().st_size != file.size:
+                        return False
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def _folder_of(self, expert: LockedExpert) -> Path:
+        """Return where an editable expert lies: paths count from the project's folder."""
+        return self.path.parents[2] / (expert.path or "")
+
+
+class Environment:
+    """The installed experts of one project.
+
+    Args:
+        root: The project's `.composable` directory; created by the first install.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def current(self) -> Generation | None:
+        """The generation in use, or None before the first install.
+
+        Raises:
+            PackagingError: When the pointer is damaged or points to nothing.
+        """
+        number = self._number()
+        if number is None and not (self.root / "current").exists():
+            return None
+        if number is not None and self._generation(number).path.is_dir():
+            return self._generation(number)
+        raise PackagingError(
+            "points to a generation that is not there",
+            where=str(self.root / "current"),
+            hint="remove that file and run `composable sync`",
+        )
+
+    @property
+    def lock(self) -> Lock:
+        """The lock of the generation in use; an empty one before the first install."""
+        current = self.current
+        return current.lock if current is not None else Lock()
+
+    def holds(self, lock: Lock) -> bool:
+        """Say whether `lock` is what is in use, with every file in place."""
+        return self._find(lock) is not None
+
+    def settle(self) -> None:
+        """Make sure that what is in use survives power loss, whoever put it there."""
+        current = self.current
+        if current is not None:
+            atomic.settle(current.path)
+            atomic.settle(self.root / "current")
+
+    def generations(self) -> list[Generation]:
+        """Return all generations that are kept, oldest first."""
+        folder = self.root / "generations"
+        names = (path.name for path in atomic.list_directory(folder))
+        numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        return [self._generation(number) for number in numbers]
+
+    def expert_path(self, name: str) -> Path:
+        """Return the directory of an installed expert.
+
+        Raises:
+            PackagingError: When it is not installed.
+        """
+        current = self.current
+        if current is None:
+            raise PackagingError("nothing is installed yet", hint="run `composable sync`")
+        return current.expert_path(name)
+
+    def manifests(self) -> list[Manifest]:
+        """Return the manifests of all installed experts, sorted by name."""
+        current = self.current
+        if current is None:
+            return []
+        return [current.manifest(expert.name) for expert in current.lock.experts]
+
+    def install(
+        self, lock: Lock, store: Store, *, progress: ByteProgress | None = None
+    ) -> Generation:
+        """Make `lock` the generation in use. If it already is, nothing is written.
+
+        Args:
+            lock: What to install.
+            store: Holds every file of it.
+            progress: Called with a label, experts done and experts in all.
+
+        Returns:
+            The generation in use.
+
+        Raises:
+            MissingBlobError: When the store lacks a file.
+            LockError: When a manifest says something else than the lock.
+        """
+        if (current := self._find(lock)) is not None:
+            self.settle()
+            return current
+        with atomic.polite_lock(self.root / "lock"):
+            if (current := self._find(lock)) is not None:
+                self.settle()
+                return current
+            atomic.sweep(self.root / "generations")
+            scratch = atomic.make_scratch_directory(self.root / "generations")
+            try:
+                for done, expert in enumerate(lock.experts, 1):
+                    if not expert.is_editable:
+                        _place(expert, scratch / "experts" / expert.name, store)
+                    if progress is not None:
+                        progress("install", done, len(lock.experts))
+                atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
+                if (before := self._number()) is not None:
+                    atomic.write_text(scratch / PREVIOUS_FILE, f"{before}\n")
+                number = max((g.number for g in self.generations()), default=0) + 1
+                while not atomic.rename_directory(scratch, self._generation(number).path):
+                    number += 1
+            except BaseException:
+                atomic.remove_directory(scratch)
+                raise
+            try:
+                self._point_to(number)
+            except BaseException:
+                if self._number() != number:
+                    atomic.remove_directory(self._generation(number).path)
+                raise
+            self._forget_old(number)
+        return self._generation(number)
+
+    def verify(self, progress: ByteProgress | None = None) -> list[Path]:
+        """Read every installed file and remove those that are not what the lock says.
+
+        What is removed, the next install puts in place again.
+
+        Args:
+            progress: Called with a label, experts done and experts in all.
+
+        Returns:
+            The files that were damaged or gone.
+        """
+        current = self.current
+        if current is None:
+            return []
+        experts = current.lock.experts
+        damaged = []
+        for done, expert in enumerate(experts, 1):
+            folder = current.path / "experts" / expert.name
+            for name, digest in expert.digests.items():
+                if not _has_digest(folder / name, digest):
+                    atomic.remove_file(folder / name)
+                    damaged.append(folder / name)
+            if progress is not None:
+                progress("verify", done, len(experts))
+        return damaged
+
+    def rollback(self) -> Generation:
+        """Put the generation that was in use before this one was made back in use.
+
+        One that was made and, for its maker was killed, never used is passed over.
+
+        Raises:
+            PackagingError: When there is none.
+            IntegrityError: When a file of it is damaged or gone.
+        """
+        current = self.current
+        number = None if current is None else _read_number(current.path / PREVIOUS_FILE)
+        if number is None or not self._generation(number).path.is_dir():
+            raise PackagingError("there is no older generation", where=str(self.root))
+        older = self._generation(number)
+        for expert in older.lock.experts:
+            for name, digest in expert.digests.items():
+                path = older.path / "experts" / expert.name / name
+                if not _has_digest(path, digest):
+                    raise IntegrityError(
+                        "is damaged or gone", where=str(path), hint="nothing was changed"
+                    )
+        self._point_to(number)
+        return older
+
+    def _find(self, lock: Lock) -> Generation | None:
+        """Return the generation in use if it is whole and holds `lock`."""
+        try:
+            current = self.current
+        except PackagingError:
+            return None  # a damaged pointer, which the next install mends
+        return current if current is not None and current.holds(lock.to_toml(), lock) else None
+
+    def _number(self) -> int | None:
+        """Return the number that the pointer holds; None for none, or what is no number."""
+        return _read_number(self.root / "current")
+
+    def _generation(self, number: int) -> Generation:
+        return Generation(number=number, path=self.root / "generations" / str(number))
+
+    def _point_to(self, number: int) -> None:
+        atomic.write_text(self.root / "current", f"{number}\n")
+
+    def _forget_old(self, current: int) -> None:
+        older = [g for g in self.generations() if g.number < current]
+        for generation in older[: -KEPT_GENERATIONS + 1]:
+            if time.time() - generation.path.stat().st_mtime > _SETTLED_SECONDS:
+                atomic.remove_directory(generation.path)
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        text = atomic.read_bytes(path).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    try:
+        with atomic.explained(path, "read"):
+            return digest_file(path) == digest
+    except FileNotFoundError:
+        return False
+
+
+def _place(expert: LockedExpert, folder: Path, store: Store) -> None:
+    """Link the files of one expert and check that its manifest agrees with the lock."""
+    atomic.make_directory(folder)
+    for name, digest in expert.digests.items():
+        try:
+            atomic.link_or_copy(store.path(digest), folder / name)
+        except FileNotFoundError as error:
+            raise MissingBlobError(
+                f"the store has no {name} of {expert.name} {expert.version} ({digest})",
+                where=str(store.root),
+                hint="run `composable sync`",
+            ) from error
+    atomic.sync_directory(folder)
+    manifest = Manifest.read(folder)
+    extras = {extra: dict(manifest.extras.get(extra, {})) for extra in expert.extras}
+    claims = (manifest.name, manifest.version, manifest.interface.digest, dict(manifest.requires))
+    locked = (expert.name, expert.version, expert.interface, dict(expert.requires))
+    is_same = claims == locked and extras == {e: dict(r) for e, r in expert.extras.items()}
+    if not is_same or set(manifest.files) != set(expert.files):
+        raise LockError(
+            f"the manifest of {expert.name} {expert.version} says otherwise than its registry did",
+            where=LOCK_FILE,
+            hint=f"{expert.origin} is damaged or dishonest; nothing was installed",
+        )

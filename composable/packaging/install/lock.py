@@ -1,0 +1,289 @@
+"""The lock file `composable.lock`: exactly what is installed, from where, and who asked for it.
+
+The same inputs give the same bytes on every machine: entries are sorted, versions and ranges have
+one spelling, and nothing in it is a time, a secret or a path that `composable.toml` does not name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from composable.errors import LockError, ManifestError
+from composable.files import atomic
+from composable.interface.digest import is_digest
+from composable.packaging.manifests.manifest import EXPERT_FILE, PackageFile
+from composable.packaging.manifests.toml import Table, format_toml, parse_toml
+from composable.packaging.versions.constraint import Constraint, Requirement
+from composable.packaging.versions.names import check_file_name, check_package_name
+from composable.packaging.versions.version import Version
+
+LOCK_FILE: Final = "composable.lock"
+SCHEMA: Final = 1
+_HEADER: Final = "# Written by composable. Change composable.toml and lock again.\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockedInterface:
+    """The router interface that a lock was made for.
+
+    Args:
+        name: Its name.
+        version: Its version.
+        digest: Its digest.
+    """
+
+    name: str
+    version: Version
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockedExpert:
+    """One expert of a lock.
+
+    Args:
+        name: Package name.
+        version: The one version.
+        registry: Name of the registry that it comes from; None for one from a folder.
+        path: The folder that it comes from, as `composable.toml` says it; None otherwise.
+        is_editable: Whether it is used where it lies, as it is at the time.
+        manifest: Digest of its manifest; None where it is editable.
+        interface: Digest of the router interface that it was trained against.
+        requires: Experts that it builds on.
+        extras: What it requires on top for each extra that is asked for.
+        wanted_by: Who asked for it, with the range: `composable.toml: ^1.2`.
+        files: Its files but the manifest.
+    """
+
+    name: str
+    version: Version
+    registry: str | None = None
+    path: str | None = None
+    is_editable: bool = False
+    manifest: str | None
+    interface: str | None
+    requires: Mapping[str, Constraint]
+    extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
+    wanted_by: tuple[str, ...]
+    files: tuple[PackageFile, ...]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of the manifest and of every file by file name; none where it is editable."""
+        if self.manifest is None:
+            return {}
+        return {EXPERT_FILE: self.manifest, **{file.name: file.digest for file in self.files}}
+
+    @property
+    def needs(self) -> list[Requirement]:
+        """What it requires, by itself and for the extras that are asked for, by name."""
+        ranges = [*self.requires.items()]
+        for extra in self.extras.values():
+            ranges += extra.items()
+        wanted = {Requirement(name, range_) for name, range_ in ranges}
+        return sorted(wanted, key=lambda need: (need.name, str(need.constraint)))
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, for people: the name of a registry, or a folder."""
+        return self.registry or f"{self.path}{' (editable)' if self.is_editable else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lock:
+    """What a project has locked.
+
+    Args:
+        interface: The router interface that the experts were chosen for; None when none was known.
+        registries: Location of each registry in use, as `composable.toml` writes it.
+        experts: The experts, sorted by name.
+    """
+
+    interface: LockedInterface | None = None
+    registries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    experts: tuple[LockedExpert, ...] = ()
+
+    @property
+    def versions(self) -> dict[str, Version]:
+        """The locked version of every expert."""
+        return {expert.name: expert.version for expert in self.experts}
+
+    def __getitem__(self, name: str) -> LockedExpert:
+        for expert in self.experts:
+            if expert.name == name:
+                return expert
+        raise KeyError(name)
+
+    def __contains__(self, name: str) -> bool:
+        return any(expert.name == name for expert in self.experts)
+
+    def digests(self) -> set[str]:
+        """Return the digests of all manifests and files."""
+        return {digest for expert in self.experts for digest in expert.digests.values()}
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read `composable.lock`, or that file in a directory.
+
+        Raises:
+            LockError: When there is none, or it is bad.
+        """
+        path = path / LOCK_FILE if path.is_dir() else path
+        try:
+            return cls.loads(atomic.read_bytes(path).decode(), path.name)
+        except FileNotFoundError as error:
+            raise LockError(
+                "there is no lock file", where=str(path), hint="run `composable lock`"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise LockError("is not text", where=str(path)) from error
+
+    @classmethod
+    def loads(cls, text: str, where: str = LOCK_FILE) -> Self:
+        """Read a lock from TOML text.
+
+        Raises:
+            LockError: `where` is the dotted path of the bad field.
+        """
+        try:
+            return cls._parse(text, where)
+        except ManifestError as error:
+            raise LockError(
+                error.message, where=error.where, hint=error.hint or "run `composable lock`"
+            ) from error
+
+    @classmethod
+    @functools.lru_cache(maxsize=4)  # what is locked and what is installed is mostly the same text
+    def _parse(cls, text: str, where: str) -> Self:
+        top = parse_toml(text, where)
+        schema = top.integer("schema")
+        if schema != SCHEMA:
+            raise ManifestError(
+                f"{schema} is not {SCHEMA}, the one this release reads", where=top.where("schema")
+            )
+        interface = _read_interface(top.table("interface")) if "interface" in top else None
+        table = top.table("registries", {})
+        registries = {name: table.text(name) for name in table.names()}
+        experts = [_read_expert(entry, registries) for entry in top.tables("expert")]
+        top.finish(also=("interface",))
+        names = [expert.name for expert in experts]
+        if len(set(names)) != len(names):
+            raise ManifestError("an expert is there twice", where=top.where("expert"))
+        return cls(
+            interface=interface,
+            registries=registries,
+            experts=tuple(sorted(experts, key=lambda expert: expert.name)),
+        )
+
+    def to_toml(self) -> str:
+        """Return the one text of this lock."""
+        interface = {}
+        if self.interface is not None:
+            interface = {
+                "name": self.interface.name,
+                "version": str(self.interface.version),
+                "digest": self.interface.digest,
+            }
+        return _HEADER + format_toml(
+            [
+                ("", {"schema": SCHEMA}),
+                ("interface", interface),
+                ("registries", dict(sorted(self.registries.items()))),
+                *(("[expert]", _expert_fields(e)) for e in sorted(self.experts, key=_name_of)),
+            ]
+        )
+
+    def write(self, path: Path) -> bool:
+        """Write the lock unless the file already holds it; say whether it was written."""
+        text = self.to_toml()
+        if path.exists() and atomic.read_bytes(path) == text.encode():
+            atomic.settle(path)
+            return False
+        atomic.write_text(path, text)
+        return True
+
+
+def _name_of(expert: LockedExpert) -> str:
+    return expert.name
+
+
+def _expert_fields(expert: LockedExpert) -> dict[str, object]:
+    files = sorted(expert.files, key=lambda file: file.name)
+    return {
+        "name": expert.name,
+        "version": str(expert.version),
+        "registry": expert.registry,
+        "path": expert.path,
+        "editable": expert.is_editable or None,
+        "manifest": expert.manifest,
+        "interface": expert.interface,
+        "requires": _to_texts(expert.requires) or None,
+        "extras": {name: _to_texts(ranges) for name, ranges in sorted(expert.extras.items())}
+        or None,
+        "wanted-by": list(expert.wanted_by),
+        "files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files] or None,
+    }
+
+
+def _to_texts(ranges: Mapping[str, Constraint]) -> dict[str, str]:
+    return {name: str(range_) for name, range_ in sorted(ranges.items())}
+
+
+def _read_interface(table: Table) -> LockedInterface:
+    interface = LockedInterface(
+        name=check_package_name(table.text("name"), table.where("name")),
+        version=table.version("version"),
+        digest=_read_digest(table, "digest"),
+    )
+    table.finish()
+    return interface
+
+
+def _read_expert(table: Table, registries: Mapping[str, str]) -> LockedExpert:
+    registry, path = table.text("registry", None), table.text("path", None)
+    if (registry is None) == (path is None):
+        raise ManifestError("expected either a registry or a path", where=table.where())
+    if registry is not None and registry not in registries:
+        raise ManifestError(f"{registry!r} is not in [registries]", where=table.where("registry"))
+    is_editable = table.boolean("editable", False)
+    if is_editable and path is None:
+        raise ManifestError("only one from a folder can be editable", where=table.where("editable"))
+    files = []
+    for entry in table.tables("files"):
+        name = check_file_name(entry.text("name"), entry.where("name"))
+        size, digest = entry.integer("size"), _read_digest(entry, "digest")
+        files.append(PackageFile(name=name, size=size, digest=digest))
+        entry.finish()
+    if len({file.name.lower() for file in files} | {EXPERT_FILE}) != len(files) + 1:
+        raise ManifestError("a file is there twice", where=table.where("files"))
+    extras = table.table("extras", {})
+    expert = LockedExpert(
+        name=check_package_name(table.text("name"), table.where("name")),
+        version=table.version("version"),
+        registry=registry,
+        path=path,
+        is_editable=is_editable,
+        manifest=None if is_editable else _read_digest(table, "manifest"),
+        interface=_read_digest(table, "interface") if "interface" in table else None,
+        requires=table.ranges("requires"),
+        extras={
+            check_package_name(name, extras.where(name)): extras.ranges(name)
+            for name in extras.names()
+        },
+        wanted_by=table.texts("wanted-by"),
+        files=tuple(files),
+    )
+    table.finish(also=("interface",))
+    return expert
+
+
+def _read_digest(table: Table, field: str) -> str:
+    text = table.text(field)
+    if not is_digest(text):
+        raise ManifestError(f"{text[:80]!r} is not a digest", where=table.where(field))
+    return text

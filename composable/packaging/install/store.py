@@ -1,0 +1,257 @@
+"""The store: every file of every installed expert, once, by its SHA-256.
+
+All projects share one store. A blob is verified while it is written and appears under its name only
+when it is whole; it is never changed afterwards. So writers need no lock: two that add the same
+blob put the same bytes in place.
+
+    blobs/<aa>/<sha256>     files, read only
+    partial/<sha256>-<any>  what has arrived of one; every writer has a file of its own
+    quarantine/<sha256>     blobs that proved corrupt
+    projects/<key>          one line: the folder of a project that installs from here
+    documents/<key>         what remote registries answered, see `cache`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from composable.files import atomic
+from composable.files.blobs import blob_path, default_store, digest_file
+from composable.interface.digest import digest_bytes
+from composable.progress import ByteProgress
+
+# A blob may be in the store a moment before the environment that needs it is.
+PRUNE_GRACE_SECONDS: Final = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptBlob:
+    """A blob whose bytes are not what its name says.
+
+    Args:
+        digest: What its name says.
+        found: Digest of its bytes.
+        quarantine: Where it was moved to.
+    """
+
+    digest: str
+    found: str
+    quarantine: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What `Store.prune` removed.
+
+    Args:
+        digests: The blobs.
+        bytes_freed: Their sizes in all, and those of abandoned downloads; less on disk where an
+            environment still links to one.
+    """
+
+    digests: tuple[str, ...]
+    bytes_freed: int
+
+
+class Store:
+    """A content-addressed folder.
+
+    Args:
+        path: The folder; by default `$COMPOSABLE_STORE`, or else `store` in the user's cache.
+    """
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.root = Path(path).absolute() if path is not None else default_store()
+
+    def path(self, digest: str) -> Path:
+        """Return where a blob lies, or would lie.
+
+        Raises:
+            IntegrityError: For text that is not a digest.
+        """
+        return self.root / blob_path(digest)
+
+    def has(self, digest: str, size: int | None = None) -> bool:
+        """Say whether a blob is there, and of that size where one is given."""
+        try:
+            found = self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return False
+        return size is None or found == size
+
+    def check(self, digest: str) -> bool:
+        """Say whether a blob is there and whole; one that is damaged is moved out of the way."""
+        path = self.path(digest)
+        try:
+            with atomic.explained(path, "read"):
+                found = digest_file(path)
+        except FileNotFoundError:
+            return False
+        if found != digest:
+            self._quarantine(path, found)
+        return found == digest
+
+    def read(self, digest: str) -> bytes | None:
+        """Return the bytes of a small blob; None where there is none, or it proves damaged."""
+        path = self.path(digest)
+        try:
+            data = atomic.read_bytes(path)
+        except FileNotFoundError:
+            return None
+        if digest_bytes(data) == digest:
+            return data
+        self._quarantine(path, digest_bytes(data))
+        return None
+
+    def add(self, source: BinaryIO | bytes | Path, digest: str, size: int | None = None) -> Path:
+        """Add a blob, unless it is there already.
+
+        Args:
+            source: A binary stream, bytes, or a file.
+            digest: What its digest must be.
+            size: What its size must be, if that is known.
+
+        Returns:
+            Where it lies.
+
+        Raises:
+            IntegrityError: When it is not what was promised; nothing is kept then.
+        """
+        if self.has(digest, size):
+            return self.path(digest)
+        if isinstance(source, Path):
+            with atomic.explained(source, "read"), source.open("rb") as stream:
+                return self.add(stream, digest, size)
+        with self.sink(digest, size) as sink:
+            if isinstance(source, bytes):
+                sink.write(source)
+            else:
+                for chunk in iter(lambda: source.read(atomic.CHUNK), b""):
+                    sink.write(chunk)
+        self.forget_partials(digest)
+        return self.path(digest)
+
+    def sink(self, digest: str, size: int | None = None) -> atomic.Sink:
+        """Return a sink that puts a blob in place if it proves to be what was promised."""
+        path = self.path(digest)
+        temporary = self.root / "partial" / f"{path.name}-{os.getpid()}-{os.urandom(8).hex()}"
+        return atomic.Sink(path, digest=digest, size=size, is_read_only=True, temporary=temporary)
+
+    def partials(self, digest: str) -> list[Path]:
+        """Return what has arrived of a blob before, the longest first; nothing of it is verified.
+
+        Some may still be growing: other processes write there too.
+        """
+        found: list[tuple[int, Path]] = []
+        for path in self._partials(f"{self.path(digest).name}-"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path.stat().st_size, path))
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def forget_partials(self, digest: str) -> None:
+        """Remove what has arrived of a blob. Who still writes there finds the blob in place."""
+        for path in self.partials(digest):
+            with contextlib.suppress(OSError):  # what stays is removed by the next `prune`
+                path.unlink()
+
+    def digests(self) -> list[str]:
+        """Return the digests of all blobs, sorted."""
+        return sorted(f"sha256:{path.name}" for path in self._blobs())
+
+    def linked(self) -> set[str]:
+        """Return the digests of the blobs that an environment of any project links to."""
+        return {f"sha256:{path.name}" for path in self._blobs() if _count_links(path) > 1}
+
+    def register(self, project: Path) -> None:
+        """Note that a project installs from here, so that `prune` asks it what it needs."""
+        line = os.fsencode(project.absolute()) + b"\n"
+        entry = self.root / "projects" / digest_bytes(line)[7:39]
+        if not entry.exists():
+            atomic.write_bytes(entry, line)
+
+    def projects(self) -> list[Path]:
+        """Return the folders of the registered projects, sorted; those that are gone, too."""
+        entries = atomic.list_directory(self.root / "projects")
+        lines = (atomic.read_bytes(path) for path in entries if not atomic.is_temporary(path))
+        return sorted(Path(os.fsdecode(line.removesuffix(b"\n"))) for line in lines)
+
+    def verify(self, progress: ByteProgress | None = None) -> list[CorruptBlob]:
+        """Read every blob and move those whose bytes are not what they should be out of the way.
+
+        A blob that is gone is fetched again by the next `sync`, so finding it repairs it.
+
+        Returns:
+            The corrupt ones.
+        """
+        corrupt = []
+        blobs = self._blobs()
+        for done, path in enumerate(blobs, 1):
+            with contextlib.suppress(FileNotFoundError):  # pruned in between
+                with atomic.explained(path, "read"):
+                    found = digest_file(path)
+                if found != f"sha256:{path.name}":
+                    corrupt.append(self._quarantine(path, found))
+            if progress is not None:
+                progress("verify", done, len(blobs))
+        return corrupt
+
+    def prune(self, keep: Iterable[str], older_than_seconds: float = PRUNE_GRACE_SECONDS) -> Pruned:
+        """Remove blobs that nobody needs.
+
+        Args:
+            keep: Digests to keep.
+            older_than_seconds: Younger blobs stay: an install may be about to use them. Downloads
+                that broke off stay for an hour at least.
+        """
+        kept = set(keep)
+        removed: list[str] = []
+        freed = 0
+        for path in self._blobs():
+            digest = f"sha256:{path.name}"
+            with contextlib.suppress(FileNotFoundError), atomic.explained(path, "removed"):
+                status = path.stat()
+                if digest in kept or time.time() - status.st_mtime < older_than_seconds:
+                    continue
+                path.unlink()
+                removed.append(digest)
+                freed += status.st_size
+        for path in self._partials():
+            with contextlib.suppress(FileNotFoundError), atomic.explained(path, "removed"):
+                status = path.stat()
+                # One that was written to a moment ago is still on its way.
+                if time.time() - status.st_mtime >= max(older_than_seconds, PRUNE_GRACE_SECONDS):
+                    path.unlink()
+                    freed += status.st_size
+        return Pruned(digests=tuple(removed), bytes_freed=freed)
+
+    def size(self) -> int:
+        """Return the bytes of all blobs together."""
+        return sum(path.stat().st_size for path in self._blobs())
+
+    def _blobs(self) -> list[Path]:
+        folders = atomic.list_directory(self.root / "blobs")
+        found = (path for folder in folders for path in atomic.list_directory(folder))
+        return [path for path in found if not path.name.startswith(".")]
+
+    def _partials(self, start: str = "") -> list[Path]:
+        found = atomic.list_directory(self.root / "partial")
+        return [path for path in found if path.name.startswith(start)]
+
+    def _quarantine(self, path: Path, found: str) -> CorruptBlob:
+        target = self.root / "quarantine" / path.name
+        atomic.make_directory(target.parent)
+        with atomic.explained(path, "moved"):
+            path.replace(target)
+        return CorruptBlob(digest=f"sha256:{path.name}", found=found, quarantine=target)
+
+
+def _count_links(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_nlink
+    return 0

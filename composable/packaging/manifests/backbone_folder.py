@@ -1,0 +1,111 @@
+"""Backbone packages as files: where they are, and the contract they publish. No arrays here.
+
+A backbone package is a flat folder: `backbone.toml`, `config.json`, `interface.json`,
+`weights.safetensors`, `anchor.jsonl`, `card.json` and `README.md`; and `tokenizer.json` and
+`special_tokens.json` if its tokens are not bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from composable.errors import IntegrityError, PackagingError
+from composable.files.blobs import digest_file
+from composable.interface import RouterInterface, digest_bytes
+from composable.packaging.manifests.manifest import BACKBONE_FILE, BackbonePackage, PackageFile
+
+CONFIG_FILE: Final = "config.json"
+INTERFACE_FILE: Final = "interface.json"
+WEIGHTS_FILE: Final = "weights.safetensors"
+ANCHOR_FILE: Final = "anchor.jsonl"
+TOKENIZER_FILE: Final = "tokenizer.json"
+SPECIAL_TOKENS_FILE: Final = "special_tokens.json"
+_SHIPPED: Final = Path(__file__).parents[2] / "backbones"
+
+
+def find_backbone(name: str, base: Path | None = None) -> Path:
+    """Return the folder of a backbone package.
+
+    Args:
+        name: Name of a backbone that ships with the project, or a folder.
+        base: Directory that relative folders are counted from; by default the working directory.
+
+    Raises:
+        PackagingError: If there is none.
+    """
+    for folder in (_SHIPPED / name, (base or Path()) / name):
+        if (folder / BACKBONE_FILE).is_file():
+            return folder
+    shipped = ", ".join(sorted(path.parent.name for path in _SHIPPED.glob(f"*/{BACKBONE_FILE}")))
+    raise PackagingError(
+        f"there is no backbone {name!r}: neither a folder with a {BACKBONE_FILE} nor one of those "
+        f"that ship with composable ({shipped})"
+    )
+
+
+def read_interface(folder: Path) -> RouterInterface:
+    """Return the router interface that a backbone package publishes.
+
+    Raises:
+        IntegrityError: If the file is not the one that the manifest lists.
+        InterfaceError: If it is malformed.
+    """
+    return RouterInterface.from_json(read_listed(folder, INTERFACE_FILE).decode())
+
+
+def lists_file(folder: Path, name: str) -> bool:
+    """Say whether a backbone package's manifest lists a file.
+
+    Raises:
+        ManifestError: If the manifest is missing or bad.
+    """
+    return any(file.name == name for file in BackbonePackage.read(folder).files)
+
+
+def read_listed(folder: Path, name: str) -> bytes:
+    """Return the bytes of a backbone package's file, checked against its manifest.
+
+    Raises:
+        ManifestError: If the manifest is missing or bad.
+        IntegrityError: If the file is not listed, missing, or other than listed.
+    """
+    listed = _listed(folder, name)
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise IntegrityError("the file cannot be read", where=str(folder / name)) from error
+    _require_listed(folder, listed, len(data), digest_bytes(data))
+    return data
+
+
+def check_listed(folder: Path, name: str) -> None:
+    """Check a backbone package's file against its manifest, whatever its size, in bounded memory.
+
+    Raises:
+        ManifestError, IntegrityError: As `read_listed`.
+    """
+    listed = _listed(folder, name)
+    try:
+        digest = digest_file(folder / name)
+        size = (folder / name).stat().st_size
+    except OSError as error:
+        raise IntegrityError("the file cannot be read", where=str(folder / name)) from error
+    _require_listed(folder, listed, size, digest)
+
+
+def _listed(folder: Path, name: str) -> PackageFile:
+    for file in BackbonePackage.read(folder).files:
+        if file.name == name:
+            return file
+    raise IntegrityError(f"{BACKBONE_FILE} does not list it", where=str(folder / name))
+
+
+def _require_listed(folder: Path, listed: PackageFile, size: int, digest: str) -> None:
+    if digest != listed.digest:
+        raise IntegrityError(
+            f"{size:,} bytes with digest {digest}, but {BACKBONE_FILE} lists "
+            f"{listed.size:,} with {listed.digest}",
+            where=str(folder / listed.name),
+            hint="the package is damaged; install it again",
+        )

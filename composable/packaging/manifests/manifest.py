@@ -1,0 +1,489 @@
+"""The manifests `expert.toml` and `backbone.toml`: what a package says of itself. Data only.
+
+An author writes a manifest without files and, before packing, without the interface digest;
+`publish` fills both in. Nothing in a manifest is ever executed, imported or joined to a path before
+it was checked here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from composable.errors import ManifestError, did_you_mean
+from composable.interface.contract import BODY_KINDS, DTYPES, BodyKind
+from composable.interface.digest import digest_bytes, is_digest
+from composable.packaging.manifests.toml import Table, format_toml, parse_toml
+from composable.packaging.versions.constraint import Constraint, Requirement
+from composable.packaging.versions.names import check_file_name, check_package_name
+from composable.packaging.versions.version import Version
+
+EXPERT_FILE: Final = "expert.toml"
+BACKBONE_FILE: Final = "backbone.toml"
+BODY_FILE: Final = "body.safetensors"
+SCOUT_FILE: Final = "scout.safetensors"
+# What an expert's directory may publish beside its manifest; the first two it must.
+EXPERT_FILES: Final = (BODY_FILE, SCOUT_FILE, "card.json", "README.md")
+MAX_FILES: Final = 256
+# Files are hashed in pieces of this size as well as whole, so that a broken download resumes from,
+# and damage is narrowed down to, one piece.
+CHUNK_BYTES: Final = 8 << 20
+_TAG: Final = re.compile(r"[A-Za-z0-9]+([ ._+-][A-Za-z0-9]+)*")
+_HEX: Final = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageFile:
+    """One file of a package.
+
+    Args:
+        name: Flat file name.
+        size: Bytes.
+        digest: `sha256:…` of its bytes.
+        chunks: SHA-256 in hex of every 8 MiB of it; none for a file of one chunk, or where only
+            the whole is known. It takes no part in equality: the digest says it all.
+    """
+
+    name: str
+    size: int
+    digest: str
+    chunks: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterfaceNeed:
+    """The router interface that an expert plugs into.
+
+    Args:
+        name: Name of the interface.
+        requires: Versions of it that will do.
+        digest: Digest of the interface that the expert was trained against; None until packed.
+    """
+
+    name: str
+    requires: Constraint
+    digest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodySpec:
+    """What kind of body the expert has.
+
+    Args:
+        kind: `ffn`, a full feed-forward layer per slot, or `lora`, a low-rank change of one.
+        rank: Rank of a `lora` body; None for `ffn`.
+        dtype: `F32` or `BF16`.
+    """
+
+    kind: BodyKind
+    rank: int | None = None
+    dtype: str = "F32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Where an expert comes from, as its author tells it.
+
+    Args:
+        data: Description of the data.
+        tokens: Tokens seen.
+        seconds: Wall time.
+        seed: Seed of every random choice.
+        device: What it ran on.
+    """
+
+    data: str = ""
+    tokens: int | None = None
+    seconds: float | None = None
+    seed: int | None = None
+    device: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What an expert was taken over from, where it was not trained here.
+
+    Args:
+        format: The other project's format, such as `peft`.
+        base: What it calls the model that it was made for.
+        config: Digest of its config.
+        weights: Digest of its tensors.
+        sample: Digest of the text that the scout was trained on.
+    """
+
+    format: str
+    base: str = ""
+    config: str
+    weights: str
+    sample: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `expert.toml` says.
+
+    Args:
+        name: Package name.
+        version: Version of the expert.
+        backbone: Name of the backbone that it was trained for.
+        interface: The router interface that it plugs into.
+        body: Kind of its body.
+        scout_width: Hidden width of its scout.
+        description: One line.
+        license: SPDX expression.
+        authors: Names, with addresses if the authors like.
+        languages: Natural or programming languages, as tags.
+        domains: Subjects, as tags.
+        provides: Names of capabilities, for search.
+        derives_from: The release that training started from, as `NAME@VERSION`.
+        requires: Experts that this one builds on, by name.
+        extras: Experts that it builds on as well for those who ask for an extra, by extra.
+        conflicts: Experts that it cannot be installed with, by name.
+        training: Provenance.
+        origin: What it was taken over from, if it was not trained here.
+        files: The package's files but the manifest; empty until packed.
+    """
+
+    name: str
+    version: Version
+    backbone: str
+    interface: InterfaceNeed
+    body: BodySpec
+    scout_width: int
+    description: str = ""
+    license: str = ""
+    authors: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    provides: tuple[str, ...] = ()
+    derives_from: str | None = None
+    requires: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
+    conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+    training: Training | None = None
+    origin: Origin | None = None
+    files: tuple[PackageFile, ...] = ()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether files and interface digest are filled in."""
+        return bool(self.files) and self.interface.digest is not None
+
+    @property
+    def digest(self) -> str:
+        """Digest of the canonical text, which is what registries and locks record."""
+        return digest_bytes(self.to_toml().encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read `expert.toml`, or that file in a directory.
+
+        Raises:
+            ManifestError: When there is none, or it is bad.
+        """
+        return cls.loads(*_read_text(path, EXPERT_FILE))
+
+    @classmethod
+    def loads(cls, text: str, where: str = EXPERT_FILE) -> Self:
+        """Read a manifest from TOML text.
+
+        Args:
+            text: The text.
+            where: What errors call it.
+
+        Raises:
+            ManifestError: `where` is the dotted path of the field, after the file's name.
+        """
+        top = parse_toml(text, where)
+        expert, interface = top.table("expert"), top.table("interface")
+        body, scout = top.table("body"), top.table("scout")
+        manifest = cls(
+            **_read_head(expert),
+            backbone=check_package_name(expert.text("backbone"), expert.where("backbone")),
+            languages=_tags(expert, "languages"),
+            domains=_tags(expert, "domains"),
+            provides=_tags(expert, "provides"),
+            derives_from=_read_parent(expert),
+            interface=InterfaceNeed(
+                name=check_package_name(interface.text("name"), interface.where("name")),
+                requires=interface.value("requires", Constraint),
+                digest=interface.value("digest", _check_digest, None),
+            ),
+            body=_read_body(body),
+            scout_width=scout.integer("width", minimum=1),
+            requires=top.ranges("requires"),
+            extras=_read_extras(top.table("extras", {})),
+            conflicts=top.ranges("conflicts"),
+            training=_read_training(top.table("training")) if "training" in top else None,
+            origin=_read_source(top.table("origin")) if "origin" in top else None,
+            files=_read_files(top),
+        )
+        for table in (expert, interface, body, scout):
+            table.finish()
+        top.finish(also=("training", "origin"))
+        extras = {f"extras.{extra}": ranges for extra, ranges in manifest.extras.items()}
+        named = {"requires": manifest.requires, "conflicts": manifest.conflicts, **extras}
+        for field, ranges in named.items():
+            if manifest.name in ranges:
+                raise ManifestError(
+                    "an expert cannot name itself", where=top.where(f"{field}.{manifest.name}")
+                )
+        return manifest
+
+    def to_toml(self) -> str:
+        """Return the canonical text: stable order, empty fields left out."""
+        rank = {"rank": self.body.rank} if self.body.rank is not None else {}
+        training = dataclasses.asdict(self.training) if self.training else {}
+        head = {
+            **_head(self),
+            "backbone": self.backbone,
+            "languages": list(self.languages) or None,
+            "domains": list(self.domains) or None,
+            "provides": list(self.provides) or None,
+            "derives-from": self.derives_from,
+        }
+        interface = {
+            "name": self.interface.name,
+            "requires": str(self.interface.requires),
+            "digest": self.interface.digest,
+        }
+        return format_toml(
+            [
+                ("expert", head),
+                ("interface", interface),
+                ("body", {"kind": self.body.kind, **rank, "dtype": self.body.dtype}),
+                ("scout", {"width": self.scout_width}),
+                ("requires", {name: str(r) for name, r in sorted(self.requires.items())}),
+                *(
+                    (f"extras.{extra}", {name: str(r) for name, r in sorted(ranges.items())})
+                    for extra, ranges in sorted(self.extras.items())
+                ),
+                ("conflicts", {name: str(r) for name, r in sorted(self.conflicts.items())}),
+                ("training", {key: value for key, value in training.items() if value != ""}),
+                ("origin", dataclasses.asdict(self.origin) if self.origin else {}),
+                *_file_tables(self.files),
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackbonePackage:
+    """What `backbone.toml` says.
+
+    Args:
+        name: Package name; the interface it publishes bears the same.
+        version: Version of the backbone.
+        description: One line.
+        license: SPDX expression.
+        authors: Names, with addresses if the authors like.
+        files: The package's files but the manifest; empty until packed.
+    """
+
+    name: str
+    version: Version
+    description: str = ""
+    license: str = ""
+    authors: tuple[str, ...] = ()
+    files: tuple[PackageFile, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Digest of the canonical text."""
+        return digest_bytes(self.to_toml().encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read `backbone.toml`, or that file in a directory.
+
+        Raises:
+            ManifestError: When there is none, or it is bad.
+        """
+        return cls.loads(*_read_text(path, BACKBONE_FILE))
+
+    @classmethod
+    def loads(cls, text: str, where: str = BACKBONE_FILE) -> Self:
+        """Read a manifest from TOML text; errors as `Manifest.loads`."""
+        top = parse_toml(text, where)
+        backbone = top.table("backbone")
+        package = cls(**_read_head(backbone), files=_read_files(top))
+        backbone.finish()
+        top.finish()
+        return package
+
+    def to_toml(self) -> str:
+        """Return the canonical text."""
+        return format_toml([("backbone", _head(self)), *_file_tables(self.files)])
+
+
+def _read_text(path: Path, name: str) -> tuple[str, str]:
+    """Return the text of a manifest and what errors call it."""
+    path = path / name if path.is_dir() else path
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except FileNotFoundError as error:
+        raise ManifestError("there is no such file", where=str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"cannot be read: {error}", where=str(path)) from error
+
+
+def _read_head(table: Table) -> dict[str, Any]:
+    """Read what every package says of itself."""
+    return {
+        "name": check_package_name(table.text("name"), table.where("name")),
+        "version": table.version("version"),
+        "description": table.text("description", "", max_length=500),
+        "license": table.text("license", "", max_length=200),
+        "authors": table.texts("authors"),
+    }
+
+
+def _head(package: Manifest | BackbonePackage) -> dict[str, Any]:
+    return {
+        "name": package.name,
+        "version": str(package.version),
+        "description": package.description or None,
+        "license": package.license or None,
+        "authors": list(package.authors) or None,
+    }
+
+
+def _check_digest(text: str) -> str:
+    if not is_digest(text):
+        raise ManifestError(f"{text[:80]!r} is not a digest (sha256: and 64 hex digits)")
+    return text
+
+
+def _tags(table: Table, field: str) -> tuple[str, ...]:
+    tags = table.texts(field)
+    for index, tag in enumerate(tags):
+        if len(tag) > MAX_FILES or _TAG.fullmatch(tag) is None:
+            raise ManifestError(
+                f"{tag[:80]!r} is not a tag", where=table.where(f"{field}[{index}]")
+            )
+    return tags
+
+
+def _read_parent(expert: Table) -> str | None:
+    """Read `derives-from`: one exact release."""
+    text = expert.text("derives-from", None)
+    if text is None:
+        return None
+    origin = expert.value("derives-from", Requirement.parse)
+    if origin.constraint.pinned is None:
+        raise ManifestError(
+            f"{text!r} is not one release",
+            where=expert.where("derives-from"),
+            hint=f"write '{origin.name}@1.2.0'",
+        )
+    return f"{origin.name}@{origin.constraint.pinned}"
+
+
+def _read_body(table: Table) -> BodySpec:
+    kind = table.text("kind")
+    if kind not in BODY_KINDS:
+        raise ManifestError(
+            f"{kind[:80]!r} is not a body kind ({', '.join(BODY_KINDS)})",
+            where=table.where("kind"),
+            hint=did_you_mean(kind, BODY_KINDS),
+        )
+    dtype = table.text("dtype", "F32")
+    if dtype not in DTYPES:
+        raise ManifestError(
+            f"{dtype[:80]!r} is not one of {', '.join(DTYPES)}", where=table.where("dtype")
+        )
+    if kind == "ffn" and "rank" in table:
+        raise ManifestError("only a lora body has a rank", where=table.where("rank"))
+    rank = table.integer("rank", minimum=1) if kind == "lora" else None
+    return BodySpec(kind=kind, rank=rank, dtype=dtype)
+
+
+def _read_extras(table: Table) -> dict[str, dict[str, Constraint]]:
+    extras = {}
+    for extra in table.names():
+        check_package_name(extra, table.where(extra))
+        extras[extra] = table.ranges(extra)
+        if not extras[extra]:
+            raise ManifestError("an extra that requires nothing", where=table.where(extra))
+    return extras
+
+
+def _read_training(table: Table) -> Training:
+    training = Training(
+        data=table.text("data", ""),
+        tokens=table.integer("tokens", None),
+        seconds=table.number("seconds", None),
+        seed=table.integer("seed", None),
+        device=table.text("device", "", max_length=200),
+    )
+    table.finish()
+    return training
+
+
+def _read_source(table: Table) -> Origin:
+    digests = {
+        field: table.value(field, _check_digest) for field in ("config", "weights", "sample")
+    }
+    origin = Origin(
+        format=table.text("format", max_length=40),
+        base=table.text("base", "", max_length=500),
+        **digests,
+    )
+    table.finish()
+    return origin
+
+
+def _read_files(top: Table) -> tuple[PackageFile, ...]:
+    """Read `[[files]]`, refusing two names that one file system might take for one."""
+    files: dict[str, PackageFile] = {}
+    tables = top.tables("files")
+    if len(tables) > MAX_FILES:
+        raise ManifestError(f"{len(tables)} files, at most {MAX_FILES}", where=top.where("files"))
+    for table in tables:
+        name = check_file_name(table.text("name"), table.where("name"))
+        if name.lower() in files or name.lower() in (EXPERT_FILE, BACKBONE_FILE):
+            raise ManifestError(f"{name!r} is there twice", where=table.where("name"))
+        sha256 = table.text("sha256")
+        if _HEX.fullmatch(sha256) is None:
+            raise ManifestError(
+                f"{sha256[:80]!r} is not 64 hex digits", where=table.where("sha256")
+            )
+        size = table.integer("size")
+        files[name.lower()] = PackageFile(
+            name=name, size=size, digest=f"sha256:{sha256}", chunks=_read_chunks(table, size)
+        )
+        table.finish()
+    return tuple(sorted(files.values(), key=lambda file: file.name))
+
+
+def _read_chunks(table: Table, size: int) -> tuple[str, ...]:
+    chunks = table.texts("chunks")
+    if chunks and len(chunks) != -(-size // CHUNK_BYTES):
+        raise ManifestError(
+            f"{len(chunks)} digests, expected one for every {CHUNK_BYTES:,} of {size:,} bytes",
+            where=table.where("chunks"),
+        )
+    for index, chunk in enumerate(chunks):
+        if _HEX.fullmatch(chunk) is None:
+            raise ManifestError(
+                f"{chunk[:80]!r} is not 64 hex digits", where=table.where(f"chunks[{index}]")
+            )
+    return chunks
+
+
+def _file_tables(files: tuple[PackageFile, ...]) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (
+            "[files]",
+            {
+                "name": file.name,
+                "size": file.size,
+                "sha256": file.digest.removeprefix("sha256:"),
+                "chunks": list(file.chunks) or None,
+            },
+        )
+        for file in sorted(files, key=lambda file: file.name)
+    ]

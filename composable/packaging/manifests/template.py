@@ -1,0 +1,70 @@
+"""Where an expert begins: a folder copied from the template and filled in for a backbone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from composable.errors import PackagingError
+from composable.files import atomic
+from composable.interface.contract import RouterInterface
+from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
+from composable.packaging.versions.names import check_package_name
+
+_NAME: Final = "my-expert"
+_PACKAGE: Final = Path(__file__).parents[2]
+# In an installed wheel `experts/` lies inside the package, in a checkout beside it.
+_HOMES: Final = (_PACKAGE / "experts", _PACKAGE.parent / "experts")
+
+
+def find_template() -> Path:
+    """Return the folder that new experts are copied from.
+
+    Raises:
+        PackagingError: When this installation has none.
+    """
+    for home in _HOMES:
+        if (home / "_template" / EXPERT_FILE).is_file():
+            return home / "_template"
+    raise PackagingError("this installation of composable has no template", where=str(_PACKAGE))
+
+
+def create_expert(folder: Path, name: str, backbone: str, interface: RouterInterface) -> Manifest:
+    """Make the folder of a new expert.
+
+    Args:
+        folder: The folder, which must not exist or be empty.
+        name: Name of the expert.
+        backbone: Name of the backbone that it will be trained for.
+        interface: The router interface that the backbone publishes.
+
+    Returns:
+        The manifest, as it was written.
+
+    Raises:
+        ManifestError: For a name that no package may have.
+        PackagingError: When the folder holds something already.
+    """
+    check_package_name(name, "NAME")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PackagingError(
+            "there is something by that name already",
+            where=str(folder),
+            hint="choose another name, or remove it first",
+        )
+    values = {
+        f'name = "{_NAME}"': f'name = "{name}"',
+        'backbone = "tiny-bytes"': f'backbone = "{backbone}"',
+        'name = "tiny-bytes"': f'name = "{interface.name}"',
+        'requires = "^1.0"': f'requires = "^{interface.version}"',
+        "width = 128": f"width = {min(128, interface.scout_max_width)}",
+    }
+    atomic.make_directory(folder)
+    for source in sorted(find_template().iterdir()):
+        text = source.read_text(encoding="utf-8")
+        for old, new in values.items():
+            text = re.sub(rf"^{re.escape(old)}$", new, text, flags=re.MULTILINE)
+        text = re.sub(rf"^# {_NAME}$", f"# {name}", text, flags=re.MULTILINE)
+        atomic.write_text(folder / source.name, text)
+    return Manifest.read(folder)

@@ -1,0 +1,1 @@
+"""Projects: `composable.toml`, and the commands that change, lock and install it."""

@@ -1,0 +1,98 @@
+"""Everything that a project installs, to carry to a machine without a network.
+
+An export is a registry of its own with just the releases that are locked, beside the project's two
+files: as a folder, or as that folder in one uncompressed tar file. `sync --from` takes files from
+it whatever registries the lock names; and it can be used as a registry like any other.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from composable.errors import PackagingError
+from composable.files import atomic
+from composable.packaging.install.lock import LOCK_FILE, Lock
+from composable.packaging.project.project import PROJECT_FILE, Project
+from composable.packaging.registry.registry import Registry
+from composable.packaging.registry.storage import Folder
+from composable.progress import ByteProgress
+
+if TYPE_CHECKING:
+    from composable.interface.contract import RouterInterface
+
+SUFFIX: Final = ".tar"
+
+
+def export_project(
+    project: Project,
+    lock: Lock,
+    target: Path,
+    *,
+    interface: RouterInterface | None = None,
+    progress: ByteProgress | None = None,
+) -> None:
+    """Write what is installed as a registry, with the project file and the lock beside it.
+
+    Args:
+        project: The project, in sync.
+        lock: Its lock.
+        target: A new folder, or a new file that ends in `.tar`.
+        interface: The backbone's router interface.
+        progress: Called with a file's name, bytes done and bytes in all.
+
+    Raises:
+        PackagingError: When something is there already, or an expert comes from a folder: only
+            published ones can be found again elsewhere.
+    """
+    if target.exists():
+        raise PackagingError("is there already", where=str(target), hint="choose another name")
+    for expert in lock.experts:
+        if expert.path is not None:
+            raise PackagingError(
+                f"{expert.name} comes from the folder {expert.path}, which cannot be exported",
+                hint=f"publish it, and ask for {expert.name} from that registry",
+            )
+    target = target.absolute()
+    scratch = atomic.make_scratch_directory(target.parent)
+    try:
+        registry = Registry(Folder(scratch))
+        for expert in lock.experts:
+            folder = project.environment.expert_path(expert.name)
+            registry.publish(folder, interface=interface, progress=progress)
+        atomic.write_bytes(scratch / PROJECT_FILE, atomic.read_bytes(project.path))
+        atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
+        if target.suffix == SUFFIX:
+            _write_tar(scratch, target)
+        elif not atomic.rename_directory(scratch, target):
+            raise PackagingError("is there already", where=str(target))
+    finally:
+        atomic.remove_directory(scratch)
+
+
+def _write_tar(folder: Path, target: Path) -> None:
+    """Write a folder as a tar file that says nothing of when, where and by whom it was made."""
+    with atomic.Sink(target) as sink, tarfile.open(fileobj=_Pipe(sink), mode="w|") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                member = tarfile.TarInfo(path.relative_to(folder).as_posix())
+                member.size = path.stat().st_size
+                member.mode = 0o644
+                with path.open("rb") as file:
+                    tar.addfile(member, file)
+
+
+class _Pipe(io.RawIOBase):
+    """A sink as a file to write to."""
+
+    def __init__(self, sink: atomic.Sink) -> None:
+        self._sink = sink
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes, /) -> int:  # type: ignore[override]
+        self._sink.write(data)
+        return len(data)

@@ -1,0 +1,1 @@
+"""Registries: what they hold, where their files lie, and how they are reached."""

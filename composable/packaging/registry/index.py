@@ -1,0 +1,154 @@
+"""The lines of a registry's index, its records and its catalogue: read, written and derived."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from composable.errors import (
+    PackagingError,
+    RegistryError,
+)
+from composable.interface.digest import canonical_json
+from composable.packaging.registry.release import Release
+from composable.packaging.registry.storage import (
+    Document,
+    Folder,
+    Storage,
+    WritableStorage,
+)
+from composable.packaging.versions.names import check_package_name
+from composable.packaging.versions.version import Version
+
+if TYPE_CHECKING:
+    pass
+
+MAX_TEXT: Final = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the catalogue says of a package: its newest release, for search.
+
+    Args:
+        name: Package name.
+        version: Its newest version.
+        interface: Name and range of the router interface that it plugs into.
+        description: One line.
+        tags: Languages, domains and capabilities.
+    """
+
+    name: str
+    version: Version
+    interface: str
+    description: str = ""
+    tags: tuple[str, ...] = ()
+
+
+def index_path(name: str) -> str:
+    """Return where the index of a package lies.
+
+    Raises:
+        ManifestError: For what is no package name, before any path is joined.
+    """
+    return f"index/{check_package_name(name)[:2]}/{name}.jsonl"
+
+
+def record_path(name: str, version: Version, suffix: str = "json") -> str:
+    """Return where the record of a release lies, or with suffix `yanked` the mark of a yank."""
+    # Build metadata takes no part in what a version is, so it is not part of the file's name.
+    text = str(version).partition("+")[0]
+    return f"records/{check_package_name(name)}/{text}.{suffix}"
+
+
+def is_index_behind(folder: Folder, name: str, told: Mapping[Version, Release]) -> bool:
+    """Say whether the records of a package know of releases or yanks that its index lacks."""
+    names = folder.names_in(f"records/{name}")
+    recorded = {file.removesuffix(".json") for file in names if file.endswith(".json")}
+    yanked = {file.removesuffix(".yanked") for file in names if file.endswith(".yanked")}
+    known = {str(v).partition("+")[0]: release.is_yanked for v, release in told.items()}
+    return recorded >= known.keys() and known != {v: v in yanked for v in recorded}
+
+
+def compile_index(storage: WritableStorage, name: str) -> bytes:
+    """Return the index that the records imply."""
+    names = set(storage.names_in(f"records/{name}"))
+    releases = []
+    for file in names:
+        stem, _, suffix = file.rpartition(".")
+        if suffix != "json":
+            continue
+        release = read_record(storage, name, Version(stem))
+        if release is not None:
+            is_yanked = f"{stem}.yanked" in names
+            releases.append(dataclasses.replace(release, is_yanked=is_yanked))
+    releases.sort(key=lambda release: release.version)
+    return b"".join(release.to_line() + b"\n" for release in releases)
+
+
+def is_record_of(document: Document, release: Release | None) -> bool:
+    """Say whether a record can be read, as that of `release`."""
+    if release is None:
+        return False
+    with contextlib.suppress(RegistryError):
+        return Release.from_line(document.data, release.name, "") == release
+    return False
+
+
+def read_record(storage: Storage, name: str, version: Version) -> Release | None:
+    """Return a record; for one that is damaged, what the index has of it.
+
+    None where neither tells: it is not there, or was cut by a crash and never acknowledged.
+    """
+    path = record_path(name, version)
+    document = storage.read(path)
+    if document is None:
+        return None
+    with contextlib.suppress(RegistryError):
+        return Release.from_line(document.data, name, path)
+    index = storage.read(index_path(name))
+    for line in index.data.splitlines() if index is not None else ():
+        with contextlib.suppress(RegistryError):
+            release = Release.from_line(line, name, path)
+            if release.version == version:
+                return dataclasses.replace(release, is_yanked=False)
+    return None
+
+
+def describe_newest(release: Release) -> Entry:
+    return Entry(
+        name=release.name,
+        version=release.version,
+        interface=f"{release.interface.name} {release.interface.requires}",
+        description=release.description,
+        tags=release.tags,
+    )
+
+
+def format_entry(entry: Entry) -> bytes:
+    return canonical_json(
+        {**dataclasses.asdict(entry), "version": str(entry.version), "tags": list(entry.tags)}
+    )
+
+
+def parse_entry(line: bytes, where: str) -> Entry:
+    """Read a line of the catalogue; fields that later releases add are passed over."""
+    try:
+        data = json.loads(line)
+        texts = (data["interface"], data["description"], *data["tags"])
+        if not all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts):
+            raise ValueError("a field is not text")
+        return Entry(
+            name=check_package_name(data["name"]),
+            version=Version(data["version"]),
+            interface=data["interface"],
+            description=data["description"],
+            tags=tuple(data["tags"]),
+        )
+    except PackagingError as error:
+        raise RegistryError(error.message, where=where) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RegistryError(f"not an entry of a catalogue: {error}", where=where) from error

@@ -1,0 +1,405 @@
+"""Registries: where releases are published and found.
+
+The layout is made of plain files, so that any static host can serve it:
+
+    config.json                      which layout this is
+    index/<shard>/<name>.jsonl       one line per release: all that resolving needs
+    blobs/<aa>/<sha256>              manifests and files by digest
+    catalog.jsonl                    one line per package, for search and hints
+    records/<name>/<version>.json    one release as published; created once, never changed
+    records/<name>/<version>.yanked  there while the release is yanked
+    names/<key>                      the one name that owns a look-alike key
+
+Clients read the first four. Publishers agree through `records/` and `names/`, whose files are
+created exclusively: of two that publish the same version or look-alike names, exactly one succeeds.
+The index is derived from the records, and the catalogue from the indexes. A publisher creates its
+record, writes the index from all records, then looks again, and repeats while the index is behind
+them. An object store replaces the index only if it is still the one that the publisher saw, so what
+was acknowledged once is never lost. In a folder that cannot be had without trusting locks, but
+whoever writes the index last looks after writing, and every record that was created before is seen
+then; a record created later has a publisher that is yet to write. What a publisher that is killed
+between writing and looking may leave behind, the next look into that folder mends.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
+
+from composable.errors import (
+    IntegrityError,
+    ManifestError,
+    RegistryError,
+    UnknownExpertError,
+    UnreachableError,
+    did_you_mean,
+)
+from composable.files.blobs import blob_path
+from composable.interface.digest import canonical_json, digest_bytes
+from composable.packaging.manifests.manifest import Manifest
+from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.manifests.toml import MAX_TOML_BYTES
+from composable.packaging.registry.index import (
+    Entry,
+    compile_index,
+    describe_newest,
+    format_entry,
+    index_path,
+    is_index_behind,
+    is_record_of,
+    parse_entry,
+    read_record,
+    record_path,
+)
+from composable.packaging.registry.release import TIME_FORMAT, Release, choose_newest
+from composable.packaging.registry.storage import (
+    Document,
+    Folder,
+    Storage,
+    WritableStorage,
+)
+from composable.packaging.versions.names import check_package_name, confusable_key
+from composable.packaging.versions.version import Version
+from composable.progress import ByteProgress
+
+if TYPE_CHECKING:
+    from composable.interface.contract import RouterInterface
+
+SCHEMA: Final = 1
+CONFIG_FILE: Final = "config.json"
+CATALOG_FILE: Final = "catalog.jsonl"
+MAX_ATTEMPTS: Final = 100
+SMALL_BLOB_ATTEMPTS: Final = 3
+
+
+class Registry:
+    """Releases in a storage; knows nothing of stores or locks.
+
+    Args:
+        storage: Where its files lie; to publish, one that can be written to.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._is_checked = False
+
+    @property
+    def location(self) -> str:
+        """Where it is, as an error message shows it: without any secret."""
+        return self.storage.location
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a registry; the first to publish makes one."""
+        return self.storage.read(CONFIG_FILE) is not None
+
+    def names(self) -> list[str]:
+        """Return all package names, sorted.
+
+        Raises:
+            RegistryError: For a catalogue that cannot be read.
+        """
+        return [entry.name for entry in self.entries()]
+
+    def entries(self) -> list[Entry]:
+        """Return what the catalogue says of every package, by name; nothing without a catalogue.
+
+        Raises:
+            RegistryError: For a catalogue that cannot be read.
+        """
+        self._check_config()
+        catalog = self.storage.read(CATALOG_FILE)
+        return sorted(self._read_catalog(catalog).values(), key=lambda entry: entry.name)
+
+    def versions(self, name: str) -> tuple[Release, ...]:
+        """Return all releases of a package, oldest version first; none for an unknown name.
+
+        Raises:
+            RegistryError: For an index that cannot be read.
+        """
+        path = index_path(name)
+        self._check_config()
+        told = self._parse_index(self.storage.read(path), name)
+        if isinstance(self.storage, Folder) and is_index_behind(self.storage, name, told):
+            told = self._parse_index(Document(compile_index(self.storage, name), None), name)
+        return tuple(told[version] for version in sorted(told))
+
+    def stream(self, digest: str, start: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of a blob from offset `start` on; the caller verifies them.
+
+        Raises:
+            RegistryError: When there is no such blob.
+            UnreachableError: When the answer breaks off, or none can be had.
+        """
+        return self.storage.stream(blob_path(digest), start)
+
+    def read_blob(self, digest: str, what: str, limit: int) -> bytes:
+        """Return the bytes of a small blob, verified.
+
+        Args:
+            digest: Its digest.
+            what: What errors call it.
+            limit: Most bytes that it may have.
+
+        Raises:
+            RegistryError: When there is no such blob.
+            IntegrityError: When its bytes are not those promised.
+        """
+        for attempt in range(SMALL_BLOB_ATTEMPTS):
+            data = bytearray()
+            try:
+                for piece in self.stream(digest):
+                    data += piece
+                    if len(data) > limit:
+                        raise IntegrityError(
+                            f"{what} from {self.location} is larger than {limit:,} bytes"
+                        )
+            except UnreachableError:
+                if attempt == SMALL_BLOB_ATTEMPTS - 1:
+                    raise
+                continue
+            if digest_bytes(bytes(data)) == digest:
+                return bytes(data)
+        raise IntegrityError(
+            f"{what} from {self.location} is not what was promised ({digest})",
+            hint="the registry is damaged or dishonest; nothing was kept",
+        )
+
+    def read_manifest(self, release: Release) -> Manifest:
+        """Fetch, verify and read the manifest of a release.
+
+        Raises:
+            IntegrityError: When the bytes are not those that the index promised.
+            ManifestError: When they are, but are not a manifest of this release.
+        """
+        where = f"{release.name} {release.version} expert.toml"
+        data = self.read_blob(release.manifest, where, MAX_TOML_BYTES)
+        manifest = Manifest.loads(data.decode(), where)
+        if (manifest.name, manifest.version) != (release.name, release.version):
+            raise ManifestError(f"describes {manifest.name} {manifest.version}", where=where)
+        return manifest
+
+    def publish(
+        self,
+        directory: Path,
+        *,
+        interface: RouterInterface | None = None,
+        progress: ByteProgress | None = None,
+    ) -> Manifest:
+        """Publish the expert in a directory: its blobs, its manifest, then its index line.
+
+        Publishing the same content again changes nothing and succeeds.
+
+        Args:
+            directory: Holds `expert.toml`, `body.safetensors`, `scout.safetensors` and, if there
+                are any, `card.json` and `README.md`; other files are left alone.
+            interface: The router interface to check manifest and tensors against, and whose digest
+                to record where the manifest names none.
+            progress: Called with a file's name, bytes done and bytes in all.
+
+        Returns:
+            The manifest as published.
+
+        Raises:
+            ManifestError: For a bad manifest or a missing file.
+            TensorFileError: For tensors that must not be loaded, or that do not fit.
+            InterfaceError: For an expert that does not fit the interface.
+            RegistryError: When the registry is read only, the version exists with other content,
+                or the name may be taken for another one here.
+        """
+        storage = self.writable_storage()
+        manifest = pack_expert(directory, interface=interface)
+        self._create_config(storage)
+        self._require_same(manifest, read_record(storage, manifest.name, manifest.version))
+        self._claim_name(storage, manifest.name)
+        for file in manifest.files:
+            storage.upload(blob_path(file.digest), directory / file.name, file, progress)
+        _put_blob(storage, manifest.digest, manifest.to_toml().encode())
+        now = datetime.datetime.now(datetime.UTC).strftime(TIME_FORMAT)
+        record = record_path(manifest.name, manifest.version)
+        line = Release.of(manifest, now).to_line()
+        while not storage.create(record, line):
+            seen = storage.read(record)
+            existing = read_record(storage, manifest.name, manifest.version)
+            self._require_same(manifest, existing)
+            # One that cannot be read was cut by a crash, or is damaged: the index may know it.
+            if existing is not None:
+                line = existing.to_line()
+            if seen and (is_record_of(seen, existing) or storage.replace(record, line, seen)):
+                break
+        self._write_index(storage, manifest.name)
+        return manifest
+
+    def yank(self, name: str, version: Version) -> None:
+        """Withdraw a release from new resolutions; locks that have it keep working.
+
+        Raises:
+            UnknownExpertError: When there is no such release.
+            RegistryError: When the registry is read only.
+        """
+        storage = self.writable_storage()
+        self._check_release(storage, name, version)
+        storage.create(record_path(name, version, "yanked"), b"")
+        self._write_index(storage, name)
+
+    def unyank(self, name: str, version: Version) -> None:
+        """Take back a yank.
+
+        Raises:
+            UnknownExpertError: When there is no such release.
+            RegistryError: When the registry is read only.
+        """
+        storage = self.writable_storage()
+        self._check_release(storage, name, version)
+        storage.remove(record_path(name, version, "yanked"))
+        self._write_index(storage, name)
+
+    def writable_storage(self) -> WritableStorage:
+        """Return the storage, if it can be published to.
+
+        Raises:
+            RegistryError: When the registry is read only.
+        """
+        if not hasattr(self.storage, "create"):
+            raise RegistryError(
+                "cannot be published to",
+                where=self.location,
+                hint="publish to a folder or a bucket: to the one that a web server serves",
+            )
+        return cast(WritableStorage, self.storage)
+
+    def _write_index(self, storage: WritableStorage, name: str) -> None:
+        """Write the index of a package, then the catalogue, until they agree with the records."""
+        self._derive(storage, index_path(name), lambda _: compile_index(storage, name))
+        self._derive(storage, CATALOG_FILE, lambda seen: self._compile_catalog(storage, seen, name))
+
+    def _derive(
+        self,
+        storage: WritableStorage,
+        path: str,
+        compile_: Callable[[Document | None], bytes],
+    ) -> None:
+        """Write what a document should be by now, and look again until it is."""
+        for attempt in range(MAX_ATTEMPTS):
+            seen = storage.read(path)
+            wanted = compile_(seen)
+            if seen is not None and seen.data == wanted:
+                storage.settle(path)
+                return
+            if not storage.replace(path, wanted, seen):
+                time.sleep(random.uniform(0, min(0.01 * 2**attempt, 1.0)))
+        raise RegistryError(
+            f"others changed {path} {MAX_ATTEMPTS} times in a row",
+            where=self.location,
+            hint="run the same command again",
+        )
+
+    def _compile_catalog(self, storage: WritableStorage, seen: Document | None, name: str) -> bytes:
+        """Return the catalogue with what is new of one package, and of any that it lacks."""
+        entries = self._read_catalog(seen)
+        there = {confusable_key(known) for known in entries}
+        owners = (
+            storage.read(f"names/{key}") for key in storage.names_in("names") if key not in there
+        )
+        for other in {name, *(_read_owner(owner) for owner in owners if owner)}:
+            releases = self.versions(other)
+            if releases:
+                entries[other] = describe_newest(choose_newest(releases))
+        return b"".join(format_entry(entries[key]) + b"\n" for key in sorted(entries))
+
+    def _read_catalog(self, document: Document | None) -> dict[str, Entry]:
+        entries = {}
+        lines = document.data.splitlines() if document is not None else []
+        for number, line in enumerate(lines, 1):
+            entry = parse_entry(line, f"{self.location}/{CATALOG_FILE}:{number}")
+            entries[entry.name] = entry
+        return entries
+
+    def _parse_index(self, index: Document | None, name: str) -> dict[Version, Release]:
+        releases: dict[Version, Release] = {}
+        for number, line in enumerate(index.data.splitlines() if index is not None else (), 1):
+            where = f"{self.location}/{index_path(name)}:{number}"
+            release = Release.from_line(line, name, where)
+            if release.version in releases:
+                raise RegistryError(f"{release.version} is there twice", where=where)
+            releases[release.version] = release
+        return releases
+
+    def _check_release(self, storage: WritableStorage, name: str, version: Version) -> None:
+        if read_record(storage, check_package_name(name), version) is None:
+            have = ", ".join(str(release.version) for release in self.versions(name))
+            raise UnknownExpertError(
+                f"no release {name} {version}",
+                where=self.location,
+                hint=f"there are {have}" if have else did_you_mean(name, self.names()),
+            )
+
+    def _claim_name(self, storage: WritableStorage, name: str) -> None:
+        """Make sure that no other package has a name that a reader may take for this one."""
+        path = f"names/{confusable_key(name)}"
+        if storage.create(path, name.encode()):
+            return
+        claimed = storage.read(path)
+        owner = _read_owner(claimed) if claimed is not None else name
+        if owner != name:
+            raise RegistryError(
+                f"{name!r} may be taken for {owner[:80]!r}, which is published here",
+                where=self.location,
+                hint="choose a name that differs by more than look-alike letters or hyphens",
+            )
+
+    def _require_same(self, manifest: Manifest, existing: Release | None) -> None:
+        """Refuse to publish other content under a version that exists."""
+        if existing is not None and existing.manifest != manifest.digest:
+            raise RegistryError(
+                f"{manifest.name} {manifest.version} is already published with other content",
+                where=self.location,
+                hint="a release never changes: raise the version",
+            )
+
+    def _create_config(self, storage: WritableStorage) -> None:
+        config = {"kind": "composable-registry", "schema": SCHEMA}
+        storage.create(CONFIG_FILE, canonical_json(config) + b"\n")
+        self._check_config()
+
+    def _check_config(self) -> None:
+        """Check, once, that the storage has a layout that this release reads."""
+        if self._is_checked:
+            return
+        document = self.storage.read(CONFIG_FILE)
+        if document is None:
+            raise RegistryError(
+                "is not a registry: it has no config.json",
+                where=self.location,
+                hint="`composable publish` to a folder or a bucket creates one",
+            )
+        try:
+            config = json.loads(document.data)
+            schema = config["schema"] if config["kind"] == "composable-registry" else None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RegistryError("cannot be read", where=f"{self.location}/{CONFIG_FILE}") from error
+        if schema != SCHEMA:
+            raise RegistryError(
+                f"has layout {schema!r}, this release reads {SCHEMA}", where=self.location
+            )
+        self._is_checked = True
+
+
+def _put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:
+    """Write a small blob unless it is there and whole."""
+    path = blob_path(digest)
+    seen = storage.read(path)
+    while seen is None or digest_bytes(seen.data) != digest:
+        if storage.replace(path, data, seen):
+            return
+        seen = storage.read(path)
+    storage.settle(path)
+
+
+def _read_owner(document: Document) -> str:
+    return document.data.decode(errors="replace")

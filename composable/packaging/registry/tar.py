@@ -1,0 +1,63 @@
+"""An export in one tar file, read where it lies."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from composable.errors import RegistryError
+from composable.files import atomic
+from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
+
+if TYPE_CHECKING:
+    pass
+
+
+class TarFile:
+    """The files of an export in one file, read where they lie: nothing is ever unpacked.
+
+    Args:
+        path: The file.
+
+    Raises:
+        RegistryError: When it is no tar file.
+    """
+
+    is_remote: Final = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = [member for member in tar if member.isreg()]
+        except (tarfile.TarError, OSError) as error:
+            raise RegistryError(f"is not an export: {error}", where=str(path)) from error
+        self._members = {member.name: (member.offset_data, member.size) for member in members}
+
+    @property
+    def location(self) -> str:
+        """The file."""
+        return str(self._path)
+
+    def read(self, path: str, known: Document | None = None) -> Document | None:
+        """Return a document, `known` itself where that is still its state, or None for none."""
+        if path not in self._members:
+            return None
+        if self._members[path][1] > MAX_DOCUMENT_BYTES:
+            raise RegistryError("is larger than 64 MiB", where=f"{self._path}: {path}")
+        data = b"".join(self.stream(path))
+        return known if known is not None and known.data == data else Document(data, None)
+
+    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of a file from offset `start` on."""
+        if path not in self._members:
+            raise RegistryError("has no such file", where=f"{self._path}: {path}")
+        offset, size = self._members[path]
+        with self._path.open("rb") as file:
+            file.seek(offset + start)
+            left = size - start
+            while left > 0 and (data := file.read(min(atomic.CHUNK, left))):
+                left -= len(data)
+                yield data

@@ -1,0 +1,202 @@
+"""What would make an unsolvable problem solvable: changes to what the user asks for, each tried."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from composable.packaging.resolve.problem import ResolutionProblem
+from composable.packaging.resolve.solver import Fact, Proof, Solver
+from composable.packaging.resolve.universe import Candidate
+from composable.packaging.resolve.wording import list_in_words, requirements_behind
+from composable.packaging.versions.constraint import (
+    ANY,
+    Constraint,
+    Requirement,
+    have_common_version,
+    split_extra,
+)
+from composable.packaging.versions.version import Version
+
+MAX_SUGGESTIONS: Final = 4
+MAX_SUSPECTS: Final = 8
+MAX_LEFT_OUT: Final = 6
+
+
+def find_suggestions(problem: ResolutionProblem, proof: Proof, solver: Solver) -> list[str]:
+    """Return changes that work, the least invasive first; none when nothing that is tried does.
+
+    Args:
+        problem: The problem.
+        proof: Why it has no solution.
+        solver: Tries out the changes.
+    """
+    return _Suggestions(problem, proof, solver).find()
+
+
+class _Suggestions:
+    """Changes that would make a problem solvable, each tried before it is offered."""
+
+    def __init__(self, problem: ResolutionProblem, proof: Proof, solver: Solver) -> None:
+        self._problem = problem
+        self._proof = proof
+        self._solver = solver
+        blamed = [
+            r for f in proof.facts if f.kind == "root" for r in requirements_behind(problem, f)
+        ]
+        self._blamed = list(dict.fromkeys(blamed))[:MAX_SUSPECTS]
+
+    def find(self) -> list[str]:
+        """Return the cures that work, the least invasive first."""
+        cures = [
+            *self._try_prereleases(in_range=True),
+            *(cure for r in self._blamed if (cure := self._try_relaxing(r))),
+            *(cure for r in self._blamed for cure in self._try_without_extras(r)),
+            *self._try_another_interface(),
+            *self._try_yanked(),
+        ]
+        if not cures:
+            cures = [*self._try_prereleases(in_range=False), *self._try_leaving_out()]
+        return cures[:MAX_SUGGESTIONS]
+
+    def _solve(
+        self,
+        requires: Iterable[Requirement],
+        *,
+        with_yanked: Iterable[str] = (),
+        is_interface_checked: bool = True,
+    ) -> dict[str, Candidate] | None:
+        problem = ResolutionProblem(
+            self._problem.source,
+            list(requires),
+            self._problem.interface if is_interface_checked else None,
+            self._problem.locked,
+            with_yanked=with_yanked,
+        )
+        answer = self._solver.solve(problem)
+        if isinstance(answer, Proof):
+            return None
+        return {name: problem.table(name).candidates[choice] for name, choice in answer.items()}
+
+    def _with(self, old: Requirement, *new: Requirement) -> list[Requirement]:
+        return [r for each in self._problem.requires for r in (new if each == old else (each,))]
+
+    def _try_relaxing(self, requirement: Requirement) -> str | None:
+        if requirement.constraint == ANY:
+            return None
+        free = dataclasses.replace(requirement, constraint=ANY)
+        answer = self._solve(self._with(requirement, free))
+        if answer is None:
+            return None
+        version = answer[requirement.name].version
+        if requirement.constraint.contains(version):
+            # Only an exact pin does more than hold versions: it lets a yanked one in.
+            return None
+        return f"ask for {requirement.target} {version} instead of {requirement.constraint}"
+
+    def _try_without_extras(self, requirement: Requirement) -> Iterator[str]:
+        blamed = [
+            extra
+            for fact in self._proof.facts
+            for package, extra in [split_extra(fact.name)]
+            if package == requirement.name and extra in requirement.extras
+        ]
+        for extra in dict.fromkeys(blamed):
+            fewer = tuple(other for other in requirement.extras if other != extra)
+            without = dataclasses.replace(requirement, extras=fewer)
+            if self._solve(self._with(requirement, without)) is not None:
+                yield f"ask for {without.target} without its extra {extra}"
+
+    def _try_another_interface(self) -> Iterator[str]:
+        interface = self._problem.interface
+        if not interface:
+            return
+        answer = self._solve(self._problem.requires, is_interface_checked=False)
+        needs: dict[str, dict[Constraint, str]] = {}
+        for name, candidate in sorted((answer or {}).items()):
+            if candidate.interface is not None:
+                needed, range_ = candidate.interface
+                needs.setdefault(needed, {}).setdefault(range_, f"{name} {candidate.version}")
+        for needed, whose in sorted(needs.items()):
+            if needed in interface and all(r.contains(interface[needed]) for r in whose):
+                continue
+            if len(needs) == 1 and have_common_version(whose):
+                ranges = ", ".join(str(range_) for range_ in whose if range_ != ANY)
+                who = list_in_words(list(whose.values()))
+                yield f"use a backbone whose router interface is {needed} {ranges}, for {who}"
+
+    def _try_yanked(self) -> Iterator[str]:
+        names = [
+            split_extra(fact.name)[0]
+            for fact in self._proof.facts
+            if fact.kind == "none" and any(c.is_yanked for c in self._candidates(fact))
+        ]
+        answer = self._solve(self._problem.requires, with_yanked=names) if names else None
+        pins = [
+            Requirement(name, Constraint.exactly(answer[name].version))
+            for name in dict.fromkeys(names)
+            if answer and name in answer and answer[name].is_yanked
+        ]
+        alone = [pin for pin in pins if self._solve([*self._problem.requires, pin]) is not None]
+        if alone:
+            for pin in alone:
+                yield f"ask for {_write_pin(pin)} exactly to accept what was yanked"
+        elif pins and self._solve([*self._problem.requires, *pins]) is not None:
+            all_pins = list_in_words([_write_pin(pin) for pin in pins])
+            yield f"ask for {all_pins} exactly to accept what was yanked"
+
+    def _candidates(self, fact: Fact) -> list[Candidate]:
+        table = self._problem.table(fact.name)
+        return [c for i, c in enumerate(table.candidates) if i in fact.choices]
+
+    def _try_prereleases(self, *, in_range: bool) -> Iterator[str]:
+        """Try the newest prereleases: those whose release would be in the range, or the others."""
+        for requirement in self._blamed:
+            table = self._problem.table(requirement.name)
+            early = [
+                c.version
+                for c in table.candidates
+                if c.version.is_prerelease and not requirement.constraint.contains(c.version)
+                if in_range == requirement.constraint.contains(_release_of(c.version))
+            ]
+            for version in reversed(early[-3:]):
+                exact = dataclasses.replace(requirement, constraint=Constraint.exactly(version))
+                if self._solve(self._with(requirement, exact)) is not None:
+                    yield f"ask for the prerelease {requirement.target}=={version}"
+                    break
+
+    def _try_leaving_out(self) -> Iterator[str]:
+        alone = [r for r in self._blamed if self._solve(self._with(r)) is not None]
+        if alone:
+            for requirement in alone:
+                yield f"leave out {requirement.target}"
+            return
+        yield from self._try_leaving_out_several()
+
+    def _try_leaving_out_several(self) -> Iterator[str]:
+        """Give up the latest wish of every clash in turn, until none is left."""
+        problem, proof, dropped = self._problem, self._proof, list[Requirement]()
+        while True:
+            facts = [fact for fact in proof.facts if fact.kind == "root"]
+            blamed = [r for fact in facts for r in requirements_behind(problem, fact)]
+            if not blamed or len(dropped) == MAX_LEFT_OUT:
+                return
+            latest = max(blamed, key=problem.requires.index)
+            dropped.append(latest)
+            rest = [requirement for requirement in problem.requires if requirement != latest]
+            problem = ResolutionProblem(problem.source, rest, problem.interface, problem.locked)
+            answer = self._solver.solve(problem)
+            if not isinstance(answer, Proof):
+                break
+            proof = answer
+        targets = [requirement.target for requirement in reversed(dropped)]
+        yield f"leave out {list_in_words(list(dict.fromkeys(targets)))}"
+
+
+def _release_of(version: Version) -> Version:
+    return Version(".".join(map(str, version.release)))
+
+
+def _write_pin(pin: Requirement) -> str:
+    return f"{pin.target}=={pin.constraint.pinned}"

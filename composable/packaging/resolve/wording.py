@@ -1,0 +1,31 @@
+"""Words that explanations and suggestions share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from composable.packaging.resolve.problem import ResolutionProblem
+from composable.packaging.resolve.solver import Fact
+from composable.packaging.versions.constraint import (
+    Requirement,
+    split_extra,
+)
+
+
+def requirements_behind(problem: ResolutionProblem, fact: Fact) -> list[Requirement]:
+    """Return the user's requirements that a root fact stands for."""
+    table = problem.table(fact.name)
+    package, extra = split_extra(fact.name)
+    return [
+        requirement
+        for requirement in problem.requires
+        if requirement.name == package and (extra is None or extra in requirement.extras)
+        if table.within(requirement.constraint) == fact.choices
+    ]
+
+
+def list_in_words(items: Sequence[str], conjunction: str = "and") -> str:
+    """Join in words, leaving out the middle of a long list."""
+    if len(items) > 6:
+        return f"{', '.join(items[:2])}, … {conjunction} {items[-1]} ({len(items)} in all)"
+    return ", ".join(items[:-1]) + (f" {conjunction} " if len(items) > 1 else "") + items[-1]

@@ -1,0 +1,1 @@
+"""Versions, ranges and names. The lowest room of packaging."""

@@ -1,0 +1,413 @@
+"""A composed model becomes a Hugging Face folder, with a record of what it lost on the way.
+
+Three things can be taken elsewhere: the backbone alone, one expert always on, and a mixture. The
+first two compute the same as here. A mixture has the same bodies, but a router of another kind; its
+rows are fitted on text, and the loss is measured on text that the fit did not see.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes  # noqa: F401 -- teaches NumPy the name bfloat16
+import numpy as np
+
+import composable
+from composable.assembly.backbones import LoadedBackbone
+from composable.assembly.experts import load_expert
+from composable.corpora.documents import Document, split_documents, truncate_utf8
+from composable.errors import InteropError, PackagingError
+from composable.files import atomic
+from composable.files.safetensors import MAX_TENSORS, TensorFile, read_header, stream_tensors
+from composable.interface import TensorSpec
+from composable.interop.hf_export import (
+    DENSE,
+    Layout,
+    TensorPart,
+    dense_config,
+    dense_pieces,
+    find_layout,
+    mixture_config,
+    mixture_pieces,
+    split_pieces,
+)
+from composable.interop.hf_tokenizer import tokenizer_files
+from composable.interop.layer_router import expert_names, fit_rows, layered_scorer, observe
+from composable.model.config import DTYPE_NAMES
+from composable.model.model import Model
+from composable.packaging.manifests.backbone_folder import WEIGHTS_FILE
+from composable.packaging.manifests.manifest import BackbonePackage, Manifest
+from composable.progress import StageProgress
+from composable.vetting.evaluation import mix_scorer, path_scorer, score_documents
+from composable.workflows.import_peft import split_sample
+
+# (what is being done, done, in all)
+
+RECORD_FILE: Final = "composable.json"
+# Documents that routers are fitted on, and those that only measure them.
+_FITTED_DOCUMENTS: Final = 32
+_SCORED_DOCUMENTS: Final = 8
+_SCORED_BYTES: Final = 4096
+_MAX_FILE_BYTES: Final = 4 << 30
+# Below this share of a text's tokens an expert was hardly seen by the fit.
+_HARDLY: Final = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """What is to be taken elsewhere.
+
+    Args:
+        merge: The expert that is to be always on; by default all are mixed.
+        layout: Layout of a mixture; by default the one that fits the backbone.
+        dtype: What weights are written in, "F32" or "BF16"; by default what is exact.
+        fit_tokens: Tokens of text that routers are fitted on, at most.
+    """
+
+    merge: str | None = None
+    layout: str | None = None
+    dtype: str | None = None
+    fit_tokens: int = 8192
+
+
+def export_model(
+    loaded: LoadedBackbone,
+    experts: Sequence[Path],
+    out: Path,
+    plan: ExportPlan,
+    text: Sequence[Document] = (),
+    *,
+    progress: StageProgress | None = None,
+) -> dict[str, Any]:
+    """Write a model as a folder that transformers loads.
+
+    Args:
+        loaded: The backbone.
+        experts: Folders of the experts; none at all exports the backbone alone.
+        out: The folder, which must not exist or be empty.
+        plan: What is to be written.
+        text: Text that routers are fitted on, of all the kinds that the experts are for; half of
+            it, by document, is only scored. By default the backbone's anchor.
+        progress: Called as the work goes on.
+
+    Returns:
+        The record, as `composable.json` holds it.
+
+    Raises:
+        InteropError: If no layout computes what is computed here; `where` names the field.
+        PackagingError: If there is something in `out` already.
+        ModelError: If there is no expert by the name to be merged.
+    """
+    show = progress or (lambda label, done, total: None)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PackagingError(
+            "there is something by that name already", where=str(out), hint="choose another folder"
+        )
+    manifests = {manifest.name: manifest for manifest in map(Manifest.read, experts)}
+    if plan.merge is not None and plan.merge not in manifests:
+        raise InteropError(
+            f"there is no expert {plan.merge!r} ({', '.join(sorted(manifests)) or 'none at all'})",
+            where="merge",
+        )
+    if plan.dtype not in (None, *DTYPE_NAMES):
+        raise InteropError(f"{plan.dtype!r} is not one of {', '.join(DTYPE_NAMES)}", where="dtype")
+    is_mixture = bool(manifests) and plan.merge is None
+    cfg = loaded.backbone.cfg
+    if plan.layout is not None and not is_mixture:
+        raise InteropError(
+            f"{plan.layout!r} is a layout of mixtures, but one expert is to be always on",
+            where="layout",
+        )
+    layout = find_layout(cfg, plan.layout) if is_mixture else None
+    tokenizer = tokenizer_files(loaded.tokenizer)
+    kept = [path for path in experts if plan.merge in (None, Manifest.read(path).name)]
+    model = loaded.plug([load_expert(loaded, path) for path in kept])
+    exported = [manifests[name] for name in model.experts]
+    dtype = plan.dtype or _exact_dtype(loaded, exported)
+
+    fitted, top_k = None, min(loaded.interface.top_k, 1 + len(exported))
+    if layout is None:
+        config = dense_config(cfg)
+        pieces = dense_pieces(cfg, expert=len(exported))
+    else:
+        fitted = _fit_routers(model, text or loaded.anchor, plan, dtype, show)
+        config = mixture_config(layout, cfg, 1 + len(exported), top_k)
+        pieces = mixture_pieces(layout, cfg, 1 + len(exported))
+    rows_LED, measured = fitted or (None, {})
+
+    package = BackbonePackage.read(loaded.folder)
+    record = {
+        "format": 1,
+        "composable": composable.__version__,
+        "layout": layout.name if layout else DENSE,
+        "backbone": {
+            "name": package.name,
+            "version": str(package.version),
+            "interface": loaded.interface.digest,
+        },
+        "experts": [
+            {"name": m.name, "version": str(m.version), "manifest": m.digest} for m in exported
+        ],
+        "dtype": dtype,
+        "begin": loaded.tokenizer.begin,
+        "licenses": sorted({package.license, *(m.license for m in exported)} - {""}),
+        **measured,
+        "lost": _losses(loaded, exported, layout, dtype, measured),
+    }
+    ends = list(loaded.tokenizer.ends)
+    config |= {
+        "torch_dtype": DTYPE_NAMES[dtype],
+        "bos_token_id": loaded.tokenizer.begin,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        # Said, because some families have one by default, outside of a small vocabulary.
+        "pad_token_id": None,
+    }
+    atomic.make_directory(out)
+    read = partial(_read, _open_weights(loaded), model, rows_LED, config, dtype)
+    _write_weights(out, pieces, read, dtype, show)
+    texts = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "generation_config.json": json.dumps(
+            {key: config[key] for key in ("bos_token_id", "eos_token_id")}, indent=2
+        )
+        + "\n",
+        **tokenizer,
+        RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+        "README.md": _readme(record, out.name),
+    }
+    for name, content in texts.items():
+        atomic.write_text(out / name, content)
+    return record
+
+
+def split_text(text: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Return documents to fit routers on and documents to measure them on, spread over the text.
+
+    Raises:
+        TextError: If there is no text.
+    """
+    if len(text) < 2:
+        return split_sample(text, "routers")
+    fit, scored = split_documents(text, 0.5, salt="routers")
+    return _spread(fit, _FITTED_DOCUMENTS), _spread(scored, _SCORED_DOCUMENTS)
+
+
+def _spread(documents: Sequence[Document], at_most: int) -> list[Document]:
+    """Return some documents, evenly from begin to end: texts of one kind often stand together."""
+    n_kept = min(at_most, len(documents))
+    return [documents[i * len(documents) // n_kept] for i in range(n_kept)]
+
+
+def _exact_dtype(loaded: LoadedBackbone, experts: Sequence[Manifest]) -> str:
+    """Return the narrowest dtype that rounds nothing."""
+    stored = {
+        info.dtype
+        for name, info in read_header(loaded.folder / WEIGHTS_FILE).items()
+        if not name.startswith(("scout.", "class_map"))
+    }
+    is_narrow = all(m.body.kind == "ffn" and m.body.dtype == "BF16" for m in experts)
+    return "BF16" if stored == {"BF16"} and is_narrow else "F32"
+
+
+def _fit_routers(
+    model: Model, text: Sequence[Document], plan: ExportPlan, dtype: str, show: StageProgress
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return every slot's router rows, shape LED, and what was measured of them."""
+    fit, scored = split_text(text)
+    observed = observe(
+        model,
+        [document.text.encode() for document in fit],
+        max_tokens=plan.fit_tokens,
+        progress=partial(show, "observe"),
+    )
+    rows_LED, agreement_L = fit_rows(observed, partial(show, "fit"))
+    # Measured as they will be written.
+    rows_LED = rows_LED.astype(DTYPE_NAMES[dtype]).astype(np.float32)
+    texts = [truncate_utf8(document.text.encode(), _SCORED_BYTES) for document in scored]
+    scorers = {
+        "backbone": path_scorer(model),
+        "composable": mix_scorer(model),
+        "exported": layered_scorer(model, rows_LED, model.interface.top_k),
+    }
+    bits, n_bytes = {}, 0
+    for done, (name, scorer) in enumerate(scorers.items()):
+        show("score", done, len(scorers))
+        score = score_documents(scorer, texts, context=model.context)
+        bits[name], n_bytes = round(score.bits_per_byte, 5), int(score.n_bytes.sum())
+    show("score", len(scorers), len(scorers))
+    trust_E = observed.weight_ME.mean(axis=0)
+    return rows_LED, {
+        "routers": {
+            "fitted_on": {"documents": len(fit), "tokens": len(observed.weight_ME)},
+            "trust": {
+                name: round(float(trust), 5)
+                for name, trust in zip(expert_names(model), trust_E, strict=True)
+            },
+            "same_first_choice": round(float(agreement_L.mean()), 4),
+        },
+        "measured": {"bits_per_byte": bits, "documents": len(texts), "bytes": n_bytes},
+    }
+
+
+def _losses(
+    loaded: LoadedBackbone,
+    experts: Sequence[Manifest],
+    layout: Layout | None,
+    dtype: str,
+    measured: dict[str, Any],
+) -> list[str]:
+    """Return in words what the exported model does not do."""
+    lost = []
+    if layout is None and experts:
+        lost.append(
+            f"The choice: {experts[0].name} is on for every text, also for what it knows nothing "
+            "of."
+        )
+    if layout is not None:
+        bits = measured["measured"]["bits_per_byte"]
+        lost.append(
+            "The router: it keeps a track record along a document, which no other runtime does. "
+            "Router rows in every layer imitate it, and guess from one hidden state at a time: "
+            f"{bits['exported']:.3f} bits per byte where composable has {bits['composable']:.3f} "
+            f"and the backbone alone {bits['backbone']:.3f}, on "
+            f"{measured['measured']['bytes']:,} bytes of text that the fit did not see."
+        )
+        hardly = [
+            name
+            for name, trust in measured["routers"]["trust"].items()
+            if trust < _HARDLY and name != "backbone"
+        ]
+        if hardly:
+            lost.append(
+                f"Nearly all use of {', '.join(hardly)}: on the text that the rows were fitted on "
+                "they were hardly ever trusted. Give text of their kind."
+            )
+        lost.append(
+            "The bounds: here an expert's output beyond the interface's bound counts as zero, "
+            "there nothing holds it."
+        )
+    if experts and loaded.interface.scout_prior:
+        lost.append(
+            "What scouts say of the next token: in composable it has a share of the output, there "
+            "nobody asks them."
+        )
+    if experts:
+        lost.append(
+            "Safe mode, and with it the bound on what a document may cost beyond the backbone "
+            "alone."
+        )
+        lost.append("Installing, removing and upgrading experts: export again instead.")
+    if layout is not None and layout.dense_layers is None:
+        n_trunk = loaded.backbone.cfg.n_layers - len(loaded.interface.slots)
+        lost.append(
+            f"Memory: this layout knows no plain layers, so each of the {n_trunk} below the tap "
+            f"holds the same feed-forward block {1 + len(experts)} times."
+        )
+    if dtype != _exact_dtype(loaded, experts):
+        lost.append("Precision: weights were rounded to bfloat16.")
+    return lost
+
+
+def _open_weights(loaded: LoadedBackbone) -> TensorFile:
+    """Return the backbone's tensors as they are stored."""
+    path = loaded.folder / WEIGHTS_FILE
+    specs = {
+        name: TensorSpec(shape=info.shape, dtypes=(info.dtype,))
+        for name, info in read_header(path).items()
+    }
+    return TensorFile(path, specs)
+
+
+def _read(
+    stored: TensorFile,
+    model: Model,
+    rows_LED: np.ndarray | None,
+    config: dict[str, Any],
+    dtype: str,
+    piece: TensorPart,
+) -> np.ndarray:
+    """Return one tensor as it is written."""
+    part, *place = piece.ours.split(".")
+    slots = model.interface.slots
+    if part == "routers":
+        assert rows_LED is not None
+        layer = int(place[0])
+        # Below the tap all experts are the same, and it does not matter who is chosen.
+        array = rows_LED[slots.index(layer)] if layer in slots else np.zeros(piece.shape)
+    elif piece.expert:
+        name = expert_names(model)[piece.expert]
+        matrices = model.parts.bank.slots[slots.index(int(place[0]))]
+        array = np.asarray(matrices[place[-1]][model.names.index(name)])
+    else:
+        array = stored[piece.ours]
+    return piece.arrange(array.astype(DTYPE_NAMES[dtype]))
+
+
+def _write_weights(
+    out: Path,
+    pieces: Sequence[TensorPart],
+    read: Callable[[TensorPart], np.ndarray],
+    dtype: str,
+    show: StageProgress,
+) -> None:
+    """Write the tensors, one at a time, in one file or in several with an index."""
+    item_bytes = np.dtype(DTYPE_NAMES[dtype]).itemsize
+    files = split_pieces(pieces, item_bytes, max_bytes=_MAX_FILE_BYTES, max_tensors=MAX_TENSORS)
+    done = 0
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(files, start=1):
+        name = "model.safetensors"
+        if len(files) > 1:
+            name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        by_name = {piece.theirs: piece for piece in part}
+
+        def read_one(theirs: str, by_name: dict[str, TensorPart] = by_name) -> np.ndarray:
+            nonlocal done
+            done += 1
+            show("weights", done, len(pieces))
+            return read(by_name[theirs])
+
+        specs = {p.theirs: TensorSpec(shape=p.shape, dtypes=(dtype,)) for p in part}
+        # transformers reads no file that does not say what wrote it.
+        stream_tensors(out / name, specs, read_one, {"format": "pt"})
+        weight_map |= dict.fromkeys(by_name, name)
+    if len(files) > 1:
+        total = sum(int(np.prod(piece.shape)) for piece in pieces) * item_bytes
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        text = json.dumps(index, indent=2) + "\n"
+        atomic.write_text(out / "model.safetensors.index.json", text)
+
+
+def _readme(record: dict[str, Any], name: str) -> str:
+    backbone, experts = record["backbone"], record["experts"]
+    what = f"{backbone['name']} {backbone['version']}"
+    names = ", ".join(f"{e['name']} {e['version']}" for e in experts)
+    if record["layout"] == DENSE:
+        what += f" with the expert {names} always on" if experts else " alone, as it was"
+    else:
+        what += f" and the experts {names}, mixed in the layout `{record['layout']}`"
+    lost = "".join(f"- {line}\n" for line in record["lost"]) or "- Nothing.\n"
+    licenses = " and ".join(record["licenses"]) or "not declared"
+    return f"""# {name}
+
+{what}, exported by composable {record["composable"]}. Licences: {licenses}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+A text begins with token {record["begin"]}, which the tokenizer puts there.
+
+## What is lost
+
+{lost}
+`{RECORD_FILE}` has the figures, and the digests of what was exported.
+"""

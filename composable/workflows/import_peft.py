@@ -1,0 +1,331 @@
+"""An adapter of PEFT becomes an expert: its body as it is, its scout trained on a sample of text.
+
+An adapter says nothing of when it is to be used. The sample does: the scout learns to predict text
+like it, and so wins such text for the expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import numpy as np
+from flax import nnx
+
+from composable.assembly.backbones import LoadedBackbone
+from composable.assembly.experts import load_expert
+from composable.corpora.documents import Document, split_documents, truncate_utf8, write_documents
+from composable.errors import InteropError, PackagingError, TextError
+from composable.files import atomic
+from composable.files.blobs import digest_file
+from composable.files.safetensors import write_tensors
+from composable.interface import body_signature, canonical_json, digest_bytes, scout_signature
+from composable.interop.peft import Adapter, read_adapter
+from composable.model.scout import Scout
+from composable.model.tensors import to_tensors
+from composable.packaging.manifests.backbone_folder import lists_file, read_listed
+from composable.packaging.manifests.manifest import (
+    BODY_FILE,
+    EXPERT_FILE,
+    SCOUT_FILE,
+    BackbonePackage,
+    BodySpec,
+    InterfaceNeed,
+    Manifest,
+    Origin,
+    Training,
+)
+from composable.packaging.versions.constraint import Constraint
+from composable.packaging.versions.names import check_package_name
+from composable.packaging.versions.version import Version
+from composable.progress import StageProgress
+from composable.training.data import token_stream
+from composable.training.scouts import ScoutFit, train_scout
+from composable.vetting.checks import MAX_BYTES
+from composable.vetting.evaluation import path_scorer, score_documents
+from composable.workflows.import_backbone import cache_folder
+from composable.workflows.trunk_cache import compute_features, cut_rows
+from composable.workflows.workspace import HELDOUT_FILE, HELDOUT_FRACTION, TRAINING_FILE, WORK
+
+_CARD_FILE: Final = "card.json"
+# What an exported folder says of itself; see `assembly.exporting`.
+_EXPORT_FILE: Final = "composable.json"
+# Positions that see each other when features are computed; of a short sample fewer.
+_WINDOW: Final = 256
+_MIN_ROWS: Final = 20
+# Held-out documents that are scored.
+_SCORED_DOCUMENTS: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """What is to become of an adapter.
+
+    Args:
+        name: Name of the expert.
+        version: Its version.
+        base: What the adapter must say that it was made for, as `NAME` or `NAME@REVISION`; by
+            default whatever it says, unless that is a folder here that shows that it is not so.
+        scout_width: Hidden width of the scout; by default 64 or what the interface allows.
+        scout_tokens: Tokens of the sample that the scout is trained on, at most.
+        scout_steps: Optimiser steps of its training.
+        seed: Seed of its weights and of the order of the text.
+        license: SPDX expression.
+    """
+
+    name: str
+    version: str = "1.0.0"
+    base: str | None = None
+    scout_width: int | None = None
+    scout_tokens: int = 200_000
+    scout_steps: int = 1000
+    seed: int = 0
+    license: str = ""
+
+
+def import_adapter(
+    loaded: LoadedBackbone,
+    source: Path,
+    out: Path,
+    plan: AdapterPlan,
+    sample: Sequence[Document],
+    *,
+    cache: Path | None = None,
+    progress: StageProgress | None = None,
+) -> dict[str, Any]:
+    """Make an expert of an adapter.
+
+    Args:
+        loaded: The backbone that the adapter was made for.
+        source: Folder of the adapter.
+        out: Folder of the expert, which must not exist or be empty.
+        plan: What is to become of it.
+        sample: Text of the kind that the adapter is for. One document in ten is held out for
+            `composable check`; of a single one the last tenth.
+        cache: Folder whose `features` keeps what the trunk computes; the user's by default.
+        progress: Called as the work goes on.
+
+    Returns:
+        What was taken over and what was measured.
+
+    Raises:
+        InteropError: If the adapter cannot be carried exactly, or was made for another model.
+        InterfaceError: If the interface does not allow its rank.
+        PackagingError: If there is something in `out` already.
+        TextError: If there is too little text.
+    """
+    show = progress or (lambda label, done, total: None)
+    check_package_name(plan.name, "name")
+    version = Version(plan.version)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PackagingError(
+            "there is something by that name already", where=str(out), hint="choose another folder"
+        )
+    interface, cfg = loaded.interface, loaded.backbone.cfg
+    adapter = read_adapter(source, cfg)
+    is_verified = _check_base(loaded, adapter, plan.base)
+    width = plan.scout_width or min(64, interface.scout_max_width)
+    # Raise before training for a body or scout that the interface does not allow.
+    body_signature(interface, "lora", adapter.rank)
+    scout_signature(interface, width)
+
+    train, heldout = split_sample(sample, plan.name)
+    fitted, n_tokens = _train_scout(loaded, train, plan, width, cache, show)
+    origin = Origin(
+        format="peft",
+        base=adapter.base + (f"@{adapter.revision}" if adapter.revision else ""),
+        config=adapter.config_digest,
+        weights=adapter.weights_digest,
+        sample=digest_bytes(canonical_json([document.text for document in sample])),
+    )
+    package = BackbonePackage.read(loaded.folder)
+    manifest = Manifest(
+        name=plan.name,
+        version=version,
+        backbone=package.name,
+        description=f"A PEFT adapter made for {adapter.base or package.name}."[:500],
+        license=plan.license,
+        interface=InterfaceNeed(
+            name=interface.name,
+            requires=Constraint(f"^{interface.version}"),
+            digest=interface.digest,
+        ),
+        body=BodySpec(kind="lora", rank=adapter.rank),
+        scout_width=width,
+        training=Training(
+            data="The body is the adapter's; the scout was trained on a sample of text.",
+            tokens=n_tokens,
+            seconds=round(fitted.seconds, 1),
+            seed=plan.seed,
+            device=f"{jax.devices()[0].device_kind} ({platform.machine()})",
+        ),
+        origin=origin,
+    )
+    atomic.make_directory(out)
+    write_tensors(out / BODY_FILE, adapter.body(cfg))
+    write_tensors(out / SCOUT_FILE, to_tensors(fitted.scout, "F32"))
+    atomic.write_text(out / EXPERT_FILE, manifest.to_toml())
+    # Measured on the folder as everybody will load it, which also proves that it is whole.
+    record = {
+        "name": plan.name,
+        "version": plan.version,
+        "backbone": f"{package.name}@{package.version}",
+        "origin": {**dataclasses.asdict(origin), "is_verified": is_verified},
+        "body": {
+            "rank": adapter.rank,
+            "changed": sorted(f"{layer}.{matrix}" for layer, matrix in adapter.changes),
+            "matrices": 3 * len(cfg.slots),
+        },
+        "scout": {
+            "tokens": n_tokens,
+            "heldout_bits_per_class": None
+            if fitted.heldout_bits is None
+            else round(fitted.heldout_bits, 4),
+            "seconds": round(fitted.seconds, 1),
+        },
+        "measured": _measure(loaded, out, heldout, show),
+    }
+    atomic.make_directory(out / WORK)
+    write_documents(out / WORK / HELDOUT_FILE, heldout)
+    training = {"documents": len(train), "tokens": n_tokens, "seconds": round(fitted.seconds, 1)}
+    atomic.write_text(out / WORK / TRAINING_FILE, json.dumps(training, indent=2) + "\n")
+    atomic.write_text(out / "README.md", _readme(record, adapter))
+    return record
+
+
+def split_sample(sample: Sequence[Document], salt: str) -> tuple[list[Document], list[Document]]:
+    """Return documents to train on and documents held out; a single one is cut in two.
+
+    Raises:
+        TextError: If there is none, or a single one is too short to be cut.
+    """
+    if not sample:
+        raise TextError("there is no sample of text to train the scout on")
+    if len(sample) > 1:
+        return split_documents(sample, HELDOUT_FRACTION, salt=salt)
+    (only,) = sample
+    at = int(len(only.text) * (1 - HELDOUT_FRACTION))
+    begin, end = only.text[:at].strip(), only.text[at:].strip()
+    if not begin or not end:
+        raise TextError(f"{len(only.text)} characters are no sample", where=only.id)
+    return [Document(f"{only.id}#begin", begin)], [Document(f"{only.id}#end", end)]
+
+
+def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) -> bool:
+    """Refuse an adapter of another model; say whether it was shown that it is this one's.
+
+    What an adapter calls its model is only a name. Where it is a folder that is here, its files
+    are compared with those that the backbone was imported from, or was exported to.
+    """
+    said = adapter.base + (f"@{adapter.revision}" if adapter.revision else "")
+    if wanted is not None:
+        if wanted not in (said, adapter.base if adapter.revision is None else said):
+            raise InteropError(
+                f"the adapter was made for {said!r}, expected {wanted!r}",
+                where="adapter_config.json: base_model_name_or_path",
+            )
+        return True
+    folder = Path(adapter.base)
+    if not adapter.base or not folder.is_dir():
+        return False
+    problem = "is not what this backbone was imported from, nor an export of it"
+    exported = folder / _EXPORT_FILE
+    if exported.is_file():
+        data = json.loads(exported.read_text())
+        is_same = data.get("layout") == "dense" and not data.get("experts")
+        if is_same and data.get("backbone", {}).get("interface") == loaded.interface.digest:
+            return True
+        problem = "is an export of something else than this backbone alone"
+    elif lists_file(loaded.folder, _CARD_FILE):
+        card = json.loads(read_listed(loaded.folder, _CARD_FILE))
+        digests = (card.get("source") or {}).get("digests")
+        files = sorted(folder.glob("*.safetensors"))
+        if digests is None or not files:
+            return False
+        if digests == {file.name: digest_file(file) for file in files}:
+            return True
+    else:
+        return False
+    raise InteropError(
+        f"{said!r} {problem}",
+        where="adapter_config.json: base_model_name_or_path",
+        hint=f"import that model and use it as the backbone; or, if its weights are the same "
+        f"nevertheless, say so with --base {said}",
+    )
+
+
+def _train_scout(
+    loaded: LoadedBackbone,
+    train: Sequence[Document],
+    plan: AdapterPlan,
+    width: int,
+    cache: Path | None,
+    show: StageProgress,
+) -> tuple[ScoutFit, int]:
+    """Return the scout and the number of tokens that it was trained on."""
+    interface, cfg = loaded.interface, loaded.backbone.cfg
+    stream_T = token_stream(train, loaded.tokenizer)
+    window = max(1, min(_WINDOW, cfg.context, (len(stream_T) - 1) // _MIN_ROWS))
+    rows_RT = cut_rows(stream_T, window, plan.scout_tokens)
+    features = compute_features(
+        loaded.backbone,
+        f"{interface.trunk} {cfg.dtype}",
+        rows_RT,
+        (cache or cache_folder()) / "features",
+        partial(show, "features"),
+    )
+    scout = Scout(cfg.d_model, width, interface.n_classes, rngs=nnx.Rngs(plan.seed))
+    fitted = train_scout(
+        scout,
+        features,
+        steps=plan.scout_steps,
+        seed=plan.seed,
+        progress=lambda step, steps, _: show("scout", step, steps),
+    )
+    return fitted, int(features.classes_RT.size)
+
+
+def _measure(
+    loaded: LoadedBackbone, folder: Path, heldout: Sequence[Document], show: StageProgress
+) -> dict[str, Any]:
+    """Return what backbone and expert, always on, score on the held-out sample."""
+    expert = load_expert(loaded, folder)
+    model = loaded.plug([expert])
+    texts = [
+        truncate_utf8(document.text.encode(), MAX_BYTES) for document in heldout[:_SCORED_DOCUMENTS]
+    ]
+    bits = {}
+    for done, (label, name) in enumerate({"backbone": "backbone", "expert": expert.name}.items()):
+        show("score", done, 2)
+        score = score_documents(path_scorer(model, name), texts, context=model.context)
+        bits[label] = round(score.bits_per_byte, 5)
+    show("score", 2, 2)
+    return {"bits_per_byte": bits, "documents": len(texts), "bytes": int(np.sum(score.n_bytes))}
+
+
+def _readme(record: dict[str, Any], adapter: Adapter) -> str:
+    body, origin, bits = record["body"], record["origin"], record["measured"]["bits_per_byte"]
+    shown = (
+        "That this is the backbone's own model was shown by its files."
+        if origin["is_verified"]
+        else f"That {record['backbone']} has the same weights is the word of whoever imported it."
+    )
+    return f"""# {record["name"]}
+
+A PEFT adapter{f" (written by PEFT {adapter.version})" if adapter.version else ""} as an expert of
+{record["backbone"]}. It was made for `{origin["base"] or "a model that it does not name"}`.
+{shown}
+
+The body is the adapter's, exactly: rank {body["rank"]}, {len(body["changed"])} of
+{body["matrices"]} matrices changed, the scale folded in. The scout was trained on
+{record["scout"]["tokens"]:,} tokens of a sample of text. On the part of the sample that was held
+out the backbone scores {bits["backbone"]:.3f} bits per byte, and {bits["expert"]:.3f} with the
+expert always on. `expert.toml` has the digests of the adapter and of the sample.
+"""

@@ -1,0 +1,301 @@
+"""Training a backbone from its recipe, and packing it with interface, scout, anchor and card.
+
+    python -m composable.workflows.pretrain tiny-bytes experts/tiny-bytes --out DIR
+
+Interrupted, it goes on from its last checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from composable.assembly.backbones import load_backbone, save_backbone
+from composable.corpora.documents import Document, read_documents, write_documents
+from composable.corpora.recipe import cut_text, load_recipe, make_texts
+from composable.interface import RouterInterface
+from composable.model.backbone import Backbone
+from composable.model.config import BackboneConfig, small_bytes, tiny_bytes
+from composable.model.tokenizer import ByteTokenizer, Tokenizer
+from composable.parallel import start_processes
+from composable.progress import StepProgress
+from composable.training.config import TrainConfig
+from composable.training.data import batches, token_stream
+from composable.training.loop import fit
+from composable.training.objectives import backbone_objective
+from composable.vetting.evaluation import path_scorer, score_documents
+
+# What the interface asks of the router; docs/demo.md, ADRs 9 and 11 to 13 say how that was chosen.
+ROUTER: Final[dict[str, Any]] = {
+    "discount": 0.975,
+    "top_k": 2,
+    "backbone_prior": 0.99,
+    "switch_rate": 0.005,
+    "scout_max_width": 128,
+    "lora_max_rank": 64,
+    "mix_power": 0.35,
+    "mix_prior": 0.2,
+    "mix_share": 0.1,
+    "mix_switch_rate": 0.02,
+    "mix_margin": 0.3,
+    "mix_floor": 0.1,
+    "mix_top_k": 4,
+    "scout_prior": 0.05,
+    "scout_rate": 0.01,
+    "scout_power": 0.6,
+}
+# Held-out speeches are shared out: every other one is the anchor, the rest measure.
+_SHIPPED_BYTES: Final = 8192
+# A body's output may be this many times as large as the backbone's largest on the anchor. Trained
+# experts reached 3.3 times.
+_BOUND_FACTOR: Final = 8.0
+# Of each document of the anchor this many tokens are looked at.
+_BOUND_TOKENS: Final = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a backbone of this project is, and how it is trained.
+
+    Args:
+        name: Name of the package.
+        version: Semantic version of package and interface.
+        shape: Architecture.
+        training: How it is trained.
+        description: One line.
+        honours: Digests of earlier interfaces: what experts are trained on has not changed.
+    """
+
+    name: str
+    version: str
+    shape: BackboneConfig
+    training: TrainConfig
+    description: str
+    honours: tuple[str, ...] = ()
+
+
+PLANS: Final[Mapping[str, Plan]] = {
+    plan.name: plan
+    for plan in (
+        # 11.5 M tokens, about one epoch of its text.
+        Plan(
+            name="tiny-bytes",
+            version="1.4.0",
+            shape=tiny_bytes(),
+            training=TrainConfig(
+                steps=2800,
+                batch_size=8,
+                window=512,
+                learning_rate=3e-3,
+                checkpoint_every=500,
+                log_every=20,
+            ),
+            description="A byte-level causal transformer of 2.4 M parameters, trained on public-"
+            "domain English (State of the Union addresses).",
+            # 1.0.0, which had no switching filter, 1.1.0, with other settings of safe mode, 1.2.0,
+            # with other settings of mix mode, and 1.3.0, where scouts only routed.
+            honours=(
+                "sha256:236ae8c3446c0e6b563f18500350ca1ab716d4932e67c8b21beb6b80da94263c",
+                "sha256:b314d6ce3a42be41fefbec189dbbf169435a5c235375a7110b183c8d484f151f",
+                "sha256:e311c857757b089946b2d1e2fa575722d766a4ecc364265c6475fdd70f1dbba5",
+                "sha256:289a7c878785267ec9189775077677e1aa5b38cdf43e54f47af45059883d01cc",
+            ),
+        ),
+        # 33 M tokens, three epochs: for one accelerator.
+        Plan(
+            name="small-bytes",
+            version="1.0.0",
+            shape=small_bytes(),
+            training=TrainConfig(
+                steps=1000,
+                batch_size=64,
+                window=512,
+                learning_rate=2e-3,
+                checkpoint_every=500,
+                log_every=20,
+            ),
+            description="A byte-level causal transformer of 12.7 M parameters, trained on public-"
+            "domain English (State of the Union addresses).",
+        ),
+    )
+}
+
+
+def pretrain(
+    plan: Plan, documents: Sequence[Document], work: Path, *, progress: StepProgress | None = None
+) -> Backbone:
+    """Train a backbone, its scout beside it, and return it.
+
+    Args:
+        plan: What to train, and how.
+        documents: Public text.
+        work: Where checkpoints and curves go.
+        progress: Called at every step.
+    """
+    shape, cfg = plan.shape, plan.training
+    classes_V = jnp.arange(shape.vocab_size)
+    backbone = Backbone(shape, classes_V, shape.vocab_size, rngs=nnx.Rngs(cfg.seed))
+    parts: Any = nnx.split(backbone, nnx.Param, ...)
+    graph, params, rest = parts
+    data = batches(
+        token_stream(documents, ByteTokenizer()),
+        window=cfg.window,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        process=jax.process_index(),
+        n_processes=jax.process_count(),
+    )
+    fitted = fit(
+        backbone_objective(graph), params, rest, data, cfg, directory=work, progress=progress
+    )
+    return nnx.merge(graph, fitted.trained, rest)
+
+
+def split_heldout(heldout: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Return the anchor, which ships with a backbone, and the other half, which measures it."""
+    cut = [Document(doc.id, cut_text(doc.text, _SHIPPED_BYTES)) for doc in heldout]
+    return cut[::2], cut[1::2]
+
+
+def pack(
+    plan: Plan, backbone: Backbone, heldout: Sequence[Document], package: str, out: Path
+) -> RouterInterface:
+    """Write the package of a backbone, measured on held-out text.
+
+    Args:
+        plan: What it is, and how it was trained.
+        backbone: The trained model.
+        heldout: Held-out public text, as `split_heldout` splits it.
+        package: Where its text is from, for the card.
+        out: Folder of the package.
+    """
+    anchor, measured = split_heldout(heldout)
+    cfg, full = plan.training, f"{plan.name}@{plan.version}"
+    write = {"README.md": _readme(plan), "card.json": "{}\n"}
+    bounds = output_bounds(backbone, anchor, ByteTokenizer())
+    save: dict[str, Any] = {
+        "name": plan.name,
+        "version": plan.version,
+        "anchor": anchor,
+        "router": {**ROUTER, "honours": plan.honours, "output_bounds": bounds},
+        "description": plan.description,
+        "license_": "Apache-2.0",
+    }
+    # Written twice: the card holds what the packed, rounded weights score.
+    interface = save_backbone(out, backbone, texts=write, **save)
+    loaded = load_backbone(str(out))
+    model = loaded.plug()
+    texts = [doc.text.encode() for doc in measured]
+    score = score_documents(path_scorer(model), texts, context=model.context)
+    card = {
+        "backbone": full,
+        "interface": {"name": interface.name, "digest": interface.digest},
+        "measured": {
+            "bits_per_byte": round(score.bits_per_byte, 5),
+            "documents": len(texts),
+            "bytes": int(score.n_bytes.sum()),
+        },
+        "training": {
+            "recipe": package,
+            "steps": cfg.steps,
+            "tokens": cfg.tokens,
+            "learning_rate": cfg.learning_rate,
+            "seed": cfg.seed,
+            "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(backbone, nnx.Param))),
+            "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
+        },
+        "measure_again": f"python -m composable.workflows.pretrain {plan.name} "
+        "experts/tiny-bytes --out DIR",
+    }
+    write["card.json"] = json.dumps(card, indent=2) + "\n"
+    return save_backbone(out, loaded.backbone, texts=write, **save)
+
+
+def output_bounds(
+    backbone: Backbone, anchor: Sequence[Document], tokenizer: Tokenizer
+) -> tuple[float, ...]:
+    """Return how large a body's output may be in every slot, as a root mean square over D."""
+    largest = np.zeros(len(backbone.cfg.slots))
+
+    @jax.jit
+    def power(backbone: Backbone, tokens_BT: jax.Array) -> jax.Array:
+        outputs = []
+
+        def run(layer: int, x_BTD: jax.Array) -> jax.Array:
+            outputs.append(backbone.own_feed_forward(layer, x_BTD))
+            return outputs[-1]
+
+        x_BTD, _ = backbone.trunk(tokens_BT)
+        backbone.upper(x_BTD, run)
+        return jnp.stack(
+            [jnp.mean(jnp.square(y_BTD.astype(jnp.float32)), axis=-1).max() for y_BTD in outputs]
+        )
+
+    for document in anchor:
+        tokens_T = tokenizer.encode(document.text)[: min(backbone.cfg.context, _BOUND_TOKENS)]
+        largest = np.maximum(largest, np.sqrt(power(backbone, tokens_T[None])))
+    return tuple(round(float(_BOUND_FACTOR * value), 1) for value in largest)
+
+
+def _readme(plan: Plan) -> str:
+    shape = plan.shape
+    return f"""# {plan.name}
+
+{plan.description}
+
+{shape.n_layers} layers of width {shape.d_model}, {shape.n_heads} query heads on {shape.n_kv_heads}
+key heads, SwiGLU, RoPE, context {shape.context}. The first {shape.tap} layers are the trunk;
+experts plug into the others. It knows nothing but the English that it was trained on: that is what
+experts are for.
+
+`card.json` says what it scores, `interface.json` what experts train against, and `anchor.jsonl` is
+the public text on which they are vetted. Text and model are free: the speeches are in the public
+domain, the weights are under Apache-2.0.
+"""
+
+
+def main() -> None:
+    """Fetch the text, train, pack and print what came out."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m " + __spec__.name)
+    parser.add_argument("name", choices=PLANS, help="which backbone")
+    parser.add_argument("recipe", type=Path, help="folder of the data recipe")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the package")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints and text")
+    arguments = parser.parse_args()
+    start_processes()
+    plan = PLANS[arguments.name]
+    work: Path = arguments.work or Path("runs") / plan.name
+    recipe = load_recipe(arguments.recipe)
+    text = work / "text"
+    make_texts(recipe, text)
+    with Bars(console=Console(stderr=True)) as bars:
+        task = bars.add_task(plan.name, total=plan.training.steps)
+
+        def show(step: int, steps: int, row: Any) -> None:
+            bits = f", {row['bits_per_token']:.2f} bits per byte" if row else ""
+            bars.update(task, completed=step, description=f"{plan.name}{bits}")
+
+        documents = read_documents([text / "train.jsonl"])
+        backbone = pretrain(plan, documents, work, progress=show)
+    heldout = read_documents([text / "heldout.jsonl"])
+    interface = pack(plan, backbone, heldout, recipe.source.package, arguments.out)
+    write_documents(arguments.recipe / "text" / "heldout.jsonl", split_heldout(heldout)[1])
+    card = json.loads((arguments.out / "card.json").read_text())
+    print(json.dumps({"interface": interface.digest, **card["measured"]}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

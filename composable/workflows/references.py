@@ -1,0 +1,285 @@
+"""Published experts that a contributor's is held against: peers, and its own older releases.
+
+They are found where a project finds its experts: in a registry, or in folders. What can be measured
+on a peer hangs on its text, which may be private; here is where a text at hand is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from composable.assembly.backbones import LoadedBackbone
+from composable.assembly.experts import load_expert
+from composable.assembly.load import find_registries, install_experts
+from composable.corpora.documents import read_documents
+from composable.corpora.recipe import shipped_folder
+from composable.errors import ManifestError, TextError, UnknownExpertError, VettingError
+from composable.interface import RouterInterface
+from composable.model.model import Pluggable
+from composable.packaging.manifests.manifest import BODY_FILE, EXPERT_FILE, SCOUT_FILE, Manifest
+from composable.packaging.manifests.packing import fit_interface
+from composable.packaging.registry.compatibility import (
+    Change,
+    Step,
+    choose_previous,
+    compare_manifests,
+)
+from composable.packaging.registry.release import Release, choose_newest
+from composable.packaging.versions.constraint import Constraint, Requirement
+from composable.packaging.versions.version import Version
+from composable.vetting.card import tensor_digests
+from composable.vetting.checks import Verdict
+from composable.vetting.peers import Peer
+from composable.workflows.workspace import HELDOUT_FILE, WORK, vetted_texts
+
+# What stands for every expert of the registries that plugs into the backbone.
+ALL: Final = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviousRelease:
+    """An older release of an expert.
+
+    Args:
+        manifest: Its manifest, with the interface's digest.
+        tensors: Digests of its tensor files, by name.
+        expert: The expert; None if it does not plug into this backbone.
+    """
+
+    manifest: Manifest
+    tensors: Mapping[str, str]
+    expert: Pluggable | None
+
+
+def find_peers(
+    loaded: LoadedBackbone,
+    newcomer: str,
+    wanted: Sequence[str],
+    texts: Mapping[str, Path],
+    *,
+    derives_from: str | None = None,
+    registry: str | None = None,
+) -> list[Peer]:
+    """Return published experts, with text of theirs where some is at hand.
+
+    Args:
+        loaded: The backbone.
+        newcomer: Name of the expert that is to be plugged in beside them.
+        wanted: Requirements, folders, or `all`: the newest release of everything in the registries
+            that plugs into the backbone.
+        texts: Held-out text by name of the expert, where it is elsewhere than in the expert's own
+            folder or in this installation.
+        derives_from: The release that the newcomer derives from, by its manifest.
+        registry: Where to take them from; by default as for `load`.
+
+    Raises:
+        PackagingError: If one does not exist, does not resolve, or is damaged.
+        VettingError: If one of them is the newcomer itself, or a text is nobody's.
+    """
+    peers = []
+    for text in _expand(loaded.interface, newcomer, wanted, registry):
+        if is_folder(text):
+            folder = Path(text).expanduser()
+        else:
+            requirement = Requirement.parse(text)
+            environment = install_experts(loaded, [requirement], registry)
+            folder = environment.expert_path(requirement.name)
+        manifest = Manifest.read(folder)
+        if manifest.name == newcomer:
+            raise VettingError(
+                f"{newcomer!r} cannot be its own peer",
+                where="--beside",
+                hint=f"to compare it with an older release: --against {newcomer}",
+            )
+        file = texts.get(manifest.name) or _find_text(manifest, folder)
+        peers.append(
+            Peer(
+                expert=load_expert(loaded, folder),
+                release=f"{manifest.name}@{manifest.version}",
+                texts=tuple(vetted_texts(read_documents([file]))) if file else (),
+                source=str(file or ""),
+                is_kin=bool(
+                    _family(newcomer, derives_from) & _family(manifest.name, manifest.derives_from)
+                ),
+            )
+        )
+    for name in texts.keys() - {peer.expert.name for peer in peers}:
+        raise VettingError(
+            f"there is text of {name!r}, but no such peer",
+            where="--beside-data",
+            hint=f"name the expert, too: --beside {name}",
+        )
+    return peers
+
+
+def find_previous(
+    loaded: LoadedBackbone, folder: Path, wanted: str, *, registry: str | None = None
+) -> PreviousRelease:
+    """Return an older release of the expert in a folder.
+
+    Args:
+        loaded: The backbone.
+        folder: The expert.
+        wanted: A folder, `NAME@VERSION`, or a range: then the newest release in it up to the
+            version of the expert.
+        registry: Where to look for it; by default as for `load`.
+
+    Raises:
+        UnknownExpertError: If there is no such release.
+        VettingError: If it is a release of another expert.
+        PackagingError: If it does not resolve, or is damaged.
+    """
+    new = Manifest.read(folder)
+    if is_folder(wanted):
+        path = Path(wanted).expanduser()
+        manifest = fit_interface(Manifest.read(path), loaded.interface)
+        _require_name(manifest.name, new.name)
+        return PreviousRelease(
+            manifest=manifest, tensors=tensor_digests(path), expert=load_expert(loaded, path)
+        )
+    requirement = Requirement.parse(wanted)
+    _require_name(requirement.name, new.name)
+    shop = find_registries(registry)
+    source = shop.open_registry(shop.registry_of(new.name))
+    releases = source.versions(new.name)
+    fitting = [found for found in releases if requirement.constraint.contains(found.version)]
+    older = choose_previous(fitting, new.version, or_same=True)
+    if requirement.constraint.pinned is not None:
+        older = next(iter(fitting), None)
+    if older is None:
+        have = ", ".join(str(found.version) for found in releases)
+        raise UnknownExpertError(
+            f"there is no release {requirement} up to {new.version}",
+            where=source.location,
+            hint=f"there are {have}" if have else "the first release has nothing to compare with",
+        )
+    expert = None
+    if _plugs_in(older, loaded.interface):
+        exactly = Requirement(new.name, Constraint.exactly(older.version))
+        environment = install_experts(loaded, [exactly], registry)
+        expert = load_expert(loaded, environment.expert_path(new.name))
+    tensors = {
+        file.name: file.digest for file in older.files if file.name in (BODY_FILE, SCOUT_FILE)
+    }
+    return PreviousRelease(manifest=source.read_manifest(older), tensors=tensors, expert=expert)
+
+
+def find_parent(
+    loaded: LoadedBackbone, manifest: Manifest, *, registry: str | None = None
+) -> Pluggable | None:
+    """Return the release that an expert derives from, for its training to start there.
+
+    Args:
+        loaded: The backbone.
+        manifest: The expert's; where it names no parent, there is none.
+        registry: Where to look for it; by default as for `load`.
+
+    Raises:
+        PackagingError: If it does not exist, does not plug in, or is damaged.
+        ManifestError: If its body or its scout is of another kind or size.
+    """
+    if manifest.derives_from is None:
+        return None
+    wanted = Requirement.parse(manifest.derives_from)
+    folder = install_experts(loaded, [wanted], registry).expert_path(wanted.name)
+    found = Manifest.read(folder)
+    kinds = [(m.body.kind, m.body.rank, m.scout_width) for m in (found, manifest)]
+    if kinds[0] != kinds[1]:
+        theirs, own = (
+            f"{kind}{f' of rank {rank}' if rank else ''}, scout {width} wide"
+            for kind, rank, width in kinds
+        )
+        raise ManifestError(
+            f"training cannot start from {manifest.derives_from}, which is {theirs}; this is {own}",
+            where=f"{EXPERT_FILE}: expert.derives-from",
+            hint="give body and scout the same kind and size, or remove derives-from",
+        )
+    return load_expert(loaded, folder)
+
+
+def compare_releases(
+    folder: Path, interface: RouterInterface, older: PreviousRelease, verdict: Verdict
+) -> Step:
+    """Return the step from an older release to an expert that was vetted against it.
+
+    Args:
+        folder: The expert.
+        interface: The backbone's contract.
+        older: The older release.
+        verdict: Of `check_expert`, which was given that release.
+    """
+    manifest = fit_interface(Manifest.read(folder), interface)
+    worse = [Change("major", found) for found in verdict.regressions or ()]
+    if older.tensors != tensor_digests(folder) and not worse:
+        worse = [Change("patch", "other weights, nothing on the card worse beyond noise")]
+    if verdict.regressions is None:
+        worse = [Change("major", "it could not be compared")]
+    changes = (*compare_manifests(older.manifest, manifest), *worse)
+    return Step(older.manifest.version, manifest.version, changes)
+
+
+def is_folder(text: str) -> bool:
+    """Say whether a text means a folder rather than a requirement: it has a slash, or begins so."""
+    return text.startswith(".") or "/" in text or "\\" in text
+
+
+def _expand(
+    interface: RouterInterface, newcomer: str, wanted: Sequence[str], registry: str | None
+) -> Iterator[str]:
+    """Yield what is wanted, with every expert in place of `all`."""
+    for text in wanted:
+        if text != ALL:
+            yield text
+            continue
+        shop = find_registries(registry)
+        for place in shop.registries:
+            source = shop.open_registry(place)
+            for name in source.names():
+                if name != newcomer and shop.registry_of(name) == place:
+                    fitting = [
+                        release
+                        for release in source.versions(name)
+                        if _plugs_in(release, interface) and not release.is_yanked
+                    ]
+                    if fitting:
+                        yield f"{name}@{choose_newest(fitting).version}"
+
+
+def _family(name: str, derives_from: str | None) -> set[str]:
+    """Return an expert's own name and that of the one it derives from."""
+    return {name} if derives_from is None else {name, Requirement.parse(derives_from).name}
+
+
+def _plugs_in(release: Release, interface: RouterInterface) -> bool:
+    """Say whether a release plugs into a backbone."""
+    need = release.interface
+    return (
+        need.name == interface.name
+        and need.requires.contains(Version(interface.version))
+        and need.digest is not None
+        and interface.honours_digest(need.digest)
+    )
+
+
+def _require_name(found: str, expected: str) -> None:
+    if found != expected:
+        raise VettingError(
+            f"{found!r} is another expert than {expected!r}",
+            where="--against",
+            hint=f"to see what it does to that one: --beside {found}",
+        )
+
+
+def _find_text(manifest: Manifest, folder: Path) -> Path | None:
+    """Return the held-out text of an expert, if its folder or this installation has it."""
+    places = [folder / "text" / HELDOUT_FILE, folder / WORK / HELDOUT_FILE]
+    try:
+        shipped = shipped_folder(manifest.name)
+        if Manifest.read(shipped / EXPERT_FILE).backbone == manifest.backbone:
+            places.append(shipped / "text" / HELDOUT_FILE)
+    except (TextError, ManifestError):
+        pass  # nothing of that name ships with this installation, or it is no expert
+    return next((place for place in places if place.is_file()), None)

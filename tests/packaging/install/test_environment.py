@@ -1,0 +1,210 @@
+"""Environments: generations, one pointer, rollback. Killed and crowded ones: see `faults/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from composable.errors import IntegrityError, LockError, PackagingError
+from composable.interface import RouterInterface
+from composable.packaging import (
+    Lock,
+    Project,
+    Registry,
+    Requirement,
+    Store,
+    lock_project,
+    sync_project,
+)
+from composable.packaging.registry.release import sign_line
+
+MakeExpert = Callable[..., Path]
+
+
+@pytest.fixture
+def problem(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, project: Project
+) -> Project:
+    """Return a project that asks for `german` and `french` from a registry with two of each."""
+    for name in ("german", "french"):
+        for version in ("1.0.0", "1.1.0"):
+            registry.publish(make_expert(name, version, seed=len(name)), interface=interface)
+    return project.add(Requirement.parse("german")).add(Requirement.parse("french"))
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.lstat().st_ino)
+        for path in root.rglob("*")
+    }
+
+
+def test_install_and_look(problem: Project, interface: RouterInterface, store: Store) -> None:
+    environment = problem.environment
+    assert environment.current is None
+    assert environment.lock == Lock()
+    assert environment.manifests() == []
+    with pytest.raises(PackagingError, match="nothing is installed"):
+        environment.expert_path("german")
+    lock = lock_project(problem, interface)
+    sync_project(problem, lock, store, interface=interface)
+    assert environment.lock == lock
+    assert [str(m.version) for m in environment.manifests()] == ["1.1.0", "1.1.0"]
+    folder = environment.expert_path("german")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "body.safetensors",
+        "expert.toml",
+        "scout.safetensors",
+    ]
+    for file in lock["german"].files:
+        assert (folder / file.name).samefile(store.path(file.digest))
+    with pytest.raises(PackagingError, match="'dutch' is not installed"):
+        environment.expert_path("dutch")
+
+
+def test_a_second_sync_writes_nothing(
+    problem: Project, interface: RouterInterface, store: Store, registry: Registry
+) -> None:
+    lock = lock_project(problem, interface)
+    sync_project(problem, lock, store)
+    before = snapshot(problem.root), snapshot(store.root)
+    registry.storage.root.rename(
+        registry.storage.root.parent / "gone"
+    )  # and nothing is asked of the registry
+    sync_project(problem, lock, store)
+    assert (snapshot(problem.root), snapshot(store.root)) == before
+
+
+def test_rollback(problem: Project, interface: RouterInterface, store: Store) -> None:
+    environment = problem.environment
+    with pytest.raises(PackagingError, match="no older generation"):
+        environment.rollback()
+    first = lock_project(problem, interface)
+    sync_project(problem, first, store)
+    with pytest.raises(PackagingError, match="no older generation"):
+        environment.rollback()
+    problem = problem.add(Requirement.parse("german<1.1"))
+    second = lock_project(problem, interface)
+    sync_project(problem, second, store)
+    assert environment.lock == second
+    assert environment.rollback().number == 1
+    assert environment.lock == first
+    assert environment.manifests()[1].version.minor == 1
+    sync_project(problem, second, store)
+    assert environment.lock == second
+
+
+def test_rollback_passes_over_what_was_never_in_use(
+    problem: Project, interface: RouterInterface, store: Store
+) -> None:
+    """A process that was killed before it moved the pointer leaves a generation behind."""
+    environment = problem.environment
+    first = lock_project(problem, interface)
+    sync_project(problem, first, store)
+    shutil.copytree(environment.root / "generations" / "1", environment.root / "generations" / "2")
+    problem = problem.add(Requirement.parse("german<1.1"))
+    sync_project(problem, lock_project(problem, interface), store)
+    current = environment.current
+    assert current is not None
+    assert current.number == 3
+    assert environment.rollback().number == 1
+
+
+def test_rollback_to_what_was_damaged_meanwhile_is_refused(
+    problem: Project, interface: RouterInterface, store: Store
+) -> None:
+    environment = sync_project(problem, lock_project(problem, interface), store)
+    old = environment.expert_path("german") / "scout.safetensors"
+    problem = problem.add(Requirement.parse("german<1.1"))
+    second = lock_project(problem, interface)
+    sync_project(problem, second, store)
+    old.chmod(0o644)
+    old.write_bytes(bytes(old.stat().st_size))
+    with pytest.raises(IntegrityError, match="damaged or gone") as caught:
+        environment.rollback()
+    assert str(caught.value.where).endswith(old.name)
+    assert environment.lock == second
+
+
+def test_what_was_damaged_in_the_store_is_fetched_anew(
+    problem: Project, interface: RouterInterface, store: Store, tmp_path: Path
+) -> None:
+    lock = lock_project(problem, interface)
+    sync_project(problem, lock, store)
+    blob = store.path(lock["german"].files[1].digest)
+    whole = blob.read_bytes()
+    blob.chmod(0o644)
+    blob.write_bytes(bytes(len(whole)))
+    shutil.copytree(problem.root, tmp_path / "other", ignore=shutil.ignore_patterns(".composable"))
+    other = Project.read(tmp_path / "other")
+    environment = sync_project(other, store=store)
+    assert (environment.expert_path("german") / "body.safetensors").read_bytes() == whole
+    assert store.verify() == []
+
+
+def test_a_file_that_went_missing_is_put_back(
+    problem: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(problem, interface)
+    environment = sync_project(problem, lock, store)
+    (environment.expert_path("german") / "body.safetensors").unlink()
+    assert not environment.holds(lock)
+    sync_project(problem, lock, store)
+    assert environment.holds(lock)
+
+
+def test_a_damaged_pointer_is_mended(
+    problem: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(problem, interface)
+    environment = sync_project(problem, lock, store)
+    for text in ("", "99", "../../x", "1; rm"):
+        (environment.root / "current").write_text(text)
+        with pytest.raises(PackagingError, match="not there"):
+            _ = environment.current
+        sync_project(problem, lock, store)
+        assert environment.holds(lock)
+
+
+def test_old_generations_are_forgotten_but_the_last_few(
+    problem: Project, interface: RouterInterface, store: Store
+) -> None:
+    environment = problem.environment
+    for number in range(9):
+        problem = problem.add(Requirement.parse("german<1.1" if number % 2 else "german"))
+        sync_project(problem, lock_project(problem, interface, upgrade=True), store)
+        for generation in environment.generations():
+            os.utime(generation.path, (0, 0))
+    assert [g.number for g in environment.generations()] == [5, 6, 7, 8, 9]
+
+
+def test_a_store_that_lacks_a_file(
+    problem: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(problem, interface)
+    with pytest.raises(IntegrityError, match="the store has no") as caught:
+        problem.environment.install(lock, store)
+    assert caught.value.hint == "run `composable sync`"
+    assert problem.environment.current is None
+    assert list((problem.environment.root / "generations").iterdir()) == []
+
+
+def test_a_registry_whose_index_lies_about_a_manifest(
+    problem: Project, interface: RouterInterface, store: Store, registry: Registry
+) -> None:
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    for fields in lines:
+        del fields["check"]
+        fields["requires"] = {"french": "^1"}
+    index.write_bytes(b"\n".join(map(sign_line, lines)))
+    lock = lock_project(problem, interface)
+    with pytest.raises(LockError, match="says otherwise than its registry did"):
+        sync_project(problem, lock, store)
+    assert problem.environment.current is None

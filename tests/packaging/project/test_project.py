@@ -1,0 +1,185 @@
+"""The project file: found upwards, edited without touching the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from composable.errors import ManifestError, PackagingError
+from composable.files import atomic
+from composable.packaging import Constraint, Project, Requirement
+from composable.packaging.project.project import Wanted
+
+TEXT = """\
+# What our team uses.
+[project]
+backbone = "tiny-bytes"   # the small one
+registry = "public"
+
+[registries]
+public = "/srv/registry"
+team = "../team"
+
+[experts]
+# Keep these in step.
+german = "^1.2"     # news only
+"set-mm" = { version = ">=1, <3", registry = "team" }
+
+french = "~0.3"
+
+[bindings]
+private-base = "team"
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Project:
+    (tmp_path / "composable.toml").write_text(TEXT)
+    return Project.read(tmp_path)
+
+
+def test_reading(written: Project) -> None:
+    assert written.backbone == "tiny-bytes"
+    assert list(written.experts) == ["german", "set-mm", "french"]
+    assert written.experts["set-mm"].constraint == Constraint(">=1, <3")
+    assert written.registry_of("german") == "public"
+    assert written.registry_of("set-mm") == "team"
+    assert written.registry_of("private-base") == "team"
+    assert written.registry_of("anything") == "public"
+    assert written.lock is None
+    with pytest.raises(ManifestError) as caught:
+        written.open_registry("tema")
+    assert caught.value.hint == "did you mean 'team'?"
+
+
+def test_find_upwards(written: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    assert Project.find(deep).root == tmp_path.resolve()
+    monkeypatch.chdir(deep)
+    assert Project.find().experts == written.experts
+    (tmp_path / "composable.toml").unlink()
+    with pytest.raises(PackagingError, match=r"no composable\.toml here or above"):
+        Project.find(deep)
+
+
+def test_create(tmp_path: Path) -> None:
+    project = Project.create(tmp_path / "new", "tiny-bytes", {"local": "../registry"})
+    assert project.default_registry == "local"
+    assert project.experts == {}
+    assert Project.read(project.root) == project
+    with pytest.raises(PackagingError, match="is there already"):
+        Project.create(tmp_path / "new", "other")
+    assert Project.create(tmp_path / "bare", "tiny-bytes").registries == {}
+
+
+def test_adding_touches_one_line(written: Project) -> None:
+    project = written.add(Requirement.parse("dutch>=2"))
+    lines = project.path.read_text().splitlines()
+    assert set(lines) - set(TEXT.splitlines()) == {'dutch = ">=2"'}
+    assert [line for line in lines if line != 'dutch = ">=2"'] == TEXT.splitlines()
+    assert list(project.experts) == ["german", "set-mm", "french", "dutch"]
+
+
+def test_changing_keeps_place_and_registry(written: Project) -> None:
+    project = written.add(Requirement.parse("set-mm^2"))
+    assert 'set-mm = { version = "^2", registry = "team" }' in project.path.read_text()
+    assert list(project.experts) == ["german", "set-mm", "french"]
+    assert project.experts["set-mm"].registry == "team"
+    moved = project.add(Requirement.parse("german"), registry="team")
+    assert moved.registry_of("german") == "team"
+
+
+def test_removing_restores(written: Project) -> None:
+    project = written.add(Requirement.parse("dutch")).remove("dutch")
+    assert project.path.read_text() == TEXT
+    assert "german" not in project.remove("german").experts
+    with pytest.raises(PackagingError) as caught:
+        project.remove("germa")
+    assert caught.value.hint == "did you mean 'german'?"
+
+
+def test_a_file_without_experts(tmp_path: Path) -> None:
+    (tmp_path / "composable.toml").write_text('[project]\nbackbone = "x"\n')
+    project = Project.read(tmp_path).add(Requirement.parse("german^1"))
+    assert project.experts["german"].constraint == Constraint("^1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[project]\nbackbone = "x"\nexperts = 3\n',
+        '[project]\nbackbone = "x"\n[experts]\nnote = "^1"\n[experts.german]\nversion = "^1"\n',
+        'experts = { german = "^1" }\n[project]\nbackbone = "x"\n',
+    ],
+)
+def test_what_cannot_be_edited_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "composable.toml"
+    path.write_text(text)
+    with pytest.raises((PackagingError, ManifestError)):
+        Project.read(tmp_path).add(Requirement.parse("german^2"))
+    assert path.read_text() == text
+
+
+def test_a_registry_that_is_not_named(written: Project) -> None:
+    with pytest.raises(ManifestError, match="no registry 'nowhere'"):
+        written.add(Requirement.parse("dutch"), registry="nowhere")
+    assert written.path.read_text() == TEXT
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("[project]", "[projekt]", "project"),
+        ('backbone = "tiny-bytes"', "backbone = 3", "project.backbone"),
+        ('registry = "public"', 'registry = "pulic"', "project.registry"),
+        ('registry = "team"', 'registry = "tema"', "experts.set-mm.registry"),
+        ('private-base = "team"', 'private-base = "tema"', "bindings.private-base"),
+        ('german = "^1.2"', 'german = "new"', "experts.german"),
+        ('german = "^1.2"', "german = 1.2", "experts.german"),
+        ('german = "^1.2"', 'Deutsch = "^1"', "experts.Deutsch"),
+        ('german = "^1.2"', "german = { }", "experts.german.version"),
+        (
+            'german = "^1.2"',
+            'german = { path = "../x", version = "1" }',
+            "experts.german.version",
+        ),
+        (
+            'german = "^1.2"',
+            'german = { version = "1", editable = true }',
+            "experts.german.editable",
+        ),
+        ("french =", "[experts.french]\nx =", "experts.french.version"),
+    ],
+)
+def test_errors_say_where(tmp_path: Path, old: str, new: str, where: str) -> None:
+    assert old in TEXT
+    (tmp_path / "composable.toml").write_text(TEXT.replace(old, new, 1))
+    with pytest.raises(ManifestError) as caught:
+        Project.read(tmp_path)
+    assert caught.value.where == f"composable.toml: {where}"
+
+
+def test_several_registries_need_a_default(tmp_path: Path) -> None:
+    (tmp_path / "composable.toml").write_text(TEXT.replace('registry = "public"', "", 1))
+    project = Project.read(tmp_path)
+    assert project.registry_of("set-mm") == "team"
+    with pytest.raises(ManifestError, match="no registry for 'german'"):
+        project.registry_of("german")
+
+
+def test_several_changes_are_one_write(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write_text = atomic.write_text
+    monkeypatch.setattr(
+        atomic, "write_text", lambda path, text: (written.append(text), write_text(path, text))
+    )
+    wanted = {name: Wanted(constraint=Constraint("^1")) for name in ("german", "french")}
+    project = project.change(wanted)
+    assert list(project.experts) == ["german", "french"]
+    with pytest.raises(PackagingError, match="does not ask for 'dutch'"):
+        project.remove("german", "dutch")
+    assert Project.read(project.root) == project, "all or nothing"
+    assert project.remove("german", "french").experts == {}
+    assert len(written) == 2

@@ -1,0 +1,360 @@
+"""Registries: what is published, what is refused, and publishers at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from composable.errors import (
+    IntegrityError,
+    InterfaceError,
+    ManifestError,
+    RegistryError,
+    TensorFileError,
+    UnknownExpertError,
+)
+from composable.files.blobs import blob_path
+from composable.interface import RouterInterface
+from composable.packaging import (
+    Manifest,
+    Registry,
+    Store,
+    Version,
+    open_for_publishing,
+    read_tensors,
+)
+from composable.packaging.registry.locations import open_registry
+from composable.packaging.registry.release import sign_line
+
+MakeExpert = Callable[..., Path]
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "locks" not in path.parts
+    }
+
+
+def test_publish_and_find(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, store: Store
+) -> None:
+    manifest = registry.publish(make_expert(requires={"european": "^1"}), interface=interface)
+    registry.publish(make_expert("german", "1.10.0"), interface=interface)
+    registry.publish(make_expert("german", "1.9.0"), interface=interface)
+    assert registry.names() == ["german"]
+    releases = registry.versions("german")
+    assert [str(release.version) for release in releases] == ["1.0.0", "1.9.0", "1.10.0"]
+    first = releases[0]
+    assert first.manifest == manifest.digest
+    assert first.interface.digest == interface.digest
+    assert first.requires == manifest.requires
+    assert first.published.endswith("Z")
+    assert not first.is_yanked
+    assert registry.read_manifest(first) == manifest
+    for file in first.files:
+        with store.sink(file.digest, file.size) as sink:
+            for data in registry.stream(file.digest):
+                sink.write(data)
+        assert store.has(file.digest, file.size)
+    assert registry.versions("nobody") == ()
+
+
+def test_the_layout_is_plain_files(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    manifest = registry.publish(make_expert(), interface=interface)
+    line = (registry.storage.root / "index" / "ge" / "german.jsonl").read_text()
+    assert json.loads(line)["manifest"] == manifest.digest
+    assert (registry.storage.root / blob_path(manifest.digest)).read_text() == manifest.to_toml()
+    assert json.loads((registry.storage.root / "config.json").read_text())["schema"] == 1
+    moved = shutil.copytree(registry.storage.root, registry.storage.root.parent / "moved")
+    assert open_for_publishing(moved).versions("german") == registry.versions("german")
+
+
+def test_publishing_again_changes_nothing(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    registry.publish(folder, interface=interface)
+    before = all_files(registry.storage.root)
+    registry.publish(folder, interface=interface)
+    assert all_files(registry.storage.root) == before
+
+
+def test_a_release_never_changes(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    before = all_files(registry.storage.root)
+    with pytest.raises(RegistryError, match="already published with other content"):
+        registry.publish(make_expert(seed=5), interface=interface)
+    assert all_files(registry.storage.root) == before
+    other_build = make_expert("german", "1.0.0+build", seed=6)
+    with pytest.raises(RegistryError, match="already published with other content"):
+        registry.publish(other_build, interface=interface)
+
+
+@pytest.mark.parametrize("name", ["gerrnan", "ger-man", "germ-an"])
+def test_look_alikes_are_refused(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface, name: str
+) -> None:
+    registry.publish(make_expert("german"), interface=interface)
+    with pytest.raises(RegistryError, match="may be taken for 'german'"):
+        registry.publish(make_expert(name), interface=interface)
+    assert registry.names() == ["german"]
+
+
+def test_bad_experts_are_refused(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def restore() -> None:
+        for name, data in good.items():
+            (folder / name).write_bytes(data)
+
+    (folder / "scout.safetensors").unlink()
+    with pytest.raises(ManifestError, match="is not there"):
+        registry.publish(folder, interface=interface)
+    restore()
+    (folder / "body.safetensors").write_bytes(good["body.safetensors"][:-4])
+    with pytest.raises(TensorFileError, match="cut short"):
+        registry.publish(folder, interface=interface)
+    (folder / "body.safetensors").write_bytes(good["scout.safetensors"])
+    with pytest.raises(TensorFileError, match="not expected"):
+        registry.publish(folder, interface=interface)
+    restore()
+    text = good["expert.toml"].decode()
+    (folder / "expert.toml").write_text(text.replace("rank = 2", "rank = 3"))
+    with pytest.raises(TensorFileError, match="has shape"):
+        registry.publish(folder, interface=interface)
+    (folder / "expert.toml").write_text(text.replace("rank = 2", "rank = 99"))
+    with pytest.raises(InterfaceError, match="rank"):
+        registry.publish(folder, interface=interface)
+    (folder / "expert.toml").write_text(text.replace('requires = "^1"', 'requires = "^2"'))
+    with pytest.raises(InterfaceError, match="does not hold"):
+        registry.publish(folder, interface=interface)
+    (folder / "expert.toml").write_text(text.replace("[requires]", "[reqires]"))
+    with pytest.raises(ManifestError, match="unknown field"):
+        registry.publish(folder, interface=interface)
+    (folder / "expert.toml").write_text(text)
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("/etc/hostname")
+    with pytest.raises(ManifestError, match="not a plain file"):
+        registry.publish(folder, interface=interface)
+    assert not registry.storage.root.exists(), "a refused expert must leave nothing behind"
+
+
+def test_a_digest_of_another_interface_is_refused(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    text = (folder / "expert.toml").read_text()
+    digest = "sha256:" + "1" * 64
+    (folder / "expert.toml").write_text(
+        text.replace('requires = "^1"', f'requires = "^1"\ndigest = "{digest}"')
+    )
+    with pytest.raises(InterfaceError, match="does not honour"):
+        registry.publish(folder, interface=interface)
+    assert registry.publish(folder).interface.digest == digest  # form only, without an interface
+
+
+def test_without_an_interface_a_digest_is_needed(
+    registry: Registry, make_expert: MakeExpert
+) -> None:
+    with pytest.raises(ManifestError) as caught:
+        registry.publish(make_expert())
+    assert caught.value.where == "expert.toml: interface.digest"
+
+
+def test_only_known_files_are_published(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    (folder / "private-data.txt").write_text("secret")
+    manifest = registry.publish(folder, interface=interface)
+    names = [file.name for file in manifest.files]
+    assert names == ["README.md", "body.safetensors", "scout.safetensors"]
+    assert b"secret" not in b"".join(all_files(registry.storage.root).values())
+
+
+def test_yank(registry: Registry, make_expert: MakeExpert, interface: RouterInterface) -> None:
+    registry.publish(make_expert(), interface=interface)
+    registry.publish(make_expert("german", "1.1.0"), interface=interface)
+    registry.yank("german", Version("1.1.0"))
+    assert [release.is_yanked for release in registry.versions("german")] == [False, True]
+    registry.publish(make_expert("german", "1.2.0"), interface=interface)
+    assert [release.is_yanked for release in registry.versions("german")] == [False, True, False]
+    registry.unyank("german", Version("1.1.0"))
+    assert not any(release.is_yanked for release in registry.versions("german"))
+    with pytest.raises(UnknownExpertError, match=r"no release german 9\.0\.0"):
+        registry.yank("german", Version("9.0.0"))
+    with pytest.raises(UnknownExpertError) as caught:
+        registry.yank("germen", Version("1.0.0"))
+    assert caught.value.hint == "did you mean 'german'?"
+
+
+def test_no_registry(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="is not a registry"):
+        open_for_publishing(tmp_path / "nothing").versions("german")
+    (tmp_path / "config.json").write_text('{"kind": "composable-registry", "schema": 99}')
+    with pytest.raises(RegistryError, match="99"):
+        open_for_publishing(tmp_path).versions("german")
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(RegistryError, match="cannot be read"):
+        open_for_publishing(tmp_path).versions("german")
+
+
+def test_open_registry(tmp_path: Path) -> None:
+    assert open_registry("../x", tmp_path).location == str(tmp_path / "../x")
+    assert open_registry(f"file://{tmp_path}", Path("/")).location == str(tmp_path)
+    with pytest.raises(RegistryError, match="ftp"):
+        open_registry("ftp://example.org", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"name": "other"}, {"version": "1"}, {"manifest": "sha256:../../x"}, {"yanked": 1},
+        {"files": [{"name": "../x", "size": 1, "digest": "sha256:" + "0" * 64}]},
+        {"files": [{"name": "x", "size": -1, "digest": "sha256:" + "0" * 64}]},
+        {"files": [{"name": "x", "size": 1, "digest": "x"}]}, {"files": 3}, {"requires": []},
+        {"requires": {"../x": "*"}}, {"requires": {"x": "new"}}, {"interface": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_index_lines(
+    registry: Registry,
+    make_expert: MakeExpert,
+    interface: RouterInterface,
+    damage: dict[str, object],
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    fields = {**json.loads(index.read_text()), **damage}
+    del fields["check"]
+    index.write_bytes(sign_line(fields))
+    with pytest.raises(RegistryError) as caught:
+        registry.versions("german")
+    assert caught.value.where == f"{index}:1"
+    assert "its own check" not in caught.value.message
+
+
+def test_an_index_line_that_was_changed_does_not_fit_its_check(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    index.write_text(index.read_text().replace('"version":"1.0.0"', '"version":"1.0.1"'))
+    with pytest.raises(RegistryError, match="does not fit its own check"):
+        registry.versions("german")
+
+
+def test_a_record_that_rots_loses_nothing(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    before = registry.versions("german")
+    record = registry.storage.root / "records" / "german" / "1.0.0.json"
+    record.write_bytes(record.read_bytes().replace(b'"published":"2', b'"published":"3'))
+    registry.publish(make_expert("german", "1.1.0"), interface=interface)
+    assert registry.versions("german")[:1] == before
+    with pytest.raises(RegistryError, match="already published with other content"):
+        registry.publish(make_expert(seed=3), interface=interface)
+
+
+def test_other_damage_to_an_index(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    line = index.read_text()
+    index.write_text(line + line)
+    with pytest.raises(RegistryError, match="twice"):
+        registry.versions("german")
+    for text in ("nonsense", "[" * 100_000, line[:-20], "3", "null"):
+        index.write_text(text)
+        with pytest.raises(RegistryError, match="not a release"):
+            registry.versions("german")
+
+
+def test_a_dishonest_manifest_blob(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    release = registry.versions("german")[0]
+    path = registry.storage.root / blob_path(release.manifest)
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("1.0.0", "1.0.1"))
+    with pytest.raises(IntegrityError):
+        registry.read_manifest(release)
+
+
+@pytest.mark.parametrize("digest", ["", "x", "sha256:", "sha256:../../../etc/passwd", "md5:0"])
+def test_no_path_is_made_of_what_is_no_digest(registry: Registry, digest: str) -> None:
+    with pytest.raises(IntegrityError, match="not a digest"):
+        blob_path(digest)
+
+
+def test_an_index_that_fell_behind_is_seen_through_and_mended(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    """A publisher killed after its record but before its index line loses nothing."""
+    registry.publish(make_expert(), interface=interface)
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    before = index.read_bytes()
+    registry.publish(make_expert("german", "1.1.0"), interface=interface)
+    after = index.read_bytes()
+    for damage in (index.unlink, lambda: index.write_bytes(before)):
+        damage()
+        assert len(registry.versions("german")) == 2
+        registry.yank("german", Version("1.1.0"))
+        registry.unyank("german", Version("1.1.0"))
+        assert index.read_bytes() == after
+
+
+def test_a_record_cut_by_a_crash_is_written_again(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    folder = make_expert()
+    registry.publish(folder, interface=interface)
+    record = registry.storage.root / "records" / "german" / "1.0.0.json"
+    record.write_bytes(record.read_bytes()[:30])
+    registry.publish(folder, interface=interface)
+    assert len(registry.versions("german")) == 1
+    assert json.loads(record.read_text())["version"] == "1.0.0"
+
+
+def test_progress_counts_bytes(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    registry.publish(make_expert(), interface=interface, progress=lambda *event: seen.append(event))
+    assert {name for name, done, total in seen if done == total} == {
+        "README.md",
+        "body.safetensors",
+        "scout.safetensors",
+    }
+
+
+def test_published_tensors_load(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    from composable.interface import scout_signature
+
+    manifest = registry.publish(make_expert(), interface=interface)
+    scout = next(file for file in manifest.files if file.name == "scout.safetensors")
+    path = registry.storage.root / blob_path(scout.digest)
+    assert set(read_tensors(path, scout_signature(interface, 8))) == set(
+        safetensors.numpy.load_file(path)
+    )
+    text = (registry.storage.root / blob_path(manifest.digest)).read_text()
+    assert Manifest.loads(text) == manifest

@@ -1,0 +1,251 @@
+"""Worlds with a known answer: our own in `tests/scenarios`, and packse's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from composable.errors import ManifestError, ResolutionError
+from composable.packaging import Constraint, Requirement, Universe, Version, resolve
+from composable.packaging.resolve import solver
+from composable.packaging.resolve.universe import Candidate
+from composable.packaging.versions.constraint import parse_target
+
+SCENARIOS = Path(__file__).parents[2] / "scenarios"
+PACKSE = Path(__file__).parents[1] / "data" / "packse"
+
+
+def answer(universe: Universe) -> str:
+    """Return what a command would print: the packages as JSON, or the story."""
+    try:
+        packages = resolve(universe).packages
+    except ResolutionError as error:
+        return f"{error}\n"
+    return json.dumps({"packages": {name: str(v) for name, v in packages.items()}}, indent=2) + "\n"
+
+
+@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.json")), ids=lambda path: path.stem)
+def test_scenario(path: Path) -> None:
+    universe = Universe.from_dict(json.loads(path.read_text()), path.name)
+    expected = (SCENARIOS / "expected" / f"{path.stem}.txt").read_text()
+    assert answer(universe) == expected
+
+
+def test_every_expectation_has_a_scenario() -> None:
+    names = {path.stem for path in SCENARIOS.glob("*.json")}
+    assert {path.stem for path in (SCENARIOS / "expected").iterdir()} == names
+    assert len(names) >= 15
+
+
+def read_packse(path: Path) -> tuple[dict[str, Any], Universe]:
+    """Read a packse scenario; its PEP 440 specifiers mean the same here."""
+    data = tomllib.loads(path.read_text())
+    packages = {
+        name: [
+            Candidate(
+                version=Version(version),
+                requires=merge(fields.get("requires", [])),
+                is_yanked=fields.get("yanked", False),
+            )
+            for version, fields in package["versions"].items()
+        ]
+        for name, package in data.get("packages", {}).items()
+    }
+    requires = [Requirement.parse(text) for text in data["root"]["requires"]]
+    return data["expected"], Universe(packages=packages, requires=requires)
+
+
+def merge(texts: list[str]) -> dict[str, Constraint]:
+    """Join several requirements on one package, as packse allows within one candidate."""
+    ranges: dict[str, Constraint] = {}
+    for requirement in map(Requirement.parse, texts):
+        name, range_ = requirement.name, requirement.constraint
+        ranges[name] = Constraint(f"{ranges[name]}, {range_}") if name in ranges else range_
+    return ranges
+
+
+@pytest.mark.parametrize("look_ahead_after", [0, solver.LOOK_AHEAD_AFTER])
+@pytest.mark.parametrize("path", sorted(PACKSE.rglob("*.toml")), ids=lambda path: path.stem)
+def test_packse(monkeypatch: pytest.MonkeyPatch, path: Path, look_ahead_after: int) -> None:
+    monkeypatch.setattr(solver, "LOOK_AHEAD_AFTER", look_ahead_after)
+    expected, universe = read_packse(path)
+    if not expected["satisfiable"]:
+        with pytest.raises(ResolutionError):
+            resolve(universe)
+        return
+    packages = {name: str(version) for name, version in resolve(universe).packages.items()}
+    if "packages" in expected:
+        assert packages == expected["packages"]
+
+
+def test_packse_is_complete() -> None:
+    assert len(list(PACKSE.rglob("*.toml"))) == 26
+
+
+@pytest.mark.parametrize("look_ahead_after", [0, solver.LOOK_AHEAD_AFTER])
+def test_wrong_backtracking_indirect_is_right(
+    monkeypatch: pytest.MonkeyPatch, look_ahead_after: int
+) -> None:
+    """What packse hopes for, but has commented out for the resolver it tests."""
+    monkeypatch.setattr(solver, "LOOK_AHEAD_AFTER", look_ahead_after)
+    _, universe = read_packse(PACKSE / "backtracking" / "wrong-backtracking-indirect.toml")
+    packages = {name: str(version) for name, version in resolve(universe).packages.items()}
+    assert packages == {"a": "1.0.0", "b": "1.0.0", "b-inner": "2.0.9"}
+
+
+def cures_in(story: str) -> list[str]:
+    """Return what a story ends with."""
+    return [line.removeprefix("  - ") for line in story.splitlines() if line.startswith("  - ")]
+
+
+def apply_cure(universe: Universe, cure: str) -> list[Universe]:
+    """Do what a cure says, in every way that it may be taken."""
+    requires = list(universe.requires)
+
+    def instead(old: Requirement, *new: Requirement) -> list[Universe]:
+        at = requires.index(old)
+        return [dataclasses.replace(universe, requires=[*requires[:at], *new, *requires[at + 1 :]])]
+
+    if match := re.fullmatch(r"leave out (.+)", cure):
+        targets = re.split(r", | and ", match[1])
+        assert set(targets) <= {r.target for r in requires}, cure
+        left = [r for r in requires if r.target not in targets]
+        return [dataclasses.replace(universe, requires=left)]
+    if match := re.fullmatch(r"ask for (\S+) without its extra (\S+)", cure):
+        name, extras = parse_target(match[1])
+        old = next(r for r in requires if r.name == name and {*r.extras} == {*extras, match[2]})
+        return instead(old, dataclasses.replace(old, extras=extras))
+    if match := re.fullmatch(r"ask for (\S+) (\S+) instead of (.+)", cure):
+        old = next(r for r in requires if (r.target, str(r.constraint)) == (match[1], match[3]))
+        return instead(old, dataclasses.replace(old, constraint=Constraint(f"={match[2]}")))
+    if match := re.fullmatch(r"ask for the prerelease (\S+)==(\S+)", cure):
+        old = next(r for r in requires if r.target == match[1])
+        return instead(old, dataclasses.replace(old, constraint=Constraint(f"={match[2]}")))
+    if match := re.fullmatch(r"ask for (.+) exactly to accept what was yanked", cure):
+        pins = map(Requirement.parse, re.split(r", | and ", match[1]))
+        return [dataclasses.replace(universe, requires=[*requires, *pins])]
+    match = re.fullmatch(r"use a backbone whose router interface is (\S+) (.+), for .+", cure)
+    assert match is not None, cure
+    name, range_ = match[1], Constraint(match[2])
+    numbers = [f"{major}.{minor}.0" for major in range(4) for minor in range(8)]
+    versions = [version for version in map(Version, numbers) if range_.contains(version)]
+    assert versions, cure
+    return [dataclasses.replace(universe, interface={name: version}) for version in versions]
+
+
+@pytest.mark.parametrize("path", sorted(PACKSE.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_cure_that_is_offered_works(path: Path) -> None:
+    """Do what the story says, line by line, and see."""
+    expected, universe = read_packse(path)
+    if expected["satisfiable"]:
+        return
+    with pytest.raises(ResolutionError) as caught:
+        resolve(universe)
+    cures = cures_in(str(caught.value))
+    assert cures, caught.value
+    for cure in cures:
+        for cured in apply_cure(universe, cure):
+            resolve(cured)
+
+
+@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_cure_of_our_own_scenarios_works(path: Path) -> None:
+    universe = Universe.from_dict(json.loads(path.read_text()), path.name)
+    for cure in cures_in(answer(universe)):
+        for cured in apply_cure(universe, cure):
+            resolve(cured)
+
+
+A = "u: packages.a.1.0.0"
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ([], "u"),
+        ({"packges": {}}, "u: packges"),
+        ({"packages": {"a": {"1": {}}}}, "u: packages.a"),
+        ({"packages": {"a": {"1.0.0": {"requires": {"b": "?"}}}}}, f"{A}.requires.b"),
+        ({"packages": {"a": {"1.0.0": {"yanked": 1}}}}, f"{A}.yanked"),
+        ({"packages": {"a": {"1.0.0": {"require": {}}}}}, f"{A}.require"),
+        ({"packages": {"a": {"1.0.0": {"extras": {"x": {"b": "?"}}}}}}, f"{A}.extras.x.b"),
+        ({"packages": {"a": {"1.0.0": {"extras": {"X": {}}}}}}, f'{A}.extras."X"'),
+        ({"packages": {"a": {"1.0.0": {"extras": {"x": ["b"]}}}}}, f"{A}.extras.x"),
+        ({"requires": {"a": 1}}, "u: requires.a"),
+        ({"requires": {"a[x": "*"}}, 'u: requires."a[x"'),
+        ({"requires": {"a[x]>1": "*"}}, 'u: requires."a[x]>1"'),
+        ({"locked": {"a": "1"}}, "u: locked.a"),
+        ({"interface": "1.0.0"}, "u: interface"),
+    ],
+)  # fmt: skip
+def test_bad_universes_say_where(data: Any, where: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        Universe.from_dict(data, "u")
+    assert caught.value.where == where
+
+
+def test_a_universe_without_an_interface_does_not_check_it() -> None:
+    candidate = {"1.0.0": {"interface": "^9"}}
+    data = {"packages": {"a": candidate}, "requires": {"a": "*"}}
+    assert list(resolve(Universe.from_dict(data)).packages) == ["a"]
+    with pytest.raises(ResolutionError, match="plugs into router interface"):
+        resolve(Universe.from_dict({**data, "interface": {"tiny": "1.0.0"}}))
+
+
+def test_who_wanted_what() -> None:
+    data = {
+        "packages": {"a": {"1.0.0": {"requires": {"b": "^1"}}}, "b": {"1.0.0": {}, "1.1.0": {}}},
+        "requires": {"a": "*", "b": "<1.1"},
+    }
+    resolution = resolve(Universe.from_dict(data))
+    assert resolution.wanted_by["b"] == [("", Constraint("<1.1")), ("a", Constraint("^1"))]
+
+
+def test_who_wanted_what_with_extras() -> None:
+    extras = {"x": {"c": "^1"}, "y": {}}
+    data = {
+        "packages": {"a": {"1.0.0": {"extras": extras}}, "b": {"1.0.0": {}}, "c": {"1.0.0": {}}},
+        "requires": {"a[y,x]": "^1", "b": "*", "a": ">=1"},
+    }
+    resolution = resolve(Universe.from_dict(data))
+    assert list(resolution.packages) == ["a", "b", "c"]
+    assert resolution.wanted_by["a"] == [("", Constraint("^1")), ("", Constraint(">=1"))]
+    assert resolution.wanted_by["c"] == [("a[x]", Constraint("^1"))]
+    assert resolution.extras == {"a": ("x", "y")}
+
+
+def test_an_extra_may_need_its_own_package() -> None:
+    """In another version never, in this one always."""
+    versions = {
+        "1.0.0": {"extras": {"x": {"a": "^1"}}},
+        "2.0.0": {"extras": {"x": {"a": "^1"}}},
+    }
+    data = {"packages": {"a": versions}, "requires": {"a[x]": "*"}}
+    assert resolve(Universe.from_dict(data)).packages == {"a": Version("1.0.0")}
+    with pytest.raises(ResolutionError, match=r"a 2\.0\.0 has an extra 'x' that needs a \^1\."):
+        resolve(Universe.from_dict({**data, "requires": {"a[x]": "^2"}}))
+
+
+def test_another_solver_can_stand_behind_the_port() -> None:
+    """A solver is anything that answers a problem; here one that always takes the best."""
+
+    class Greedy:
+        def solve(self, problem: Any) -> dict[str, int]:
+            chosen: dict[str, int] = {}
+            wanted = list(problem.roots())
+            while wanted:
+                name, allowed = wanted.pop()
+                if name not in chosen:
+                    chosen[name] = problem.best(name, allowed)
+                    wanted += problem.needs(name, chosen[name]).items()
+            return chosen
+
+    data = {"packages": {"a": {"1.0.0": {"requires": {"b": "*"}}}, "b": {"2.0.0": {}}}}
+    universe = Universe.from_dict({**data, "requires": {"a": "^1"}})
+    assert resolve(universe, solver=Greedy()) == resolve(universe)

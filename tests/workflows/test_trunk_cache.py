@@ -1,0 +1,234 @@
+"""Training from the cached trunk is training, and its files are what they are called."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from composable.errors import TrainingError
+from composable.model.body import Expert
+from composable.training.config import TrainConfig
+from composable.training.data import TappedRows, tapped_batches
+from composable.training.loop import fit
+from composable.training.objectives import expert_objective, tapped_objective
+from composable.training.optimizers import muon
+from composable.workflows import train as contribution
+from composable.workflows.train import expert_config, train_expert
+from composable.workflows.trunk_cache import (
+    cut_rows,
+    plan_reading,
+    run_trunk,
+    scout_features,
+    trunk_parameters,
+    upper_parameters,
+)
+
+# Two programs that sum in another order, in float32, over a few steps of an optimiser.
+SAME_MATHS = 1e-4
+CFG = TrainConfig(steps=3, batch_size=2, window=16, learning_rate=1e-2, checkpoint_every=1)
+
+
+@pytest.fixture(scope="module")
+def rows(loaded, tmp_path_factory):
+    stream_T = np.random.default_rng(0).integers(1, 256, 100)
+    return run_trunk(loaded, cut_rows(stream_T, 16, 96), tmp_path_factory.mktemp("trunk"))
+
+
+class OnlyTokens:
+    """The batches of another iterator, without what the trunk gave."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __next__(self):
+        return next(self.data).tokens_BT
+
+    def get_state(self):
+        return self.data.get_state()
+
+    def set_state(self, state):
+        self.data.set_state(state)
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("lora", 2), ("ffn", None)])
+def test_training_is_the_same_with_and_without_the_cache(loaded, rows, kind, rank):
+    expert = Expert(loaded.backbone, kind=kind, rank=rank, scout_width=8, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(expert)
+    data = tapped_batches(rows, batch_size=2, seed=0)
+    with_cache = fit(
+        tapped_objective(graph), params, loaded.backbone, data, CFG, optimizer=muon(CFG)
+    )
+    plain = OnlyTokens(tapped_batches(rows, batch_size=2, seed=0))
+    without = fit(expert_objective(graph), params, loaded.backbone, plain, CFG, optimizer=muon(CFG))
+    for x, y, start in zip(
+        *map(jax.tree.leaves, (with_cache.trained, without.trained, params)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=SAME_MATHS)
+        assert (np.asarray(x) != np.asarray(start)).any()
+
+
+def test_nothing_below_the_tap_is_run(loaded, rows):
+    """Weights of the trunk may be anything: not one of them reaches the loss."""
+    expert = Expert(loaded.backbone, kind="lora", rank=2, scout_width=8, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(expert)
+    batch = jax.tree.map(jnp.asarray, next(tapped_batches(rows, batch_size=2, seed=0)))
+    objective = jax.jit(tapped_objective(graph))
+    expected, _ = objective(params, loaded.backbone, batch)
+    broken = nnx.clone(loaded.backbone)
+    for layer in range(broken.cfg.tap):
+        broken.layers[layer].ffn.w_up[...] = jnp.nan
+    assert float(objective(params, broken, batch)[0]) == float(expected)
+
+
+def test_the_cache_holds_what_the_trunk_gives(loaded, rows):
+    x_BTD, _ = jax.jit(loaded.backbone.trunk)(rows.tokens_BT[:2, :-1])
+    np.testing.assert_allclose(rows.x_BTD[:2], x_BTD, atol=SAME_MATHS)
+    assert rows.x_BTD.dtype == loaded.backbone.embed[...].dtype
+    features = scout_features(loaded.backbone, rows)
+    expected_BTD = loaded.backbone.features(x_BTD)
+    np.testing.assert_allclose(features.feature_RTD[:2], expected_BTD, atol=SAME_MATHS)
+    np.testing.assert_array_equal(features.classes_RT, rows.tokens_BT[:, 1:])
+
+
+def test_the_trunk_runs_once_per_text(loaded, tmp_path):
+    tokens_RT = np.random.default_rng(1).integers(1, 256, (3, 17))
+    seen = []
+    first = run_trunk(loaded, tokens_RT, tmp_path, lambda *at: seen.append(at))
+    assert seen == [(48, 48)]
+    (file,) = tmp_path.iterdir()
+    again = run_trunk(loaded, tokens_RT, tmp_path, lambda *at: seen.append(at))
+    assert len(seen) == 1
+    np.testing.assert_array_equal(first.x_BTD, again.x_BTD)
+    run_trunk(loaded, tokens_RT + 1, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    expected_RTD = np.array(first.x_BTD)
+    file.unlink()  # what is mapped must not shrink beneath its reader
+    file.write_bytes(b"cut short")
+    repaired = run_trunk(loaded, tokens_RT, tmp_path)
+    np.testing.assert_array_equal(expected_RTD, repaired.x_BTD)
+
+
+def test_an_epoch_has_every_row_once_and_goes_on_where_it_stopped():
+    tokens_RT = np.arange(12).reshape(6, 2)
+    rows = TappedRows(tokens_RT, np.arange(6.0).reshape(6, 1, 1))
+    data = tapped_batches(rows, batch_size=2, seed=3)
+    epochs = [np.concatenate([next(data).tokens_BT[:, 0] for _ in range(3)]) for _ in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [[0, 2, 4, 6, 8, 10]] * 2
+    assert list(epochs[0]) != list(epochs[1])
+    state = data.get_state()
+    expected = next(data)
+    again = tapped_batches(rows, batch_size=2, seed=3)
+    again.set_state(state)
+    found = next(again)
+    np.testing.assert_array_equal(found.tokens_BT, expected.tokens_BT)
+    np.testing.assert_array_equal(found.x_BTD[:, 0, 0], expected.tokens_BT[:, 0] / 2)
+    parts = [tapped_batches(rows, batch_size=2, seed=3, process=i, n_processes=2) for i in (0, 1)]
+    together = np.concatenate([next(part).tokens_BT[:, 0] for part in parts])
+    assert sorted(together) == sorted(epochs[0][:2])
+    with pytest.raises(TrainingError, match="do not divide"):
+        tapped_batches(rows, batch_size=3, seed=0, n_processes=2)
+
+
+def test_what_a_large_trunk_gives_is_kept_and_a_small_one_is_run_again(loaded, tiny):
+    def plan(steps, n_tokens):
+        return plan_reading(tiny.backbone, dataclasses.replace(CFG, steps=steps), n_tokens, 4)
+
+    short = plan(3, 10**6)
+    assert short.scout_tokens == 8 * 3 * 2 * 16, "eight times what the body reads"
+    assert short.scout_steps == 20 * (short.scout_tokens // 16) // 4
+    assert not short.pays_cache
+    assert plan(3, 500).scout_tokens == 500, "no more than there is"
+    assert plan(3, 20).scout_steps == 0, "one row cannot be split"
+    # This trunk has 9,216 weights: 4e11 of work are 43 million tokens.
+    assert plan(10**7, 10**9).scout_tokens == 10**7 * 32
+    assert plan(10**7, 10**9).pays_cache
+
+
+def test_parameters_are_counted(tiny):
+    layer = tiny.backbone.layers[0]
+    per_layer = sum(
+        leaf.size
+        for part in (layer.attention, layer.ffn)
+        for leaf in jax.tree.leaves(nnx.state(part))
+    )
+    assert trunk_parameters(tiny.backbone) == per_layer
+    assert upper_parameters(tiny.backbone) == 2 * per_layer + 256 * 32
+
+
+def test_a_large_backbone_lets_its_scouts_read_alone_and_saves_often():
+    from composable.model.backbone import Backbone
+    from composable.model.config import BackboneConfig
+
+    cfg = BackboneConfig(
+        vocab_size=49152,
+        d_model=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        d_head=64,
+        d_ff=1536,
+        tap=8,
+        context=8192,
+        scout_width=64,
+    )
+    large = nnx.eval_shape(lambda: Backbone(cfg, np.zeros(49152), 1024, rngs=nnx.Rngs(0)))
+    assert trunk_parameters(large) + upper_parameters(large) == 134_479_872
+    reading = plan_reading(large, dataclasses.replace(CFG, steps=1000), 10**6, 2)
+    assert (reading.scout_tokens, reading.pays_cache) == (32_000, True)
+    assert reading.scout_steps == 20 * 2000 // 2
+    assert expert_config(300, rows=4, backbone=large).checkpoint_every == 6
+    assert expert_config(300).checkpoint_every == 400
+
+
+@pytest.fixture
+def folder(trained_folder, tmp_path):
+    """Return the folder of an expert that was never trained."""
+    path = tmp_path / "logic"
+    path.mkdir()
+    shutil.copy(trained_folder / "expert.toml", path)
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path, tiny):
+    lines = ({"id": f"{i}", "text": tiny.text("∀x ∃y φ→ψ ⊢A∧B", i)} for i in range(4))
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class KilledError(Exception):
+    """What a run is stopped by."""
+
+
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
+    loaded, folder, texts, tmp_path, monkeypatch
+):
+    cfg = dataclasses.replace(CFG, steps=200, checkpoint_every=50)
+    monkeypatch.setattr(
+        contribution,
+        "plan_reading",
+        lambda *args: contribution.Reading(scout_tokens=6400, scout_steps=9, pays_cache=True),
+    )
+    straight = Path(shutil.copytree(folder, tmp_path / "straight"))
+    record = train_expert(loaded, straight, [texts], cfg)
+    assert record["cache"]["flops_saved"] > 0
+    assert record["scout"]["steps"] == 9
+    assert set(record["step_seconds"]) == {"trunk", "body", "scout"}
+
+    def kill(step, steps, row):
+        if step == 120:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_expert(loaded, folder, [texts], cfg, progress=kill)
+    assert not (folder / "body.safetensors").exists()
+    train_expert(loaded, folder, [texts], cfg)
+    for name in ("body.safetensors", "scout.safetensors"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
