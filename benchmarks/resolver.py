@@ -27,7 +27,7 @@ from typing import Any
 import resolvelib
 
 from composable.packaging import Constraint, Requirement, Universe, Version, resolve
-from composable.packaging.resolve.universe import Candidate
+from composable.packaging.resolution.universe import Candidate
 
 N_LAYERS = 5
 TARGET_SECONDS = {10: 0.1, 50: 0.3, 100: 3.0}

@@ -35,13 +35,13 @@ import resolvelib
 
 from composable.errors import ConstraintError, ResolutionError, VersionError
 from composable.packaging import Constraint, Universe, Version, resolve
-from composable.packaging.resolve import solver
-from composable.packaging.resolve.problem import ResolutionProblem
-from composable.packaging.resolve.solver import ChoiceSet, Fact, Proof, PubGrub
-from composable.packaging.resolve.universe import INTERFACE_PREFIX, Candidate
+from composable.packaging.resolution import solver
+from composable.packaging.resolution.problem import ResolutionProblem
+from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof, PubGrub
+from composable.packaging.resolution.universe import INTERFACE_PREFIX, Candidate
 from composable.packaging.versions.constraint import split_extra
 
-TESTS = Path(__file__).parent.parent / "tests" / "packaging"
+TESTS = Path(__file__).parents[1] / "tests" / "packaging"
 MIN_SATISFIABLE_SHARE = 1 / 3
 MAX_SHOWN = 10
 MAX_PEER_ROUNDS = 10_000
@@ -49,7 +49,7 @@ MAX_PEER_ROUNDS = 10_000
 
 def load_tests(name: str) -> ModuleType:
     """Import a file of tests by its path: tests are no package."""
-    spec = importlib.util.spec_from_file_location(f"tests_{name}", TESTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"tests_{name}", next(TESTS.rglob(f"{name}.py")))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

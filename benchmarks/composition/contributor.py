@@ -37,7 +37,6 @@ if __name__ == "__main__":
 
 import numpy as np
 
-
 WINDOW: Final = 256
 # The published expert that a contributor starts from, beside its own text.
 PARENT: Final = "parent"

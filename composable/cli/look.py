@@ -184,8 +184,8 @@ def resolve(
     import json
 
     from composable.errors import ManifestError
-    from composable.packaging.resolve.resolver import resolve as resolve_universe
-    from composable.packaging.resolve.universe import Universe
+    from composable.packaging.resolution.resolver import resolve as resolve_universe
+    from composable.packaging.resolution.universe import Universe
 
     try:
         data = json.loads(universe.read_bytes())

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from composable.packaging.project.sync import sync_project
     from composable.packaging.registry.locations import open_for_publishing, open_registry
     from composable.packaging.registry.registry import Registry
-    from composable.packaging.resolve.resolver import Resolution, resolve
-    from composable.packaging.resolve.universe import Universe
+    from composable.packaging.resolution.resolver import Resolution, resolve
+    from composable.packaging.resolution.universe import Universe
     from composable.packaging.versions.constraint import Constraint, Requirement
     from composable.packaging.versions.version import Version
 
@@ -58,8 +58,8 @@ _HOMES = {
     "packaging.project.sync": ("sync_project",),
     "packaging.registry.locations": ("open_for_publishing", "open_registry"),
     "packaging.registry.registry": ("Registry",),
-    "packaging.resolve.resolver": ("Resolution", "resolve"),
-    "packaging.resolve.universe": ("Universe",),
+    "packaging.resolution.resolver": ("Resolution", "resolve"),
+    "packaging.resolution.universe": ("Universe",),
     "packaging.versions.constraint": ("Constraint", "Requirement"),
     "packaging.versions.version": ("Version",),
 }

@@ -18,8 +18,8 @@ from composable.packaging.versions.version import Version
 
 if TYPE_CHECKING:
     from composable.interface.contract import RouterInterface
-    from composable.packaging.resolve.resolver import Resolution
-    from composable.packaging.resolve.solver import Solver
+    from composable.packaging.resolution.resolver import Resolution
+    from composable.packaging.resolution.solver import Solver
 
 
 def lock_project(
@@ -52,7 +52,7 @@ def lock_project(
         ResolutionError: When no choice will do; the message tells why and what would.
         RegistryError: When a registry cannot answer.
     """
-    from composable.packaging.resolve.resolver import (
+    from composable.packaging.resolution.resolver import (
         resolve_from,  # here: a project in sync needs none
     )
 

@@ -21,7 +21,7 @@ from composable.packaging.manifests.packing import pack_named
 from composable.packaging.project.project import Project
 from composable.packaging.registry.registry import Registry
 from composable.packaging.registry.release import Release
-from composable.packaging.resolve.universe import Candidate
+from composable.packaging.resolution.universe import Candidate
 from composable.packaging.versions.version import Version
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from composable.packaging import Universe, Version
-from composable.packaging.resolve import resolver
-from composable.packaging.resolve import suggestions as cures
-from composable.packaging.resolve.solver import ChoiceSet, Fact, Proof, PubGrub
+from composable.packaging.resolution import resolver
+from composable.packaging.resolution import suggestions as cures
+from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof, PubGrub
 
 PATH = Path(__file__).parents[3] / "benchmarks" / "resolver_correctness.py"
 DATA: dict[str, Any] = {

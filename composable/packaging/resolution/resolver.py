@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from composable.errors import ResolutionError
-from composable.packaging.resolve.problem import ResolutionProblem
-from composable.packaging.resolve.solver import Proof, PubGrub, Solver
-from composable.packaging.resolve.universe import INTERFACE_PREFIX, CandidateSource, Universe
+from composable.packaging.resolution.problem import ResolutionProblem
+from composable.packaging.resolution.solver import Proof, PubGrub, Solver
+from composable.packaging.resolution.universe import INTERFACE_PREFIX, CandidateSource, Universe
 from composable.packaging.versions.constraint import (
     Constraint,
     Requirement,
@@ -86,7 +86,7 @@ def resolve_from(
     problem = ResolutionProblem(source, requires, interface, locked or {})
     answer = solver.solve(problem)
     if isinstance(answer, Proof):
-        from composable.packaging.resolve.explain import explain_failure
+        from composable.packaging.resolution.explain import explain_failure
 
         raise ResolutionError(explain_failure(problem, answer, solver))
     chosen = {

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from composable.errors import did_you_mean
-from composable.packaging.resolve.problem import ResolutionProblem
-from composable.packaging.resolve.solver import ChoiceSet, Fact, Proof, Solver
-from composable.packaging.resolve.universe import INTERFACE_PREFIX, Candidate
-from composable.packaging.resolve.wording import list_in_words, requirements_behind
+from composable.packaging.resolution.problem import ResolutionProblem
+from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof, Solver
+from composable.packaging.resolution.universe import INTERFACE_PREFIX, Candidate
+from composable.packaging.resolution.wording import list_in_words, requirements_behind
 from composable.packaging.versions.constraint import (
     ANY,
     Constraint,
@@ -40,7 +40,7 @@ def explain_failure(problem: ResolutionProblem, proof: Proof, solver: Solver) ->
     sentences: dict[str, None] = {}
     for fact in sorted(facts, key=lambda fact: (_ORDER[fact.kind], order[fact.name])):
         sentences |= dict.fromkeys(_Teller(problem, facts).tell(fact))
-    from composable.packaging.resolve.suggestions import find_suggestions
+    from composable.packaging.resolution.suggestions import find_suggestions
 
     cures = find_suggestions(problem, proof, solver)
     story = "".join(f"\n  {sentence}" for sentence in sentences)

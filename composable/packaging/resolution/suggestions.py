@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from composable.packaging.resolve.problem import ResolutionProblem
-from composable.packaging.resolve.solver import Fact, Proof, Solver
-from composable.packaging.resolve.universe import Candidate
-from composable.packaging.resolve.wording import list_in_words, requirements_behind
+from composable.packaging.resolution.problem import ResolutionProblem
+from composable.packaging.resolution.solver import Fact, Proof, Solver
+from composable.packaging.resolution.universe import Candidate
+from composable.packaging.resolution.wording import list_in_words, requirements_behind
 from composable.packaging.versions.constraint import (
     ANY,
     Constraint,

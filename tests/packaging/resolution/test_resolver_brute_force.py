@@ -12,8 +12,8 @@ import resolvelib
 
 from composable.errors import ResolutionError
 from composable.packaging import Constraint, Requirement, Universe, Version, resolve
-from composable.packaging.resolve import solver
-from composable.packaging.resolve.universe import Candidate
+from composable.packaging.resolution import solver
+from composable.packaging.resolution.universe import Candidate
 
 N_UNIVERSES = 3000
 RANGES = ["*", "*", ">=1", "<3", "^1", "^2", "<2", ">=2", "=1.0.0", "!=1.0.0", ">=1.1.0-rc.1"]

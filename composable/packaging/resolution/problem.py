@@ -7,9 +7,9 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from composable.packaging.resolve.dependency_order import DependencyOrder
-from composable.packaging.resolve.solver import ChoiceSet
-from composable.packaging.resolve.universe import INTERFACE_PREFIX, Candidate, CandidateSource
+from composable.packaging.resolution.dependency_order import DependencyOrder
+from composable.packaging.resolution.solver import ChoiceSet
+from composable.packaging.resolution.universe import INTERFACE_PREFIX, Candidate, CandidateSource
 from composable.packaging.versions.constraint import (
     ANY,
     Constraint,

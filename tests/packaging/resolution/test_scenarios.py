@@ -13,8 +13,8 @@ import pytest
 
 from composable.errors import ManifestError, ResolutionError
 from composable.packaging import Constraint, Requirement, Universe, Version, resolve
-from composable.packaging.resolve import solver
-from composable.packaging.resolve.universe import Candidate
+from composable.packaging.resolution import solver
+from composable.packaging.resolution.universe import Candidate
 from composable.packaging.versions.constraint import parse_target
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from composable.packaging.resolve.problem import ResolutionProblem
-from composable.packaging.resolve.solver import Fact
+from composable.packaging.resolution.problem import ResolutionProblem
+from composable.packaging.resolution.solver import Fact
 from composable.packaging.versions.constraint import (
     Requirement,
     split_extra,

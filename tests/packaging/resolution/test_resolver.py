@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composable.packaging import Universe, resolve
-from composable.packaging.resolve import solver
-from composable.packaging.resolve.dependency_order import DependencyOrder
-from composable.packaging.resolve.resolver import resolve_from
-from composable.packaging.resolve.universe import Candidate
+from composable.packaging.resolution import solver
+from composable.packaging.resolution.dependency_order import DependencyOrder
+from composable.packaging.resolution.resolver import resolve_from
+from composable.packaging.resolution.universe import Candidate
 
 N_NODES = 8
 nodes = st.integers(0, N_NODES - 1)
