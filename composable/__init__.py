@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from composable.interface import RouterInterface
     from composable.model.model import Model, generate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["ComposableError", "Model", "RouterInterface", "expert", "generate", "load"]
 
 _HOME_OF = {

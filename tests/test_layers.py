@@ -1,4 +1,4 @@
-"""The order of the layers: what may import what."""
+"""The order of the rooms: what may import what, circles, late imports, and who writes files."""
 
 import ast
 from pathlib import Path
@@ -6,40 +6,63 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "composable"
-# A layer imports only layers before it.
-LAYERS = (
+# A room imports itself and the rooms above it in this list, and nothing else.
+ROOMS = (
     "errors",
+    "progress",
     "interface",
+    "files",
+    "packaging.versions",
+    "packaging.manifests",
+    "packaging.registry",
+    "packaging.resolution",
+    "packaging.install",
+    "packaging.project",
     "packaging",
     "parallel",
     "kernels",
     "model",
+    "corpora",
     "training",
     "vetting",
     "interop",
     "assembly",
+    "workflows",
     "demo",
     "cli",
 )
-# These know nothing of each other, though they stand in a row.
-STRANGERS = ("packaging", "parallel", "kernels")
-# `packaging` and `model` meet here and nowhere else.
-MEETING_PLACES = ("assembly", "demo", "cli")
-# Imports of `packaging` by layers that may also use `model`, and why each is right.
-ALLOWED = {
-    ("vetting.card", "packaging.atomic"): "every write goes through one file",
-    ("interop.huggingface", "packaging.tensors"): "other people's tensor files are checked alike",
-    ("vetting.card", "packaging.manifest"): "a card is a file of a package, and names its files",
+# Rooms that do not know each other, though one stands above the other.
+APART = (
+    {"packaging", "parallel", "kernels", "model", "corpora", "training"},
+    {"packaging.registry", "packaging.resolution"},
+)
+# `packaging` and `model` meet in these rooms, and in the files that `MEETINGS` names.
+MEETING_ROOMS = ("assembly", "workflows", "demo", "cli")
+MEETINGS = {
+    ("vetting.card", "packaging.manifests.manifest"): "a card is a file of a package",
 }
-# Files other than `packaging.atomic` that write, and why nothing is lost by it.
+# Imports inside functions. They count for the order of the rooms like any other; they are here, and
+# only here, because of what they save when a command starts.
+LATE_IMPORTS = {
+    "packaging.manifests.packing": "only publishing checks tensors, which loads NumPy",
+    "packaging.project.locking": "a project in sync needs no resolver",
+    "packaging.registry.locations": "a folder needs no HTTP client and no cloud library",
+    "packaging.resolution.explain": "only a failure needs suggestions",
+    "packaging.resolution.resolver": "only a failure needs an explanation",
+    "demo.contributor": "a process confines itself before it loads anything that starts threads",
+    "interop.checkpoint": "each format needs a library that is installed on demand",
+}
+# Every file of the command line imports what its commands need when they run, so `--help` is fast.
+LATE_ROOMS = ("cli",)
+# Files other than `files.atomic` that write, and why nothing is lost by it.
 WRITERS = {
-    "demo.report": "a page and figures that the next run makes again",
+    "demo.page": "a page that the next run makes again",
     "demo.run": "plays people at their keyboards, who edit manifests with an editor",
-    "packaging.bundle": "a tar file, into a sink of packaging.atomic",
-    "training.documents": "training text that the next run writes again, alike to the byte",
+    "packaging.project.export": "a tar file, into a sink of files.atomic",
+    "corpora.documents": "training text that the next run writes again, alike to the byte",
 }
-# Files that jax must never reach: what starts fast, and what packaging needs.
-JAX_FREE_LAYERS = ("errors", "interface", "packaging", "cli")
+# Rooms that never load an array library: what starts fast, and what packaging needs.
+WITHOUT_ARRAYS = ("errors", "progress", "interface", "files", "packaging", "cli")
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 
 
@@ -48,89 +71,115 @@ def module_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def room_of(module):
+    """Return the innermost room that holds a module."""
+    fitting = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
+    return max(fitting, key=len)
+
+
+def is_in(module, room):
+    return module == room or module.startswith(f"{room}.")
+
+
+def targets_of(node):
+    """Return the modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    found = []
+    for alias in node.names:
+        inner = PACKAGE.parent.joinpath(*node.module.split("."), alias.name)
+        is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+        found.append(f"{node.module}.{alias.name}" if is_module else node.module)
+    return found
+
+
 def imports_of(path):
-    """Return every module that a file imports, inside functions and for type checking too."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            source = node.module
-            for alias in node.names:
-                inner = PACKAGE.parent.joinpath(*source.split("."), alias.name)
-                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
-                yield f"{source}.{alias.name}" if is_module else source
+    """Yield (module, is inside a function) of all that a file imports, for type checking too."""
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    late = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert getattr(node, "level", 0) == 0, f"{path}: imports are absolute"
+            for name in targets_of(node):
+                yield name, id(node) in late
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if module_of(path))
 INTERNAL = sorted(
     {
-        (module_of(path), name.removeprefix("composable."))
+        (module_of(path), name.removeprefix("composable."), is_late)
         for path in FILES
-        for name in imports_of(path)
+        for name, is_late in imports_of(path)
         if name.startswith("composable.")
     }
 )
-
-
-def layer_of(module):
-    return module.split(".")[0]
+PAIRS = sorted({(importer, imported) for importer, imported, _ in INTERNAL})
 
 
 def test_there_is_something_to_check():
-    assert len(FILES) > 40
-    assert ("model.model", "errors") in INTERNAL
-    assert ("vetting.card", "packaging.atomic") in INTERNAL
+    assert len(FILES) > 120
+    assert ("model.model", "errors") in PAIRS
+    assert ("packaging.registry.locations", "packaging.registry.http", True) in INTERNAL
 
 
-def test_every_file_is_in_a_layer():
-    assert {layer_of(module_of(path)) for path in FILES} <= set(LAYERS)
+def test_every_file_is_in_a_room():
+    for path in FILES:
+        assert any(is_in(module_of(path), room) for room in ROOMS), path
 
 
-def test_a_layer_imports_only_layers_before_it():
-    rank = {layer: i for i, layer in enumerate(LAYERS)}
+def test_a_room_imports_only_rooms_above_it():
     upward = [
         (importer, imported)
-        for importer, imported in INTERNAL
-        if rank[layer_of(imported)] > rank[layer_of(importer)]
+        for importer, imported in PAIRS
+        if ROOMS.index(room_of(imported)) > ROOMS.index(room_of(importer))
     ]
     assert upward == []
 
 
-def test_packaging_parallel_and_kernels_know_nothing_of_each_other():
-    met = [
-        (importer, imported)
-        for importer, imported in INTERNAL
-        if layer_of(importer) in STRANGERS
-        and layer_of(imported) in STRANGERS
-        and layer_of(importer) != layer_of(imported)
-    ]
-    assert met == []
+def test_no_circles():
+    """Take away files that import nothing that is left, until none is left."""
+    left = {module_of(path): set() for path in FILES}
+    for importer, imported in PAIRS:
+        if imported in left and imported != importer:
+            left[importer].add(imported)
+    while free := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert left == {}
 
 
-def test_packaging_and_model_meet_in_assembly_only():
+@pytest.mark.parametrize("rooms", APART, ids=" ".join)
+def test_rooms_that_do_not_know_each_other(rooms):
+    allowed = {("training", "model"), ("training", "parallel"), ("model", "kernels")}
+    allowed |= {("model", "parallel"), ("training", "corpora")}
+    for importer, imported in PAIRS:
+        ours = [room for room in rooms if is_in(importer, room)]
+        theirs = [room for room in rooms if is_in(imported, room)]
+        if ours and theirs and ours != theirs:
+            assert (ours[0], theirs[0]) in allowed, (importer, imported)
+
+
+def test_packaging_and_model_meet_in_few_rooms():
     met = {
         (importer, imported)
-        for importer, imported in INTERNAL
-        if layer_of(imported) == "packaging"
-        and layer_of(importer) not in ("packaging", *MEETING_PLACES)
+        for importer, imported in PAIRS
+        if is_in(imported, "packaging") and not is_in(importer, "packaging")
+        if not any(is_in(importer, room) for room in MEETING_ROOMS)
     }
-    assert met == ALLOWED.keys()
+    assert met == MEETINGS.keys()
 
 
-def test_no_file_but_the_meeting_places_imports_both():
+def test_late_imports_are_listed():
+    late = {importer for importer, _, is_late in INTERNAL if is_late}
+    late = {module for module in late if not any(is_in(module, room) for room in LATE_ROOMS)}
+    assert late == LATE_IMPORTS.keys()
+
+
+@pytest.mark.parametrize("room", WITHOUT_ARRAYS)
+def test_no_array_library_is_imported_where_none_belongs(room):
     for path in FILES:
-        module = module_of(path)
-        layers = {layer_of(imported) for importer, imported in INTERNAL if importer == module}
-        if layer_of(module) not in MEETING_PLACES:
-            assert not {"packaging", "model"} <= layers, module
-
-
-@pytest.mark.parametrize("layer", JAX_FREE_LAYERS)
-def test_no_array_library_is_imported_where_none_belongs(layer):
-    for path in FILES:
-        if layer_of(module_of(path)) == layer:
-            roots = {name.split(".")[0] for name in imports_of(path)}
+        if is_in(module_of(path), room):
+            roots = {name.split(".")[0] for name, _ in imports_of(path)}
             assert not roots & ARRAY_LIBRARIES, path
 
 
@@ -153,4 +202,4 @@ def writes_of(path):
 
 def test_every_write_goes_through_one_file():
     writers = {module_of(path) for path in FILES if any(writes_of(path))}
-    assert writers - {"packaging.atomic"} == WRITERS.keys()
+    assert writers - {"files.atomic"} == WRITERS.keys()

@@ -12,7 +12,9 @@ import composable.packaging
 
 def test_every_public_name() -> None:
     for name in composable.packaging.__all__:
-        assert getattr(composable.packaging, name).__module__.startswith(("composable.packaging.", "composable.files."))
+        assert getattr(composable.packaging, name).__module__.startswith(
+            ("composable.packaging.", "composable.files.")
+        )
     with pytest.raises(AttributeError):
         _ = composable.packaging.nothing
 

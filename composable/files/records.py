@@ -1,0 +1,65 @@
+"""Typed records in JSON: frozen dataclasses that are checked when they are read.
+
+A record is a frozen dataclass; what it holds is checked against its types before anything of it is
+used. Fields that a later version adds are ignored, so that older versions keep reading.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+import msgspec
+
+from composable.errors import ComposableError
+
+R = TypeVar("R")
+
+
+def parse_record(
+    kind: type[R], data: bytes | str, where: str, error: type[ComposableError] = ComposableError
+) -> R:
+    """Return JSON text as a record.
+
+    Args:
+        kind: The record's dataclass.
+        data: The text.
+        where: What errors call it, such as its path.
+        error: The class of the errors raised.
+
+    Raises:
+        ComposableError: For text that is not JSON, a missing field, or one of another type.
+
+    Example:
+        >>> import dataclasses
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Step:
+        ...     loss: float
+        >>> parse_record(Step, '{"loss": 1.5}', "step.json")
+        Step(loss=1.5)
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
+        raise error(f"not a valid {kind.__name__}: {problem}", where=where) from problem
+
+
+def format_record(record: Any) -> str:
+    """Return a record as readable JSON text; fields that are None are left out."""
+    return json.dumps(to_plain(record), indent=2, ensure_ascii=False) + "\n"
+
+
+def to_plain(record: Any) -> Any:
+    """Return a record as plain JSON data; fields that are None are left out."""
+    return _without_none(msgspec.to_builtins(record))
+
+
+def record_schema(kind: type[Any]) -> dict[str, Any]:
+    """Return the JSON schema of a record, as the reference quotes it."""
+    return msgspec.json.schema(kind)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
