@@ -190,7 +190,7 @@ PRIVATE_WORDS = "∀x ∃y φ→ψ ⊢A∧B ⊥∨C λz.t Γ,Δ □p ◇q"
 
 
 @pytest.fixture(scope="session")
-def release(tiny, tmp_path_factory):
+def loaded(tiny, tmp_path_factory):
     """Return a tiny backbone that has read some public text, as a package on disk."""
     from flax import nnx
 
