@@ -64,8 +64,8 @@ def exported_tensors(folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_backbone_goes_out_and_comes_back_to_the_bit(imported, tmp_path, family):
-    release, checkpoint = imported(family)
-    record = export_model(release, [], tmp_path / "out", ExportPlan())
+    loaded, checkpoint = imported(family)
+    record = export_model(loaded, [], tmp_path / "out", ExportPlan())
     assert (record["layout"], record["lost"]) == ("dense", [])
     before = safetensors.numpy.load_file(checkpoint / "model.safetensors")
     after = exported_tensors(tmp_path / "out")
@@ -75,15 +75,15 @@ def test_a_backbone_goes_out_and_comes_back_to_the_bit(imported, tmp_path, famil
         np.testing.assert_array_equal(array, after[name], err_msg=name)
     source = open_source(tmp_path / "out")
     assert (
-        Checkpoint(source, tap=release.backbone.cfg.tap, scout_width=64).cfg.to_dict()
+        Checkpoint(source, tap=loaded.backbone.cfg.tap, scout_width=64).cfg.to_dict()
         | {"scout_width": 8}
-        == release.backbone.cfg.to_dict()
+        == loaded.backbone.cfg.to_dict()
     )
 
 
 def test_bfloat16_stays_bfloat16(imported, tmp_path):
-    release, checkpoint = imported("llama", dtype="bfloat16")
-    record = export_model(release, [], tmp_path / "out", ExportPlan())
+    loaded, checkpoint = imported("llama", dtype="bfloat16")
+    record = export_model(loaded, [], tmp_path / "out", ExportPlan())
     assert record["dtype"] == "BF16"
     before = safetensors.numpy.load_file(checkpoint / "model.safetensors")
     after = exported_tensors(tmp_path / "out")
@@ -93,18 +93,18 @@ def test_bfloat16_stays_bfloat16(imported, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "ffn"])
 def test_a_merged_expert_goes_out_and_comes_back_to_the_bit(imported, write_expert, tmp_path, kind):
-    release, _ = imported("llama")
-    folders = [write_expert(release, name, kind=kind, seed=i) for i, name in enumerate("ab")]
-    record = export_model(release, folders, tmp_path / "out", ExportPlan(merge="b"))
+    loaded, _ = imported("llama")
+    folders = [write_expert(loaded, name, kind=kind, seed=i) for i, name in enumerate("ab")]
+    record = export_model(loaded, folders, tmp_path / "out", ExportPlan(merge="b"))
     assert [e["name"] for e in record["experts"]] == ["b"]
     assert any("on for every text" in line for line in record["lost"])
     checkpoint = Checkpoint(open_source(tmp_path / "out"), tap=1)
-    body = load_expert(release, folders[1]).body
-    stored = safetensors.numpy.load_file(release.folder / WEIGHTS_FILE)
+    body = load_expert(loaded, folders[1]).body
+    stored = safetensors.numpy.load_file(loaded.folder / WEIGHTS_FILE)
     for name, array in checkpoint.items():
         _, *place = name.split(".")
         if ".ffn." in name and int(place[0]) >= 1:
-            expected = np.asarray(body.merged(release.backbone, int(place[0]))[place[-1]])
+            expected = np.asarray(body.merged(loaded.backbone, int(place[0]))[place[-1]])
         else:
             expected = stored[name]
         np.testing.assert_array_equal(array, expected, err_msg=name)
@@ -115,11 +115,11 @@ def test_a_merged_expert_goes_out_and_comes_back_to_the_bit(imported, write_expe
 def test_a_merged_expert_is_the_expert_always_on(
     imported, write_expert, elsewhere, tmp_path, family
 ):
-    release, _ = imported(family)
-    folder = write_expert(release, "a")
-    export_model(release, [folder], tmp_path / "out", ExportPlan(merge="a"))
+    loaded, _ = imported(family)
+    folder = write_expert(loaded, "a")
+    export_model(loaded, [folder], tmp_path / "out", ExportPlan(merge="a"))
     _, logits = elsewhere(tmp_path / "out")
-    expected_BTV = np.asarray(release.plug([load_expert(release, folder)]).path(TOKENS_BT, "a"))
+    expected_BTV = np.asarray(loaded.plug([load_expert(loaded, folder)]).path(TOKENS_BT, "a"))
     assert np.abs(logits(TOKENS_BT) - expected_BTV).max() < FLOAT32_TOLERANCE
 
 
@@ -130,19 +130,19 @@ def test_a_mixture_is_ours_but_for_its_routers(
 ):
     import torch
 
-    release, _ = imported(family)
+    loaded, _ = imported(family)
     folders = [
-        write_expert(release, name, seed=i, words=words)
+        write_expert(loaded, name, seed=i, words=words)
         for i, (name, words) in enumerate(DOMAINS.items())
     ]
-    model = release.plug([load_expert(release, folder) for folder in folders])
+    model = loaded.plug([load_expert(loaded, folder) for folder in folders])
     out = tmp_path / "out"
-    record = export_model(release, folders, out, ExportPlan(fit_tokens=600), text)
+    record = export_model(loaded, folders, out, ExportPlan(fit_tokens=600), text)
     assert record["layout"] == LAYOUTS[family]
     # Experts that are never trusted would have equal rows, and ties.
     assert min(record["routers"]["trust"].values()) > 0.02
     theirs, logits = elsewhere(out)
-    tokens_BT = np.stack([release.tokenizer.encode(doc.text)[:24] for doc in text[1::2]])
+    tokens_BT = np.stack([loaded.tokenizer.encode(doc.text)[:24] for doc in text[1::2]])
 
     # Its own routers: what was measured here is what is computed there.
     names = {"mixtral": "block_sparse_moe.gate", "qwen3_moe": "mlp.gate", "flex_olmo": "mlp.gate"}
@@ -152,7 +152,7 @@ def test_a_mixture_is_ours_but_for_its_routers(
     )
     expected_BTV = np.asarray(layered_logits(model, tokens_BT, rows_LED, 2))
     assert np.abs(logits(tokens_BT) - expected_BTV).max() < FLOAT32_TOLERANCE
-    bits = sum_bits(logits, release.tokenizer, split_text(text)[1]) / record["measured"]["bytes"]
+    bits = sum_bits(logits, loaded.tokenizer, split_text(text)[1]) / record["measured"]["bytes"]
     assert bits == pytest.approx(record["measured"]["bits_per_byte"]["exported"], abs=1e-4)
 
     # Our router in their place: our model.
@@ -190,9 +190,9 @@ def test_text_is_split_so_that_every_kind_is_on_both_sides():
 
 
 def test_what_is_lost_is_said_everywhere(imported, write_expert, text, tmp_path):
-    release, _ = imported("llama")
-    folders = [write_expert(release, name, seed=i) for i, name in enumerate("ab")]
-    record = export_model(release, folders, tmp_path / "out", ExportPlan(dtype="BF16"), text)
+    loaded, _ = imported("llama")
+    folders = [write_expert(loaded, name, seed=i) for i, name in enumerate("ab")]
+    record = export_model(loaded, folders, tmp_path / "out", ExportPlan(dtype="BF16"), text)
     said = " ".join(record["lost"])
     for word in ("The router", "bits per byte", "The bounds", "Safe mode", "Memory", "Precision"):
         assert word in said
@@ -201,29 +201,29 @@ def test_what_is_lost_is_said_everywhere(imported, write_expert, text, tmp_path)
     assert json.loads((tmp_path / "out" / "composable.json").read_text()) == record
     assert set(record["routers"]["trust"]) == {"backbone", "a", "b"}
     assert sum(record["routers"]["trust"].values()) == pytest.approx(1, abs=1e-3)
-    assert record["backbone"]["interface"] == release.interface.digest
+    assert record["backbone"]["interface"] == loaded.interface.digest
     assert record["licenses"] == ["MIT"]
 
 
 def test_an_expert_that_the_text_never_asked_for_is_named(
     imported, write_expert, monkeypatch, tmp_path
 ):
-    release, _ = imported("llama")
-    folder = write_expert(release, "a")
+    loaded, _ = imported("llama")
+    folder = write_expert(loaded, "a")
     monkeypatch.setattr(exporting, "_HARDLY", 1.1)
-    record = export_model(release, [folder], tmp_path / "out", ExportPlan())  # on the anchor
+    record = export_model(loaded, [folder], tmp_path / "out", ExportPlan())  # on the anchor
     assert any(line.startswith("Nearly all use of a:") for line in record["lost"])
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_large_models_are_written_in_several_files(imported, elsewhere, monkeypatch, tmp_path):
-    release, _ = imported("llama")
+    loaded, _ = imported("llama")
     monkeypatch.setattr(exporting, "_MAX_FILE_BYTES", 40_000)
-    export_model(release, [], tmp_path / "out", ExportPlan())
+    export_model(loaded, [], tmp_path / "out", ExportPlan())
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     assert len(Checkpoint(open_source(tmp_path / "out"), tap=1)) == 30
     _, logits = elsewhere(tmp_path / "out")
-    expected_BTV = np.asarray(release.plug().path(TOKENS_BT))
+    expected_BTV = np.asarray(loaded.plug().path(TOKENS_BT))
     assert np.abs(logits(TOKENS_BT) - expected_BTV).max() < FLOAT32_TOLERANCE
 
 
@@ -253,12 +253,12 @@ def test_a_byte_level_backbone_computes_the_same_elsewhere(loaded, elsewhere, ti
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     imported, write_expert, tmp_path
 ):
-    release, _ = imported("qwen3")
-    folder = write_expert(release, "a")
+    loaded, _ = imported("qwen3")
+    folder = write_expert(loaded, "a")
 
     def refused(folders, plan, where):
         with pytest.raises(InteropError) as caught:
-            export_model(release, folders, tmp_path / "out", plan)
+            export_model(loaded, folders, tmp_path / "out", plan)
         assert caught.value.where == where
         assert not (tmp_path / "out").exists()
 
@@ -270,21 +270,21 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(PackagingError, match="something by that name"):
-        export_model(release, [], tmp_path / "out", ExportPlan())
+        export_model(loaded, [], tmp_path / "out", ExportPlan())
 
 
 def test_an_export_of_the_backbone_is_known_as_a_base(imported, tmp_path):
     from composable.interop.peft import Adapter
     from composable.workflows.import_peft import _check_base
 
-    release, _ = imported("llama")
+    loaded, _ = imported("llama")
     out = tmp_path / "out"
-    export_model(release, [], out, ExportPlan())
+    export_model(loaded, [], out, ExportPlan())
     fields = dict.fromkeys(("version", "config_digest", "weights_digest", "rank", "changes"))
     adapter = Adapter(base=str(out), revision=None, **fields)
-    assert _check_base(load_backbone(str(release.folder)), adapter, None)
+    assert _check_base(load_backbone(str(loaded.folder)), adapter, None)
     record = json.loads((out / "composable.json").read_text())
     record["backbone"]["interface"] = "sha256:other"
     (out / "composable.json").write_text(json.dumps(record))
     with pytest.raises(InteropError, match="export of something else"):
-        _check_base(release, adapter, None)
+        _check_base(loaded, adapter, None)

@@ -69,14 +69,14 @@ ADAPTERS = {
 @pytest.mark.filterwarnings("ignore")  # other people's
 @pytest.mark.parametrize("family", ADAPTERS)
 def test_logits_are_those_of_peft(imported, adapt, sample, tmp_path, family):
-    release, checkpoint = imported(family)
+    loaded, checkpoint = imported(family)
     tokens_BT = np.random.default_rng(0).integers(0, 600, (2, 24), dtype=np.int32)
     plan = dataclasses.replace(PLAN, scout_steps=0)
     for i, options in enumerate(ADAPTERS[family]):
         folder, expected_BTV, plain_BTV = adapt(checkpoint, tokens_BT, **options)
         out = tmp_path / f"expert-{i}"
-        import_adapter(release, folder, out, plan, sample, cache=tmp_path)
-        model = release.plug([load_expert(release, out)])
+        import_adapter(loaded, folder, out, plan, sample, cache=tmp_path)
+        model = loaded.plug([load_expert(loaded, out)])
         assert np.abs(expected_BTV - plain_BTV).max() > 1000 * FLOAT32_TOLERANCE
         found_BTV = np.asarray(model.path(tokens_BT, "dialect"))
         assert np.abs(found_BTV - expected_BTV).max() < FLOAT32_TOLERANCE, options
@@ -153,11 +153,11 @@ def test_an_expert_says_where_it_comes_from_and_can_be_vetted(loaded, written, s
 
 
 def test_the_base_is_compared_where_it_can_be(imported, written, sample, tmp_path):
-    release, checkpoint = imported()
+    loaded, checkpoint = imported()
 
     def run(folder, out, base=None):
         plan = dataclasses.replace(PLAN, scout_steps=0, base=base)
-        return import_adapter(release, folder, tmp_path / out, plan, sample, cache=tmp_path)
+        return import_adapter(loaded, folder, tmp_path / out, plan, sample, cache=tmp_path)
 
     assert run(written(checkpoint), "same")["origin"]["is_verified"]
     other = tmp_path / "other"
