@@ -35,9 +35,10 @@ import resolvelib
 
 from composable.errors import ConstraintError, ResolutionError, VersionError
 from composable.packaging import Constraint, Universe, Version, resolve
-from composable.packaging.resolution import solver
+from composable.packaging.resolution import pubgrub
 from composable.packaging.resolution.problem import ResolutionProblem
-from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof, PubGrub
+from composable.packaging.resolution.pubgrub import PubGrub
+from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof
 from composable.packaging.resolution.universe import INTERFACE_PREFIX, Candidate
 from composable.packaging.versions.constraint import split_extra
 
@@ -150,11 +151,11 @@ def count_locks(
 
 def check_story(universe: Universe, story: str, count: Callable[[str], None]) -> Iterator[str]:
     """Do what the story says would help."""
-    cures = scenarios.cures_in(story)
+    cures = scenarios.suggestions_in(story)
     if not cures:
         count("stories without a cure")
     for cure in cures:
-        for cured in scenarios.apply_cure(universe, cure):
+        for cured in scenarios.apply_suggestion(universe, cure):
             count("cures tried")
             try:
                 resolve(cured)
@@ -376,7 +377,7 @@ def main() -> int:
     start = time.process_time()
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.universes):
         universe = brute_force.make_universe(seed)
-        solver.LOOK_AHEAD_AFTER = 0 if seed % 2 else 10  # the small are seldom hard enough for it
+        pubgrub.LOOK_AHEAD_AFTER = 0 if seed % 2 else 10  # the small are seldom hard enough for it
         counts["with extras asked for"] += any(r.extras for r in universe.requires)
         found = check_universe(universe, lambda what: counts.update([what]))
         wrong += [f"universe {seed}: {mistake}" for mistake in found]

@@ -1,1 +1,1 @@
-"""Resolution: from requirements to one version of each package, or why there is none."""
+"""Resolution: from requirements to one version of each package, or an explanation."""

@@ -1,4 +1,4 @@
-"""How high a package stands above those that it builds on, cycles included."""
+"""The order of packages by their dependencies, with cycles."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 class DependencyOrder:
-    """How far names of a graph stand above its floor; names on a cycle stand equally high.
+    """The longest chain of dependencies below each name; names on a cycle share one value.
 
     Args:
-        below: Returns what a name builds on, the same every time.
+        dependencies: Returns what a name depends on, always the same for the same name.
+
+    Example:
+        >>> graph = {"app": ["web", "log"], "web": ["log"], "log": []}
+        >>> DependencyOrder(graph.__getitem__).longest_chain("app")
+        2
 
     References:
         Tarjan, "Depth-first search and linear graph algorithms", 1972.
     """
 
-    def __init__(self, below: Callable[[str], Sequence[str]]) -> None:
-        self._below = below
-        self._order_of_needs: dict[str, int] = {}
+    def __init__(self, dependencies: Callable[[str], Sequence[str]]) -> None:
+        self._dependencies = dependencies
+        self._chains: dict[str, int] = {}
 
-    def of(self, name: str) -> int:
-        """Return the longest chain below a name, each cycle counted as one link."""
-        if name not in self._order_of_needs:
-            self._measure(name)
-        return self._order_of_needs[name]
+    def longest_chain(self, name: str) -> int:
+        """Return the length of the longest chain below a name, each cycle counted as one link."""
+        if name not in self._chains:
+            self._measure_from(name)
+        return self._chains[name]
 
-    def _measure(self, start: str) -> None:
-        """Walk down from `start` and measure each cycle when it is left."""
-        order: dict[str, int] = {}  # when a name was met
+    def _measure_from(self, start: str) -> None:
+        """Walk down from `start`, and measure each cycle when it is left."""
+        order: dict[str, int] = {}  # when a name was first visited
         lowest: dict[str, int] = {}  # the earliest open name that it leads back to
         open_names: list[str] = []
         path: list[tuple[str, Iterator[str]]] = []
@@ -35,13 +40,13 @@ class DependencyOrder:
         def enter(name: str) -> None:
             order[name] = lowest[name] = len(order)
             open_names.append(name)
-            path.append((name, iter(self._below(name))))
+            path.append((name, iter(self._dependencies(name))))
 
         enter(start)
         while path:
             name, rest = path[-1]
             for other in rest:
-                if other in self._order_of_needs:
+                if other in self._chains:
                     continue
                 if other not in order:
                     enter(other)
@@ -50,13 +55,19 @@ class DependencyOrder:
             else:
                 path.pop()
                 if path:
-                    above = path[-1][0]
-                    lowest[above] = min(lowest[above], lowest[name])
+                    parent = path[-1][0]
+                    lowest[parent] = min(lowest[parent], lowest[name])
                 if lowest[name] == order[name]:
-                    cycle = [open_names.pop()]
-                    while cycle[-1] != name:
-                        cycle.append(open_names.pop())
-                    floor = [
-                        self._order_of_needs.get(o, -1) for each in cycle for o in self._below(each)
-                    ]
-                    self._order_of_needs |= dict.fromkeys(cycle, 1 + max(floor, default=-1))
+                    start_of_cycle = open_names.index(name)
+                    self._measure_cycle(open_names[start_of_cycle:])
+                    del open_names[start_of_cycle:]
+
+    def _measure_cycle(self, cycle: Sequence[str]) -> None:
+        """Set the chain of names that depend on each other, or of one name."""
+        below = [
+            self._chains[other]
+            for name in cycle
+            for other in self._dependencies(name)
+            if other in self._chains
+        ]
+        self._chains |= dict.fromkeys(cycle, 1 + max(below, default=-1))

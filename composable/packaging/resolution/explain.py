@@ -1,13 +1,14 @@
-"""The story of a failed resolution: what was asked, what stands in the way, what would help.
+"""The explanation of a failed resolution: requirements, what rules them out, and suggestions.
 
 A proof of the solver is a list of facts about sets of choices. Here they become sentences about
-versions and ranges as the user and the authors wrote them. Every cure that is offered was tried.
+versions and ranges as the user and the authors wrote them. Every suggestion has been tried.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -24,35 +25,38 @@ from composable.packaging.versions.constraint import (
 
 MAX_REFUSALS: Final = 3
 _ORDER: Final = {"root": 0, "need": 1, "conflict": 2, "none": 3}
+_AFTER_ALL: Final = sys.maxsize  # the sort key of a name that the user does not require
 _Ranges = Callable[[Candidate], Mapping[str, Constraint]]
 
 
 def explain_failure(problem: ResolutionProblem, proof: Proof, solver: Solver) -> str:
-    """Return why a problem has no solution and what would make it solvable.
+    """Return why a problem has no solution, and which changes would give it one.
 
     Args:
         problem: The problem.
-        proof: What the solver found.
-        solver: Tries out the cures.
+        proof: Why it has no solution.
+        solver: The solver that tries the suggestions.
     """
-    facts = _join(proof.facts)
+    facts = _join_facts(proof.facts)
     order = _reading_order(problem, facts)
+    explainer = _Explainer(problem, facts)
     sentences: dict[str, None] = {}
     for fact in sorted(facts, key=lambda fact: (_ORDER[fact.kind], order[fact.name])):
-        sentences |= dict.fromkeys(_Teller(problem, facts).tell(fact))
+        sentences |= dict.fromkeys(explainer.explain_fact(fact))
     from composable.packaging.resolution.suggestions import find_suggestions
 
-    cures = find_suggestions(problem, proof, solver)
-    story = "".join(f"\n  {sentence}" for sentence in sentences)
-    if not cures:
-        return f"what you ask for cannot be installed together:\n{story}"
-    one = "Any one of these would make it solvable" if len(cures) > 1 else "This would solve it"
-    advice = "".join(f"\n  - {cure}" for cure in cures)
-    return f"what you ask for cannot be installed together:\n{story}\n\n{one}:\n{advice}"
+    suggestions = find_suggestions(problem, proof, solver)
+    reasons = "".join(f"\n  {sentence}" for sentence in sentences)
+    explanation = f"your requirements cannot be satisfied together:\n{reasons}"
+    if not suggestions:
+        return explanation
+    intro = "Any one of these changes" if len(suggestions) > 1 else "This change"
+    listed = "".join(f"\n  - {suggestion}" for suggestion in suggestions)
+    return f"{explanation}\n\n{intro} would solve it:\n{listed}"
 
 
-def _join(facts: Iterable[Fact]) -> list[Fact]:
-    """Make one fact of those that say the same of different versions."""
+def _join_facts(facts: Iterable[Fact]) -> list[Fact]:
+    """Join the facts that differ only in the versions that they are about."""
     joined: dict[object, Fact] = {}
     for fact in facts:
         is_joinable = fact.kind in ("need", "conflict")
@@ -64,16 +68,20 @@ def _join(facts: Iterable[Fact]) -> list[Fact]:
 
 
 def _reading_order(problem: ResolutionProblem, facts: Iterable[Fact]) -> dict[str, int]:
-    """Number the names as a reader meets them, going from each wish down to what it leads to."""
+    """Number the names in reading order: each requirement, then what it leads to."""
     leads_to: dict[str, list[str]] = {}
     for fact in facts:
         if fact.other:
             leads_to.setdefault(fact.name, []).append(fact.other)
-    wishes = [fact.name for fact in facts if fact.kind == "root"]
-    asked = [requirement.name for requirement in problem.requires]
-    wishes.sort(key=lambda name: asked.index(p) if (p := split_extra(name)[0]) in asked else 9**9)
+    required = [requirement.name for requirement in problem.requires]
+
+    def position(name: str) -> int:
+        package, _ = split_extra(name)
+        return required.index(package) if package in required else _AFTER_ALL
+
+    roots = sorted((fact.name for fact in facts if fact.kind == "root"), key=position)
     order: dict[str, int] = {}
-    pending = [*reversed(wishes)]
+    pending = [*reversed(roots)]
     while pending:
         name = pending.pop()
         if name not in order:
@@ -84,20 +92,20 @@ def _reading_order(problem: ResolutionProblem, facts: Iterable[Fact]) -> dict[st
     return order
 
 
-class _Teller:
-    """Makes sentences of facts."""
+class _Explainer:
+    """Writes facts as sentences."""
 
     def __init__(self, problem: ResolutionProblem, facts: Sequence[Fact]) -> None:
         self._problem = problem
         self._facts = facts
 
-    def tell(self, fact: Fact) -> Iterator[str]:
+    def explain_fact(self, fact: Fact) -> Iterator[str]:
         """Yield the sentences for one fact."""
         package, extra = split_extra(fact.name)
         if fact.kind == "root":
-            yield from self._tell_root(fact)
+            yield from self._explain_root(fact)
         elif fact.kind == "none":
-            yield from self._tell_none(fact, package, extra)
+            yield from self._explain_none(fact, package, extra)
         elif fact.kind == "conflict":
             ranges = self._ranges(fact, lambda candidate: candidate.conflicts)
             subject, verb = self._subject(fact, "cannot", "cannot", "can")
@@ -107,61 +115,59 @@ class _Teller:
                 fact, lambda c: {fact.other: c.interface[1]} if c.interface else {}
             )
             name = fact.other.removeprefix(INTERFACE_PREFIX)
-            subject, verb = self._subject(fact, "plugs", "plug")
-            yield f"{subject} {verb} into router interface {name}{ranges}."
-        elif (
-            fact.other != package or extra is None
-        ):  # that an extra comes with its package is plain
+            subject, verb = self._subject(fact, "needs", "need")
+            yield f"{subject} {verb} router interface {name}{ranges}."
+        elif fact.other != package or extra is None:  # an extra obviously needs its package
             ranges = self._ranges(fact, lambda candidate: candidate.requires)
             subject, verb = self._subject(fact, "needs", "need")
             itself = ", another version of itself" if fact.other == package else ""
             yield f"{subject} {verb} {fact.other}{ranges}{itself}."
 
-    def _tell_root(self, fact: Fact) -> Iterator[str]:
+    def _explain_root(self, fact: Fact) -> Iterator[str]:
         if fact.name.startswith(INTERFACE_PREFIX):
             name = fact.name.removeprefix(INTERFACE_PREFIX)
             version = (self._problem.interface or {})[name]
             yield f"Your backbone's router interface is {name} {version}."
         for requirement in requirements_behind(self._problem, fact):
-            yield f"You ask for {requirement}."
+            yield f"You require {requirement}."
 
-    def _tell_none(self, fact: Fact, package: str, extra: str | None) -> Iterator[str]:
-        """Say why nothing can be chosen: nothing is there, or all that is there is barred."""
+    def _explain_none(self, fact: Fact, package: str, extra: str | None) -> Iterator[str]:
+        """Yield why nothing can be chosen: no version matches, or none that does is selectable."""
         if fact.name.startswith(INTERFACE_PREFIX):
-            return  # the facts beside it say which range is needed and which version there is
+            return  # other facts name the range that is needed and the available version
         table = self._problem.table(package)
         if not table.candidates:
             hint = did_you_mean(package, self._problem.source.names())
             yield f"There is no expert {package!r}{f' ({hint})' if hint else ''}."
             return
         if not any(index in fact.choices for index in range(len(table.candidates))):
-            yield self._tell_empty(package, table.candidates)
+            yield self._explain_no_match(package, table.candidates)
             return
-        yield from self._tell_barred(fact, package)
+        yield from self._explain_not_selectable(fact, package)
         if extra is not None:
-            yield from self._tell_no_extra(fact, package, extra)
+            yield from self._explain_missing_extra(fact, package, extra)
 
-    def _tell_empty(self, package: str, candidates: Sequence[Candidate]) -> str:
-        """Say what there is instead of all that was asked for in vain."""
-        there = list_in_words([str(candidate.version) for candidate in candidates])
+    def _explain_no_match(self, package: str, candidates: Sequence[Candidate]) -> str:
+        """Return the sentence for a package with versions, none of them in the ranges required."""
+        available = list_in_words([str(candidate.version) for candidate in candidates])
         if all(candidate.version.is_prerelease for candidate in candidates):
-            return f"Of {package} there are only prereleases, {there}, and no range names one."
+            return f"{package} has only prereleases ({available}), and no range names one."
         everything = ChoiceSet((1 << len(candidates)) - 1)
-        asked = {
+        required = {
             str(range_)
             for fact in self._facts
             if fact.kind == "none" and split_extra(fact.name)[0] == package
             if fact.choices.is_disjoint(everything)
             for range_ in self._problem.table(fact.name).ranges_of(fact.choices)
         }
-        within = f" in {list_in_words(sorted(asked), 'or')}" if asked else ""
+        matches = f"matches {list_in_words(sorted(required), 'or')}" if required else "matches"
         rule = ""
         if any(candidate.version.is_prerelease for candidate in candidates):
-            rule = "; a prerelease counts only where a range names one"
-        return f"There is no {package}{within}, only {there}{rule}."
+            rule = "; a prerelease matches only a range that names one"
+        return f"No version of {package} {matches} (available: {available}{rule})."
 
-    def _tell_barred(self, fact: Fact, package: str) -> Iterator[str]:
-        """Say of the versions that may not be chosen why not, those with one reason together."""
+    def _explain_not_selectable(self, fact: Fact, package: str) -> Iterator[str]:
+        """Yield why versions cannot be chosen, one sentence for each reason."""
         table = self._problem.table(package)
         reasons: dict[str | None, list[str]] = {}
         for index, candidate in enumerate(table.candidates):
@@ -175,21 +181,21 @@ class _Teller:
                 f"{package} {list_in_words(yanked)} were yanked, and none is locked or "
                 "pinned exactly."
             )
-        told = list(reversed(reasons.items()))
-        for refusal, versions in told[:MAX_REFUSALS]:
+        newest_first = list(reversed(reasons.items()))
+        for refusal, versions in newest_first[:MAX_REFUSALS]:
             each = " each" if len(versions) > 1 else ""
             yield f"{package} {list_in_words(versions)}{each} {refusal}."
-        rest = sum(len(versions) for _, versions in told[MAX_REFUSALS:])
+        rest = sum(len(versions) for _, versions in newest_first[MAX_REFUSALS:])
         if rest:
-            yield f"{rest} older releases of {package} may not be chosen for like reasons."
+            yield f"{rest} older releases of {package} cannot be chosen for similar reasons."
 
-    def _tell_no_extra(self, fact: Fact, package: str, extra: str) -> Iterator[str]:
-        """Say which releases lack an extra, and which have it."""
+    def _explain_missing_extra(self, fact: Fact, package: str, extra: str) -> Iterator[str]:
+        """Yield which releases lack an extra, or have it and cannot be chosen with it."""
         table, alone = self._problem.table(fact.name), self._problem.table(package)
-        open_to_choice = fact.choices & ChoiceSet(alone.selectable)
+        selectable = fact.choices & ChoiceSet(alone.selectable)
         without: list[str] = []
         for index, candidate in enumerate(table.candidates):
-            if index not in open_to_choice or candidate.refusal is None:
+            if index not in selectable or candidate.refusal is None:
                 continue
             if extra in alone.candidates[index].extras:
                 yield f"{package} {candidate.version} {candidate.refusal}."
@@ -202,7 +208,7 @@ class _Teller:
         if extra not in known:
             hint = did_you_mean(extra, known)
             if hint is None:
-                hint = f"it has {list_in_words(sorted(known))}" if known else "it has none at all"
+                hint = f"it has {list_in_words(sorted(known))}" if known else "it has no extras"
             yield f"No release of {package} has an extra {extra!r} ({hint})."
         elif ranges and len(without) > 1:
             within = list_in_words(ranges, "or")
@@ -214,27 +220,33 @@ class _Teller:
     def _subject(
         self, fact: Fact, verb: str, plural: str, of_none: str | None = None
     ) -> tuple[str, str]:
-        """Name the versions that a fact is about and that could be chosen, and choose the verb.
+        """Return the subject of a sentence, the versions that a fact is about, and its verb.
 
-        Where the user asks for some versions only, no others are spoken of.
+        Only selectable versions are named, and only those that the user requires, if any.
+
+        Args:
+            fact: The fact.
+            verb: The verb for one version, or for every version.
+            plural: The verb for several versions.
+            of_none: The verb after "No version"; None for a sentence with "Every version".
         """
         table = self._problem.table(fact.name)
         package, extra = split_extra(fact.name)
         suffix = "" if extra is None else f" with extra {extra}"
-        wishes = [f for f in self._facts if f.kind == "root" and f.name == fact.name]
-        open_to_choice = ChoiceSet(table.selectable)
-        asked = functools.reduce(ChoiceSet.__and__, (f.choices for f in wishes), open_to_choice)
-        if asked.is_disjoint(fact.choices):
-            asked, wishes = open_to_choice, []
-        versions = table.versions(fact.choices & asked) or table.versions(fact.choices)
-        available = table.versions(asked)
+        roots = [f for f in self._facts if f.kind == "root" and f.name == fact.name]
+        selectable = ChoiceSet(table.selectable)
+        required = functools.reduce(ChoiceSet.__and__, (f.choices for f in roots), selectable)
+        if required.is_disjoint(fact.choices):
+            required, roots = selectable, []
+        versions = table.versions(fact.choices & required) or table.versions(fact.choices)
+        available = table.versions(required)
         if len(versions) == 1:
             return f"{package} {versions[0]}{suffix}", verb
         if versions == available:
             ranges = [
-                str(r.constraint) for f in wishes for r in requirements_behind(self._problem, f)
+                str(r.constraint) for f in roots for r in requirements_behind(self._problem, f)
             ]
-            within = f" in {', '.join(ranges)}" if asked != open_to_choice else ""
+            within = f" in {', '.join(ranges)}" if required != selectable else ""
             every = "Every" if of_none is None else "No"
             return f"{every} version of {package}{within}{suffix}", of_none or verb
         start = available.index(versions[0]) if versions[0] in available else 0

@@ -1,4 +1,7 @@
-"""The problem that a solver is given: candidates, their requirements and what is preferred."""
+"""The problem that a solver is given: candidates, their requirements and which are preferred.
+
+It asks its source for one package at a time, and for no package that the search does not need.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ _NOTHING: Final[Mapping[str, ChoiceSet]] = {}
 
 
 class ResolutionProblem:
-    """All that is known of the packages met so far, as the solver's `Problem`.
+    """A resolution as the solver's `Problem`, with the candidates of the packages seen so far.
 
     Args:
         source: Where candidates are found.
-        requires: What the user wants.
+        requires: What the user requires.
         interface: Version of each router interface; None when interfaces are not checked.
         locked: Versions to prefer.
-        with_yanked: Names whose yanked versions may be chosen, to see whether that would help.
+        with_yanked: Names whose yanked versions may be chosen, to try whether that would help.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class ResolutionProblem:
         self.locked = locked
         self._with_yanked = frozenset(with_yanked)
         self._tables: dict[str, CandidateTable] = {}
-        self._order_of_needs = DependencyOrder(self._names_below)
+        self._dependency_order = DependencyOrder(self._dependencies_of_best)
 
     def table(self, name: str) -> CandidateTable:
         """Return the candidates of a package or interface."""
@@ -57,7 +60,7 @@ class ResolutionProblem:
         return self._tables[name]
 
     def roots(self) -> list[tuple[str, ChoiceSet]]:
-        """Return what the user wants, the interfaces first, and a package before its extras."""
+        """Return what the user requires, interfaces first, and a package before its extras."""
         interfaces = [(f"{INTERFACE_PREFIX}{name}", ANY) for name in sorted(self.interface or ())]
         wanted = [
             (name, requirement.constraint)
@@ -91,7 +94,7 @@ class ResolutionProblem:
         return table.needs[choice]
 
     def conflicts(self, name: str, choice: int) -> Mapping[str, ChoiceSet]:
-        """Return what a candidate cannot stand beside."""
+        """Return what a candidate conflicts with."""
         conflicts = self.table(name).candidates[choice].conflicts
         if not conflicts:
             return _NOTHING
@@ -101,10 +104,10 @@ class ResolutionProblem:
         """Return the candidates with the same needs and conflicts."""
         return self.table(name).alike(choice)
 
-    def foresee(self, name: str, allowed: ChoiceSet) -> Iterator[int]:
-        """Yield the candidates that need and refuse only packages met before.
+    def choices_among_known(self, name: str, allowed: ChoiceSet) -> Iterator[int]:
+        """Yield the candidates that need and conflict with only packages already seen.
 
-        No registry is asked about a package that only some old release wants.
+        So no registry is asked for a package that only an old release needs.
         """
         table = self.table(name)
         for choice in ChoiceSet(allowed.bits & table.selectable):
@@ -113,16 +116,17 @@ class ResolutionProblem:
             if all(other in self._tables for other in (*others, *candidate.conflicts)):
                 yield choice
 
-    def urgency(self, name: str, allowed: ChoiceSet) -> tuple[int, ...]:
-        """Decide interfaces first, and a package after those that build on it.
+    def decision_key(self, name: str, allowed: ChoiceSet) -> tuple[int, ...]:
+        """Return a sort key that puts interfaces first, and a package after its dependents.
 
-        By then all who want it have spoken, so it is not chosen too new and forced back, or worse,
-        kept at the expense of one of them. Of packages that build on each other, those nearer to
-        the user come first.
+        By then all requirements on it are known, so it is not chosen too new and reverted, or
+        worse, kept while one of its dependents is downgraded. Of packages that depend on each
+        other, those nearer to the user come first.
         """
         choices = (allowed.bits & self.table(name).selectable).bit_count()
-        height, depth = self._order_of_needs.of(name), self._depths.get(name, len(self._depths))
-        return (not name.startswith(INTERFACE_PREFIX), choices > 1, -height, depth, choices)
+        chain = self._dependency_order.longest_chain(name)
+        depth = self._depths.get(name, len(self._depths))
+        return (not name.startswith(INTERFACE_PREFIX), choices > 1, -chain, depth, choices)
 
     def requirements(self, candidate: Candidate) -> list[tuple[str, Constraint]]:
         """Return what a candidate requires, its router interface first."""
@@ -150,23 +154,23 @@ class ResolutionProblem:
                 continue
             table.selectable |= 1 << index
             table.locked |= is_locked << index
-            table.fitting |= self._fits(candidate) << index
+            table.fitting |= self._fits_interface(candidate) << index
         return table
 
     def _fill_extra_table(self, package: str, extra: str) -> CandidateTable:
-        """Number a package with an extra as the package alone, and bar what lacks the extra."""
+        """Number a package with an extra as the package alone; exclude versions that lack it."""
         alone = self.table(package)
         table = CandidateTable(
             _add_extra(package, candidate, extra) for candidate in alone.candidates
         )
-        table.is_one_of_a_kind = True
+        table.are_needs_unique = True
         has_extra = sum(1 << i for i, c in enumerate(table.candidates) if c.refusal is None)
         table.selectable = alone.selectable & has_extra
         table.fitting = alone.fitting & has_extra
         table.locked = alone.locked & has_extra
         return table
 
-    def _fits(self, candidate: Candidate) -> bool:
+    def _fits_interface(self, candidate: Candidate) -> bool:
         if candidate.interface is None or self.interface is None:
             return True
         name, range_ = candidate.interface
@@ -174,18 +178,18 @@ class ResolutionProblem:
 
     @functools.cached_property
     def _depths(self) -> dict[str, int]:
-        """How many steps packages are away from the user, by newest candidates."""
+        """Number of steps from the user's requirements to each package, by best candidates."""
         names = list(dict.fromkeys(name for name, _ in self.roots()))
         depths = dict.fromkeys(names, 0)
         for name in names:
-            for other in self._names_below(name):
+            for other in self._dependencies_of_best(name):
                 if other not in depths:
                     depths[other] = depths[name] + 1
                     names.append(other)
         return depths
 
-    def _names_below(self, name: str) -> Sequence[str]:
-        """Return what the newest candidate builds on."""
+    def _dependencies_of_best(self, name: str) -> Sequence[str]:
+        """Return the packages that the best candidate depends on."""
         best = self.best(name, ChoiceSet.full())
         if best is None:
             return ()
@@ -205,15 +209,15 @@ class CandidateTable:
         selectable: Bits of those that may be chosen.
         fitting: Bits of those that may be chosen and fit the router interface.
         locked: Bit of the one that is locked.
-        needs: What the choices asked for so far need.
-        is_one_of_a_kind: Whether no two choices have the same needs, whatever their candidates say.
+        needs: What choices need, by choice, as far as computed.
+        are_needs_unique: Whether no two choices have the same needs, even if their candidates do.
     """
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
         self.candidates = sorted(candidates, key=lambda candidate: candidate.version)
         self.selectable = self.fitting = self.locked = 0
         self.needs: dict[int, Mapping[str, ChoiceSet]] = {}
-        self.is_one_of_a_kind = False
+        self.are_needs_unique = False
         self._order = [candidate.version.precedence for candidate in self.candidates]
         self._prereleases = [
             (index, candidate.version)
@@ -224,10 +228,10 @@ class CandidateTable:
         self._alike: dict[int, ChoiceSet] = {}
 
     def within(self, range_: Constraint) -> ChoiceSet:
-        """Return the candidates that a range holds.
+        """Return the candidates that a range contains.
 
-        Where there is none, a bit beyond all candidates stands for the range: a set that nothing
-        can be chosen from, but that still tells one range from another in a proof.
+        If it contains none, a bit beyond all candidates represents the range: a set that nothing
+        can be chosen from, but that still distinguishes one range from another in a proof.
         """
         found = self._within.get(range_)
         if found is None:
@@ -238,7 +242,7 @@ class CandidateTable:
 
     def alike(self, choice: int) -> ChoiceSet:
         """Return the candidates with the same needs and conflicts."""
-        if self.is_one_of_a_kind:
+        if self.are_needs_unique:
             return ChoiceSet.singleton(choice)
         if not self._alike:
             groups: dict[object, int] = {}
@@ -249,8 +253,8 @@ class CandidateTable:
         return self._alike[choice]
 
     def ranges_of(self, choices: ChoiceSet) -> list[Constraint]:
-        """Return the ranges met so far that hold exactly these choices."""
-        return [range_ for range_, held in self._within.items() if held == choices]
+        """Return the ranges seen so far that contain exactly these choices."""
+        return [range_ for range_, contained in self._within.items() if contained == choices]
 
     def versions(self, choices: ChoiceSet) -> list[Version]:
         """Return the versions of choices, oldest first."""
@@ -276,9 +280,9 @@ def _names_with_extras(requirement: Requirement) -> list[str]:
 
 
 def _add_extra(package: str, candidate: Candidate, extra: str) -> Candidate:
-    """Return what an extra adds to a candidate; refused where it has no such extra."""
+    """Return what an extra adds to a candidate; with a refusal if it has no such extra."""
     requires = dict(candidate.extras.get(extra, {}))
-    own = requires.pop(package, None)  # that very version is needed anyway
+    own = requires.pop(package, None)  # the same version is needed in any case
     refusal = None
     if extra not in candidate.extras:
         refusal = f"has no extra {extra!r}"

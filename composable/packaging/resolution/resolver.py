@@ -1,11 +1,12 @@
-"""From requirements and what there is to one version for every package, or the story why not.
+"""From requirements and candidates to one version of every package, or an explanation why not.
 
-The policy is here: the router interface is a package of its own; candidates that fit it come first,
-then the newest; a locked version is kept while it is allowed; yanked versions are taken only when
-locked or pinned exactly by the user; a refused candidate never. How to search is the solver's.
+The policy (in `problem`): the router interface is a package of its own; candidates that fit it are
+preferred, then the newest; a locked version is kept while it is allowed; yanked versions are chosen
+only when locked or pinned exactly by the user; a candidate with a refusal never is. The search is
+the solver's.
 
-A package with an extra, `german[code]`, is a name of its own to the solver. Its choices are those
-of `german` that have the extra, and each needs the same choice of `german` and what the extra adds.
+A package with an extra, `german[code]`, is a separate name to the solver. Its choices are those
+of `german` that have the extra; each needs the same choice of `german` and what the extra adds.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from dataclasses import dataclass
 
 from composable.errors import ResolutionError
 from composable.packaging.resolution.problem import ResolutionProblem
-from composable.packaging.resolution.solver import Proof, PubGrub, Solver
-from composable.packaging.resolution.universe import INTERFACE_PREFIX, CandidateSource, Universe
+from composable.packaging.resolution.solver import Proof, Solver
+from composable.packaging.resolution.universe import (
+    INTERFACE_PREFIX,
+    Candidate,
+    CandidateSource,
+    Universe,
+)
 from composable.packaging.versions.constraint import (
     Constraint,
     Requirement,
@@ -31,11 +37,17 @@ class Resolution:
     """One version for every package that is wanted or needed.
 
     Args:
-        packages: The version by name, sorted by name; interfaces are not among them.
-        wanted_by: For each name who asked for it, with the range: the user, as `""`, packages, or
-            packages with an extra, as `german[code]`.
-        extras: The extras that are asked for, sorted, by package; packages without any are left
-            out.
+        packages: The version by name, sorted by name, without interfaces.
+        wanted_by: For each name, what requires it and with which range: the user, as `""`,
+            packages, or packages with an extra, as `german[code]`.
+        extras: The extras that are required, sorted, by package; only packages with extras.
+
+    Example:
+        >>> universe = Universe.from_dict(
+        ...     {"packages": {"german": {"1.0.0": {}}}, "requires": {"german": "^1"}}
+        ... )
+        >>> resolve(universe).wanted_by["german"]
+        [('', Constraint('^1'))]
     """
 
     packages: Mapping[str, Version]
@@ -47,11 +59,24 @@ def resolve(universe: Universe, *, solver: Solver | None = None) -> Resolution:
     """Choose one version for every package of a universe that is wanted or needed.
 
     Args:
-        universe: What there is, what is wanted and what is locked.
+        universe: Candidates, requirements and locked versions.
         solver: The search; PubGrub by default.
 
     Raises:
-        ResolutionError: When no choice will do; the message tells why and what would.
+        ResolutionError: When there is no solution; the message explains why and suggests changes.
+
+    Example:
+        >>> universe = Universe.from_dict(
+        ...     {
+        ...         "packages": {
+        ...             "german": {"1.0.0": {"requires": {"european": "^1"}}},
+        ...             "european": {"1.1.0": {}, "2.0.0": {}},
+        ...         },
+        ...         "requires": {"german": "*"},
+        ...     }
+        ... )
+        >>> {name: str(version) for name, version in resolve(universe).packages.items()}
+        {'european': '1.1.0', 'german': '1.0.0'}
     """
     return resolve_from(
         universe,
@@ -73,16 +98,19 @@ def resolve_from(
     """Choose one version for every package that is wanted or needed.
 
     Args:
-        source: Where candidates are found.
-        requires: What the user wants.
+        source: Where candidates come from.
+        requires: What the user requires.
         interface: Version of each router interface; None when interfaces are not checked.
         locked: Versions to keep where they are allowed.
         solver: The search; PubGrub by default.
 
     Raises:
-        ResolutionError: When no choice will do; the message tells why and what would.
+        ResolutionError: When there is no solution; the message explains why and suggests changes.
     """
-    solver = solver or PubGrub()
+    if solver is None:
+        from composable.packaging.resolution.pubgrub import PubGrub
+
+        solver = PubGrub()
     problem = ResolutionProblem(source, requires, interface, locked or {})
     answer = solver.solve(problem)
     if isinstance(answer, Proof):
@@ -94,6 +122,13 @@ def resolve_from(
         for name, choice in sorted(answer.items())
         if not name.startswith(INTERFACE_PREFIX)
     }
+    return _read_resolution(requires, chosen)
+
+
+def _read_resolution(
+    requires: Sequence[Requirement], chosen: Mapping[str, Candidate]
+) -> Resolution:
+    """Return the resolution that chosen candidates stand for, packages with extras included."""
     packages = {name: c.version for name, c in chosen.items() if split_extra(name)[1] is None}
     wanted_by: dict[str, list[tuple[str, Constraint]]] = {name: [] for name in packages}
     extras: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""What would make an unsolvable problem solvable: changes to what the user asks for, each tried."""
+"""Changes to the user's requirements that would make an unsolvable problem solvable, each tried."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ MAX_LEFT_OUT: Final = 6
 
 
 def find_suggestions(problem: ResolutionProblem, proof: Proof, solver: Solver) -> list[str]:
-    """Return changes that work, the least invasive first; none when nothing that is tried does.
+    """Return changes that work, the least invasive first; empty if none that is tried works.
 
     Args:
         problem: The problem.
         proof: Why it has no solution.
-        solver: Tries out the changes.
+        solver: The solver that tries the changes.
     """
     return _Suggestions(problem, proof, solver).find()
 
 
 class _Suggestions:
-    """Changes that would make a problem solvable, each tried before it is offered."""
+    """Changes that would make a problem solvable, each tried before it is suggested."""
 
     def __init__(self, problem: ResolutionProblem, proof: Proof, solver: Solver) -> None:
         self._problem = problem
@@ -48,17 +48,17 @@ class _Suggestions:
         self._blamed = list(dict.fromkeys(blamed))[:MAX_SUSPECTS]
 
     def find(self) -> list[str]:
-        """Return the cures that work, the least invasive first."""
-        cures = [
+        """Return the suggestions that work, the least invasive first."""
+        suggestions = [
             *self._try_prereleases(in_range=True),
-            *(cure for r in self._blamed if (cure := self._try_relaxing(r))),
-            *(cure for r in self._blamed for cure in self._try_without_extras(r)),
+            *(found for r in self._blamed if (found := self._try_relaxing(r))),
+            *(found for r in self._blamed for found in self._try_without_extras(r)),
             *self._try_another_interface(),
             *self._try_yanked(),
         ]
-        if not cures:
-            cures = [*self._try_prereleases(in_range=False), *self._try_leaving_out()]
-        return cures[:MAX_SUGGESTIONS]
+        if not suggestions:
+            suggestions = [*self._try_prereleases(in_range=False), *self._try_leaving_out()]
+        return suggestions[:MAX_SUGGESTIONS]
 
     def _solve(
         self,
@@ -79,21 +79,21 @@ class _Suggestions:
             return None
         return {name: problem.table(name).candidates[choice] for name, choice in answer.items()}
 
-    def _with(self, old: Requirement, *new: Requirement) -> list[Requirement]:
+    def _replace(self, old: Requirement, *new: Requirement) -> list[Requirement]:
         return [r for each in self._problem.requires for r in (new if each == old else (each,))]
 
     def _try_relaxing(self, requirement: Requirement) -> str | None:
         if requirement.constraint == ANY:
             return None
-        free = dataclasses.replace(requirement, constraint=ANY)
-        answer = self._solve(self._with(requirement, free))
+        relaxed = dataclasses.replace(requirement, constraint=ANY)
+        answer = self._solve(self._replace(requirement, relaxed))
         if answer is None:
             return None
         version = answer[requirement.name].version
         if requirement.constraint.contains(version):
-            # Only an exact pin does more than hold versions: it lets a yanked one in.
+            # Only an exact pin does more than restrict versions: it allows a yanked one.
             return None
-        return f"ask for {requirement.target} {version} instead of {requirement.constraint}"
+        return f"require {requirement.target} {version} instead of {requirement.constraint}"
 
     def _try_without_extras(self, requirement: Requirement) -> Iterator[str]:
         blamed = [
@@ -105,8 +105,8 @@ class _Suggestions:
         for extra in dict.fromkeys(blamed):
             fewer = tuple(other for other in requirement.extras if other != extra)
             without = dataclasses.replace(requirement, extras=fewer)
-            if self._solve(self._with(requirement, without)) is not None:
-                yield f"ask for {without.target} without its extra {extra}"
+            if self._solve(self._replace(requirement, without)) is not None:
+                yield f"require {without.target} without its extra {extra}"
 
     def _try_another_interface(self) -> Iterator[str]:
         interface = self._problem.interface
@@ -118,13 +118,13 @@ class _Suggestions:
             if candidate.interface is not None:
                 needed, range_ = candidate.interface
                 needs.setdefault(needed, {}).setdefault(range_, f"{name} {candidate.version}")
-        for needed, whose in sorted(needs.items()):
-            if needed in interface and all(r.contains(interface[needed]) for r in whose):
+        for needed, releases in sorted(needs.items()):
+            if needed in interface and all(r.contains(interface[needed]) for r in releases):
                 continue
-            if len(needs) == 1 and have_common_version(whose):
-                ranges = ", ".join(str(range_) for range_ in whose if range_ != ANY)
-                who = list_in_words(list(whose.values()))
-                yield f"use a backbone whose router interface is {needed} {ranges}, for {who}"
+            if len(needs) == 1 and have_common_version(releases):
+                ranges = ", ".join(str(range_) for range_ in releases if range_ != ANY)
+                named = list_in_words(list(releases.values()))
+                yield f"use a backbone whose router interface is {needed} {ranges}, for {named}"
 
     def _try_yanked(self) -> Iterator[str]:
         names = [
@@ -141,17 +141,17 @@ class _Suggestions:
         alone = [pin for pin in pins if self._solve([*self._problem.requires, pin]) is not None]
         if alone:
             for pin in alone:
-                yield f"ask for {_write_pin(pin)} exactly to accept what was yanked"
+                yield f"require {_write_pin(pin)} exactly to accept the yanked version"
         elif pins and self._solve([*self._problem.requires, *pins]) is not None:
             all_pins = list_in_words([_write_pin(pin) for pin in pins])
-            yield f"ask for {all_pins} exactly to accept what was yanked"
+            yield f"require {all_pins} exactly to accept the yanked versions"
 
     def _candidates(self, fact: Fact) -> list[Candidate]:
         table = self._problem.table(fact.name)
         return [c for i, c in enumerate(table.candidates) if i in fact.choices]
 
     def _try_prereleases(self, *, in_range: bool) -> Iterator[str]:
-        """Try the newest prereleases: those whose release would be in the range, or the others."""
+        """Try the newest prereleases, either those whose release is in the range or the others."""
         for requirement in self._blamed:
             table = self._problem.table(requirement.name)
             early = [
@@ -162,12 +162,12 @@ class _Suggestions:
             ]
             for version in reversed(early[-3:]):
                 exact = dataclasses.replace(requirement, constraint=Constraint.exactly(version))
-                if self._solve(self._with(requirement, exact)) is not None:
-                    yield f"ask for the prerelease {requirement.target}=={version}"
+                if self._solve(self._replace(requirement, exact)) is not None:
+                    yield f"require the prerelease {requirement.target}=={version}"
                     break
 
     def _try_leaving_out(self) -> Iterator[str]:
-        alone = [r for r in self._blamed if self._solve(self._with(r)) is not None]
+        alone = [r for r in self._blamed if self._solve(self._replace(r)) is not None]
         if alone:
             for requirement in alone:
                 yield f"leave out {requirement.target}"
@@ -175,7 +175,7 @@ class _Suggestions:
         yield from self._try_leaving_out_several()
 
     def _try_leaving_out_several(self) -> Iterator[str]:
-        """Give up the latest wish of every clash in turn, until none is left."""
+        """Leave out the last requirement of each proof in turn, until there is a solution."""
         problem, proof, dropped = self._problem, self._proof, list[Requirement]()
         while True:
             facts = [fact for fact in proof.facts if fact.kind == "root"]

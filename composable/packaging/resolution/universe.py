@@ -1,7 +1,7 @@
-"""What there is to choose from: candidates by name, from data or from registries.
+"""The candidates to choose from, by name, from plain data or from registries.
 
-The resolver sees packages only through the `CandidateSource` port, one name at a time, so that a registry is
-asked about the packages that matter and no others.
+The resolver sees packages only through the `CandidateSource` port, one name at a time, so that a
+registry is asked only for the packages that matter.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Candidate:
         version: The version.
         requires: Packages that it needs.
         conflicts: Packages that it cannot be installed with.
-        extras: What each of its optional extras needs on top, by name of the extra.
+        extras: Packages that each of its optional extras needs in addition, by name of the extra.
         interface: Name and range of the router interface that it plugs into, if it needs one.
-        is_yanked: Whether it may only be chosen when locked or pinned exactly.
-        refusal: Why it must not be chosen at all; None when it may.
+        is_yanked: Whether it may be chosen only when locked or pinned exactly.
+        refusal: Why it must not be chosen, as the end of a sentence; None if it may be.
     """
 
     version: Version
@@ -53,19 +53,26 @@ class CandidateSource(Protocol):
         """Return all versions of a package in any order; none for an unknown name."""
 
     def names(self) -> Sequence[str]:
-        """Return the names that it knows, for a hint when one is misspelt."""
+        """Return the known names, for a hint when a name is misspelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Universe:
-    """A closed problem given as data: what there is, what is wanted and what is locked.
+    """A self-contained resolution problem as data: candidates, requirements and locked versions.
 
     Args:
         packages: Candidates by package name.
-        requires: What the user wants.
-        interface: Version of each router interface that there is; None when interfaces are not
+        requires: What the user requires.
+        interface: Version of each available router interface; None when interfaces are not
             checked at all.
         locked: Versions to prefer.
+
+    Example:
+        >>> universe = Universe.from_dict(
+        ...     {"packages": {"german": {"1.0.0": {}, "1.1.0": {"yanked": True}}}}
+        ... )
+        >>> [(str(c.version), c.is_yanked) for c in universe.candidates("german")]
+        [('1.0.0', False), ('1.1.0', True)]
     """
 
     packages: Mapping[str, Sequence[Candidate]]
@@ -89,15 +96,15 @@ class Universe:
             data: `{"interface": {NAME: VERSION}, "packages": {NAME: {VERSION: {"requires":
                 {NAME: RANGE}, "conflicts": {NAME: RANGE}, "extras": {EXTRA: {NAME: RANGE}},
                 "interface": RANGE, "yanked": BOOL}}}, "requires": {NAME: RANGE}, "locked":
-                {NAME: VERSION}}`; every part may be missing. A candidate's `interface` is a range
-                on the one interface named. At the top, `requires` may name `NAME[EXTRA]`.
-            where: What errors call it: a file name.
+                {NAME: VERSION}}`; every part may be omitted. A candidate's `interface` is a range
+                on the only interface. At the top level, `requires` may name `NAME[EXTRA]`.
+            where: Name of the file, for errors.
 
         Raises:
             ManifestError: `where` is the dotted path of the bad field.
         """
         if not isinstance(data, Mapping):
-            raise ManifestError("expected a table of fields", where=where)
+            raise ManifestError("expected a table", where=where)
         top = Table(data, where)
         interface = _read_versions(top, "interface") if "interface" in top else None
         packages = {}
@@ -151,7 +158,7 @@ def _read_candidate(
     if "interface" in table:
         only = next(iter(interface)) if interface else ""
         need = (only, table.value("interface", Constraint))
-    # A universe has tens of thousands of releases: fields that are not there cost nothing.
+    # A universe may have tens of thousands of releases: missing fields must cost nothing.
     candidate = Candidate(
         version=version,
         requires=table.ranges("requires") if "requires" in table else {},
@@ -166,10 +173,10 @@ def _read_candidate(
 
 def _read_key(table: Table, text: str) -> Version:
     try:
-        return _remember_version(text)
+        return _parse_version_cached(text)
     except VersionError as error:
         raise ManifestError(error.message, where=table.where(), hint=error.hint) from error
 
 
-# Packages number their releases alike, and versions do not change.
-_remember_version = functools.lru_cache(maxsize=4096)(Version)
+# Packages share version numbers, and versions are immutable.
+_parse_version_cached = functools.lru_cache(maxsize=4096)(Version)

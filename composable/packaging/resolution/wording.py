@@ -1,4 +1,4 @@
-"""Words that explanations and suggestions share."""
+"""Wording that explanations and suggestions share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from composable.packaging.versions.constraint import (
 
 
 def requirements_behind(problem: ResolutionProblem, fact: Fact) -> list[Requirement]:
-    """Return the user's requirements that a root fact stands for."""
+    """Return the user's requirements that a root fact represents."""
     table = problem.table(fact.name)
     package, extra = split_extra(fact.name)
     return [
@@ -25,7 +25,12 @@ def requirements_behind(problem: ResolutionProblem, fact: Fact) -> list[Requirem
 
 
 def list_in_words(items: Sequence[str], conjunction: str = "and") -> str:
-    """Join in words, leaving out the middle of a long list."""
+    """Join items in words; the middle of a long list is omitted.
+
+    Example:
+        >>> list_in_words(["1.0.0", "1.1.0", "2.0.0"], "or")
+        '1.0.0, 1.1.0 or 2.0.0'
+    """
     if len(items) > 6:
         return f"{', '.join(items[:2])}, … {conjunction} {items[-1]} ({len(items)} in all)"
     return ", ".join(items[:-1]) + (f" {conjunction} " if len(items) > 1 else "") + items[-1]

@@ -121,7 +121,7 @@ def test_an_interface_out_of_range_is_refused(
         lock_project(project, other)
     story = str(caught.value)
     assert "Your backbone's router interface is tiny-bytes 2.0.0." in story
-    assert "german 1.0.0 plugs into router interface tiny-bytes ^1." in story
+    assert "german 1.0.0 needs router interface tiny-bytes ^1." in story
     assert "use a backbone whose router interface is tiny-bytes ^1" in story
     unchecked = lock_project(project, None)
     assert unchecked.interface is None

@@ -12,7 +12,7 @@ import resolvelib
 
 from composable.errors import ResolutionError
 from composable.packaging import Constraint, Requirement, Universe, Version, resolve
-from composable.packaging.resolution import solver
+from composable.packaging.resolution import pubgrub
 from composable.packaging.resolution.universe import Candidate
 
 N_UNIVERSES = 3000
@@ -23,7 +23,7 @@ EXTRAS = ["code", "news"]
 
 
 def make_universe(seed: int) -> Universe:
-    """Return a random small problem with all there is: yanks, conflicts, extras, a lock and more."""
+    """Return a random small problem with yanks, conflicts, extras, a lock and more."""
     rng = random.Random(seed)
     names = NAMES[: rng.randint(2, 5)]
     density = rng.choice([0.1, 0.25, 0.4])
@@ -127,7 +127,7 @@ def reachable(universe: Universe, chosen: Mapping[str, Candidate]) -> set[str]:
 @pytest.mark.parametrize("block", range(10))
 def test_agrees_with_exhaustive_search(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     if block % 2:  # small worlds seldom are hard enough for it
-        monkeypatch.setattr(solver, "LOOK_AHEAD_AFTER", 0)
+        monkeypatch.setattr(pubgrub, "LOOK_AHEAD_AFTER", 0)
     n_satisfiable = n_with_extras = 0
     per_block = N_UNIVERSES // 10
     for seed in range(block * per_block, (block + 1) * per_block):

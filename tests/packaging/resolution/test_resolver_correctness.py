@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from composable.packaging import Universe, Version
-from composable.packaging.resolution import resolver
-from composable.packaging.resolution import suggestions as cures
-from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof, PubGrub
+from composable.packaging.resolution import resolver, suggestions
+from composable.packaging.resolution.pubgrub import PubGrub
+from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof
 
 PATH = Path(__file__).parents[3] / "benchmarks" / "resolver_correctness.py"
 DATA: dict[str, Any] = {
@@ -65,8 +65,10 @@ def test_a_solution_that_is_not_found(command: ModuleType, monkeypatch: pytest.M
     assert "has a solution, but none was found" in mistakes(command, requires={"a": "*"})
 
 
-def test_a_cure_that_does_not_help(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cures, "find_suggestions", lambda *_: ["leave out b"])
+def test_a_suggestion_that_does_not_help(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suggestions, "find_suggestions", lambda *_: ["leave out b"])
     found = mistakes(command, requires={"a": "=3.0.0", "b": "*"})
     assert found == ["'leave out b' does not help"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from composable.errors import ManifestError, ResolutionError
 from composable.packaging import Constraint, Requirement, Universe, Version, resolve
-from composable.packaging.resolution import solver
+from composable.packaging.resolution import pubgrub
 from composable.packaging.resolution.universe import Candidate
 from composable.packaging.versions.constraint import parse_target
 
@@ -22,7 +22,7 @@ PACKSE = Path(__file__).parents[1] / "data" / "packse"
 
 
 def answer(universe: Universe) -> str:
-    """Return what a command would print: the packages as JSON, or the story."""
+    """Return what a command would print: the packages as JSON, or the explanation."""
     try:
         packages = resolve(universe).packages
     except ResolutionError as error:
@@ -70,10 +70,10 @@ def merge(texts: list[str]) -> dict[str, Constraint]:
     return ranges
 
 
-@pytest.mark.parametrize("look_ahead_after", [0, solver.LOOK_AHEAD_AFTER])
+@pytest.mark.parametrize("look_ahead_after", [0, pubgrub.LOOK_AHEAD_AFTER])
 @pytest.mark.parametrize("path", sorted(PACKSE.rglob("*.toml")), ids=lambda path: path.stem)
 def test_packse(monkeypatch: pytest.MonkeyPatch, path: Path, look_ahead_after: int) -> None:
-    monkeypatch.setattr(solver, "LOOK_AHEAD_AFTER", look_ahead_after)
+    monkeypatch.setattr(pubgrub, "LOOK_AHEAD_AFTER", look_ahead_after)
     expected, universe = read_packse(path)
     if not expected["satisfiable"]:
         with pytest.raises(ResolutionError):
@@ -88,78 +88,80 @@ def test_packse_is_complete() -> None:
     assert len(list(PACKSE.rglob("*.toml"))) == 26
 
 
-@pytest.mark.parametrize("look_ahead_after", [0, solver.LOOK_AHEAD_AFTER])
+@pytest.mark.parametrize("look_ahead_after", [0, pubgrub.LOOK_AHEAD_AFTER])
 def test_wrong_backtracking_indirect_is_right(
     monkeypatch: pytest.MonkeyPatch, look_ahead_after: int
 ) -> None:
     """What packse hopes for, but has commented out for the resolver it tests."""
-    monkeypatch.setattr(solver, "LOOK_AHEAD_AFTER", look_ahead_after)
+    monkeypatch.setattr(pubgrub, "LOOK_AHEAD_AFTER", look_ahead_after)
     _, universe = read_packse(PACKSE / "backtracking" / "wrong-backtracking-indirect.toml")
     packages = {name: str(version) for name, version in resolve(universe).packages.items()}
     assert packages == {"a": "1.0.0", "b": "1.0.0", "b-inner": "2.0.9"}
 
 
-def cures_in(story: str) -> list[str]:
-    """Return what a story ends with."""
-    return [line.removeprefix("  - ") for line in story.splitlines() if line.startswith("  - ")]
+def suggestions_in(explanation: str) -> list[str]:
+    """Return what an explanation ends with."""
+    return [
+        line.removeprefix("  - ") for line in explanation.splitlines() if line.startswith("  - ")
+    ]
 
 
-def apply_cure(universe: Universe, cure: str) -> list[Universe]:
-    """Do what a cure says, in every way that it may be taken."""
+def apply_suggestion(universe: Universe, suggestion: str) -> list[Universe]:
+    """Do what a suggestion says, in every way that it may be taken."""
     requires = list(universe.requires)
 
     def instead(old: Requirement, *new: Requirement) -> list[Universe]:
         at = requires.index(old)
         return [dataclasses.replace(universe, requires=[*requires[:at], *new, *requires[at + 1 :]])]
 
-    if match := re.fullmatch(r"leave out (.+)", cure):
+    if match := re.fullmatch(r"leave out (.+)", suggestion):
         targets = re.split(r", | and ", match[1])
-        assert set(targets) <= {r.target for r in requires}, cure
+        assert set(targets) <= {r.target for r in requires}, suggestion
         left = [r for r in requires if r.target not in targets]
         return [dataclasses.replace(universe, requires=left)]
-    if match := re.fullmatch(r"ask for (\S+) without its extra (\S+)", cure):
+    if match := re.fullmatch(r"require (\S+) without its extra (\S+)", suggestion):
         name, extras = parse_target(match[1])
         old = next(r for r in requires if r.name == name and {*r.extras} == {*extras, match[2]})
         return instead(old, dataclasses.replace(old, extras=extras))
-    if match := re.fullmatch(r"ask for (\S+) (\S+) instead of (.+)", cure):
+    if match := re.fullmatch(r"require (\S+) (\S+) instead of (.+)", suggestion):
         old = next(r for r in requires if (r.target, str(r.constraint)) == (match[1], match[3]))
         return instead(old, dataclasses.replace(old, constraint=Constraint(f"={match[2]}")))
-    if match := re.fullmatch(r"ask for the prerelease (\S+)==(\S+)", cure):
+    if match := re.fullmatch(r"require the prerelease (\S+)==(\S+)", suggestion):
         old = next(r for r in requires if r.target == match[1])
         return instead(old, dataclasses.replace(old, constraint=Constraint(f"={match[2]}")))
-    if match := re.fullmatch(r"ask for (.+) exactly to accept what was yanked", cure):
+    if match := re.fullmatch(r"require (.+) exactly to accept the yanked versions?", suggestion):
         pins = map(Requirement.parse, re.split(r", | and ", match[1]))
         return [dataclasses.replace(universe, requires=[*requires, *pins])]
-    match = re.fullmatch(r"use a backbone whose router interface is (\S+) (.+), for .+", cure)
-    assert match is not None, cure
+    match = re.fullmatch(r"use a backbone whose router interface is (\S+) (.+), for .+", suggestion)
+    assert match is not None, suggestion
     name, range_ = match[1], Constraint(match[2])
     numbers = [f"{major}.{minor}.0" for major in range(4) for minor in range(8)]
     versions = [version for version in map(Version, numbers) if range_.contains(version)]
-    assert versions, cure
+    assert versions, suggestion
     return [dataclasses.replace(universe, interface={name: version}) for version in versions]
 
 
 @pytest.mark.parametrize("path", sorted(PACKSE.rglob("*.toml")), ids=lambda path: path.stem)
-def test_every_cure_that_is_offered_works(path: Path) -> None:
-    """Do what the story says, line by line, and see."""
+def test_every_suggestion_works(path: Path) -> None:
+    """Apply each suggestion in turn, and resolve."""
     expected, universe = read_packse(path)
     if expected["satisfiable"]:
         return
     with pytest.raises(ResolutionError) as caught:
         resolve(universe)
-    cures = cures_in(str(caught.value))
-    assert cures, caught.value
-    for cure in cures:
-        for cured in apply_cure(universe, cure):
-            resolve(cured)
+    suggestions = suggestions_in(str(caught.value))
+    assert suggestions, caught.value
+    for suggestion in suggestions:
+        for changed in apply_suggestion(universe, suggestion):
+            resolve(changed)
 
 
 @pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.json")), ids=lambda path: path.stem)
-def test_every_cure_of_our_own_scenarios_works(path: Path) -> None:
+def test_every_suggestion_of_our_own_scenarios_works(path: Path) -> None:
     universe = Universe.from_dict(json.loads(path.read_text()), path.name)
-    for cure in cures_in(answer(universe)):
-        for cured in apply_cure(universe, cure):
-            resolve(cured)
+    for suggestion in suggestions_in(answer(universe)):
+        for changed in apply_suggestion(universe, suggestion):
+            resolve(changed)
 
 
 A = "u: packages.a.1.0.0"
@@ -194,7 +196,7 @@ def test_a_universe_without_an_interface_does_not_check_it() -> None:
     candidate = {"1.0.0": {"interface": "^9"}}
     data = {"packages": {"a": candidate}, "requires": {"a": "*"}}
     assert list(resolve(Universe.from_dict(data)).packages) == ["a"]
-    with pytest.raises(ResolutionError, match="plugs into router interface"):
+    with pytest.raises(ResolutionError, match="needs router interface"):
         resolve(Universe.from_dict({**data, "interface": {"tiny": "1.0.0"}}))
 
 
