@@ -1,30 +1,30 @@
-"""Every exception that composable raises on purpose.
+"""Every exception that composable raises deliberately.
 
     ComposableError
-    ├── InterfaceError            the contract: a bad or unmet router interface
+    ├── InterfaceError            a router interface that is malformed or not satisfied
     ├── PackagingError
     │   ├── VersionError          not a semantic version
     │   ├── ConstraintError       not a version range
     │   ├── ManifestError         a bad expert.toml, backbone.toml or composable.toml
     │   ├── LockError             a bad or stale composable.lock
-    │   ├── RegistryError         a registry that cannot answer, or refuses
-    │   │   └── UnreachableError  one that cannot be reached, or broke off: trying again may help
+    │   ├── RegistryError         a registry that fails, or rejects a request
+    │   │   └── UnreachableError  an unreachable registry, or a truncated response; retry
     │   ├── UnknownExpertError    no such package in any registry
     │   ├── ResolutionError       no set of versions satisfies the requirements
-    │   ├── IntegrityError        bytes that are not what was promised
-    │   │   └── MissingBlobError  a file that the store should hold and does not
-    │   ├── DiskError             a disk that is full, read only or failing
-    │   └── TensorFileError       a safetensors file that must not be loaded
-    ├── ModelError                arrays that the model cannot take
-    ├── InteropError              other people's files that cannot be taken over as they are
+    │   ├── IntegrityError        bytes whose size or digest does not match
+    │   │   └── MissingBlobError  a file that is missing from the store
+    │   ├── DiskError             a disk that is full, read-only or failing
+    │   └── TensorFileError       a safetensors file that failed its check
+    ├── ModelError                arrays or settings that the model does not accept
+    ├── InteropError              a foreign file that cannot be imported exactly
     ├── TextError                 text that cannot be trained on, scored or continued
-    ├── TrainingError             training that cannot start, resume or go on
-    └── VettingError              an expert that must not be published
+    ├── TrainingError             training that cannot start, resume or continue
+    └── VettingError              an expert that failed vetting
 
-And one warning, `ContributionWarning`: what a running model counted as zero.
+There is one warning, `ContributionWarning`: contributions that a running model counted as zero.
 
-A message says what was wrong (the value), where (a dotted path or a file), what was expected, and
-ends with a hint where the cure is known. What a caller may want to act on is an attribute.
+A message says what was wrong (the value), where (a dotted path or a file) and what was expected,
+and ends with a hint if a remedy is known. Data that a caller may act on is an attribute.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class ComposableError(Exception):
 
     Args:
         message: What was wrong, with the offending value and what was expected.
-        where: Dotted path or file that holds the offending value, if there is one.
-        hint: What to do about it, if that is known.
+        where: Dotted path or file that contains the offending value, if any.
+        hint: How to fix it, if known.
     """
 
     def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
@@ -52,7 +52,7 @@ class ComposableError(Exception):
         return f"{text}\n  hint: {self.hint}" if self.hint else text
 
     def within(self, prefix: str) -> ComposableError:
-        """Return this error with `prefix` put before its location, as it climbs out of a table."""
+        """Return this error with `prefix` prepended to its location, on the way out of a table."""
         self.where = f"{prefix}.{self.where}" if self.where else prefix
         return self
 
@@ -62,7 +62,7 @@ class InterfaceError(ComposableError):
 
 
 class PackagingError(ComposableError):
-    """Anything about experts as packages."""
+    """Base of all errors about packages."""
 
 
 class VersionError(PackagingError):
@@ -82,47 +82,47 @@ class LockError(PackagingError):
 
 
 class RegistryError(PackagingError):
-    """A registry that cannot answer, or that refuses what it was sent."""
+    """A registry that fails, or that rejects a request."""
 
 
 class UnreachableError(RegistryError):
-    """A registry that cannot be reached, or whose answer broke off; trying again may help."""
+    """A registry that is unreachable, or whose response was truncated; a retry may succeed."""
 
 
 class UnknownExpertError(PackagingError):
-    """A name that no registry of the project knows."""
+    """A name that no registry of the project has."""
 
 
 class ResolutionError(PackagingError):
-    """No set of versions satisfies the requirements; the message tells the story."""
+    """No set of versions satisfies the requirements; the message explains why."""
 
 
 class IntegrityError(PackagingError):
-    """Bytes whose size or digest is not the one promised."""
+    """Bytes whose size or digest does not match the expected one."""
 
 
 class MissingBlobError(IntegrityError):
-    """A file that the store should hold and does not, or no longer."""
+    """A file that should be in the store and is missing."""
 
 
 class DiskError(PackagingError):
-    """A file system that does not take what is written: full, read only, forbidden or failing."""
+    """A file system that cannot be written or read: full, read-only, no permission or failing."""
 
 
 class TensorFileError(PackagingError):
-    """A safetensors file that failed the check that comes before loading."""
+    """A safetensors file that failed the check before loading."""
 
 
 class ModelError(ComposableError):
-    """Arrays or settings that the model cannot take."""
+    """Arrays or settings that the model does not accept."""
 
 
 class InteropError(ComposableError):
-    """Another project's checkpoint that cannot be taken over exactly; `where` names the place."""
+    """A foreign checkpoint that cannot be imported exactly; `where` locates the cause."""
 
 
 class TextError(ComposableError):
-    """Text that is empty, too long for the context, or not what the tokenizer reads."""
+    """Text that is empty, too long for the context, or not readable by the tokenizer."""
 
 
 class TrainingError(ComposableError):
@@ -134,18 +134,18 @@ class VettingError(ComposableError):
 
 
 class ContributionWarning(UserWarning):
-    """An expert whose contributions a running model counted as zero; no error, for it went on.
+    """An expert some of whose contributions were counted as zero while the model kept running.
 
     Args:
-        expert: Its name.
-        zeroed: Contributions that were not finite or out of bounds.
-        made: Contributions in all.
+        expert: Name of the expert.
+        zeroed: Number of contributions that were not finite or out of bounds.
+        made: Total number of contributions.
     """
 
     def __init__(self, expert: str, zeroed: int, made: int) -> None:
         super().__init__(
             f"expert {expert}: {zeroed:,} of {made:,} contributions were not finite or out of "
-            "bounds, and counted as zero"
+            "bounds and were counted as zero"
         )
         self.expert = expert
         self.zeroed = zeroed
@@ -154,7 +154,7 @@ class ContributionWarning(UserWarning):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Return a hint that names the closest of `known`, or None when nothing is close."""
-    import difflib  # here: only errors need it
+    import difflib  # late: only errors need it
 
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else None

@@ -1,11 +1,12 @@
-"""Every write of the project goes through this file.
+"""Atomic and durable writes; every file of the project is written here.
 
-A file is written under a unique temporary name on the same filesystem, hashed on the way, synced,
-renamed into place, and then its directory is synced, and those above it that are not known to be
-durable. A reader, or the next command after a crash or a power cut, sees the old content or the
-new, never a mixture, and no caller needs a lock for that. What is found in place counts for no more
-than what is written: whoever found it may have been killed before it synced, so `settle` does that.
-Temporary files that were left over are known by their names and swept by the next who writes there.
+A file is written under a unique temporary name on the same file system, hashed on the way, synced
+and renamed into place. Then its directory is synced, and all parents that are not known to be
+durable. A reader, or the next command after a crash or a power failure, sees the old content or the
+new, never a mixture, and no lock is needed for that. A file that already exists is not necessarily
+durable: its writer may have been killed before syncing. `settle` syncs what is found as well as
+what is written. Leftover temporary files are recognized by name and removed by the next writer in
+the same directory.
 """
 
 from __future__ import annotations
@@ -30,45 +31,45 @@ if TYPE_CHECKING:
 CHUNK: Final = 1 << 20
 READ_ONLY: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 _TEMPORARY: Final = re.compile(r"\.tmp-[0-9]+-[0-9a-f]{16}")
-# What a file system may refuse, and what to do about it; any other OSError is a bug of ours.
-_CURES: Final = {
+# Errors of a file system that a user can fix, with a hint; any other OSError is a bug of ours.
+_HINTS: Final = {
     errno.ENOSPC: "free some space, or set COMPOSABLE_STORE to a folder on a larger disk",
     errno.EDQUOT: "free some of your quota, or set COMPOSABLE_STORE to a folder on another disk",
     errno.EFBIG: "the file system or a limit (ulimit -f) does not allow files of that size",
-    errno.EROFS: "the file system is mounted read only",
-    errno.EACCES: "it is forbidden to you: change its permissions, or choose another folder",
-    errno.EPERM: "it is forbidden to you: change its permissions, or choose another folder",
-    errno.EIO: "the disk is failing",
-    errno.ENOTDIR: "a file is where a folder should be",
-    errno.EISDIR: "a folder is where a file should be",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "permission denied: change its permissions, or choose another folder",
+    errno.EPERM: "permission denied: change its permissions, or choose another folder",
+    errno.EIO: "the disk may be failing",
+    errno.ENOTDIR: "expected a folder, found a file",
+    errno.EISDIR: "expected a file, found a folder",
     errno.ENAMETOOLONG: "choose a folder with a shorter path",
 }
 _NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
-# What file systems answer that cannot sync a directory, or on which nothing ever changes.
+# Errors of file systems that cannot sync a directory, or that never change.
 _NO_SYNC: Final = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)
-# Directories, by device and inode, that this process made durable with all above them.
+# Directories, by device and inode, that this process made durable together with their parents.
 _SETTLED: Final[set[tuple[int, int]]] = set()
 
 
 class Sink:
-    """A file that appears under its name only when it is whole.
+    """A file that appears under its name only when it is complete.
 
-    Use it as a context manager: leaving the block normally commits, leaving it by an exception
-    discards what was written.
+    Use it as a context manager: leaving the block normally commits; an exception discards what was
+    written.
 
     Args:
-        path: Where the file shall appear; an older file there is replaced.
-        digest: `sha256:…` that the bytes must have, if it is known beforehand.
-        size: Bytes that must come, if known beforehand; more are refused as they arrive.
-        is_read_only: Whether to take away write permission, as for content-addressed files.
-        temporary: Where it lies until it is whole, on the same file system; by default under a
-            name that `sweep` knows, beside `path`. A file of known digest may be taken away there
-            by whoever put the same content in place.
+        path: Path of the finished file; an existing file is replaced.
+        digest: Expected digest, as `sha256:…`, if known beforehand.
+        size: Expected number of bytes, if known beforehand; excess bytes are refused on arrival.
+        is_read_only: Whether to remove write permission, as for content-addressed files.
+        temporary: Path until the file is complete, on the same file system; by default in the
+            directory of `path`, under a name that `sweep` recognizes. Another process that has put
+            the same content in place may remove a temporary file of known digest.
 
     Attributes:
         digest: SHA-256 of what was written so far, as `sha256:…`.
         size: Bytes written so far.
-        temporary: Where they lie until they are whole.
+        temporary: Path until the file is complete.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Sink:
         self.size += len(data)
         if self._expected_size is not None and self.size > self._expected_size:
             raise IntegrityError(
-                f"more than the expected {self._expected_size:,} bytes arrived",
+                f"more than the expected {self._expected_size:,} bytes received",
                 where=str(self.path),
             )
         self._update_hash(data)
@@ -122,9 +123,10 @@ class Sink:
         """Verify, sync and move the file into place.
 
         Raises:
-            IntegrityError: When size or digest is not the one promised.
-            MissingBlobError: When what was written is gone, and nobody put it in place.
-            DiskError: When the disk does not take it.
+            IntegrityError: When size or digest does not match.
+            MissingBlobError: When the temporary file is gone and no other process put the same
+                content in place.
+            DiskError: When the file cannot be written.
         """
         self._verify()
         with explained(self.path):
@@ -138,32 +140,32 @@ class Sink:
             except FileNotFoundError as error:
                 if self._expected_digest is None or not self.path.exists():
                     raise MissingBlobError(
-                        "was taken away before it was whole", where=str(self.temporary)
+                        "was removed before it was complete", where=str(self.temporary)
                     ) from error
             settle(self.path)
         self.keep()
 
     def keep(self) -> None:
-        """Stop, and leave what was written where it is."""
-        with contextlib.suppress(OSError):  # a full disk: what is not written is not kept
+        """Stop writing, and leave what was written under its temporary name."""
+        with contextlib.suppress(OSError):  # a full disk: only what was written is kept
             self._file.close()
         if self._hasher is not None:
             self._hasher.shutdown()
 
     def discard(self) -> None:
-        """Drop what was written."""
+        """Remove what was written."""
         self.keep()
-        with contextlib.suppress(OSError):  # whatever comes of it, it is swept later
+        with contextlib.suppress(OSError):  # if it stays, it is swept later
             self.temporary.unlink()
 
     def _update_hash(self, data: bytes | memoryview) -> None:
-        """Hash `data`; what is long, and cannot change meanwhile, while it is being written."""
+        """Hash `data`; long immutable data in a thread, in parallel with writing it."""
         self._finish_hashing()
         if len(data) < CHUNK or not isinstance(data, bytes):
             self._hash.update(data)
             return
         if self._hasher is None:
-            from concurrent.futures import ThreadPoolExecutor  # here: few writers are that long
+            from concurrent.futures import ThreadPoolExecutor  # late: few writes are that long
 
             self._hasher = ThreadPoolExecutor(1)
         self._hashing = self._hasher.submit(self._hash.update, data)
@@ -176,14 +178,14 @@ class Sink:
     def _verify(self) -> None:
         if self._expected_size is not None and self.size != self._expected_size:
             raise IntegrityError(
-                f"only {self.size:,} of {self._expected_size:,} bytes arrived",
+                f"only {self.size:,} of {self._expected_size:,} bytes received",
                 where=str(self.path),
             )
         if self._expected_digest is not None and self.digest != self._expected_digest:
             raise IntegrityError(
                 f"the bytes have digest {self.digest}, expected {self._expected_digest}",
                 where=str(self.path),
-                hint="the source is damaged or was changed; nothing was kept",
+                hint="the source is damaged or was changed; the data was discarded",
             )
 
     def __enter__(self) -> Self:
@@ -206,21 +208,21 @@ class Sink:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all."""
+    """Write `data` to `path`, completely or not at all."""
     with Sink(path) as sink:
         sink.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
+    """Write `text` to `path` as UTF-8, completely or not at all."""
     write_bytes(path, text.encode())
 
 
 def create_bytes(path: Path, data: bytes) -> bool:
-    """Write `data` to `path` unless something is there; of many at once exactly one succeeds.
+    """Write `data` to `path` unless it exists; of concurrent calls exactly one succeeds.
 
     Returns:
-        Whether this call created the file; if not, what is there is durable now.
+        Whether this call created the file; if not, the existing one is durable now.
     """
     if path.exists():
         settle(path)
@@ -248,7 +250,7 @@ def create_bytes(path: Path, data: bytes) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link of `source`, or a copy where links cannot be made.
+    """Make `target` a hard link of `source`, or a copy where links are not supported.
 
     The directory of `target` is not synced: a caller that places many files syncs once.
 
@@ -262,7 +264,7 @@ def link_or_copy(source: Path, target: Path) -> None:
             with explained(target):
                 raise
         if target.exists():
-            raise FileExistsError(errno.EEXIST, "exists", str(target)) from error
+            raise FileExistsError(errno.EEXIST, "already exists", str(target)) from error
         with (
             explained(source, "read"),
             source.open("rb") as file,
@@ -285,7 +287,7 @@ def make_directory(path: Path) -> None:
 
 
 def make_scratch_directory(parent: Path) -> Path:
-    """Create an empty directory under `parent` that `sweep` removes if a crash leaves it."""
+    """Create an empty directory under `parent` that `sweep` removes if a crash leaves it behind."""
     make_directory(parent)
     path = _temporary_name(parent)
     with explained(path):
@@ -294,10 +296,10 @@ def make_scratch_directory(parent: Path) -> Path:
 
 
 def rename_directory(source: Path, target: Path) -> bool:
-    """Give the finished directory `source` its name, unless the name is taken.
+    """Rename the finished directory `source` to `target`, unless `target` exists.
 
     Returns:
-        Whether `target` is now what `source` was.
+        Whether it was renamed.
     """
     sync_directory(source)
     try:
@@ -312,7 +314,7 @@ def rename_directory(source: Path, target: Path) -> bool:
 
 
 def remove_file(path: Path) -> bool:
-    """Remove a file, if it is there, for good; say whether it was there."""
+    """Remove a file durably, if it exists, and return whether it existed."""
     try:
         with explained(path):
             path.unlink()
@@ -325,7 +327,7 @@ def remove_file(path: Path) -> bool:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory and all in it, under a temporary name first so that it goes at once."""
+    """Remove a directory and its contents; renamed first, so that it disappears at once."""
     import shutil
 
     doomed = path if is_temporary(path) else _temporary_name(path.parent)
@@ -342,13 +344,13 @@ def sweep(directory: Path, older_than_seconds: float = 3600.0) -> int:
     """Remove temporary files and directories that crashed writers left directly in `directory`.
 
     Returns:
-        How many were removed.
+        Number of files and directories removed.
     """
     import shutil
 
     count = 0
     found: list[Path] = []
-    with contextlib.suppress(OSError):  # there is nothing to sweep, or nothing that could be
+    with contextlib.suppress(OSError):  # it does not exist or cannot be read
         found = [path for path in directory.iterdir() if is_temporary(path)]
     for path in found:
         with contextlib.suppress(OSError):
@@ -363,11 +365,11 @@ def sweep(directory: Path, older_than_seconds: float = 3600.0) -> int:
 
 
 def settle(path: Path) -> None:
-    """Make durable that `path` is there, or that it is not, whoever brought that about.
+    """Make the existence or absence of `path` durable, whichever process caused it.
 
-    Its directory is synced. So are those above on the same file system, up to one that this process
-    has settled before or may not write to: a process that was killed may have made them without
-    syncing theirs.
+    Syncs its directory and the parents on the same file system, up to one that this process has
+    synced before or may not write to: a process that was killed may have created them without
+    syncing.
     """
     folder = path.parent
     sync_directory(folder)
@@ -381,7 +383,7 @@ def settle(path: Path) -> None:
             sync_directory(above)
         except DiskError as error:
             if isinstance(error.__cause__, PermissionError):
-                return  # a sandbox forbids what the permissions allow
+                return  # forbidden by a sandbox, though the permissions allow it
             raise
         _SETTLED.add(found)
         folder = above
@@ -391,7 +393,7 @@ def read_bytes(path: Path) -> bytes:
     """Return the bytes of a small file.
 
     Raises:
-        FileNotFoundError: When there is none.
+        FileNotFoundError: When it does not exist.
         DiskError: When it cannot be read.
     """
     with explained(path, "read"):
@@ -399,7 +401,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def list_directory(path: Path) -> list[Path]:
-    """Return what lies directly in a directory, sorted; nothing where there is none.
+    """Return the entries of a directory, sorted; empty if it does not exist.
 
     Raises:
         DiskError: When it cannot be read.
@@ -412,7 +414,7 @@ def list_directory(path: Path) -> list[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive power loss, where the platform can."""
+    """Make the entries of a directory survive power loss, where the platform supports it."""
     if os.name == "nt":
         return  # Windows has no handle to sync; its file systems journal names
     with explained(path):
@@ -428,32 +430,32 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path, what: str = "written") -> Iterator[None]:
-    """Turn what a file system refuses in this block into an error that says what to do.
+    """Raise errors of the file system in this block as `DiskError`, with a hint.
 
     Args:
-        path: What the block works on.
-        what: What could not be done to it.
+        path: The file or directory that the block works on.
+        what: Participle for the message: "written", "read", "removed".
 
     Raises:
-        DiskError: For a disk that is full, read only or failing, or a place that is forbidden.
+        DiskError: For a disk that is full, read-only or failing, or missing permission.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _CURES:
+        if error.errno not in _HINTS:
             raise
         reason = (error.strerror or str(error)).lower()
         raise DiskError(
-            f"cannot be {what}: {reason}", where=str(path), hint=_CURES[error.errno]
+            f"cannot be {what}: {reason}", where=str(path), hint=_HINTS[error.errno]
         ) from error
 
 
 @contextlib.contextmanager
-def polite_lock(path: Path) -> Iterator[None]:
-    """Hold a file lock for the block, or go on without one after a while.
+def advisory_lock(path: Path) -> Iterator[None]:
+    """Hold a file lock for the block, or continue without it after a timeout.
 
-    Only an optimisation, so that concurrent writers do not redo each other's work. File locks lie
-    on some network filesystems; nothing that is correct with this lock may be wrong without it.
+    Only an optimization, so that concurrent writers do not repeat each other's work. File locks are
+    unreliable on some network file systems: callers must be correct without it.
     """
     import filelock
 
@@ -471,7 +473,7 @@ def polite_lock(path: Path) -> Iterator[None]:
 
 
 def is_temporary(path: Path) -> bool:
-    """Say whether a path has the name of a file that is not whole yet."""
+    """Return whether a path has the name of an incomplete file."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -485,7 +487,7 @@ def _identify(directory: Path) -> tuple[int, int]:
 
 
 def _create_without_links(path: Path, data: bytes) -> bool:
-    """Create exclusively where hard links are missing; a crash may leave a cut file."""
+    """Create exclusively where links are not supported; a crash may leave a truncated file."""
     try:
         with path.open("xb") as file:
             file.write(data)

@@ -1,4 +1,4 @@
-"""Content addresses: the digest of a file, the path of a blob, and where the user's store lies."""
+"""Content addresses: the digest of a file, the path of a blob, and the store of the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STORE_VARIABLE: Final = "COMPOSABLE_STORE"
 
 
 def digest_file(path: Path) -> str:
-    """Return the digest of a file's bytes, as `sha256:` and 64 hex digits, read block by block.
+    """Return the digest of a file's bytes, as `sha256:` and 64 hex digits, read in blocks.
 
     Raises:
         OSError: When it cannot be read.
@@ -24,10 +24,10 @@ def digest_file(path: Path) -> str:
 
 
 def blob_path(digest: str) -> str:
-    """Return where a blob lies under the root of a registry or a store.
+    """Return the path of a blob relative to the root of a registry or a store.
 
     Raises:
-        IntegrityError: For text that is not a digest, before any path is joined.
+        IntegrityError: For text that is not a digest, so that no other text gets into a path.
 
     Example:
         >>> blob_path("sha256:" + "ab" * 32)[:12]
@@ -47,6 +47,6 @@ def default_store() -> Path:
     named = os.environ.get(STORE_VARIABLE)
     if named:
         return Path(named).absolute()
-    import platformdirs  # here: a store that is named does not need it
+    import platformdirs  # late: not needed if the variable is set
 
     return Path(platformdirs.user_cache_dir("composable", appauthor=False)) / "store"

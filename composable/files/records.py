@@ -1,7 +1,7 @@
 """Typed records in JSON: frozen dataclasses that are checked when they are read.
 
-A record is a frozen dataclass; what it holds is checked against its types before anything of it is
-used. Fields that a later version adds are ignored, so that older versions keep reading.
+The fields of a record are checked against their types before any is used. Unknown fields are
+ignored, so that older versions can read the files of newer ones.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ R = TypeVar("R")
 def parse_record(
     kind: type[R], data: bytes | str, where: str, error: type[ComposableError] = ComposableError
 ) -> R:
-    """Return JSON text as a record.
+    """Parse JSON text as a record.
 
     Args:
         kind: The record's dataclass.
         data: The text.
-        where: What errors call it, such as its path.
+        where: Location for errors, such as the path.
         error: The class of the errors raised.
 
     Raises:
@@ -55,7 +55,7 @@ def to_plain(record: Any) -> Any:
 
 
 def record_schema(kind: type[Any]) -> dict[str, Any]:
-    """Return the JSON schema of a record, as the reference quotes it."""
+    """Return the JSON schema of a record, for the reference documentation."""
     return msgspec.json.schema(kind)
 
 

@@ -1,6 +1,6 @@
-"""Tensor files: checked before anything is loaded, written with one spelling.
+"""Tensor files in the safetensors format: checked before loading, written deterministically.
 
-The safetensors format is a length, a JSON header and raw little-endian data. Its readers accept
+The format is a length, a JSON header and raw little-endian data. The reference readers accept
 duplicate names, names with `../`, NaN and headers of 100 MB; this file does not. It parses the
 header itself, compares it with what the interface expects, and only then reads data.
 
@@ -41,7 +41,7 @@ _NUMPY_NAMES: Final = {
     "I64": "<i8",
     "U8": "|u1",
 }
-# Names of tensors in packages, and in files of projects that write capitals.
+# Names of tensors in packages, and in foreign files, where capitals are allowed.
 NAME: Final = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 ANY_CASE_NAME: Final = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _BLOCK_BYTES: Final = 1 << 22
@@ -49,7 +49,7 @@ _BLOCK_BYTES: Final = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies in its file.
+    """Type, shape and position of one tensor in its file.
 
     Args:
         dtype: Element type, as the format names it.
@@ -65,17 +65,17 @@ class TensorInfo:
 
 
 def read_header(path: Path, name: re.Pattern[str] = NAME) -> dict[str, TensorInfo]:
-    """Read and check the header of a tensor file, and nothing else of it.
+    """Read and check the header of a tensor file, without its data.
 
     Args:
         path: The file.
-        name: What a tensor may be called.
+        name: Pattern of valid tensor names.
 
     Returns:
         The tensors by name, in the order of their bytes.
 
     Raises:
-        TensorFileError: For a header that breaks a rule, or a file of another size than it says.
+        TensorFileError: For an invalid header, or a file whose size does not match it.
     """
     with _open(path) as file:
         return _read_header(file, path, name)
@@ -89,11 +89,18 @@ def check_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> None:
         expected: Shape and dtypes by name, as `composable.interface` derives them.
 
     Raises:
-        TensorFileError: Naming the file, the tensor, what was expected and what is there.
+        TensorFileError: With the file, the tensor, what was expected and what was found.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "body.safetensors"
+        >>> write_tensors(path, {"w_in": np.ones((2, 3), np.float32)})
+        >>> check_tensors(path, {"w_in": TensorSpec(shape=(2, 3))})
     """
     with _open(path) as file:
         header = _read_header(file, path)
-        _compare(header, expected, path)
+        _check_specs(header, expected, path)
         for name, info in header.items():
             file.seek(info.start)
             done = 0
@@ -105,7 +112,7 @@ def check_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> None:
 def read_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
     """Check a tensor file and load it.
 
-    What is returned is what was checked: the file is opened once and read once.
+    The arrays returned are the ones checked: the file is opened once and read once.
 
     Args:
         path: The file.
@@ -116,26 +123,34 @@ def read_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> dict[str, np
 
     Raises:
         TensorFileError: As `check_tensors`.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "body.safetensors"
+        >>> write_tensors(path, {"b_in": np.arange(3, dtype=np.float32)})
+        >>> read_tensors(path, {"b_in": TensorSpec(shape=(3,))})["b_in"].tolist()
+        [0.0, 1.0, 2.0]
     """
     arrays: dict[str, np.ndarray] = {}
     with _open(path) as file:
         header = _read_header(file, path)
-        _compare(header, expected, path)
+        _check_specs(header, expected, path)
         for name in expected:
             arrays[name] = _read_array(file, header[name], name, path)
     return arrays
 
 
 class TensorFile(Mapping[str, "np.ndarray"]):
-    """A checked tensor file whose arrays are read when they are asked for, one at a time.
+    """A checked tensor file whose arrays are read on access, one at a time.
 
     Args:
         path: The file.
         expected: Shape and dtypes by name.
-        name: What a tensor may be called.
+        name: Pattern of valid tensor names.
 
     Raises:
-        TensorFileError: As `check_tensors`; what is not finite is found when it is read.
+        TensorFileError: As `check_tensors`; values that are not finite, only on access.
     """
 
     def __init__(
@@ -143,7 +158,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     ) -> None:
         self._path, self._expected = path, expected
         self.header = read_header(path, name)
-        _compare(self.header, expected, path)
+        _check_specs(self.header, expected, path)
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.header[name]
@@ -160,15 +175,23 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write arrays to a tensor file; the same arrays give the same bytes everywhere.
+    """Write arrays to a tensor file; the same arrays always give the same bytes.
 
     Args:
-        path: The file, replaced as a whole.
+        path: The file, replaced atomically.
         tensors: Arrays by name; float32, bfloat16, float16, int32, int64 or uint8.
         metadata: Text by key, stored in the header.
 
     Raises:
-        TensorFileError: For what `read_tensors` would refuse.
+        TensorFileError: For tensors that `read_tensors` would refuse.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "scout.safetensors"
+        >>> write_tensors(path, {"b_in": np.zeros(3, np.float32)}, {"format": "composable"})
+        >>> read_header(path)["b_in"].shape
+        (3,)
     """
     names = {str(_numpy_dtype(dtype)): dtype for dtype in _ITEM_BYTES}
     specs: dict[str, TensorSpec] = {}
@@ -186,19 +209,19 @@ def stream_tensors(
     read: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a tensor file from arrays that are made one at a time.
+    """Write a tensor file from arrays that are produced one at a time.
 
     The header is sorted by name. Data is laid out by element width, widest first, then by name, so
-    that every tensor starts at a multiple of its element.
+    that every tensor is aligned to its element size.
 
     Args:
-        path: The file, replaced as a whole.
+        path: The file, replaced atomically.
         specs: Shape and one dtype by name.
-        read: Returns the array of a name; called once for each, in the file's order.
+        read: Returns the array of a name; called once per name, in file order.
         metadata: Text by key, stored in the header.
 
     Raises:
-        TensorFileError: For what `read_tensors` would refuse, or an array other than its spec.
+        TensorFileError: For tensors that `read_tensors` would refuse, or that do not match specs.
     """
     import numpy as np
 
@@ -216,7 +239,7 @@ def stream_tensors(
         position += size
     header = _encode_header(infos, metadata or {})
     if len(header) > MAX_HEADER_BYTES or len(infos) > MAX_TENSORS:
-        _refuse(path, f"{len(infos):,} tensors do not fit a header of 1 MiB")
+        _refuse(path, f"{len(infos):,} tensors do not fit into a header of 1 MiB")
     with Sink(path) as sink:
         sink.write(len(header).to_bytes(8, "little") + header)
         for name, info in infos.items():
@@ -231,13 +254,13 @@ def stream_tensors(
 
 
 def _read_array(file: BinaryIO, info: TensorInfo, name: str, path: Path) -> np.ndarray:
-    """Read one tensor and refuse what is not finite."""
+    """Read one tensor; refuse values that are not finite."""
     import numpy as np
 
     file.seek(info.start)
     data = bytearray(info.stop - info.start)
     if file.readinto(data) != len(data):  # type: ignore[attr-defined]
-        _refuse(path, "was cut short while it was read", name)
+        _refuse(path, "was truncated while being read", name)
     for start in range(0, len(data), _BLOCK_BYTES):
         block = memoryview(data)[start : start + _BLOCK_BYTES]
         _refuse_non_finite(block, info, name, path, start // _ITEM_BYTES[info.dtype])
@@ -248,11 +271,11 @@ def _open(path: Path) -> io.BufferedReader:
     try:
         return path.open("rb")
     except FileNotFoundError as error:
-        raise TensorFileError("there is no such file", where=str(path)) from error
+        raise TensorFileError("no such file", where=str(path)) from error
 
 
 def _refuse(path: Path, message: str, tensor: str | None = None) -> NoReturn:
-    """Raise with the file and the tensor in front."""
+    """Raise an error that names the file and, if given, the tensor."""
     subject = f"tensor {tensor!r} {message}" if tensor is not None else message
     raise TensorFileError(subject, where=str(path))
 
@@ -276,15 +299,15 @@ def _read_header(
     file_bytes = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
-        _refuse(path, f"is no tensor file: {file_bytes} bytes are too few for a header")
+        _refuse(path, f"is not a tensor file: {file_bytes} bytes are too few for a header")
     header_bytes = int.from_bytes(prefix, "little")
     if header_bytes > MAX_HEADER_BYTES:
         _refuse(path, f"header of {header_bytes:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
     text = file.read(header_bytes)
     if len(text) < header_bytes:
-        _refuse(path, f"file is cut short: {file_bytes:,} bytes end inside the header")
+        _refuse(path, f"file is truncated: {file_bytes:,} bytes end inside the header")
     if not text.startswith(b"{"):
-        _refuse(path, "is no tensor file: the header does not start with '{'")
+        _refuse(path, "is not a tensor file: the header does not start with '{'")
     table = _parse_json(text, path)
     metadata = table.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -302,19 +325,21 @@ def _read_header(
 
 
 def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            _refuse(path, f"the header names {twice[:80]!r} twice")
+            _refuse(path, f"the header contains {twice[:80]!r} twice")
         return table
 
-    def no_constant(constant: str) -> NoReturn:
+    def reject_constant(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        table = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        table = json.loads(
+            text, object_pairs_hook=reject_duplicates, parse_constant=reject_constant
+        )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise TensorFileError(f"the header is not JSON: {reason}", where=str(path)) from error
@@ -349,20 +374,20 @@ def _is_sizes(value: Any) -> bool:
 def _check_coverage(
     infos: Mapping[str, TensorInfo], data_start: int, file_bytes: int, path: Path
 ) -> None:
-    """Check that the tensors lie side by side and fill the file exactly."""
+    """Check that the tensors are contiguous and fill the file exactly."""
     position = data_start
     for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != position:
-            trouble = "overlaps the one before" if info.start < position else "leaves a gap before"
-            _refuse(path, f"{trouble}: starts at byte {info.start:,}, not {position:,}", name)
+            problem = "overlaps the one before" if info.start < position else "leaves a gap before"
+            _refuse(path, f"{problem}: starts at byte {info.start:,}, not {position:,}", name)
         position = info.stop
     if position > file_bytes:
-        _refuse(path, f"file is cut short: {file_bytes:,} of {position:,} bytes")
+        _refuse(path, f"file is truncated: {file_bytes:,} of {position:,} bytes")
     if position < file_bytes:
-        _refuse(path, f"{file_bytes - position:,} bytes after the last tensor belong to none")
+        _refuse(path, f"{file_bytes - position:,} bytes after the last tensor are unused")
 
 
-def _compare(
+def _check_specs(
     header: Mapping[str, TensorInfo], expected: Mapping[str, TensorSpec], path: Path
 ) -> None:
     """Check names, shapes and dtypes against what the interface expects."""
@@ -388,7 +413,7 @@ def _blocks(file: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
         wanted = min(size, _BLOCK_BYTES)
         block = file.read(wanted)
         if len(block) != wanted:
-            _refuse(path, "file was cut short while it was read")
+            _refuse(path, "file was truncated while being read")
         size -= len(block)
         yield block
 
@@ -396,7 +421,7 @@ def _blocks(file: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
 def _refuse_non_finite(
     block: bytes | memoryview, info: TensorInfo, name: str, path: Path, done: int
 ) -> None:
-    """Refuse NaN and infinity: all exponent bits set, which is quicker to ask of integers.
+    """Refuse NaN and infinity: all exponent bits set, which is quicker to test on integers.
 
     Args:
         block: Little-endian elements.

@@ -147,7 +147,7 @@ def test_a_lock_that_cannot_be_had_is_done_without(
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with atomic.polite_lock(tmp_path / "lock"):
+    with atomic.advisory_lock(tmp_path / "lock"):
         atomic.write_bytes(tmp_path / "file", b"x")
     assert (tmp_path / "file").read_bytes() == b"x"
 

@@ -210,8 +210,8 @@ MANY = {f"t{i}": entry([0], 0, 0) for i in range(MAX_TENSORS + 1)}
         ({"a": entry([1], 4, 0)}, Z * 4, "spans -4 bytes"),
         ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, Z * 4, "overlaps"),
         ({"a": entry([1], 4, 8)}, Z * 8, "leaves a gap"),
-        ({"a": entry([1], 0, 4)}, Z * 3, "cut short: "),
-        ({"a": entry([10**15], 0, 4 * 10**15)}, Z * 3, "cut short: "),
+        ({"a": entry([1], 0, 4)}, Z * 3, "truncated: "),
+        ({"a": entry([10**15], 0, 4 * 10**15)}, Z * 3, "truncated: "),
         ({"a": entry([1], 0, 4)}, Z * 5, "1 bytes after the last tensor"),
         ({"__metadata__": {"k": 1}, "a": entry([1], 0, 4)}, Z * 4, "not a table of text"),
         ({"__metadata__": [], "a": entry([1], 0, 4)}, Z * 4, "not a table of text"),
@@ -229,7 +229,7 @@ def test_hostile_headers(tmp_path: Path, header: Any, data: bytes, message: str)
 
 @pytest.mark.parametrize(
     ("length", "message"),
-    [(MAX_HEADER_BYTES + 1, "at most 1,048,576"), (2**64 - 1, "at most"), (100, "cut short")],
+    [(MAX_HEADER_BYTES + 1, "at most 1,048,576"), (2**64 - 1, "at most"), (100, "truncated")],
 )
 def test_lengths_that_lie(tmp_path: Path, length: int, message: str) -> None:
     path = write_raw(tmp_path / "x", b"{}", length=length)

@@ -179,7 +179,7 @@ class Environment:
         if (current := self._find(lock)) is not None:
             self.settle()
             return current
-        with atomic.polite_lock(self.root / "lock"):
+        with atomic.advisory_lock(self.root / "lock"):
             if (current := self._find(lock)) is not None:
                 self.settle()
                 return current

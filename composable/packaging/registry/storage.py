@@ -157,7 +157,7 @@ class Folder:
     def replace(self, path: str, data: bytes, seen: Document | None) -> bool:
         """Write a document if its state is still the one seen."""
         target = self.root / path
-        with atomic.polite_lock(self.root / "locks" / digest_bytes(path.encode())[7:23]):
+        with atomic.advisory_lock(self.root / "locks" / digest_bytes(path.encode())[7:23]):
             now = self.read(path, seen)
             if now is not seen:
                 return False

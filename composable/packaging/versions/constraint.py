@@ -1,8 +1,8 @@
-"""Ranges of versions: Cargo's meaning, pip's spellings accepted; and requirements on packages.
+"""Version ranges with the semantics of Cargo, and requirements on packages.
 
-A constraint is a list of comparators that must all hold, each one an interval in the order of
-versions. It never reads the world: whether a version exists, is yanked or fits the router interface
-is the resolver's business.
+Operators as pip spells them are accepted too. A constraint is a list of comparators that must all
+hold, each an interval in the order of versions. Whether a version exists, is yanked or fits the
+router interface is not decided here, but by the resolver.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from composable.packaging.versions.version import Version, precedence_of
 MAX_COMPARATORS: Final = 32
 MAX_LENGTH: Final = 1024
 MAX_DIGITS: Final = 250
-MAX_REMEMBERED: Final = 4096
+MAX_CACHED: Final = 4096
 _SYNTAX: Final = re.compile(
     r"""(?P<op>==|!=|~=|>=|<=|=|>|<|\^|~)?[ \t]*
         (?P<major>0|[1-9][0-9]*)
@@ -40,7 +40,7 @@ _WILDCARDS: Final = ("*", "x", "X")
 _SAME_MEANING: Final = {"": "^", "==": "="}
 _WRITTEN_ORDER: Final = ("=", "^", "~", ">=", ">", "<", "<=", "!=")
 
-# A place between versions, in the order of `Version.precedence`.
+# A position between versions, in the order of `Version.precedence`.
 _Bound = tuple[Any, ...]
 _LOWEST: Final[_Bound] = ()
 _HIGHEST: Final[_Bound] = (math.inf,)
@@ -49,13 +49,13 @@ _BEFORE_PRERELEASES: Final = (False, ())
 
 @dataclass(frozen=True)
 class Comparator:
-    """One operator and a version whose minor and patch may be left open.
+    """One operator and a version whose minor and patch may be omitted.
 
     Args:
         op: One of `=`, `!=`, `^`, `~`, `>`, `>=`, `<`, `<=`.
         major: Major version.
-        minor: Minor version, or None where it is left open.
-        patch: Patch version, or None where it is left open.
+        minor: Minor version, or None if omitted.
+        patch: Patch version, or None if omitted.
         prerelease: Prerelease identifiers; empty for a release.
     """
 
@@ -67,7 +67,7 @@ class Comparator:
 
     @functools.cached_property
     def bounds(self) -> tuple[_Bound, _Bound]:
-        """The half-open interval of versions meant; for `!=` the one excluded."""
+        """The half-open interval of versions; for `!=` the interval that is excluded."""
         numbers = (self.major, self.minor or 0, self.patch or 0)
         floor = (*numbers, precedence_of(self.prerelease))
         if self.minor is None:
@@ -98,12 +98,12 @@ class Comparator:
         return floor, beyond
 
     def contains(self, version: Version) -> bool:
-        """Say whether `version` lies in the interval, leaving the prerelease rule aside."""
+        """Return whether `version` is in the interval, without the prerelease rule."""
         lower, upper = self.bounds
         return (lower <= version.precedence < upper) is not (self.op == "!=")
 
     def names_prerelease_of(self, version: Version) -> bool:
-        """Say whether this asks for prereleases of `version`'s major.minor.patch."""
+        """Return whether this names a prerelease of `version`'s major.minor.patch."""
         named = (self.major, self.minor, self.patch)
         return bool(self.prerelease) and self.op != "!=" and named == version.release
 
@@ -119,15 +119,21 @@ class Constraint:
     """A range of versions, for example `^1.2`, `>=1.2, <2`, `1.2.*`, `=1.2.3` or `*`.
 
     A prerelease is contained only if a comparator other than `!=` names a prerelease of the same
-    major.minor.patch: `>=1.0.0-rc.1` contains `1.0.0-rc.2` but not `1.1.0-rc.1`. Equality is that
-    of the canonical spelling, which `str` returns.
+    major.minor.patch: `>=1.0.0-rc.1` contains `1.0.0-rc.2` but not `1.1.0-rc.1`. Constraints are
+    equal if their canonical spellings are, which `str` returns.
 
     Args:
         text: Comparators separated by commas. `^` (the default), `~`, `=`, `>`, `>=`, `<`, `<=`
-            and `*` mean what Cargo means; `==` is `=`, `!=` its complement, and `~=` is pip's.
+            and `*` have the meaning of Cargo; `==` is `=`, `!=` its complement, and `~=` is pip's.
 
     Raises:
         ConstraintError: For anything else.
+
+    Example:
+        >>> Constraint("^1.2").contains(Version("1.10.0"))
+        True
+        >>> Constraint("<2, >=1.2, !=1.5.0")
+        Constraint('>=1.2, <2, !=1.5.0')
 
     References:
         The Cargo Book, "Specifying Dependencies"; PEP 440, "Compatible release".
@@ -145,19 +151,19 @@ class Constraint:
 
     @classmethod
     def exactly(cls, version: Version) -> Self:
-        """Return the range that holds one version."""
+        """Return the range that contains exactly one version."""
         return cls(f"={version}")
 
     @property
     def pinned(self) -> Version | None:
-        """The one version that this range names exactly, if it does."""
+        """The version of an exact pin such as `=1.2.3`; None for other ranges."""
         if len(self.comparators) != 1:
             return None
         only = self.comparators[0]
         return Version(str(only)[1:]) if only.op == "=" and only.patch is not None else None
 
     def contains(self, version: Version) -> bool:
-        """Say whether `version` is in this range."""
+        """Return whether `version` is in this range."""
         if not all(comparator.contains(version) for comparator in self.comparators):
             return False
         return not version.is_prerelease or any(
@@ -178,25 +184,25 @@ class Constraint:
 
 
 def _start_of(major: int, minor: int = 0, patch: int = 0) -> _Bound:
-    """Return the place before every prerelease of `major.minor.patch`."""
+    """Return the position before every prerelease of `major.minor.patch`."""
     return (major, minor, patch, _BEFORE_PRERELEASES)
 
 
 def _written_order(comparator: Comparator) -> tuple[object, ...]:
     """Sort lower bounds before upper bounds and exclusions, each from low to high.
 
-    `^1` and `^1.0` have the same bounds; the text settles it, in every process alike.
+    `^1` and `^1.0` have the same bounds; the text decides, so the order is deterministic.
     """
     lower, upper = comparator.bounds
     return (_WRITTEN_ORDER.index(comparator.op), lower, upper, str(comparator))
 
 
-@functools.lru_cache(maxsize=MAX_REMEMBERED)  # a registry says the same few ranges a thousand times
+@functools.lru_cache(maxsize=MAX_CACHED)  # a registry repeats the same few ranges
 def _parse_constraint(text: str) -> tuple[tuple[Comparator, ...], str]:
     """Return the comparators of a range, in written order, and its canonical spelling."""
     parts = [part.strip(" \t") for part in text.split(",")]
     if len(parts) > MAX_COMPARATORS:
-        raise ConstraintError(f"{len(parts)} comparators are more than {MAX_COMPARATORS}")
+        raise ConstraintError(f"{len(parts)} comparators, expected at most {MAX_COMPARATORS}")
     found: set[Comparator] = set()
     if parts[0] not in _WILDCARDS or len(parts) > 1:
         for part in parts:
@@ -206,10 +212,10 @@ def _parse_constraint(text: str) -> tuple[tuple[Comparator, ...], str]:
 
 
 def _parse_comparator(part: str, whole: str) -> list[Comparator]:
-    """Read one comparator; `~=1.2`, which has no single Cargo form, becomes two."""
+    """Parse one comparator; `~=1.2`, which Cargo cannot express in one, becomes two."""
     match = _SYNTAX.fullmatch(part)
     if match is None:
-        raise ConstraintError(f"{whole!r} is not a version range", hint=_cure_for(part))
+        raise ConstraintError(f"{whole!r} is not a version range", hint=_suggest_spelling(part))
     op = _SAME_MEANING.get(match["op"] or "", match["op"] or "")
     minor, patch = match["minor"], match["patch"]
     is_wild = minor in _WILDCARDS or patch in _WILDCARDS
@@ -225,7 +231,7 @@ def _parse_comparator(part: str, whole: str) -> list[Comparator]:
             prerelease = Version(f"0.0.0{match['suffix']}").prerelease
         except VersionError as error:
             raise ConstraintError(
-                f"{whole!r} is not a version range", hint=_cure_for(part)
+                f"{whole!r} is not a version range", hint=_suggest_spelling(part)
             ) from error
     numbers = [match["major"], *(n for n in (minor, patch) if n and n not in _WILDCARDS)]
     if any(len(number) > MAX_DIGITS for number in numbers):
@@ -245,12 +251,12 @@ def _parse_comparator(part: str, whole: str) -> list[Comparator]:
     return [Comparator(">=", major, minor_number), Comparator("<", major + 1)]
 
 
-def _cure_for(part: str) -> str:
-    """Say how to write what `part` seems to mean."""
+def _suggest_spelling(part: str) -> str:
+    """Return a hint how to write the range that `part` seems to mean."""
     if not part:
         return "write '*' for any version"
     if "||" in part:
-        return "alternatives are not supported: write one range that holds both"
+        return "alternatives are not supported: write one range that contains both"
     if " - " in part:
         low, _, high = part.partition(" - ")
         return f"write '>={low.strip()}, <={high.strip()}'"
@@ -258,32 +264,40 @@ def _cure_for(part: str) -> str:
         return "leave out the 'v'"
     if " " in part.lstrip("^~=!<> "):
         return "separate comparators with a comma"
-    return "write for example '^1.2', '>=1.2, <2', '1.2.*' or '=1.2.3'"
+    return "for example, write '^1.2', '>=1.2, <2', '1.2.*' or '=1.2.3'"
 
 
 ANY: Final = Constraint("*")
 
 
 def have_common_version(ranges: Iterable[Constraint]) -> bool:
-    """Say whether a version could exist that all ranges hold.
+    """Return whether some version, existing or not, is in all ranges.
 
-    The lowest such version lies where a range begins, or just after a version that one excludes.
+    The lowest such version is where a range begins, or just after a version that one excludes.
+
+    Example:
+        >>> have_common_version([Constraint("^1.2"), Constraint("<1.3")])
+        True
     """
     ranges = list(ranges)
     return any(all(range_.contains(start) for range_ in ranges) for start in _starts(ranges))
 
 
 def is_within(inner: Constraint, outer: Constraint) -> bool:
-    """Say whether `outer` holds every version that `inner` holds.
+    """Return whether `outer` contains every version that `inner` contains.
 
-    The lowest that it would lack lies where `inner` begins, or where `outer` ends or leaves out.
+    The lowest that is missing is where `inner` begins, or where `outer` ends or has a gap.
+
+    Example:
+        >>> is_within(Constraint("~1.2"), Constraint("^1"))
+        True
     """
     starts = _starts((inner, outer))
     return all(outer.contains(start) for start in starts if inner.contains(start))
 
 
 def _starts(ranges: Iterable[Constraint]) -> set[Version]:
-    """Return the versions at which ranges may begin to hold, or cease to."""
+    """Return the versions at which ranges may begin or end."""
     starts = {Version("0.0.0")}
     for comparator in (c for range_ in ranges for c in range_.comparators):
         major, minor, patch = comparator.major, comparator.minor or 0, comparator.patch or 0
@@ -301,15 +315,19 @@ def _starts(ranges: Iterable[Constraint]) -> set[Version]:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package, the versions of it that will do, and the extras of it that are wanted.
+    """A package, a range of its versions, and the extras of it that are required.
 
     Args:
         name: Package name.
         constraint: Range of versions.
-        extras: Names of optional extras, in any order; kept sorted, each once.
+        extras: Names of optional extras, in any order; stored sorted, without duplicates.
 
     Raises:
-        ConstraintError: For an extra whose name could not be a package's.
+        ConstraintError: For an extra whose name is not valid as a package name.
+
+    Example:
+        >>> Requirement.parse("german[news,code]>=1.2,<2")
+        Requirement(name='german', constraint=Constraint('>=1.2, <2'), extras=('code', 'news'))
     """
 
     name: str
@@ -327,17 +345,17 @@ class Requirement:
 
     @property
     def target(self) -> str:
-        """What is asked for, without the range: `german` or `german[code,news]`."""
+        """Package and extras, without the range: `german` or `german[code,news]`."""
         return f"{self.name}[{','.join(self.extras)}]" if self.extras else self.name
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `german`, `german>=1.2,<2`, `german ^1.2`, `german[code]>=1.2` or `german@1.2.0`.
+        """Parse `german`, `german>=1.2,<2`, `german ^1.2`, `german[code]>=1.2` or `german@1.2.0`.
 
-        `@` asks for exactly one version; extras are separated by commas.
+        `@` pins exactly one version; extras are separated by commas.
 
         Raises:
-            ConstraintError: For a bad name, extra or range, with the whole text.
+            ConstraintError: For a bad name, extra or range; the message quotes the whole text.
         """
         match = _REQUIREMENT.fullmatch(text)
         if match is None:
@@ -354,8 +372,8 @@ class Requirement:
             return cls(name, Constraint.exactly(Version(rest[1:].strip())), extras)
         except VersionError as error:
             raise ConstraintError(
-                f"{text!r}: after '@' comes one full version",
-                hint=f"for a range write {name!r} and the range, for example '{name}>=1.2'",
+                f"{text!r}: expected a full version after '@'",
+                hint=f"write a range after the name, for example '{name}>=1.2'",
             ) from error
         except (ConstraintError, ManifestError) as error:
             raise ConstraintError(f"{text!r}: {error.message}", hint=error.hint) from error
@@ -365,18 +383,22 @@ class Requirement:
 
 
 def parse_target(text: str) -> tuple[str, tuple[str, ...]]:
-    """Read what a requirement asks for, without its range: `german` or `german[code,news]`.
+    """Parse package and extras, without a range: `german` or `german[code,news]`.
 
     Returns:
         The package and its extras, sorted.
 
     Raises:
-        ConstraintError: For a bad name, a bad extra or anything more.
+        ConstraintError: For a bad name, a bad extra or trailing text.
+
+    Example:
+        >>> parse_target("german[news,code]")
+        ('german', ('code', 'news'))
     """
     match = _REQUIREMENT.fullmatch(text)
     if match is None or match["rest"]:
         raise ConstraintError(
-            f"{text!r} is neither NAME nor NAME[EXTRA]", hint="a range does not belong here"
+            f"{text!r} is neither NAME nor NAME[EXTRA]", hint="leave out the range"
         )
     try:
         name = check_package_name(match["name"])
@@ -387,22 +409,32 @@ def parse_target(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _split_extras(text: str | None) -> tuple[str, ...]:
-    """Return the names between the brackets; none without brackets."""
+    """Return the names between the brackets; empty without brackets."""
     if text is None:
         return ()
     if not text.strip(" \t"):
         raise ConstraintError(
-            "no extra between the brackets", hint="name one, or leave out the brackets"
+            "no extra between the brackets", hint="name an extra, or leave out the brackets"
         )
     return tuple(part.strip(" \t") for part in text.split(","))
 
 
 def join_extra(name: str, extra: str) -> str:
-    """Return what a package with one of its extras is called: `german[code]`."""
+    """Return the name of a package with one of its extras.
+
+    Example:
+        >>> join_extra("german", "code")
+        'german[code]'
+    """
     return f"{name}[{extra}]"
 
 
 def split_extra(name: str) -> tuple[str, str | None]:
-    """Return package and extra of what `join_extra` made; a plain name has no extra."""
+    """Return package and extra of a name that `join_extra` returned, or a plain name and None.
+
+    Example:
+        >>> split_extra("german[code]"), split_extra("german")
+        (('german', 'code'), ('german', None))
+    """
     package, bracket, rest = name.partition("[")
     return package, rest.removesuffix("]") if bracket else None

@@ -11,7 +11,7 @@ from composable.errors import VersionError
 
 MAX_LENGTH: Final = 255
 
-# A prerelease as a sort key: whether it is none, then its identifiers, numbers before words.
+# A prerelease as a sort key: whether it is empty, then its identifiers, numbers before words.
 Precedence = tuple[bool, tuple[tuple[int, int, str], ...]]
 
 
@@ -19,14 +19,20 @@ Precedence = tuple[bool, tuple[tuple[int, int, str], ...]]
 class Version:
     """A semantic version, for example `1.4.0`, `2.0.0-rc.1` or `1.0.0+cuda`.
 
-    Build metadata takes no part in precedence, and so none in equality or hash either: `1.0.0+a`
-    equals `1.0.0+b`. `str` returns the version as it was written, build metadata included.
+    Build metadata does not affect precedence, and so neither equality nor hash: `1.0.0+a` equals
+    `1.0.0+b`. `str` returns the version as it was written, build metadata included.
 
     Args:
         text: Major, minor and patch, then optional prerelease and build; at most 255 characters.
 
     Raises:
-        VersionError: For anything that SemVer 2.0.0 does not call a version.
+        VersionError: If `text` is not a version by SemVer 2.0.0.
+
+    Example:
+        >>> Version("1.0.0-rc.2") < Version("1.0.0-rc.10") < Version("1.0.0")
+        True
+        >>> Version("1.4.0").release
+        (1, 4, 0)
 
     References:
         Semantic Versioning 2.0.0, sections 2, 9, 10 and 11.
@@ -51,7 +57,7 @@ class Version:
             parsed = semver.Version.parse(text)
         except ValueError as error:
             raise VersionError(
-                f"{text!r} is not a semantic version", hint=_cure_for(text)
+                f"{text!r} is not a semantic version", hint=_suggest_spelling(text)
             ) from error
         self._text = text
         self.major = int(parsed.major)
@@ -88,7 +94,12 @@ class Version:
 
 
 def precedence_of(prerelease: str) -> Precedence:
-    """Return a sort key for a prerelease string; the empty one, a release, sorts last."""
+    """Return the sort key of a prerelease string; the empty string, a release, sorts last.
+
+    Example:
+        >>> precedence_of("rc.1") < precedence_of("rc.1.0") < precedence_of("")
+        True
+    """
     identifiers = tuple(
         (0, int(part), "") if part.isdigit() else (1, 0, part)
         for part in prerelease.split(".")
@@ -97,8 +108,8 @@ def precedence_of(prerelease: str) -> Precedence:
     return (not prerelease, identifiers)
 
 
-def _cure_for(text: str) -> str:
-    """Say how to write what `text` seems to mean."""
+def _suggest_spelling(text: str) -> str:
+    """Return a hint how to write the version that `text` seems to mean."""
     bare = text.strip().lstrip("vV=").strip()
     numbers = bare.split(".")
     if all(part.isascii() and part.isdigit() for part in numbers) and 1 <= len(numbers) <= 3:

@@ -188,7 +188,7 @@ def crowd_together(
 def _member(command: Command, world: ResolutionProblem, has_locks: bool) -> Callable[[], int]:
     def run() -> int:
         if not has_locks:
-            atomic.polite_lock = contextlib.nullcontext  # type: ignore[assignment]
+            atomic.advisory_lock = contextlib.nullcontext  # type: ignore[assignment]
         return command(world)
 
     return run
