@@ -24,7 +24,7 @@ def test_new_refuses_a_name_that_is_taken(cli, works):
     Path("my-expert/README.md").write_text("mine")
     outcome = cli("new", "my-expert")
     assert outcome.code == 1
-    assert "there is something by that name already" in outcome.err
+    assert "already exists" in outcome.err
     assert Path("my-expert/README.md").read_text() == "mine"
 
 

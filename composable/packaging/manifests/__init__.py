@@ -1,1 +1,1 @@
-"""Manifests: what a package says of itself, and how it is read and written."""
+"""Manifests: the metadata of packages, how it is read, written and filled in."""

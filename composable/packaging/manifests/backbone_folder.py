@@ -1,4 +1,4 @@
-"""Backbone packages as files: where they are, and the contract they publish. No arrays here.
+"""Backbone packages as folders: finding them and reading their files. No arrays here.
 
 A backbone package is a flat folder: `backbone.toml`, `config.json`, `interface.json`,
 `weights.safetensors`, `anchor.jsonl`, `card.json` and `README.md`; and `tokenizer.json` and
@@ -29,7 +29,7 @@ def find_backbone(name: str, base: Path | None = None) -> Path:
 
     Args:
         name: Name of a backbone that ships with the project, or a folder.
-        base: Directory that relative folders are counted from; by default the working directory.
+        base: Directory that relative folders are relative to; by default the working directory.
 
     Raises:
         PackagingError: If there is none.
@@ -39,8 +39,8 @@ def find_backbone(name: str, base: Path | None = None) -> Path:
             return folder
     shipped = ", ".join(sorted(path.parent.name for path in _SHIPPED.glob(f"*/{BACKBONE_FILE}")))
     raise PackagingError(
-        f"there is no backbone {name!r}: neither a folder with a {BACKBONE_FILE} nor one of those "
-        f"that ship with composable ({shipped})"
+        f"no backbone {name!r}: expected a folder with a {BACKBONE_FILE}, or a backbone that ships "
+        f"with composable ({shipped})"
     )
 
 
@@ -48,14 +48,14 @@ def read_interface(folder: Path) -> RouterInterface:
     """Return the router interface that a backbone package publishes.
 
     Raises:
-        IntegrityError: If the file is not the one that the manifest lists.
+        IntegrityError: If the file does not match the manifest.
         InterfaceError: If it is malformed.
     """
     return RouterInterface.from_json(read_listed(folder, INTERFACE_FILE).decode())
 
 
 def lists_file(folder: Path, name: str) -> bool:
-    """Say whether a backbone package's manifest lists a file.
+    """Return whether a backbone package's manifest lists a file.
 
     Raises:
         ManifestError: If the manifest is missing or bad.
@@ -68,7 +68,7 @@ def read_listed(folder: Path, name: str) -> bytes:
 
     Raises:
         ManifestError: If the manifest is missing or bad.
-        IntegrityError: If the file is not listed, missing, or other than listed.
+        IntegrityError: If the file is not listed, missing, or does not match the manifest.
     """
     listed = _listed(folder, name)
     try:
@@ -80,7 +80,7 @@ def read_listed(folder: Path, name: str) -> bytes:
 
 
 def check_listed(folder: Path, name: str) -> None:
-    """Check a backbone package's file against its manifest, whatever its size, in bounded memory.
+    """Check a backbone package's file against its manifest, in bounded memory.
 
     Raises:
         ManifestError, IntegrityError: As `read_listed`.
@@ -98,13 +98,13 @@ def _listed(folder: Path, name: str) -> PackageFile:
     for file in BackbonePackage.read(folder).files:
         if file.name == name:
             return file
-    raise IntegrityError(f"{BACKBONE_FILE} does not list it", where=str(folder / name))
+    raise IntegrityError(f"not listed in {BACKBONE_FILE}", where=str(folder / name))
 
 
 def _require_listed(folder: Path, listed: PackageFile, size: int, digest: str) -> None:
     if digest != listed.digest:
         raise IntegrityError(
-            f"{size:,} bytes with digest {digest}, but {BACKBONE_FILE} lists "
+            f"has {size:,} bytes with digest {digest}, but {BACKBONE_FILE} lists "
             f"{listed.size:,} with {listed.digest}",
             where=str(folder / listed.name),
             hint="the package is damaged; install it again",

@@ -1,8 +1,8 @@
-"""The manifests `expert.toml` and `backbone.toml`: what a package says of itself. Data only.
+"""The manifests `expert.toml` and `backbone.toml`: the metadata of packages. Data only.
 
 An author writes a manifest without files and, before packing, without the interface digest;
-`publish` fills both in. Nothing in a manifest is ever executed, imported or joined to a path before
-it was checked here.
+`publish` fills both in. No value of a manifest is executed or imported, and none is joined to a
+path before it is checked here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ EXPERT_FILE: Final = "expert.toml"
 BACKBONE_FILE: Final = "backbone.toml"
 BODY_FILE: Final = "body.safetensors"
 SCOUT_FILE: Final = "scout.safetensors"
-# What an expert's directory may publish beside its manifest; the first two it must.
+# The files that an expert may publish besides its manifest; the first two are required.
 EXPERT_FILES: Final = (BODY_FILE, SCOUT_FILE, "card.json", "README.md")
 MAX_FILES: Final = 256
-# Files are hashed in pieces of this size as well as whole, so that a broken download resumes from,
-# and damage is narrowed down to, one piece.
+MAX_TAG_LENGTH: Final = 256
+# Files are hashed in chunks of this size as well as whole, so that an interrupted download resumes
+# at a chunk, and damage is located to one.
 CHUNK_BYTES: Final = 8 << 20
 _TAG: Final = re.compile(r"[A-Za-z0-9]+([ ._+-][A-Za-z0-9]+)*")
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
@@ -44,8 +45,8 @@ class PackageFile:
         name: Flat file name.
         size: Bytes.
         digest: `sha256:…` of its bytes.
-        chunks: SHA-256 in hex of every 8 MiB of it; none for a file of one chunk, or where only
-            the whole is known. It takes no part in equality: the digest says it all.
+        chunks: SHA-256 in hex of every 8 MiB of it; empty for a file of one chunk, or if only the
+            digest is known. Ignored by equality, since the digest determines them.
     """
 
     name: str
@@ -60,7 +61,7 @@ class InterfaceNeed:
 
     Args:
         name: Name of the interface.
-        requires: Versions of it that will do.
+        requires: Range of its versions.
         digest: Digest of the interface that the expert was trained against; None until packed.
     """
 
@@ -71,7 +72,7 @@ class InterfaceNeed:
 
 @dataclass(frozen=True, kw_only=True)
 class BodySpec:
-    """What kind of body the expert has.
+    """The kind of body of an expert.
 
     Args:
         kind: `ffn`, a full feed-forward layer per slot, or `lora`, a low-rank change of one.
@@ -86,14 +87,14 @@ class BodySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Where an expert comes from, as its author tells it.
+    """How an expert was trained, as stated by its author.
 
     Args:
         data: Description of the data.
-        tokens: Tokens seen.
-        seconds: Wall time.
+        tokens: Number of training tokens.
+        seconds: Wall time in seconds.
         seed: Seed of every random choice.
-        device: What it ran on.
+        device: Device that it was trained on.
     """
 
     data: str = ""
@@ -105,11 +106,11 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What an expert was taken over from, where it was not trained here.
+    """What an expert was imported from, if it was not trained with composable.
 
     Args:
         format: The other project's format, such as `peft`.
-        base: What it calls the model that it was made for.
+        base: Name of the model that it was made for, in the other project.
         config: Digest of its config.
         weights: Digest of its tensors.
         sample: Digest of the text that the scout was trained on.
@@ -124,7 +125,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What `expert.toml` says.
+    """The contents of `expert.toml`.
 
     Args:
         name: Package name.
@@ -140,12 +141,24 @@ class Manifest:
         domains: Subjects, as tags.
         provides: Names of capabilities, for search.
         derives_from: The release that training started from, as `NAME@VERSION`.
-        requires: Experts that this one builds on, by name.
-        extras: Experts that it builds on as well for those who ask for an extra, by extra.
+        requires: Ranges of experts that this one depends on, by name.
+        extras: Ranges of experts that each optional extra depends on in addition, by extra.
         conflicts: Experts that it cannot be installed with, by name.
         training: Provenance.
-        origin: What it was taken over from, if it was not trained here.
-        files: The package's files but the manifest; empty until packed.
+        origin: What it was imported from, if it was not trained with composable.
+        files: The package's files except the manifest; empty until packed.
+
+    Example:
+        >>> manifest = Manifest(
+        ...     name="german",
+        ...     version=Version("1.0.0"),
+        ...     backbone="tiny-bytes",
+        ...     interface=InterfaceNeed(name="tiny-bytes", requires=Constraint("^1")),
+        ...     body=BodySpec(kind="ffn"),
+        ...     scout_width=64,
+        ... )
+        >>> Manifest.loads(manifest.to_toml()) == manifest
+        True
     """
 
     name: str
@@ -175,28 +188,28 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Digest of the canonical text, which is what registries and locks record."""
+        """Digest of the canonical text, as registries and locks record it."""
         return digest_bytes(self.to_toml().encode())
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read `expert.toml`, or that file in a directory.
+        """Read an `expert.toml`, given its path or that of its directory.
 
         Raises:
-            ManifestError: When there is none, or it is bad.
+            ManifestError: When it is missing or invalid.
         """
         return cls.loads(*_read_text(path, EXPERT_FILE))
 
     @classmethod
     def loads(cls, text: str, where: str = EXPERT_FILE) -> Self:
-        """Read a manifest from TOML text.
+        """Parse a manifest from TOML text.
 
         Args:
             text: The text.
-            where: What errors call it.
+            where: Name of the file, for errors.
 
         Raises:
-            ManifestError: `where` is the dotted path of the field, after the file's name.
+            ManifestError: `where` is the name of the file and the dotted path of the field.
         """
         top = parse_toml(text, where)
         expert, interface = top.table("expert"), top.table("interface")
@@ -204,10 +217,10 @@ class Manifest:
         manifest = cls(
             **_read_head(expert),
             backbone=check_package_name(expert.text("backbone"), expert.where("backbone")),
-            languages=_tags(expert, "languages"),
-            domains=_tags(expert, "domains"),
-            provides=_tags(expert, "provides"),
-            derives_from=_read_parent(expert),
+            languages=_read_tags(expert, "languages"),
+            domains=_read_tags(expert, "domains"),
+            provides=_read_tags(expert, "provides"),
+            derives_from=_read_derives_from(expert),
             interface=InterfaceNeed(
                 name=check_package_name(interface.text("name"), interface.where("name")),
                 requires=interface.value("requires", Constraint),
@@ -219,7 +232,7 @@ class Manifest:
             extras=_read_extras(top.table("extras", {})),
             conflicts=top.ranges("conflicts"),
             training=_read_training(top.table("training")) if "training" in top else None,
-            origin=_read_source(top.table("origin")) if "origin" in top else None,
+            origin=_read_origin(top.table("origin")) if "origin" in top else None,
             files=_read_files(top),
         )
         for table in (expert, interface, body, scout):
@@ -235,11 +248,11 @@ class Manifest:
         return manifest
 
     def to_toml(self) -> str:
-        """Return the canonical text: stable order, empty fields left out."""
+        """Return the canonical text: in a fixed order, without empty fields."""
         rank = {"rank": self.body.rank} if self.body.rank is not None else {}
         training = dataclasses.asdict(self.training) if self.training else {}
         head = {
-            **_head(self),
+            **_format_head(self),
             "backbone": self.backbone,
             "languages": list(self.languages) or None,
             "domains": list(self.domains) or None,
@@ -265,22 +278,29 @@ class Manifest:
                 ("conflicts", {name: str(r) for name, r in sorted(self.conflicts.items())}),
                 ("training", {key: value for key, value in training.items() if value != ""}),
                 ("origin", dataclasses.asdict(self.origin) if self.origin else {}),
-                *_file_tables(self.files),
+                *_format_files(self.files),
             ]
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackbonePackage:
-    """What `backbone.toml` says.
+    """The contents of `backbone.toml`.
 
     Args:
-        name: Package name; the interface it publishes bears the same.
+        name: Package name, also that of the interface that it publishes.
         version: Version of the backbone.
         description: One line.
         license: SPDX expression.
         authors: Names, with addresses if the authors like.
-        files: The package's files but the manifest; empty until packed.
+        files: The package's files except the manifest; empty until packed.
+
+    Example:
+        >>> package = BackbonePackage(name="tiny-bytes", version=Version("1.4.0"))
+        >>> print(package.to_toml(), end="")
+        [backbone]
+        name = "tiny-bytes"
+        version = "1.4.0"
     """
 
     name: str
@@ -297,16 +317,16 @@ class BackbonePackage:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read `backbone.toml`, or that file in a directory.
+        """Read a `backbone.toml`, given its path or that of its directory.
 
         Raises:
-            ManifestError: When there is none, or it is bad.
+            ManifestError: When it is missing or invalid.
         """
         return cls.loads(*_read_text(path, BACKBONE_FILE))
 
     @classmethod
     def loads(cls, text: str, where: str = BACKBONE_FILE) -> Self:
-        """Read a manifest from TOML text; errors as `Manifest.loads`."""
+        """Parse a manifest from TOML text; raises the same errors as `Manifest.loads`."""
         top = parse_toml(text, where)
         backbone = top.table("backbone")
         package = cls(**_read_head(backbone), files=_read_files(top))
@@ -316,22 +336,22 @@ class BackbonePackage:
 
     def to_toml(self) -> str:
         """Return the canonical text."""
-        return format_toml([("backbone", _head(self)), *_file_tables(self.files)])
+        return format_toml([("backbone", _format_head(self)), *_format_files(self.files)])
 
 
 def _read_text(path: Path, name: str) -> tuple[str, str]:
-    """Return the text of a manifest and what errors call it."""
+    """Return the text of a manifest and the name of its file."""
     path = path / name if path.is_dir() else path
     try:
         return path.read_text(encoding="utf-8"), path.name
     except FileNotFoundError as error:
-        raise ManifestError("there is no such file", where=str(path)) from error
+        raise ManifestError("no such file", where=str(path)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"cannot be read: {error}", where=str(path)) from error
 
 
 def _read_head(table: Table) -> dict[str, Any]:
-    """Read what every package says of itself."""
+    """Read the fields that experts and backbones share."""
     return {
         "name": check_package_name(table.text("name"), table.where("name")),
         "version": table.version("version"),
@@ -341,7 +361,7 @@ def _read_head(table: Table) -> dict[str, Any]:
     }
 
 
-def _head(package: Manifest | BackbonePackage) -> dict[str, Any]:
+def _format_head(package: Manifest | BackbonePackage) -> dict[str, Any]:
     return {
         "name": package.name,
         "version": str(package.version),
@@ -357,17 +377,17 @@ def _check_digest(text: str) -> str:
     return text
 
 
-def _tags(table: Table, field: str) -> tuple[str, ...]:
+def _read_tags(table: Table, field: str) -> tuple[str, ...]:
     tags = table.texts(field)
     for index, tag in enumerate(tags):
-        if len(tag) > MAX_FILES or _TAG.fullmatch(tag) is None:
+        if len(tag) > MAX_TAG_LENGTH or _TAG.fullmatch(tag) is None:
             raise ManifestError(
                 f"{tag[:80]!r} is not a tag", where=table.where(f"{field}[{index}]")
             )
     return tags
 
 
-def _read_parent(expert: Table) -> str | None:
+def _read_derives_from(expert: Table) -> str | None:
     """Read `derives-from`: one exact release."""
     text = expert.text("derives-from", None)
     if text is None:
@@ -375,7 +395,7 @@ def _read_parent(expert: Table) -> str | None:
     origin = expert.value("derives-from", Requirement.parse)
     if origin.constraint.pinned is None:
         raise ManifestError(
-            f"{text!r} is not one release",
+            f"{text!r} is not one release, expected an exact version",
             where=expert.where("derives-from"),
             hint=f"write '{origin.name}@1.2.0'",
         )
@@ -386,7 +406,7 @@ def _read_body(table: Table) -> BodySpec:
     kind = table.text("kind")
     if kind not in BODY_KINDS:
         raise ManifestError(
-            f"{kind[:80]!r} is not a body kind ({', '.join(BODY_KINDS)})",
+            f"{kind[:80]!r} is not a body kind, expected {' or '.join(BODY_KINDS)}",
             where=table.where("kind"),
             hint=did_you_mean(kind, BODY_KINDS),
         )
@@ -407,7 +427,7 @@ def _read_extras(table: Table) -> dict[str, dict[str, Constraint]]:
         check_package_name(extra, table.where(extra))
         extras[extra] = table.ranges(extra)
         if not extras[extra]:
-            raise ManifestError("an extra that requires nothing", where=table.where(extra))
+            raise ManifestError("the extra requires no package", where=table.where(extra))
     return extras
 
 
@@ -423,7 +443,7 @@ def _read_training(table: Table) -> Training:
     return training
 
 
-def _read_source(table: Table) -> Origin:
+def _read_origin(table: Table) -> Origin:
     digests = {
         field: table.value(field, _check_digest) for field in ("config", "weights", "sample")
     }
@@ -437,15 +457,17 @@ def _read_source(table: Table) -> Origin:
 
 
 def _read_files(top: Table) -> tuple[PackageFile, ...]:
-    """Read `[[files]]`, refusing two names that one file system might take for one."""
+    """Read `[[files]]`; refuse two names that differ only in case."""
     files: dict[str, PackageFile] = {}
     tables = top.tables("files")
     if len(tables) > MAX_FILES:
-        raise ManifestError(f"{len(tables)} files, at most {MAX_FILES}", where=top.where("files"))
+        raise ManifestError(
+            f"{len(tables)} files, expected at most {MAX_FILES}", where=top.where("files")
+        )
     for table in tables:
         name = check_file_name(table.text("name"), table.where("name"))
         if name.lower() in files or name.lower() in (EXPERT_FILE, BACKBONE_FILE):
-            raise ManifestError(f"{name!r} is there twice", where=table.where("name"))
+            raise ManifestError(f"{name!r} is listed twice", where=table.where("name"))
         sha256 = table.text("sha256")
         if _HEX.fullmatch(sha256) is None:
             raise ManifestError(
@@ -474,7 +496,7 @@ def _read_chunks(table: Table, size: int) -> tuple[str, ...]:
     return chunks
 
 
-def _file_tables(files: tuple[PackageFile, ...]) -> list[tuple[str, dict[str, Any]]]:
+def _format_files(files: tuple[PackageFile, ...]) -> list[tuple[str, dict[str, Any]]]:
     return [
         (
             "[files]",

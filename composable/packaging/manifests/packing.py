@@ -1,4 +1,4 @@
-"""From an expert's directory to a packed manifest: every file hashed, every tensor checked."""
+"""Packing: from an expert's directory to a manifest with all files hashed and tensors checked."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ REQUIRED_FILES: Final = (BODY_FILE, SCOUT_FILE)
 def pack_expert(directory: Path, *, interface: RouterInterface | None = None) -> Manifest:
     """Return the manifest of an expert's directory with files and interface digest filled in.
 
-    Nothing is written. Without an interface the manifest must already name the digest that the
-    expert was trained against, and tensors are checked for form and finiteness only.
+    Nothing is written. Without an interface the manifest must already contain the digest that the
+    expert was trained against, and tensors are checked only for format and finite values.
 
     Args:
         directory: The expert's directory.
         interface: The router interface that it must fit.
 
     Raises:
-        ManifestError: For a bad manifest, a missing file, or files other than a manifest that was
-            already packed says.
-        TensorFileError: For tensors that must not be loaded, or that do not fit.
+        ManifestError: For an invalid manifest, a missing file, or files that do not match a
+            manifest that is already packed.
+        TensorFileError: For invalid tensor files, or tensors that do not fit the interface.
         InterfaceError: For an expert that does not fit the interface.
     """
     manifest = Manifest.read(directory)
@@ -47,7 +47,7 @@ def pack_expert(directory: Path, *, interface: RouterInterface | None = None) ->
         manifest = fit_interface(manifest, interface)
     elif manifest.interface.digest is None:
         raise ManifestError(
-            "missing, and there is no interface to take it from",
+            "missing, and no interface is given to fill it in",
             where="expert.toml: interface.digest",
             hint="train or pack the expert against a backbone, which fills it in",
         )
@@ -57,32 +57,31 @@ def pack_expert(directory: Path, *, interface: RouterInterface | None = None) ->
         if path.is_file() and not path.is_symlink():
             files.append(describe_file(path))
         elif name in REQUIRED_FILES or path.is_symlink():
-            raise ManifestError("is not there, or not a plain file", where=str(path))
+            raise ManifestError("is missing or not a regular file", where=str(path))
     packed = dataclasses.replace(manifest, files=tuple(sorted(files, key=lambda f: f.name)))
     if manifest.files and manifest.files != packed.files:
         raise ManifestError(
-            "are not the files in this directory",
+            "does not match the files in this directory",
             where="expert.toml: files",
-            hint="leave [[files]] out: packing fills it in",
+            hint="leave out [[files]]: packing fills it in",
         )
     check_expert_tensors(directory, packed, interface=interface)
     return packed
 
 
 def pack_named(directory: Path, name: str, interface: RouterInterface | None) -> Manifest:
-    """Return the packed manifest of an expert's directory, which must be of that name.
+    """Return the packed manifest of an expert's directory, and check the expert's name.
 
     Raises:
-        ManifestError: When there is no such directory, or it holds another expert.
+        ManifestError: When the directory does not exist or contains another expert.
     """
     if not directory.is_dir():
-        raise ManifestError(
-            f"there is no such folder, from which {name} is to come", where=str(directory)
-        )
+        raise ManifestError(f"no such folder, expected expert {name!r}", where=str(directory))
     manifest = pack_expert(directory, interface=interface)
     if manifest.name != name:
         raise ManifestError(
-            f"is {manifest.name!r}, but {name!r} is asked for", where=str(directory / EXPERT_FILE)
+            f"contains expert {manifest.name!r}, expected {name!r}",
+            where=str(directory / EXPERT_FILE),
         )
     return manifest
 
@@ -90,10 +89,10 @@ def pack_named(directory: Path, name: str, interface: RouterInterface | None) ->
 def check_expert_tensors(
     directory: Path, manifest: Manifest, *, interface: RouterInterface | None = None
 ) -> None:
-    """Check an expert's tensor files; against its signature where an interface is given.
+    """Check an expert's tensor files, against its signature if an interface is given.
 
     Raises:
-        TensorFileError: For tensors that must not be loaded, or that do not fit.
+        TensorFileError: For invalid tensor files, or tensors that do not fit the interface.
         InterfaceError: For a body or a scout that the interface does not allow.
     """
     from composable.files.safetensors import check_tensors, read_header
@@ -103,11 +102,11 @@ def check_expert_tensors(
     if interface is None:
         for name in REQUIRED_FILES:
             header = read_header(directory / name)
-            as_it_is = {
+            as_found = {
                 tensor: TensorSpec(shape=info.shape, dtypes=(info.dtype,))
                 for tensor, info in header.items()
             }
-            check_tensors(directory / name, as_it_is)
+            check_tensors(directory / name, as_found)
         return
     body = body_signature(interface, manifest.body.kind, manifest.body.rank)
     scout = scout_signature(interface, manifest.scout_width)
@@ -120,16 +119,20 @@ def check_expert_tensors(
 
 
 def fit_interface(manifest: Manifest, interface: RouterInterface) -> Manifest:
-    """Return the manifest with the interface's digest, or refuse the combination."""
+    """Return the manifest with the interface's digest filled in.
+
+    Raises:
+        InterfaceError: For an expert that does not fit the interface.
+    """
     need = manifest.interface
     if need.name != interface.name:
         raise InterfaceError(
-            f"the expert plugs into {need.name!r}, not {interface.name!r}",
+            f"the expert needs router interface {need.name!r}, not {interface.name!r}",
             where="expert.toml: interface.name",
         )
     if not need.requires.contains(Version(interface.version)):
         raise InterfaceError(
-            f"{need.requires} does not hold {interface.name} {interface.version}",
+            f"{need.requires} does not contain {interface.name} {interface.version}",
             where="expert.toml: interface.requires",
         )
     digest = need.digest or interface.digest
@@ -144,7 +147,7 @@ def fit_interface(manifest: Manifest, interface: RouterInterface) -> Manifest:
 
 
 def describe_file(path: Path) -> PackageFile:
-    """Return a file's name, size and digests: whole and, where there are several, of its chunks."""
+    """Return a file's name, size and digests: of the whole and, if several, of its chunks."""
     whole, size = hashlib.sha256(), 0
     chunks: list[str] = []
     with atomic.explained(path, "read"), path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Where an expert begins: a folder copied from the template and filled in for a backbone."""
+"""New experts: a folder copied from the template and filled in for a backbone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from composable.packaging.versions.names import check_package_name
 
 _NAME: Final = "my-expert"
 _PACKAGE: Final = Path(__file__).parents[2]
-# In an installed wheel `experts/` lies inside the package, in a checkout beside it.
+# `experts/` is inside the package in an installed wheel, and next to it in a checkout.
 _HOMES: Final = (_PACKAGE / "experts", _PACKAGE.parent / "experts")
 
 
@@ -22,7 +22,7 @@ def find_template() -> Path:
     """Return the folder that new experts are copied from.
 
     Raises:
-        PackagingError: When this installation has none.
+        PackagingError: When this installation has no template.
     """
     for home in _HOMES:
         if (home / "_template" / EXPERT_FILE).is_file():
@@ -31,25 +31,25 @@ def find_template() -> Path:
 
 
 def create_expert(folder: Path, name: str, backbone: str, interface: RouterInterface) -> Manifest:
-    """Make the folder of a new expert.
+    """Create the folder of a new expert.
 
     Args:
-        folder: The folder, which must not exist or be empty.
+        folder: The folder, which must be empty or not exist.
         name: Name of the expert.
         backbone: Name of the backbone that it will be trained for.
         interface: The router interface that the backbone publishes.
 
     Returns:
-        The manifest, as it was written.
+        The manifest that was written.
 
     Raises:
-        ManifestError: For a name that no package may have.
-        PackagingError: When the folder holds something already.
+        ManifestError: For an invalid package name.
+        PackagingError: When the folder already exists and is not empty.
     """
     check_package_name(name, "NAME")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PackagingError(
-            "there is something by that name already",
+            "already exists",
             where=str(folder),
             hint="choose another name, or remove it first",
         )

@@ -1,7 +1,7 @@
-"""TOML tables, read strictly and written in a stable order.
+"""TOML tables, read strictly and written in a fixed order.
 
-Every table of the project's files is read through `Table`: each field is asked for once with its
-type, and what nobody asked for is refused with the closest known name.
+Every table of the project's files is read through `Table`: each field is read once with its type,
+and unknown fields are refused, with a hint at the closest known name.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from composable.packaging.versions.version import Version
 
 # Enough for the chunk digests of 100 GB, or for a lock of 1,000 experts.
 MAX_TOML_BYTES: Final = 1 << 20
-# The reader of the standard library takes time and memory that grow with the square of a key's
-# parts. This finds such keys, and text that looks like one; possessive, so in linear time.
+# Time and memory of the standard library's reader grow with the square of the number of parts of a
+# key. This finds such keys, and text that looks like one; possessive, so in linear time.
 MAX_KEY_PARTS: Final = 32
 _DEEP_KEY: Final = re.compile(
     rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_KEY_PARTS}}}"""
@@ -31,19 +31,21 @@ T = TypeVar("T")
 
 
 def parse_toml(text: str, where: str) -> Table:
-    """Read TOML text as a table whose fields are to be asked for.
+    """Parse TOML text as a table whose fields are then read one by one.
 
     Args:
         text: The text.
-        where: What errors call it: a file name.
+        where: Name of the file, for errors.
 
     Raises:
         ManifestError: For text that is not TOML.
     """
     if len(text) > MAX_TOML_BYTES:
-        raise ManifestError(f"{len(text):,} characters, at most {MAX_TOML_BYTES:,}", where=where)
+        raise ManifestError(
+            f"{len(text):,} characters, expected at most {MAX_TOML_BYTES:,}", where=where
+        )
     if _DEEP_KEY.search(text):
-        raise ManifestError(f"a key of more than {MAX_KEY_PARTS} parts", where=where)
+        raise ManifestError(f"a key has more than {MAX_KEY_PARTS} parts", where=where)
     try:
         return Table(tomllib.loads(text), where)
     except (ValueError, RecursionError) as error:
@@ -63,7 +65,7 @@ class Table:
         self._data = data
         self._file = file
         self._path = path
-        self._asked: dict[str, None] = {}
+        self._read_fields: dict[str, None] = {}
 
     def where(self, field: str = "") -> str:
         """Return the location of a field, for example `expert.toml: requires.german`."""
@@ -74,11 +76,11 @@ class Table:
         return field in self._data
 
     def names(self) -> list[str]:
-        """Return the names of the fields that are there."""
+        """Return the names of all fields."""
         return list(self._data)
 
     def is_table(self, field: str) -> bool:
-        """Say whether a field is there and is a table."""
+        """Return whether a field exists and is a table."""
         return isinstance(self._data.get(field), dict)
 
     def text(self, field: str, default: Any = _REQUIRED, *, max_length: int = 10_000) -> str:
@@ -99,7 +101,7 @@ class Table:
         """Return a field as a whole number of at least `minimum`.
 
         Raises:
-            ManifestError: When it is missing without a default, or anything else.
+            ManifestError: When it is missing without a default, or not such a number.
         """
         value = self._get(field, int, "a whole number", default)
         if isinstance(value, int) and not minimum <= value < 1 << 63:
@@ -122,7 +124,7 @@ class Table:
     def boolean(self, field: str, default: bool) -> bool:
         """Return a field as true or false."""
         value = self._data.get(field, default)
-        self._asked[field] = None
+        self._read_fields[field] = None
         if not isinstance(value, bool):
             raise ManifestError(f"{value!r} is not true or false", where=self.where(field))
         return value
@@ -138,7 +140,7 @@ class Table:
         return tuple(value)
 
     def value(self, field: str, read: Callable[[str], T], default: Any = _REQUIRED) -> T:
-        """Return a field that `read` makes of text, with its location put on any error."""
+        """Return a text field converted by `read`; errors are raised with its location."""
         text = self.text(field, default)
         if text is default:
             return cast(T, default)
@@ -177,26 +179,26 @@ class Table:
         return [Table(item, self._file, f"{path}[{index}]") for index, item in enumerate(value)]
 
     def finish(self, also: Iterable[str] = ()) -> None:
-        """Refuse fields that nobody asked for.
+        """Refuse fields that have not been read.
 
         Raises:
-            ManifestError: Naming the field and the known one that is closest.
+            ManifestError: With the field and a hint at the closest known one.
         """
-        known = [*self._asked, *also]
+        known = [*self._read_fields, *also]
         for field in self._data:
             if field not in known:
                 shown = field if _is_bare(field) else json.dumps(field[:80])
-                hint = did_you_mean(field, known) or f"known here: {', '.join(known)}"
+                hint = did_you_mean(field, known) or f"known fields: {', '.join(known)}"
                 raise ManifestError("unknown field", where=self.where(shown), hint=hint)
 
     def _get(self, field: str, kind: type | tuple[type, ...], expected: str, default: Any) -> Any:
-        self._asked[field] = None
+        self._read_fields[field] = None
         if field not in self._data:
             if default is _REQUIRED:
                 raise ManifestError(
                     f"missing, expected {expected}",
                     where=self.where(field),
-                    hint=self._near_miss(field),
+                    hint=self._hint_at_misspelling(field),
                 )
             return default
         value = self._data[field]
@@ -204,19 +206,24 @@ class Table:
             raise ManifestError(f"{str(value)[:80]!r} is not {expected}", where=self.where(field))
         return value
 
-    def _near_miss(self, field: str) -> str | None:
+    def _hint_at_misspelling(self, field: str) -> str | None:
         import difflib
 
-        close = difflib.get_close_matches(field, self._data.keys() - self._asked.keys(), n=1)
-        return f"there is {close[0]!r}, which is unknown: a slip?" if close else None
+        close = difflib.get_close_matches(field, self._data.keys() - self._read_fields.keys(), n=1)
+        return f"is the unknown field {close[0]!r} a misspelling?" if close else None
 
 
 def format_toml(tables: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
     """Write tables as TOML text.
 
     Args:
-        tables: Headers as they stand in the file (empty, `expert` or `[files]` for a list entry)
-            and their fields in order; fields that are None and tables without fields are left out.
+        tables: Headers as written in the file (empty, `expert` or `[files]` for a list entry) and
+            their fields in order; fields that are None and tables without fields are omitted.
+
+    Example:
+        >>> print(format_toml([("expert", {"name": "german", "license": None})]), end="")
+        [expert]
+        name = "german"
     """
     blocks = []
     for header, fields in tables:
@@ -236,9 +243,9 @@ def format_key(key: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return text, a number, a truth value, or a list or table of them, as TOML writes it.
+    """Return text, a number, a boolean, or a list or table of them, as TOML writes it.
 
-    A list of tables takes one line for each, so that a change shows as one line.
+    A list of tables is written one per line, so that a change affects one line.
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -251,7 +258,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, Mapping):
         items = (f"{format_key(key)} = {format_value(item)}" for key, item in value.items())
         return f"{{ {', '.join(items)} }}" if value else "{}"
-    # JSON's escapes are TOML's, but for the delete character, which TOML wants escaped.
+    # JSON's escapes are TOML's, except for the delete character, which TOML requires escaped.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -129,7 +129,7 @@ class TestFolders:
         self, project: Project, home: Path, interface: RouterInterface, tmp_path: Path
     ) -> None:
         before = project.path.read_text()
-        with pytest.raises(ManifestError, match="there is no such folder"):
+        with pytest.raises(ManifestError, match="no such folder"):
             add(project, interface, "../experts/nobody")
         (tmp_path / "empty").mkdir()
         with pytest.raises(ManifestError, match="no such file"):
@@ -146,7 +146,7 @@ class TestFolders:
     ) -> None:
         text = project.path.read_text()
         project.path.write_text(f'{text}french = {{ path = "../experts/{home.name}" }}\n')
-        with pytest.raises(ManifestError, match="is 'german', but 'french' is asked for"):
+        with pytest.raises(ManifestError, match="contains expert 'german', expected 'french'"):
             lock_project(Project.read(project.root), interface)
 
 
