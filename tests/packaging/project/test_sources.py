@@ -135,7 +135,7 @@ class TestFolders:
         with pytest.raises(ManifestError, match="no such file"):
             add(project, interface, "../empty")
         (home / "body.safetensors").unlink()
-        with pytest.raises(ManifestError, match="is not there"):
+        with pytest.raises(ManifestError, match="is missing"):
             add(project, interface, str(home))
         with pytest.raises(ManifestError, match="only experts from folders can be editable"):
             add(project, interface, "german", is_editable=True)

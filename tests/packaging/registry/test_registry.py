@@ -122,7 +122,7 @@ def test_bad_experts_are_refused(
             (folder / name).write_bytes(data)
 
     (folder / "scout.safetensors").unlink()
-    with pytest.raises(ManifestError, match="is not there"):
+    with pytest.raises(ManifestError, match="is missing"):
         registry.publish(folder, interface=interface)
     restore()
     (folder / "body.safetensors").write_bytes(good["body.safetensors"][:-4])
