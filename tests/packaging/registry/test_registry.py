@@ -148,7 +148,7 @@ def test_bad_experts_are_refused(
     (folder / "expert.toml").write_text(text)
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to("/etc/hostname")
-    with pytest.raises(ManifestError, match="not a plain file"):
+    with pytest.raises(ManifestError, match="not a regular file"):
         registry.publish(folder, interface=interface)
     assert not registry.storage.root.exists(), "a refused expert must leave nothing behind"
 
