@@ -19,7 +19,7 @@ def test_tour(monkeypatch, capsys):
 
     matplotlib.use("Agg")
     monkeypatch.chdir(ROOT)
-    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "docs" / "guides" / "tour.ipynb").read_text())["cells"]
     names = {}
     for number, cell in enumerate(cells):
         if cell["cell_type"] == "code":

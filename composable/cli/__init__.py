@@ -1,1 +1,1 @@
-"""The command line: parse, call, print. What a command does is in the room that it calls."""
+"""The command line: parse, call, print. What a command does is in the package that it calls."""

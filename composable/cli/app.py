@@ -1,8 +1,8 @@
-"""The group of all commands as Typer sees it, and what holds for every one of them.
+"""The Typer application: loads commands on demand and turns errors into exit codes.
 
-A command's file is imported when the command is asked for. Errors that the library raises on
-purpose are printed here and exit with 1; errors of usage exit with 2; anything else is our bug and
-keeps its traceback.
+A command's file is imported when the command is used. Deliberate errors of the library are printed
+here and exit with 1; usage errors exit with 2; any other exception is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from composable.errors import ComposableError
 
 
 class Commands(TyperGroup):
-    """The group of all commands, loaded one by one."""
+    """The group of all commands, each loaded on demand."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands, in the order of the table."""
         return [name for panel in COMMANDS.values() for name in panel]
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        """Import the file that holds a command and return the command; None for none."""
+        """Import the file of a command and return the command; None if there is none."""
         for panel in COMMANDS.values():
             if name in panel:
                 home = importlib.import_module(f"composable.cli.{panel[name][0]}")
@@ -35,7 +35,7 @@ class Commands(TyperGroup):
         return None
 
     def get_help(self, ctx: Any) -> str:
-        """Return the help, which needs no command's file."""
+        """Return the help; no command's file is imported for it."""
         return format_help().rstrip("\n")
 
     def invoke(self, ctx: Any) -> Any:
@@ -70,13 +70,13 @@ def composable(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", "-V", callback=_show_version, is_eager=True, help="Show the version."
+            "--version", "-V", callback=_show_version, is_eager=True, help="Print the version."
         ),
     ] = False,
 ) -> None:
-    """Grow a pretrained model the way open source grows.
+    """Build pretrained models from expert packages.
 
-    Experts that never met, plugged together.
+    Combine independently trained experts on a frozen backbone.
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())

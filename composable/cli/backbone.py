@@ -1,4 +1,4 @@
-"""Commands on backbones."""
+"""Commands on backbones: import them from other formats."""
 
 from __future__ import annotations
 
@@ -8,85 +8,60 @@ from typing import Annotated, Any
 import typer
 
 from composable.cli import bars
-from composable.cli.output import Json, Quiet, format_bytes, format_table, note, show
+from composable.cli.options import (
+    BeginToken,
+    Checkpoint,
+    ComputeDtype,
+    Description,
+    Json,
+    License,
+    OutFolder,
+    PackageName,
+    PackageVersion,
+    PublicText,
+    Quiet,
+    ScoutTokens,
+    StoredDtype,
+    Tap,
+)
+from composable.cli.output import format_bytes, format_table, note, show
 
 app = typer.Typer(rich_markup_mode=None)
 backbone = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="Take over other people's backbones."
+    rich_markup_mode=None, no_args_is_help=True, help="Import backbones from other formats."
 )
 app.add_typer(backbone, name="backbone")
 
 
 @backbone.callback()
 def _group() -> None:
-    """Take over other people's backbones."""
+    """Import backbones from other formats."""
 
 
 @backbone.command(name="import")
 def import_(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="A Hugging Face folder (config.json, safetensors, tokenizer.json) or a GGUF file.",
-            show_default=False,
-        ),
-    ],
-    name: Annotated[str, typer.Option(help="Name of the package.", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where to; by default its name.", show_default=False),
-    ] = None,
-    version: Annotated[str, typer.Option(help="Its version.")] = "1.0.0",
-    tap: Annotated[
-        int | None,
-        typer.Option(min=1, help="Layers of the trunk; by default a quarter.", show_default=False),
-    ] = None,
-    public_text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE|DIR",
-            help="Public text for scout and anchor; by default speeches, fetched with npm.",
-            show_default=False,
-        ),
-    ] = None,
-    scout_tokens: Annotated[
-        int, typer.Option(min=1, help="Public text that the scout learns from, in tokens.")
-    ] = 200_000,
-    scout_steps: Annotated[int, typer.Option(min=0, help="Steps of its training.")] = 1000,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="F32|BF16",
-            help="What weights are stored in; by default what is exact.",
-            show_default=False,
-        ),
-    ] = None,
-    compute_dtype: Annotated[
-        str, typer.Option(metavar="F32|BF16", help="What weights are computed in.")
-    ] = "F32",
-    begin: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKEN",
-            help="Token that begins a document; by default what the source says.",
-            show_default=False,
-        ),
-    ] = None,
-    description: Annotated[str, typer.Option(help="One line.", show_default=False)] = "",
-    license_: Annotated[
-        str,
-        typer.Option(
-            "--license", help="SPDX; by default what the source says.", show_default=False
-        ),
-    ] = "",
+    source: Checkpoint,
+    name: PackageName,
+    out: OutFolder = None,
+    version: PackageVersion = "1.0.0",
+    tap: Tap = None,
+    public_text: PublicText = None,
+    scout_tokens: ScoutTokens = 200_000,
+    scout_steps: Annotated[
+        int, typer.Option(min=0, help="Number of training steps of the scout.")
+    ] = 1000,
+    dtype: StoredDtype = None,
+    compute_dtype: ComputeDtype = "F32",
+    begin: BeginToken = None,
+    description: Description = "",
+    license_: License = "",
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Make a backbone package of a checkpoint.
+    """Convert a checkpoint into a backbone package.
 
-    The families Llama (SmolLM included), Qwen3 and OLMo2 are known. What would not be computed
-    exactly is refused with the name of the field or tensor.
+    Supports the Llama (including SmolLM), Qwen3 and OLMo2 families. Checkpoints that cannot be
+    computed exactly are rejected, naming the field or tensor.
     """
     from composable.packaging.versions.names import check_package_name
     from composable.workflows.import_backbone import ImportPlan, import_backbone, read_public_text
@@ -105,7 +80,7 @@ def import_(
     )
     folder = out or Path(name)
     if public_text is None:
-        note("fetching public text, unless it is cached", is_quiet=is_quiet or as_json)
+        note("fetching public text if it is not cached", is_quiet=is_quiet or as_json)
     train, heldout = read_public_text(public_text or ())
     with bars.show_stages(is_quiet=is_quiet or as_json) as progress:
         card = import_backbone(source, folder, plan, train, heldout, progress=progress)

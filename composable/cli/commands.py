@@ -1,65 +1,68 @@
-"""The table of commands: their panels, the files that hold them, and the help made of it."""
+"""The table of commands: their panels, the files that hold them, and the help built from it."""
 
 from __future__ import annotations
 
 # Panel -> command -> the file that holds it, and the first line of its docstring.
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Use": {
-        "generate": ("use", "Continue a text, or every text of a file."),
-        "chat": ("use", "Talk with a model; an empty line or the end of input ends it."),
-        "demo": ("use", "Run the main job from start to finish and report on it."),
+        "generate": ("use", "Generate text from a prompt, or from each prompt in a file."),
+        "chat": ("use", "Chat with a model; an empty line or end of input quits."),
+        "demo": ("use", "Train, publish, install and evaluate three experts, and write a report."),
     },
     "Project": {
-        "init": ("project", "Make this directory a project."),
-        "install": ("project", "Add experts, lock and sync."),
-        "add": ("project", "Ask for experts in composable.toml."),
-        "remove": ("project", "Stop asking for experts in composable.toml."),
-        "lock": ("project", "Choose versions and write composable.lock."),
-        "sync": ("project", "Install what is locked, locking first where that is needed."),
-        "upgrade": ("project", "Lock the newest versions that fit, and sync."),
-        "rollback": ("project", "Go back to what was installed before."),
-        "export": ("project", "Write all that is installed, to carry to an offline machine."),
+        "init": ("project", "Create a project in the current directory."),
+        "install": ("project", "Add experts to the project, lock and sync."),
+        "add": ("project", "Add experts to composable.toml."),
+        "remove": ("project", "Remove experts from composable.toml."),
+        "lock": ("project", "Resolve versions and write composable.lock."),
+        "sync": ("project", "Install the locked experts, updating the lock first if needed."),
+        "upgrade": ("project", "Lock the newest compatible versions and sync."),
+        "rollback": ("project", "Restore the previous environment."),
+        "export": (
+            "project",
+            "Write the locked experts to a folder, for offline use.",
+        ),
     },
     "Look": {
-        "list": ("look", "List what is installed."),
-        "tree": ("look", "Show what is locked as a tree."),
-        "why": ("look", "Show who asks for an expert."),
-        "outdated": ("look", "List experts of which there is a newer release."),
+        "list": ("look", "List installed experts."),
+        "tree": ("look", "Show the locked experts as a dependency tree."),
+        "why": ("look", "Show which requirements lead to an expert."),
+        "outdated": ("look", "List installed experts that have a newer release."),
         "search": ("look", "Search the registries by name, description and tags."),
-        "info": ("look", "Show what a registry tells of an expert."),
-        "resolve": ("look", "Resolve a universe given as a JSON file."),
+        "info": ("look", "Show the details of a release."),
+        "resolve": ("look", "Resolve requirements against releases listed in a JSON file."),
     },
     "Contribute": {
-        "new": ("contribute", "Start an expert from the template."),
-        "train": ("contribute", "Train an expert on your text; run again to resume."),
-        "check": ("contribute", "Vet an expert and write its card."),
-        "publish": ("contribute", "Publish a vetted expert to a registry."),
-        "yank": ("contribute", "Withdraw a release from new resolutions."),
-        "unyank": ("contribute", "Take back a yank."),
+        "new": ("contribute", "Create an expert from the template."),
+        "train": ("contribute", "Train an expert on text; run again to resume."),
+        "check": ("contribute", "Check an expert and write its card."),
+        "publish": ("contribute", "Publish a checked expert to a registry."),
+        "yank": ("contribute", "Exclude a release from new resolutions."),
+        "unyank": ("contribute", "Undo a yank."),
     },
     "Exchange": {
-        "backbone": ("backbone", "Take over other people's backbones."),
-        "import-peft": ("exchange", "Make an expert of a PEFT adapter."),
+        "backbone": ("backbone", "Import backbones from other formats."),
+        "import-peft": ("exchange", "Convert a PEFT adapter into an expert."),
         "export-hf": (
             "exchange",
-            "Write a model as a Hugging Face folder, and say what is lost.",
+            "Write a model as a Hugging Face folder, and list what is lost.",
         ),
     },
     "Store": {
-        "verify": ("storage", "Read every stored and installed file and find damage."),
-        "cache": ("storage", "Look into the store, which all projects share."),
+        "verify": ("storage", "Verify the digests of all stored and installed files."),
+        "cache": ("storage", "Manage the store, which all projects share."),
     },
 }
 
 _HEAD = """\
 Usage: composable [OPTIONS] COMMAND [ARGS]...
 
-  Grow a pretrained model the way open source grows.
+  Build pretrained models from expert packages.
 
-  Experts that never met, plugged together.
+  Combine independently trained experts on a frozen backbone.
 
 Options:
-  -V, --version         Show the version.
+  -V, --version         Print the version.
   --install-completion  Install completion for the current shell.
   --show-completion     Show completion for the current shell, to copy it or
                         customize the installation.

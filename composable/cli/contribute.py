@@ -1,58 +1,50 @@
-"""Commands of a contributor: from an empty folder to a published expert, and back out of one."""
+"""Commands for contributors: create, train, check, publish and yank experts."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from composable.cli import bars
-from composable.cli.output import Json, Quiet, format_table, show
+from composable.cli.options import (
+    Against,
+    Beside,
+    BesideData,
+    Data,
+    ExpertBackbone,
+    ExpertFolder,
+    Json,
+    MoreData,
+    ParentRegistry,
+    PublishRegistry,
+    Quiet,
+    ReferenceRegistry,
+    Release,
+)
+from composable.cli.output import format_table, show
+
+if TYPE_CHECKING:
+    from composable.packaging.registry.compatibility import Step
+    from composable.vetting.checks import Verdict
 
 app = typer.Typer(rich_markup_mode=None)
-
-ExpertFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The expert's folder.", show_default=False)
-]
-# An option takes one value, so `--data *.txt` leaves the other files to be arguments.
-Data = Annotated[
-    list[Path] | None,
-    typer.Option("--data", metavar="FILES", help="Text: files or folders.", show_default=False),
-]
-MoreData = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="FILES", help="More text, as of --data.", show_default=False),
-]
-Backbone = Annotated[
-    str | None,
-    typer.Option(metavar="NAME|DIR", help="The backbone; by default the one of expert.toml."),
-]
-RegistryLocation = Annotated[
-    str,
-    typer.Option(
-        metavar="LOCATION",
-        help="The registry: a folder or a bucket.",
-        envvar="COMPOSABLE_REGISTRY",
-        show_default=False,
-    ),
-]
-Release = Annotated[str, typer.Argument(metavar="NAME@VERSION", show_default=False)]
 
 
 @app.command()
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
     backbone: Annotated[
-        str, typer.Option(metavar="NAME|DIR", help="The backbone to train for.")
+        str, typer.Option(metavar="NAME|DIR", help="Backbone to train for.")
     ] = "tiny-bytes",
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Start an expert from the template.
+    """Create an expert from the template.
 
-    Makes a folder NAME in the working directory.
+    Creates the folder NAME in the current directory.
     """
     from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
     from composable.packaging.manifests.manifest import BackbonePackage
@@ -76,30 +68,23 @@ def train(
     folder: ExpertFolder,
     more: MoreData = None,
     data: Data = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of 256 tokens in a step.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
-    registry: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LOCATION",
-            help="Where the release is that it derives from; by default the project's registries.",
-            show_default=False,
-        ),
-    ] = None,
-    backbone: Backbone = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps.")] = 300,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences of 256 tokens per step.")] = 4,
+    seed: Annotated[int, typer.Option(help="Random seed for initial weights and data order.")] = 0,
+    registry: ParentRegistry = None,
+    backbone: ExpertBackbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Train an expert on your text; run again to resume.
+    """Train an expert on text; run again to resume.
 
     FILES are text files, .jsonl files with one document per line, or folders of them. One document
-    in ten is held out for `composable check`. Training starts from the release that expert.toml
-    names as derives-from, if it names one.
+    in ten is held out for `composable check`. If expert.toml sets derives-from, training starts
+    from that release.
     """
     files = [*(data or ()), *(more or ())]
     if not files:
-        raise typer.BadParameter("give the text to train on", param_hint="--data")
+        raise typer.BadParameter("no training text given", param_hint="--data")
     from composable.packaging.manifests.manifest import Manifest
 
     manifest = Manifest.read(folder)
@@ -112,7 +97,7 @@ def train(
     with bars.show_training(is_quiet=is_quiet) as progress:
         cfg = expert_config(steps, seed, rows=rows, backbone=loaded.backbone)
         record = train_expert(loaded, folder, files, cfg, parent=parent, progress=progress)
-    figures = bars.format_figures(record["last"]) or "all steps were done before"
+    figures = bars.format_figures(record["last"]) or "training already complete"
     start = f"{folder} from {manifest.derives_from}" if parent else str(folder)
     show(
         f"trained {start} on {record['documents']} documents in {record['seconds']} s: {figures}",
@@ -127,47 +112,21 @@ def check(
     folder: ExpertFolder,
     more: MoreData = None,
     data: Data = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REQ|DIR|all",
-            help="Also vet what it does to this published expert, or to all of them.",
-            show_default=False,
-        ),
-    ] = None,
-    beside_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE", help="Held-out text of an expert of --beside.", show_default=False
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[@V]|DIR",
-            help="Also say which version bump it needs after this release.",
-            show_default=False,
-        ),
-    ] = None,
-    registry: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LOCATION",
-            help="Where those are; by default the project's registries.",
-            show_default=False,
-        ),
-    ] = None,
-    backbone: Backbone = None,
+    beside: Beside = None,
+    beside_data: BesideData = None,
+    against: Against = None,
+    registry: ReferenceRegistry = None,
+    backbone: ExpertBackbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Vet an expert and write its card.
+    """Check an expert and write its card.
 
-    Without --data, on the text that training held out. Exits with 1 if a check failed, or if the
-    version in expert.toml is a smaller bump than --against finds is needed.
+    Without --data, uses the text held out by `composable train`. Exits with 1 if a check fails, or
+    if --against requires a larger version bump than the one in expert.toml.
     """
-    texts = dict(_read_pair(pair) for pair in beside_data or ())
-    from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
+    texts = dict(_parse_pair(pair) for pair in beside_data or ())
+    from composable.packaging.manifests.manifest import Manifest
 
     manifest = Manifest.read(folder)
     from composable.assembly.backbones import load_backbone
@@ -176,77 +135,50 @@ def check(
 
     files = [*(data or ()), *(more or ())]
     loaded = load_backbone(backbone or manifest.backbone)
-    name = manifest.name
     peers = find_peers(
         loaded,
-        name,
+        manifest.name,
         beside or (),
         texts,
         derives_from=manifest.derives_from,
         registry=registry,
     )
-    older = find_previous(loaded, folder, against, registry=registry) if against else None
+    previous = find_previous(loaded, folder, against, registry=registry) if against else None
     with bars.show_counts("check", is_quiet=is_quiet) as progress:
-        verdict = check_expert(loaded, folder, files, peers=peers, older=older, progress=progress)
-    rows = [
-        (
-            check.name,
-            "ok" if check.passed else "FAILED",
-            f"{check.found}; expected {check.expected}",
+        verdict = check_expert(
+            loaded, folder, files, peers=peers, older=previous, progress=progress
         )
-        for check in verdict.checks
-    ]
-    outcome: dict[str, Any] = {
-        "passed": verdict.passed,
-        "checks": [dataclasses.asdict(check) for check in verdict.checks],
-        "measured": verdict.measured,
-    }
-    is_fine = verdict.passed
-    if older is not None:
-        step = compare_releases(folder, loaded.interface, older, verdict)
-        is_fine = is_fine and step.is_enough
-        outcome["against"] = {
-            "release": f"{name}@{step.old}",
-            "needs": step.needed,
-            "version": str(step.new),
-            "enough": step.is_enough,
-            "write": None if step.is_enough else str(step.version),
-            "changes": [dataclasses.asdict(change) for change in step.changes],
-        }
-        found = "; ".join(step.reasons) or "nothing changed"
-        cure = "" if step.is_enough else f'; write version = "{step.version}" in {EXPERT_FILE}'
-        rows.append(
-            (
-                "version",
-                "ok" if step.is_enough else "FAILED",
-                f"{step.old} to {step.new}: a {step.needed} change ({found}){cure}",
-            )
-        )
-    show(format_table((), rows), outcome, as_json=as_json, is_quiet=is_quiet and is_fine)
-    if not is_fine:
+    rows, outcome, has_passed = _report_verdict(verdict)
+    if previous is not None:
+        step = compare_releases(folder, loaded.interface, previous, verdict)
+        rows.append(_version_row(step))
+        outcome["against"] = _version_to_dict(manifest.name, step)
+        has_passed = has_passed and step.is_enough
+    show(format_table((), rows), outcome, as_json=as_json, is_quiet=is_quiet and has_passed)
+    if not has_passed:
         raise typer.Exit(1)
 
 
 @app.command()
 def publish(
     folder: ExpertFolder,
-    registry: RegistryLocation,
-    backbone: Backbone = None,
+    registry: PublishRegistry,
+    backbone: ExpertBackbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Publish a vetted expert to a registry.
+    """Publish a checked expert to a registry.
 
-    A release never changes: publishing the same content again changes nothing.
+    Releases are immutable: publishing the same content again has no effect.
     """
     from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
     from composable.packaging.manifests.manifest import Manifest
     from composable.packaging.registry.locations import open_for_publishing
-    from composable.workflows.publish import publish_vetted
+    from composable.workflows.publish import publish_expert
 
     home = find_backbone(backbone or Manifest.read(folder).backbone)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
-        manifest = publish_vetted(
+        manifest = publish_expert(
             folder, read_interface(home), open_for_publishing(registry), progress=progress
         )
     show(
@@ -264,13 +196,13 @@ def publish(
 
 @app.command()
 def yank(
-    release: Release, registry: RegistryLocation, as_json: Json = False, is_quiet: Quiet = False
+    release: Release, registry: PublishRegistry, as_json: Json = False, is_quiet: Quiet = False
 ) -> None:
-    """Withdraw a release from new resolutions.
+    """Exclude a release from new resolutions.
 
-    Locks that have it keep working.
+    Existing locks with this release keep working.
     """
-    name, version = _read_release(release)
+    name, version = _parse_release(release)
     from composable.packaging.registry.locations import open_for_publishing
 
     open_for_publishing(registry).yank(name, version)
@@ -279,29 +211,71 @@ def yank(
 
 @app.command()
 def unyank(
-    release: Release, registry: RegistryLocation, as_json: Json = False, is_quiet: Quiet = False
+    release: Release, registry: PublishRegistry, as_json: Json = False, is_quiet: Quiet = False
 ) -> None:
-    """Take back a yank."""
-    name, version = _read_release(release)
+    """Undo a yank."""
+    name, version = _parse_release(release)
     from composable.packaging.registry.locations import open_for_publishing
 
     open_for_publishing(registry).unyank(name, version)
     show(f"unyanked {name} {version}", {"unyanked": release}, as_json=as_json, is_quiet=is_quiet)
 
 
-def _read_pair(text: str) -> tuple[str, Path]:
-    """Read `NAME=FILE`."""
+def _report_verdict(verdict: Verdict) -> tuple[list[tuple[str, str, str]], dict[str, Any], bool]:
+    """Return the table, the JSON data and the outcome of the checks."""
+    rows = [
+        (
+            check.name,
+            "ok" if check.passed else "FAILED",
+            f"{check.found}; expected {check.expected}",
+        )
+        for check in verdict.checks
+    ]
+    data: dict[str, Any] = {
+        "passed": verdict.passed,
+        "checks": [dataclasses.asdict(check) for check in verdict.checks],
+        "measured": verdict.measured,
+    }
+    return rows, data, verdict.passed
+
+
+def _version_row(step: Step) -> tuple[str, str, str]:
+    """Return the row on the version bump since a previous release."""
+    from composable.packaging.manifests.manifest import EXPERT_FILE
+
+    reasons = "; ".join(step.reasons) or "nothing changed"
+    hint = "" if step.is_enough else f'; write version = "{step.version}" in {EXPERT_FILE}'
+    return (
+        "version",
+        "ok" if step.is_enough else "FAILED",
+        f"{step.old} to {step.new}: a {step.needed} change ({reasons}){hint}",
+    )
+
+
+def _version_to_dict(name: str, step: Step) -> dict[str, Any]:
+    return {
+        "release": f"{name}@{step.old}",
+        "needs": step.needed,
+        "version": str(step.new),
+        "enough": step.is_enough,
+        "write": None if step.is_enough else str(step.version),
+        "changes": [dataclasses.asdict(change) for change in step.changes],
+    }
+
+
+def _parse_pair(text: str) -> tuple[str, Path]:
+    """Parse `NAME=FILE`."""
     name, equals, file = text.partition("=")
     if not (name and equals and file):
-        raise typer.BadParameter(f"{text!r} is not NAME=FILE", param_hint="--beside-data")
+        raise typer.BadParameter(f"{text!r}: expected NAME=FILE", param_hint="--beside-data")
     return name, Path(file)
 
 
-def _read_release(text: str) -> tuple[str, Any]:
-    """Read `NAME@VERSION`."""
+def _parse_release(text: str) -> tuple[str, Any]:
+    """Parse `NAME@VERSION`."""
     from composable.packaging.versions.constraint import Requirement
 
-    wanted = Requirement.parse(text)
-    if wanted.constraint.pinned is None:
-        raise typer.BadParameter(f"{text!r} is not one release", param_hint="NAME@VERSION")
-    return wanted.name, wanted.constraint.pinned
+    requirement = Requirement.parse(text)
+    if requirement.constraint.pinned is None:
+        raise typer.BadParameter(f"{text!r}: expected NAME@VERSION", param_hint="NAME@VERSION")
+    return requirement.name, requirement.constraint.pinned

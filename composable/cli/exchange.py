@@ -1,4 +1,4 @@
-"""Commands that bring experts in from other projects, and take models out to them."""
+"""Commands that import adapters from PEFT and export models to Hugging Face."""
 
 from __future__ import annotations
 
@@ -8,70 +8,59 @@ from typing import Annotated, Any
 import typer
 
 from composable.cli import bars
-from composable.cli.output import Json, Quiet, format_table, show
+from composable.cli.options import (
+    Adapter,
+    AdapterBackbone,
+    AdapterBase,
+    AdapterLicense,
+    AdapterName,
+    Alone,
+    Backbone,
+    Experts,
+    ExpertsRegistry,
+    Json,
+    Layout,
+    Merge,
+    OutFolder,
+    PackageVersion,
+    Quiet,
+    RouterText,
+    Sample,
+    ScoutTokens,
+    StoredDtype,
+)
+from composable.cli.output import format_table, show
 
 app = typer.Typer(rich_markup_mode=None)
 
 
 @app.callback()
 def _group() -> None:
-    """Bring experts in from other projects, and take models out to them."""
+    """Import adapters and export models."""
 
 
 @app.command(name="import-peft")
 def import_peft(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR",
-            help="The adapter: adapter_config.json and adapter_model.safetensors.",
-            show_default=False,
-        ),
-    ],
-    backbone: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|DIR", help="The backbone that it was made for.", show_default=False
-        ),
-    ],
-    sample: Annotated[
-        list[Path],
-        typer.Option(
-            metavar="TEXT",
-            help="Text of the kind that it is for: a file, .jsonl or folder.",
-            show_default=False,
-        ),
-    ],
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name of the expert; by default the folder's.", show_default=False),
-    ] = None,
-    version: Annotated[str, typer.Option(help="Its version.")] = "1.0.0",
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where to; by default its name.", show_default=False),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[@REVISION]",
-            help="Model that it must have been made for, in its own words.",
-            show_default=False,
-        ),
-    ] = None,
-    scout_steps: Annotated[int, typer.Option(min=2, help="Steps of the scout's training.")] = 1000,
-    scout_tokens: Annotated[
-        int, typer.Option(min=1, help="Text that the scout learns from, in tokens.")
-    ] = 200_000,
-    seed: Annotated[int, typer.Option(help="Seed of the scout.")] = 0,
-    license_: Annotated[str, typer.Option("--license", help="SPDX.", show_default=False)] = "",
+    source: Adapter,
+    backbone: AdapterBackbone,
+    sample: Sample,
+    name: AdapterName = None,
+    version: PackageVersion = "1.0.0",
+    out: OutFolder = None,
+    base: AdapterBase = None,
+    scout_steps: Annotated[
+        int, typer.Option(min=2, help="Number of training steps of the scout.")
+    ] = 1000,
+    scout_tokens: ScoutTokens = 200_000,
+    seed: Annotated[int, typer.Option(help="Random seed for training the scout.")] = 0,
+    license_: AdapterLicense = "",
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Make an expert of a PEFT adapter.
+    """Convert a PEFT adapter into an expert.
 
-    The body is the adapter's, exactly; the scout is trained on the sample. What cannot be carried
-    exactly is refused with the name of the field or tensor.
+    The body computes exactly what the adapter does; the scout is trained on the sample. Adapters
+    that cannot be converted exactly are rejected, naming the field or tensor.
     """
     from composable.packaging.versions.names import check_package_name
 
@@ -89,8 +78,8 @@ def import_peft(
         seed=seed,
         license=license_,
     )
-    is_taken = Path(name).resolve() == source.resolve()
-    folder = out or Path(f"{name}-expert" if is_taken else name)
+    is_source = Path(name).resolve() == source.resolve()
+    folder = out or Path(f"{name}-expert" if is_source else name)
     with bars.show_stages(is_quiet=is_quiet or as_json) as progress:
         record = import_adapter(
             load_backbone(backbone), source, folder, plan, read_documents(sample), progress=progress
@@ -105,68 +94,28 @@ def import_peft(
 
 @app.command(name="export-hf")
 def export_hf(
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where to.", show_default=False)],
-    experts: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REQ",
-            help="An expert; by default what the project has installed.",
-            show_default=False,
-        ),
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="NAME|DIR", help="By default the project's.")
-    ] = None,
-    registry: Annotated[
-        str | None,
-        typer.Option(metavar="DIR|URL", help="Where --experts come from; as for `generate`."),
-    ] = None,
-    is_alone: Annotated[
-        bool, typer.Option("--alone", help="The backbone alone; no project is needed.")
-    ] = False,
-    merge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The expert that is to be always on; by default all are mixed.",
-            show_default=False,
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            metavar="mixtral|qwen3_moe|flex_olmo",
-            help="Layout of a mixture; by default the one that fits.",
-            show_default=False,
-        ),
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Text that routers are fitted on, of all kinds; by default the anchor.",
-            show_default=False,
-        ),
-    ] = None,
-    fit_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, at most.")] = 8192,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="F32|BF16",
-            help="What weights are written in; by default what is exact.",
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder.", show_default=False)],
+    experts: Experts = None,
+    backbone: Backbone = None,
+    registry: ExpertsRegistry = None,
+    is_alone: Alone = False,
+    merge: Merge = None,
+    layout: Layout = None,
+    text: RouterText = None,
+    fit_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of tokens to fit the routers on.")
+    ] = 8192,
+    dtype: StoredDtype = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Write a model as a Hugging Face folder, and say what is lost.
+    """Write a model as a Hugging Face folder, and list what is lost.
 
-    The backbone alone and one expert always on compute the same there as here. A mixture needs
-    routers of another kind: they are fitted on text, and what that costs is measured.
+    With --alone or --merge, the written model computes the same as this one. A mixture needs
+    routers of another kind: they are fitted on text, and the loss in quality is measured.
     """
     if merge is not None and is_alone:
-        raise typer.BadParameter("there is nothing to merge with --alone", param_hint="--merge")
+        raise typer.BadParameter("cannot be used with --alone", param_hint="--merge")
     from composable.assembly.load import gather
     from composable.corpora.documents import read_documents
     from composable.workflows.export_hf import ExportPlan, export_model
@@ -194,7 +143,7 @@ def _adapter_table(record: dict[str, Any]) -> str:
         ("expert", f"{record['name']} {record['version']} for {record['backbone']}"),
         (
             "made for",
-            f"{origin['base'] or 'unnamed'} ({'compared' if origin['is_verified'] else 'unseen'})",
+            f"{origin['base'] or 'unnamed'} ({'' if origin['is_verified'] else 'not '}verified)",
         ),
         ("body", f"rank {body['rank']}, {len(body['changed'])} of {body['matrices']} matrices"),
         ("scout", "too little text to measure" if scout is None else f"{scout:.2f} bits per class"),

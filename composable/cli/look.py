@@ -1,4 +1,4 @@
-"""Commands that look at projects and registries and change nothing."""
+"""Commands that read projects and registries and change nothing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composable.cli.output import (
-    Json,
-    Offline,
-    Quiet,
-    complete_names,
-    format_bytes,
-    format_table,
-    show,
-)
+from composable.cli.options import Json, LookupRegistry, Offline, Quiet, complete_names
+from composable.cli.output import format_bytes, format_table, show
 from composable.cli.project import open_project
 
 if TYPE_CHECKING:
@@ -26,17 +19,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 
-Location = Annotated[
-    str | None,
-    typer.Option(
-        "--registry", metavar="LOCATION", help="Look there instead of in the project's registries."
-    ),
-]
-
 
 @app.command(name="list")
 def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
-    """List what is installed."""
+    """List installed experts."""
     from composable.packaging.project.project import Project
 
     experts = Project.find().environment.lock.experts
@@ -56,20 +42,20 @@ def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
         for e in experts
     ]
     text = format_table(("NAME", "VERSION", "SIZE", "FROM"), rows)
-    show(text or "nothing is installed", data, as_json=as_json, is_quiet=is_quiet)
+    show(text or "no experts installed", data, as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
 def tree(as_json: Json = False, is_quiet: Quiet = False) -> None:
-    """Show what is locked as a tree."""
+    """Show the locked experts as a dependency tree."""
     from composable.packaging.install.lock import Lock
     from composable.packaging.project.project import Project
     from composable.packaging.project.queries import grow_tree
 
     project = Project.find()
     needs = grow_tree(project, Lock.read(project.root))
-    text = "\n".join(_draw(needs)) or "nothing is locked"
-    show(text, [_to_data(need) for need in needs], as_json=as_json, is_quiet=is_quiet)
+    text = "\n".join(_format_tree(needs)) or "no experts locked"
+    show(text, [_need_to_dict(need) for need in needs], as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
@@ -80,7 +66,7 @@ def why(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Show who asks for an expert."""
+    """Show which requirements lead to an expert."""
     from composable.packaging.install.lock import Lock
     from composable.packaging.project.project import PROJECT_FILE, Project
     from composable.packaging.project.queries import find_reasons
@@ -90,8 +76,14 @@ def why(
     chains = find_reasons(project, lock, name)
     lines = [f"{name} {lock.versions[name]}"]
     for chain in chains:
-        who = [PROJECT_FILE, *(f"{step.name} {lock.versions[step.name]}" for step in chain[:-1])]
-        steps = (f"{w} wants {step}" for w, step in zip(who, chain, strict=True))
+        dependents = [
+            PROJECT_FILE,
+            *(f"{step.name} {lock.versions[step.name]}" for step in chain[:-1]),
+        ]
+        steps = (
+            f"{dependent} requires {step}"
+            for dependent, step in zip(dependents, chain, strict=True)
+        )
         lines.append("  " + ", ".join(steps))
     data = [
         [{"name": step.name, "range": str(step.constraint)} for step in chain] for chain in chains
@@ -106,7 +98,7 @@ def why(
 
 @app.command()
 def outdated(is_offline: Offline = False, as_json: Json = False, is_quiet: Quiet = False) -> None:
-    """List experts of which there is a newer release."""
+    """List installed experts that have a newer release."""
     from composable.packaging.install.lock import Lock
     from composable.packaging.project.queries import find_outdated
 
@@ -121,7 +113,7 @@ def outdated(is_offline: Offline = False, as_json: Json = False, is_quiet: Quiet
 @app.command()
 def search(
     word: Annotated[str, typer.Argument(metavar="WORD", show_default=False)],
-    registry: Location = None,
+    registry: LookupRegistry = None,
     is_offline: Offline = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -129,7 +121,7 @@ def search(
     """Search the registries by name, description and tags."""
     from composable.packaging.project.queries import search_experts
 
-    found = list(search_experts(_shop(registry, is_offline), word))
+    found = list(search_experts(_open_registries(registry, is_offline), word))
     rows = [(r.name, r.version, name, r.description) for name, r in found]
     data = [
         {
@@ -149,16 +141,18 @@ def search(
 @app.command()
 def info(
     requirement: Annotated[str, typer.Argument(metavar="NAME[@V]", show_default=False)],
-    registry: Location = None,
+    registry: LookupRegistry = None,
     is_offline: Offline = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Show what a registry tells of an expert."""
+    """Show the details of a release."""
     from composable.packaging.project.queries import describe_expert
     from composable.packaging.versions.constraint import Requirement
 
-    details = describe_expert(_shop(registry, is_offline), Requirement.parse(requirement))
+    details = describe_expert(
+        _open_registries(registry, is_offline), Requirement.parse(requirement)
+    )
     facts = dict(_facts(details))
     show(format_table((), facts.items()), _all_facts(details), as_json=as_json, is_quiet=is_quiet)
 
@@ -171,15 +165,15 @@ def resolve(
             exists=True,
             dir_okay=False,
             metavar="FILE.json",
-            help="What there is and is wanted.",
+            help="Releases and requirements.",
             show_default=False,
         ),
     ],
     as_json: Json = False,
 ) -> None:
-    """Resolve a universe given as a JSON file.
+    """Resolve requirements against releases listed in a JSON file.
 
-    Prints {"packages": {NAME: VERSION}}, or why there is no solution, with exit code 1.
+    Prints {"packages": {NAME: VERSION}}. If there is no solution, prints why and exits with 1.
     """
     import json
 
@@ -196,8 +190,8 @@ def resolve(
     show("", {"packages": chosen}, as_json=True)
 
 
-def _shop(registry: str | None, is_offline: bool) -> Project:
-    """Return the project, or one that knows nothing but a registry."""
+def _open_registries(registry: str | None, is_offline: bool) -> Project:
+    """Return the project, or an empty one with a single registry."""
     from composable.packaging.project.project import Project
 
     if registry is None:
@@ -211,29 +205,29 @@ def _shop(registry: str | None, is_offline: bool) -> Project:
     )
 
 
-def _draw(needs: Sequence[Need], indent: str = "") -> Iterator[str]:
-    """Yield the lines of a tree."""
+def _format_tree(needs: Sequence[Need], indent: str = "") -> Iterator[str]:
+    """Yield the lines of a dependency tree."""
     for index, need in enumerate(needs):
         is_last = index == len(needs) - 1
         branch = "└── " if is_last else "├── "
-        asked = "" if str(need.range) == "*" else f" ({need.range})"
+        wanted = "" if str(need.range) == "*" else f" ({need.range})"
         again = " (see above)" if need.is_repeated else ""
-        yield f"{indent}{branch}{need.name} {need.version}{asked}{again}"
-        yield from _draw(need.needs, indent + ("    " if is_last else "│   "))
+        yield f"{indent}{branch}{need.name} {need.version}{wanted}{again}"
+        yield from _format_tree(need.needs, indent + ("    " if is_last else "│   "))
 
 
-def _to_data(need: Need) -> dict[str, Any]:
+def _need_to_dict(need: Need) -> dict[str, Any]:
     return {
         "name": need.name,
         "version": str(need.version),
         "range": str(need.range),
-        "needs": [_to_data(other) for other in need.needs],
+        "needs": [_need_to_dict(other) for other in need.needs],
         "repeated": need.is_repeated,
     }
 
 
 def _facts(details: Details) -> Iterator[tuple[str, str]]:
-    """Yield what people want to know of a release, the empty left out."""
+    """Yield the main fields of a release, without empty ones."""
     release, manifest = details.release, details.manifest
     yanked = " (yanked)" if release.is_yanked else ""
     yield "name", release.name
@@ -281,7 +275,7 @@ def _all_facts(details: Details) -> dict[str, Any]:
 
 
 def format_measured(card: dict[str, Any]) -> str:
-    """Return what a card says was measured, in a line; nothing where it does not say."""
+    """Return the figures of a card in a line; an empty string if it has none."""
     measured = card.get("measured", {})
     bits = measured.get("bits_per_byte", {})
     try:

@@ -1,6 +1,6 @@
 """`composable`: the entry point.
 
-Only the table of commands is imported here, so that `composable --help` answers at once; every other
+Only the table of commands is imported here, so that `composable --help` is fast; every other
 call goes to `app`, which imports the file that holds the command.
 """
 

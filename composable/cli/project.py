@@ -1,4 +1,4 @@
-"""Commands that change a project: what it asks for, what is locked, what is installed."""
+"""Commands that change a project: its requirements, its lock, its environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composable.cli import bars
-from composable.cli.output import DryRun, Json, Offline, Quiet, complete_names, note, show
+from composable.cli.options import (
+    DryRun,
+    Editable,
+    ExcludeNewer,
+    Json,
+    Offline,
+    Quiet,
+    RegistryName,
+    Requirements,
+    complete_names,
+)
+from composable.cli.output import note, show
 
 if TYPE_CHECKING:
     from composable.interface import RouterInterface
@@ -19,31 +30,6 @@ if TYPE_CHECKING:
     from composable.packaging.project.project import Project
 
 app = typer.Typer(rich_markup_mode=None)
-
-Requirements = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="REQ...",
-        help="NAME, 'NAME>=1.2,<2', NAME@1.2.0, 'NAME[EXTRA]', or the folder of an expert.",
-        show_default=False,
-    ),
-]
-RegistryName = Annotated[
-    str | None,
-    typer.Option("--registry", metavar="NAME", help="Registry of the project to bind them to."),
-]
-Editable = Annotated[
-    bool, typer.Option("--editable", "-e", help="Use experts from folders where they lie.")
-]
-ExcludeNewer = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DATE",
-        help="As if nothing had been published after it.",
-        envvar="COMPOSABLE_EXCLUDE_NEWER",
-        show_default=False,
-    ),
-]
 
 
 def open_project(is_offline: bool = False) -> tuple[Project, RouterInterface]:
@@ -57,19 +43,21 @@ def open_project(is_offline: bool = False) -> tuple[Project, RouterInterface]:
 
 @app.command()
 def init(
-    backbone: Annotated[str, typer.Option(metavar="NAME|DIR", help="The backbone.")] = "tiny-bytes",
+    backbone: Annotated[
+        str, typer.Option(metavar="NAME|DIR", help="Backbone to use.")
+    ] = "tiny-bytes",
     registry: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[NAME=]LOCATION",
-            help="A registry, a folder or a URL; the first one is the default.",
+            help="Registry: a folder or a URL; repeatable. The first one is the default.",
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Make this directory a project."""
+    """Create a project in the current directory."""
     from composable.packaging.manifests.backbone_folder import find_backbone
     from composable.packaging.project.project import Project
 
@@ -94,7 +82,7 @@ def add(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Ask for experts in composable.toml."""
+    """Add experts to composable.toml."""
     from composable.packaging.project.edits import add_experts, read_wanted
 
     project, interface = open_project(is_offline)
@@ -102,11 +90,11 @@ def add(
     cutoff = _read_cutoff(exclude_newer)
     add_experts(project, wanted, interface, exclude_newer=cutoff, is_dry_run=is_dry_run)
     if is_dry_run:
-        note("dry run: nothing is written", is_quiet=is_quiet)
-    asked = {name: want.path or str(want.constraint) for name, want in wanted.items()}
+        note("dry run: nothing was written", is_quiet=is_quiet)
+    added = {name: want.path or str(want.constraint) for name, want in wanted.items()}
     show(
-        "\n".join(f"added {name}{f' {what}' * (what != '*')}" for name, what in asked.items()),
-        {"added": asked},
+        "\n".join(f"added {name}{f' {what}' * (what != '*')}" for name, what in added.items()),
+        {"added": added},
         as_json=as_json,
         is_quiet=is_quiet,
     )
@@ -121,7 +109,7 @@ def remove(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Stop asking for experts in composable.toml."""
+    """Remove experts from composable.toml."""
     from composable.packaging.project.project import Project
 
     project = Project.find()
@@ -132,10 +120,14 @@ def remove(
 
 @app.command()
 def lock(
-    upgrade: Annotated[bool, typer.Option("--upgrade", help="Forget what was locked.")] = False,
+    upgrade: Annotated[bool, typer.Option("--upgrade", help="Ignore the locked versions.")] = False,
     upgrade_package: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Forget what was locked of one.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="Ignore the locked version of this expert; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     exclude_newer: ExcludeNewer = None,
     is_offline: Offline = False,
@@ -143,11 +135,11 @@ def lock(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Choose versions and write composable.lock."""
+    """Resolve versions and write composable.lock."""
     from composable.packaging.project.locking import lock_project
 
     project, interface = open_project(is_offline)
-    before = _lock_of(project)
+    before = _read_lock(project)
     after = lock_project(
         project,
         interface,
@@ -161,14 +153,14 @@ def lock(
 @app.command()
 def sync(
     is_frozen: Annotated[
-        bool, typer.Option("--frozen", help="Refuse where the lock is missing or stale.")
+        bool, typer.Option("--frozen", help="Fail if the lock is missing or out of date.")
     ] = False,
     source: Annotated[
         Path | None,
         typer.Option(
             "--from",
             metavar="EXPORT",
-            help="Take files from what `composable export` wrote.",
+            help="Take files from the output of `composable export`.",
             show_default=False,
         ),
     ] = None,
@@ -178,7 +170,7 @@ def sync(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Install what is locked, locking first where that is needed."""
+    """Install the locked experts, updating the lock first if needed."""
     from composable.packaging.install.lock import Lock
     from composable.packaging.project.edits import refresh_lock
     from composable.packaging.project.locking import check_lock
@@ -206,7 +198,7 @@ def install(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Add experts, lock and sync."""
+    """Add experts to the project, lock and sync."""
     from composable.packaging.project.edits import add_experts, read_wanted
 
     project, interface = open_project(is_offline)
@@ -226,7 +218,7 @@ def upgrade(
         list[str] | None,
         typer.Argument(
             metavar="[NAME...]",
-            help="Only these.",
+            help="Upgrade only these experts.",
             autocompletion=complete_names,
             show_default=False,
         ),
@@ -237,7 +229,7 @@ def upgrade(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Lock the newest versions that fit, and sync."""
+    """Lock the newest compatible versions and sync."""
     from composable.packaging.project.locking import lock_project
 
     project, interface = open_project(is_offline)
@@ -253,7 +245,7 @@ def upgrade(
 
 @app.command()
 def rollback(as_json: Json = False, is_quiet: Quiet = False) -> None:
-    """Go back to what was installed before."""
+    """Restore the previous environment."""
     from composable.errors import LockError
     from composable.packaging.project.edits import roll_back
     from composable.packaging.project.locking import check_lock
@@ -265,23 +257,23 @@ def rollback(as_json: Json = False, is_quiet: Quiet = False) -> None:
     try:
         check_lock(project, after, interface)
     except LockError as error:
-        note(f"note: composable.toml still asks for something else: {error.message}")
+        note(f"note: composable.toml does not match the restored lock: {error.message}")
 
 
 @app.command()
 def export(
     target: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="A folder, or a file.tar.", show_default=False),
+        typer.Argument(metavar="OUT", help="Output folder or .tar file.", show_default=False),
     ],
     is_offline: Offline = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Write all that is installed, to carry to an offline machine.
+    """Write the locked experts to a folder, for offline use.
 
-    OUT is a registry with just those releases, beside the project's two files. There, in a folder
-    with these two files: `composable sync --from OUT`.
+    OUT is a registry with these releases, together with composable.toml and composable.lock. On
+    the other machine, in a folder with these two files, run `composable sync --from OUT`.
     """
     from composable.packaging.project.edits import refresh_lock
     from composable.packaging.project.export import export_project
@@ -311,7 +303,7 @@ def _install(
     as_json: bool,
     is_quiet: bool,
 ) -> None:
-    """Install a lock and say what that changed."""
+    """Install a lock and print the changes."""
     from composable.errors import PackagingError
     from composable.packaging.project.sync import sync_project
     from composable.packaging.registry.locations import open_registry
@@ -319,7 +311,7 @@ def _install(
     try:
         before = project.environment.lock
     except PackagingError:
-        before = None  # damaged; installing mends it
+        before = None  # damaged; installing repairs it
     if not is_dry_run:
         export = open_registry(source) if source is not None else None
         with bars.show_bytes(is_quiet=is_quiet) as progress:
@@ -335,20 +327,22 @@ def _report(
     as_json: bool,
     is_quiet: bool,
 ) -> None:
-    """Say what differs between two locks."""
+    """Print the differences between two locks."""
     from composable.packaging.project.edits import compare_locks
 
     if is_dry_run:
-        note("dry run: nothing is written", is_quiet=is_quiet)
+        note("dry run: nothing was written", is_quiet=is_quiet)
     changes = compare_locks(before, after)
     n = len(after.experts)
-    text = "\n".join(map(_tell, changes)) or f"nothing to change: {n} expert{'s' * (n != 1)}"
+    text = (
+        "\n".join(map(_format_change, changes)) or f"nothing to change: {n} expert{'s' * (n != 1)}"
+    )
     versions = {name: str(version) for name, version in after.versions.items()}
-    data: dict[str, Any] = {"packages": versions, "changes": [_describe(c) for c in changes]}
+    data: dict[str, Any] = {"packages": versions, "changes": [_change_to_dict(c) for c in changes]}
     show(text, data, as_json=as_json, is_quiet=is_quiet)
 
 
-def _tell(change: VersionChange) -> str:
+def _format_change(change: VersionChange) -> str:
     if change.before is None:
         return f"+ {change.name} {change.after}"
     if change.after is None:
@@ -356,7 +350,7 @@ def _tell(change: VersionChange) -> str:
     return f"~ {change.name} {change.before} -> {change.after}"
 
 
-def _describe(change: VersionChange) -> dict[str, str | None]:
+def _change_to_dict(change: VersionChange) -> dict[str, str | None]:
     return {
         "name": change.name,
         "before": str(change.before) if change.before else None,
@@ -364,8 +358,8 @@ def _describe(change: VersionChange) -> dict[str, str | None]:
     }
 
 
-def _lock_of(project: Project) -> Lock | None:
-    """Return the project's lock; None for one that is missing or that locking anew will mend."""
+def _read_lock(project: Project) -> Lock | None:
+    """Return the project's lock; None if it is missing, or damaged and about to be replaced."""
     from composable.errors import LockError
 
     try:
@@ -381,7 +375,7 @@ def _read_cutoff(text: str | None) -> str | None:
 
 
 def _name_registries(options: Sequence[str]) -> dict[str, str]:
-    """Read `NAME=LOCATION` or `LOCATION`, which is called `default`."""
+    """Parse `NAME=LOCATION` or `LOCATION`, whose name is `default`."""
     registries: dict[str, str] = {}
     for option in options:
         name, separator, location = option.partition("=")
@@ -389,7 +383,7 @@ def _name_registries(options: Sequence[str]) -> dict[str, str]:
             name, location = "default", option
         if name in registries or not location:
             raise typer.BadParameter(
-                f"{option!r}: give each registry a name of its own, as NAME=LOCATION",
+                f"{option!r}: expected NAME=LOCATION, with a different name for each registry",
                 param_hint="--registry",
             )
         registries[name] = location

@@ -1,4 +1,4 @@
-"""Which expert a piece of text is due to, shown in colour on a terminal and by marks elsewhere."""
+"""Text marked with the expert of largest router weight: colours on a terminal, labels elsewhere."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-# Foreground colours that can be told apart on dark and light grounds; the backbone has none.
+# Foreground colours that are distinct on dark and light grounds; the backbone has none.
 _COLOURS: Final = (36, 33, 35, 32, 34, 31, 96, 93, 95, 92, 94, 91)
 _RESET: Final = "\x1b[0m"
 
 
-class Show(Protocol):
-    """How a piece of text is shown, and what follows the last."""
+class PieceFormat(Protocol):
+    """Format of generated text."""
 
     def piece(self, text: str, weight_E: Any) -> str:
-        """Return what to print for a piece."""
+        """Return a piece of text as it is printed, given its router weights."""
 
     def end(self) -> str:
-        """Return what to print after the last piece."""
+        """Return the text printed after the last piece."""
 
 
 class _Plain:
@@ -31,13 +31,13 @@ class _Plain:
 
 
 class _Routed:
-    """Shared: the names, and who has the most weight."""
+    """Names of the experts, and which of them had the largest weight so far."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self._names = names
         self._seen: list[int] = []
 
-    def _most_trusted(self, weight_E: Any) -> int:
+    def _find_heaviest(self, weight_E: Any) -> int:
         index = int(max(range(len(weight_E)), key=lambda e: weight_E[e]))
         if index not in self._seen:
             self._seen.append(index)
@@ -45,11 +45,11 @@ class _Routed:
 
 
 class Coloured(_Routed):
-    """Text in the colour of the expert trusted most, and a legend at the end."""
+    """Text in the colour of the expert with the largest weight, and a legend at the end."""
 
     def piece(self, text: str, weight_E: Any) -> str:
         """Return a piece in its colour."""
-        return self._paint(text, self._most_trusted(weight_E))
+        return self._paint(text, self._find_heaviest(weight_E))
 
     def end(self) -> str:
         """Return the legend of the colours that were used."""
@@ -64,27 +64,27 @@ class Coloured(_Routed):
 
 
 class Marked(_Routed):
-    """Text with the expert's name in brackets wherever another one is trusted most."""
+    """Text with the expert's name in brackets wherever the expert of largest weight changes."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
         super().__init__(names)
         self._last: int | None = None
 
     def piece(self, text: str, weight_E: Any) -> str:
-        """Return a piece, with a mark before it where trust changes."""
-        index = self._most_trusted(weight_E)
+        """Return a piece, with a label before it where the expert changes."""
+        index = self._find_heaviest(weight_E)
         mark = "" if index == self._last else f"[{self._names[index]}]"
         self._last = index
         return mark + text
 
     def end(self) -> str:
-        """Return nothing: the marks say it all."""
+        """Return an empty string: the labels need no legend."""
         self._last = None
         return ""
 
 
-def choose_show(names: Sequence[str | None], *, is_wanted: bool) -> Show:
-    """Return how to show text: plain, in colour on a terminal that has them, or with marks."""
+def choose_format(names: Sequence[str | None], *, is_wanted: bool) -> PieceFormat:
+    """Return the format of text: plain, coloured on a terminal with colours, or labelled."""
     if not is_wanted:
         return _Plain()
     has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -1,4 +1,4 @@
-"""Commands on the store: is it whole, what is in it, what can go."""
+"""Commands on the store: verify it, list it, remove unused files."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from typing import Annotated
 import typer
 
 from composable.cli import bars
-from composable.cli.output import Json, Quiet, format_bytes, format_table, show
+from composable.cli.options import Json, Quiet
+from composable.cli.output import format_bytes, format_table, show
 
 app = typer.Typer(rich_markup_mode=None)
 cache = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Look into the store, which all projects share.",
+    help="Manage the store, which all projects share.",
 )
 app.add_typer(cache, name="cache")
 
 
 @app.command()
 def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
-    """Read every stored and installed file and find damage.
+    """Verify the digests of all stored and installed files.
 
-    Damaged files are taken out of the way, so that the next `composable sync` brings them again.
-    Exits with 1 if there are any.
+    Damaged files are moved aside, so that the next `composable sync` fetches them again. Exits with
+    1 if there are any.
     """
     from composable.errors import PackagingError
     from composable.packaging.install.store import Store
@@ -37,16 +38,16 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
         try:
             project = Project.find()
         except PackagingError:
-            damaged = []  # no project here: the store is all there is
+            damaged = []  # not in a project: only the store is verified
         else:
             damaged = project.environment.verify(progress)
     names = name_files(store) if corrupt else {}
-    rows = [("store", f"{names.get(b.digest, 'of no project')} ({b.digest})") for b in corrupt]
+    rows = [("store", f"{names.get(b.digest, 'not in any project')} ({b.digest})") for b in corrupt]
     rows += [("installed", str(path)) for path in damaged]
     n = len(store.digests())
-    text = format_table((), rows) or f"all is well: {n} file{'s' * (n != 1)} in the store"
+    text = format_table((), rows) or f"no damage found: {n} file{'s' * (n != 1)} in the store"
     if rows:
-        text += "\nrun `composable sync` to bring them again"
+        text += "\nrun `composable sync` to fetch them again"
     data = {
         "corrupt": [blob.digest for blob in corrupt],
         "files": {blob.digest: names.get(blob.digest) for blob in corrupt},
@@ -82,14 +83,14 @@ def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
 @cache.command()
 def prune(
     older_than: Annotated[
-        float, typer.Option(metavar="HOURS", min=0, help="Keep what is younger.")
+        float, typer.Option(metavar="HOURS", min=0, help="Keep files younger than this.")
     ] = 1.0,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Remove files that no project on this machine needs.
+    """Remove files that no project on this machine uses.
 
-    What a project's lock names stays, installed or not.
+    Files named in a project's lock are kept, whether they are installed or not.
     """
     from composable.packaging.install.store import Store
     from composable.packaging.project.edits import prune_store
@@ -106,7 +107,7 @@ def prune(
 
 @cache.command(name="dir")
 def dir_(as_json: Json = False, is_quiet: Quiet = False) -> None:
-    """Print where the store is."""
+    """Print the path of the store."""
     from composable.packaging.install.store import Store
 
     root = str(Store().root)

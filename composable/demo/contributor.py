@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     verdict = check_expert(
         loaded, folder, progress=lambda done, total: say("check", done=done, total=total)
     )
-    manifest = publish_expert(loaded, folder, open_for_publishing(registry))
+    manifest = publish_expert(folder, loaded.interface, open_for_publishing(registry))
     say(
         "published",
         name=manifest.name,

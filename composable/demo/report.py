@@ -1,4 +1,4 @@
-"""What the demo's table, page and figure share: methods, labels, colours and rows. Measures nothing."""
+"""What the table, page and figure of the demo share: methods, labels, colours and rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def text_rows(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]
 
 
 def best_method(row: Mapping[str, float]) -> str:
+    """Return the composed method with the fewest bits."""
     return min(_COMPOSED, key=row.__getitem__)
 
 
 def method_label(method: str) -> str:
+    """Return how a method is shown."""
     return method.replace("_", " ")
 
 
 def format_bits(value: float | None) -> str:
+    """Return a figure in bits, or a dash for none."""
     return "–" if value is None else f"{value:.3f}"
 
 

@@ -2,7 +2,7 @@
 
 The three products of a block run back to back, so the hidden activations (F wide, several times
 the model width) never leave the cache. Measured on CPU this beats three grouped matmuls by far;
-`docs/kernels.md` has the numbers.
+`docs/results/kernels.md` has the numbers.
 
 Under differentiation the forward pass also keeps gate and up (2 P F numbers in the type of x_PD),
 which measured faster than computing them again; wrap the caller in `jax.checkpoint` to spend the

@@ -60,13 +60,13 @@ def mix_outputs(
     """Return logits of the model and its experts' scouts together.
 
     Args:
-        logits_BTV: What the model says of the token after each position.
-        scout_log_prob_EBTC: What every scout says of its class, log probabilities; the backbone's entry is
-            not used.
-        weight_BTE: Whom the router trusts, the backbone at entry 0; sums to one over E.
+        logits_BTV: The model's logits of the token after each position.
+        scout_log_prob_EBTC: Every scout's log-probabilities of that token's class; the backbone's
+            entry is not used.
+        weight_BTE: Router weights, the backbone at entry 0; they sum to one over E.
         classes_BT: Classes of these positions' tokens.
         class_map_V: Class of every token; the identity where there are as many classes as tokens.
-        order_E: Entries in an order that no slot decides; sums run in it.
+        order_E: Bank entries in the order of their keys, in which sums run.
         started_B: Whether the first of these tokens was predicted.
         state: State before the first position.
         power: Exponent on what scouts say, in (0, 1].

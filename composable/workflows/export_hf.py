@@ -105,9 +105,7 @@ def export_model(
     """
     show = progress or (lambda label, done, total: None)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PackagingError(
-            "there is something by that name already", where=str(out), hint="choose another folder"
-        )
+        raise PackagingError("already exists", where=str(out), hint="choose another folder")
     manifests = {manifest.name: manifest for manifest in map(Manifest.read, experts)}
     if plan.merge is not None and plan.merge not in manifests:
         raise InteropError(

@@ -49,7 +49,7 @@ from composable.workflows.capacity import require_room
 from composable.workflows.pretrain import output_bounds
 from composable.workflows.trunk_cache import compute_features, cut_rows
 
-# What the interface asks of the router; docs/real-backbone.md says how that was chosen.
+# What the interface asks of the router; docs/results/real-backbone.md says how that was chosen.
 ROUTER: Final[dict[str, Any]] = {
     "discount": 0.975,
     "top_k": 2,

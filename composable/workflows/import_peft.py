@@ -125,9 +125,7 @@ def import_adapter(
     check_package_name(plan.name, "name")
     version = Version(plan.version)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PackagingError(
-            "there is something by that name already", where=str(out), hint="choose another folder"
-        )
+        raise PackagingError("already exists", where=str(out), hint="choose another folder")
     interface, cfg = loaded.interface, loaded.backbone.cfg
     adapter = read_adapter(source, cfg)
     is_verified = _check_base(loaded, adapter, plan.base)

@@ -35,7 +35,8 @@ from composable.training.loop import fit
 from composable.training.objectives import backbone_objective
 from composable.vetting.evaluation import path_scorer, score_documents
 
-# What the interface asks of the router; docs/demo.md, ADRs 9 and 11 to 13 say how that was chosen.
+# The router settings of the interface; docs/results/demo.md and ADRs 9 and 11 to 13 say how they
+# were chosen.
 ROUTER: Final[dict[str, Any]] = {
     "discount": 0.975,
     "top_k": 2,

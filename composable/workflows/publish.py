@@ -1,6 +1,6 @@
-"""The gate between an expert's folder and a registry. No JAX.
+"""Publish the expert of a folder to a registry. Never JAX.
 
-Published is what was vetted as it is, under a version that says what changed.
+An expert is published as it was vetted, under a version that reflects what changed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from composable.assembly.backbones import LoadedBackbone
 from composable.errors import VettingError
 from composable.interface import RouterInterface
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
@@ -24,27 +23,27 @@ from composable.progress import ByteProgress
 from composable.vetting.card import find_regressions, require_passed
 
 
-def publish_vetted(
+def publish_expert(
     folder: Path,
     interface: RouterInterface,
     registry: Registry,
     *,
     progress: ByteProgress | None = None,
 ) -> Manifest:
-    """Publish an expert that was vetted and passed, if its version says what changed.
+    """Publish an expert that passed vetting, if its version reflects what changed.
 
     Args:
         folder: The expert.
         interface: The router interface that it must fit and must have been vetted against.
-        registry: Where to.
+        registry: Where to publish.
         progress: Called with a file's name, bytes done and bytes in all.
 
     Returns:
         The manifest as published.
 
     Raises:
-        VettingError: If it was not vetted as it is, or failed, or its version is a smaller bump
-            than its changes need.
+        VettingError: If it was not vetted in this state, a check failed, or its version is a
+            smaller bump than its changes need.
         RegistryError: If the registry refuses it.
     """
     card = require_passed(folder, interface)
@@ -79,13 +78,3 @@ def _require_bump(
             where=f"{folder / EXPERT_FILE}: expert.version",
             hint=f'{hint}write version = "{step.version}"',
         )
-
-
-def publish_expert(loaded: LoadedBackbone, folder: Path, registry: Registry) -> Manifest:
-    """Publish a vetted expert.
-
-    Raises:
-        VettingError: If it was not vetted as it is, or failed.
-        RegistryError: If the registry refuses it.
-    """
-    return publish_vetted(folder, loaded.interface, registry)

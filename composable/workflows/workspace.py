@@ -1,4 +1,4 @@
-"""An expert's folder as training leaves it and vetting reads it: file names, and the texts to score."""
+"""An expert's folder as training leaves it: file names, and the texts that vetting scores."""
 
 from __future__ import annotations
 

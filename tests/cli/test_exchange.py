@@ -51,14 +51,14 @@ def test_import_peft_makes_an_expert_that_can_be_checked(
     assert outcome["body"] == {"rank": 2, "changed": ["1.w_down"], "matrices": 6}
     again = cli(*command, *small)
     assert again.code == 1
-    assert "something by that name" in again.err
+    assert "already exists" in again.err
     checked = cli("check", "expert", "--backbone", tiny_backbone, "--json").json
     assert checked["measured"]["bits_per_byte"]["own_backbone"] > 0
 
     assert works(*command, *small[:2], "--json").json["folder"] == "old-english-expert"
     printed = works(*command, "--scout-steps", 2, "--name", "other", "--version", "2.0.0").out
     assert "other 2.0.0 for tiny@1.0.0" in printed
-    assert "somebody/tiny (unseen)" in printed
+    assert "somebody/tiny (not verified)" in printed
     assert "composable check other" in printed
 
 
@@ -92,7 +92,7 @@ def test_what_the_guide_shows_can_be_typed():
 
     from composable.cli.app import app
 
-    guide = (Path(__file__).parents[2] / "docs" / "interop.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "exchange.md").read_text()
     commands = re.findall(r"^composable (.*)$", guide, flags=re.MULTILINE)
     assert len(commands) > 4
     for line in commands:

@@ -10,7 +10,7 @@ import pytest
 from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
 
 ROOT = Path(__file__).parents[2]
-GUIDE = ROOT / "docs" / "users-guide.md"
+GUIDE = ROOT / "docs" / "guides" / "use.md"
 
 
 def read_sessions(text):
@@ -35,7 +35,7 @@ def test_users_guide(works, fakes, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not GUIDE.exists(), reason="the guides are part of a checkout only")
-@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/concepts/overview.md"])
 def test_the_bound_that_is_promised_is_that_of_the_shipped_interface(page):
     interface = read_interface(find_backbone("tiny-bytes"))
     per_document = interface.safe_bound(0) / math.log(2)

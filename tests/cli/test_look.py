@@ -34,8 +34,8 @@ def test_tree(works, installed):
 def test_why_names_everyone_who_asks(works, installed):
     assert works("why", "german").out.splitlines() == [
         "german 1.2.0",
-        "  composable.toml wants german >=1.0, <2",
-        "  composable.toml wants physics, physics 1.0.0 wants german ^1.0",
+        "  composable.toml requires german >=1.0, <2",
+        "  composable.toml requires physics, physics 1.0.0 requires german ^1.0",
     ]
     assert len(works("why", "german", "--json").json["reasons"]) == 2
 

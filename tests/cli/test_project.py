@@ -212,7 +212,7 @@ def test_no_registry(cli, works):
 
 def test_no_experts(works, project):
     assert works("sync").out == "nothing to change: 0 experts\n"
-    assert works("list").out == "nothing is installed\n"
+    assert works("list").out == "no experts installed\n"
 
 
 def test_installed_once_needs_no_registry_again(works, project):

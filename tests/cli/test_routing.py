@@ -1,4 +1,4 @@
-from composable.cli.routing import Coloured, Marked, choose_show
+from composable.cli.routing import Coloured, Marked, choose_format
 
 NAMES = ("backbone", None, "german", "legal")
 PIECES = (("It ", [1, 0, 0, 0]), ("ist ", [0.2, 0, 0.8, 0]), ("so", [0.4, 0, 0.6, 0]))
@@ -20,8 +20,8 @@ def test_colours_have_a_legend_of_those_that_were_used():
 
 
 def test_nothing_is_added_where_nobody_asked():
-    assert choose_show(NAMES, is_wanted=False).piece("It ", [1, 0, 0, 0]) == "It "
+    assert choose_format(NAMES, is_wanted=False).piece("It ", [1, 0, 0, 0]) == "It "
 
 
 def test_what_is_not_a_terminal_gets_marks():
-    assert isinstance(choose_show(NAMES, is_wanted=True), Marked)
+    assert isinstance(choose_format(NAMES, is_wanted=True), Marked)

@@ -13,7 +13,7 @@ def installed(works, project):
 
 
 def test_verify_finds_nothing_where_nothing_is_wrong(works, installed):
-    assert works("verify").out.startswith("all is well")
+    assert works("verify").out.startswith("no damage found")
 
 
 def test_verify_names_damage_and_sync_mends_it(cli, works, installed):
@@ -27,11 +27,11 @@ def test_verify_names_damage_and_sync_mends_it(cli, works, installed):
     assert outcome.json["files"] == {digest: "german 1.2.0 body.safetensors"}
     assert [name.rsplit("/", 1)[1] for name in outcome.json["damaged"]] == ["body.safetensors"]
     works("sync")
-    assert works("verify").out.startswith("all is well")
+    assert works("verify").out.startswith("no damage found")
 
 
 def test_verify_works_outside_a_project(works):
-    assert works("verify").out == "all is well: 0 files in the store\n"
+    assert works("verify").out == "no damage found: 0 files in the store\n"
 
 
 def test_prune_spares_what_is_installed(works, installed):

@@ -67,7 +67,7 @@ def test_generate_continues_every_prompt_of_a_file(cli, works, project_of_noise,
     (tmp_path / "prompts.jsonl").write_text('{"text": "It was"}\n')
     outcome = cli("generate", "--prompts", "prompts.jsonl")
     assert outcome.code == 1
-    assert "prompts.jsonl: cannot be read as prompts" in outcome.err
+    assert "prompts.jsonl: cannot read prompts" in outcome.err
     assert cli("generate").code == 2
     assert cli("generate", "It was", "--prompts", "prompts.txt").code == 2
 

@@ -30,8 +30,8 @@ from composable.workflows.publish import publish_expert
 from composable.workflows.references import find_previous
 from composable.workflows.train import train_expert
 from composable.workflows.vet import check_expert
-from tests.conftest import INTERFACE_FIELDS, PRIVATE_WORDS, PUBLIC_WORDS, Tiny
 from tests.golden.logits import save_logits
+from tests.support.tiny import INTERFACE_FIELDS, PRIVATE_WORDS, PUBLIC_WORDS, Tiny
 
 OUT = Path(__file__).parent / "0.1.0"
 SWITCHING = {
@@ -145,7 +145,7 @@ def make_registry(tiny, backbone, scratch):
         if version != "1.0.0":
             older = find_previous(backbone, folder, f"{name}@1.0.0", registry=str(OUT / "registry"))
         check_expert(backbone, folder, older=older)
-        publish_expert(backbone, folder, registry)
+        publish_expert(folder, backbone.interface, registry)
         record = OUT / "training" / f"{name}-{version}.json"
         record.parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / ".work" / "training.json", record)

@@ -36,7 +36,7 @@ def registry(loaded, trained_folder, tmp_path_factory):
     manifest = (newer / "expert.toml").read_text()
     (newer / "expert.toml").write_text(manifest.replace('"1.0.0"', '"1.1.0"'))
     for expert in (trained_folder, newer):
-        publish_expert(loaded, expert, open_for_publishing(path))
+        publish_expert(expert, loaded.interface, open_for_publishing(path))
     return path
 
 
@@ -128,7 +128,7 @@ def test_held_out_text_never_reaches_training(trained_folder):
 def test_what_was_not_vetted_is_not_published(loaded, folder, tmp_path):
     (folder / "card.json").unlink()
     with pytest.raises(VettingError):
-        publish_expert(loaded, folder, open_for_publishing(tmp_path / "registry"))
+        publish_expert(folder, loaded.interface, open_for_publishing(tmp_path / "registry"))
     assert not (tmp_path / "registry").exists() or not any((tmp_path / "registry").iterdir())
 
 

@@ -269,7 +269,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     refused([], ExportPlan(layout="qwen3_moe"), "layout")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(PackagingError, match="something by that name"):
+    with pytest.raises(PackagingError, match="already exists"):
         export_model(loaded, [], tmp_path / "out", ExportPlan())
 
 

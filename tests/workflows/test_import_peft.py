@@ -181,7 +181,7 @@ def test_nothing_is_overwritten_and_no_rank_too_high(loaded, written, sample, tm
     out = tmp_path / "expert"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(PackagingError, match="something by that name"):
+    with pytest.raises(PackagingError, match="already exists"):
         import_adapter(loaded, written(), out, PLAN, sample, cache=tmp_path)
 
 

@@ -34,7 +34,7 @@ from composable.workflows.vet import check_expert
 def registry(loaded, trained_folder, tmp_path_factory):
     """Return the folder of a registry that holds logic 1.0.0."""
     path = tmp_path_factory.mktemp("registry")
-    publish_expert(loaded, trained_folder, open_for_publishing(path))
+    publish_expert(trained_folder, loaded.interface, open_for_publishing(path))
     return path
 
 
@@ -216,7 +216,7 @@ def test_a_release_that_got_worse_needs_a_major_version_and_gets_no_smaller_one(
     assert (step.needed, str(step.version), step.is_enough) == ("major", "2.0.0", False)
     assert any("bits per byte on its own text" in reason for reason in step.reasons)
     with pytest.raises(VettingError, match="too small a step from logic") as caught:
-        publish_expert(loaded, folder, open_for_publishing(registry))
+        publish_expert(folder, loaded.interface, open_for_publishing(registry))
     assert "bits per byte on its own text" in caught.value.message
     assert 'version = "2.0.0"' in caught.value.hint
 
@@ -228,7 +228,7 @@ def test_weights_that_are_as_good_are_a_patch(loaded, folder, registry, tmp_path
     copy = shutil.copytree(registry, tmp_path / "registry")
     step = check_against(loaded, folder, "logic", copy)
     assert (step.needed, step.is_enough) == ("patch", True), step
-    publish_expert(loaded, folder, open_for_publishing(copy))
+    publish_expert(folder, loaded.interface, open_for_publishing(copy))
 
 
 def test_an_older_release_is_looked_for_by_name(loaded, folder, registry, tmp_path):
@@ -258,4 +258,4 @@ def test_a_body_that_is_not_finite_fails_by_its_format(loaded, folder):
     assert (check.name, check.passed) == ("format", False)
     assert "body.safetensors" in check.found
     with pytest.raises(VettingError, match="format"):
-        publish_expert(loaded, folder, open_for_publishing(folder.parent / "registry"))
+        publish_expert(folder, loaded.interface, open_for_publishing(folder.parent / "registry"))

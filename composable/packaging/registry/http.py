@@ -52,7 +52,7 @@ class WebStorage:
             raise RegistryError(
                 "the location of a registry must not hold a name or a password",
                 where=f"{parts.scheme}://{bare}{parts.path}",
-                hint="give the token in the environment or the keyring: see docs/packaging.md",
+                hint="set the token in the environment or keyring: see docs/concepts/packaging.md",
             )
         if not parts.hostname or parts.query or parts.fragment:
             raise RegistryError(
@@ -154,7 +154,7 @@ class WebStorage:
             raise UnreachableError(f"answered {status} {response.reason}", where=self._at(path))
         hint = None
         if status in (401, 403):
-            hint = "set its token in the environment or the keyring: see docs/packaging.md"
+            hint = "set its token in the environment or the keyring: see docs/concepts/packaging.md"
             if self._headers:
                 hint = "the token that was sent does not open it"
         raise RegistryError(f"answered {status} {response.reason}", where=self._at(path), hint=hint)

@@ -119,6 +119,7 @@ def read_record(storage: Storage, name: str, version: Version) -> Release | None
 
 
 def describe_newest(release: Release) -> Entry:
+    """Return the catalogue\'s entry for a package whose newest release this is."""
     return Entry(
         name=release.name,
         version=release.version,
@@ -129,6 +130,7 @@ def describe_newest(release: Release) -> Entry:
 
 
 def format_entry(entry: Entry) -> bytes:
+    """Return a line of the catalogue."""
     return canonical_json(
         {**dataclasses.asdict(entry), "version": str(entry.version), "tags": list(entry.tags)}
     )

@@ -181,7 +181,7 @@ def test_not_equal_is_the_complement_of_equal(version: Version) -> None:
 
 
 def why_npm_only(range_: str, version: object) -> str | None:
-    """Return which form of npm's it is that we refuse on purpose; docs/concepts/packaging.md has why."""
+    """Return which of npm's forms this is; docs/concepts/packaging.md says why it is refused."""
     if "||" in range_:
         return "`1 || 2`: alternatives"
     if " - " in range_:
