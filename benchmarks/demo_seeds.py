@@ -1,6 +1,7 @@
 """Does the demo hold for other seeds? Runs it for several and tabulates recovery and cost.
 
-    python -m benchmarks.demo_seeds --json benchmarks/results/demo_seeds.json --docs docs/demo.md README.md
+    python -m benchmarks.demo_seeds --json benchmarks/results/demo_seeds.json \
+        --docs docs/results/demo.md README.md
 
 The documents get tables between their markers: `figures` the whole, `table` the first seed's.
 """

@@ -3,7 +3,7 @@
     python -m benchmarks.faults [--only KIND ...] [--quick] [--json FILE]
 
 Prints one line for each scenario and exits with 1 if anything was found that should not be. The
-kinds, what they assume and what they found are in `docs/faults.md`.
+kinds, what they assume and what they found are in `docs/results/faults.md`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Does an imported backbone compute what transformers computes, and at what cost?
 
-python -m benchmarks.parity --json FILE --docs docs         # all three parts
+python -m benchmarks.parity --json FILE --docs docs/results         # all three parts
 python -m benchmarks.parity --json FILE --parts families    # of random weights; smollm2; costs
 
 Of every family a small random model is made by transformers, saved and imported; SmolLM2-135M is

@@ -1,7 +1,7 @@
 """What do two experts that were trained alone add to a real pretrained backbone, and to each other?
 
     make smollm2-experts
-    python -m benchmarks.real_backbone --json FILE --figure FILE --docs docs
+    python -m benchmarks.real_backbone --json FILE --figure FILE --docs docs/results
 
 Resolves, locks, installs and composes both experts from the folder registry that the first command
 fills, and measures bits per byte on text that neither training nor the choice of a setting saw.

@@ -1,6 +1,6 @@
 """What share of a forward pass is the router, at 8 and 64 experts, on the shape of SmolLM2-135M?
 
-python -m benchmarks.router_cost --json benchmarks/results/router_cost.json --docs docs
+python -m benchmarks.router_cost --json benchmarks/results/router_cost.json --docs docs/results
 
 By the FLOPs that XLA counts in compiled programs, and by wall time, with random weights. The
 forward pass is the backbone's own; the router is what is added to it per token: every scout's
@@ -197,7 +197,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--docs", type=Path, help="folder whose backbones.md is filled in")
+    parser.add_argument("--docs", type=Path, help="folder whose router-cost.md is filled in")
     arguments = parser.parse_args()
     backbone = Backbone(CFG, np.arange(CFG.vocab_size) % N_CLASSES, N_CLASSES, rngs=nnx.Rngs(0))
     result: dict[str, Any] = {
@@ -219,7 +219,7 @@ def main() -> None:
                 f"({cost['time_share']:.2%}); at most {cost['target']:.0%}"
             )
     if arguments.docs:
-        fill(arguments.docs / "backbones.md", {"router": table(result)})
+        fill(arguments.docs / "router-cost.md", {"router": table(result)})
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

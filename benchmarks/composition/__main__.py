@@ -5,7 +5,7 @@
 Every contributor is a confined process that sees its own text and the backbone (see
 `composition_contributor`); every rival is in `composition_methods`. What was done is kept in a run
 folder, cell by cell, so a run that was cut short goes on. Bits per byte on held-out documents; the
-methods and what came out are in `docs/composition.md`.
+methods and what came out are in `docs/results/composition.md`.
 """
 
 from __future__ import annotations
