@@ -33,8 +33,8 @@ ROOMS = (
 )
 # Rooms that do not know each other, though one stands above the other.
 APART = (
-    {"packaging", "parallel", "kernels", "model", "corpora", "training"},
-    {"packaging.registry", "packaging.resolution"},
+    ("packaging", "parallel", "kernels", "model", "corpora", "training"),
+    ("packaging.registry", "packaging.resolution"),
 )
 # `packaging` and `model` meet in these rooms, and in the files that `MEETINGS` names.
 MEETING_ROOMS = ("assembly", "workflows", "demo", "cli")
@@ -48,7 +48,7 @@ LATE_IMPORTS = {
     "packaging.project.locking": "a project in sync needs no resolver",
     "packaging.registry.locations": "a folder needs no HTTP client and no cloud library",
     "packaging.resolution.explain": "only a failure needs suggestions",
-    "packaging.resolution.resolver": "only a failure needs an explanation",
+    "packaging.resolution.resolver": "a caller may bring a solver, and only a failure is explained",
     "demo.contributor": "a process confines itself before it loads anything that starts threads",
     "interop.checkpoint": "each format needs a library that is installed on demand",
 }

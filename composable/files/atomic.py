@@ -99,7 +99,7 @@ class Sink:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what was written so far, as `sha256:…`."""
+        """The digest of what was written so far."""
         self._finish_hashing()
         return f"sha256:{self._hash.hexdigest()}"
 
