@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint backbone smollm2 smollm2-experts parity clean
+.PHONY: setup demo test test-fast docs lint backbone smollm2 smollm2-experts parity clean
 
 setup: .venv/.ready
 
@@ -20,7 +20,18 @@ demo: setup
 # Packaging is tested in a process without jax: some of its tests fork, which jax does not survive.
 test: setup
 	@$(BIN)/python -m pytest tests/packaging
-	@$(BIN)/python -m pytest --ignore tests/packaging
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging
+
+# What to run while working: nothing that trains, compiles much, or injects faults.
+FAST := tests/interface tests/files tests/corpora tests/test_layers.py tests/test_experts.py \
+	tests/model/test_guard.py tests/model/test_tokenizer.py tests/model/test_tensors.py
+test-fast: setup
+	@$(BIN)/python -m pytest -n 2 tests/packaging/versions tests/packaging/manifests tests/packaging/install tests/packaging/project
+	@$(BIN)/python -m pytest -n 2 $(FAST)
+
+docs: setup
+	@$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo "The documentation is in build/docs/index.html."
 
 lint: setup
 	@$(BIN)/ruff check .
