@@ -33,7 +33,7 @@ myst_heading_anchors = 4
 nitpicky = False
 default_role = "literal"
 # A linked notebook or source file becomes a download, and JSON with elisions is still JSON to us.
-# Pages that a benchmark fills start their figures at the third level; names that the package exports
+# Pages that a benchmark fills start their figures at the third level; names that a package exports
 # again have two targets.
 suppress_warnings = ["misc.highlighting_failure", "myst.header", "ref.python"]
 
