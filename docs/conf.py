@@ -52,13 +52,7 @@ html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 
 # Records whose JSON schema the reference lists, if the class exists: (module, class, file).
-RECORDS = (
-    ("composable.vetting.card", "Card", "card.json"),
-    ("composable.workflows.workspace", "TrainingRecord", ".work/training.json"),
-    ("composable.workflows.train", "TrainingRecord", ".work/training.json"),
-    ("composable.demo.result", "DemoResult", "result.json"),
-    ("composable.demo.run", "DemoResult", "result.json"),
-)
+RECORDS = (("composable.training.record", "TrainingRecord", ".work/training.json"),)
 
 
 def write_generated_pages() -> None:
