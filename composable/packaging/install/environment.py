@@ -7,7 +7,7 @@
 
 A generation is built beside the others under a temporary name, synced and renamed; then the
 pointer is replaced. A process that is killed anywhere leaves the old generation in use, and the
-next command sweeps what is left over. PreviousRelease generations stay for rollback.
+next command sweeps what is left over. Older generations stay for rollback.
 """
 
 from __future__ import annotations

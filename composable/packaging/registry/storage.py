@@ -1,7 +1,7 @@
 """Where a registry's files lie: the port that registries are read and written through.
 
 A storage knows paths and bytes; what they mean is the registry's. Here are the port and its
-plainest end, a folder. Web servers are in `web`, object stores in `bucket`; `cache` keeps what
+plainest end, a folder. Web servers are in `http`, object stores in `bucket`; `cache` keeps what
 remote ones sent.
 """
 
