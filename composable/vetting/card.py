@@ -1,110 +1,191 @@
-"""The card: what was measured of an expert, machine-readable, and how to measure it again."""
+"""The card: what was measured of an expert, in JSON, and how to repeat the measurement.
+
+Nothing is measured here; the checks are in `checks.py` and `peers.py`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from composable.errors import VettingError
 from composable.files import atomic
 from composable.files.blobs import digest_file
+from composable.files.records import parse_record, to_plain
 from composable.interface import RouterInterface
 from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manifest, PackageFile
-
-if TYPE_CHECKING:
-    from composable.vetting.checks import Verdict
+from composable.training.record import TrainingRecord
 
 CARD_FILE: Final = "card.json"
+_MEASURE_AGAIN: Final = "composable check DIR --data HELD_OUT_TEXT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One requirement on an expert, and what was found.
+
+    Args:
+        name: What was checked.
+        passed: Whether the requirement was met.
+        found: The figure, in words.
+        expected: The limit, in words.
+    """
+
+    name: str
+    passed: bool
+    found: str
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardInterface:
+    """The router interface that an expert was vetted against.
+
+    Args:
+        name: Its name.
+        digest: Its digest.
+    """
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """The comparison with a previous release.
+
+    Args:
+        release: The previous release, `NAME@VERSION`.
+        tensors: Digests of its tensor files, by name.
+        regressions: What is worse beyond noise, in words.
+    """
+
+    release: str = ""
+    tensors: dict[str, str]
+    regressions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What was measured of an expert.
+
+    Args:
+        expert: The release, `NAME@VERSION`.
+        interface: The router interface that it was vetted against.
+        tensors: Digests of its tensor files, by name.
+        passed: Whether every check passed.
+        checks: The checks, in the order they ran.
+        measured: The figures behind them. Which there are depends on the checks that ran; a figure
+            that is not finite is None.
+        against: The comparison with a previous release, if there was one.
+        training: What training recorded.
+        measure_again: The command that repeats the measurement.
+    """
+
+    expert: str
+    interface: CardInterface
+    tensors: dict[str, str]
+    passed: bool
+    checks: tuple[Check, ...]
+    measured: dict[str, Any] = field(default_factory=dict)
+    against: Against | None = None
+    training: TrainingRecord = field(default_factory=TrainingRecord)
+    measure_again: str = _MEASURE_AGAIN
+
+
+def format_card(card: Card) -> str:
+    """Return a card as JSON text."""
+    plain = to_plain(card)
+    plain["measured"] = card.measured  # None is a figure there: the one that is not finite
+    if card.training == TrainingRecord():
+        plain["training"] = {}
+    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_card(
     folder: Path,
     manifest: Manifest,
     interface: RouterInterface,
-    verdict: Verdict,
-    training: dict[str, Any],
-    against: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write `card.json` into an expert's folder and return what it says.
+    checks: Sequence[Check],
+    measured: dict[str, Any],
+    training: TrainingRecord,
+    against: Against | None = None,
+) -> Card:
+    """Write `card.json` into an expert's folder and return the card.
 
     Args:
-        folder: The expert.
+        folder: The expert's folder.
         manifest: Its manifest.
-        interface: What it was vetted against.
-        verdict: The outcome.
+        interface: The router interface that it was vetted against.
+        checks: The checks, in the order they ran; the card passes if every one did.
+        measured: The figures behind them.
         training: What training recorded.
-        against: How it compares with an older release, if it was compared: its `release`, the
-            digests of its `tensors`, and the `regressions`, in words.
+        against: The comparison with a previous release, if there was one.
     """
-    card = {
-        "expert": f"{manifest.name}@{manifest.version}",
-        "interface": {"name": interface.name, "digest": interface.digest},
-        "tensors": tensor_digests(folder),
-        "passed": verdict.passed,
-        "checks": [dataclasses.asdict(check) for check in verdict.checks],
-        "measured": verdict.measured,
-        **({"against": against} if against else {}),
-        "training": training,
-        "measure_again": "composable check DIR --data HELD_OUT_TEXT",
-    }
-    atomic.write_text(folder / CARD_FILE, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    card = Card(
+        expert=f"{manifest.name}@{manifest.version}",
+        interface=CardInterface(name=interface.name, digest=interface.digest),
+        tensors=tensor_digests(folder),
+        passed=all(check.passed for check in checks),
+        checks=tuple(checks),
+        measured=measured,
+        against=against,
+        training=training,
+    )
+    atomic.write_text(folder / CARD_FILE, format_card(card))
     return card
 
 
-def require_passed(folder: Path, interface: RouterInterface) -> dict[str, Any]:
+def require_passed(folder: Path, interface: RouterInterface) -> Card:
     """Return an expert's card if it allows publishing.
 
     Raises:
-        VettingError: If there is no card, it is of other tensors or another interface, or a check
-            failed.
+        VettingError: If there is no valid card, it is for other tensors or another interface, or a
+            check failed.
     """
     where, hint = str(folder / CARD_FILE), f"run: composable check {folder}"
     try:
-        card: dict[str, Any] = json.loads((folder / CARD_FILE).read_text())
+        card = parse_record(Card, (folder / CARD_FILE).read_bytes(), where, VettingError)
     except FileNotFoundError as error:
         raise VettingError("the expert was not vetted", where=where, hint=hint) from error
-    except ValueError as error:
-        raise VettingError(f"not JSON: {error}", where=where, hint=hint) from error
-    if not isinstance(card, dict):
-        raise VettingError("not a table of figures", where=where, hint=hint)
+    except VettingError as error:
+        raise VettingError(error.message, where=where, hint=hint) from error
     try:
         tensors = tensor_digests(folder)
     except FileNotFoundError as error:
         raise VettingError(
-            "the tensors are not there", where=str(error.filename), hint="train the expert first"
+            "the tensor file is missing", where=str(error.filename), hint="train the expert first"
         ) from error
-    if card.get("tensors") != tensors:
+    if card.tensors != tensors:
         raise VettingError("the tensors changed since they were vetted", where=where, hint=hint)
-    if card.get("interface", {}).get("digest") != interface.digest:
+    if card.interface.digest != interface.digest:
         raise VettingError("vetted against another interface", where=where, hint=hint)
-    failed = [check for check in card.get("checks", []) if not check.get("passed")]
-    if failed or not card.get("passed"):
-        story = "; ".join(
-            f"{check['name']}: {check['found']}, expected {check['expected']}" for check in failed
-        )
-        raise VettingError(f"a check failed: {story}", where=where)
+    failed = [check for check in card.checks if not check.passed]
+    if failed or not card.passed:
+        figures = [f"{check.name}: {check.found}, expected {check.expected}" for check in failed]
+        raise VettingError(f"a check failed: {'; '.join(figures)}", where=where)
     return card
 
 
-def find_regressions(card: dict[str, Any], older: tuple[PackageFile, ...]) -> list[str] | None:
-    """Return how the tensors of a card are worse than those of an older release.
+def find_regressions(card: Card, previous: tuple[PackageFile, ...]) -> list[str] | None:
+    """Return how the tensors of a card are worse than those of a previous release.
 
     Args:
         card: The card.
-        older: The older release's files.
+        previous: The previous release's files.
 
     Returns:
         What is worse beyond noise, in words; None if the two were never compared.
     """
-    tensors = {file.name: file.digest for file in older if file.name in (BODY_FILE, SCOUT_FILE)}
-    if tensors == card["tensors"]:
+    tensors = {file.name: file.digest for file in previous if file.name in (BODY_FILE, SCOUT_FILE)}
+    if tensors == card.tensors:
         return []
-    record = card.get("against")
-    if not isinstance(record, dict) or record.get("tensors") != tensors:
+    if card.against is None or card.against.tensors != tensors:
         return None
-    return [str(found) for found in record.get("regressions", ())]
+    return list(card.against.regressions)
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from composable.model.backbone import Backbone
 from composable.model.model import BACKBONE, Model, Pluggable
 from composable.model.tokenizer import Tokenizer
 from composable.progress import CountProgress
+from composable.vetting.card import Check
 from composable.vetting.evaluation import (
     BATCH,
     Score,
@@ -50,23 +51,6 @@ MAX_ZEROED: Final = 0.001
 _SCORED_TOKENS: Final = 512
 # Passes over text that `vet` makes.
 _PASSES: Final = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One thing that was asked of an expert.
-
-    Args:
-        name: What was checked.
-        passed: Whether it held.
-        found: The figure, in words.
-        expected: The limit, in words.
-    """
-
-    name: str
-    passed: bool
-    found: str
-    expected: str
 
 
 @dataclass(frozen=True)

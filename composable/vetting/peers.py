@@ -25,7 +25,8 @@ from composable.model.backbone import Backbone
 from composable.model.model import BACKBONE, Model, Pluggable
 from composable.model.tokenizer import Tokenizer
 from composable.progress import CountProgress
-from composable.vetting.checks import MAX_BYTES, Check, figure
+from composable.vetting.card import Check
+from composable.vetting.checks import MAX_BYTES, figure
 from composable.vetting.evaluation import measure_evidence, mix_scorer, score_documents
 
 # A newcomer may raise the bits per byte of another expert's text, or of public text, by this share.

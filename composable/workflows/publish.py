@@ -6,7 +6,6 @@ An expert is published as it was vetted, under a version that reflects what chan
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from composable.errors import VettingError
 from composable.interface import RouterInterface
@@ -20,7 +19,7 @@ from composable.packaging.registry.compatibility import (
 )
 from composable.packaging.registry.registry import Registry
 from composable.progress import ByteProgress
-from composable.vetting.card import find_regressions, require_passed
+from composable.vetting.card import Card, find_regressions, require_passed
 
 
 def publish_expert(
@@ -51,9 +50,7 @@ def publish_expert(
     return registry.publish(folder, interface=interface, progress=progress)
 
 
-def _require_bump(
-    folder: Path, interface: RouterInterface, registry: Registry, card: dict[str, Any]
-) -> None:
+def _require_bump(folder: Path, interface: RouterInterface, registry: Registry, card: Card) -> None:
     """Refuse a version that is a smaller bump than its changes since the release before it need."""
     manifest = fit_interface(Manifest.read(folder), interface)
     releases = registry.versions(manifest.name) if registry.exists else ()

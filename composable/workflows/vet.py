@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +13,14 @@ from composable.corpora.documents import (
     read_documents,
 )
 from composable.errors import TensorFileError, TextError, VettingError
+from composable.files.records import parse_record
 from composable.interface import body_signature, digest_bytes, scout_signature
 from composable.model.model import Pluggable
 from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manifest
 from composable.progress import CountProgress
-from composable.vetting.card import write_card
-from composable.vetting.checks import Check, Verdict, gather_evidence, vet
+from composable.training.record import TrainingRecord
+from composable.vetting.card import Against, Check, write_card
+from composable.vetting.checks import Verdict, gather_evidence, vet
 from composable.vetting.peers import Peer, vet_with_peers
 from composable.vetting.regression import compare_evidence
 from composable.workflows.workspace import (
@@ -80,15 +81,25 @@ def check_expert(
         form = _check_format(loaded, folder, manifest)
         verdict = dataclasses.replace(verdict, checks=(form, *verdict.checks))
     training = folder / WORK / TRAINING_FILE
-    record = json.loads(training.read_text()) if training.exists() else {}
+    record = TrainingRecord()
+    if training.exists():
+        record = parse_record(TrainingRecord, training.read_bytes(), str(training), VettingError)
     against = None
     if older is not None and verdict.regressions is not None:
-        against = {
-            "release": f"{older.manifest.name}@{older.manifest.version}",
-            "tensors": older.tensors,
-            "regressions": list(verdict.regressions),
-        }
-    write_card(folder, manifest, loaded.interface, verdict, record, against)
+        against = Against(
+            release=f"{older.manifest.name}@{older.manifest.version}",
+            tensors=dict(older.tensors),
+            regressions=verdict.regressions,
+        )
+    write_card(
+        folder,
+        manifest,
+        loaded.interface,
+        verdict.checks,
+        verdict.measured,
+        record,
+        against,
+    )
     return verdict
 
 

@@ -1,7 +1,6 @@
 """A command line to call, and experts that fit a backbone and know nothing, made without jax."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,8 @@ from composable.packaging.registry.compatibility import choose_previous
 from composable.packaging.registry.locations import open_for_publishing
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.version import Version
-from composable.vetting.card import write_card
+from composable.training.record import TrainingRecord
+from composable.vetting.card import Against, Check, write_card
 from composable.workflows.publish import publish_expert
 
 
@@ -117,8 +117,15 @@ class Fakes:
             "bits_per_byte": {"own_backbone": 2.0, "own_expert": 1.0},
             "anchor_loss": 0.001,
         }
-        verdict = SimpleNamespace(passed=passed, checks=(), measured=measured)
-        write_card(folder, Manifest.read(folder), self.interface, verdict, {}, against)
+        write_card(
+            folder,
+            Manifest.read(folder),
+            self.interface,
+            [Check(name="gain", passed=passed, found="0.1%", expected="at least 1%")],
+            measured,
+            TrainingRecord(),
+            against,
+        )
 
     def compare(self, folder, regressions=()):
         """Write a card as if the expert had been compared with the release before it."""
@@ -126,7 +133,7 @@ class Fakes:
         releases = self.registry.versions(manifest.name) if self.registry.exists else ()
         if older := choose_previous(releases, manifest.version):
             tensors = {f.name: f.digest for f in older.files if f.name.endswith(".safetensors")}
-            self.vet(folder, against={"tensors": tensors, "regressions": list(regressions)})
+            self.vet(folder, against=Against(tensors=tensors, regressions=tuple(regressions)))
 
     def publish(self, name, version="1.0.0", **arguments):
         """Publish a fake; one for another interface goes around the gate, which would refuse it."""

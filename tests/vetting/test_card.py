@@ -1,11 +1,15 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from composable.errors import VettingError
+from composable.files.records import parse_record
 from composable.interface import digest_bytes
-from composable.vetting.card import CARD_FILE, require_passed
+from composable.vetting.card import CARD_FILE, Card, CardInterface, format_card, require_passed
+
+OLD_CARDS = Path("benchmarks/results/cards")
 
 
 @pytest.fixture
@@ -20,11 +24,11 @@ def change_card(folder, **changes):
 
 def test_a_vetted_expert_may_be_published(folder, loaded):
     card = require_passed(folder, loaded.interface)
-    assert card["expert"] == "logic@1.0.0"
-    assert card["interface"] == {"name": "tiny", "digest": loaded.interface.digest}
-    for name, digest in card["tensors"].items():
+    assert card.expert == "logic@1.0.0"
+    assert card.interface == CardInterface(name="tiny", digest=loaded.interface.digest)
+    for name, digest in card.tensors.items():
         assert digest == digest_bytes((folder / name).read_bytes())
-    assert "composable check" in card["measure_again"]
+    assert "composable check" in card.measure_again
 
 
 def test_without_a_card_there_is_no_publishing(folder, loaded):
@@ -67,3 +71,24 @@ def test_a_damaged_card_does_not_count(folder, loaded, text):
     (folder / CARD_FILE).write_text(text)
     with pytest.raises(VettingError):
         require_passed(folder, loaded.interface)
+
+
+def test_old_cards_are_read_and_written_unchanged():
+    root = Path(__file__).parents[2]
+    blobs = (root / "tests/golden/0.1.0/registry/blobs").glob("*/*")
+    texts = [data for file in blobs if (data := file.read_bytes()).startswith(b'{\n  "expert"')]
+    texts += [file.read_bytes() for file in (root / OLD_CARDS).glob("*.json")]
+    assert len(texts) >= 4
+    for text in texts:
+        assert format_card(parse_record(Card, text, CARD_FILE)).encode() == text.rstrip() + b"\n"
+
+
+def test_a_figure_that_is_not_finite_stays_on_the_card(folder):
+    card = parse_record(Card, (folder / CARD_FILE).read_bytes(), CARD_FILE)
+    card.measured["gain"] = None
+    assert json.loads(format_card(card))["measured"]["gain"] is None
+
+
+def test_fields_of_later_versions_are_ignored(folder, loaded):
+    change_card(folder, added_later=[1])
+    assert require_passed(folder, loaded.interface).passed
