@@ -52,7 +52,10 @@ html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 
 # Records whose JSON schema the reference lists, if the class exists: (module, class, file).
-RECORDS = (("composable.training.record", "TrainingRecord", ".work/training.json"),)
+RECORDS = (
+    ("composable.vetting.card", "Card", "card.json"),
+    ("composable.training.record", "TrainingRecord", ".work/training.json"),
+)
 
 
 def write_generated_pages() -> None:
