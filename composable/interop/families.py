@@ -163,8 +163,8 @@ _QUERY_AND_KEY: Final = (
     _projection("attention.w_q", "self_attn.q_proj", "attn_q", "(N H) D -> D N H"),
     _projection("attention.w_k", "self_attn.k_proj", "attn_k", "(K H) D -> D K H"),
 )
-# GGUF turns peers where the checkpoints turn halves, and has permuted the rows for it: a head
-# is H/2 pairs of two there, two halves here.
+# GGUF rotates adjacent pairs where the checkpoints rotate halves, and its rows are permuted
+# to match: a head is H/2 pairs of two there, two halves here.
 _PERMUTED_QUERY_AND_KEY: Final = (
     _projection(
         *("attention.w_q", "self_attn.q_proj", "attn_q", "(N H) D -> D N H"),
