@@ -18,7 +18,7 @@ from composable.files import atomic
 from tests.support.faults.disk import Snapshot
 from tests.support.faults.processes import run_together
 from tests.support.faults.scenarios import Command, Scenario, cli, publish, run_whole, yank
-from tests.support.faults.worlds import CorruptionError, Inputs, ResolutionProblem, inspect
+from tests.support.faults.worlds import CorruptionError, Inputs, World, inspect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ _PRUNE = cli("cache", "prune", "--older-than", "0", "--quiet")
 
 
 def _repeat(command: Command, times: int) -> Command:
-    def run(world: ResolutionProblem) -> int:
+    def run(world: World) -> int:
         return max(command(world) for _ in range(times))
 
     return run
@@ -160,8 +160,7 @@ def crowd_together(
         shutil.rmtree(root, ignore_errors=True)
         template.write(root)
         worlds = [
-            ResolutionProblem(root=root, inputs=inputs, name=f"project-{i}")
-            for i in range(crowd.n_projects)
+            World(root=root, inputs=inputs, name=f"project-{i}") for i in range(crowd.n_projects)
         ]
         for world in worlds:
             shutil.copytree(root / "project", world.project)
@@ -185,7 +184,7 @@ def crowd_together(
     return crowding
 
 
-def _member(command: Command, world: ResolutionProblem, has_locks: bool) -> Callable[[], int]:
+def _member(command: Command, world: World, has_locks: bool) -> Callable[[], int]:
     def run() -> int:
         if not has_locks:
             atomic.advisory_lock = contextlib.nullcontext  # type: ignore[assignment]
@@ -194,7 +193,7 @@ def _member(command: Command, world: ResolutionProblem, has_locks: bool) -> Call
     return run
 
 
-def _check(world: ResolutionProblem, crowd: Crowd, processes: int) -> None:
+def _check(world: World, crowd: Crowd, processes: int) -> None:
     """Check what is published, one project, and that a sync leaves it with what it locked."""
     state = inspect(world)
     wanted = {version: version in crowd.yanked for version in crowd.published(processes)}

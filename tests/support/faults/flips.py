@@ -30,7 +30,7 @@ from composable.packaging.project.sync import sync_project
 from composable.packaging.versions.constraint import Requirement
 from tests.support.faults.processes import run_forked
 from tests.support.faults.scenarios import Scenario, cli, publish
-from tests.support.faults.worlds import CorruptionError, Inputs, ResolutionProblem, State, inspect
+from tests.support.faults.worlds import CorruptionError, Inputs, State, World, inspect
 
 NOTICED, HARMLESS, MISSED = "noticed", "harmless", "missed"
 _BATCH = 100
@@ -86,8 +86,8 @@ class Target:
     """
 
     name: str
-    files: Callable[[ResolutionProblem], Sequence[Path]]
-    attempt: Callable[[ResolutionProblem, State, Path], str]
+    files: Callable[[World], Sequence[Path]]
+    attempt: Callable[[World, State, Path], str]
     scenario: Scenario = _WORLD
 
 
@@ -122,9 +122,7 @@ def flip_everywhere(
     return flipping
 
 
-def _flip_batch(
-    target: Target, world: ResolutionProblem, clean: State, count: int, rng: random.Random
-) -> int:
+def _flip_batch(target: Target, world: World, clean: State, count: int, rng: random.Random) -> int:
     os.chdir(world.root)
     outcomes = []
     for _ in range(count):
@@ -157,19 +155,19 @@ def flipped(path: Path, position: int) -> Iterator[None]:
         path.write_bytes(whole)
 
 
-def _install_afresh(world: ResolutionProblem, clean: State, path: Path) -> str:
+def _install_afresh(world: World, clean: State, path: Path) -> str:
     """Lock and install in a new project with an empty store."""
     return _install(world, clean, needs_lock=True)
 
 
-def _install_locked(world: ResolutionProblem, clean: State, path: Path) -> str:
+def _install_locked(world: World, clean: State, path: Path) -> str:
     """Install what the lock file says, in a new project with an empty store."""
     return _install(world, clean, needs_lock=False)
 
 
-def _publish_more(world: ResolutionProblem, clean: State, path: Path) -> str:
+def _publish_more(world: World, clean: State, path: Path) -> str:
     """Publish another version, which derives the index from all records."""
-    copy = ResolutionProblem(root=world.root / "copy", inputs=world.inputs)
+    copy = World(root=world.root / "copy", inputs=world.inputs)
     shutil.rmtree(copy.root, ignore_errors=True)
     shutil.copytree(world.root / "registry", copy.root / "registry")
     name = path.parent.name
@@ -183,8 +181,8 @@ def _publish_more(world: ResolutionProblem, clean: State, path: Path) -> str:
     return HARMLESS if is_there else MISSED
 
 
-def _install(world: ResolutionProblem, clean: State, *, needs_lock: bool) -> str:
-    fresh = ResolutionProblem(root=world.root, inputs=world.inputs, name="fresh")
+def _install(world: World, clean: State, *, needs_lock: bool) -> str:
+    fresh = World(root=world.root, inputs=world.inputs, name="fresh")
     store = world.root / "fresh-store"
     for folder in (fresh.project, store):
         shutil.rmtree(folder, ignore_errors=True)
@@ -213,7 +211,7 @@ def _install(world: ResolutionProblem, clean: State, *, needs_lock: bool) -> str
     return HARMLESS if found == wanted and same_lock else MISSED
 
 
-def _verify_and_sync(world: ResolutionProblem, clean: State, path: Path) -> str:
+def _verify_and_sync(world: World, clean: State, path: Path) -> str:
     """Have `verify` find it and `sync` bring it again."""
     project = Project.read(world.project)
     named = {blob.digest for blob in world.store.verify()}
@@ -225,9 +223,9 @@ def _verify_and_sync(world: ResolutionProblem, clean: State, path: Path) -> str:
     return NOTICED if (state.installed, state.blobs) == (clean.installed, clean.blobs) else MISSED
 
 
-def _install_from_store(world: ResolutionProblem, clean: State, path: Path) -> str:
+def _install_from_store(world: World, clean: State, path: Path) -> str:
     """Install in a new project from the damaged store; the registry has the file as it was."""
-    fresh = ResolutionProblem(root=world.root, inputs=world.inputs, name="fresh")
+    fresh = World(root=world.root, inputs=world.inputs, name="fresh")
     shutil.rmtree(fresh.project, ignore_errors=True)
     fresh.create_project()
     project = Project.read(fresh.project).add(Requirement.parse("french"))
@@ -238,7 +236,7 @@ def _install_from_store(world: ResolutionProblem, clean: State, path: Path) -> s
     return NOTICED if (world.root / "store" / "quarantine" / path.name).exists() else HARMLESS
 
 
-def _resume(world: ResolutionProblem, clean: State, path: Path) -> str:
+def _resume(world: World, clean: State, path: Path) -> str:
     """Go on with a download of which a damaged part is there."""
     for folder in (world.root / "store" / "blobs", world.project / ".composable"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -249,7 +247,7 @@ def _resume(world: ResolutionProblem, clean: State, path: Path) -> str:
     return NOTICED
 
 
-def _partial(world: ResolutionProblem) -> list[Path]:
+def _partial(world: World) -> list[Path]:
     """Return what has arrived of a large file, which is put there if it is not."""
     blobs = (world.root / "registry" / "blobs").glob("*/*")
     large = max(blobs, key=lambda path: path.stat().st_size)
@@ -260,13 +258,13 @@ def _partial(world: ResolutionProblem) -> list[Path]:
     return [path]
 
 
-def _generation(world: ResolutionProblem) -> Path:
+def _generation(world: World) -> Path:
     current = Project.read(world.project).environment.current
     assert current is not None
     return current.path
 
 
-def _blobs(world: ResolutionProblem, wanted: Callable[[bytes], bool]) -> list[Path]:
+def _blobs(world: World, wanted: Callable[[bytes], bool]) -> list[Path]:
     blobs = sorted((world.root / "registry" / "blobs").glob("*/*"))
     in_use = Lock.loads((world.project / "composable.lock").read_text()).digests()
     return [

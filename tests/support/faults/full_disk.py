@@ -27,7 +27,7 @@ from tests.support.faults.disk import Snapshot
 from tests.support.faults.kills import Bench
 from tests.support.faults.processes import Ending, run_forked
 from tests.support.faults.tracer import Fail, Fate, Kind, Operation, Run
-from tests.support.faults.worlds import CorruptionError, ResolutionProblem, check_between, inspect
+from tests.support.faults.worlds import CorruptionError, World, check_between, inspect
 
 ALLOCATING: Final = frozenset(
     {Kind.CREATE, Kind.OPEN, Kind.WRITE, Kind.TRUNCATE, Kind.SYNC, Kind.MKDIR, Kind.LINK}
@@ -118,7 +118,7 @@ def limit_file_size(bench: Bench) -> Refusing:
     for limit in sorted({0, 1} | {max(end - 1, 0) for end in ends} | {end // 2 for end in ends}):
         world = bench.copy()
 
-        def run_limited(world: ResolutionProblem = world, limit: int = limit) -> int:
+        def run_limited(world: World = world, limit: int = limit) -> int:
             # Not what this process prints to: that is no disk that anybody fills.
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             try:
@@ -157,7 +157,7 @@ def _try_tmpfs(bench: Bench, options: str, where: str, refusing: Refusing) -> No
         root = bench.copy().root
         _enter_namespace()
         _mount(root, "size=1g")
-        world = ResolutionProblem(root=root, inputs=bench.inputs)
+        world = World(root=root, inputs=bench.inputs)
         bench.before.write(root)
         try:
             _mount(root, options, is_again=True)
@@ -203,7 +203,7 @@ def _refused(run: Run) -> str:
 
 def _judge(
     bench: Bench,
-    world: ResolutionProblem,
+    world: World,
     run: Ending,
     where: str,
     refusing: Refusing,

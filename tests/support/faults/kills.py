@@ -26,8 +26,8 @@ from tests.support.faults.tracer import Decide, Fate, Kind, Operation, Run, run_
 from tests.support.faults.worlds import (
     CorruptionError,
     Inputs,
-    ResolutionProblem,
     State,
+    World,
     check_between,
     check_equal,
     files_of,
@@ -98,20 +98,18 @@ class Bench:
         self.states = scenario.states(world)
         self._known_files = known | files_of(world).keys()
 
-    def copy(self) -> ResolutionProblem:
+    def copy(self) -> World:
         """Return a fresh copy of the world before."""
         return self.write(self.before)
 
-    def write(self, snapshot: Snapshot) -> ResolutionProblem:
+    def write(self, snapshot: Snapshot) -> World:
         """Return a world with these files."""
         root = self.scratch / "world"
         shutil.rmtree(root, ignore_errors=True)
         snapshot.write(root)
-        return ResolutionProblem(root=root, inputs=self.inputs)
+        return World(root=root, inputs=self.inputs)
 
-    def trace(
-        self, world: ResolutionProblem, decide: Decide | None = None, *, with_reads: bool = False
-    ) -> Run:
+    def trace(self, world: World, decide: Decide | None = None, *, with_reads: bool = False) -> Run:
         """Run all steps in a traced process."""
         work = partial(self.scenario.run, world)
         return run_traced(work, world.root, decide, with_reads=with_reads)
@@ -123,7 +121,7 @@ class Bench:
             raise RuntimeError(f"the unhurt run failed, {run}")
         return [op for op in run.operations if op.kind is not Kind.ACKNOWLEDGE]
 
-    def recover(self, world: ResolutionProblem, done: int) -> State:
+    def recover(self, world: World, done: int) -> State:
         """Run what comes after `done` whole steps, the cut one first; return the state.
 
         Raises:
@@ -146,7 +144,7 @@ class Bench:
                     raise
         return inspect(world)
 
-    def leftovers(self, world: ResolutionProblem) -> dict[str, bytes]:
+    def leftovers(self, world: World) -> dict[str, bytes]:
         """Return the files of a world that was cut short and mended, and that no unhurt one has."""
         names = files_of(world).keys() - self._known_files
         return {name: (world.root / name).read_bytes() for name in sorted(names)}
@@ -215,7 +213,7 @@ def crash_for_days(bench: Bench, *, every: int = 1, passes: int = 2) -> list[lis
     return ends
 
 
-def _kill_the_next(bench: Bench, world: ResolutionProblem, done: int, rng: random.Random) -> None:
+def _kill_the_next(bench: Bench, world: World, done: int, rng: random.Random) -> None:
     """Kill the command after the killed one as well."""
     step = bench.scenario.steps[done]
     after = bench.states[done + 1]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from tests.support.faults.processes import acknowledge, run_forked
-from tests.support.faults.worlds import Inputs, ResolutionProblem, State, inspect
+from tests.support.faults.worlds import Inputs, State, World, inspect
 
-Command = Callable[[ResolutionProblem], int]
+Command = Callable[[World], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Step:
     again: Command | None = None
     may_stay_undone: bool = False
 
-    def recover(self, world: ResolutionProblem) -> int:
+    def recover(self, world: World) -> int:
         """Run the next command after this one was cut short."""
         return (self.again or self.run)(world)
 
@@ -51,16 +51,16 @@ class Scenario:
     before: Sequence[Command]
     steps: Sequence[Step]
 
-    def prepare(self, root: Path, inputs: Inputs) -> ResolutionProblem:
+    def prepare(self, root: Path, inputs: Inputs) -> World:
         """Make the world in an empty folder."""
-        world = ResolutionProblem(root=root, inputs=inputs)
+        world = World(root=root, inputs=inputs)
         root.mkdir(parents=True)
         world.create_project()
         for command in self.before:
             run_whole(command, world)
         return world
 
-    def run(self, world: ResolutionProblem) -> int:
+    def run(self, world: World) -> int:
         """Run all steps in this process, which must be a forked one, acknowledging each."""
         for step in self.steps:
             code = step.run(world)
@@ -69,7 +69,7 @@ class Scenario:
             acknowledge(step.name)
         return 0
 
-    def states(self, world: ResolutionProblem) -> list[State]:
+    def states(self, world: World) -> list[State]:
         """Run all steps unhurt; return the state before the first and after each."""
         found = [inspect(world)]
         for step in self.steps:
@@ -78,7 +78,7 @@ class Scenario:
         return found
 
 
-def run_whole(command: Command, world: ResolutionProblem) -> None:
+def run_whole(command: Command, world: World) -> None:
     """Run a command unhurt in a process of its own; it must succeed."""
     run = run_forked(lambda: command(world))
     if run.code != 0:
@@ -87,7 +87,7 @@ def run_whole(command: Command, world: ResolutionProblem) -> None:
 
 def warm_up(root: Path, inputs: Inputs) -> None:
     """Import here whatever commands import when they are run, so that forked ones are quick."""
-    world = ResolutionProblem(root=root, inputs=inputs)
+    world = World(root=root, inputs=inputs)
     root.mkdir(parents=True)
     world.create_project()
 
@@ -132,7 +132,7 @@ _PRUNE: Final = cli("cache", "prune", "--older-than", "0", "--quiet")
 _UPGRADED: Final = (*_OLD, cli("install", "french"), *_NEW, cli("upgrade"))
 
 
-def _forget_generations(world: ResolutionProblem) -> int:
+def _forget_generations(world: World) -> int:
     """Install something else and forget the rest, so that the store has blobs of no use."""
     import shutil
 

@@ -25,7 +25,7 @@ from composable.packaging.install import download
 from composable.packaging.manifests.manifest import CHUNK_BYTES
 from tests.support.faults.processes import Ending, run_forked
 from tests.support.faults.scenarios import Scenario, publish
-from tests.support.faults.worlds import CorruptionError, Inputs, ResolutionProblem, State, inspect
+from tests.support.faults.worlds import CorruptionError, Inputs, State, World, inspect
 
 LARGE_BYTES = 2 * CHUNK_BYTES + CHUNK_BYTES // 2
 
@@ -340,7 +340,7 @@ def serve(root: Path) -> Iterator[TrickyServer]:
         server.server_close()
 
 
-def _run(world: ResolutionProblem, *arguments: str) -> Ending:
+def _run(world: World, *arguments: str) -> Ending:
     def run() -> int:
         download._FIRST_WAIT_SECONDS = 0.001  # type: ignore[misc]
         return world.run(*arguments)
@@ -349,7 +349,7 @@ def _run(world: ResolutionProblem, *arguments: str) -> Ending:
 
 
 def _play(
-    world: ResolutionProblem,
+    world: World,
     server: TrickyServer,
     trick: Trick,
     target: str,

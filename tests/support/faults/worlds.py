@@ -146,7 +146,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolutionProblem:
+class World:
     """A folder with `registry/`, `store/` and a project in it.
 
     Args:
@@ -237,7 +237,7 @@ class State:
     blobs: frozenset[str]
 
 
-def inspect(world: ResolutionProblem) -> State:
+def inspect(world: World) -> State:
     """Return the state of a world, every byte of it checked.
 
     Raises:
@@ -298,7 +298,7 @@ def check_equal(found: State, wanted: State, *, is_store_kept: bool = True) -> N
         raise CorruptionError(f"the store lost {sorted(lost)}")
 
 
-def files_of(world: ResolutionProblem) -> dict[str, int]:
+def files_of(world: World) -> dict[str, int]:
     """Return the size of every file in a world by its path, locks left out."""
     return {
         str(path.relative_to(world.root)): path.lstat().st_size
@@ -328,7 +328,7 @@ def _read_text(path: Path) -> str | None:
 
 
 def _inspect_registry(
-    world: ResolutionProblem,
+    world: World,
 ) -> dict[str, dict[tuple[str, str], tuple[str, bool]]]:
     """Return the releases that a static host would serve, and those that a publisher sees."""
     where = world.root / "registry"
@@ -383,7 +383,7 @@ def _inspect_environment(project: Path) -> str | None:
     return lock.to_toml()
 
 
-def _inspect_store(world: ResolutionProblem) -> frozenset[str]:
+def _inspect_store(world: World) -> frozenset[str]:
     digests = world.store.digests()
     for digest in digests:
         if not has_digest(world.store.path(digest), digest):
