@@ -28,12 +28,7 @@ import numpy as np
 from benchmarks.demo_seeds import fill
 from composable.assembly.backbones import LoadedBackbone, load_backbone
 from composable.assembly.experts import load_expert
-from composable.corpora.documents import (
-    Document,
-    Spliced,
-    read_documents,
-    splice_documents,
-)
+from composable.corpora.documents import Document, Spliced, read_documents, splice_documents
 from composable.files import atomic
 from composable.model.model import BACKBONE, Model, generate
 from composable.packaging.project.locking import lock_project

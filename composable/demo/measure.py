@@ -126,5 +126,5 @@ def claims_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def begins(documents: Sequence[Document]) -> list[bytes]:
-    """Return the begins of documents, cut so that no character is split."""
+    """Return the starts of documents, cut so that no character is split."""
     return [truncate_utf8(document.text.encode(), SCORED_BYTES) for document in documents]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from composable.demo.report import (
     METHODS,
@@ -16,10 +16,6 @@ from composable.demo.report import (
     text_rows,
 )
 from composable.demo.trace import Trace, colour_text, draw_strip
-
-if TYPE_CHECKING:
-    pass
-
 
 _COMMAND: Final = "composable demo"
 

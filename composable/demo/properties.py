@@ -25,12 +25,7 @@ from composable.packaging.project.project import Project
 from composable.packaging.registry.locations import open_for_publishing
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
-from composable.vetting.evaluation import (
-    mix_scorer,
-    safe_scorer,
-    score_documents,
-    trace_routing,
-)
+from composable.vetting.evaluation import mix_scorer, safe_scorer, score_documents, trace_routing
 from composable.workflows.vet import check_expert
 from composable.workflows.workspace import WORK
 

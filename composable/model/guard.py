@@ -37,7 +37,7 @@ class Contributions(NamedTuple):
 
 
 def empty_tally(n_experts: int) -> Tally:
-    """Return the tally at the begin of a document."""
+    """Return the tally at the start of a document."""
     return Tally(jnp.zeros(n_experts, jnp.int32), jnp.zeros(n_experts, jnp.int32))
 
 

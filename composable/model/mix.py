@@ -23,21 +23,9 @@ from composable.model.composed import (
     mix_in_scouts,
     run_trunk_and_scouts,
 )
-from composable.model.guard import (
-    Tally,
-    empty_tally,
-    exceeds,
-    redistribute,
-    tally_rows,
-)
+from composable.model.guard import Tally, empty_tally, exceeds, redistribute, tally_rows
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
-from composable.model.router import (
-    Choice,
-    RouterState,
-    choose,
-    dense_weights,
-    empty_state,
-)
+from composable.model.router import Choice, RouterState, choose, dense_weights, empty_state
 
 
 class MixState(NamedTuple):
@@ -50,7 +38,7 @@ class MixState(NamedTuple):
 
 
 def mix_state(parts: Parts, batch: int, cache_length: int | None = None) -> MixState:
-    """Return mix mode's state at the begin of a document.
+    """Return mix mode's state at the start of a document.
 
     Args:
         parts: The model.

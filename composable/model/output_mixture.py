@@ -37,7 +37,7 @@ class OutputMixtureState(NamedTuple):
 
 
 def empty_output_mixture(batch: int, n_classes: int) -> OutputMixtureState:
-    """Return the state at the begin of a document."""
+    """Return the state at the start of a document."""
     return OutputMixtureState(
         jnp.zeros(batch, jnp.float32), jnp.ones((batch, n_classes), jnp.float32)
     )

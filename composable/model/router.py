@@ -61,7 +61,7 @@ class Choice(NamedTuple):
 
 
 def empty_state(batch: int, n_experts: int, d_model: int) -> RouterState:
-    """Return the state at the begin of a document."""
+    """Return the state at the start of a document."""
     return RouterState(
         jnp.zeros((batch, n_experts), jnp.float32),
         jnp.zeros((batch, n_experts), jnp.float32),

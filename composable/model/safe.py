@@ -17,19 +17,10 @@ from composable.model.composed import (
     mix_in_scouts,
     run_trunk_and_scouts,
 )
-from composable.model.guard import (
-    Tally,
-    empty_tally,
-    tally_paths,
-)
+from composable.model.guard import Tally, empty_tally, tally_paths
 from composable.model.layers import KVCache
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
-from composable.model.router import (
-    NEVER,
-    RouterState,
-    choose,
-    empty_state,
-)
+from composable.model.router import NEVER, RouterState, choose, empty_state
 
 
 class SafeState(NamedTuple):
@@ -52,7 +43,7 @@ _PathOutput = tuple[jax.Array, jax.Array, tuple[KVCache, ...]]
 
 
 def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> SafeState:
-    """Return safe mode's state at the begin of a document; arguments as for `mix_state`."""
+    """Return safe mode's state at the start of a document; arguments as for `mix_state`."""
     n_experts, interface = parts.bank.capacity, parts.interface
     prior_E = log_prior_of(parts)[jnp.argsort(parts.bank.key_E)]
     caches = empty_caches(parts, batch, cache_length)

@@ -37,7 +37,7 @@ def to_pieces(drawn: Iterable[Drawn], tokenizer: Tokenizer) -> Iterator[Piece]:
 def stop_before(pieces: Iterable[Piece], stops: Sequence[str]) -> Iterator[Piece]:
     """Yield pieces up to the first of some strings, which is left out.
 
-    What may be the begin of such a string is held back until it is clear.
+    What may be the start of such a string is held back until it is clear.
 
     Args:
         pieces: Text as it is made.

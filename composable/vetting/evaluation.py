@@ -221,7 +221,7 @@ def measure_evidence(
 
 
 def _cut(documents: Sequence[bytes], max_bytes: int | None) -> Sequence[bytes]:
-    """Return the begins of documents, no character split."""
+    """Return the starts of documents, no character split."""
     if max_bytes is None:
         return documents
     return [truncate_utf8(document, max_bytes) for document in documents]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -21,11 +21,7 @@ from flax import nnx
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import make_expert, save_expert
-from composable.corpora.documents import (
-    read_documents,
-    split_documents,
-    write_documents,
-)
+from composable.corpora.documents import read_documents, split_documents, write_documents
 from composable.errors import TextError, TrainingError
 from composable.files import atomic
 from composable.interface import body_signature, digest_bytes, scout_signature
@@ -51,15 +47,7 @@ from composable.workflows.trunk_cache import (
     trunk_parameters,
     upper_parameters,
 )
-from composable.workflows.workspace import (
-    HELDOUT_FILE,
-    HELDOUT_FRACTION,
-    TRAINING_FILE,
-    WORK,
-)
-
-if TYPE_CHECKING:
-    pass
+from composable.workflows.workspace import HELDOUT_FILE, HELDOUT_FRACTION, TRAINING_FILE, WORK
 
 # Positions of a row.
 _WINDOW: Final = 256

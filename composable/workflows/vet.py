@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
-from composable.corpora.documents import (
-    read_documents,
-)
+from composable.corpora.documents import read_documents
 from composable.errors import TensorFileError, TextError, VettingError
 from composable.files.records import parse_record
 from composable.interface import body_signature, digest_bytes, scout_signature
@@ -23,12 +21,7 @@ from composable.vetting.card import Against, Check, write_card
 from composable.vetting.checks import Verdict, gather_evidence, vet
 from composable.vetting.peers import Peer, vet_with_peers
 from composable.vetting.regression import compare_evidence
-from composable.workflows.workspace import (
-    HELDOUT_FILE,
-    TRAINING_FILE,
-    WORK,
-    vetted_texts,
-)
+from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK, vetted_texts
 
 if TYPE_CHECKING:
     from composable.workflows.references import PreviousRelease

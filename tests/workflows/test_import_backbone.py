@@ -14,11 +14,7 @@ from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.tensors import to_tensors
 from composable.workflows import capacity as room
 from composable.workflows.capacity import require_room
-from composable.workflows.import_backbone import (
-    ImportPlan,
-    import_backbone,
-    read_public_text,
-)
+from composable.workflows.import_backbone import ImportPlan, import_backbone, read_public_text
 
 PLAN = ImportPlan(name="small", scout_width=16, scout_tokens=4000, scout_steps=80, license="MIT")
 

@@ -20,12 +20,7 @@ from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.registry.locations import open_for_publishing
 from composable.training.config import TrainConfig
 from composable.workflows.publish import publish_expert
-from composable.workflows.references import (
-    compare_releases,
-    find_parent,
-    find_peers,
-    find_previous,
-)
+from composable.workflows.references import compare_releases, find_parent, find_peers, find_previous
 from composable.workflows.train import train_expert
 from composable.workflows.vet import check_expert
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from composable.errors import (
-    LockError,
-)
+from composable.errors import LockError
 from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert, LockedInterface
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import fit_interface, pack_named

@@ -8,15 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from composable.errors import (
-    PackagingError,
-    RegistryError,
-    UnknownExpertError,
-    did_you_mean,
-)
-from composable.packaging.install.download import (
-    run_at_once,
-)
+from composable.errors import PackagingError, RegistryError, UnknownExpertError, did_you_mean
+from composable.packaging.install.download import run_at_once
 from composable.packaging.manifests.packing import pack_named
 from composable.packaging.project.project import Project
 from composable.packaging.registry.registry import Registry

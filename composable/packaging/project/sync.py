@@ -7,11 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from composable.errors import (
-    IntegrityError,
-    MissingBlobError,
-    PackagingError,
-)
+from composable.errors import IntegrityError, MissingBlobError, PackagingError
 from composable.packaging.install.download import (
     MAX_AT_ONCE,
     download_files,

@@ -6,25 +6,14 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from composable.errors import (
-    PackagingError,
-    RegistryError,
-)
+from composable.errors import PackagingError, RegistryError
 from composable.interface.digest import canonical_json
 from composable.packaging.registry.release import Release
-from composable.packaging.registry.storage import (
-    Document,
-    Folder,
-    Storage,
-    WritableStorage,
-)
+from composable.packaging.registry.storage import Document, Folder, Storage, WritableStorage
 from composable.packaging.versions.names import check_package_name
 from composable.packaging.versions.version import Version
-
-if TYPE_CHECKING:
-    pass
 
 MAX_TEXT: Final = 10_000
 

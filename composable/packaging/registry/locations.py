@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from composable.errors import (
-    RegistryError,
-)
+from composable.errors import RegistryError
 from composable.files.blobs import default_store
 from composable.packaging.registry.registry import Registry
-from composable.packaging.registry.storage import (
-    Folder,
-    Storage,
-)
+from composable.packaging.registry.storage import Folder, Storage
 
 
 def open_registry(

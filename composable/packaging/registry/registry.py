@@ -57,12 +57,7 @@ from composable.packaging.registry.index import (
     record_path,
 )
 from composable.packaging.registry.release import TIME_FORMAT, Release, choose_newest
-from composable.packaging.registry.storage import (
-    Document,
-    Folder,
-    Storage,
-    WritableStorage,
-)
+from composable.packaging.registry.storage import Document, Folder, Storage, WritableStorage
 from composable.packaging.versions.names import check_package_name, confusable_key
 from composable.packaging.versions.version import Version
 from composable.progress import ByteProgress

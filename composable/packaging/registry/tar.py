@@ -5,14 +5,11 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from composable.errors import RegistryError
 from composable.files import atomic
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
-
-if TYPE_CHECKING:
-    pass
 
 
 class TarFile:

@@ -17,11 +17,7 @@ from composable.packaging.resolution.problem import ResolutionProblem
 from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof, Solver
 from composable.packaging.resolution.universe import INTERFACE_PREFIX, Candidate
 from composable.packaging.resolution.wording import list_in_words, requirements_behind
-from composable.packaging.versions.constraint import (
-    ANY,
-    Constraint,
-    split_extra,
-)
+from composable.packaging.versions.constraint import ANY, Constraint, split_extra
 
 MAX_REFUSALS: Final = 3
 _ORDER: Final = {"root": 0, "need": 1, "conflict": 2, "none": 3}

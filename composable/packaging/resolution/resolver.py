@@ -24,11 +24,7 @@ from composable.packaging.resolution.universe import (
     CandidateSource,
     Universe,
 )
-from composable.packaging.versions.constraint import (
-    Constraint,
-    Requirement,
-    split_extra,
-)
+from composable.packaging.versions.constraint import Constraint, Requirement, split_extra
 from composable.packaging.versions.version import Version
 
 

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 from composable.packaging.resolution.problem import ResolutionProblem
 from composable.packaging.resolution.solver import Fact
-from composable.packaging.versions.constraint import (
-    Requirement,
-    split_extra,
-)
+from composable.packaging.versions.constraint import Requirement, split_extra
 
 
 def requirements_behind(problem: ResolutionProblem, fact: Fact) -> list[Requirement]:
