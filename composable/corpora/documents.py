@@ -29,7 +29,7 @@ class Document:
     """One document.
 
     Args:
-        id: What the document is called; the split into training and held-out text hangs on it.
+        id: What the document is called; the split into training and held-out text depends on it.
         text: The text, not empty, without NUL (byte 0 is reserved as begin-of-document).
     """
 

@@ -28,7 +28,7 @@ def strip_html(source: str, left_out: Collection[str] = ()) -> str:
     """Return the text of an HTML page.
 
     Args:
-        source: The page as it lies on disk, decoded.
+        source: The page as stored, decoded.
         left_out: An element of one of these classes is left out with all that it holds.
     """
     parser = _Text(frozenset(left_out))

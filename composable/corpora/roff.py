@@ -49,7 +49,7 @@ def strip_roff(source: str) -> str:
     """Return the text of a manual page, paragraphs apart; empty for one that is not `man` roff.
 
     Args:
-        source: The page as it lies on disk, decoded.
+        source: The page as stored, decoded.
     """
     if _MDOC.search(source):
         return ""

@@ -40,7 +40,7 @@ _QUIET: Final = "#5b6470"
 
 
 def write_readme_figure(path: Path, result: Mapping[str, Any], traces: Sequence[Trace]) -> None:
-    """Write a PNG: bars for every text, and below them whom the router trusted on one document.
+    """Write a PNG: bars for every text, and below them the router weights along one document.
 
     The ground is white, so that it can be read on any page.
 
@@ -89,7 +89,7 @@ def _draw_bars(figure: SubFigure, result: Mapping[str, Any]) -> None:
 def _draw_routing(figure: SubFigure, trace: Trace, hues: Mapping[str, str]) -> None:
     panel = figure.subplots()
     figure.subplots_adjust(left=0.01, right=0.99, top=0.68, bottom=0.19)
-    _write(figure, 0.01, 0.91, "Whom the router trusts, byte by byte", weight="bold", size=11)
+    _write(figure, 0.01, 0.91, "Router weights, byte by byte", weight="bold", size=11)
     weight_TE = thin_weights(trace.weight_TE)
     total = len(trace.text)
     _clear(panel, (0, total), (1, 0))

@@ -116,7 +116,8 @@ def _charts(result: Mapping[str, Any]) -> str:
         charts += f"<div><h3>{escape(name)}</h3>{bars}</div>\n"
     return f"""<h2>The same as bars</h2>
 <p class="quiet">All on one scale. <em>average</em> averages the experts’ weights, <em>mix</em>
-mixes what the trusted experts compute in one pass, <em>safe</em> mixes the probabilities of whole
+mixes in one pass the outputs of the experts that a token is routed to,
+<em>safe</em> mixes the probabilities of whole
 paths, the backbone’s among them.</p>
 <div class="charts">
 {charts}</div>"""
@@ -143,10 +144,10 @@ def _experts(result: Mapping[str, Any], classes: Mapping[str, str]) -> str:
 
 def _traces_heading(classes: Mapping[str, str]) -> str:
     key = "".join(f'<span class="{c}">{escape(name)}</span>' for name, c in classes.items())
-    return f"""<h2>Who was trusted, byte by byte</h2>
+    return f"""<h2>Router weights, byte by byte</h2>
 <p class="quiet">Documents spliced from held-out texts. Above each strip stands where a piece truly
 came from; the router sees only the bytes. The height of a colour is the weight of that expert; the
-text has the colour of the most trusted one, faint where nobody has most of the trust.</p>
+text has the colour of the expert with the largest weight, faint where no weight is large.</p>
 <div class="key">{key}</div>"""
 
 
@@ -161,8 +162,8 @@ def _trace(number: int, trace: Trace, classes: Mapping[str, str], shown: int) ->
     cut = f", the first {shown:,} bytes" if total > shown else ""
     return f"""<div class="trace">
 <h3>Document {number}</h3>
-<div class="small quiet">{trace.weight_on_truth():.0%} of the trust went to the expert of the true
-domain</div>
+<div class="small quiet">{trace.weight_on_truth():.0%} of the router weight
+went to the expert of the true domain</div>
 <div class="truth">{truth}</div>
 {draw_strip(trace, class_of)}
 <div class="scale"><span>0</span><span>{total:,} bytes</span></div>

@@ -29,9 +29,9 @@ from composable.vetting.evaluation import mix_scorer, safe_scorer, score_documen
 from composable.workflows.vet import check_expert
 from composable.workflows.workspace import WORK
 
-# Room for the experts, the backbone and a hostile guest: one compilation serves all.
+# Room for the experts, the backbone and an adversarial expert: one compilation serves all.
 CAPACITY: Final = 8
-# A hostile expert may change the bits of public text by less than this share.
+# An adversarial expert may change the bits of public text by less than this share.
 MAX_CHANGE: Final = 1e-3
 
 

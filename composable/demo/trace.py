@@ -1,4 +1,4 @@
-"""Who was trusted to predict each byte of a document: the record, as a strip and as coloured text.
+"""The router weights at each byte of a document: the record, as a strip and as coloured text.
 
 A class of the page's style stands for each name; what colours they have is the report's business.
 """
@@ -16,13 +16,13 @@ import numpy as np
 
 from composable.errors import ModelError
 
-# Below this weight nobody is really trusted, and the text is tinted faintly.
+# Below this weight no expert dominates, and the text is tinted faintly.
 _TRUSTED: Final = 0.6
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Who was trusted to predict each byte of a document.
+    """The router weights at each byte of a document.
 
     Args:
         text: The document.
@@ -92,13 +92,13 @@ def draw_strip(trace: Trace, class_of: Sequence[str]) -> str:
 
 
 def colour_text(trace: Trace, class_of: Sequence[str], n_bytes: int) -> str:
-    """Return the document as HTML, each character in a run of the most trusted name's class.
+    """Return the document as HTML, each character in a run of the class of the largest weight.
 
-    The title of a run tells the weights. A mark stands where a segment begins.
+    The title of a run lists the weights. A mark stands where a segment begins.
 
     Args:
         trace: The record.
-        class_of: Class of each name's runs; "torn" is added where nobody has most of the trust.
+        class_of: Class of each name's runs; "torn" is added where no weight is large.
         n_bytes: How much of the document to return.
     """
     begins = {start: name for name, start, _ in trace.segments}

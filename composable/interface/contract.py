@@ -64,7 +64,7 @@ class RouterInterface:
         mix_power: Exponent in (0, 1] on scouts' likelihoods in mix mode's switching filter; 0 where
             mix mode weighs track records instead.
         mix_prior: Prior weight of the backbone in that filter, at least.
-        mix_switch_rate: Probability per token, in (0, 1), that somebody else becomes right in it.
+        mix_switch_rate: Probability per token, in (0, 1), of a switch to another expert in it.
         mix_share: Prior weight of one expert in it, at most; what is left is the backbone's.
         mix_margin: Nats per token, at least 0, by which an expert's scout has to beat the
             backbone's to gain weight in it.

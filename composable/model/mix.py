@@ -111,7 +111,7 @@ def _mixed_feed_forward(
     """Return the mixture of the chosen experts; groups are made once and shared by all slots.
 
     In each slot, what counts as zero leaves its weight to the token's other choices, and to the
-    backbone's own block where no choice is left: as if whoever broke had not been chosen there.
+    backbone's own block where no choice is left: as if the broken expert had not been chosen there.
 
     With it come the groups, and a list that gets, from every slot that runs, which rows of the
     groups counted as zero.
@@ -132,8 +132,8 @@ def _mixed_feed_forward(
         x_MD = x_BTD.reshape(batch * n_tokens, -1)
         x_PD = gather_rows(x_MD, dispatch)
         y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
-        # A guest's contribution beyond the bound counts as zero, and so does one that is not
-        # finite: no trust, however little, multiplies it.
+        # An expert's output beyond the bound counts as zero, and so does one that is not finite:
+        # no weight, however small, multiplies it.
         zeroed.append(is_expert_P & exceeds(y_PD, bound))
         y_PD = jnp.where(zeroed[-1][:, None], 0, y_PD)
         kept_MJ, dropped_M = redistribute(weight_MJ, zeroed[-1], dispatch)

@@ -169,7 +169,7 @@ class Model:
         return _safe(self.parts, self._checked(tokens_BT))
 
     def route(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
-        """Return who is trusted, where: weights per token and expert, shape BTE.
+        """Return the router weights per token and expert, shape BTE.
 
         Entry e belongs to `names[e]`; the backbone comes first.
         """
@@ -210,7 +210,7 @@ class Model:
         """Yield the continuation of a prompt piece by piece, with the weights behind each.
 
         Arguments as for `generate`; entry e of the weights belongs to `names[e]`. At the end, each
-        expert whose contributions counted as zero is told of in a `ContributionWarning`.
+        expert whose contributions counted as zero is reported in a `ContributionWarning`.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         drawn = continue_tokens(

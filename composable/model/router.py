@@ -53,7 +53,7 @@ class RouterState(NamedTuple):
 class Choice(NamedTuple):
     """One routing decision per token, shared by all slots; best expert first.
 
-    A choice that was not taken has weight zero and names the expert E, which there is not.
+    A choice below the floor has weight zero and the index E, which no expert has.
     """
 
     expert_BTJ: jax.Array
@@ -236,7 +236,7 @@ def switching_posterior(
         log_prior_E: Log prior weights, to which the chain returns.
         power: Exponent on likelihoods.
         rate: Probability of a change per token.
-        margin_E: What is taken off everybody's evidence per token, in nats.
+        margin_E: What is subtracted from each expert's evidence per token, in nats.
 
     References:
         Herbster and Warmuth 1998, "Tracking the best expert" (fixed share, here towards the prior);

@@ -18,7 +18,7 @@ _CHAT_POSITIONS: Final = 2048
 
 
 class Piece(NamedTuple):
-    """Some text, and how much each expert was trusted for the token that completed it."""
+    """Some text, and the router weights at the token that completed it."""
 
     text: str
     weight_E: np.ndarray

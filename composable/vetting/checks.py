@@ -243,7 +243,7 @@ def figure(value: float) -> float | None:
 
 
 def _check_taken(taken_N: np.ndarray, bound: float, loss: float) -> Check:
-    """Check that public text stays mostly the backbone's, or that it gains by what is taken."""
+    """Check that public text stays mostly routed to the backbone, or gains where it is not."""
     n = len(taken_N)
     can_tell = n >= MIN_DOCUMENTS
     judged = bound if can_tell else float(taken_N.mean())
@@ -260,7 +260,7 @@ def _check_taken(taken_N: np.ndarray, bound: float, loss: float) -> Check:
 def _check_scores(
     model: Model, name: str, own: bytes, other: bytes, n_repeated: int, n_changed: int
 ) -> tuple[Check, Check]:
-    """Check that no score hangs on who else is plugged in, on its place, or on the hour.
+    """Check that scores are deterministic and independent of batch row and bank entry.
 
     Args:
         model: The expert, plugged in.

@@ -1,4 +1,4 @@
-"""Bits per byte of documents under any way of using a model, who was trusted where, and by what.
+"""Bits per byte of documents under any way of using a model, router weights, and evidence.
 
 A document is read in consecutive windows, of the model's context or 512 tokens if that is less.
 Attention restarts with each window, for every method alike; the router's track record, which is one
@@ -138,7 +138,7 @@ def score_documents(
 def trace_routing(
     model: Model, documents: Sequence[bytes], *, max_bytes: int | None = None
 ) -> list[np.ndarray]:
-    """Return who was trusted to predict each token of every document.
+    """Return the router weights at each token of every document.
 
     Args:
         model: The model.

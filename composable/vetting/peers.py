@@ -168,7 +168,7 @@ def _centre(x_T: np.ndarray) -> np.ndarray:
 
 
 def _check_copied(likenesses: Sequence[tuple[Peer, float]]) -> Check:
-    """Check that the newcomer's scout is nobody else's."""
+    """Check that the newcomer's scout is not a copy of another expert's."""
     strangers = sorted((like, it.release) for it, like in likenesses if not it.is_kin)
     copied = [pair for pair in strangers if pair[0] > MAX_LIKENESS]
     found = [f"{like:.2f} with that of {release}" for like, release in copied or strangers[-1:]]

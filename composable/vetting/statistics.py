@@ -26,7 +26,7 @@ def upper_mean(share_N: np.ndarray, confidence: float = CONFIDENCE) -> float:
     independently: n values that are all zero give about 3 / n.
 
     Args:
-        share_N: One value per document, each in [0, 1], in an order that does not hang on them.
+        share_N: One value per document, each in [0, 1], in an order that does not depend on them.
         confidence: Probability with which the mean is at most the bound.
 
     References:
@@ -54,7 +54,7 @@ def upper_mean(share_N: np.ndarray, confidence: float = CONFIDENCE) -> float:
 
 
 def is_above(difference_N: np.ndarray, limit: float, confidence: float = CONFIDENCE) -> bool:
-    """Say whether the mean of paired differences lies above zero beyond noise, and above a limit.
+    """Return whether the mean of paired differences is above zero beyond noise, and above a limit.
 
     A one-sided t test on the documents' differences. It asks for the mean of many documents, so
     the differences need not be normal; of a single document there is no noise to be known, and

@@ -44,7 +44,7 @@ def require_room(checkpoint: Checkpoint, out: Path, cfg: BackboneConfig) -> None
 
 
 def available_memory() -> int | None:
-    """Return bytes of memory that a program could still take, or None where nobody says."""
+    """Return bytes of memory that a program could still take, or None where it is unknown."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -60,7 +60,7 @@ _HARDLY: Final = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """What is to be taken elsewhere.
+    """What to export.
 
     Args:
         merge: The expert that is to be always on; by default all are mixed.
@@ -283,7 +283,7 @@ def _losses(
         if hardly:
             lost.append(
                 f"Nearly all use of {', '.join(hardly)}: on the text that the rows were fitted on "
-                "they were hardly ever trusted. Give text of their kind."
+                "hardly any token was routed to them. Give text of their kind."
             )
         lost.append(
             "The bounds: here an expert's output beyond the interface's bound counts as zero, "

@@ -1,7 +1,7 @@
 """Published experts that a contributor's is held against: peers, and its own older releases.
 
 They are found where a project finds its experts: in a registry, or in folders. What can be measured
-on a peer hangs on its text, which may be private; here is where a text at hand is looked for.
+on a peer depends on its text, which may be private; this file finds the texts at hand.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _check_format(
     manifest: Manifest,
     error: TensorFileError | None = None,
 ) -> Check:
-    """Tell whether the tensors are what the interface wants: names, shapes, types, finite."""
+    """Return the check that the tensors fit the interface: names, shapes, types, finite."""
     specs = {
         **body_signature(loaded.interface, manifest.body.kind, manifest.body.rank),
         **scout_signature(loaded.interface, manifest.scout_width),

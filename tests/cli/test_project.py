@@ -25,7 +25,7 @@ def test_init_writes_a_project_once(works, cli, tmp_path):
     assert (project.backbone, dict(project.registries)) == ("tiny-bytes", {"house": "../registry"})
     outcome = cli("init")
     assert outcome.code == 1
-    assert "is there already" in outcome.err
+    assert "already exists" in outcome.err
 
 
 def test_init_refuses_an_unknown_backbone(cli, tmp_path):

@@ -226,7 +226,7 @@ def _copy(
             if sink.size < stop:
                 if sink.size == before:
                     raise IntegrityError(f"only {sink.size:,} of {file.size:,} bytes arrived")
-                raise UnreachableError("the answer ended early", where=registry.location)
+                raise UnreachableError("response truncated", where=registry.location)
         except UnreachableError:
             failures = 0 if sink.size > before else failures + 1
             if failures == MAX_FAILURES:

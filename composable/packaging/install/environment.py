@@ -320,7 +320,7 @@ def _place(expert: LockedExpert, folder: Path, store: Store) -> None:
     is_same = claims == locked and extras == {e: dict(r) for e, r in expert.extras.items()}
     if not is_same or set(manifest.files) != set(expert.files):
         raise LockError(
-            f"the manifest of {expert.name} {expert.version} says otherwise than its registry did",
+            f"the manifest of {expert.name} {expert.version} does not match the registry",
             where=LOCK_FILE,
             hint=f"{expert.origin} is damaged or dishonest; nothing was installed",
         )

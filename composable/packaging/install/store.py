@@ -202,7 +202,7 @@ class Store:
         return corrupt
 
     def prune(self, keep: Iterable[str], older_than_seconds: float = PRUNE_GRACE_SECONDS) -> Pruned:
-        """Remove blobs that nobody needs.
+        """Remove blobs that no project needs.
 
         Args:
             keep: Digests to keep.

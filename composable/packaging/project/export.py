@@ -44,11 +44,11 @@ def export_project(
         progress: Called with a file's name, bytes done and bytes in all.
 
     Raises:
-        PackagingError: When something is there already, or an expert comes from a folder: only
+        PackagingError: When something already exists, or an expert comes from a folder: only
             published ones can be found again elsewhere.
     """
     if target.exists():
-        raise PackagingError("is there already", where=str(target), hint="choose another name")
+        raise PackagingError("already exists", where=str(target), hint="choose another name")
     for expert in lock.experts:
         if expert.path is not None:
             raise PackagingError(
@@ -67,7 +67,7 @@ def export_project(
         if target.suffix == SUFFIX:
             _write_tar(scratch, target)
         elif not atomic.rename_directory(scratch, target):
-            raise PackagingError("is there already", where=str(target))
+            raise PackagingError("already exists", where=str(target))
     finally:
         atomic.remove_directory(scratch)
 

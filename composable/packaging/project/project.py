@@ -190,7 +190,7 @@ class Project:
         text += "\n[experts]\n"
         cls._from_table(parse_toml(text, PROJECT_FILE), root)
         if not atomic.create_bytes(root / PROJECT_FILE, text.encode()):
-            raise PackagingError("is there already", where=str(root / PROJECT_FILE))
+            raise PackagingError("already exists", where=str(root / PROJECT_FILE))
         return cls.read(root)
 
     @classmethod

@@ -64,7 +64,7 @@ class Outdated:
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """All that a registry tells of one release.
+    """What a registry knows of one release.
 
     Args:
         release: The release, from the index.
@@ -158,7 +158,7 @@ def search_experts(project: Project, word: str) -> Iterator[tuple[str, Entry]]:
 
 
 def describe_expert(project: Project, wanted: Requirement) -> Details:
-    """Return what the registry tells of the newest release that a requirement holds.
+    """Return what the registry knows of the newest release that a requirement allows.
 
     Raises:
         UnknownExpertError: When there is no such expert, or no such release.

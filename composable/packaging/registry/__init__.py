@@ -1,1 +1,1 @@
-"""Registries: what they hold, where their files lie, and how they are reached."""
+"""Registries: what they hold, where their files are stored, and how they are reached."""

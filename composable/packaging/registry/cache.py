@@ -16,7 +16,7 @@ from composable.files import atomic
 from composable.interface.digest import digest_bytes
 from composable.packaging.registry.storage import Document, Storage
 
-_OFFLINE: Final = "is not known here, and nobody is to be asked: --offline"
+_OFFLINE: Final = "not cached, and --offline is set"
 
 
 class CachedStorage:
@@ -40,7 +40,7 @@ class CachedStorage:
 
     @property
     def is_remote(self) -> bool:
-        """Whether a question takes a journey: not when nobody is asked."""
+        """Whether reads go over a network: not when offline."""
         return self._inner.is_remote and not self._is_offline
 
     def read(self, path: str, known: Document | None = None) -> Document | None:
@@ -73,7 +73,7 @@ class CachedStorage:
         """
         if self._is_offline:
             raise UnreachableError(
-                "is not in the store, and nobody is to be asked: --offline",
+                "not in the store, and --offline is set",
                 where=f"{self.location}/{path}",
                 hint="run it once without --offline, or bring an export: see `composable export`",
             )

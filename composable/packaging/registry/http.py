@@ -1,7 +1,7 @@
 """A registry's files on a web server: any static host will do. Read only.
 
 One conditional GET per document, ranges for blobs that broke off. Nothing that arrives is trusted:
-documents are bounded, and blobs are verified by whoever asked for them.
+documents are bounded, and blobs are verified by the caller.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A release: one version of an expert as a registry's index tells it."""
+"""A release: one version of an expert as a registry's index lists it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One version of an expert as the index tells it.
+    """One version of an expert as the index lists it.
 
     Args:
         name: Package name.

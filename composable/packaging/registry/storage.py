@@ -1,4 +1,4 @@
-"""Where a registry's files lie: the port that registries are read and written through.
+"""Where a registry's files are stored: the port that registries are read and written through.
 
 A storage knows paths and bytes; what they mean is the registry's. Here are the port and its
 plainest end, a folder. Web servers are in `http`, object stores in `bucket`; `cache` keeps what
@@ -44,7 +44,7 @@ class Storage(Protocol):
 
     @property
     def is_remote(self) -> bool:
-        """Whether a question takes a journey, so that several are better asked at once."""
+        """Whether reads go over a network, so that several are better sent at once."""
 
     def read(self, path: str, known: Document | None = None) -> Document | None:
         """Return a document, `known` itself where that is still its state, or None for none.
@@ -96,7 +96,7 @@ class WritableStorage(Storage, Protocol):
         """Remove a file if it is there."""
 
     def settle(self, path: str) -> None:
-        """Make sure that what was read of a document survives power loss, whoever wrote it."""
+        """Make what was read of a document survive power loss, whichever process wrote it."""
 
 
 class Folder:
@@ -186,5 +186,5 @@ class Folder:
         atomic.remove_file(self.root / path)
 
     def settle(self, path: str) -> None:
-        """Make sure that what was read of a document survives power loss, whoever wrote it."""
+        """Make what was read of a document survive power loss, whichever process wrote it."""
         atomic.settle(self.root / path)

@@ -1,4 +1,4 @@
-"""An export in one tar file, read where it lies."""
+"""An export in one tar file, read in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
 
 
 class TarFile:
-    """The files of an export in one file, read where they lie: nothing is ever unpacked.
+    """The files of an export in one file, read in place: nothing is ever unpacked.
 
     Args:
         path: The file.

@@ -205,6 +205,6 @@ def test_a_registry_whose_index_lies_about_a_manifest(
         fields["requires"] = {"french": "^1"}
     index.write_bytes(b"\n".join(map(sign_line, lines)))
     lock = lock_project(problem, interface)
-    with pytest.raises(LockError, match="says otherwise than its registry did"):
+    with pytest.raises(LockError, match="does not match the registry"):
         sync_project(problem, lock, store)
     assert problem.environment.current is None

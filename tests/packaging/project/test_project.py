@@ -69,7 +69,7 @@ def test_create(tmp_path: Path) -> None:
     assert project.default_registry == "local"
     assert project.experts == {}
     assert Project.read(project.root) == project
-    with pytest.raises(PackagingError, match="is there already"):
+    with pytest.raises(PackagingError, match="already exists"):
         Project.create(tmp_path / "new", "other")
     assert Project.create(tmp_path / "bare", "tiny-bytes").registries == {}
 

@@ -318,7 +318,7 @@ class TestExport:
     ) -> None:
         lock = Lock.read(synced.root)
         (tmp_path / "there").mkdir()
-        with pytest.raises(PackagingError, match="is there already"):
+        with pytest.raises(PackagingError, match="already exists"):
             export_project(synced, lock, tmp_path / "there", interface=interface)
         project = add(synced, interface, str(make_expert("mine", "0.1.0", seed=7)))
         with pytest.raises(PackagingError, match="cannot be exported"):
