@@ -40,11 +40,19 @@ def compute_logits(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
+def read_cpu_model() -> str:
+    """Return the model of the processor; libraries choose block sizes, and so rounding, by it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
 def save_logits(folder: Path, out: Path) -> None:
     """Write a digest of every array to OUT.json, and its last two positions to OUT.npz."""
     arrays = compute_logits(folder)
     digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
-    made_by = {"jax": jax.__version__, "machine": platform.machine()}
+    made_by = {"jax": jax.__version__, "machine": platform.machine(), "cpu": read_cpu_model()}
     out.with_suffix(".json").write_text(
         json.dumps({**made_by, "digests": digests}, indent=2) + "\n"
     )

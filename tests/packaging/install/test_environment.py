@@ -27,7 +27,7 @@ MakeExpert = Callable[..., Path]
 
 
 @pytest.fixture
-def problem(
+def world(
     registry: Registry, make_expert: MakeExpert, interface: RouterInterface, project: Project
 ) -> Project:
     """Return a project that asks for `german` and `french` from a registry with two of each."""
@@ -44,15 +44,15 @@ def snapshot(root: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def test_install_and_look(problem: Project, interface: RouterInterface, store: Store) -> None:
-    environment = problem.environment
+def test_install_and_look(world: Project, interface: RouterInterface, store: Store) -> None:
+    environment = world.environment
     assert environment.current is None
     assert environment.lock == Lock()
     assert environment.manifests() == []
     with pytest.raises(PackagingError, match="nothing is installed"):
         environment.expert_path("german")
-    lock = lock_project(problem, interface)
-    sync_project(problem, lock, store, interface=interface)
+    lock = lock_project(world, interface)
+    sync_project(world, lock, store, interface=interface)
     assert environment.lock == lock
     assert [str(m.version) for m in environment.manifests()] == ["1.1.0", "1.1.0"]
     folder = environment.expert_path("german")
@@ -69,47 +69,47 @@ def test_install_and_look(problem: Project, interface: RouterInterface, store: S
 
 
 def test_a_second_sync_writes_nothing(
-    problem: Project, interface: RouterInterface, store: Store, registry: Registry
+    world: Project, interface: RouterInterface, store: Store, registry: Registry
 ) -> None:
-    lock = lock_project(problem, interface)
-    sync_project(problem, lock, store)
-    before = snapshot(problem.root), snapshot(store.root)
+    lock = lock_project(world, interface)
+    sync_project(world, lock, store)
+    before = snapshot(world.root), snapshot(store.root)
     registry.storage.root.rename(
         registry.storage.root.parent / "gone"
     )  # and nothing is asked of the registry
-    sync_project(problem, lock, store)
-    assert (snapshot(problem.root), snapshot(store.root)) == before
+    sync_project(world, lock, store)
+    assert (snapshot(world.root), snapshot(store.root)) == before
 
 
-def test_rollback(problem: Project, interface: RouterInterface, store: Store) -> None:
-    environment = problem.environment
+def test_rollback(world: Project, interface: RouterInterface, store: Store) -> None:
+    environment = world.environment
     with pytest.raises(PackagingError, match="no older generation"):
         environment.rollback()
-    first = lock_project(problem, interface)
-    sync_project(problem, first, store)
+    first = lock_project(world, interface)
+    sync_project(world, first, store)
     with pytest.raises(PackagingError, match="no older generation"):
         environment.rollback()
-    problem = problem.add(Requirement.parse("german<1.1"))
-    second = lock_project(problem, interface)
-    sync_project(problem, second, store)
+    world = world.add(Requirement.parse("german<1.1"))
+    second = lock_project(world, interface)
+    sync_project(world, second, store)
     assert environment.lock == second
     assert environment.rollback().number == 1
     assert environment.lock == first
     assert environment.manifests()[1].version.minor == 1
-    sync_project(problem, second, store)
+    sync_project(world, second, store)
     assert environment.lock == second
 
 
 def test_rollback_passes_over_what_was_never_in_use(
-    problem: Project, interface: RouterInterface, store: Store
+    world: Project, interface: RouterInterface, store: Store
 ) -> None:
     """A process that was killed before it moved the pointer leaves a generation behind."""
-    environment = problem.environment
-    first = lock_project(problem, interface)
-    sync_project(problem, first, store)
+    environment = world.environment
+    first = lock_project(world, interface)
+    sync_project(world, first, store)
     shutil.copytree(environment.root / "generations" / "1", environment.root / "generations" / "2")
-    problem = problem.add(Requirement.parse("german<1.1"))
-    sync_project(problem, lock_project(problem, interface), store)
+    world = world.add(Requirement.parse("german<1.1"))
+    sync_project(world, lock_project(world, interface), store)
     current = environment.current
     assert current is not None
     assert current.number == 3
@@ -117,13 +117,13 @@ def test_rollback_passes_over_what_was_never_in_use(
 
 
 def test_rollback_to_what_was_damaged_meanwhile_is_refused(
-    problem: Project, interface: RouterInterface, store: Store
+    world: Project, interface: RouterInterface, store: Store
 ) -> None:
-    environment = sync_project(problem, lock_project(problem, interface), store)
+    environment = sync_project(world, lock_project(world, interface), store)
     old = environment.expert_path("german") / "scout.safetensors"
-    problem = problem.add(Requirement.parse("german<1.1"))
-    second = lock_project(problem, interface)
-    sync_project(problem, second, store)
+    world = world.add(Requirement.parse("german<1.1"))
+    second = lock_project(world, interface)
+    sync_project(world, second, store)
     old.chmod(0o644)
     old.write_bytes(bytes(old.stat().st_size))
     with pytest.raises(IntegrityError, match="damaged or gone") as caught:
@@ -133,15 +133,15 @@ def test_rollback_to_what_was_damaged_meanwhile_is_refused(
 
 
 def test_what_was_damaged_in_the_store_is_fetched_anew(
-    problem: Project, interface: RouterInterface, store: Store, tmp_path: Path
+    world: Project, interface: RouterInterface, store: Store, tmp_path: Path
 ) -> None:
-    lock = lock_project(problem, interface)
-    sync_project(problem, lock, store)
+    lock = lock_project(world, interface)
+    sync_project(world, lock, store)
     blob = store.path(lock["german"].files[1].digest)
     whole = blob.read_bytes()
     blob.chmod(0o644)
     blob.write_bytes(bytes(len(whole)))
-    shutil.copytree(problem.root, tmp_path / "other", ignore=shutil.ignore_patterns(".composable"))
+    shutil.copytree(world.root, tmp_path / "other", ignore=shutil.ignore_patterns(".composable"))
     other = Project.read(tmp_path / "other")
     environment = sync_project(other, store=store)
     assert (environment.expert_path("german") / "body.safetensors").read_bytes() == whole
@@ -149,54 +149,54 @@ def test_what_was_damaged_in_the_store_is_fetched_anew(
 
 
 def test_a_file_that_went_missing_is_put_back(
-    problem: Project, interface: RouterInterface, store: Store
+    world: Project, interface: RouterInterface, store: Store
 ) -> None:
-    lock = lock_project(problem, interface)
-    environment = sync_project(problem, lock, store)
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
     (environment.expert_path("german") / "body.safetensors").unlink()
     assert not environment.holds(lock)
-    sync_project(problem, lock, store)
+    sync_project(world, lock, store)
     assert environment.holds(lock)
 
 
 def test_a_damaged_pointer_is_mended(
-    problem: Project, interface: RouterInterface, store: Store
+    world: Project, interface: RouterInterface, store: Store
 ) -> None:
-    lock = lock_project(problem, interface)
-    environment = sync_project(problem, lock, store)
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
     for text in ("", "99", "../../x", "1; rm"):
         (environment.root / "current").write_text(text)
         with pytest.raises(PackagingError, match="not there"):
             _ = environment.current
-        sync_project(problem, lock, store)
+        sync_project(world, lock, store)
         assert environment.holds(lock)
 
 
 def test_old_generations_are_forgotten_but_the_last_few(
-    problem: Project, interface: RouterInterface, store: Store
+    world: Project, interface: RouterInterface, store: Store
 ) -> None:
-    environment = problem.environment
+    environment = world.environment
     for number in range(9):
-        problem = problem.add(Requirement.parse("german<1.1" if number % 2 else "german"))
-        sync_project(problem, lock_project(problem, interface, upgrade=True), store)
+        world = world.add(Requirement.parse("german<1.1" if number % 2 else "german"))
+        sync_project(world, lock_project(world, interface, upgrade=True), store)
         for generation in environment.generations():
             os.utime(generation.path, (0, 0))
     assert [g.number for g in environment.generations()] == [5, 6, 7, 8, 9]
 
 
 def test_a_store_that_lacks_a_file(
-    problem: Project, interface: RouterInterface, store: Store
+    world: Project, interface: RouterInterface, store: Store
 ) -> None:
-    lock = lock_project(problem, interface)
+    lock = lock_project(world, interface)
     with pytest.raises(IntegrityError, match="the store has no") as caught:
-        problem.environment.install(lock, store)
+        world.environment.install(lock, store)
     assert caught.value.hint == "run `composable sync`"
-    assert problem.environment.current is None
-    assert list((problem.environment.root / "generations").iterdir()) == []
+    assert world.environment.current is None
+    assert list((world.environment.root / "generations").iterdir()) == []
 
 
 def test_a_registry_whose_index_lies_about_a_manifest(
-    problem: Project, interface: RouterInterface, store: Store, registry: Registry
+    world: Project, interface: RouterInterface, store: Store, registry: Registry
 ) -> None:
     index = registry.storage.root / "index" / "ge" / "german.jsonl"
     lines = [json.loads(line) for line in index.read_text().splitlines()]
@@ -204,7 +204,7 @@ def test_a_registry_whose_index_lies_about_a_manifest(
         del fields["check"]
         fields["requires"] = {"french": "^1"}
     index.write_bytes(b"\n".join(map(sign_line, lines)))
-    lock = lock_project(problem, interface)
+    lock = lock_project(world, interface)
     with pytest.raises(LockError, match="does not match the registry"):
-        sync_project(problem, lock, store)
-    assert problem.environment.current is None
+        sync_project(world, lock, store)
+    assert world.environment.current is None

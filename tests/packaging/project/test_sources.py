@@ -155,7 +155,7 @@ EXTRA = '[extras.code]\npython-code = "^1"\n'
 
 class TestExtras:
     @pytest.fixture(autouse=True)
-    def problem(
+    def world(
         self, registry: Registry, make_expert: MakeExpert, interface: RouterInterface
     ) -> None:
         registry.publish(make_expert("python-code", "1.2.0"), interface=interface)
