@@ -19,7 +19,7 @@ from composable.packaging.registry.locations import open_registry
 HERE = Path(__file__).parent
 FOLDERS = sorted(path for path in HERE.iterdir() if (path / "logits.json").exists())
 # With another jax or processor than those that wrote the logits, float32 rounds otherwise.
-OTHER_MACHINE = {"rtol": 1e-5, "atol": 1e-5}
+OTHER_MACHINE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda path: path.name)
