@@ -8,7 +8,7 @@ rows are fitted on text, and the loss is measured on text that the fit did not s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ import composable
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import Document, split_documents, truncate_utf8
-from composable.errors import InteropError, PackagingError
+from composable.errors import InteropError
 from composable.files import atomic
+from composable.files.folders import require_empty_folder
 from composable.files.safetensors import MAX_TENSORS, TensorFile, read_header, stream_tensors
 from composable.interface import TensorSpec
 from composable.interop.hf_export import (
@@ -45,8 +46,6 @@ from composable.packaging.manifests.manifest import BackbonePackage, Manifest
 from composable.progress import StageProgress
 from composable.vetting.evaluation import mix_scorer, path_scorer, score_documents
 from composable.workflows.import_peft import split_sample
-
-# (what is being done, done, in all)
 
 RECORD_FILE: Final = "composable.json"
 # Documents that routers are fitted on, and those that only measure them.
@@ -104,42 +103,81 @@ def export_model(
         ModelError: If there is no expert by the name to be merged.
     """
     show = progress or (lambda label, done, total: None)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PackagingError("already exists", where=str(out), hint="choose another folder")
+    require_empty_folder(out)
     manifests = {manifest.name: manifest for manifest in map(Manifest.read, experts)}
-    if plan.merge is not None and plan.merge not in manifests:
-        raise InteropError(
-            f"there is no expert {plan.merge!r} ({', '.join(sorted(manifests)) or 'none at all'})",
-            where="merge",
-        )
-    if plan.dtype not in (None, *DTYPE_NAMES):
-        raise InteropError(f"{plan.dtype!r} is not one of {', '.join(DTYPE_NAMES)}", where="dtype")
-    is_mixture = bool(manifests) and plan.merge is None
-    cfg = loaded.backbone.cfg
-    if plan.layout is not None and not is_mixture:
-        raise InteropError(
-            f"{plan.layout!r} is a layout of mixtures, but one expert is to be always on",
-            where="layout",
-        )
-    layout = find_layout(cfg, plan.layout) if is_mixture else None
+    _check_plan(plan, manifests)
+    layout = None
+    if manifests and plan.merge is None:
+        layout = find_layout(loaded.backbone.cfg, plan.layout)
     tokenizer = tokenizer_files(loaded.tokenizer)
     kept = [path for path in experts if plan.merge in (None, Manifest.read(path).name)]
     model = loaded.plug([load_expert(loaded, path) for path in kept])
     exported = [manifests[name] for name in model.experts]
-    dtype = plan.dtype or _exact_dtype(loaded, exported)
+    dtype = plan.dtype or _exact_dtype(loaded.folder, exported)
 
-    fitted, top_k = None, min(loaded.interface.top_k, 1 + len(exported))
+    rows_LED: np.ndarray | None = None
+    measured: dict[str, Any] = {}
+    if layout is not None:
+        text = text or loaded.anchor
+        rows_LED, measured = _fit_routers(model, text, plan.fit_tokens, dtype, show)
+    config, pieces = _lay_out(layout, loaded, len(exported), dtype)
+    record = _make_record(loaded, exported, layout, dtype, measured)
+
+    atomic.make_directory(out)
+    read = partial(_read, _open_weights(loaded.folder), model, rows_LED, dtype)
+    _write_weights(out, pieces, read, dtype, show)
+    _write_texts(out, config, tokenizer, record)
+    return record
+
+
+def _check_plan(plan: ExportPlan, names: Collection[str]) -> None:
+    """Reject a plan that asks for an expert, a dtype or a layout that is not available."""
+    if plan.merge is not None and plan.merge not in names:
+        raise InteropError(
+            f"there is no expert {plan.merge!r} ({', '.join(sorted(names)) or 'no experts'})",
+            where="merge",
+        )
+    if plan.dtype not in (None, *DTYPE_NAMES):
+        raise InteropError(f"{plan.dtype!r} is not one of {', '.join(DTYPE_NAMES)}", where="dtype")
+    if plan.layout is not None and (plan.merge is not None or not names):
+        raise InteropError(
+            f"{plan.layout!r} is a layout of mixtures, but "
+            + ("one expert is always on" if names else "there are no experts to mix"),
+            where="layout",
+        )
+
+
+def _lay_out(
+    layout: Layout | None, loaded: LoadedBackbone, n_experts: int, dtype: str
+) -> tuple[dict[str, Any], list[TensorPart]]:
+    """Return the content of `config.json` and the tensors, in a mixture's layout or a dense one."""
+    cfg, ends = loaded.backbone.cfg, list(loaded.tokenizer.ends)
     if layout is None:
-        config = dense_config(cfg)
-        pieces = dense_pieces(cfg, expert=len(exported))
+        config, pieces = dense_config(cfg), dense_pieces(cfg, expert=n_experts)
     else:
-        fitted = _fit_routers(model, text or loaded.anchor, plan, dtype, show)
-        config = mixture_config(layout, cfg, 1 + len(exported), top_k)
-        pieces = mixture_pieces(layout, cfg, 1 + len(exported))
-    rows_LED, measured = fitted or (None, {})
+        top_k = min(loaded.interface.top_k, 1 + n_experts)
+        config = mixture_config(layout, cfg, 1 + n_experts, top_k)
+        pieces = mixture_pieces(layout, cfg, 1 + n_experts)
+    config |= {
+        "torch_dtype": DTYPE_NAMES[dtype],
+        "bos_token_id": loaded.tokenizer.begin,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        # Explicit, because some families have a default that is outside of a small vocabulary.
+        "pad_token_id": None,
+    }
+    return config, pieces
 
+
+def _make_record(
+    loaded: LoadedBackbone,
+    exported: Sequence[Manifest],
+    layout: Layout | None,
+    dtype: str,
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the content of `composable.json`: what was exported, what was measured and lost."""
     package = BackbonePackage.read(loaded.folder)
-    record = {
+    return {
         "format": 1,
         "composable": composable.__version__,
         "layout": layout.name if layout else DENSE,
@@ -157,30 +195,6 @@ def export_model(
         **measured,
         "lost": _losses(loaded, exported, layout, dtype, measured),
     }
-    ends = list(loaded.tokenizer.ends)
-    config |= {
-        "torch_dtype": DTYPE_NAMES[dtype],
-        "bos_token_id": loaded.tokenizer.begin,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        # Said, because some families have one by default, outside of a small vocabulary.
-        "pad_token_id": None,
-    }
-    atomic.make_directory(out)
-    read = partial(_read, _open_weights(loaded), model, rows_LED, config, dtype)
-    _write_weights(out, pieces, read, dtype, show)
-    texts = {
-        "config.json": json.dumps(config, indent=2) + "\n",
-        "generation_config.json": json.dumps(
-            {key: config[key] for key in ("bos_token_id", "eos_token_id")}, indent=2
-        )
-        + "\n",
-        **tokenizer,
-        RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-        "README.md": _readme(record, out.name),
-    }
-    for name, content in texts.items():
-        atomic.write_text(out / name, content)
-    return record
 
 
 def split_text(text: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -201,11 +215,11 @@ def _spread(documents: Sequence[Document], at_most: int) -> list[Document]:
     return [documents[i * len(documents) // n_kept] for i in range(n_kept)]
 
 
-def _exact_dtype(loaded: LoadedBackbone, experts: Sequence[Manifest]) -> str:
-    """Return the narrowest dtype that rounds nothing."""
+def _exact_dtype(backbone: Path, experts: Sequence[Manifest]) -> str:
+    """Return the narrowest dtype in which the weights in a backbone's folder are exact."""
     stored = {
         info.dtype
-        for name, info in read_header(loaded.folder / WEIGHTS_FILE).items()
+        for name, info in read_header(backbone / WEIGHTS_FILE).items()
         if not name.startswith(("scout.", "class_map"))
     }
     is_narrow = all(m.body.kind == "ffn" and m.body.dtype == "BF16" for m in experts)
@@ -213,14 +227,14 @@ def _exact_dtype(loaded: LoadedBackbone, experts: Sequence[Manifest]) -> str:
 
 
 def _fit_routers(
-    model: Model, text: Sequence[Document], plan: ExportPlan, dtype: str, show: StageProgress
+    model: Model, text: Sequence[Document], fit_tokens: int, dtype: str, show: StageProgress
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return every slot's router rows, shape LED, and what was measured of them."""
     fit, scored = split_text(text)
     observed = observe(
         model,
         [document.text.encode() for document in fit],
-        max_tokens=plan.fit_tokens,
+        max_tokens=fit_tokens,
         progress=partial(show, "observe"),
     )
     rows_LED, agreement_L = fit_rows(observed, partial(show, "fit"))
@@ -306,14 +320,14 @@ def _losses(
             f"Memory: this layout knows no plain layers, so each of the {n_trunk} below the tap "
             f"holds the same feed-forward block {1 + len(experts)} times."
         )
-    if dtype != _exact_dtype(loaded, experts):
+    if dtype != _exact_dtype(loaded.folder, experts):
         lost.append("Precision: weights were rounded to bfloat16.")
     return lost
 
 
-def _open_weights(loaded: LoadedBackbone) -> TensorFile:
-    """Return the backbone's tensors as they are stored."""
-    path = loaded.folder / WEIGHTS_FILE
+def _open_weights(backbone: Path) -> TensorFile:
+    """Return the tensors in a backbone's folder as they are stored."""
+    path = backbone / WEIGHTS_FILE
     specs = {
         name: TensorSpec(shape=info.shape, dtypes=(info.dtype,))
         for name, info in read_header(path).items()
@@ -325,7 +339,6 @@ def _read(
     stored: TensorFile,
     model: Model,
     rows_LED: np.ndarray | None,
-    config: dict[str, Any],
     dtype: str,
     piece: TensorPart,
 ) -> np.ndarray:
@@ -379,6 +392,22 @@ def _write_weights(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         text = json.dumps(index, indent=2) + "\n"
         atomic.write_text(out / "model.safetensors.index.json", text)
+
+
+def _write_texts(
+    out: Path, config: dict[str, Any], tokenizer: dict[str, str], record: dict[str, Any]
+) -> None:
+    """Write all files but the weights."""
+    token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    texts = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "generation_config.json": json.dumps(token_ids, indent=2) + "\n",
+        **tokenizer,
+        RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+        "README.md": _readme(record, out.name),
+    }
+    for name, content in texts.items():
+        atomic.write_text(out / name, content)
 
 
 def _readme(record: dict[str, Any], name: str) -> str:

@@ -11,11 +11,11 @@ import json
 import math
 import time
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -33,13 +33,17 @@ from composable.corpora.recipe import cut_text, load_recipe, make_texts, shipped
 from composable.errors import InteropError
 from composable.files.blobs import digest_file
 from composable.files.safetensors import stream_tensors
-from composable.interface import TensorSpec, hash_classes
+from composable.interface import RouterInterface, TensorSpec, hash_classes
 from composable.interface.classes import MAX_CLASSES
 from composable.interop.checkpoint import Checkpoint, open_source
+from composable.interop.source import CheckpointSource
 from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.backbone import Backbone
+from composable.model.config import BackboneConfig
 from composable.model.scout import Scout
+from composable.model.subwords import SubwordTokenizer
 from composable.model.tensors import from_tensors, to_tensors
+from composable.model.tokenizer import Tokenizer
 from composable.packaging.manifests.backbone_folder import WEIGHTS_FILE
 from composable.progress import CountProgress, StageProgress
 from composable.training.data import token_stream
@@ -135,26 +139,81 @@ def import_backbone(
     source = open_source(path)
     checkpoint = Checkpoint(source, tap=plan.tap, scout_width=plan.scout_width, dtype=plan.dtype)
     cfg = dataclasses.replace(checkpoint.cfg, dtype=plan.compute_dtype)
-    tokenizer = make_tokenizer(source, plan.begin)
-    if tokenizer.vocab_size > cfg.vocab_size:
+    tokenizer = _read_tokenizer(source, plan.begin, cfg.vocab_size)
+    require_room(checkpoint, out, cfg)
+    anchor = _cut_anchor(heldout)
+    round_trips = check_round_trips(tokenizer, [doc.text for doc in anchor])
+    digests = {file.name: digest_file(file) for file in source.files}
+
+    scout = _make_scout(checkpoint, digests, tokenizer, train, anchor, plan, cache, show)
+    interface, describe = _write_package(out, checkpoint, cfg, tokenizer, anchor, scout, plan, show)
+    card = {
+        "backbone": f"{plan.name}@{plan.version}",
+        "interface": {"name": plan.name, "digest": interface.digest},
+        "source": {"family": checkpoint.family.name, "digests": digests},
+        "model": _describe_model(checkpoint, cfg, (out / WEIGHTS_FILE).stat().st_size),
+        "tokenizer": {"digest": tokenizer.digest, "round_trips": round_trips},
+        # Measured on the package as users load it, which also proves that it is complete.
+        "measured": _measure(load_backbone(str(out)), anchor, show),
+        "scout": scout.card,
+        "measure_again": f"composable backbone import SOURCE --name {plan.name}",
+    }
+    card_text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    describe(texts={"README.md": _readme(plan.name, card), "card.json": card_text})
+    return card
+
+
+def _read_tokenizer(
+    source: CheckpointSource, begin: str | None, vocab_size: int
+) -> SubwordTokenizer:
+    """Return the checkpoint's tokenizer; reject one with more tokens than the model embeds."""
+    tokenizer = make_tokenizer(source, begin)
+    if tokenizer.vocab_size > vocab_size:
         raise InteropError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {cfg.vocab_size}",
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {vocab_size}",
             where=source.name,
         )
-    require_room(checkpoint, out, cfg)
-    anchor = [
+    return tokenizer
+
+
+def _cut_anchor(heldout: Sequence[Document]) -> list[Document]:
+    """Return the start of the first held-out documents: the text that the package ships."""
+    return [
         Document(doc.id, cut_text(doc.text, _SHIPPED_BYTES)) for doc in heldout[:_SHIPPED_DOCUMENTS]
     ]
-    round_trips = check_round_trips(tokenizer, [doc.text for doc in anchor])
-    sources = {file.name: digest_file(file) for file in source.files}
 
+
+class _MadeScout(NamedTuple):
+    """What an import adds to a checkpoint.
+
+    Args:
+        tensors: The class map and the scout.
+        bounds: The output bound of every slot.
+        card: The card's facts about the scout.
+    """
+
+    tensors: dict[str, np.ndarray]
+    bounds: tuple[float, ...]
+    card: dict[str, Any]
+
+
+def _make_scout(
+    checkpoint: Checkpoint,
+    digests: Mapping[str, str],
+    tokenizer: Tokenizer,
+    train: Sequence[Document],
+    anchor: Sequence[Document],
+    plan: ImportPlan,
+    cache: Path | None,
+    show: StageProgress,
+) -> _MadeScout:
+    """Train the scout and measure output bounds; holds the model in memory while it does."""
     backbone = load_checkpoint(checkpoint, plan.compute_dtype)
-    rows_RT = cut_rows(token_stream(train, tokenizer), min(_WINDOW, cfg.context), plan.scout_tokens)
-    identity = json.dumps([sources, plan.compute_dtype, plan.dtype])
+    window = min(_WINDOW, backbone.cfg.context)
     features = compute_features(
         backbone,
-        identity,
-        rows_RT,
+        json.dumps([digests, plan.compute_dtype, plan.dtype]),
+        cut_rows(token_stream(train, tokenizer), window, plan.scout_tokens),
         (cache or cache_folder()) / "features",
         partial(show, "features"),
     )
@@ -168,21 +227,33 @@ def import_backbone(
     show("bounds", 0, len(anchor))
     bounds = output_bounds(backbone, anchor, tokenizer)
     show("bounds", len(anchor), len(anchor))
-    extra = {
-        "class_map": np.asarray(backbone.class_map[...]),
-        **{f"scout.{name}": array for name, array in to_tensors(fitted.scout, "F32").items()},
-    }
-    del backbone  # from here on tensors are read one at a time again
-    write_weights(out, checkpoint, extra, partial(show, "weights"))
-    tensors = ChainMap(extra, checkpoint)  # type: ignore[arg-type]
+    return _MadeScout(
+        _scout_tensors(np.asarray(backbone.class_map[...]), fitted.scout),
+        bounds,
+        _describe_scout(fitted, features.classes_RT.size),
+    )
+
+
+def _write_package(
+    out: Path,
+    checkpoint: Checkpoint,
+    cfg: BackboneConfig,
+    tokenizer: Tokenizer,
+    anchor: Sequence[Document],
+    scout: _MadeScout,
+    plan: ImportPlan,
+    show: StageProgress,
+) -> tuple[RouterInterface, Callable[..., None]]:
+    """Write a package with an empty card; return its interface and what writes README and card."""
+    write_weights(out, checkpoint, scout.tensors, partial(show, "weights"))
     interface = make_interface(
-        tensors,
+        ChainMap(scout.tensors, checkpoint),  # type: ignore[arg-type]
         cfg,
         tokenizer,
         name=plan.name,
         version=plan.version,
         anchor=anchor,
-        router={**ROUTER, "output_bounds": bounds},
+        router={**ROUTER, "output_bounds": scout.bounds},
     )
     describe = partial(
         describe_backbone,
@@ -192,37 +263,16 @@ def import_backbone(
         tokenizer,
         anchor=anchor,
         description=plan.description or f"Imported from a {checkpoint.family.name} checkpoint.",
-        license_=plan.license or source.license,
+        license_=plan.license or checkpoint.source.license,
     )
     describe(texts={"README.md": "", "card.json": "{}\n"})
-    # Measured on the package as everybody will load it, which also proves that it is whole.
-    loaded = load_backbone(str(out))
-    card = {
-        "backbone": f"{plan.name}@{plan.version}",
-        "interface": {"name": plan.name, "digest": interface.digest},
-        "source": {"family": checkpoint.family.name, "digests": sources},
-        "model": {
-            "parameters": sum(math.prod(spec.shape) for spec in checkpoint.specs.values()),
-            "weights_bytes": (out / WEIGHTS_FILE).stat().st_size,
-            "stored_as": checkpoint.dtype,
-            "computed_in": cfg.dtype,
-            "layers": cfg.n_layers,
-            "tap": cfg.tap,
-            "context": cfg.context,
-            "vocabulary": cfg.vocab_size,
-        },
-        "tokenizer": {"digest": tokenizer.digest, "round_trips": round_trips},
-        "measured": _measure(loaded, anchor, show),
-        "scout": _describe_scout(fitted, features.classes_RT.size),
-        "measure_again": f"composable backbone import SOURCE --name {plan.name}",
-    }
-    describe(
-        texts={
-            "README.md": _readme(plan, card),
-            "card.json": json.dumps(card, indent=2, ensure_ascii=False) + "\n",
-        }
-    )
-    return card
+    return interface, describe
+
+
+def _scout_tensors(classes_V: np.ndarray, scout: Scout) -> dict[str, np.ndarray]:
+    """Return the tensors that a checkpoint does not have: the class map and the scout."""
+    named = {f"scout.{name}": array for name, array in to_tensors(scout, "F32").items()}
+    return {"class_map": classes_V, **named}
 
 
 def read_public_text(
@@ -259,10 +309,7 @@ def load_checkpoint(checkpoint: Checkpoint, compute_dtype: str = "F32") -> Backb
     classes_V = hash_classes(cfg.vocab_size)
     n_classes = min(MAX_CLASSES, cfg.vocab_size)
     scout = Scout(cfg.d_model, cfg.scout_width, n_classes, rngs=nnx.Rngs(0))
-    extra = {
-        "class_map": classes_V,
-        **{f"scout.{name}": array for name, array in to_tensors(scout, "F32").items()},
-    }
+    extra = _scout_tensors(classes_V, scout)
 
     def make() -> Backbone:
         return Backbone(cfg, classes_V, n_classes, rngs=nnx.Rngs(0))
@@ -330,6 +377,20 @@ def _measure(
     }
 
 
+def _describe_model(checkpoint: Checkpoint, cfg: BackboneConfig, n_bytes: int) -> dict[str, Any]:
+    """Return the card's facts about the weights, of which the file has `n_bytes` bytes."""
+    return {
+        "parameters": sum(math.prod(spec.shape) for spec in checkpoint.specs.values()),
+        "weights_bytes": n_bytes,
+        "stored_as": checkpoint.dtype,
+        "computed_in": cfg.dtype,
+        "layers": cfg.n_layers,
+        "tap": cfg.tap,
+        "context": cfg.context,
+        "vocabulary": cfg.vocab_size,
+    }
+
+
 def _describe_scout(fitted: ScoutFit, n_tokens: int) -> dict[str, Any]:
     bits = fitted.heldout_bits
     return {
@@ -340,9 +401,9 @@ def _describe_scout(fitted: ScoutFit, n_tokens: int) -> dict[str, Any]:
     }
 
 
-def _readme(plan: ImportPlan, card: Mapping[str, Any]) -> str:
+def _readme(name: str, card: Mapping[str, Any]) -> str:
     model, measured = card["model"], card["measured"]
-    return f"""# {plan.name}
+    return f"""# {name}
 
 A backbone of {model["parameters"]:,} parameters, imported from a {card["source"]["family"]}
 checkpoint: {model["layers"]} layers, of which the first {model["tap"]} are the trunk, context

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,18 @@ from flax import nnx
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import Document, split_documents, truncate_utf8, write_documents
-from composable.errors import InteropError, PackagingError, TextError
+from composable.errors import InteropError, TextError
 from composable.files import atomic
 from composable.files.blobs import digest_file
+from composable.files.folders import require_empty_folder
 from composable.files.safetensors import write_tensors
-from composable.interface import body_signature, canonical_json, digest_bytes, scout_signature
+from composable.interface import (
+    RouterInterface,
+    body_signature,
+    canonical_json,
+    digest_bytes,
+    scout_signature,
+)
 from composable.interop.peft import Adapter, read_adapter
 from composable.model.scout import Scout
 from composable.model.tensors import to_tensors
@@ -122,33 +129,102 @@ def import_adapter(
         TextError: If there is too little text.
     """
     show = progress or (lambda label, done, total: None)
-    check_package_name(plan.name, "name")
-    version = Version(plan.version)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PackagingError("already exists", where=str(out), hint="choose another folder")
+    _check_target(plan, out)
     interface, cfg = loaded.interface, loaded.backbone.cfg
     adapter = read_adapter(source, cfg)
     is_verified = _check_base(loaded, adapter, plan.base)
-    width = plan.scout_width or min(64, interface.scout_max_width)
-    # Raise before training for a body or scout that the interface does not allow.
-    body_signature(interface, "lora", adapter.rank)
-    scout_signature(interface, width)
+    width = _check_sizes(interface, adapter.rank, plan.scout_width)
 
     train, heldout = split_sample(sample, plan.name)
     fitted, n_tokens = _train_scout(loaded, train, plan, width, cache, show)
-    origin = Origin(
+    origin = _describe_origin(adapter, sample)
+    package = BackbonePackage.read(loaded.folder)
+    manifest = _make_manifest(
+        plan, package.name, interface, adapter, origin, width, n_tokens, fitted.seconds
+    )
+
+    _write_package(out, manifest, adapter.body(cfg), fitted.scout)
+    record = {
+        "name": plan.name,
+        "version": plan.version,
+        "backbone": f"{package.name}@{package.version}",
+        "origin": {**dataclasses.asdict(origin), "is_verified": is_verified},
+        "body": _describe_body(adapter, 3 * len(cfg.slots)),
+        "scout": _describe_scout(fitted, n_tokens),
+        # Measured on the folder as users load it, which also proves that it is complete.
+        "measured": _measure(loaded, out, heldout, show),
+    }
+    _write_work(out / WORK, heldout, len(train), n_tokens, fitted.seconds)
+    atomic.write_text(out / "README.md", _readme(record, adapter.version))
+    return record
+
+
+def _check_target(plan: AdapterPlan, out: Path) -> None:
+    """Reject an invalid name or version and a folder in use, before anything is trained."""
+    check_package_name(plan.name, "name")
+    Version(plan.version)
+    require_empty_folder(out)
+
+
+def _check_sizes(interface: RouterInterface, rank: int, scout_width: int | None) -> int:
+    """Raise for a body or scout that the interface does not allow; return the scout's width."""
+    width = scout_width or min(64, interface.scout_max_width)
+    body_signature(interface, "lora", rank)
+    scout_signature(interface, width)
+    return width
+
+
+def _describe_body(adapter: Adapter, n_matrices: int) -> dict[str, Any]:
+    """Return the record's facts about the body, of an expert that may change `n_matrices`."""
+    return {
+        "rank": adapter.rank,
+        "changed": sorted(f"{layer}.{matrix}" for layer, matrix in adapter.changes),
+        "matrices": n_matrices,
+    }
+
+
+def _describe_scout(fitted: ScoutFit, n_tokens: int) -> dict[str, Any]:
+    """Return the record's facts about a scout that was trained on `n_tokens` tokens."""
+    bits = fitted.heldout_bits
+    return {
+        "tokens": n_tokens,
+        "heldout_bits_per_class": None if bits is None else round(bits, 4),
+        "seconds": round(fitted.seconds, 1),
+    }
+
+
+def _describe_origin(adapter: Adapter, sample: Sequence[Document]) -> Origin:
+    """Return where an expert comes from: the digests of adapter and sample."""
+    return Origin(
         format="peft",
-        base=adapter.base + (f"@{adapter.revision}" if adapter.revision else ""),
+        base=_name_base(adapter),
         config=adapter.config_digest,
         weights=adapter.weights_digest,
         sample=digest_bytes(canonical_json([document.text for document in sample])),
     )
-    package = BackbonePackage.read(loaded.folder)
-    manifest = Manifest(
+
+
+def _name_base(adapter: Adapter) -> str:
+    """Return the model that an adapter names, as `NAME` or `NAME@REVISION`."""
+    return adapter.base + (f"@{adapter.revision}" if adapter.revision else "")
+
+
+def _make_manifest(
+    plan: AdapterPlan,
+    backbone: str,
+    interface: RouterInterface,
+    adapter: Adapter,
+    origin: Origin,
+    scout_width: int,
+    n_tokens: int,
+    seconds: float,
+) -> Manifest:
+    """Return the manifest of the expert; its scout saw `n_tokens` tokens in `seconds` seconds."""
+    return Manifest(
         name=plan.name,
-        version=version,
-        backbone=package.name,
-        description=f"A PEFT adapter made for {adapter.base or package.name}."[:500],
+        version=Version(plan.version),
+        backbone=backbone,
+        description=f"A PEFT adapter made for {adapter.base or backbone}."[:500],
         license=plan.license,
         interface=InterfaceNeed(
             name=interface.name,
@@ -156,46 +232,36 @@ def import_adapter(
             digest=interface.digest,
         ),
         body=BodySpec(kind="lora", rank=adapter.rank),
-        scout_width=width,
+        scout_width=scout_width,
         training=Training(
             data="The body is the adapter's; the scout was trained on a sample of text.",
             tokens=n_tokens,
-            seconds=round(fitted.seconds, 1),
+            seconds=round(seconds, 1),
             seed=plan.seed,
             device=f"{jax.devices()[0].device_kind} ({platform.machine()})",
         ),
         origin=origin,
     )
-    atomic.make_directory(out)
-    write_tensors(out / BODY_FILE, adapter.body(cfg))
-    write_tensors(out / SCOUT_FILE, to_tensors(fitted.scout, "F32"))
-    atomic.write_text(out / EXPERT_FILE, manifest.to_toml())
-    # Measured on the folder as everybody will load it, which also proves that it is whole.
-    record = {
-        "name": plan.name,
-        "version": plan.version,
-        "backbone": f"{package.name}@{package.version}",
-        "origin": {**dataclasses.asdict(origin), "is_verified": is_verified},
-        "body": {
-            "rank": adapter.rank,
-            "changed": sorted(f"{layer}.{matrix}" for layer, matrix in adapter.changes),
-            "matrices": 3 * len(cfg.slots),
-        },
-        "scout": {
-            "tokens": n_tokens,
-            "heldout_bits_per_class": None
-            if fitted.heldout_bits is None
-            else round(fitted.heldout_bits, 4),
-            "seconds": round(fitted.seconds, 1),
-        },
-        "measured": _measure(loaded, out, heldout, show),
-    }
-    atomic.make_directory(out / WORK)
-    write_documents(out / WORK / HELDOUT_FILE, heldout)
-    training = {"documents": len(train), "tokens": n_tokens, "seconds": round(fitted.seconds, 1)}
-    atomic.write_text(out / WORK / TRAINING_FILE, json.dumps(training, indent=2) + "\n")
-    atomic.write_text(out / "README.md", _readme(record, adapter))
-    return record
+
+
+def _write_package(
+    folder: Path, manifest: Manifest, body: Mapping[str, np.ndarray], scout: Scout
+) -> None:
+    """Write the manifest and the tensors of an expert."""
+    atomic.make_directory(folder)
+    write_tensors(folder / BODY_FILE, body)
+    write_tensors(folder / SCOUT_FILE, to_tensors(scout, "F32"))
+    atomic.write_text(folder / EXPERT_FILE, manifest.to_toml())
+
+
+def _write_work(
+    folder: Path, heldout: Sequence[Document], n_documents: int, n_tokens: int, seconds: float
+) -> None:
+    """Write what is not published: held-out text, and how much text the scout was trained on."""
+    atomic.make_directory(folder)
+    write_documents(folder / HELDOUT_FILE, heldout)
+    training = {"documents": n_documents, "tokens": n_tokens, "seconds": round(seconds, 1)}
+    atomic.write_text(folder / TRAINING_FILE, json.dumps(training, indent=2) + "\n")
 
 
 def split_sample(sample: Sequence[Document], salt: str) -> tuple[list[Document], list[Document]]:
@@ -222,7 +288,7 @@ def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) ->
     What an adapter calls its model is only a name. Where it is a folder that is here, its files
     are compared with those that the backbone was imported from, or was exported to.
     """
-    said = adapter.base + (f"@{adapter.revision}" if adapter.revision else "")
+    said = _name_base(adapter)
     if wanted is not None:
         if wanted not in (said, adapter.base if adapter.revision is None else said):
             raise InteropError(
@@ -308,7 +374,7 @@ def _measure(
     return {"bits_per_byte": bits, "documents": len(texts), "bytes": int(np.sum(score.n_bytes))}
 
 
-def _readme(record: dict[str, Any], adapter: Adapter) -> str:
+def _readme(record: dict[str, Any], peft_version: str | None) -> str:
     body, origin, bits = record["body"], record["origin"], record["measured"]["bits_per_byte"]
     shown = (
         "That this is the backbone's own model was shown by its files."
@@ -317,7 +383,7 @@ def _readme(record: dict[str, Any], adapter: Adapter) -> str:
     )
     return f"""# {record["name"]}
 
-A PEFT adapter{f" (written by PEFT {adapter.version})" if adapter.version else ""} as an expert of
+A PEFT adapter{f" (written by PEFT {peft_version})" if peft_version else ""} as an expert of
 {record["backbone"]}. It was made for `{origin["base"] or "a model that it does not name"}`.
 {shown}
 

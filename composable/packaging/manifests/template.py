@@ -8,6 +8,7 @@ from typing import Final
 
 from composable.errors import PackagingError
 from composable.files import atomic
+from composable.files.folders import require_empty_folder
 from composable.interface.contract import RouterInterface
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.versions.names import check_package_name
@@ -47,12 +48,7 @@ def create_expert(folder: Path, name: str, backbone: str, interface: RouterInter
         PackagingError: When the folder already exists and is not empty.
     """
     check_package_name(name, "NAME")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PackagingError(
-            "already exists",
-            where=str(folder),
-            hint="choose another name, or remove it first",
-        )
+    require_empty_folder(folder)
     values = {
         f'name = "{_NAME}"': f'name = "{name}"',
         'backbone = "tiny-bytes"': f'backbone = "{backbone}"',
