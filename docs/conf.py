@@ -24,11 +24,10 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "sphinx.ext.mathjax",
 ]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["build", "_build", "Thumbs.db"]
-myst_enable_extensions = ["dollarmath", "deflist"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
 nitpicky = False
 default_role = "literal"
