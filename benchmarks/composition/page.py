@@ -35,7 +35,7 @@ def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
             ],
         ),
         "peers": _table(
-            ("expert that comes", *domains, "public", "spliced", "novel"),
+            ("added expert", *domains, "public", "spliced", "novel"),
             [
                 (k, *(f"{v[g]:+.2%}" for g in (*domains, "public", "spliced", "novel")))
                 for k, v in result["peers"].items()
@@ -50,7 +50,7 @@ def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
         ),
         "hostile": _table(
             (
-                *("guest", "taken of public text", "public, mix", "worst domain, mix"),
+                *("adversarial expert", "share of public text", "public, mix", "worst domain, mix"),
                 *("public, safe", "worst domain, safe"),
             ),
             [
