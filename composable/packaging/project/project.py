@@ -6,7 +6,6 @@ Edits keep what the user wrote: order, comments and spacing of everything that i
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,14 @@ from composable.errors import ManifestError, PackagingError, did_you_mean
 from composable.files import atomic
 from composable.packaging.install.environment import FOLDER, Environment
 from composable.packaging.install.lock import LOCK_FILE, Lock
-from composable.packaging.manifests.toml import Table, format_toml, format_value, parse_toml
+from composable.packaging.manifests.toml import Table, format_toml, parse_toml
+from composable.packaging.project.project_file import edit_experts
 from composable.packaging.registry.locations import open_registry
 from composable.packaging.registry.registry import Registry
 from composable.packaging.versions.constraint import ANY, Constraint, Requirement
 from composable.packaging.versions.names import check_package_name
 
 PROJECT_FILE: Final = "composable.toml"
-_HEADER: Final = re.compile(r"\s*\[\s*([A-Za-z0-9_.\"' -]+?)\s*\]\s*(#.*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,28 +289,23 @@ class Project:
             ManifestError: For a registry that the project does not name.
             PackagingError: When the file is written in a way that cannot be edited line by line.
         """
-        text = edited = atomic.read_bytes(self.path).decode()
-        for name, want in wanted.items():
-            line = f"{name} = {format_value(self._describe(name, want))}" if want else None
-            edited = _edit_experts(edited, name, line)
-        before = _read_without(text, wanted, self.root)
-        try:
-            after = _read_without(edited, wanted, self.root)
-        except ManifestError as error:
-            if "registry" in (error.where or ""):
-                raise
-            after = None
-        if after != before:
+        text = atomic.read_bytes(self.path).decode()
+        entries = {
+            name: self._describe_entry(name, want) if want else None
+            for name, want in wanted.items()
+        }
+        edited = edit_experts(text, entries)
+        if _read_without(edited, wanted, self.root) != _read_without(text, wanted, self.root):
             names = " and ".join(map(repr, wanted))
             raise PackagingError(
-                f"cannot edit {names} without touching the rest",
+                f"cannot edit {names} without changing other entries",
                 where=str(self.path),
-                hint=f"edit what stands of {names} under [experts] by hand",
+                hint=f"edit the entries of {names} under [experts] by hand",
             )
         atomic.write_text(self.path, edited)
         return type(self).read(self.root)
 
-    def _describe(self, name: str, want: Wanted) -> Any:
+    def _describe_entry(self, name: str, want: Wanted) -> Any:
         """Return the entry of an expert as the file writes it."""
         registry = want.registry
         if want.path is None and registry is None and name in self.experts:
@@ -364,28 +358,3 @@ def _read_without(text: str, names: Container[str], root: Path) -> Project:
     project = Project._from_table(parse_toml(text, PROJECT_FILE), root)
     experts = {name: wanted for name, wanted in project.experts.items() if name not in names}
     return dataclasses.replace(project, experts=experts)
-
-
-def _edit_experts(text: str, name: str, line: str | None) -> str:
-    """Return the text with the entry of `name` under `[experts]` replaced, added or dropped."""
-    lines = text.splitlines()
-    starts = [i for i, row in enumerate(lines) if _header_of(row) == "experts"]
-    if not starts:
-        return text.rstrip("\n") + f"\n\n[experts]\n{line}\n" if line else text
-    start = starts[0] + 1
-    stop = next((i for i in range(start, len(lines)) if _header_of(lines[i])), len(lines))
-    entry = re.compile(rf"\s*(\"{name}\"|'{name}'|{name})\s*=")
-    for index in range(start, stop):
-        if entry.match(lines[index]):
-            lines[index : index + 1] = [line] if line else []
-            return "\n".join(lines) + "\n"
-    if line:
-        while stop > start and not lines[stop - 1].strip():
-            stop -= 1
-        lines.insert(stop, line)
-    return "\n".join(lines) + "\n"
-
-
-def _header_of(row: str) -> str | None:
-    match = _HEADER.fullmatch(row)
-    return match[1] if match else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_adding_touches_one_line(written: Project) -> None:
 
 def test_changing_keeps_place_and_registry(written: Project) -> None:
     project = written.add(Requirement.parse("set-mm^2"))
-    assert 'set-mm = { version = "^2", registry = "team" }' in project.path.read_text()
+    assert '"set-mm" = { version = "^2", registry = "team" }' in project.path.read_text()
     assert list(project.experts) == ["german", "set-mm", "french"]
     assert project.experts["set-mm"].registry == "team"
     moved = project.add(Requirement.parse("german"), registry="team")
@@ -106,20 +107,96 @@ def test_a_file_without_experts(tmp_path: Path) -> None:
     assert project.experts["german"].constraint == Constraint("^1")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '[project]\nbackbone = "x"\nexperts = 3\n',
-        '[project]\nbackbone = "x"\n[experts]\nnote = "^1"\n[experts.german]\nversion = "^1"\n',
-        'experts = { german = "^1" }\n[project]\nbackbone = "x"\n',
-    ],
-)
-def test_what_cannot_be_edited_is_left_alone(tmp_path: Path, text: str) -> None:
+def test_what_cannot_be_edited_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "composable.toml"
-    path.write_text(text)
-    with pytest.raises((PackagingError, ManifestError)):
+    path.write_text(text := '[project]\nbackbone = "x"\nexperts = 3\n')
+    with pytest.raises(ManifestError):
         Project.read(tmp_path).add(Requirement.parse("german^2"))
     assert path.read_text() == text
+
+
+HEAD = '[project]\nbackbone = "x"\n'
+TAIL = "\n# Where our own packages are.\n[bindings]\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "changed", "added", "removed"),
+    [
+        pytest.param(
+            f'{HEAD}\n[experts]\ngerman = "^1"  # news\n# french = "^1"\n{TAIL}',
+            f'{HEAD}\n[experts]\ngerman = "^2"  # news\n# french = "^1"\n{TAIL}',
+            f'{HEAD}\n[experts]\ngerman = "^1"  # news\ndutch = "^2"\n# french = "^1"\n{TAIL}',
+            f'{HEAD}\n[experts]\n# french = "^1"\n{TAIL}',
+            id="comments",
+        ),
+        pytest.param(
+            f'{HEAD}\n[experts]\ngerman = {{ version = "^1", extras = [\n  "code",\n] }}\n{TAIL}',
+            f'{HEAD}\n[experts]\ngerman = "^2"\n{TAIL}',
+            f'{HEAD}\n[experts]\ngerman = {{ version = "^1", extras = [\n  "code",\n] }}\n'
+            f'dutch = "^2"\n{TAIL}',
+            f"{HEAD}\n[experts]\n{TAIL}",
+            id="several-lines",
+        ),
+        pytest.param(
+            f'{HEAD}\n[experts]\nnote = "^1"\n\n[experts.german]\nversion = "^1"  # news\n{TAIL}',
+            f'{HEAD}\n[experts]\nnote = "^1"\n\n[experts.german]\nversion = "^2"  # news\n{TAIL}',
+            f'{HEAD}\n[experts]\nnote = "^1"\ndutch = "^2"\n\n[experts.german]\nversion = "^1"'
+            f"  # news\n{TAIL}",
+            f'{HEAD}\n[experts]\nnote = "^1"\n{TAIL}',
+            id="sub-table",
+        ),
+        pytest.param(
+            f'experts = {{ german = "^1" }}  # all\n{HEAD}',
+            f'experts = {{ german = "^2" }}  # all\n{HEAD}',
+            f'experts = {{ german = "^1", dutch = "^2" }}  # all\n{HEAD}',
+            f"experts = {{}}  # all\n{HEAD}",
+            id="inline",
+        ),
+        pytest.param(
+            f'{HEAD}[experts]\ngerman.version = "^1"\ngerman.extras = ["code"]\n',
+            f'{HEAD}[experts]\ngerman.version = "^2"\n',
+            f'{HEAD}[experts]\ngerman.version = "^1"\ngerman.extras = ["code"]\ndutch = "^2"\n',
+            f"{HEAD}[experts]\n",
+            id="dotted-keys",
+        ),
+        pytest.param(
+            f'[experts]\nnote = "^1"\n{HEAD}[experts.german]\nversion = "^1"\n',
+            f'[experts]\nnote = "^1"\n{HEAD}[experts.german]\nversion = "^2"\n',
+            f'[experts]\nnote = "^1"\ndutch = "^2"\n{HEAD}[experts.german]\nversion = "^1"\n',
+            f'[experts]\nnote = "^1"\n{HEAD}',
+            id="split",
+        ),
+        pytest.param(
+            f"{HEAD}\n[experts]\n# Ours.\n{TAIL}",
+            f'{HEAD}\n[experts]\n# Ours.\ngerman = "^2"\n{TAIL}',
+            f'{HEAD}\n[experts]\n# Ours.\ndutch = "^2"\n{TAIL}',
+            None,
+            id="empty",
+        ),
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+def test_edits_keep_the_rest(
+    tmp_path: Path, before: str, changed: str, added: str, removed: str | None, newline: str
+) -> None:
+    def edit(change: Callable[[Project], object]) -> str:
+        path.write_bytes(before.replace("\n", newline).encode())
+        change(Project.read(tmp_path))
+        return path.read_bytes().decode()
+
+    path = tmp_path / "composable.toml"
+    assert edit(lambda p: p.add(Requirement.parse("german^2"))) == changed.replace("\n", newline)
+    assert edit(lambda p: p.add(Requirement.parse("dutch^2"))) == added.replace("\n", newline)
+    if removed is not None:
+        assert edit(lambda p: p.remove("german")) == removed.replace("\n", newline)
+
+
+def test_fields_of_a_sub_table(tmp_path: Path) -> None:
+    path = tmp_path / "composable.toml"
+    path.write_text(f'{HEAD}[registries]\na = "a"\n[experts.german]\nversion = "1"\n{TAIL}')
+    Project.read(tmp_path).add(Requirement.parse("german[code]^2"), registry="a")
+    fields = 'version = "^2"\nextras = ["code"]\nregistry = "a"\n'
+    assert path.read_text() == f'{HEAD}[registries]\na = "a"\n[experts.german]\n{fields}{TAIL}'
 
 
 def test_a_registry_that_is_not_named(written: Project) -> None:
