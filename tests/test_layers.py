@@ -203,3 +203,10 @@ def writes_of(path):
 def test_every_write_goes_through_one_file():
     writers = {module_of(path) for path in FILES if any(writes_of(path))}
     assert writers - {"files.atomic"} == WRITERS.keys()
+
+
+def test_tests_import_no_benchmark():
+    """Benchmarks import tests.support; what both need is there."""
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        roots = {name.split(".")[0] for name, _ in imports_of(path)}
+        assert "benchmarks" not in roots, path

@@ -20,7 +20,7 @@ ROUNDINGS_APART = 3.0
 
 @pytest.mark.parametrize("family", ["llama", "smollm", "qwen3", "olmo2"])
 def test_logits_are_those_of_transformers_in_float32(family, tmp_path):
-    from benchmarks.parity import compare_family
+    from tests.support.parity import compare_family
 
     row = compare_family(family, "float32", tmp_path / family)
     assert row["logit_std"] > 0.5  # or a difference would not show
@@ -31,7 +31,7 @@ def test_logits_are_those_of_transformers_in_float32(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
 def test_bfloat16_is_as_far_from_exact_as_that_of_transformers(family, tmp_path):
-    from benchmarks.parity import compare_family
+    from tests.support.parity import compare_family
 
     row = compare_family(family, "bfloat16", tmp_path / family)
     assert row["our_rounding"] <= ROUNDINGS_APART * row["their_rounding"]

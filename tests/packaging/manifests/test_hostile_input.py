@@ -1,6 +1,6 @@
 """Whatever stands in a file, only our own errors come out of reading it, soon and in little memory.
 
-The readers and their good inputs are those of `benchmarks/fuzz.py`, which searches on with atheris.
+`benchmarks/fuzz.py` searches on with atheris, from the same readers and good inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import (
+from composable.errors import ComposableError
+from composable.packaging.manifests.toml import MAX_TOML_BYTES, format_key, format_value
+from tests.support.faults.processes import run_forked
+from tests.support.readers import (
     CATALOG_LINE,
     INDEX_LINE,
     INTERFACE,
@@ -26,9 +29,6 @@ from benchmarks.fuzz import (
     Target,
     make_targets,
 )
-from composable.errors import ComposableError
-from composable.packaging.manifests.toml import MAX_TOML_BYTES, format_key, format_value
-from tests.support.faults.processes import run_forked
 
 FINDS = Path(__file__).parents[1] / "finds"
 MAX_SECONDS = 20.0  # of a slow and busy machine; what grows with the square takes minutes

@@ -30,7 +30,7 @@ from composable.packaging.registry.index import index_path
 from tests.support.servers import run_s3
 
 if TYPE_CHECKING:
-    from .conftest import MakeExpert
+    from tests.packaging.conftest import MakeExpert
 
 
 @pytest.fixture(scope="module")

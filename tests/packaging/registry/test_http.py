@@ -33,7 +33,7 @@ from composable.packaging.registry.locations import open_for_publishing
 from tests.support.servers import BreakingWire, Nginx, free_port, run_nginx
 
 if TYPE_CHECKING:
-    from .conftest import MakeExpert
+    from tests.packaging.conftest import MakeExpert
 
 BIG_RANK = 4
 

@@ -1,0 +1,1 @@
+"""What is right for a universe, found without the resolver."""
