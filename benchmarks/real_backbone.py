@@ -132,10 +132,10 @@ def summarise(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
         table[group] = {
             method: {
                 "bits_per_byte": round(found.bits_per_byte, 4),
-                "interval": bootstrap(lambda i, f=found: _bits(f, i), len(found.nats)),
+                "interval": bootstrap(lambda i, f=found: _bits(f, i), len(found.nats_B)),
                 "change": round(found.bits_per_byte / base.bits_per_byte - 1, 4),
                 "change_interval": bootstrap(
-                    lambda i, f=found, b=base: _bits(f, i) / _bits(b, i) - 1, len(found.nats)
+                    lambda i, f=found, b=base: _bits(f, i) / _bits(b, i) - 1, len(found.nats_B)
                 ),
             }
             for method, found in row.items()
@@ -149,7 +149,7 @@ def summarise(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
                     lambda i, m=row[mode], b=base, o=own: recovery(
                         _bits(b, i), _bits(o, i), _bits(m, i)
                     ),
-                    len(own.nats),
+                    len(own.nats_B),
                 )
     return table
 
@@ -162,7 +162,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], n: int) -> list[float]:
 
 
 def _bits(found: Score, rows: np.ndarray) -> float:
-    return float(found.nats[rows].sum() / found.n_bytes[rows].sum() / np.log(2))
+    return float(found.nats_B[rows].sum() / found.n_bytes_B[rows].sum() / np.log(2))
 
 
 def trust(model: Model, texts: Mapping[str, Sequence[bytes]]) -> dict[str, Any]:

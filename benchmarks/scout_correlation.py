@@ -25,9 +25,9 @@ from composable.model.model import BACKBONE, Model, Pluggable
 from composable.model.scout import Scout
 from composable.training.data import token_stream
 from composable.training.scouts import SCOUT_ROWS, Features, train_scout
-from composable.vetting.checks import MAX_BYTES
 from composable.vetting.evaluation import measure_evidence
-from composable.vetting.peers import measure_likeness
+from composable.vetting.evidence import MAX_BYTES
+from composable.vetting.peers import correlate_scouts
 from composable.workflows.trunk_cache import cut_rows, trunk_features
 from composable.workflows.workspace import vetted_texts
 
@@ -74,11 +74,11 @@ def likenesses(loaded: LoadedBackbone, scouts: Sequence[Scout]) -> np.ndarray:
         for i, scout in enumerate(scouts)
     ]
     model = Model(backbone, interface, experts, tokenizer=loaded.tokenizer)
-    evidence_ET = measure_evidence(model, vetted_texts(loaded.anchor), max_bytes=MAX_BYTES)
-    said = {name: evidence_ET[i] for i, name in enumerate(model.names) if name is not None}
+    evidence_EM = measure_evidence(model, vetted_texts(loaded.anchor), max_bytes=MAX_BYTES)
+    said = {name: evidence_EM[i] for i, name in enumerate(model.names) if name is not None}
     return np.array(
         [
-            [measure_likeness(said[a.name], said[b.name], said[BACKBONE]) for b in experts]
+            [correlate_scouts(said[a.name], said[b.name], said[BACKBONE]) for b in experts]
             for a in experts
         ]
     )

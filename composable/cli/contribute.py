@@ -146,7 +146,7 @@ def check(
     previous = find_previous(loaded, folder, against, registry=registry) if against else None
     with bars.show_counts("check", is_quiet=is_quiet) as progress:
         verdict = check_expert(
-            loaded, folder, files, peers=peers, older=previous, progress=progress
+            loaded, folder, files, peers=peers, previous=previous, progress=progress
         )
     rows, outcome, has_passed = _report_verdict(verdict)
     if previous is not None:

@@ -81,7 +81,7 @@ class ComposableLM(LM):
         scorer = (safe_scorer if self.mode == "safe" else mix_scorer)(self.model)
         texts = [request.args[0].encode() for request in requests]
         score = score_documents(scorer, texts, context=self.model.context)
-        return [-float(nats) for nats in score.nats]
+        return [-float(nats) for nats in score.nats_B]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Return continuations up to a stop string.

@@ -1,13 +1,14 @@
-"""Vetting: what an expert must show, on evidence that anyone can recompute, before it is published.
+"""The checks that an expert must pass before it is published, measured with it installed alone.
 
-Every check compares a figure with a limit and says so. Whether the files are what the interface
-wants is told when they are read; here is what only running the expert can tell. How it gets on with
-others is in `peers.py`, how it compares with what it was before in `regression.py`.
+Every check compares a figure with a limit, on evidence that can be recomputed. Whether the files
+fit the interface is checked when they are read, the effect on other experts in `peers.py`, and the
+comparison with a previous release in `regression.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -20,50 +21,37 @@ from composable.interface import RouterInterface
 from composable.model import composed
 from composable.model import mix as mix_mode
 from composable.model.backbone import Backbone
-from composable.model.model import BACKBONE, Model, Pluggable
+from composable.model.model import Model, Pluggable
 from composable.model.tokenizer import Tokenizer
 from composable.progress import CountProgress
 from composable.vetting.card import Check
-from composable.vetting.evaluation import (
-    BATCH,
-    Score,
-    measure_norms,
-    mix_scorer,
-    path_scorer,
-    score_documents,
-    trace_routing,
+from composable.vetting.evaluation import BATCH, Score
+from composable.vetting.evidence import (
+    MAX_BYTES,
+    BoundedNorms,
+    ClassBits,
+    Evidence,
+    compare_body_and_scout,
+    count_changed_scores,
+    gather_evidence,
+    measure_bounded_norms,
 )
-from composable.vetting.statistics import CONFIDENCE, upper_mean
+from composable.vetting.statistics import CONFIDENCE
 
 # An expert must lower the bits per byte of its own held-out text by at least this share ...
 MIN_GAIN: Final = 0.01
-# ... and, plugged in alone, may raise those of the anchor by at most this share in mix mode.
+# ... and, as the only expert in mix mode, may raise those of the anchor by at most this share.
 MAX_ANCHOR_LOSS: Final = 0.01
-# Documents are scored up to here; enough to see past the first uncertain bytes.
-MAX_BYTES: Final = 1024
-# With confidence, it may take this share of public text, unless that gains by it ...
+# Largest share of public text that may be routed to it, with confidence, unless that text gains ...
 MAX_TAKEN: Final = 0.5
-# ... which so many documents can tell; with fewer, the share itself is judged.
+# ... if there are at least this many documents; with fewer, the measured share itself is compared.
 MIN_DOCUMENTS: Final = 6
-# This share of its contributions may be beyond the slots' bounds, and count as zero.
+# Largest share of its outputs that may exceed the slots' bounds, and count as zero.
 MAX_ZEROED: Final = 0.001
-# Scores of this many tokens are compared bit by bit.
+# Router scores of this many tokens are compared bit by bit.
 _SCORED_TOKENS: Final = 512
 # Passes over text that `vet` makes.
-_PASSES: Final = 8
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What every document of an expert's card cost, and how much of it the expert took.
-
-    Args:
-        scores: By run: `own_backbone`, `own_expert`, `own_mix`, `anchor_backbone`, `anchor_mix`.
-        taken_N: Share of the tokens of each anchor document that were the expert's to predict.
-    """
-
-    scores: Mapping[str, Score]
-    taken_N: np.ndarray
+_PASSES: Final = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +61,17 @@ class Verdict:
     Args:
         checks: In the order they ran.
         measured: Bits per byte and shares, as the card records them.
-        evidence: What every document cost, for comparisons; None where nothing could be run.
-        regressions: What is worse than in an older release, in words; None where there was none
-            to compare with.
+        evidence: Measurements of each document, for comparisons; None if the expert cannot run.
+        regressions: What is worse than in a previous release, in words; None if it was not
+            compared with one.
+        warnings: What is suspicious but does not keep an expert from being published, in words.
     """
 
     checks: tuple[Check, ...]
     measured: dict[str, Any]
     evidence: Evidence | None = field(default=None, compare=False)
     regressions: tuple[str, ...] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -92,7 +82,18 @@ class Verdict:
 def recovery(backbone: float, own: float, composed_: float) -> float:
     """Return the share of the gap between backbone and own expert that a composed model closes.
 
-    Where there is no gap there is nothing to close, and the share is 0.
+    Args:
+        backbone: Bits per byte of the backbone.
+        own: Bits per byte of the expert, always on.
+        composed_: Bits per byte of the composed model.
+
+    Returns:
+        1 if the composed model is as good as the expert, 0 if it is as good as the backbone or
+        the two are alike.
+
+    Example:
+        >>> recovery(4.0, 2.0, 2.5)
+        0.75
     """
     gap = backbone - own
     return (backbone - composed_) / gap if gap else 0.0
@@ -108,151 +109,155 @@ def vet(
     tokenizer: Tokenizer | None = None,
     progress: CountProgress | None = None,
 ) -> Verdict:
-    """Vet an expert, plugged alone into its backbone.
+    """Vet an expert, installed alone.
 
     Args:
         backbone: The frozen model.
         interface: Its contract.
-        expert: What to vet.
+        expert: The expert to vet.
         heldout: The contributor's own text that the expert was not trained on.
         anchor: The public text that ships with the backbone.
         tokenizer: The backbone's; the one for bytes by default.
-        progress: Called with scoring passes done and in all.
+        progress: Called with the number of passes over text done and in all.
+
+    Returns:
+        The checks, their figures, and the evidence for comparisons.
 
     Raises:
         TextError: If either text is empty.
     """
-    model = Model(backbone, interface, [expert], tokenizer=tokenizer)
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, _PASSES)
-
-    evidence = gather_evidence(model, expert.name, heldout, anchor, tick=tick)
-    norm_LN = np.concatenate(
-        [
-            measure_norms(model, expert.name, documents, max_bytes=MAX_BYTES)
-            for documents in (heldout, anchor)
-        ],
-        axis=1,
-    )
+    model, name = Model(backbone, interface, [expert], tokenizer=tokenizer), expert.name
+    tick = _pass_counter(progress)
+    evidence = gather_evidence(model, name, heldout, anchor, tick=tick)
+    norms = measure_bounded_norms(model, name, [heldout, anchor])
     tick()
-    scores = evidence.scores
-    bits = {name: score.bits_per_byte for name, score in scores.items()}
-    gain = 1 - bits["own_expert"] / bits["own_backbone"]
-    loss = bits["anchor_mix"] / bits["anchor_backbone"] - 1
-    again = score_documents(
-        mix_scorer(model), heldout[:BATCH], context=model.context, max_bytes=MAX_BYTES
-    ).nats
-    n_changed = int((again.view(np.int64) != scores["own_mix"].nats[:BATCH].view(np.int64)).sum())
+    repeated = heldout[:BATCH]
+    n_changed = count_changed_scores(model, repeated, evidence.scores["own_mix"])
     tick()
-    taken, bound = float(evidence.taken_N.mean()), upper_mean(evidence.taken_N)
-    share_L1 = norm_LN / np.array(interface.output_bounds)[:, None]
-    zeroed = float((~(share_L1 <= 1)).mean())
+    classes = compare_body_and_scout(model, name, heldout)
+    tick()
     checks = (
-        *_check_scores(model, expert.name, heldout[0], anchor[0], len(again), n_changed),
-        Check(
-            name="finite",
-            passed=all(np.isfinite(score.nats).all() for score in scores.values()),
-            found=f"{sum(np.isfinite(score.nats).all() for score in scores.values())} of "
-            f"{len(scores)} scorings finite",
-            expected="all",
-        ),
-        Check(
-            name="norms",
-            passed=zeroed <= MAX_ZEROED,
-            found=f"outputs reach {share_L1.max():.2f} of their slot's bound; {zeroed:.2%} of "
-            f"{share_L1.size:,} contributions beyond it count as zero",
-            expected=f"at most {MAX_ZEROED:.1%} beyond",
-        ),
-        Check(
-            name="gain",
-            passed=gain >= MIN_GAIN,
-            found=f"{bits['own_backbone']:.3f} to {bits['own_expert']:.3f} bits per byte on its "
-            f"own held-out text ({gain:.1%} less)",
-            expected=f"at least {MIN_GAIN:.0%} less",
-        ),
-        Check(
-            name="anchor",
-            passed=loss <= MAX_ANCHOR_LOSS,
-            found=f"{bits['anchor_backbone']:.3f} to {bits['anchor_mix']:.3f} bits per byte on "
-            f"public text ({loss:+.2%})",
-            expected=f"at most {MAX_ANCHOR_LOSS:+.0%}",
-        ),
-        _check_taken(evidence.taken_N, bound, loss),
+        *_check_scores(model, name, heldout[0], anchor[0], len(repeated), n_changed),
+        _check_finite(evidence.scores),
+        _check_norms(norms),
+        _check_gain(evidence.bits_per_byte, evidence.gain),
+        _check_anchor(evidence.bits_per_byte, evidence.anchor_loss),
+        _check_taken(evidence.taken_B, evidence.taken_bound, evidence.anchor_loss),
     )
-    measured = {
-        "bits_per_byte": {name: figure(value) for name, value in bits.items()},
-        "gain": figure(gain),
-        "anchor_loss": figure(loss),
-        "anchor_taken": figure(taken),
-        "anchor_taken_bound": figure(bound),
-        "recovery": figure(recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"])),
-        "norms": {
-            "largest": [figure(float(norm)) for norm in norm_LN.max(axis=1)],
-            "zeroed": figure(zeroed),
-        },
-        "documents": {"own": len(heldout), "anchor": len(anchor), "max_bytes": MAX_BYTES},
-    }
-    return Verdict(checks=checks, measured=measured, evidence=evidence)
-
-
-def gather_evidence(
-    model: Model,
-    name: str,
-    heldout: Sequence[bytes],
-    anchor: Sequence[bytes],
-    *,
-    tick: Callable[[], None] = lambda: None,
-) -> Evidence:
-    """Return what an expert's card is made of.
-
-    Args:
-        model: The expert, plugged alone into its backbone.
-        name: Its name.
-        heldout: Text of its own domain.
-        anchor: Public text.
-        tick: Called after every pass.
-
-    Raises:
-        TextError: If either text is empty.
-    """
-    runs = {
-        "own_backbone": (path_scorer(model, BACKBONE), heldout),
-        "own_expert": (path_scorer(model, name), heldout),
-        "own_mix": (mix_scorer(model), heldout),
-        "anchor_backbone": (path_scorer(model, BACKBONE), anchor),
-        "anchor_mix": (mix_scorer(model), anchor),
-    }
-    scores: dict[str, Score] = {}
-    for run, (scorer, documents) in runs.items():
-        scores[run] = score_documents(scorer, documents, context=model.context, max_bytes=MAX_BYTES)
-        tick()
-    index = model.names.index(name)
-    traces = trace_routing(model, anchor, max_bytes=MAX_BYTES)
-    tick()
-    return Evidence(scores, np.array([weight_TE[:, index].mean() for weight_TE in traces]))
+    documents = {"own": len(heldout), "anchor": len(anchor), "max_bytes": MAX_BYTES}
+    measured = {**_list_figures(evidence, norms, classes), "documents": documents}
+    return Verdict(
+        checks=checks, measured=measured, evidence=evidence, warnings=_find_warnings(classes)
+    )
 
 
 def figure(value: float) -> float | None:
-    """Return a figure as cards record it; JSON has no word for what is not finite."""
+    """Return a figure as cards record it: rounded, and None if it is not finite.
+
+    Example:
+        >>> figure(1 / 3)
+        0.33333
+        >>> figure(float("nan")) is None
+        True
+    """
     return round(value, 5) if np.isfinite(value) else None
 
 
-def _check_taken(taken_N: np.ndarray, bound: float, loss: float) -> Check:
+def _pass_counter(progress: CountProgress | None) -> Callable[[], None]:
+    """Return a function that reports one more pass as done."""
+    passes = itertools.count(1)
+
+    def tick() -> None:
+        if progress:
+            progress(next(passes), _PASSES)
+
+    return tick
+
+
+def _list_figures(evidence: Evidence, norms: BoundedNorms, classes: ClassBits) -> dict[str, Any]:
+    """Return the figures of an expert as its card records them."""
+    bits = evidence.bits_per_byte
+    return {
+        "bits_per_byte": {run: figure(value) for run, value in bits.items()},
+        "class_bits_per_byte": {"body": figure(classes.body), "scout": figure(classes.scout)},
+        "gain": figure(evidence.gain),
+        "anchor_loss": figure(evidence.anchor_loss),
+        "anchor_taken": figure(float(evidence.taken_B.mean())),
+        "anchor_taken_bound": figure(evidence.taken_bound),
+        "recovery": figure(recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"])),
+        "norms": {
+            "largest": [figure(float(norm)) for norm in norms.largest_L],
+            "zeroed": figure(norms.zeroed),
+        },
+    }
+
+
+def _find_warnings(classes: ClassBits) -> tuple[str, ...]:
+    """Return what is suspicious about an expert that may pass every check."""
+    if not classes.scout < classes.body:
+        return ()
+    return (
+        "the scout alone predicts the held-out text better than the body does: "
+        f"{classes.scout:.3f} against {classes.body:.3f} bits per byte for the tokens' classes; "
+        "train for more steps",
+    )
+
+
+def _check_finite(scores: Mapping[str, Score]) -> Check:
+    """Check that every score is a number."""
+    n_finite = sum(bool(np.isfinite(score.nats_B).all()) for score in scores.values())
+    return Check(
+        name="finite",
+        passed=n_finite == len(scores),
+        found=f"{n_finite} of {len(scores)} sets of scores finite",
+        expected="all",
+    )
+
+
+def _check_norms(norms: BoundedNorms) -> Check:
+    """Check that nearly no output is beyond its slot's bound."""
+    return Check(
+        name="norms",
+        passed=norms.zeroed <= MAX_ZEROED,
+        found=f"outputs reach {norms.largest_share:.2f} of their slot's bound; {norms.zeroed:.2%} "
+        f"of {norms.n_outputs:,} are beyond it and count as zero",
+        expected=f"at most {MAX_ZEROED:.1%} beyond",
+    )
+
+
+def _check_gain(bits: Mapping[str, float], gain: float) -> Check:
+    """Check that the body, always on, predicts its own text better than the backbone."""
+    return Check(
+        name="gain",
+        passed=gain >= MIN_GAIN,
+        found=f"{bits['own_backbone']:.3f} to {bits['own_expert']:.3f} bits per byte on its "
+        f"own held-out text ({gain:.1%} less) with the body always on; {bits['own_mix']:.3f} in "
+        "mix mode",
+        expected=f"at least {MIN_GAIN:.0%} less",
+    )
+
+
+def _check_anchor(bits: Mapping[str, float], loss: float) -> Check:
+    """Check that public text costs hardly more in mix mode than with the backbone alone."""
+    return Check(
+        name="anchor",
+        passed=loss <= MAX_ANCHOR_LOSS,
+        found=f"{bits['anchor_backbone']:.3f} to {bits['anchor_mix']:.3f} bits per byte on "
+        f"public text ({loss:+.2%})",
+        expected=f"at most {MAX_ANCHOR_LOSS:+.0%}",
+    )
+
+
+def _check_taken(taken_B: np.ndarray, bound: float, loss: float) -> Check:
     """Check that public text stays mostly routed to the backbone, or gains where it is not."""
-    n = len(taken_N)
-    can_tell = n >= MIN_DOCUMENTS
-    judged = bound if can_tell else float(taken_N.mean())
-    certain = f"with {CONFIDENCE:.0%} confidence at most {bound:.1%} of such text"
-    found = certain if can_tell else f"{n} documents are too few to bound what it takes of others"
+    n, mean = len(taken_B), float(taken_B.mean())
+    has_bound = n >= MIN_DOCUMENTS
+    bounded = f"with {CONFIDENCE:.0%} confidence at most {bound:.1%} of such text"
+    found = bounded if has_bound else f"{n} documents are too few to bound the share of other text"
     return Check(
         name="taken",
-        passed=judged <= MAX_TAKEN or loss <= 0,
-        found=f"{taken_N.mean():.2%} of public text was the expert's to predict; {found}",
+        passed=(bound if has_bound else mean) <= MAX_TAKEN or loss <= 0,
+        found=f"{mean:.2%} of the tokens of public text routed to the expert; {found}",
         expected=f"at most {MAX_TAKEN:.0%}, unless it predicts it better than the backbone",
     )
 
@@ -263,14 +268,14 @@ def _check_scores(
     """Check that scores are deterministic and independent of batch row and bank entry.
 
     Args:
-        model: The expert, plugged in.
+        model: A model with the expert.
         name: Its name.
         own: A text.
-        other: Another one, for the other row of a batch.
-        n_repeated: Documents that were scored again.
-        n_changed: How many of them cost something else.
+        other: Another text, for the other row of a batch.
+        n_repeated: Number of documents that were scored again.
+        n_changed: Number of them whose score changed.
     """
-    # Scores need no bodies, so the bank goes without.
+    # Router scores do not depend on bodies, so they are left out of the bank.
     parts, index = model.parts, model.names.index(name)
     bank = dataclasses.replace(parts.bank, slots=())
     length = min(model.context, _SCORED_TOKENS)
@@ -301,8 +306,8 @@ def _check_scores(
             name="determinism",
             passed=n_differing + n_changed == 0,
             found=f"{n_differing} of {found_BTE.size} scores differ when computed again, in "
-            f"another slot or in another row of a batch; {n_changed} of {n_repeated} documents "
-            "cost something else the second time",
+            f"another bank entry or another row of a batch; {n_changed} of {n_repeated} documents "
+            "have another score the second time",
             expected="none, to the bit",
         ),
     )

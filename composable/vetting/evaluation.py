@@ -1,15 +1,16 @@
-"""Bits per byte of documents under any way of using a model, router weights, and evidence.
+"""Measurements of a model on documents: bits per byte, router weights, scout log-probabilities.
 
-A document is read in consecutive windows, of the model's context or 512 tokens if that is less.
-Attention restarts with each window, for every method alike; the router's track record, which is one
-number per expert, is carried on, since it speaks of the document and not of the window.
+A document is read in consecutive windows of the model's context, or of 512 tokens if that is less.
+Attention restarts with each window, for every method alike. The router's track record, which is one
+number per expert, is carried from window to window.
 
-What is counted is bits per *byte* of the text, whatever its tokens are, so that tokenizers compare.
+Bits are counted per *byte* of the text, so that models with different tokenizers can be compared.
+No limits are applied here; those are in `checks.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -39,23 +40,28 @@ _MAX_WINDOW: Final = 512
 
 @dataclass(frozen=True)
 class Score:
-    """What a text cost.
+    """Negative log-likelihoods of documents.
 
     Args:
-        nats: Negative log likelihood of each document.
-        n_bytes: Bytes of each document.
+        nats_B: Negative log-likelihood of each document, in nats.
+        n_bytes_B: UTF-8 bytes of each document.
+
+    Example:
+        >>> score = Score(np.array([8.0, 2.0]) * np.log(2), np.array([1, 4]))
+        >>> round(score.bits_per_byte, 6)
+        2.0
     """
 
-    nats: np.ndarray
-    n_bytes: np.ndarray
+    nats_B: np.ndarray
+    n_bytes_B: np.ndarray
 
     @property
     def bits_per_byte(self) -> float:
         """Total bits over total bytes."""
-        return float(self.nats.sum() / self.n_bytes.sum() / np.log(2))
+        return float(self.nats_B.sum() / self.n_bytes_B.sum() / np.log(2))
 
 
-# (tokens BT, targets BT, state) -> (negative log likelihood BT, state); state None begins.
+# (tokens BT, targets BT, state) -> (negative log-likelihood BT, state); None starts documents.
 _Step = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike, Any], tuple[jax.Array, Any]]
 
 
@@ -65,11 +71,26 @@ class Scorer:
 
     Args:
         step: Scores one window.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
     """
 
     step: _Step
     tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The same positions of every document in a batch.
+
+    Args:
+        inputs_BT: Tokens that are read.
+        targets_BT: The token after each of them.
+        is_scored_BT: Whether the target is part of a document, and not padding.
+    """
+
+    inputs_BT: np.ndarray
+    targets_BT: np.ndarray
+    is_scored_BT: np.ndarray
 
 
 def mix_scorer(model: Model) -> Scorer:
@@ -89,7 +110,12 @@ def path_scorer(model: Model, name: str = BACKBONE) -> Scorer:
 
 
 def slots_scorer(model: Model, slots: tuple[SlotMatrices, ...]) -> Scorer:
-    """Return the scorer of a body, given as the matrices of every slot, always on."""
+    """Return the scorer of one body, always on.
+
+    Args:
+        model: The model.
+        slots: The body's matrices, by slot.
+    """
     return Scorer(partial(_score_path, model.parts, slots), model.tokenizer)
 
 
@@ -106,33 +132,31 @@ def score_documents(
     Args:
         scorer: How to use the model.
         documents: UTF-8 texts, not empty.
-        context: Window, in tokens; 512 at most are used.
-        max_bytes: Score at most this many bytes of each document, up to a character's end.
-        progress: Called with documents done and documents in all.
+        context: Length of a window in tokens; at most 512 are used.
+        max_bytes: Score at most this many bytes of each document, without splitting a character.
+        progress: Called with the number of documents done and in all.
+
+    Returns:
+        The score of each document, in the given order.
 
     Raises:
         TextError: If there are no documents, or one is empty.
     """
-    window = min(context, _MAX_WINDOW)
-    documents = _cut(documents, max_bytes)
-    nats, n_bytes = [], []
-    for start in range(0, len(documents), BATCH):
-        chunk = documents[start : start + BATCH]
-        tokens_BT, mask_BT = _to_windows(chunk, scorer.tokenizer, window)
-        nats_B = np.zeros(BATCH)
-        state = None
-        for at in range(0, mask_BT.shape[1], window):
-            here = slice(at, at + window)
-            inputs_BT = tokens_BT[:, :-1][:, here]
-            nll_BT, state = scorer.step(inputs_BT, tokens_BT[:, 1:][:, here], state)
-            nats_B += np.where(mask_BT[:, here], np.asarray(nll_BT, np.float64), 0).sum(axis=1)
-        nats.append(nats_B[: len(chunk)])
-        n_bytes.append(np.array([len(document) for document in chunk]))
-        if progress:
-            progress(min(start + BATCH, len(documents)), len(documents))
     if not documents:
         raise TextError("there are no documents to score")
-    return Score(np.concatenate(nats), np.concatenate(n_bytes))
+    documents = _truncate(documents, max_bytes)
+    pieces = []
+    for windows in _read_windows(documents, scorer.tokenizer, context):
+        state, nats_B = None, np.zeros(BATCH)
+        for window in windows:
+            nll_BT, state = scorer.step(window.inputs_BT, window.targets_BT, state)
+            scored_BT = np.where(window.is_scored_BT, np.asarray(nll_BT, np.float64), 0)
+            nats_B += scored_BT.sum(axis=1)
+        pieces.append(nats_B)
+        if progress:
+            progress(min(len(pieces) * BATCH, len(documents)), len(documents))
+    n_bytes_B = np.array([len(document) for document in documents])
+    return Score(np.concatenate(pieces)[: len(documents)], n_bytes_B)
 
 
 def trace_routing(
@@ -143,107 +167,127 @@ def trace_routing(
     Args:
         model: The model.
         documents: UTF-8 texts, not empty.
-        max_bytes: Trace at most this many bytes of each document, up to a character's end.
+        max_bytes: Trace at most this many bytes of each document, without splitting a character.
 
     Returns:
         Weights of shape (tokens, E) for each document; entry e belongs to `model.names[e]`.
     """
-    window = min(model.context, _MAX_WINDOW)
-    documents = _cut(documents, max_bytes)
+    documents = _truncate(documents, max_bytes)
     traces = []
-    for start in range(0, len(documents), BATCH):
-        chunk = documents[start : start + BATCH]
-        tokens_BT, mask_BT = _to_windows(chunk, model.tokenizer, window)
+    for windows in _read_windows(documents, model.tokenizer, model.context):
         state, pieces = None, []
-        for at in range(0, mask_BT.shape[1], window):
-            inputs_BT = tokens_BT[:, :-1][:, at : at + window]
-            weight_BTE, state = _route(model.parts, inputs_BT, state)
+        for window in windows:
+            weight_BTE, state = _route(model.parts, window.inputs_BT, state)
             pieces.append(np.asarray(weight_BTE))
-        weight_BTE = np.concatenate(pieces, axis=1)
-        traces += [weight_BTE[i][mask_BT[i]] for i in range(len(chunk))]
-    return traces
+        weights_BTE = np.concatenate(pieces, axis=1)
+        is_scored_BT = np.concatenate([window.is_scored_BT for window in windows], axis=1)
+        traces += [weights_BTE[row][is_scored_BT[row]] for row in range(BATCH)]
+    return traces[: len(documents)]
 
 
 def measure_norms(
     model: Model, name: str, documents: Sequence[bytes], *, max_bytes: int | None = None
 ) -> np.ndarray:
-    """Return how large a body's outputs are on every token of some documents.
+    """Return the size of a body's outputs at every token of some documents.
 
     Args:
         model: The model.
-        name: Whose body; it is always on.
+        name: The expert whose body is measured, always on.
         documents: UTF-8 texts, not empty.
-        max_bytes: Read at most this many bytes of each document, up to a character's end.
+        max_bytes: Read at most this many bytes of each document, without splitting a character.
 
     Returns:
-        Root mean squares of shape (slots, tokens); NaN or infinite where an output is not finite.
+        Root mean squares of shape LM, one M per token; NaN or infinite where an output is not
+        finite.
     """
-    window = min(model.context, _MAX_WINDOW)
-    documents = _cut(documents, max_bytes)
     slots = banks.entry_slots(model.parts.bank, model.names.index(name))
     pieces = []
-    for start in range(0, len(documents), BATCH):
-        chunk = documents[start : start + BATCH]
-        tokens_BT, mask_BT = _to_windows(chunk, model.tokenizer, window)
-        for at in range(0, mask_BT.shape[1], window):
-            here = slice(at, at + window)
-            norm_LBT = np.asarray(_norms(model.parts, slots, tokens_BT[:, :-1][:, here]))
-            pieces.append(norm_LBT[:, mask_BT[:, here]])
+    for windows in _read_windows(_truncate(documents, max_bytes), model.tokenizer, model.context):
+        for window in windows:
+            norm_LBT = np.asarray(_norms(model.parts, slots, window.inputs_BT))
+            pieces.append(norm_LBT[:, window.is_scored_BT])
     return np.concatenate(pieces, axis=1)
 
 
 def measure_evidence(
     model: Model, documents: Sequence[bytes], *, max_bytes: int | None = None
 ) -> np.ndarray:
-    """Return how well every scout predicts the tokens of some documents.
+    """Return the log-probability that every scout gives to each token's class.
 
     Args:
         model: The model.
         documents: UTF-8 texts, not empty.
-        max_bytes: Read at most this many bytes of each document, up to a character's end.
+        max_bytes: Read at most this many bytes of each document, without splitting a character.
 
     Returns:
-        Log likelihoods of the tokens' classes in nats, shape (E, tokens) float64; entry e belongs
-        to `model.names[e]`. The order of the tokens is one for all scouts, not that of the texts.
+        Log-probabilities in nats, shape EM, one M per token; entry e belongs to `model.names[e]`.
+        Tokens have the same order for all scouts, which is not their order in the documents.
     """
-    window = min(model.context, _MAX_WINDOW)
-    documents = _cut(documents, max_bytes)
     pieces = []
-    for start in range(0, len(documents), BATCH):
-        chunk = documents[start : start + BATCH]
-        tokens_BT, mask_BT = _to_windows(chunk, model.tokenizer, window)
-        for at in range(0, mask_BT.shape[1], window):
-            here = slice(at, at + window)
-            inputs_BT, targets_BT = tokens_BT[:, :-1][:, here], tokens_BT[:, 1:][:, here]
-            evidence_EBT = np.asarray(_evidence(model.parts, inputs_BT, targets_BT), np.float64)
-            pieces.append(evidence_EBT[:, mask_BT[:, here]])
+    for windows in _read_windows(_truncate(documents, max_bytes), model.tokenizer, model.context):
+        for window in windows:
+            evidence_EBT = _evidence(model.parts, window.inputs_BT, window.targets_BT)
+            pieces.append(np.asarray(evidence_EBT, np.float64)[:, window.is_scored_BT])
     return np.concatenate(pieces, axis=1)
 
 
-def _cut(documents: Sequence[bytes], max_bytes: int | None) -> Sequence[bytes]:
+def measure_class_evidence(
+    model: Model, name: str, documents: Sequence[bytes], *, max_bytes: int | None = None
+) -> np.ndarray:
+    """Return the log-probability that the model with one body gives to each token's class.
+
+    It compares with what `measure_evidence` returns for a scout, which predicts classes only.
+
+    Args:
+        model: The model.
+        name: The expert whose body is always on.
+        documents: UTF-8 texts, not empty.
+        max_bytes: Read at most this many bytes of each document, without splitting a character.
+
+    Returns:
+        Log-probabilities in nats, shape M, tokens in the order of `measure_evidence`.
+    """
+    slots = banks.entry_slots(model.parts.bank, model.names.index(name))
+    pieces = []
+    for windows in _read_windows(_truncate(documents, max_bytes), model.tokenizer, model.context):
+        for window in windows:
+            evidence_BT = _class_evidence(model.parts, slots, window.inputs_BT, window.targets_BT)
+            pieces.append(np.asarray(evidence_BT, np.float64)[window.is_scored_BT])
+    return np.concatenate(pieces)
+
+
+def _truncate(documents: Sequence[bytes], max_bytes: int | None) -> Sequence[bytes]:
     """Return the starts of documents, no character split."""
     if max_bytes is None:
         return documents
     return [truncate_utf8(document, max_bytes) for document in documents]
 
 
-def _to_windows(
-    documents: Sequence[bytes], tokenizer: Tokenizer, window: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens of shape (BATCH, n * window + 1) and which targets count."""
-    rows = [tokenizer.encode(document) for document in documents]
-    longest = max(len(row) for row in rows) - 1
-    width = -(-longest // window) * window
-    tokens_BT = np.zeros((BATCH, width + 1), np.int32)
-    mask_BT = np.zeros((BATCH, width), bool)
-    for i, row in enumerate(rows):
-        tokens_BT[i, : len(row)] = row
-        mask_BT[i, : len(row) - 1] = True
-    return tokens_BT, mask_BT
+def _read_windows(
+    documents: Sequence[bytes], tokenizer: Tokenizer, context: int
+) -> Iterator[list[_Window]]:
+    """Yield the windows of each batch of documents, in order, padded to full batches and windows.
+
+    Every window has the same shape, so that one compiled program serves them all.
+    """
+    length = min(context, _MAX_WINDOW)
+    for start in range(0, len(documents), BATCH):
+        rows = [tokenizer.encode(document) for document in documents[start : start + BATCH]]
+        n_windows = -(-max(len(row) - 1 for row in rows) // length)
+        tokens_BT = np.zeros((BATCH, n_windows * length + 1), np.int32)
+        is_scored_BT = np.zeros((BATCH, n_windows * length), bool)
+        for index, row in enumerate(rows):
+            tokens_BT[index, : len(row)] = row
+            is_scored_BT[index, : len(row) - 1] = True
+        inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        yield [
+            _Window(inputs_BT[:, at], targets_BT[:, at], is_scored_BT[:, at])
+            for at in (slice(i * length, (i + 1) * length) for i in range(n_windows))
+        ]
 
 
 def _pick(log_prob_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Return the negative log probability of each target."""
+    """Return the negative log-probability of each target."""
     return -jnp.take_along_axis(log_prob_BTV, targets_BT[..., None], axis=-1)[..., 0]
 
 
@@ -291,9 +335,24 @@ def _evidence(
     backbone = parts.backbone
     x_BTD, _ = backbone.trunk(jnp.asarray(tokens_BT))
     feature_BTD, classes_BT = backbone.features(x_BTD), backbone.class_map[...][targets_BT]
-    return jax.lax.map(
+    evidence_EBT: jax.Array = jax.lax.map(
         lambda scout: scout_evidence(scout, feature_BTD, classes_BT), parts.bank.scouts
     )
+    return evidence_EBT
+
+
+@jax.jit
+def _class_evidence(
+    parts: Parts,
+    slots: tuple[SlotMatrices, ...],
+    tokens_BT: jax.typing.ArrayLike,
+    targets_BT: jax.typing.ArrayLike,
+) -> jax.Array:
+    logits_BTV = composed.path(parts, jnp.asarray(tokens_BT), slots)
+    classes_V = parts.backbone.class_map[...]
+    is_in_class_BTV = classes_V == classes_V[jnp.asarray(targets_BT)][..., None]
+    in_class_BT = jax.nn.logsumexp(logits_BTV, axis=-1, where=is_in_class_BTV)
+    return in_class_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
 @jax.jit

@@ -1,7 +1,7 @@
-"""Whether an expert does its work worse than an older release of it, on the same text.
+"""Whether an expert is worse than a previous release of it, on the same text.
 
-Figures of a card are means over few documents, so they move whenever an expert is trained again.
-What counts as worse is what is worse beyond that noise: documents are compared one by one.
+The figures of a card are means over few documents, so they change whenever an expert is trained
+again. Documents are therefore compared one by one, and only a change beyond that noise is reported.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Final
 
 import numpy as np
 
-from composable.vetting.checks import Evidence
 from composable.vetting.evaluation import Score
+from composable.vetting.evidence import Evidence
 from composable.vetting.statistics import CONFIDENCE, is_above
 
-# Less than this share of an older release's bits per byte does not matter to anyone ...
+# An increase below this share of the previous release's bits per byte does not matter ...
 MAX_REGRESSION: Final = 0.005
-# ... and neither does less than this share of the anchor's tokens.
+# ... and neither does an increase below this share of the anchor's tokens.
 MAX_MORE_TAKEN: Final = 0.01
 _RUNS: Final = {
     "own_expert": "its own text, always on",
@@ -25,33 +25,37 @@ _RUNS: Final = {
 }
 
 
-def compare_evidence(old: Evidence, new: Evidence) -> list[str]:
-    """Return what a new release does worse than an older one, beyond noise, in words.
+def compare_evidence(previous: Evidence, new: Evidence) -> list[str]:
+    """Return how a new release is worse than a previous one, beyond noise, in words.
 
-    Worse is a mean over documents whose paired difference is above zero by a one-sided t test
-    (`statistics.is_above`) and above what matters at all.
+    A figure is worse if the mean over documents of its paired differences is above zero by a
+    one-sided t test (`statistics.is_above`) and above what matters at all.
 
     Args:
-        old: Evidence of the older release.
+        previous: Evidence of the previous release.
         new: Evidence of the new one, on the same documents.
+
+    Returns:
+        One sentence for each figure that is worse, in the order own text, public text, share.
     """
     found = []
     for run, what in _RUNS.items():
-        before, after = old.scores[run], new.scores[run]
+        before, after = previous.scores[run], new.scores[run]
         limit = MAX_REGRESSION * before.bits_per_byte
-        if is_above(_bits(after) - _bits(before), limit):
+        if is_above(_document_bits(after) - _document_bits(before), limit):
             found.append(
                 f"{before.bits_per_byte:.3f} to {after.bits_per_byte:.3f} bits per byte on {what} "
-                f"({len(after.nats)} documents, more at {CONFIDENCE:.0%} confidence)"
+                f"({len(after.nats_B)} documents, more at {CONFIDENCE:.0%} confidence)"
             )
-    if is_above(new.taken_N - old.taken_N, MAX_MORE_TAKEN):
+    if is_above(new.taken_B - previous.taken_B, MAX_MORE_TAKEN):
         found.append(
-            f"{old.taken_N.mean():.1%} to {new.taken_N.mean():.1%} of public text taken "
-            f"({len(new.taken_N)} documents, more at {CONFIDENCE:.0%} confidence)"
+            f"{previous.taken_B.mean():.1%} to {new.taken_B.mean():.1%} of public text routed to "
+            f"it ({len(new.taken_B)} documents, more at {CONFIDENCE:.0%} confidence)"
         )
     return found
 
 
-def _bits(score: Score) -> np.ndarray:
-    """Return the bits per byte of every document."""
-    return score.nats / score.n_bytes / np.log(2)
+def _document_bits(score: Score) -> np.ndarray:
+    """Return the bits per byte of every document, shape B."""
+    bits_B: np.ndarray = score.nats_B / score.n_bytes_B / np.log(2)
+    return bits_B

@@ -250,7 +250,7 @@ def _fit_routers(
     for done, (name, scorer) in enumerate(scorers.items()):
         show("score", done, len(scorers))
         score = score_documents(scorer, texts, context=model.context)
-        bits[name], n_bytes = round(score.bits_per_byte, 5), int(score.n_bytes.sum())
+        bits[name], n_bytes = round(score.bits_per_byte, 5), int(score.n_bytes_B.sum())
     show("score", len(scorers), len(scorers))
     trust_E = observed.weight_ME.mean(axis=0)
     return rows_LED, {

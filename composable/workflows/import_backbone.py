@@ -370,7 +370,7 @@ def _measure(
     return {
         "bits_per_byte": round(score.bits_per_byte, 5),
         "documents": len(texts),
-        "bytes": int(score.n_bytes.sum()),
+        "bytes": int(score.n_bytes_B.sum()),
         "tokens": n_tokens,
         "seconds": round(time.perf_counter() - start, 1),
         "device": jax.devices()[0].device_kind,

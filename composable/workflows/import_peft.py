@@ -55,8 +55,8 @@ from composable.packaging.versions.version import Version
 from composable.progress import StageProgress
 from composable.training.data import token_stream
 from composable.training.scouts import ScoutFit, train_scout
-from composable.vetting.checks import MAX_BYTES
 from composable.vetting.evaluation import path_scorer, score_documents
+from composable.vetting.evidence import MAX_BYTES
 from composable.workflows.import_backbone import cache_folder
 from composable.workflows.trunk_cache import compute_features, cut_rows
 from composable.workflows.workspace import HELDOUT_FILE, HELDOUT_FRACTION, TRAINING_FILE, WORK
@@ -371,7 +371,7 @@ def _measure(
         score = score_documents(path_scorer(model, name), texts, context=model.context)
         bits[label] = round(score.bits_per_byte, 5)
     show("score", 2, 2)
-    return {"bits_per_byte": bits, "documents": len(texts), "bytes": int(np.sum(score.n_bytes))}
+    return {"bits_per_byte": bits, "documents": len(texts), "bytes": int(np.sum(score.n_bytes_B))}
 
 
 def _readme(record: dict[str, Any], peft_version: str | None) -> str:

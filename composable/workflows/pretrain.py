@@ -204,7 +204,7 @@ def pack(
         "measured": {
             "bits_per_byte": round(score.bits_per_byte, 5),
             "documents": len(texts),
-            "bytes": int(score.n_bytes.sum()),
+            "bytes": int(score.n_bytes_B.sum()),
         },
         "training": {
             "recipe": package,

@@ -101,7 +101,7 @@ def find_peers(
                 release=f"{manifest.name}@{manifest.version}",
                 texts=tuple(vetted_texts(read_documents([file]))) if file else (),
                 source=str(file or ""),
-                is_kin=bool(
+                is_related=bool(
                     _family(newcomer, derives_from) & _family(manifest.name, manifest.derives_from)
                 ),
             )

@@ -12,13 +12,14 @@ from composable.assembly.experts import load_expert
 from composable.corpora.documents import read_documents
 from composable.errors import TensorFileError, TextError, VettingError
 from composable.files.records import parse_record
-from composable.interface import body_signature, digest_bytes, scout_signature
+from composable.interface import RouterInterface, body_signature, digest_bytes, scout_signature
 from composable.model.model import Pluggable
 from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manifest
 from composable.progress import CountProgress
 from composable.training.record import TrainingRecord
 from composable.vetting.card import Against, Check, write_card
-from composable.vetting.checks import Verdict, gather_evidence, vet
+from composable.vetting.checks import Verdict, vet
+from composable.vetting.evidence import gather_evidence
 from composable.vetting.peers import Peer, vet_with_peers
 from composable.vetting.regression import compare_evidence
 from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK, vetted_texts
@@ -33,7 +34,7 @@ def check_expert(
     data: Sequence[Path] = (),
     *,
     peers: Sequence[Peer] = (),
-    older: PreviousRelease | None = None,
+    previous: PreviousRelease | None = None,
     progress: CountProgress | None = None,
 ) -> Verdict:
     """Vet the expert of a folder and write its card.
@@ -42,9 +43,13 @@ def check_expert(
         loaded: The backbone.
         folder: The expert, trained.
         data: Held-out text; by default what training held out.
-        peers: Published experts to plug it in beside.
-        older: An older release to compare it with.
-        progress: Called with scoring passes done and in all.
+        peers: Published experts to install it with, one at a time.
+        previous: A previous release to compare it with.
+        progress: Called with the number of passes over text done and in all.
+
+    Returns:
+        The checks and their figures. An expert whose tensors do not fit the interface cannot run:
+        then there is only the check `format`.
 
     Raises:
         TextError: If there is no held-out text.
@@ -57,6 +62,31 @@ def check_expert(
             where=str(folder),
             hint=f"run: composable train {folder} --data FILES",
         )
+    heldout, anchor = _find_heldout(folder, data), vetted_texts(loaded.anchor)
+    try:
+        expert = load_expert(loaded, folder)
+    except TensorFileError as error:
+        verdict = Verdict(
+            checks=(_check_format(loaded.interface, folder, manifest, error),), measured={}
+        )
+    else:
+        verdict = _vet(loaded, expert, heldout, anchor, peers, previous, progress)
+        format_check = _check_format(loaded.interface, folder, manifest)
+        verdict = dataclasses.replace(verdict, checks=(format_check, *verdict.checks))
+    write_card(
+        folder,
+        manifest,
+        loaded.interface,
+        verdict.checks,
+        verdict.measured,
+        _read_training(folder),
+        _describe_comparison(previous, verdict.regressions),
+    )
+    return verdict
+
+
+def _find_heldout(folder: Path, data: Sequence[Path]) -> list[bytes]:
+    """Return the given text, or else what training held out, as vetting scores it."""
     heldout = folder / WORK / HELDOUT_FILE
     if not data and not heldout.exists():
         raise TextError(
@@ -64,36 +94,7 @@ def check_expert(
             where=str(folder),
             hint="train first, or give text with --data",
         )
-    texts = vetted_texts(read_documents(data or [heldout])), vetted_texts(loaded.anchor)
-    try:
-        expert = load_expert(loaded, folder)
-    except TensorFileError as error:
-        verdict = Verdict(checks=(_check_format(loaded, folder, manifest, error),), measured={})
-    else:
-        verdict = _vet(loaded, expert, *texts, peers, older, progress)
-        form = _check_format(loaded, folder, manifest)
-        verdict = dataclasses.replace(verdict, checks=(form, *verdict.checks))
-    training = folder / WORK / TRAINING_FILE
-    record = TrainingRecord()
-    if training.exists():
-        record = parse_record(TrainingRecord, training.read_bytes(), str(training), VettingError)
-    against = None
-    if older is not None and verdict.regressions is not None:
-        against = Against(
-            release=f"{older.manifest.name}@{older.manifest.version}",
-            tensors=dict(older.tensors),
-            regressions=verdict.regressions,
-        )
-    write_card(
-        folder,
-        manifest,
-        loaded.interface,
-        verdict.checks,
-        verdict.measured,
-        record,
-        against,
-    )
-    return verdict
+    return vetted_texts(read_documents(data or [heldout]))
 
 
 def _vet(
@@ -102,10 +103,10 @@ def _vet(
     heldout: Sequence[bytes],
     anchor: Sequence[bytes],
     peers: Sequence[Peer],
-    older: PreviousRelease | None,
+    previous: PreviousRelease | None,
     progress: CountProgress | None,
 ) -> Verdict:
-    """Vet an expert alone, beside others, and against what it was before."""
+    """Vet an expert alone, with its peers, and against a previous release."""
     parts = loaded.backbone, loaded.interface
     verdict = vet(*parts, expert, heldout, anchor, tokenizer=loaded.tokenizer, progress=progress)
     measured = {**verdict.measured}
@@ -117,22 +118,23 @@ def _vet(
         )
         checks = (*checks, *more)
     regressions = None
-    if older is not None and older.expert is not None and verdict.evidence is not None:
-        before = gather_evidence(loaded.plug([older.expert]), older.expert.name, heldout, anchor)
+    if previous is not None and previous.expert is not None and verdict.evidence is not None:
+        model = loaded.plug([previous.expert])
+        before = gather_evidence(model, previous.expert.name, heldout, anchor)
         regressions = tuple(compare_evidence(before, verdict.evidence))
     return dataclasses.replace(verdict, checks=checks, measured=measured, regressions=regressions)
 
 
 def _check_format(
-    loaded: LoadedBackbone,
+    interface: RouterInterface,
     folder: Path,
     manifest: Manifest,
     error: TensorFileError | None = None,
 ) -> Check:
     """Return the check that the tensors fit the interface: names, shapes, types, finite."""
     specs = {
-        **body_signature(loaded.interface, manifest.body.kind, manifest.body.rank),
-        **scout_signature(loaded.interface, manifest.scout_width),
+        **body_signature(interface, manifest.body.kind, manifest.body.rank),
+        **scout_signature(interface, manifest.scout_width),
     }
     size = sum((folder / name).stat().st_size for name in (BODY_FILE, SCOUT_FILE))
     return Check(
@@ -142,4 +144,25 @@ def _check_format(
         if error is not None
         else f"{len(specs)} tensors in {size:,} bytes, every number finite",
         expected="the tensors that the interface names, every number finite",
+    )
+
+
+def _read_training(folder: Path) -> TrainingRecord:
+    """Return what training recorded in a folder; an empty record if there is none."""
+    file = folder / WORK / TRAINING_FILE
+    if not file.exists():
+        return TrainingRecord()
+    return parse_record(TrainingRecord, file.read_bytes(), str(file), VettingError)
+
+
+def _describe_comparison(
+    previous: PreviousRelease | None, regressions: tuple[str, ...] | None
+) -> Against | None:
+    """Return the comparison as the card records it; None if there was none."""
+    if previous is None or regressions is None:
+        return None
+    return Against(
+        release=f"{previous.manifest.name}@{previous.manifest.version}",
+        tensors=dict(previous.tensors),
+        regressions=regressions,
     )

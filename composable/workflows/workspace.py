@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from composable.corpora.documents import Document, truncate_utf8
-from composable.vetting.checks import MAX_BYTES
+from composable.vetting.evidence import MAX_BYTES
 
 # What must not be published lies in this folder: held-out text, checkpoints, curves.
 WORK: Final = ".work"

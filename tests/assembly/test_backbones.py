@@ -98,8 +98,8 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens_are(subword_release):
     texts = [b"the of and to in is", "∀x ∃y φ→ψ".encode()]
     model = subword_release.plug()
     score = score_documents(path_scorer(model), texts, context=model.context)
-    np.testing.assert_array_equal(score.n_bytes, [len(text) for text in texts])
-    for text, nats in zip(texts, score.nats, strict=True):
+    np.testing.assert_array_equal(score.n_bytes_B, [len(text) for text in texts])
+    for text, nats in zip(texts, score.nats_B, strict=True):
         tokens_T = model.encode(text)
         logits_TV = np.asarray(model.path(tokens_T[None]), np.float64)[0]
         log_prob_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))

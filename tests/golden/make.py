@@ -141,10 +141,12 @@ def make_registry(tiny, backbone, scratch):
         write_documents(texts, documents)
         steps = TrainConfig(steps=60, batch_size=8, window=32, learning_rate=1e-2)
         train_expert(backbone, folder, [texts], steps)
-        older = None
+        previous = None
         if version != "1.0.0":
-            older = find_previous(backbone, folder, f"{name}@1.0.0", registry=str(OUT / "registry"))
-        check_expert(backbone, folder, older=older)
+            previous = find_previous(
+                backbone, folder, f"{name}@1.0.0", registry=str(OUT / "registry")
+            )
+        check_expert(backbone, folder, previous=previous)
         publish_expert(folder, backbone.interface, registry)
         record = OUT / "training" / f"{name}-{version}.json"
         record.parent.mkdir(exist_ok=True)

@@ -67,7 +67,7 @@ def test_texts_are_as_likely_as_cards_say(adapter, model):
     for mode, scorer in (("mix", mix_scorer), ("safe", safe_scorer)):
         lm = adapter.ComposableLM(model, mode=mode)
         score = score_documents(scorer(model), [text.encode()], context=model.context)
-        assert lm.loglikelihood_rolling([ask(text)]) == [pytest.approx(-score.nats[0])]
+        assert lm.loglikelihood_rolling([ask(text)]) == [pytest.approx(-score.nats_B[0])]
 
 
 def test_generation_stops_where_it_is_told(adapter, model):

@@ -46,8 +46,8 @@ def test_bits_per_byte_are_total_bits_over_total_bytes():
 def test_a_documents_score_is_the_sum_over_its_windows(model, documents):
     """Attention restarts with each window; for one path there is nothing else to carry."""
     score = score_documents(path_scorer(model, "a"), documents, context=CONTEXT)
-    np.testing.assert_array_equal(score.n_bytes, [300, 5, 128])
-    for document, found in zip(documents, score.nats, strict=True):
+    np.testing.assert_array_equal(score.n_bytes_B, [300, 5, 128])
+    for document, found in zip(documents, score.nats_B, strict=True):
         tokens_T = model.encode(document)
         expected = 0.0
         for at in range(0, len(document), CONTEXT):
@@ -83,16 +83,16 @@ def test_what_else_is_scored_does_not_change_a_documents_score(model, documents,
     together = score_documents(scorer, documents, context=CONTEXT)
     for i, document in enumerate(documents):
         alone = score_documents(scorer, [document], context=CONTEXT)
-        assert alone.nats[0] == pytest.approx(together.nats[i], abs=SAME_NATS)
-        assert alone.n_bytes[0] == together.n_bytes[i]
+        assert alone.nats_B[0] == pytest.approx(together.nats_B[i], abs=SAME_NATS)
+        assert alone.n_bytes_B[0] == together.n_bytes_B[i]
     many = score_documents(scorer, documents * 4, context=CONTEXT)  # more than one batch
-    np.testing.assert_allclose(many.nats, np.tile(together.nats, 4), atol=SAME_NATS)
+    np.testing.assert_allclose(many.nats_B, np.tile(together.nats_B, 4), atol=SAME_NATS)
 
 
 def test_safe_mode_keeps_its_bound_over_windows(loaded, tiny, documents):
     model = Model(loaded.backbone, loaded.interface, [tiny.expert("a", noise=30.0)])
-    safe = score_documents(safe_scorer(model), documents, context=CONTEXT).nats
-    own = score_documents(path_scorer(model), documents, context=CONTEXT).nats
+    safe = score_documents(safe_scorer(model), documents, context=CONTEXT).nats_B
+    own = score_documents(path_scorer(model), documents, context=CONTEXT).nats_B
     prior, rate = model.interface.backbone_prior, model.interface.switch_rate
     lengths = np.array([len(document) for document in documents])
     bound = -np.log(prior) - lengths * np.log(1 - rate * (1 - prior))
@@ -101,17 +101,17 @@ def test_safe_mode_keeps_its_bound_over_windows(loaded, tiny, documents):
 
 def test_at_most_max_bytes_are_scored(model, documents):
     cut = score_documents(path_scorer(model), documents, context=CONTEXT, max_bytes=20)
-    np.testing.assert_array_equal(cut.n_bytes, [20, 5, 20])
+    np.testing.assert_array_equal(cut.n_bytes_B, [20, 5, 20])
     begins = [document[:20] for document in documents]
     expected = score_documents(path_scorer(model), begins, context=CONTEXT)
-    np.testing.assert_array_equal(cut.nats, expected.nats)
+    np.testing.assert_array_equal(cut.nats_B, expected.nats_B)
 
 
 def test_given_slots_are_a_path_of_their_own(model, documents):
     average = model.average_slots()
-    found = score_documents(slots_scorer(model, average), documents, context=CONTEXT).nats
+    found = score_documents(slots_scorer(model, average), documents, context=CONTEXT).nats_B
     own, body = (
-        score_documents(path_scorer(model, name), documents, context=CONTEXT).nats
+        score_documents(path_scorer(model, name), documents, context=CONTEXT).nats_B
         for name in ("backbone", "a")
     )
     np.testing.assert_array_equal(found, body)  # the average of one
@@ -138,8 +138,8 @@ def test_nothing_to_score_is_refused(model, documents):
 def test_evidence_is_what_each_scout_says_of_each_token(model, tiny, documents):
     """In windows, each of which begins anew."""
     for document in documents:
-        evidence_ET, tokens_T = measure_evidence(model, [document]), model.encode(document)
-        assert evidence_ET.shape == (len(model.names), len(document))
+        evidence_EM, tokens_T = measure_evidence(model, [document]), model.encode(document)
+        assert evidence_EM.shape == (len(model.names), len(document))
         for start in range(0, len(document), CONTEXT):
             window_T = tokens_T[start : start + CONTEXT + 1]
             backbone, n = model.parts.backbone, len(window_T) - 1
@@ -147,16 +147,16 @@ def test_evidence_is_what_each_scout_says_of_each_token(model, tiny, documents):
             feature_BTD = backbone.features(x_BTD)[:, :n]
             for index, scout in ((0, backbone.scout), (1, tiny.expert("a").scout)):
                 expected_T = np.asarray(scout(feature_BTD))[0, np.arange(n), window_T[1:]]
-                found_T = evidence_ET[index, start : start + n]
+                found_T = evidence_EM[index, start : start + n]
                 # Matrix products of other shapes round differently.
                 np.testing.assert_allclose(found_T, expected_T, atol=1e-4)
-    whole_ET, each = (
+    whole_EM, each = (
         measure_evidence(model, documents),
         [measure_evidence(model, [document]) for document in documents],
     )
-    np.testing.assert_allclose(np.sort(whole_ET), np.sort(np.concatenate(each, axis=1)), atol=1e-4)
-    cut_ET = measure_evidence(model, documents, max_bytes=100)
-    assert cut_ET.shape[1] == sum(min(100, len(document)) for document in documents)
+    np.testing.assert_allclose(np.sort(whole_EM), np.sort(np.concatenate(each, axis=1)), atol=1e-4)
+    cut_EM = measure_evidence(model, documents, max_bytes=100)
+    assert cut_EM.shape[1] == sum(min(100, len(document)) for document in documents)
 
 
 def test_an_empty_entry_of_the_bank_has_the_evidence_of_chance(loaded, documents):

@@ -12,10 +12,10 @@ from composable.model.scout import Scout
 from composable.training.data import token_stream
 from composable.training.scouts import train_scout
 from composable.vetting.peers import (
-    MAX_LIKENESS,
+    MAX_CORRELATION,
     Peer,
     _check_copied,
-    measure_likeness,
+    correlate_scouts,
     vet_with_peers,
 )
 from composable.workflows.trunk_cache import cut_rows, trunk_features
@@ -99,7 +99,7 @@ def spoilt(scout, nats):
 def test_a_copied_scout_is_found_out_in_disguise(check, published, disguise, amount):
     copy = disguise(published.scout, amount)
     found, (likeness,) = check(copy, published)
-    assert likeness > MAX_LIKENESS
+    assert likeness > MAX_CORRELATION
     assert not found.passed
     assert f"{likeness:.2f} with that of logic@1.0.0 (a copy" in found.found
 
@@ -131,10 +131,10 @@ def test_a_scout_that_knows_nothing_is_like_nobody(check, published, loaded):
 
 
 def test_kin_may_be_alike_and_the_check_says_so(check, published):
-    found, likenesses = check(published.scout, published, is_kin=True)
+    found, likenesses = check(published.scout, published, is_related=True)
     assert found.passed
     assert likenesses == [1]
-    assert "1.00 with that of logic@1.0.0, its kin by the manifests" in found.found
+    assert "1.00 with that of logic@1.0.0, which is related by derives-from" in found.found
 
 
 def test_every_copied_neighbour_is_told(published):
@@ -142,33 +142,33 @@ def test_every_copied_neighbour_is_told(published):
         return Peer(expert=published, release=f"{name}@1.0.0", **fields), likeness
 
     found = _check_copied(
-        [pair("a", 0.99), pair("b", 0.5), pair("c", 0.95), pair("d", 1.0, is_kin=True)]
+        [pair("a", 0.99), pair("b", 0.5), pair("c", 0.95), pair("d", 1.0, is_related=True)]
     )
     assert not found.passed
     assert [name for name in "abcd" if f"{name}@1.0.0" in found.found] == ["a", "c", "d"]
-    assert _check_copied([pair("b", MAX_LIKENESS), pair("d", 1.0, is_kin=True)]).passed
+    assert _check_copied([pair("b", MAX_CORRELATION), pair("d", 1.0, is_related=True)]).passed
 
 
 def test_likeness_is_what_the_backbones_scout_does_not_explain():
     """Two that share half of their own variance, whatever of the backbone's either has on top."""
     rng = np.random.default_rng(0)
-    backbone_T, shared_T, own_T, other_T = rng.normal(size=(4, 20_000))
+    backbone_M, shared_M, own_M, other_M = rng.normal(size=(4, 20_000))
     for weight in (0, 1, 10):
-        found = measure_likeness(
-            shared_T + own_T + weight * backbone_T, shared_T + other_T - backbone_T, backbone_T
+        found = correlate_scouts(
+            shared_M + own_M + weight * backbone_M, shared_M + other_M - backbone_M, backbone_M
         )
         # A correlation of 20,000 draws, their tails cut off.
         assert found == pytest.approx(0.5, abs=0.03)
-    assert measure_likeness(own_T, own_T, backbone_T) == 1
-    assert measure_likeness(backbone_T, backbone_T, backbone_T) == 1
-    assert measure_likeness(own_T, -own_T, backbone_T) == pytest.approx(-1)
-    assert measure_likeness(backbone_T, own_T, backbone_T) == 0
-    assert measure_likeness(np.zeros(20_000), own_T, backbone_T) == 0
+    assert correlate_scouts(own_M, own_M, backbone_M) == 1
+    assert correlate_scouts(backbone_M, backbone_M, backbone_M) == 1
+    assert correlate_scouts(own_M, -own_M, backbone_M) == pytest.approx(-1)
+    assert correlate_scouts(backbone_M, own_M, backbone_M) == 0
+    assert correlate_scouts(np.zeros(20_000), own_M, backbone_M) == 0
 
 
 def test_a_few_tokens_that_a_copy_gets_wrong_on_purpose_do_not_hide_it():
     rng = np.random.default_rng(0)
-    backbone_T, own_T = rng.normal(size=(2, 2_000))
-    spoilt_T = own_T - 60 * (rng.random(2_000) < 0.015)
-    assert np.corrcoef(own_T, spoilt_T)[0, 1] < 0.2
-    assert measure_likeness(own_T, spoilt_T, backbone_T) > MAX_LIKENESS
+    backbone_M, own_M = rng.normal(size=(2, 2_000))
+    spoilt_M = own_M - 60 * (rng.random(2_000) < 0.015)
+    assert np.corrcoef(own_M, spoilt_M)[0, 1] < 0.2
+    assert correlate_scouts(own_M, spoilt_M, backbone_M) > MAX_CORRELATION

@@ -30,19 +30,19 @@ def test_more_documents_make_the_bound_tighter_down_to_what_any_bound_must_allow
 
 
 def test_the_bound_lies_above_the_mean_and_reaches_one():
-    for share_N in (np.full(10, 0.4), np.linspace(0, 1, 20), np.ones(5)):
-        assert share_N.mean() <= upper_mean(share_N) <= 1
+    for share_B in (np.full(10, 0.4), np.linspace(0, 1, 20), np.ones(5)):
+        assert share_B.mean() <= upper_mean(share_B) <= 1
     assert upper_mean(np.ones(5)) == pytest.approx(1)
 
 
 def test_a_difference_counts_if_it_is_beyond_noise_and_matters():
     rng = np.random.default_rng(0)
-    noise_N = rng.normal(size=8)
-    noise_N -= noise_N.mean()
-    assert is_above(0.1 + 0.05 * noise_N, limit=0.01)
-    assert not is_above(0.1 + noise_N, limit=0.01), "it may be noise"
-    assert not is_above(0.001 + 1e-6 * noise_N, limit=0.01), "it does not matter"
-    assert not is_above(-0.1 + 0.05 * noise_N, limit=0.01)
+    noise_B = rng.normal(size=8)
+    noise_B -= noise_B.mean()
+    assert is_above(0.1 + 0.05 * noise_B, limit=0.01)
+    assert not is_above(0.1 + noise_B, limit=0.01), "it may be noise"
+    assert not is_above(0.001 + 1e-6 * noise_B, limit=0.01), "it does not matter"
+    assert not is_above(-0.1 + 0.05 * noise_B, limit=0.01)
     assert is_above(np.full(4, 0.1), limit=0.01)
     assert is_above(np.array([0.1]), limit=0.01), "of one document no noise is known"
     assert is_above(np.array([0.0, np.nan]), limit=0.01), "what is not finite got worse"
@@ -53,7 +53,7 @@ def test_a_difference_counts_if_it_is_beyond_noise_and_matters():
 @pytest.mark.parametrize(("n", "t"), [(2, 6.314), (5, 2.132), (8, 1.895), (30, 1.699)])
 def test_the_test_is_students(n, t):
     """Tables give t at 95 %, one-sided, for n - 1 degrees of freedom."""
-    base_N = np.arange(n) - (n - 1) / 2
-    error = base_N.std(ddof=1) / np.sqrt(n)
-    assert is_above(1.01 * t * error + base_N, limit=0)
-    assert not is_above(0.99 * t * error + base_N, limit=0)
+    base_B = np.arange(n) - (n - 1) / 2
+    error = base_B.std(ddof=1) / np.sqrt(n)
+    assert is_above(1.01 * t * error + base_B, limit=0)
+    assert not is_above(0.99 * t * error + base_B, limit=0)

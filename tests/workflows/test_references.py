@@ -62,9 +62,9 @@ def found(verdict, name):
 
 
 def check_against(loaded, folder, wanted, registry):
-    older = find_previous(loaded, folder, wanted, registry=str(registry))
-    verdict = check_expert(loaded, folder, older=older)
-    return compare_releases(folder, loaded.interface, older, verdict)
+    previous = find_previous(loaded, folder, wanted, registry=str(registry))
+    verdict = check_expert(loaded, folder, previous=previous)
+    return compare_releases(folder, loaded.interface, previous, verdict)
 
 
 def test_a_copycat_that_behaves_on_public_text_is_found_out_by_its_neighbours_text(
@@ -86,7 +86,7 @@ def test_a_copycat_that_behaves_on_public_text_is_found_out_by_its_neighbours_te
     assert card["measured"]["beside"]["logic"]["likeness"] == 1
     verdict = check_expert(loaded, folder, peers=[*blind, *seeing])
     without, with_text = (c for c in verdict.checks if c.name == "beside logic")
-    assert "none of its own text is at hand" in without.found
+    assert "none of its own text is available" in without.found
     assert not with_text.passed, with_text.found
     assert str(heldout) in with_text.found
     figures = json.loads((folder / "card.json").read_text())["measured"]["beside"]["logic"]
@@ -182,8 +182,8 @@ def test_another_release_of_the_same_expert_may_keep_its_scout(loaded, folder, r
     """It is never plugged in beside itself."""
     edit_manifest(folder, 'version = "1.0.0"', 'version = "1.0.1"')
     peers = find_peers(loaded, "logic", ["all"], {}, registry=str(registry))
-    older = find_previous(loaded, folder, "logic", registry=str(registry))
-    assert check_expert(loaded, folder, peers=peers, older=older).passed
+    previous = find_previous(loaded, folder, "logic", registry=str(registry))
+    assert check_expert(loaded, folder, peers=peers, previous=previous).passed
 
 
 def test_what_is_no_neighbour_is_refused(loaded, folder, registry, tmp_path):
