@@ -56,7 +56,7 @@ WINDOW: Final = 256
 # Spliced texts: pieces of so many bytes, so many pieces each.
 SEGMENT_BYTES: Final = (128, 256)
 SEGMENTS: Final = 4
-# Whom the router trusts is traced further than what is scored, since it costs only the trunk.
+# Router weights are traced further than text is scored, since it costs only the trunk.
 TRACED_BYTES: Final = 1024
 BUCKETS: Final = (0, 4, 16, 64, 256, 1024)
 PROMPTS: Final = (
@@ -184,7 +184,7 @@ def trust(model: Model, texts: Mapping[str, Sequence[bytes]]) -> dict[str, Any]:
 
 
 def spliced_trust(model: Model, spliced: Sequence[Spliced]) -> tuple[float, list[dict[str, Any]]]:
-    """Return the share of trust in the expert of the true domain, and traces by byte."""
+    """Return the share of router weight on the expert of the true domain, and traces by byte."""
     traces, right, total = [], 0.0, 0
     texts = [document.text for document in spliced]
     for document, weight_TE in zip(spliced, trace_routing(model, texts), strict=True):
@@ -246,13 +246,15 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
 
     buckets = [f"{low}-{high}" for low, high in pairwise(BUCKETS)]
     trusted = {**EXPERTS, PUBLIC: BACKBONE}
-    head = "| share of trust in the right one, by position in tokens | "
+    head = "| share of weight on the right entry, by position in tokens | "
     trust_table = head + " | ".join(buckets) + " |\n|---" + "|---" * len(buckets) + "|\n"
     for group, rows in result["trust"].items():
         cells = [f"{rows[b][trusted[group]]:.1%}" if b in rows else "–" for b in buckets]
         trust_table += f"| {group}: {trusted[group]} | " + " | ".join(cells) + " |\n"
     share = result["spliced_trust_in_the_true_domain"]
-    trust_table += f"\nOn spliced documents {share:.1%} of the trust goes to the true domain.\n"
+    trust_table += (
+        f"\nOn spliced documents {share:.1%} of the router weight is on the true domain.\n"
+    )
 
     lines = [
         "| expert | package | text | tokens trained | trunk, body, scout: seconds "
@@ -286,7 +288,7 @@ def draw(
     traces: Sequence[Mapping[str, Any]],
     names: Sequence[str | None],
 ) -> None:
-    """Draw bits per byte by method, and trust along two spliced documents."""
+    """Draw bits per byte by method, and router weights along two spliced documents."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -335,7 +337,7 @@ def draw(
         for segment in trace["segments"]:
             axis.axvline(segment.start, color="black", lw=0.8)
             axis.text(segment.start + 4, 1.03, segment.name, fontsize=8)
-        axis.set(xlim=(0, len(weight_NE) - 1), ylim=(0, 1), ylabel="trust")
+        axis.set(xlim=(0, len(weight_NE) - 1), ylim=(0, 1), ylabel="router weight")
     axes[-1].set_xlabel("byte of a spliced document")
     axes[-1].legend(
         fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=3, frameon=False
