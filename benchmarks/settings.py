@@ -38,6 +38,7 @@ from composable.assembly.experts import load_expert
 from composable.corpora.documents import read_documents, splice_documents
 from composable.corpora.recipe import shipped_folder
 from composable.demo.run import BACKBONE_NAME, CONTRIBUTORS
+from composable.interface import DiscountedRecord, MixRule, OutputMixture, SwitchingFilter
 from composable.model.model import Model, Pluggable
 from composable.model.scout import Scout
 from composable.training import loop
@@ -221,7 +222,7 @@ def compare_routers(community: Community) -> None:
             backbone_prior=prior,
             switch_rate=rate,
             discount=discount,
-            scout_prior=0.0,
+            output_mixture=None,
         )
         model = dataclasses.replace(release, interface=interface).plug(community.plugged)
         anchor, switching = (
@@ -235,6 +236,23 @@ def compare_routers(community: Community) -> None:
             f"| {switching:.4f} |",
             flush=True,
         )
+
+
+def mix_rule(
+    power: float, prior: float, share: float, rate: float, margin: float, floor: float, most: int
+) -> MixRule:
+    """Return a rule of mix mode from a row of `FILTERS`; without a power, that of track records."""
+    if not power:
+        return DiscountedRecord(floor=floor, top_k=most)
+    return SwitchingFilter(
+        power=power,
+        backbone_prior=prior,
+        switch_rate=rate,
+        max_expert_prior=share,
+        margin=margin,
+        floor=floor,
+        top_k=most,
+    )
 
 
 def compare_filters(
@@ -266,14 +284,8 @@ def compare_filters(
     for power, prior, share, rate, margin, floor, most in filters:
         interface = dataclasses.replace(
             release.interface,
-            mix_power=power,
-            mix_prior=prior,
-            mix_share=share,
-            mix_switch_rate=rate,
-            mix_margin=margin,
-            mix_floor=floor,
-            mix_top_k=most,
-            scout_prior=0.0,
+            mix=mix_rule(power, prior, share, rate, margin, floor, most),
+            output_mixture=None,
         )
         changed = dataclasses.replace(release, interface=interface)
         model = changed.plug(community.plugged)
@@ -302,10 +314,9 @@ def compare_hedges(community: Community) -> None:
     release = community.release
     print("| prior, rate | power | may cost, bits | anchor | spliced | own |\n" + "|---" * 6 + "|")
     for prior, rate, power in HEDGES:
-        interface = dataclasses.replace(
-            release.interface, scout_prior=prior, scout_rate=rate, scout_power=power
-        )
-        plain = dataclasses.replace(interface, scout_prior=0.0)
+        mixture = OutputMixture(prior=prior, rate=rate, power=power) if prior else None
+        interface = dataclasses.replace(release.interface, output_mixture=mixture)
+        plain = dataclasses.replace(interface, output_mixture=None)
         cost = (interface.safe_bound(1000) - plain.safe_bound(1000)) / math.log(2)
         model = dataclasses.replace(release, interface=interface).plug(community.plugged)
         scores = (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.support.checkpoints import CHECKPOINT_CONFIGS, checkpoint_shapes, save_checkpoint
-from tests.support.tiny import INTERFACE_FIELDS, PRIVATE_WORDS, PUBLIC_WORDS, Tiny
+from tests.support.tiny import PRIVATE_WORDS, PUBLIC_WORDS, Tiny, router_of
 
 # Programs that one test compiled are read back by the others, by other workers and by later runs.
 # An environment that sets its own folder keeps it.
@@ -116,11 +116,8 @@ def _train_backbone(tiny, folder):
         name="tiny",
         version="1.0.0",
         anchor=anchor,
-        router={
-            name: INTERFACE_FIELDS[name]
-            for name in ("discount", "top_k", "backbone_prior", "switch_rate", "output_bounds")
-        }
-        | {"scout_max_width": 16, "lora_max_rank": 8},
+        router=router_of(tiny.interface),
+        output_bounds=tiny.interface.output_bounds,
         texts={"README.md": "A tiny backbone.\n"},
         description="For tests.",
         license_="Apache-2.0",

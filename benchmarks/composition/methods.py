@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.composition.features import features_at, pool
-from composable.interface.contract import RouterInterface
+from composable.interface import RouterInterface, SwitchingFilter
 from composable.kernels import (
     combine_rows,
     default_block,
@@ -343,9 +343,12 @@ class Scouts:
         rule, n = self.interface, self.scouts.b_out_EC.shape[0]
         batch = seen.tokens_BT.shape[0]
         alive_E = jnp.ones(n, bool)
-        prior_E = log_prior(alive_E, rule.backbone_prior)
-        if rule.mix_power:
-            prior_E = log_prior(alive_E, rule.mix_prior, rule.mix_share)
+        mix = rule.mix
+        is_filter = isinstance(mix, SwitchingFilter)
+        if is_filter:
+            prior_E = log_prior(alive_E, mix.backbone_prior, mix.max_expert_prior)
+        else:
+            prior_E = log_prior(alive_E, rule.backbone_prior)
         if state is None:
             state = empty_state(batch, n, seen.feature_BTD.shape[-1])
             state = state._replace(posterior_BE=jnp.broadcast_to(prior_E, (batch, n)))
@@ -356,19 +359,19 @@ class Scouts:
         evidence_BTE = evidence(self.scouts, feature_BTD, classes_BT, state)
         track_BTE = track_record(evidence_BTE, state.track_BE, rule.discount)
         score_BTE = prior_E + track_BTE
-        if rule.mix_power:
+        if is_filter:
             score_BTE = switching_posterior(
                 evidence_BTE,
                 state.posterior_BE,
                 prior_E,
-                power=rule.mix_power,
-                rate=rule.mix_switch_rate,
-                margin_E=jnp.full(n, rule.mix_margin).at[0].set(0.0),
+                power=mix.power,
+                rate=mix.switch_rate,
+                margin_E=jnp.full(n, mix.margin).at[0].set(0.0),
             )
         alone_E = jnp.full(n, NEVER).at[0].set(0.0)
         first_BE = jnp.where(state.started_B[:, None], score_BTE[:, 0], alone_E)
         scored_BTE = score_BTE.at[:, 0].set(first_BE)
-        picked = choose(scored_BTE, jnp.arange(n), rule.n_mixed, rule.mix_floor)
+        picked = choose(scored_BTE, jnp.arange(n), rule.n_mixed, mix.floor)
         choice = picked.expert_BTJ, picked.weight_BTJ
         started_B = jnp.ones_like(state.started_B)
         after = RouterState(track_BTE[:, -1], score_BTE[:, -1], feature_BTD[:, -1], started_B)

@@ -19,6 +19,7 @@ from flax import nnx
 from benchmarks.composition import methods as methods
 from benchmarks.composition.contributor import SCOUTS
 from benchmarks.composition.run import PUBLIC_TEXT, Community, Make, Step
+from composable.interface import DiscountedRecord, SwitchingFilter, byte_router
 from composable.model.body import MATRICES
 from composable.training.data import batches, token_stream
 from composable.training.loop import fit
@@ -276,16 +277,13 @@ def path_methods(community: Community) -> dict[str, Make]:
 
 
 # Mix mode's settings in versions 1.2.0 and 1.3.0 of the interface.
-V1_3: Final[Mapping[str, Any]] = {"scout_prior": 0.0, "mix_floor": 0.06}
+V1_3: Final[Mapping[str, Any]] = {
+    "mix": dataclasses.replace(byte_router().mix, floor=0.06),
+    "output_mixture": None,
+}
 V1_2: Final[Mapping[str, Any]] = {
-    "scout_prior": 0.0,
-    "mix_power": 0.35,
-    "mix_prior": 0.8,
-    "mix_share": 1.0,
-    "mix_switch_rate": 0.003,
-    "mix_margin": 0.0,
-    "mix_floor": 0.0,
-    "mix_top_k": 2,
+    "mix": SwitchingFilter(power=0.35, backbone_prior=0.8, switch_rate=0.003, top_k=2),
+    "output_mixture": None,
 }
 
 
@@ -296,24 +294,32 @@ def router_ablations(community: Community) -> dict[str, Make]:
     """
     c, release = community, community.run.release
     interface, backbone = release.interface, release.backbone
-    records: dict[str, Any] = {"mix_power": 0.0}
+    own, mixture = interface.mix, interface.output_mixture
+    records: dict[str, Any] = {"mix": DiscountedRecord(floor=own.floor, top_k=own.top_k)}
+
+    def mix(**changes: Any) -> Mapping[str, Any]:
+        return {"mix": dataclasses.replace(own, **changes)}
+
+    def scouts(**changes: Any) -> Mapping[str, Any]:
+        return {"output_mixture": dataclasses.replace(mixture, **changes)}
+
     rules: dict[str, Mapping[str, Any]] = {
-        "scouts only route": {"scout_prior": 0.0},
-        "no pool": {"scout_power": 1.0},
-        "no margin": {"mix_margin": 0.0},
+        "scouts only route": {"output_mixture": None},
+        "no pool": scouts(power=1.0),
+        "no margin": mix(margin=0.0),
         "track records": records,
-        "power 1": {"mix_power": 1.0},
+        "power 1": mix(power=1.0),
     }
     if c.is_full:
-        rules |= {f"top {k}": {"mix_top_k": k} for k in (1, 2)}
-        rules["no floor"] = {"mix_floor": 0.0}
-        rules |= {f"scouts' power {power}": {"scout_power": power} for power in (0.4, 0.8)}
-        rules |= {f"scouts' prior {prior}": {"scout_prior": prior} for prior in (0.01, 0.2)}
-        rules |= {f"floor {floor}": {"mix_floor": floor} for floor in (0.06, 0.2)}
-        rules |= {f"margin {margin}": {"mix_margin": margin} for margin in (0.15, 0.45)}
-        rules |= {f"power {power}": {"mix_power": power} for power in (0.2, 0.5)}
-        rules |= {f"rate {rate}": {"mix_switch_rate": rate} for rate in (0.005, 0.04)}
-        rules |= {f"prior {prior}": {"mix_prior": prior} for prior in (0.1, 0.5)}
+        rules |= {f"top {k}": mix(top_k=k) for k in (1, 2)}
+        rules["no floor"] = mix(floor=0.0)
+        rules |= {f"scouts' power {power}": scouts(power=power) for power in (0.4, 0.8)}
+        rules |= {f"scouts' prior {prior}": scouts(prior=prior) for prior in (0.01, 0.2)}
+        rules |= {f"floor {floor}": mix(floor=floor) for floor in (0.06, 0.2)}
+        rules |= {f"margin {margin}": mix(margin=margin) for margin in (0.15, 0.45)}
+        rules |= {f"power {power}": mix(power=power) for power in (0.2, 0.5)}
+        rules |= {f"rate {rate}": mix(switch_rate=rate) for rate in (0.005, 0.04)}
+        rules |= {f"prior {prior}": mix(backbone_prior=prior) for prior in (0.1, 0.5)}
         rules |= {"version 1.3.0": V1_3, "version 1.2.0": V1_2}
         for discount in (0.9, 0.99, 1.0):
             rules[f"track records, discount {discount}"] = {**records, "discount": discount}

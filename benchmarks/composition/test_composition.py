@@ -9,6 +9,7 @@ import pytest
 from benchmarks.composition import methods as methods
 from benchmarks.composition.report import Table, best_settings, mean_recovery
 from benchmarks.composition.rivals import nearest_rows
+from composable.interface import SwitchingFilter
 from composable.model.router import ScoutBank
 
 TOKENS = 32
@@ -44,8 +45,15 @@ def run(step, tokens_BT):
     [
         {},
         {
-            **{"mix_power": 0.35, "mix_prior": 0.3, "mix_share": 0.2, "mix_switch_rate": 0.01},
-            **{"mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 3},
+            "mix": SwitchingFilter(
+                power=0.35,
+                backbone_prior=0.3,
+                max_expert_prior=0.2,
+                switch_rate=0.01,
+                margin=0.1,
+                floor=0.05,
+                top_k=3,
+            )
         },
     ],
 )

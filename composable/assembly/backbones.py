@@ -18,7 +18,13 @@ from composable.errors import IntegrityError
 from composable.files import atomic
 from composable.files.blobs import digest_file
 from composable.files.safetensors import TensorFile, write_tensors
-from composable.interface import RouterInterface, TensorSpec, digest_bytes, digest_tensors
+from composable.interface import (
+    RouterInterface,
+    RouterSettings,
+    TensorSpec,
+    digest_bytes,
+    digest_tensors,
+)
 from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig
 from composable.model.model import Model, Pluggable
@@ -107,7 +113,9 @@ def save_backbone(
     name: str,
     version: str,
     anchor: Sequence[Document],
-    router: Mapping[str, Any],
+    router: RouterSettings,
+    output_bounds: Sequence[float],
+    honours: Sequence[str] = (),
     texts: Mapping[str, str],
     description: str,
     license_: str,
@@ -121,8 +129,9 @@ def save_backbone(
         name: Package name.
         version: Semantic version of package and interface.
         anchor: Public text for vetting.
-        router: The interface's settings of the router: discount, top_k, backbone_prior,
-            switch_rate, output_bounds, scout_max_width, lora_max_rank.
+        router: The interface's settings of the router.
+        output_bounds: For every slot the largest root mean square of a body's output.
+        honours: Digests of earlier interfaces whose experts plug in unchanged.
         texts: Further files by name, such as the card and README.
         description: One line for the manifest.
         license_: SPDX expression.
@@ -135,7 +144,15 @@ def save_backbone(
     write_tensors(folder / WEIGHTS_FILE, tensors)
     tokenizer = tokenizer or ByteTokenizer()
     interface = make_interface(
-        tensors, backbone.cfg, tokenizer, name=name, version=version, anchor=anchor, router=router
+        tensors,
+        backbone.cfg,
+        tokenizer,
+        name=name,
+        version=version,
+        anchor=anchor,
+        router=router,
+        output_bounds=output_bounds,
+        honours=honours,
     )
     describe_backbone(
         folder,
@@ -158,7 +175,9 @@ def make_interface(
     name: str,
     version: str,
     anchor: Sequence[Document],
-    router: Mapping[str, Any],
+    router: RouterSettings,
+    output_bounds: Sequence[float],
+    honours: Sequence[str] = (),
 ) -> RouterInterface:
     """Return the interface of a backbone.
 
@@ -169,7 +188,9 @@ def make_interface(
         name: Name of package and interface.
         version: Semantic version of both.
         anchor: Public text for vetting.
-        router: Settings of the router, as for `save_backbone`.
+        router: The interface's settings of the router.
+        output_bounds: For every slot the largest root mean square of a body's output.
+        honours: Digests of earlier interfaces whose experts plug in unchanged.
     """
     return RouterInterface(
         name=name,
@@ -183,7 +204,9 @@ def make_interface(
         d_ff=cfg.d_ff,
         tap=cfg.tap,
         slots=cfg.slots,
-        **router,
+        output_bounds=tuple(output_bounds),
+        honours=tuple(honours),
+        **vars(router),
     )
 
 

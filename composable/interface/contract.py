@@ -11,13 +11,24 @@ import functools
 import json
 import math
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
 from composable.errors import InterfaceError
+from composable.interface import flat
 from composable.interface.digest import canonical_json, digest_bytes, is_digest
+from composable.interface.fields import expect_table, read_fields, read_value, to_plain, types_of
+from composable.interface.settings import (
+    DiscountedRecord,
+    MixRule,
+    OutputMixture,
+    SwitchingFilter,
+    require,
+)
 
-SCHEMA: Final = 1
+# The schema that new interfaces are written in. Schema 1, which `flat` describes, still reads.
+SCHEMA: Final = 2
 DTYPES: Final = ("BF16", "F32")
 BodyKind = Literal["ffn", "lora"]
 BODY_KINDS: Final[tuple[BodyKind, ...]] = ("ffn", "lora")
@@ -61,20 +72,10 @@ class RouterInterface:
         output_bounds: For every slot the largest root mean square of a body's output at one token;
             in mix mode what exceeds it counts as zero.
         honours: Digests of earlier interfaces whose experts plug in unchanged.
-        mix_power: Exponent in (0, 1] on scouts' likelihoods in mix mode's switching filter; 0 where
-            mix mode weighs track records instead.
-        mix_prior: Prior weight of the backbone in that filter, at least.
-        mix_switch_rate: Probability per token, in (0, 1), of a switch to another expert in it.
-        mix_share: Prior weight of one expert in it, at most; what is left is the backbone's.
-        mix_margin: Nats per token, at least 0, by which an expert's scout has to beat the
-            backbone's to gain weight in it.
-        mix_floor: Least weight, in [0, 1), of an expert in mix mode; who has less is not run.
-        mix_top_k: Experts mixed per token in mix mode; `top_k` where it is 0.
-        scout_prior: Share of the output, in [0, 1), that experts' scouts have at first; 0 where
-            they only route.
-        scout_rate: Probability per token, in (0, 1), that their share starts anew.
-        scout_power: Exponent, in (0, 1], on what they say, where 1 minus it is the model's.
-        schema: Version of this record's meaning.
+        mix: How mix mode weighs experts, and how many it mixes per token.
+        output_mixture: How scouts' predictions are mixed into the output; None if they only route.
+        schema: Layout of this record on disk, which its digest depends on.
+        inert: In schema 1, settings without effect that are part of the digest.
 
     Raises:
         InterfaceError: For a value out of its range; `where` names the field.
@@ -101,78 +102,56 @@ class RouterInterface:
     switch_rate: float
     output_bounds: tuple[float, ...]
     honours: tuple[str, ...] = ()
+    mix: MixRule = dataclasses.field(default_factory=DiscountedRecord)
+    output_mixture: OutputMixture | None = None
     schema: int = SCHEMA
-    # From here on left out of the plain form where there is no such filter, so that interfaces made
-    # before there was keep their digests.
-    mix_power: float = 0.0
-    mix_prior: float = 0.5
-    mix_switch_rate: float = 0.0
-    # And these are left out where they change nothing, for the same reason.
-    mix_share: float = 1.0
-    mix_margin: float = 0.0
-    mix_floor: float = 0.0
-    mix_top_k: int = 0
-    scout_prior: float = 0.0
-    scout_rate: float = 0.0
-    scout_power: float = 1.0
+    inert: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        def require(holds: bool, field: str, expected: str) -> None:
-            if not holds:
-                value = repr(getattr(self, field))
-                shown = value if len(value) <= 80 else value[:79] + "…"
-                raise InterfaceError(f"{shown} is not {expected}", where=f"interface.{field}")
+        def expect(holds: bool, field: str, expected: str) -> None:
+            require(holds, getattr(self, field), f"interface.{field}", expected)
 
-        require(self.schema == SCHEMA, "schema", f"{SCHEMA}, the one this release reads")
+        expect(self.schema in _READERS, "schema", f"1 or {SCHEMA}, which this version reads")
         for field in ("backbone", "trunk", "tokenizer", "class_map", "anchor"):
-            require(is_digest(getattr(self, field)), field, "a digest (sha256: and 64 hex digits)")
-        require(all(map(is_digest, self.honours)), "honours", "a list of digests")
+            expect(is_digest(getattr(self, field)), field, "a digest (sha256: and 64 hex digits)")
+        expect(all(map(is_digest, self.honours)), "honours", "a list of digests")
         for field in ("vocab_size", "d_model", "d_ff", "scout_max_width", "lora_max_rank", "top_k"):
             value = getattr(self, field)
-            require(isinstance(value, int) and value > 0, field, "a positive whole number")
-        require(0 < self.n_classes <= 1024, "n_classes", "between 1 and 1,024")
-        require(self.tap >= 1, "tap", "at least 1: the trunk holds no slot")
+            expect(isinstance(value, int) and value > 0, field, "a positive integer")
+        expect(0 < self.n_classes <= 1024, "n_classes", "between 1 and 1,024")
+        expect(self.tap >= 1, "tap", "at least 1: the trunk holds no slot")
         ascending = list(self.slots) == sorted(set(self.slots)) and len(self.slots) > 0
-        require(ascending, "slots", "a non-empty ascending list of layers")
-        require(self.slots[0] >= self.tap, "slots", f"all at or above the tap ({self.tap})")
-        require(0 < self.discount <= 1, "discount", "in (0, 1]")
-        require(0 < self.backbone_prior < 1, "backbone_prior", "in (0, 1)")
-        require(0 <= self.switch_rate < 1, "switch_rate", "in [0, 1)")
-        require(0 <= self.mix_power <= 1, "mix_power", "in [0, 1]")
-        if self.mix_power:
-            require(0 < self.mix_prior < 1, "mix_prior", "in (0, 1)")
-            require(0 < self.mix_switch_rate < 1, "mix_switch_rate", "in (0, 1)")
-        require(0 < self.mix_share <= 1, "mix_share", "in (0, 1]")
-        is_finite = 0 <= self.mix_margin < float("inf")
-        require(is_finite, "mix_margin", "a number of nats, 0 or more")
-        require(0 <= self.mix_floor < 1, "mix_floor", "in [0, 1)")
-        is_whole = isinstance(self.mix_top_k, int) and self.mix_top_k >= 0
-        require(is_whole, "mix_top_k", "a whole number, 0 or more")
-        require(0 <= self.scout_prior < 1, "scout_prior", "in [0, 1)")
-        if self.scout_prior:
-            require(0 < self.scout_rate < 1, "scout_rate", "in (0, 1)")
-            require(0 < self.scout_power <= 1, "scout_power", "in (0, 1]")
+        expect(ascending, "slots", "a non-empty ascending list of layers")
+        expect(self.slots[0] >= self.tap, "slots", f"all at or above the tap ({self.tap})")
+        expect(0 < self.discount <= 1, "discount", "in (0, 1]")
+        expect(0 < self.backbone_prior < 1, "backbone_prior", "in (0, 1)")
+        expect(0 <= self.switch_rate < 1, "switch_rate", "in [0, 1)")
         is_bounded = len(self.output_bounds) == len(self.slots) and all(
             0 < bound < float("inf") for bound in self.output_bounds
         )
-        require(is_bounded, "output_bounds", "one positive number for every slot")
+        expect(is_bounded, "output_bounds", "one positive number for every slot")
+        expect(self.schema == 1 or not self.inert, "inert", "empty, as schema 2 has it")
 
     @property
     def n_mixed(self) -> int:
         """Experts mixed per token in mix mode, at most."""
-        return self.mix_top_k or self.top_k
+        return self.top_k if self.mix.top_k is None else self.mix.top_k
 
     def safe_bound(self, n_tokens: int) -> float:
-        """Return by how many nats a document may cost more in safe mode than the backbone alone.
+        """Return the most nats by which safe mode can cost a document more than the backbone alone.
 
         Args:
             n_tokens: Tokens that are predicted in it.
+
+        References:
+            `docs/concepts/overview.md` has the proof.
         """
-        paths = -math.log(self.backbone_prior)
-        paths -= n_tokens * math.log1p(-self.switch_rate * (1 - self.backbone_prior))
-        scouts = -math.log1p(-self.scout_prior)
-        scouts -= n_tokens * math.log1p(-self.scout_rate * self.scout_prior)
-        return paths + scouts
+        bound = -math.log(self.backbone_prior)
+        bound -= n_tokens * math.log1p(-self.switch_rate * (1 - self.backbone_prior))
+        if self.output_mixture:
+            prior, rate = self.output_mixture.prior, self.output_mixture.rate
+            bound += -math.log1p(-prior) - n_tokens * math.log1p(-rate * prior)
+        return bound
 
     @functools.cached_property
     def digest(self) -> str:
@@ -180,34 +159,19 @@ class RouterInterface:
         return digest_bytes(canonical_json(self.to_dict()))
 
     def honours_digest(self, digest: str) -> bool:
-        """Say whether an expert trained against `digest` plugs in."""
+        """Return whether an expert trained against `digest` plugs in."""
         return digest == self.digest or digest in self.honours
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` reads back."""
-        data = dataclasses.asdict(self)
-        # 1 and 1.0 are equal but spelt differently; equal interfaces must have one digest.
-        floats = {name: float(data[name]) for name in ("discount", "backbone_prior", "switch_rate")}
-        for name in ("mix_power", "mix_prior", "mix_switch_rate"):
-            value = data.pop(name)
-            if self.mix_power:
-                floats[name] = float(value)
-        for name, neutral in (("mix_share", 1), ("mix_margin", 0), ("mix_floor", 0)):
-            value = data.pop(name)
-            if value != neutral:
-                floats[name] = float(value)
-        if not self.mix_top_k:
-            del data["mix_top_k"]
-        for name in ("scout_prior", "scout_rate", "scout_power"):
-            value = data.pop(name)
-            if self.scout_prior:
-                floats[name] = float(value)
-        lists = {
-            "slots": list(self.slots),
-            "output_bounds": [float(bound) for bound in self.output_bounds],
-            "honours": list(self.honours),
-        }
-        return {**data, **floats, **lists}
+        data = to_plain(self, without=_NESTED)
+        if self.schema == 1:
+            return data | flat.flatten_settings(self.mix, self.output_mixture, self.inert)
+        rule = next(name for name, kind in _RULES.items() if kind is type(self.mix))
+        data["mix"] = {"rule": rule, **to_plain(self.mix)}
+        if self.output_mixture:
+            data["output_mixture"] = to_plain(self.output_mixture)
+        return data
 
     def to_json(self) -> str:
         """Return the interface as readable JSON text."""
@@ -220,30 +184,16 @@ class RouterInterface:
         Raises:
             InterfaceError: For missing, unknown, ill-typed or out-of-range fields.
         """
-        if not isinstance(data, dict):
-            raise InterfaceError("expected a table of fields", where=where)
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name in data.keys() - fields.keys():
-            raise InterfaceError("unknown field", where=f"{where}.{str(name)[:80]}")
-        types = {"str": str, "int": int, "float": (int, float), "tuple": (list, tuple)}
-        for name, field in fields.items():
-            if name not in data:
-                if field.default is dataclasses.MISSING:
-                    raise InterfaceError("missing field", where=f"{where}.{name}")
-                continue
-            wanted = types[str(field.type).split("[")[0]]
-            if not isinstance(data[name], wanted) or isinstance(data[name], bool):  # type: ignore[arg-type]
-                raise InterfaceError(
-                    f"{reprlib.repr(data[name])} has the wrong type, expected {field.type}",
-                    where=f"{where}.{name}",
-                )
-        items = {"slots": (int,), "output_bounds": (float, int), "honours": (str,)}
-        for name, wanted_items in items.items():
-            if not all(type(item) in wanted_items for item in data.get(name, ())):
-                expected = f"a list of {wanted_items[0].__name__}"
-                raise InterfaceError(f"expected {expected}", where=f"{where}.{name}")
-        tuples = {name: tuple(data[name]) for name in items if name in data}
-        return cls(**{**data, **tuples})
+        try:
+            table = expect_table(data)
+            schema = table.get("schema", 1)  # the first interfaces did not state it
+            is_known = type(schema) is int and schema in _READERS
+            require(is_known, schema, "schema", f"1 or {SCHEMA}, which this version reads")
+            return cls(**_READERS[schema](table))
+        except InterfaceError as error:
+            field = (error.where or "").removeprefix("interface.")
+            error.where = f"{where}.{field}" if field else where
+            raise
 
     @classmethod
     def from_json(cls, text: str, where: str = "interface.json") -> Self:
@@ -257,3 +207,52 @@ class RouterInterface:
         except (ValueError, RecursionError) as error:
             raise InterfaceError(f"not JSON: {error}", where=where) from error
         return cls.from_dict(data, where)
+
+
+# How schema 2 names the rule of mix mode.
+_RULES: Final[dict[str, Callable[..., MixRule]]] = {
+    "discounted-record": DiscountedRecord,
+    "switching-filter": SwitchingFilter,
+}
+# Fields that are not read by their type alone.
+_NESTED: Final = ("mix", "output_mixture", "inert")
+
+
+def _read_flat(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an interface from its plain form in schema 1."""
+    types = types_of(RouterInterface, _NESTED)
+    flat_types = {name: type(value).__name__ for name, value in flat.DEFAULTS.items()}
+    fields = read_fields(table, types | flat_types, {*flat_types, "honours", "schema"})
+    settings = {name: fields.pop(name) for name in flat_types if name in fields}
+    return {"schema": 1, **fields, **flat.nest_settings(settings)}
+
+
+def _read_nested(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an interface from its plain form in schema 2."""
+    types = types_of(RouterInterface, _NESTED)
+    plain = {name: value for name, value in table.items() if name not in ("mix", "output_mixture")}
+    fields = read_fields(plain, types, optional=())
+    if "mix" not in table:
+        raise InterfaceError("missing field", where="mix")
+    try:
+        at = "mix"
+        fields["mix"] = _read_rule(table["mix"])
+        if "output_mixture" in table:
+            at = "output_mixture"
+            fields["output_mixture"] = read_value(OutputMixture, table["output_mixture"])
+    except InterfaceError as error:
+        raise error.within(at) from None
+    return fields
+
+
+def _read_rule(data: Any) -> MixRule:
+    table = expect_table(data)
+    rule = table.get("rule")
+    if not isinstance(rule, str) or rule not in _RULES:
+        known = " or ".join(_RULES)
+        raise InterfaceError(f"{reprlib.repr(rule)} is not {known}", where="rule")
+    settings = {name: value for name, value in table.items() if name != "rule"}
+    return read_value(_RULES[rule], settings)
+
+
+_READERS: Final = {1: _read_flat, 2: _read_nested}

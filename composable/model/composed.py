@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from composable.interface import RouterInterface
+from composable.interface import RouterInterface, SwitchingFilter
 from composable.model.backbone import Backbone, FeedForwardFn
 from composable.model.bank import Bank
 from composable.model.body import MATRICES
@@ -125,15 +125,15 @@ def run_trunk_and_scouts(
     feature_BTD = backbone.features(x_BTD)
     classes_BT = backbone.class_map[...][tokens_BT]
     bank, scout_log_prob_EBTC = parts.bank, None
-    if interface.scout_prior:
+    if interface.output_mixture:
         scout_log_prob_EBSC = scout_log_probs(bank.scouts, feature_BTD, state, bank.width_E)
         evidence_BTE = evidence_from(scout_log_prob_EBSC, classes_BT, state.started_B)
         scout_log_prob_EBTC = scout_log_prob_EBSC[:, :, 1:]
     else:
         evidence_BTE = evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E)
     track_BTE = track_record(evidence_BTE, state.track_BE, interface.discount)
-    if interface.mix_power:
-        score_BTE = _filter_weights(parts, evidence_BTE, state)
+    if isinstance(interface.mix, SwitchingFilter):
+        score_BTE = _filter_weights(bank, interface.mix, evidence_BTE, state)
     else:
         score_BTE = log_prior_of(parts) + track_BTE
     started_B = jnp.ones_like(state.started_B)
@@ -145,19 +145,20 @@ def run_trunk_and_scouts(
     return TrunkPass(x_BTD, classes_BT, track_BTE, score_BTE, scout_log_prob_EBTC), after, caches
 
 
-def _filter_weights(parts: Parts, evidence_BTE: jax.Array, state: RouterState) -> jax.Array:
+def _filter_weights(
+    bank: Bank, rule: SwitchingFilter, evidence_BTE: jax.Array, state: RouterState
+) -> jax.Array:
     """Return the log weights of the switching filter, shape BTE; sums run in order of keys."""
-    interface, bank = parts.interface, parts.bank
     order_E = jnp.argsort(bank.key_E)
-    prior_E = log_prior(bank.alive_E, interface.mix_prior, interface.mix_share)
+    prior_E = log_prior(bank.alive_E, rule.backbone_prior, rule.max_expert_prior)
     before_BE = jnp.where(state.started_B[:, None], state.posterior_BE, prior_E)
     posterior_BTE = switching_posterior(
         evidence_BTE[..., order_E],
         before_BE[..., order_E],
         prior_E[order_E],
-        power=interface.mix_power,
-        rate=interface.mix_switch_rate,
-        margin_E=jnp.full(len(order_E), interface.mix_margin).at[0].set(0.0)[order_E],
+        power=rule.power,
+        rate=rule.switch_rate,
+        margin_E=jnp.full(len(order_E), rule.margin).at[0].set(0.0)[order_E],
     )
     return posterior_BTE[..., jnp.argsort(order_E)]
 
@@ -169,8 +170,9 @@ def mix_in_scouts(
     before: RouterState,
     state: OutputMixtureState,
 ) -> tuple[jax.Array, OutputMixtureState]:
-    """Give the experts' scouts their share of the output, if the interface says so."""
-    if trunk.scout_log_prob_EBTC is None:
+    """Mix scouts' predictions into the output, if the interface has an output mixture."""
+    settings = parts.interface.output_mixture
+    if settings is None or trunk.scout_log_prob_EBTC is None:
         return logits_BTV, state
     order_E = jnp.argsort(parts.bank.key_E)
     weight_BTE = jax.nn.softmax(trunk.score_BTE[..., order_E])[..., jnp.argsort(order_E)]
@@ -183,9 +185,9 @@ def mix_in_scouts(
         order_E,
         before.started_B,
         state,
-        power=parts.interface.scout_power,
-        prior=parts.interface.scout_prior,
-        rate=parts.interface.scout_rate,
+        power=settings.power,
+        prior=settings.prior,
+        rate=settings.rate,
     )
 
 

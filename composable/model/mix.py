@@ -100,9 +100,9 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
 
 
 def choose_experts(parts: Parts, score_BTE: jax.Array) -> Choice:
-    """Decide whom to mix."""
+    """Return the experts that each token mixes."""
     interface = parts.interface
-    return choose(score_BTE, parts.bank.key_E, interface.n_mixed, interface.mix_floor)
+    return choose(score_BTE, parts.bank.key_E, interface.n_mixed, interface.mix.floor)
 
 
 def _mixed_feed_forward(

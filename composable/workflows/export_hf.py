@@ -303,7 +303,7 @@ def _losses(
             "The bounds: here an expert's output beyond the interface's bound counts as zero, "
             "there nothing holds it."
         )
-    if experts and loaded.interface.scout_prior:
+    if experts and loaded.interface.output_mixture:
         lost.append(
             "What scouts say of the next token: in composable it has a share of the output, there "
             "nobody asks them."

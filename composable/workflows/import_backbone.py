@@ -33,7 +33,7 @@ from composable.corpora.recipe import cut_text, load_recipe, make_texts, shipped
 from composable.errors import InteropError
 from composable.files.blobs import digest_file
 from composable.files.safetensors import stream_tensors
-from composable.interface import RouterInterface, TensorSpec, hash_classes
+from composable.interface import RouterInterface, TensorSpec, hash_classes, subword_router
 from composable.interface.classes import MAX_CLASSES
 from composable.interop.checkpoint import Checkpoint, open_source
 from composable.interop.source import CheckpointSource
@@ -53,21 +53,6 @@ from composable.workflows.capacity import require_room
 from composable.workflows.pretrain import output_bounds
 from composable.workflows.trunk_cache import compute_features, cut_rows
 
-# What the interface asks of the router; docs/results/real-backbone.md says how that was chosen.
-ROUTER: Final[dict[str, Any]] = {
-    "discount": 0.975,
-    "top_k": 2,
-    "backbone_prior": 0.99,
-    "switch_rate": 0.02,
-    "scout_max_width": 128,
-    "lora_max_rank": 64,
-    "mix_power": 0.5,
-    "mix_prior": 0.5,
-    "mix_switch_rate": 0.02,
-    "mix_margin": 0.2,
-    "mix_floor": 0.05,
-    "mix_top_k": 4,
-}
 # Of a held-out document this much is shipped as anchor, of this many documents.
 _SHIPPED_BYTES: Final = 8192
 _SHIPPED_DOCUMENTS: Final = 8
@@ -253,7 +238,8 @@ def _write_package(
         name=plan.name,
         version=plan.version,
         anchor=anchor,
-        router={**ROUTER, "output_bounds": scout.bounds},
+        router=subword_router(),
+        output_bounds=scout.bounds,
     )
     describe = partial(
         describe_backbone,

@@ -23,7 +23,7 @@ from flax import nnx
 from composable.assembly.backbones import load_backbone, save_backbone
 from composable.corpora.documents import Document, read_documents, write_documents
 from composable.corpora.recipe import cut_text, load_recipe, make_texts
-from composable.interface import RouterInterface
+from composable.interface import RouterInterface, byte_router
 from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig, small_bytes, tiny_bytes
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
@@ -35,26 +35,6 @@ from composable.training.loop import fit
 from composable.training.objectives import backbone_objective
 from composable.vetting.evaluation import path_scorer, score_documents
 
-# The router settings of the interface; docs/results/demo.md and ADRs 9 and 11 to 13 say how they
-# were chosen.
-ROUTER: Final[dict[str, Any]] = {
-    "discount": 0.975,
-    "top_k": 2,
-    "backbone_prior": 0.99,
-    "switch_rate": 0.005,
-    "scout_max_width": 128,
-    "lora_max_rank": 64,
-    "mix_power": 0.35,
-    "mix_prior": 0.2,
-    "mix_share": 0.1,
-    "mix_switch_rate": 0.02,
-    "mix_margin": 0.3,
-    "mix_floor": 0.1,
-    "mix_top_k": 4,
-    "scout_prior": 0.05,
-    "scout_rate": 0.01,
-    "scout_power": 0.6,
-}
 # Held-out speeches are shared out: every other one is the anchor, the rest measure.
 _SHIPPED_BYTES: Final = 8192
 # A body's output may be this many times as large as the backbone's largest on the anchor. Trained
@@ -188,7 +168,9 @@ def pack(
         "name": plan.name,
         "version": plan.version,
         "anchor": anchor,
-        "router": {**ROUTER, "honours": plan.honours, "output_bounds": bounds},
+        "router": byte_router(),
+        "output_bounds": bounds,
+        "honours": plan.honours,
         "description": plan.description,
         "license_": "Apache-2.0",
     }

@@ -15,16 +15,7 @@ from composable.model.backbone import Backbone
 from composable.model.model import Model
 from composable.model.tensors import to_tensors
 from composable.vetting.evaluation import path_scorer, score_documents
-
-ROUTER_FIELDS = (
-    "discount",
-    "top_k",
-    "backbone_prior",
-    "switch_rate",
-    "output_bounds",
-    "scout_max_width",
-    "lora_max_rank",
-)
+from tests.support.tiny import router_of
 
 
 @pytest.fixture
@@ -45,14 +36,14 @@ def test_what_is_loaded_is_what_was_saved_rounded_to_bfloat16(loaded, tiny):
 
 def test_saving_what_was_loaded_gives_the_same_interface(loaded, tmp_path):
     interface = loaded.interface
-    router = {name: getattr(interface, name) for name in ROUTER_FIELDS}
     again = save_backbone(
         tmp_path / "again",
         loaded.backbone,
         name="tiny",
         version="1.0.0",
         anchor=loaded.anchor,
-        router=router,
+        router=router_of(loaded.interface),
+        output_bounds=loaded.interface.output_bounds,
         texts={},
         description="",
         license_="",
@@ -69,14 +60,14 @@ def subword_release(tiny, subwords, loaded, tmp_path_factory):
     classes_V = hash_classes(cfg.vocab_size, 64)
     backbone = Backbone(cfg, classes_V, 64, rngs=nnx.Rngs(0))
     folder = tmp_path_factory.mktemp("backbones") / "subwords"
-    router = {name: getattr(loaded.interface, name) for name in ROUTER_FIELDS}
     save_backbone(
         folder,
         backbone,
         name="subwords",
         version="1.0.0",
         anchor=loaded.anchor,
-        router=router,
+        router=router_of(loaded.interface),
+        output_bounds=loaded.interface.output_bounds,
         texts={"README.md": "Subwords.\n"},
         description="For tests.",
         license_="Apache-2.0",

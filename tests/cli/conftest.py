@@ -23,6 +23,7 @@ from composable.packaging.versions.version import Version
 from composable.training.record import TrainingRecord
 from composable.vetting.card import Against, Check, write_card
 from composable.workflows.publish import publish_expert
+from tests.support.tiny import router_of
 
 
 class Outcome:
@@ -186,15 +187,6 @@ def tiny_backbone(tiny, tmp_path):
     from composable.assembly.backbones import save_backbone
     from composable.corpora.documents import Document
 
-    fields = (
-        "discount",
-        "top_k",
-        "backbone_prior",
-        "switch_rate",
-        "output_bounds",
-        "scout_max_width",
-        "lora_max_rank",
-    )
     folder = tmp_path / "tiny-backbone"
     save_backbone(
         folder,
@@ -202,7 +194,8 @@ def tiny_backbone(tiny, tmp_path):
         name="tiny",
         version="1.0.0",
         anchor=[Document("one", "It was a dark night. " * 4)],
-        router={field: getattr(tiny.interface, field) for field in fields},
+        router=router_of(tiny.interface),
+        output_bounds=tiny.interface.output_bounds,
         texts={},
         description="Nothing but noise.",
         license_="CC0-1.0",

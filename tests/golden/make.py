@@ -15,6 +15,7 @@ from flax import nnx
 
 from composable.assembly.backbones import load_backbone, save_backbone
 from composable.corpora.documents import Document, write_documents
+from composable.interface import RouterInterface
 from composable.model.tokenizer import ByteTokenizer
 from composable.packaging.project.locking import lock_project
 from composable.packaging.project.project import Project, Wanted
@@ -31,7 +32,7 @@ from composable.workflows.references import find_previous
 from composable.workflows.train import train_expert
 from composable.workflows.vet import check_expert
 from tests.golden.logits import save_logits
-from tests.support.tiny import INTERFACE_FIELDS, PRIVATE_WORDS, PUBLIC_WORDS, Tiny
+from tests.support.tiny import INTERFACE_FIELDS, PRIVATE_WORDS, PUBLIC_WORDS, Tiny, router_of
 
 OUT = Path(__file__).parent / "0.1.0"
 SWITCHING = {
@@ -87,8 +88,13 @@ def main() -> None:
         make_registry(tiny, backbone, Path(scratch))
         os.environ["COMPOSABLE_STORE"] = f"{scratch}/store"
         make_project(backbone)
-        make_interfaces(tiny)
+        make_interfaces()
         save_logits(OUT, OUT / "logits")
+
+
+def flat_interface(settings):
+    """Return the tiny interface in schema 1, with these settings."""
+    return RouterInterface.from_dict({**INTERFACE_FIELDS, **settings, "schema": 1})
 
 
 def make_backbone(tiny):
@@ -101,17 +107,15 @@ def make_backbone(tiny):
     cfg = TrainConfig(steps=60, batch_size=8, window=32, learning_rate=1e-2)
     data = batches(token_stream(train, ByteTokenizer()), window=32, batch_size=8, seed=0)
     fitted = fit(backbone_objective(graph), params, rest, data, cfg)
-    router = {
-        name: INTERFACE_FIELDS[name]
-        for name in ("discount", "top_k", "backbone_prior", "switch_rate", "output_bounds")
-    } | {"scout_max_width": 16, "lora_max_rank": 8}
+    interface = flat_interface(SWITCHING | SCOUTS)
     save_backbone(
         OUT / "backbone",
         nnx.merge(graph, fitted.trained, rest),
         name="tiny",
         version="1.0.0",
         anchor=anchor,
-        router=router | SWITCHING | SCOUTS,
+        router=router_of(interface),
+        output_bounds=interface.output_bounds,
         texts={"README.md": "A tiny backbone.\n"},
         description="For tests.",
         license_="Apache-2.0",
@@ -166,13 +170,13 @@ def make_project(backbone):
     shutil.rmtree(folder / ".composable")
 
 
-def make_interfaces(tiny):
+def make_interfaces():
     """Write every kind of interface, and the digest of each."""
     folder = OUT / "interfaces"
     folder.mkdir()
     digests = {}
     for name, changes in VARIANTS.items():
-        interface = tiny.interface_with(**changes)
+        interface = flat_interface(changes)
         (folder / f"{name}.json").write_text(interface.to_json())
         digests[name] = interface.digest
     (folder / "digests.json").write_text(json.dumps(digests, indent=2) + "\n")

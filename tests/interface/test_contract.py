@@ -5,7 +5,16 @@ import math
 import pytest
 
 from composable.errors import InterfaceError
-from composable.interface import RouterInterface, canonical_json, digest_bytes
+from composable.interface import (
+    DiscountedRecord,
+    OutputMixture,
+    RouterInterface,
+    SwitchingFilter,
+    byte_router,
+    canonical_json,
+    digest_bytes,
+    subword_router,
+)
 
 DIGESTS = {
     field: "sha256:" + letter * 64
@@ -47,7 +56,22 @@ FILTERED = {
     "mix_floor": 0.05,
     "mix_top_k": 4,
 }
-HEDGED = {"scout_prior": 0.05, "scout_rate": 0.01, "scout_power": 0.6}
+SCOUTS = {"scout_prior": 0.05, "scout_rate": 0.01, "scout_power": 0.6}
+# The same as values.
+FILTER = SwitchingFilter(
+    power=0.35,
+    backbone_prior=0.8,
+    switch_rate=0.003,
+    max_expert_prior=0.2,
+    margin=0.1,
+    floor=0.05,
+    top_k=4,
+)
+RECORD = DiscountedRecord(floor=0.05, top_k=4)
+MIXTURE = OutputMixture(prior=0.05, rate=0.01, power=0.6)
+# Fields that hold other values.
+NESTED = ("mix", "output_mixture", "inert")
+DELETED = "this field is deleted"
 
 
 @pytest.fixture
@@ -69,14 +93,12 @@ def test_the_digest_does_not_hang_on_order_spelling_or_spaces(interface):
     assert RouterInterface.from_json(json.dumps(shuffled, indent=7)).digest == interface.digest
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(RouterInterface)])
-def test_every_field_is_in_the_digest(interface, field):
-    if field == "schema":
-        return  # only one value is readable
-    if field.startswith("mix_"):
-        interface = dataclasses.replace(interface, **FILTERED)
-    if field.startswith("scout_") and field != "scout_max_width":
-        interface = dataclasses.replace(interface, **HEDGED)
+@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(RouterInterface) if f.name not in NESTED]
+)
+def test_every_field_is_in_the_digest(interface, field, schema):
+    interface = dataclasses.replace(interface, schema=schema)
     value = getattr(interface, field)
     other = {
         str: lambda: DIGESTS["anchor"][:-1] + "0" if value.startswith("sha256:") else value + "0",
@@ -87,7 +109,131 @@ def test_every_field_is_in_the_digest(interface, field):
     if field == "tap":
         interface = dataclasses.replace(interface, slots=(2, 3))
         other = 2
+    if field == "schema":
+        other = 3 - schema
     assert dataclasses.replace(interface, **{field: other}).digest != interface.digest
+
+
+def nested_changes():
+    """Return each field of each nested value, with the value and with the field changed."""
+    for name, value in (("mix", RECORD), ("mix", FILTER), ("output_mixture", MIXTURE)):
+        for field in dataclasses.fields(value):
+            other = 7 if field.name == "top_k" else getattr(value, field.name) / 2
+            yield pytest.param(
+                name,
+                value,
+                dataclasses.replace(value, **{field.name: other}),
+                id=f"{type(value).__name__}.{field.name}",
+            )
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize(("name", "value", "other"), [*nested_changes()])
+def test_every_setting_is_in_the_digest(interface, name, value, other, schema):
+    one, two = (dataclasses.replace(interface, schema=schema, **{name: v}) for v in (value, other))
+    assert one.digest != two.digest
+    assert RouterInterface.from_json(one.to_json()) == one
+    assert RouterInterface.from_json(two.to_json()) == two
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_no_two_rules_have_one_digest(interface, schema):
+    mixes = [DiscountedRecord(), RECORD, FILTER, dataclasses.replace(FILTER, top_k=None)]
+    digests = {
+        dataclasses.replace(interface, schema=schema, mix=mix, output_mixture=mixture).digest
+        for mix in mixes
+        for mixture in (None, MIXTURE)
+    }
+    assert len(digests) == 8
+
+
+def test_schema_2_is_nested(interface):
+    nested = dataclasses.replace(interface, schema=2, mix=FILTER, output_mixture=MIXTURE).to_dict()
+    assert nested["mix"] == {
+        "rule": "switching-filter",
+        "power": 0.35,
+        "backbone_prior": 0.8,
+        "switch_rate": 0.003,
+        "max_expert_prior": 0.2,
+        "margin": 0.1,
+        "floor": 0.05,
+        "top_k": 4,
+    }
+    assert nested["output_mixture"] == {"prior": 0.05, "rate": 0.01, "power": 0.6}
+    plain = dataclasses.replace(interface, schema=2).to_dict()
+    assert plain["mix"] == {"rule": "discounted-record", "floor": 0.0}
+    assert "output_mixture" not in plain
+
+
+def test_the_digest_of_schema_2_does_not_depend_on_how_numbers_are_spelt(interface):
+    whole, point = (
+        dataclasses.replace(interface, schema=2, mix=dataclasses.replace(FILTER, power=power))
+        for power in (1, 1.0)
+    )
+    assert whole.digest == point.digest
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("mix", None),
+        ("mix", "switching-filter"),
+        ("mix.rule", None),
+        ("mix.rule", "vote"),
+        ("mix.rule", ["switching-filter"]),
+        ("mix.power", 0.0),
+        ("mix.power", "1"),
+        ("mix.power", None),
+        ("mix.switch_rate", 1.0),
+        ("mix.margin", float("nan")),
+        ("mix.max_expert_prior", True),
+        ("mix.top_k", 0),
+        ("mix.top_k", 1.5),
+        ("mix.top_k", None),
+        ("mix.colour", "blue"),
+        ("mix.floor", DELETED),
+        ("mix", DELETED),
+        ("output_mixture", None),
+        ("output_mixture.prior", 0.0),
+        ("output_mixture.rate", 0.0),
+        ("output_mixture.power", DELETED),
+        ("honours", DELETED),
+        ("mix_power", 0.5),
+        ("inert", []),
+        ("schema", 3),
+        ("schema", 2.0),
+        ("schema", True),
+    ],
+)
+def test_a_bad_field_of_schema_2_is_refused_by_its_path(interface, path, value):
+    data = dataclasses.replace(interface, schema=2, mix=FILTER, output_mixture=MIXTURE).to_dict()
+    *parents, last = path.split(".")
+    table = data
+    for parent in parents:
+        table = table[parent]
+    table[last] = value
+    if value is DELETED:
+        del table[last]
+    with pytest.raises(InterfaceError) as caught:
+        RouterInterface.from_dict(data, "interface.json")
+    assert caught.value.where == f"interface.json.{path}"
+
+
+def test_settings_without_effect_keep_the_digest_of_schema_1():
+    data = {**FIELDS, "mix_share": 0.2, "mix_margin": 0.1}
+    read = RouterInterface.from_dict(data)
+    assert read.mix == DiscountedRecord()
+    assert read.to_dict() == data
+    assert RouterInterface.from_json(read.to_json()) == read
+    with pytest.raises(InterfaceError, match="not empty"):
+        dataclasses.replace(read, schema=2)
+
+
+@pytest.mark.parametrize("make", [byte_router, subword_router])
+def test_presets_survive_both_schemas(interface, make):
+    for schema in (1, 2):
+        preset = dataclasses.replace(interface, schema=schema, **vars(make()))
+        assert RouterInterface.from_json(preset.to_json()) == preset
 
 
 def test_an_interface_survives_its_json(interface):
@@ -96,10 +242,16 @@ def test_an_interface_survives_its_json(interface):
     assert interface.to_json().endswith("}\n")
 
 
-@pytest.mark.parametrize("more", [FILTERED, HEDGED])
-def test_what_came_later_survives_json_and_is_left_out_where_it_is_not_used(interface, more):
-    other = dataclasses.replace(interface, **more)
+@pytest.mark.parametrize(
+    ("more", "fields"), [(FILTERED, {"mix": None}), (SCOUTS, {"output_mixture": None})]
+)
+def test_what_came_later_survives_json_and_is_left_out_where_it_is_not_used(
+    interface, more, fields
+):
+    values = {"mix": FILTER, "output_mixture": MIXTURE}
+    other = dataclasses.replace(interface, **{name: values[name] for name in fields})
     assert RouterInterface.from_json(other.to_json()) == other
+    assert RouterInterface.from_dict({**FIELDS, **more}) == other
     assert more.items() <= other.to_dict().items()
     assert not more.keys() & interface.to_dict().keys()
 
@@ -114,16 +266,16 @@ def test_the_bound_of_safe_mode_grows_with_the_share_of_scouts(interface):
     plain = interface.safe_bound(100)
     assert plain == pytest.approx(-math.log(0.5) - 100 * math.log(1 - 0.01 * 0.5))
     more = -math.log(1 - 0.05) - 100 * math.log(1 - 0.01 * 0.05)
-    hedged = dataclasses.replace(interface, **HEDGED)
-    assert hedged.safe_bound(100) == pytest.approx(plain + more)
+    mixed = dataclasses.replace(interface, output_mixture=MIXTURE)
+    assert mixed.safe_bound(100) == pytest.approx(plain + more)
 
 
 def test_the_filter_without_what_came_later_has_the_digest_it_had(interface):
     first = {name: FILTERED[name] for name in ("mix_power", "mix_prior", "mix_switch_rate")}
-    plain = dataclasses.replace(interface, **first).to_dict()
-    assert plain == {**interface.to_dict(), **first}
-    assert RouterInterface.from_dict(plain).n_mixed == interface.top_k
-    assert dataclasses.replace(interface, mix_top_k=5).n_mixed == 5
+    read = RouterInterface.from_dict({**FIELDS, **first})
+    assert read.to_dict() == {**interface.to_dict(), **first}
+    assert read.n_mixed == interface.top_k
+    assert dataclasses.replace(interface, mix=DiscountedRecord(top_k=5)).n_mixed == 5
 
 
 def test_honours_may_be_left_out(interface):
@@ -151,7 +303,7 @@ def test_it_honours_itself_and_what_it_lists(interface):
         ("mix_top_k", 2.5),
         ("scout_prior", 1.0),
         ("scout_prior", -0.1),
-        ("schema", 2),
+        ("schema", 3),
         ("schema", "1"),
         ("name", 3),
         ("version", None),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from composable.interface import OutputMixture, SwitchingFilter
 from composable.model import bank as banks
 from composable.model import composed
 from composable.model import mix as mix_mode
@@ -145,9 +146,12 @@ def test_route_is_the_softmax_of_prior_and_track_record(tiny, model):
     np.testing.assert_allclose(model.route(tokens_BT), weight_BTE, atol=1e-4)
 
 
-SWITCHING = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003}
-FLOORED = {**SWITCHING, "mix_share": 0.05, "mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 4}
-HEDGED = {**FLOORED, "scout_prior": 0.3, "scout_rate": 0.05, "scout_power": 0.6}
+FILTER = SwitchingFilter(power=0.35, backbone_prior=0.8, switch_rate=0.003)
+SWITCHING = {"mix": FILTER}
+FLOORED = {
+    "mix": dataclasses.replace(FILTER, max_expert_prior=0.05, margin=0.1, floor=0.05, top_k=4)
+}
+HEDGED = {**FLOORED, "output_mixture": OutputMixture(prior=0.3, rate=0.05, power=0.6)}
 
 
 def test_route_by_the_switching_filter(tiny, experts):
@@ -212,8 +216,11 @@ def test_who_is_below_the_floor_takes_no_row_and_the_others_are_as_if_he_were_no
     tiny, experts
 ):
     tokens_BT, crowd = tiny.tokens(), experts.values()
-    settings = {**SWITCHING, "mix_top_k": 4}
-    whole, floored = (tiny.model(*crowd, **settings, mix_floor=floor) for floor in (0.0, 0.2))
+
+    def model(**settings):
+        return tiny.model(*crowd, mix=dataclasses.replace(FILTER, **settings))
+
+    whole, floored = (model(top_k=4, floor=floor) for floor in (0.0, 0.2))
     weight_BTE, kept_BTE = (np.asarray(m.route(tokens_BT)) for m in (whole, floored))
     assert (weight_BTE[:, 1:] > 0).all(), "four of four"
     expected_BTE = np.where(weight_BTE >= 0.2, weight_BTE, 0)
@@ -223,8 +230,8 @@ def test_who_is_below_the_floor_takes_no_row_and_the_others_are_as_if_he_were_no
     n_slots = len(tiny.interface.slots)
     assert made[floored] == (kept_BTE > 0).sum() * n_slots < made[whole]
     # The largest weight alone is the path of whoever has it.
-    alone = tiny.model(*crowd, **settings, mix_floor=0.99)
-    single = tiny.model(*crowd, **SWITCHING, mix_top_k=1)
+    alone = model(top_k=4, floor=0.99)
+    single = model(top_k=1)
     np.testing.assert_array_equal(alone.route(tokens_BT), single.route(tokens_BT))
     # Rows of one expert are multiplied in blocks of another size where there are four choices.
     np.testing.assert_allclose(alone(tokens_BT), single(tokens_BT), atol=1e-4)
@@ -322,7 +329,7 @@ def nats(log_prob_BTV, tokens_BT):
 ONE_DOCUMENT = {"discount": 1.0, "backbone_prior": 0.7, "switch_rate": 0.0, "top_k": 1}
 
 
-HEARD = {"scout_prior": 0.1, "scout_rate": 0.05, "scout_power": 0.6}
+HEARD = {"output_mixture": OutputMixture(prior=0.1, rate=0.05, power=0.6)}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from composable.errors import ContributionWarning, ModelError, TextError
+from composable.interface import OutputMixture, SwitchingFilter
 from composable.model.decoding import (
     PREFILL,
     Decoder,
@@ -22,6 +25,8 @@ from composable.model.tokenizer import ByteTokenizer
 # Cached attention sums over the whole cache, masked, where a full pass sums over the blocks in use;
 # logits are of order 5.
 REORDERED_SUMS = 1e-4
+
+STICKY = SwitchingFilter(power=0.35, backbone_prior=0.8, switch_rate=0.003)
 
 
 WHOLE = {"mix": lambda model, tokens_BT: model(tokens_BT), "safe": lambda model, x: model.safe(x)}
@@ -80,13 +85,13 @@ def test_a_broken_body_leaves_its_tokens_to_others_in_decoding_as_in_a_full_pass
     ("mode", "more"),
     [
         ("mix", {}),
-        ("mix", {"mix_margin": 0.1, "mix_floor": 0.05, "mix_top_k": 3}),
-        ("mix", {"scout_prior": 0.3, "scout_rate": 0.05}),
-        ("safe", {"scout_prior": 0.3, "scout_rate": 0.05}),
+        ("mix", {"mix": dataclasses.replace(STICKY, margin=0.1, floor=0.05, top_k=3)}),
+        ("mix", {"output_mixture": OutputMixture(prior=0.3, rate=0.05)}),
+        ("safe", {"output_mixture": OutputMixture(prior=0.3, rate=0.05)}),
     ],
 )
 def test_the_switching_filter_goes_on_from_piece_to_piece(tiny, mode, more):
-    sticky = {"mix_power": 0.35, "mix_prior": 0.8, "mix_switch_rate": 0.003, **more}
+    sticky = {"mix": STICKY, **more}
     model = tiny.model(tiny.expert("a"), tiny.expert("b"), **sticky)
     tokens_BT = tiny.tokens(batch=1, length=LENGTH)
     state, outputs = begin(model, mode), []

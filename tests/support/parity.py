@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from composable.interface import RouterInterface
+from composable.interface import RouterInterface, subword_router
 from composable.interop.checkpoint import Checkpoint, open_source
 from composable.model.backbone import Backbone
 from composable.model.bank import empty_bank
 from composable.model.composed import Parts
 from composable.model.mix import mix, mix_state
-from composable.workflows.import_backbone import ROUTER, load_checkpoint
+from composable.workflows.import_backbone import load_checkpoint
 
 SIZES = {
     "vocab_size": 600,
@@ -116,7 +116,7 @@ def parts_of(backbone: Backbone) -> Parts:
         tap=cfg.tap,
         slots=cfg.slots,
         output_bounds=(1e4,) * len(cfg.slots),
-        **ROUTER,
+        **vars(subword_router()),
     )
     return Parts(backbone=backbone, bank=empty_bank(backbone, interface, 1), interface=interface)
 

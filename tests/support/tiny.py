@@ -35,6 +35,14 @@ PUBLIC_WORDS = "the of and to in is that for it as was with be by on not he his 
 PRIVATE_WORDS = "∀x ∃y φ→ψ ⊢A∧B ⊥∨C λz.t Γ,Δ □p ◇q"
 
 
+def router_of(interface):
+    """Return an interface's settings of the router, to publish another backbone with."""
+    from composable.interface import RouterSettings
+
+    names = (field.name for field in dataclasses.fields(RouterSettings))
+    return RouterSettings(**{name: getattr(interface, name) for name in names})
+
+
 class Tiny:
     """A byte-level backbone of three layers, and experts that are noisy copies of its bodies.
 
