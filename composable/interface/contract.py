@@ -144,7 +144,7 @@ class RouterInterface:
             n_tokens: Tokens that are predicted in it.
 
         References:
-            `docs/concepts/overview.md` has the proof.
+            `docs/concepts/guarantees.md` has the proof.
         """
         bound = -math.log(self.backbone_prior)
         bound -= n_tokens * math.log1p(-self.switch_rate * (1 - self.backbone_prior))
