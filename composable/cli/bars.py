@@ -63,12 +63,18 @@ def show_training(*, is_quiet: bool) -> Iterator[StepProgress | None]:
 
 
 def format_figures(figures: Mapping[str, float]) -> str:
-    """Return what training logged in a line: loss of the body and of the scout, and speed."""
+    """Return what training logged in a line: loss of the body and of the scout, and speed.
+
+    Example:
+        >>> format_figures({"loss": 2.0, "bits_per_token": 2.9, "tokens_per_second": 1500.0})
+        'training text 2.900 bits per token, 1,500 tokens/s'
+    """
     if "loss" not in figures:
         return ""
     bits = figures.get("bits_per_token", figures["loss"] * _BITS_PER_NAT)
     scout = f", scout {figures['scout_bits']:.3f}" if "scout_bits" in figures else ""
-    return f"{bits:.3f} bits per token{scout}, {figures['tokens_per_second']:,.0f} tokens/s"
+    speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
+    return f"training text {bits:.3f} bits per token{scout}, {speed}"
 
 
 def _is_shown(is_quiet: bool) -> bool:

@@ -24,7 +24,7 @@ from composable.cli.options import (
     ReferenceRegistry,
     Release,
 )
-from composable.cli.output import format_table, show
+from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
     from composable.packaging.registry.compatibility import Step
@@ -91,6 +91,7 @@ def train(
     from composable.assembly.backbones import load_backbone
     from composable.workflows.references import find_parent
     from composable.workflows.train import expert_config, train_expert
+    from composable.workflows.workspace import count_heldout
 
     loaded = load_backbone(backbone or manifest.backbone)
     parent = find_parent(loaded, manifest, registry=registry)
@@ -99,8 +100,10 @@ def train(
         record = train_expert(loaded, folder, files, cfg, parent=parent, progress=progress)
     figures = bars.format_figures(record["last"]) or "training already complete"
     start = f"{folder} from {manifest.derives_from}" if parent else str(folder)
+    n_heldout = count_heldout(folder)
     show(
-        f"trained {start} on {record['documents']} documents in {record['seconds']} s: {figures}",
+        f"trained {start} in {record['seconds']} s on {record['documents'] + n_heldout} documents, "
+        f"{n_heldout} of them held out: {figures}",
         record,
         as_json=as_json,
         is_quiet=is_quiet,
@@ -148,6 +151,8 @@ def check(
         verdict = check_expert(
             loaded, folder, files, peers=peers, previous=previous, progress=progress
         )
+    for warning in verdict.warnings:
+        note(f"warning: {warning}")
     rows, outcome, has_passed = _report_verdict(verdict)
     if previous is not None:
         step = compare_releases(folder, loaded.interface, previous, verdict)
@@ -235,6 +240,7 @@ def _report_verdict(verdict: Verdict) -> tuple[list[tuple[str, str, str]], dict[
         "passed": verdict.passed,
         "checks": [dataclasses.asdict(check) for check in verdict.checks],
         "measured": verdict.measured,
+        "warnings": list(verdict.warnings),
     }
     return rows, data, verdict.passed
 

@@ -275,13 +275,20 @@ def _all_facts(details: Details) -> dict[str, Any]:
 
 
 def format_measured(card: dict[str, Any]) -> str:
-    """Return the figures of a card in a line; an empty string if it has none."""
+    """Return the figures of a card in a line; an empty string if it has none.
+
+    Example:
+        >>> bits = {"own_backbone": 6.32, "own_expert": 2.46, "own_mix": 2.5}
+        >>> format_measured({"measured": {"bits_per_byte": bits, "anchor_loss": 0.0}}).split(";")[0]
+        '6.320 to 2.460 bits per byte on its own held-out text, 2.500 in mix mode'
+    """
     measured = card.get("measured", {})
     bits = measured.get("bits_per_byte", {})
     try:
+        mix = f", {bits['own_mix']:.3f} in mix mode" if "own_mix" in bits else ""
         return (
             f"{bits['own_backbone']:.3f} to {bits['own_expert']:.3f} bits per byte on its own "
-            f"held-out text; public text {measured['anchor_loss']:+.2%}"
+            f"held-out text{mix}; public text {measured['anchor_loss']:+.2%}"
         )
     except (KeyError, TypeError, ValueError):
         return ""

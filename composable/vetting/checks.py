@@ -231,7 +231,7 @@ def _check_gain(bits: Mapping[str, float], gain: float) -> Check:
         name="gain",
         passed=gain >= MIN_GAIN,
         found=f"{bits['own_backbone']:.3f} to {bits['own_expert']:.3f} bits per byte on its "
-        f"own held-out text ({gain:.1%} less) with the body always on; {bits['own_mix']:.3f} in "
+        f"own held-out text ({-gain:+.1%}) with the body always on; {bits['own_mix']:.3f} in "
         "mix mode",
         expected=f"at least {MIN_GAIN:.0%} less",
     )

@@ -1,16 +1,18 @@
-"""Publish the expert of a folder to a registry. Never JAX.
+"""Publish the expert of a folder to a registry, without JAX.
 
-An expert is published as it was vetted, under a version that reflects what changed.
+An expert is published as it was vetted, described in its author's words, under a version that
+reflects what changed. Nothing is measured here.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from composable.errors import VettingError
+from composable.errors import ManifestError, PackagingError, VettingError
 from composable.interface import RouterInterface
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.manifests.packing import fit_interface
+from composable.packaging.manifests.template import find_template
 from composable.packaging.registry.compatibility import (
     Change,
     Step,
@@ -35,7 +37,7 @@ def publish_expert(
         folder: The expert.
         interface: The router interface that it must fit and must have been vetted against.
         registry: Where to publish.
-        progress: Called with a file's name, bytes done and bytes in all.
+        progress: Called with a file's name, and the bytes done and in all.
 
     Returns:
         The manifest as published.
@@ -43,26 +45,52 @@ def publish_expert(
     Raises:
         VettingError: If it was not vetted in this state, a check failed, or its version is a
             smaller bump than its changes need.
+        ManifestError: If the manifest still has a text of the template.
         RegistryError: If the registry refuses it.
     """
     card = require_passed(folder, interface)
+    _require_own_texts(folder)
     _require_bump(folder, interface, registry, card)
     return registry.publish(folder, interface=interface, progress=progress)
 
 
+def _require_own_texts(folder: Path) -> None:
+    """Refuse a manifest whose description, licence or data is still that of the template."""
+    try:
+        template = _list_texts(Manifest.read(find_template()))
+    except PackagingError:
+        return  # this installation has no template to compare with
+    for field, text in _list_texts(Manifest.read(folder)).items():
+        if text and text == template[field]:
+            raise ManifestError(
+                f"{text!r} is the placeholder of the template",
+                where=f"{folder / EXPERT_FILE}: {field}",
+                hint=f"edit {field} in {folder / EXPERT_FILE}, or remove it",
+            )
+
+
+def _list_texts(manifest: Manifest) -> dict[str, str]:
+    """Return the texts that only an expert's author can write, by field."""
+    return {
+        "expert.description": manifest.description,
+        "expert.license": manifest.license,
+        "training.data": manifest.training.data if manifest.training else "",
+    }
+
+
 def _require_bump(folder: Path, interface: RouterInterface, registry: Registry, card: Card) -> None:
-    """Refuse a version that is a smaller bump than its changes since the release before it need."""
+    """Refuse a version that is a smaller bump than the changes since the previous release need."""
     manifest = fit_interface(Manifest.read(folder), interface)
     releases = registry.versions(manifest.name) if registry.exists else ()
-    older = choose_previous(releases, manifest.version)
-    if older is None or any(release.version == manifest.version for release in releases):
-        return  # the first; or there already, and the registry refuses other content
-    regressions = find_regressions(card, older.files)
-    name, before = manifest.name, older.version
-    changes = compare_manifests(registry.read_manifest(older), manifest)
+    previous = choose_previous(releases, manifest.version)
+    if previous is None or any(release.version == manifest.version for release in releases):
+        return  # the first release; or published already, and the registry refuses other content
+    regressions = find_regressions(card, previous.files)
+    name, before = manifest.name, previous.version
+    changes = compare_manifests(registry.read_manifest(previous), manifest)
     hint = ""
     if regressions is None:
-        # Other weights that nobody compared may be worse in any way.
+        # Weights that were not compared may be worse in any way.
         changes.append(Change("major", f"its weights were not compared with those of {before}"))
         hint = f"run: composable check {folder} --against {name}@{before}; or "
     else:

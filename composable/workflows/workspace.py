@@ -1,14 +1,15 @@
-"""An expert's folder as training leaves it: file names, and the texts that vetting scores."""
+"""The layout of an expert's folder after training, and the texts that vetting scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
-from composable.corpora.documents import Document, truncate_utf8
+from composable.corpora.documents import Document, read_documents, truncate_utf8
 from composable.vetting.evidence import MAX_BYTES
 
-# What must not be published lies in this folder: held-out text, checkpoints, curves.
+# Folder of what must not be published: held-out text, checkpoints, curves.
 WORK: Final = ".work"
 HELDOUT_FILE: Final = "heldout.jsonl"
 TRAINING_FILE: Final = "training.json"
@@ -18,5 +19,22 @@ VETTED_DOCUMENTS: Final = 8
 
 
 def vetted_texts(documents: Sequence[Document]) -> list[bytes]:
-    """Return the start of the first documents, as UTF-8: what vetting scores."""
+    """Return what vetting scores: the start of the first documents, as UTF-8.
+
+    Args:
+        documents: Documents of either text.
+
+    Example:
+        >>> vetted_texts([Document("greeting", "Good morning!")])
+        [b'Good morning!']
+    """
     return [truncate_utf8(doc.text.encode(), MAX_BYTES) for doc in documents[:VETTED_DOCUMENTS]]
+
+
+def count_heldout(folder: Path) -> int:
+    """Return the number of documents that training held out for vetting.
+
+    Args:
+        folder: The expert, trained.
+    """
+    return len(read_documents([folder / WORK / HELDOUT_FILE]))

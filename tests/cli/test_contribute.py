@@ -1,5 +1,6 @@
 """A contributor's path through the commands, and the gate at its end."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from composable.cli.bars import format_figures
 from composable.packaging.manifests.manifest import Manifest
+from composable.packaging.manifests.template import find_template
 from composable.packaging.registry.locations import open_for_publishing
 
 
@@ -130,6 +133,39 @@ def test_publish_refuses_less_or_more_under_a_smaller_bump(cli, works, fakes):
     works("publish", folder, "--registry", "registry")
 
 
+@pytest.mark.parametrize(
+    "field", ["expert.description", "expert.license", "training.data"], ids=lambda field: field
+)
+def test_publish_refuses_the_texts_of_the_template(cli, works, fakes, field):
+    template = Manifest.read(find_template())
+    folder = fakes.write("german")
+    own = Manifest.read(folder)
+    changes = {
+        "expert.description": {"description": template.description},
+        "expert.license": {"license": template.license},
+        "training.data": {"training": template.training},
+    }
+    changed = dataclasses.replace(own, **changes[field])
+    (folder / "expert.toml").write_text(changed.to_toml())
+    outcome = cli("publish", folder, "--registry", "registry", "--json")
+    assert outcome.code == 1
+    error = outcome.json["error"]
+    assert error["kind"] == "ManifestError"
+    assert "is the placeholder of the template" in error["message"]
+    assert error["where"] == f"{folder}/expert.toml: {field}"
+    assert error["hint"].startswith(f"edit {field} in {folder}/expert.toml")
+    assert not Path("registry").exists()
+    (folder / "expert.toml").write_text(own.to_toml())
+    works("publish", folder, "--registry", "registry")
+
+
+def test_figures_of_training_say_that_they_are_of_training_text():
+    figures = {"loss": 2.0, "scout_bits": 3.0, "tokens_per_second": 1500.0}
+    expected = "training text 2.885 bits per token, scout 3.000, 1,500 tokens/s"
+    assert format_figures(figures) == expected
+    assert format_figures({}) == ""
+
+
 def test_publish_refuses_a_truncated_file(cli, fakes):
     folder = fakes.write("german")
     body = folder / "body.safetensors"
@@ -219,6 +255,8 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     record = works("train", "my-expert", "--data", *texts, "--steps", 3, "--json", *backbone).json
     heldout = Path("my-expert", WORK, "heldout.jsonl").read_text().splitlines()
     assert record["documents"] + len(heldout) == 12
+    told = works("train", "my-expert", "--data", *texts, "--steps", 3, *backbone).out
+    assert f" s on 12 documents, {len(heldout)} of them held out: " in told
     again = works("train", "my-expert", "--data", *texts, "--steps", 3, "--json", *backbone).json
     assert again["last"] == {}  # all steps were done before
 
@@ -231,6 +269,10 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     card = json.loads(Path("my-expert/card.json").read_text())
     assert outcome.code == (0 if card["passed"] else 1)
     assert outcome.json["checks"] == card["checks"]
+    bits = card["measured"]["class_bits_per_byte"]
+    warnings = [line for line in outcome.err.splitlines() if line.startswith("warning: the scout")]
+    assert [warning.removeprefix("warning: ") for warning in warnings] == outcome.json["warnings"]
+    assert len(warnings) == int(bits["scout"] < bits["body"])
     shutil.copytree("my-expert", "older")
     again = cli("check", "my-expert", "--against", "./older", "--json", *backbone)
     assert again.code == outcome.code
@@ -253,6 +295,13 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     told = cli("check", "my-expert", "--against", "./older", *backbone)
     assert told.code == 1
     assert "0.1.0 to 0.1.0: a minor change (languages: 'en' is new); write" in told.out
+    manifest.write_text(text)
+    if card["passed"]:
+        refused = cli("publish", "my-expert", "--registry", "registry", *backbone)
+        assert "is the placeholder of the template" in refused.err
+    template = Manifest.read(find_template())
+    for placeholder in (template.description, template.license, template.training.data):
+        text = text.replace(placeholder, "Chosen.")
     manifest.write_text(text)
     published = cli("publish", "my-expert", "--registry", "registry", *backbone)
     assert published.code == outcome.code

@@ -76,7 +76,7 @@ def test_search_reads_names_descriptions_and_tags(works, project):
 def test_info_shows_manifest_and_card(works, project):
     facts = works("info", "physics").out
     assert "german ^1.0" in facts
-    assert "2.000 to 1.000 bits per byte" in facts
+    assert "2.000 to 1.000 bits per byte on its own held-out text, 1.250 in mix mode" in facts
     data = works("info", "german@1.0.0", "--json").json
     assert (data["version"], data["versions"]) == ("1.0.0", ["1.0.0", "1.2.0", "2.0.0"])
     assert data["card"]["expert"] == "german@1.0.0"

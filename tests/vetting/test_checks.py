@@ -87,6 +87,28 @@ def test_an_expert_that_knows_nothing_new_fails(loaded, tiny, good, texts):
     json.dumps(verdict.measured, allow_nan=False)
 
 
+def test_a_scout_that_predicts_better_than_the_body_is_warned_of(loaded, good, texts):
+    """Its scout has learnt the text, and its body nothing; that alone fails no other check."""
+    from composable.model.body import Expert
+
+    fresh = Expert(loaded.backbone, kind="ffn", scout_width=8, rngs=nnx.Rngs(0))
+    verdict = vet_expert(loaded, dataclasses.replace(good, body=fresh.body), texts)
+    bits = verdict.measured["class_bits_per_byte"]
+    assert bits["scout"] < bits["body"]
+    (warning,) = verdict.warnings
+    assert f"{bits['scout']:.3f} against {bits['body']:.3f} bits per byte" in warning
+    swapped = vet_expert(loaded, dataclasses.replace(good, scout=fresh.scout), texts)
+    assert swapped.warnings == ()
+
+
+def test_gain_shows_the_body_alone_and_in_mix_mode(loaded, good, texts):
+    verdict = vet_expert(loaded, good, texts)
+    bits = verdict.measured["bits_per_byte"]
+    (found,) = (check.found for check in verdict.checks if check.name == "gain")
+    assert f"to {bits['own_expert']:.3f} bits per byte on its own held-out text" in found
+    assert found.endswith(f"with the body always on; {bits['own_mix']:.3f} in mix mode")
+
+
 def test_an_expert_that_takes_public_text_and_spoils_it_fails(loaded, tiny, good, texts):
     """The backbone's own scout with a bias for public letters, and a body that knows nothing."""
     scout = tiny.expert("thief", width=16).scout

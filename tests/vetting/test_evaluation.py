@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from flax import nnx
 
 from composable.errors import TextError
 from composable.model.model import Model
@@ -7,6 +8,7 @@ from composable.vetting.evaluation import (
     BATCH,
     Score,
     _route,
+    measure_class_evidence,
     measure_evidence,
     mix_scorer,
     path_scorer,
@@ -157,6 +159,30 @@ def test_evidence_is_what_each_scout_says_of_each_token(model, tiny, documents):
     np.testing.assert_allclose(np.sort(whole_EM), np.sort(np.concatenate(each, axis=1)), atol=1e-4)
     cut_EM = measure_evidence(model, documents, max_bytes=100)
     assert cut_EM.shape[1] == sum(min(100, len(document)) for document in documents)
+
+
+def test_class_evidence_of_a_body_adds_up_the_tokens_of_a_class(loaded, tiny, documents):
+    """With a class for every byte it is the body's own score; with half as many, no less."""
+    halved = nnx.clone(loaded.backbone)
+    halved.class_map[...] = np.arange(256, dtype=np.int32) // 2
+    found = []
+    for backbone in (loaded.backbone, halved):
+        model = Model(backbone, loaded.interface, [tiny.expert("a")])
+        found.append(measure_class_evidence(model, "a", documents))
+    score = score_documents(path_scorer(model, "a"), documents, context=CONTEXT)
+    assert -found[0].sum() == pytest.approx(score.nats_B.sum(), abs=SAME_NATS)
+    document = documents[1]
+    tokens_T = model.encode(document)
+    padded_BT = np.zeros((1, CONTEXT), np.int32)
+    padded_BT[0, : len(tokens_T) - 1] = tokens_T[:-1]
+    logits_TV = np.asarray(model.path(padded_BT, "a"), np.float64)[0, : len(document)]
+    prob_TV = np.exp(logits_TV) / np.exp(logits_TV).sum(-1, keepdims=True)
+    prob_TC = prob_TV.reshape(len(document), 128, 2).sum(-1)
+    expected_T = np.log(prob_TC[np.arange(len(document)), tokens_T[1:] // 2])
+    alone_M = measure_class_evidence(model, "a", [document])
+    # Sums in float32 against sums in float64.
+    np.testing.assert_allclose(alone_M, expected_T, atol=1e-4)
+    assert (found[1] >= found[0]).all()
 
 
 def test_an_empty_entry_of_the_bank_has_the_evidence_of_chance(loaded, documents):
