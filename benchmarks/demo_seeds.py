@@ -1,9 +1,9 @@
-"""Does the demo hold for other seeds? Runs it for several and tabulates recovery and cost.
+"""Do the demo's claims hold for other seeds? Runs it for several; tabulates figures and cost.
 
     python -m benchmarks.demo_seeds --json benchmarks/results/demo_seeds.json \
         --docs docs/results/demo.md README.md
 
-The documents get tables between their markers: `figures` the whole, `table` the first seed's.
+Fills documents between their markers: `figures` gets all tables, `table` that of the first seed.
 """
 
 from __future__ import annotations
@@ -16,41 +16,36 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from composable.demo.report import METHODS, text_rows
+from composable.demo.result import DemoResult
 from composable.demo.run import STEPS, run_demo
 
 
-def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(results: list[DemoResult]) -> dict[str, Any]:
     """Return mean and standard deviation over seeds of every bits-per-byte figure and recovery."""
 
     def spread(values: list[float]) -> dict[str, float]:
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return {"mean": round(statistics.mean(values), 5), "sd": round(deviation, 5)}
 
-    rows = [*results[0]["domains"], "public", "spliced"]
-
-    def row(result: dict[str, Any], name: str) -> dict[str, float]:
-        return result["domains"].get(name) or result[name]
-
+    rows = [dict(text_rows(result)) for result in results]
     return {
         "text": {
-            name: {
-                method: spread([row(result, name)[method] for result in results])
-                for method in row(results[0], name)
-            }
-            for name in rows
+            name: {method: spread([row[name][method] for row in rows]) for method in first_row}
+            for name, first_row in rows[0].items()
         },
         "recovery": {
-            mode: spread([result["recovery"][mode] for result in results])
+            mode: spread([getattr(result.recovery, mode) for result in results])
             for mode in ("mix", "safe")
         },
-        "seconds": spread([sum(result["seconds"].values()) for result in results]),
+        "seconds": spread([sum(result.seconds.values()) for result in results]),
     }
 
 
-def tables(summary: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
+def tables(summary: dict[str, Any], results: list[DemoResult]) -> dict[str, str]:
     """Return Markdown by marker."""
     first = results[0]
-    methods = ("backbone", "own_expert", "average", "mix", "safe")
+    first_seconds = sum(first.seconds.values())
     head = (
         "| bits per byte | backbone | own expert | average of experts | **mix** | **safe** |\n"
         "|---|---|---|---|---|---|\n"
@@ -63,29 +58,27 @@ def tables(summary: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, 
         return "–" if value is None else f"{value:.3f}"
 
     def line(name: str, row: dict[str, Any]) -> str:
-        return f"| {name} | " + " | ".join(cell(row, method) for method in methods) + " |\n"
+        return f"| {name} | " + " | ".join(cell(row, method) for method in METHODS) + " |\n"
 
-    one = {**first["domains"], "public text": first["public"], "spliced": first["spliced"]}
-    recovered = first["recovery"]
-    table = head + "".join(line(name, row) for name, row in one.items())
-    table += f"| *recovery* | 0 % | 100 % | | **{recovered['mix']:.1%}** | "
-    table += f"**{recovered['safe']:.1%}** |\n"
-    table += f"\n*{first['machine']}; {first['date']}; {sum(first['seconds'].values()):.0f} s, "
-    table += f"{first['peak_rss_bytes'] / 1e9:.1f} GB.*\n"
+    names = {"public": "public text"}
+    table = head + "".join(line(names.get(name, name), row) for name, row in text_rows(first))
+    table += f"| *recovery* | 0 % | 100 % | | **{first.recovery.mix:.1%}** | "
+    table += f"**{first.recovery.safe:.1%}** |\n"
+    table += f"\n*{first.machine}; {first.date}; {first_seconds:.0f} s, "
+    table += f"{first.peak_rss_bytes / 1e9:.1f} GB.*\n"
 
-    seeds = ", ".join(str(result["seed"]) for result in results)
-    figures = f"### One run (seed {first['seed']})\n\n{table}\n"
-    figures += "| step | seconds | most memory so far, GB |\n|---|---|---|\n"
+    seeds = ", ".join(str(result.seed) for result in results)
+    figures = f"### One run (seed {first.seed})\n\n{table}\n"
+    figures += "| step | seconds | peak memory until then, GB |\n|---|---|---|\n"
     figures += "".join(
-        f"| {step} | {value:.1f} | {first['step_rss_bytes'][step] / 1e9:.2f} |\n"
-        for step, value in first["seconds"].items()
+        f"| {step} | {value:.1f} | {first.step_rss_bytes[step] / 1e9:.2f} |\n"
+        for step, value in first.seconds.items()
     )
-    figures += f"| **all** | **{sum(first['seconds'].values()):.1f}** | "
-    figures += f"**{first['peak_rss_bytes'] / 1e9:.2f}** |\n\n"
+    figures += f"| **all** | **{first_seconds:.1f}** | **{first.peak_rss_bytes / 1e9:.2f}** |\n\n"
     figures += "".join(
-        f"- {'holds' if claim['holds'] else '**does not hold**'}: {claim['claim']} "
-        f"({' '.join(str(claim['found']).split())})\n"
-        for claim in first["claims"]
+        f"- {'holds' if claim.holds else '**does not hold**'}: {claim.claim} "
+        f"({' '.join(str(claim.found).split())})\n"
+        for claim in first.claims
     )
     figures += f"\n### Seeds {seeds}: mean ± standard deviation\n\n{head}"
     figures += "".join(line(name, row) for name, row in summary["text"].items())
@@ -98,7 +91,7 @@ def tables(summary: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, 
 
 
 def fill(path: Path, texts: dict[str, str]) -> None:
-    """Replace what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a document."""
+    """Replace the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a document."""
     document = path.read_text()
     for name, text in texts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -132,7 +125,7 @@ def main() -> None:
     for path in arguments.docs:
         fill(path, tables(summary, results))
     if arguments.json:
-        data = {"summary": summary, "runs": results}
+        data = {"summary": summary, "runs": [result.to_json() for result in results]}
         arguments.json.write_text(json.dumps(data, indent=1) + "\n")
 
 

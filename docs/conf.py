@@ -54,6 +54,7 @@ html_css_files = ["wide.css"]
 RECORDS = (
     ("composable.vetting.card", "Card", "card.json"),
     ("composable.training.record", "TrainingRecord", ".work/training.json"),
+    ("composable.demo.result", "DemoResult", "demo/result.json"),
 )
 
 

@@ -57,7 +57,7 @@ LATE_ROOMS = ("cli",)
 # Files other than `files.atomic` that write, and why nothing is lost by it.
 WRITERS = {
     "demo.page": "a page that the next run makes again",
-    "demo.run": "plays people at their keyboards, who edit manifests with an editor",
+    "demo.contribution": "training text that the next run copies again, and a log",
     "packaging.project.export": "a tar file, into a sink of files.atomic",
     "corpora.documents": "training text that the next run writes again, alike to the byte",
 }

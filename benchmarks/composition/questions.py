@@ -141,7 +141,7 @@ def hostile_experts(c: Community) -> dict[str, Pluggable]:
 
 def load_untrained(loaded: LoadedBackbone, folder: Path) -> Any:
     """Return the expert of a folder as it was before training."""
-    return make_expert(loaded, Manifest.read(folder), seed=3)
+    return make_expert(loaded.backbone, Manifest.read(folder), seed=3)
 
 
 def hostile(c: Community) -> None:

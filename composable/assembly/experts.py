@@ -14,6 +14,7 @@ from composable.errors import IntegrityError
 from composable.files.blobs import digest_file
 from composable.files.safetensors import read_tensors, write_tensors
 from composable.interface import body_signature, scout_signature
+from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.model.tensors import from_tensors, to_tensors
@@ -21,10 +22,16 @@ from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manif
 from composable.packaging.manifests.packing import fit_interface
 
 
-def make_expert(loaded: LoadedBackbone, manifest: Manifest, seed: int = 0) -> Expert:
-    """Return an untrained expert of the kind that a manifest describes."""
+def make_expert(backbone: Backbone, manifest: Manifest, seed: int = 0) -> Expert:
+    """Return an untrained expert of the kind that a manifest describes.
+
+    Args:
+        backbone: The backbone that it is for.
+        manifest: Its manifest.
+        seed: Seed of its weights.
+    """
     return Expert(
-        loaded.backbone,
+        backbone,
         kind=manifest.body.kind,
         rank=manifest.body.rank,
         scout_width=manifest.scout_width,
@@ -55,7 +62,7 @@ def load_expert(loaded: LoadedBackbone, folder: Path) -> Pluggable:
         **_prefixed("body", read_tensors(folder / BODY_FILE, body_spec)),
         **_prefixed("scout", read_tensors(folder / SCOUT_FILE, scout_spec)),
     }
-    expert = from_tensors(partial(make_expert, loaded, manifest), tensors)
+    expert = from_tensors(partial(make_expert, loaded.backbone, manifest), tensors)
     # 32 bits of the manifest's digest: the same release has the same key everywhere.
     key = int(manifest.digest.removeprefix("sha256:")[:8], 16)
     return Pluggable(name=manifest.name, body=expert.body, scout=expert.scout, key=max(1, key))

@@ -1,6 +1,7 @@
-"""One contributor of the demo: an own process that can read its own text and the backbone, no more.
+"""One contributor of the demo: a process that can read its own text and the backbone, no more.
 
-It prints one JSON object per line: what it may not read, its progress, what it published.
+It prints one JSON object per line: what it may not read, its progress, what it published. The
+process that starts it is in `contribution.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def main(arguments: list[str]) -> None:
     """Contribute: train, check and publish the expert of a folder.
 
     Args:
-        arguments: Folder of the expert, folder of the backbone, registry, steps, seed, and a file
-            of somebody else that must turn out to be unreadable.
+        arguments: Folder of the expert, folder of the backbone, registry, steps, seed, and another
+            contributor's file, which must turn out to be unreadable.
     """
     folder, backbone, registry, others = (Path(arguments[i]) for i in (0, 1, 2, 5))
     steps, seed = int(arguments[3]), int(arguments[4])
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
     # /dev/shm holds the semaphores of multiprocessing, which the curve writer uses.
     shared = [path for path in (Path("/dev/shm"),) if path.exists()]
     mechanism = restrict(read=[*python_paths(), backbone], write=[folder, registry, *shared])
-    say("confined", mechanism=mechanism, refused=_refusal(others))
+    report("confined", mechanism=mechanism, refused=_try_to_read(others))
 
     from composable.assembly.backbones import load_backbone
     from composable.packaging.registry.locations import open_for_publishing
@@ -45,13 +46,13 @@ def main(arguments: list[str]) -> None:
         folder,
         [folder / "text"],
         cfg,
-        progress=lambda step, steps, row: say("train", done=step, total=steps, **row),
+        progress=lambda step, steps, row: report("train", done=step, total=steps, **row),
     )
     verdict = check_expert(
-        loaded, folder, progress=lambda done, total: say("check", done=done, total=total)
+        loaded, folder, progress=lambda done, total: report("check", done=done, total=total)
     )
     manifest = publish_expert(folder, loaded.interface, open_for_publishing(registry))
-    say(
+    report(
         "published",
         name=manifest.name,
         version=str(manifest.version),
@@ -62,12 +63,17 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def say(event: str, **fields: Any) -> None:
-    """Tell the process that started this one."""
+def report(event: str, **fields: Any) -> None:
+    """Report an event to the process that started this one.
+
+    Args:
+        event: Kind of the event.
+        fields: Its data, as JSON allows.
+    """
     print(json.dumps({"event": event, **fields}), flush=True)
 
 
-def _refusal(path: Path) -> str | None:
+def _try_to_read(path: Path) -> str | None:
     """Return why a file cannot be read, or None if it can."""
     try:
         path.read_bytes()

@@ -17,6 +17,7 @@ from composable.demo.report import (
     method_label,
     text_rows,
 )
+from composable.demo.result import DemoResult, Measurements
 from composable.demo.trace import Trace, thin_weights
 
 if TYPE_CHECKING:
@@ -31,23 +32,19 @@ _METHOD_HUES: Final = {
     "mix": "#a594f0",
     "safe": "#5b3fd6",
 }
-
-
 _INK: Final = "#1b1f24"
-
-
 _QUIET: Final = "#5b6470"
 
 
-def write_readme_figure(path: Path, result: Mapping[str, Any], traces: Sequence[Trace]) -> None:
+def write_readme_figure(path: Path, result: DemoResult, traces: Sequence[Trace]) -> None:
     """Write a PNG: bars for every text, and below them the router weights along one document.
 
-    The ground is white, so that it can be read on any page.
+    The background is white, so that the figure is readable on dark pages.
 
     Args:
         path: The file.
-        result: The demo's figures.
-        traces: The first one is drawn; without any there are only the bars.
+        result: The demo's results.
+        traces: The first one is drawn; without any, only the bars are.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,18 +56,21 @@ def write_readme_figure(path: Path, result: Mapping[str, Any], traces: Sequence[
     )[:, 0]
     _draw_bars(bars, result)
     if below:
-        _draw_routing(below[0], traces[0], expert_hues(result))
+        _draw_routing(below[0], traces[0], expert_hues(result.experts))
     figure.savefig(path, metadata={"Software": None})
 
 
-def _draw_bars(figure: SubFigure, result: Mapping[str, Any]) -> None:
-    rows = text_rows(result)
+def _draw_bars(figure: SubFigure, measured: Measurements) -> None:
+    rows = text_rows(measured)
     top = max(value for _, row in rows for value in row.values())
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     figure.subplots_adjust(left=0.09, right=0.99, top=0.73, bottom=0.03, wspace=0.12)
     _write(figure, 0.01, 0.92, "Bits per byte on held-out text", weight="bold", size=11)
-    recovery = ", ".join(f"{result['recovery'][mode]:.1%} {mode}" for mode in ("mix", "safe"))
-    note = f"lower is better; gap to the own expert that composing closes: {recovery}"
+    recovery = measured.recovery
+    note = (
+        "lower is better; gap to the own expert that is closed: "
+        f"{recovery.mix:.1%} in mix mode, {recovery.safe:.1%} in safe mode"
+    )
     _write(figure, 0.99, 0.92, note, ha="right", color=_QUIET)
     for panel, (name, row) in zip(panels, rows, strict=True):
         _clear(panel, (0, 1.3 * top), (len(METHODS) - 0.4, -0.6))
@@ -113,7 +113,7 @@ def _draw_routing(figure: SubFigure, trace: Trace, hues: Mapping[str, str]) -> N
 
 
 def _clear(panel: Axes, xlim: tuple[float, float], ylim: tuple[float, float]) -> None:
-    """Leave nothing of a plot but what is drawn in it."""
+    """Set the ranges of a plot and remove its axes and frame."""
     panel.set(xlim=xlim, ylim=ylim, xticks=[], yticks=[])
     panel.spines[:].set_visible(False)
 

@@ -1,4 +1,8 @@
-"""What makes it open source: parts can be removed, reordered, refused and withstood."""
+"""Properties of composition that the demo shows.
+
+Experts can be removed, installed in any order, refused if they do not fit, and adversarial ones
+barely change the model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import jax
 import numpy as np
@@ -15,9 +19,11 @@ from flax import nnx
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert, make_expert, save_expert
 from composable.corpora.documents import Document, Spliced
-from composable.demo.measure import begins
+from composable.demo.measure import HeldOutTexts, truncate_documents
+from composable.demo.result import Property
 from composable.errors import ComposableError
 from composable.files import atomic
+from composable.interface import RouterInterface
 from composable.model.model import Model, Pluggable
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.project.locking import lock_project
@@ -25,11 +31,12 @@ from composable.packaging.project.project import Project
 from composable.packaging.registry.locations import open_for_publishing
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
+from composable.progress import StageProgress
 from composable.vetting.evaluation import mix_scorer, safe_scorer, score_documents, trace_routing
 from composable.workflows.vet import check_expert
 from composable.workflows.workspace import WORK
 
-# Room for the experts, the backbone and an adversarial expert: one compilation serves all.
+# Entries for the experts, the backbone and an adversarial expert: one compilation serves all.
 CAPACITY: Final = 8
 # An adversarial expert may change the bits of public text by less than this share.
 MAX_CHANGE: Final = 1e-3
@@ -40,43 +47,42 @@ def show_properties(
     loaded: LoadedBackbone,
     project: Project,
     plugged: Sequence[Pluggable],
-    public: Sequence[Document],
-    spliced: Sequence[Spliced],
+    texts: HeldOutTexts,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Show each property and return its name, whether it held, and what was found.
+    progress: StageProgress | None = None,
+) -> tuple[Property, ...]:
+    """Show each property, and return whether it held and what was found.
 
     Args:
-        folder: The demo's.
+        folder: The demo's folder.
         loaded: The backbone.
         project: The user's project.
         plugged: Its experts.
-        public: Held-out public documents.
-        spliced: Texts that switch domain midway.
-        progress: Called with properties done, properties in all, and the newest one's name.
+        texts: The held-out texts.
+        progress: Called after each property with its name, properties done, and properties in all.
     """
     shows: dict[str, Callable[[], tuple[bool, str]]] = {
-        "remove": lambda: _show_remove(loaded, plugged, spliced),
-        "reorder": lambda: _show_reorder(loaded, plugged, spliced),
-        "refuse": lambda: _show_refusal(folder, loaded, project, plugged[0].name),
-        "withstand": lambda: _show_hostile(folder, loaded, plugged, public),
+        "remove": lambda: _show_remove(loaded, plugged, texts.spliced),
+        "reorder": lambda: _show_reorder(loaded, plugged, texts.spliced),
+        "refuse": lambda: _show_refusal(folder, loaded.interface, project, plugged[0].name),
+        "withstand": lambda: _show_adversarial(folder, loaded, plugged, texts.public),
     }
     properties = []
     for name, show in shows.items():
         passed, found = show()
-        properties.append({"name": name, "passed": passed, "found": found})
+        properties.append(Property(name=name, passed=passed, found=found))
         if progress:
-            progress(len(properties), len(shows), name)
-    return properties
+            progress(name, len(properties), len(shows))
+    return tuple(properties)
 
 
-def _tokens(model: Model, spliced: Sequence[Spliced]) -> np.ndarray:
+def _encode_texts(model: Model, spliced: Sequence[Spliced]) -> np.ndarray:
+    """Return the first four texts as token ids (B, T), T the model's context."""
     rows = [model.encode(document.text)[: model.context] for document in spliced[:4]]
     return np.stack([row for row in rows if len(row) == model.context])
 
 
-def _same_bits(one: Model, other: Model, tokens_BT: np.ndarray) -> tuple[bool, int]:
+def _compare_logits(one: Model, other: Model, tokens_BT: np.ndarray) -> tuple[bool, int]:
     """Compare two models in both modes; return whether all values agree, and how many there are."""
     pairs = [
         (np.asarray(one(tokens_BT)), np.asarray(other(tokens_BT))),
@@ -91,16 +97,16 @@ def _show_remove(
     loaded: LoadedBackbone, plugged: Sequence[Pluggable], spliced: Sequence[Spliced]
 ) -> tuple[bool, str]:
     """Remove an expert; the logits are those of the model that never had it."""
-    gone = plugged[1]
+    removed = plugged[1]
     model = loaded.plug(plugged, CAPACITY)
-    model.remove(gone.name)
-    rest = [expert for expert in plugged if expert is not gone]
-    never = loaded.plug(rest, CAPACITY)
-    same, n_values = _same_bits(model, never, _tokens(model, spliced))
-    verb = "equal" if same else "differ from"
+    model.remove(removed.name)
+    rest = [expert for expert in plugged if expert is not removed]
+    without = loaded.plug(rest, CAPACITY)
+    same, n_values = _compare_logits(model, without, _encode_texts(model, spliced))
+    verb = "equal" if same else "do not equal"
     return same, (
-        f"{gone.name} removed: all {n_values:,} logits {verb}, bit for bit, those of the model "
-        "that never had it"
+        f"{removed.name} removed: all {n_values:,} logits {verb}, bit for bit, those of a model "
+        "without it"
     )
 
 
@@ -113,16 +119,19 @@ def _show_reorder(
     order = list(reversed(plugged))
     for expert in order:
         other.install(expert)
-    same, n_values = _same_bits(model, other, _tokens(model, spliced))
+    same, n_values = _compare_logits(model, other, _encode_texts(model, spliced))
     names = ", ".join(expert.name for expert in order)
-    verb = "equal" if same else "differ from"
-    return same, f"installed as {names}: all {n_values:,} logits {verb}, bit for bit, the first"
+    verb = "equal" if same else "do not equal"
+    return same, (
+        f"installed in the order {names}: all {n_values:,} logits {verb}, bit for bit, those of "
+        "the first order"
+    )
 
 
 def _show_refusal(
-    folder: Path, loaded: LoadedBackbone, project: Project, name: str
+    folder: Path, interface: RouterInterface, project: Project, name: str
 ) -> tuple[bool, str]:
-    """Ask for an expert of another interface version; resolution refuses and says why."""
+    """Ask for an expert of another interface version; resolution refuses it and explains why."""
     future = folder / "contributors" / f"{name}-2"
     shutil.copytree(
         folder / "contributors" / name, future, ignore=shutil.ignore_patterns(WORK, "text", "log*")
@@ -141,56 +150,67 @@ def _show_refusal(
     atomic.write_text(future / EXPERT_FILE, manifest.to_toml())
     open_for_publishing(folder / "registry").publish(future)
     asked = Requirement.parse(f"{name}>=2.0")
-    wanted = dataclasses.replace(project.experts[name], constraint=asked.constraint)
-    wanting = dataclasses.replace(
+    dependency = dataclasses.replace(project.experts[name], constraint=asked.constraint)
+    asking = dataclasses.replace(
         project,
-        experts={name: wanted},
+        experts={name: dependency},
         registries={"demo": str(folder / "registry")},
         root=folder / "refused",
     )
     try:
-        lock_project(wanting, loaded.interface, is_dry_run=True)
+        lock_project(asking, interface, is_dry_run=True)
     except ComposableError as error:
         return True, f"{asked} refused: {error}"
     return False, f"{asked} was not refused"
 
 
-def _show_hostile(
+def _show_adversarial(
     folder: Path,
     loaded: LoadedBackbone,
     plugged: Sequence[Pluggable],
     public: Sequence[Document],
 ) -> tuple[bool, str]:
-    """Plug in an expert with an untrained scout and a huge random body."""
-    source, own = folder / "contributors" / plugged[0].name, folder / "contributors" / "hostile"
-    own.mkdir()
-    manifest = dataclasses.replace(Manifest.read(source), name="hostile")
-    atomic.write_text(own / EXPERT_FILE, manifest.to_toml())
-    expert = make_expert(loaded, manifest, seed=1)
-    key = jax.random.key(1)
-    noise = jax.tree.map(lambda x: 100.0 * jax.random.normal(key, x.shape), nnx.state(expert.body))
-    nnx.update(expert.body, noise)
-    save_expert(own, expert, manifest)
-    shutil.copytree(source / WORK, own / WORK)
-    verdict = check_expert(loaded, own)
-    failed = [check.name for check in verdict.checks if not check.passed]
+    """Plug in an adversarial expert: public text keeps its bits, and vetting refuses the expert."""
+    own = folder / "contributors" / "adversarial"
+    _write_adversarial(own, folder / "contributors" / plugged[0].name, loaded)
+    failed = [check.name for check in check_expert(loaded, own).checks if not check.passed]
 
     clean = loaded.plug(plugged, CAPACITY)
-    dirty = loaded.plug(plugged, CAPACITY)
-    dirty.install(load_expert(loaded, own))
-    documents = begins(public)
+    attacked = loaded.plug(plugged, CAPACITY)
+    attacked.install(load_expert(loaded, own))
+    documents = truncate_documents(public)
     change = {}
     for mode, scorer in (("mix", mix_scorer), ("safe", safe_scorer)):
         before, after = (
             score_documents(scorer(model), documents, context=model.context).bits_per_byte
-            for model in (clean, dirty)
+            for model in (clean, attacked)
         )
         change[mode] = after / before - 1
-    index = dirty.names.index("hostile")
-    taken = np.concatenate(trace_routing(dirty, documents))[:, index]
+    index = attacked.names.index(own.name)
+    routed = np.concatenate(trace_routing(attacked, documents))[:, index]
     passed = max(map(abs, change.values())) < MAX_CHANGE and bool(failed)
     return passed, (
-        f"an untrained scout with a huge random body took {taken.mean():.4%} of the public text's "
-        f"bytes and changed its bits by {change['mix']:+.4%} in mix mode, {change['safe']:+.4%} in "
-        f"safe mode; vetting refuses it ({', '.join(failed)})"
+        "an adversarial expert, with an untrained scout and a huge random body: "
+        f"{routed.mean():.4%} of the public text is routed to it, whose bits change by "
+        f"{change['mix']:+.4%} in mix mode and {change['safe']:+.4%} in safe mode; vetting refuses "
+        f"it ({', '.join(failed)})"
     )
+
+
+def _write_adversarial(folder: Path, source: Path, loaded: LoadedBackbone) -> None:
+    """Write an expert with an untrained scout and a huge random body.
+
+    Args:
+        folder: Where; its name is the expert's.
+        source: The trained expert whose manifest and held-out text it gets.
+        loaded: The backbone.
+    """
+    folder.mkdir()
+    manifest = dataclasses.replace(Manifest.read(source), name=folder.name)
+    atomic.write_text(folder / EXPERT_FILE, manifest.to_toml())
+    expert = make_expert(loaded.backbone, manifest, seed=1)
+    key = jax.random.key(1)
+    noise = jax.tree.map(lambda x: 100.0 * jax.random.normal(key, x.shape), nnx.state(expert.body))
+    nnx.update(expert.body, noise)
+    save_expert(folder, expert, manifest)
+    shutil.copytree(source / WORK, folder / WORK)

@@ -1,46 +1,46 @@
-"""The main job, start to finish: contributors who never meet, and a user who plugs them together.
+"""The demo, start to finish: contributors work apart, and a user installs what they published.
 
-Nothing here is a mechanism of its own: every step calls the library as a contributor, a user or a
-sceptic would.
+No mechanism is here: every step calls the library as a contributor or a user would.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import resource
+import shlex
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from composable.assembly.backbones import LoadedBackbone, load_backbone
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import Document, Spliced, read_documents, splice_documents
 from composable.corpora.recipe import shipped_folder
+from composable.demo.contribution import LABEL_WIDTH, Contribution, run_contribution
 from composable.demo.figure import write_readme_figure
-from composable.demo.measure import PUBLIC, claims_of, measure
+from composable.demo.measure import PUBLIC, HeldOutTexts, list_claims, measure
 from composable.demo.page import write_report
 from composable.demo.properties import CAPACITY, show_properties
+from composable.demo.result import DemoResult, PublishedExpert, write_result
 from composable.demo.table import print_table
 from composable.demo.trace import Trace
-from composable.errors import ComposableError, TrainingError
+from composable.errors import ComposableError
 from composable.model.model import Model, Pluggable
-from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.project.locking import lock_project
 from composable.packaging.project.project import Project
 from composable.packaging.project.sync import sync_project
 from composable.packaging.versions.constraint import Requirement
+from composable.progress import StageProgress, show_bars
 from composable.vetting.evaluation import trace_routing
 
 BACKBONE_NAME: Final = "tiny-bytes"
@@ -49,6 +49,7 @@ STEPS: Final = 200
 _SPLICED: Final = 8
 _SEGMENT_BYTES: Final = (256, 640)
 _SEGMENTS: Final = 4
+_MARK: Final = ".composable-demo"
 
 
 def run_demo(
@@ -58,206 +59,185 @@ def run_demo(
     steps: int = STEPS,
     json_file: Path | None = None,
     console: Console | None = None,
-) -> dict[str, Any]:
-    """Run the demo in a folder and write `report.html` there.
+) -> DemoResult:
+    """Run the demo in a folder, and write `report.html` and `figure.png` there.
 
     Args:
-        folder: Where registry, project and contributors live; emptied first if an earlier demo
-            made it.
-        seed: Seed of the experts' training and of the spliced documents.
+        folder: Where registry, project and contributors are stored; emptied first if an earlier
+            demo made it.
+        seed: Seed of the experts' training and of the spliced texts.
         steps: Training steps per expert.
-        json_file: Where to write all figures, too.
-        console: Where to print; standard error by default, so that nothing but data is on
-            standard output.
+        json_file: Where to write the results as JSON, too.
+        console: Where to print; standard error by default, so that only data is on standard
+            output.
 
     Returns:
-        All figures.
+        The results.
 
     Raises:
-        ComposableError: If the folder holds something else, or a step fails.
+        ComposableError: If the folder holds other files, or a step fails.
     """
     console = console or Console(stderr=True)
-    folder = _fresh(folder)
-    seconds: dict[str, float] = {}
-    memory: dict[str, int] = {}
+    folder = _prepare_folder(folder)
     loaded = load_backbone(BACKBONE_NAME)
-    texts = {name: _heldout(name) for name in (*CONTRIBUTORS, BACKBONE_NAME)}
-    public = texts.pop(BACKBONE_NAME)
-    spliced = splice_documents(
-        {**texts, PUBLIC: public}, _SPLICED, seed, *_SEGMENT_BYTES, _SEGMENTS
+    texts = read_held_out(seed)
+    costs = StepCosts()
+    experts = _contribute_all(console, folder, loaded.folder, steps, seed, costs)
+    with costs.record("install"):
+        project, plugged = _install(console, folder, loaded)
+        model = loaded.plug(plugged, CAPACITY)
+    with costs.record("measure"), _show_bar(console, "measure") as progress:
+        measured = measure(model, texts, progress=progress)
+    with costs.record("properties"), _show_bar(console, "properties") as progress:
+        properties = show_properties(folder, loaded, project, plugged, texts, progress=progress)
+    result = DemoResult(
+        **vars(measured),
+        properties=properties,
+        claims=list_claims(measured, properties),
+        seconds={step: round(value, 1) for step, value in costs.seconds.items()},
+        step_rss_bytes=costs.memory,
+        peak_rss_bytes=max(costs.memory.values()),
+        seed=seed,
+        steps=steps,
+        machine=_describe_machine(),
+        date=datetime.date.today().isoformat(),
+        backbone=f"{loaded.interface.name} {loaded.interface.version}",
+        experts=experts,
     )
-
-    registry = folder / "registry"
-    experts = {}
-    for name in CONTRIBUTORS:
-        with _timed(console, seconds, f"contribute {name}"):
-            experts[name] = _contribute(console, folder, loaded, registry, name, steps, seed)
-        memory[f"contribute {name}"] = experts[name].pop("peak_rss_bytes")
-    with _timed(console, seconds, "install"):
-        model, plugged, project = _install(console, folder, loaded, registry)
-    memory["install"] = _peak_memory()
-    with _timed(console, seconds, "measure"), _bar(console, "measure") as show:
-        result = measure(model, texts, public, spliced, progress=show)
-    memory["measure"] = _peak_memory()
-    with _timed(console, seconds, "properties"), _bar(console, "properties") as show:
-        result["properties"] = show_properties(
-            folder, loaded, project, plugged, public, spliced, progress=show
-        )
-    memory["properties"] = _peak_memory()
-    result["claims"] = claims_of(result)
-    traces = _traces(model, spliced[:3])
-    result |= {
-        "seconds": {step: round(value, 1) for step, value in seconds.items()},
-        "step_rss_bytes": memory,
-        "peak_rss_bytes": max(memory.values()),
-        "seed": seed,
-        "steps": steps,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].platform}, "
-        f"jax {jax.__version__}, Python {platform.python_version()}",
-        "date": datetime.date.today().isoformat(),
-        "backbone": f"{loaded.interface.name} {loaded.interface.version}",
-        "experts": experts,
-    }
-    print_table(result, console)
-    _print_properties(console, result["properties"])
-    for claim in result["claims"]:
-        if not claim["holds"]:
-            console.print(f"[red]does not hold:[/] {claim['claim']}: {claim['found']}")
+    traces = _trace_documents(model, texts.spliced[:3])
     write_report(folder / "report.html", result, traces)
     write_readme_figure(folder / "figure.png", result, traces)
-    total = sum(seconds.values())
-    console.print(
-        f"\n{total:.0f} s, {result['peak_rss_bytes'] / 1e9:.1f} GB at most. "
-        f"Report: {folder / 'report.html'}\n"
-        f"Go on: cd {project.root} && composable generate 'def main('"
-    )
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(json_file, result)
+    print_result(console, result, folder / "report.html", project.root)
     return result
 
 
-def _fresh(folder: Path) -> Path:
+def read_held_out(seed: int) -> HeldOutTexts:
+    """Return the held-out texts of the shipped experts and of the backbone.
+
+    Args:
+        seed: Seed of the spliced texts.
+    """
+    domains = {name: _read_held_out(name) for name in CONTRIBUTORS}
+    public = _read_held_out(BACKBONE_NAME)
+    spliced = splice_documents(
+        {**domains, PUBLIC: public}, _SPLICED, seed, *_SEGMENT_BYTES, _SEGMENTS
+    )
+    return HeldOutTexts(domains=domains, public=public, spliced=spliced)
+
+
+def print_result(console: Console, result: DemoResult, report: Path, project: Path) -> None:
+    """Print the results, and a command to continue with.
+
+    Args:
+        console: Where to print.
+        result: The results.
+        report: The HTML report.
+        project: Folder of the user's project.
+    """
+    print_table(result, console)
+    console.print()
+    for item in result.properties:
+        mark = ("✓ ", "green") if item.passed else ("✗ ", "red")
+        text = Text.assemble(mark, (item.name, "bold"), f"  {item.found}")
+        console.print(text, highlight=False)
+    for claim in result.claims:
+        if not claim.holds:
+            text = Text.assemble(("does not hold: ", "red"), f"{claim.claim}: {claim.found}")
+            console.print(text, highlight=False)
+    seconds = sum(result.seconds.values())
+    continued = f"cd {shlex.quote(str(project))} && composable generate 'def main('"
+    for line in (
+        f"\n{seconds:.0f} s, {result.peak_rss_bytes / 1e9:.1f} GB at most",
+        f"Report: {report}",
+        f"Continue: {continued}",
+    ):
+        # Not wrapped, so that paths and commands can be copied.
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What each step of the demo cost.
+
+    Args:
+        seconds: Wall time by step.
+        memory: Peak resident memory in bytes by step.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def record(self, step: str) -> Iterator[None]:
+        """Record the wall time of a step, and the peak memory of this process until its end."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
+        self.memory[step] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _prepare_folder(folder: Path) -> Path:
     """Return an empty demo folder; one that an earlier demo made is emptied."""
     folder = folder.absolute()
-    mark = folder / ".composable-demo"
     if folder.exists() and any(folder.iterdir()):
-        if not mark.exists():
+        if not (folder / _MARK).exists():
             raise ComposableError(
-                "the folder holds something that no demo made",
+                "the folder is not empty and was not made by the demo",
                 where=str(folder),
                 hint="name another folder",
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    (folder / _MARK).touch()
     return folder
 
 
-def _heldout(name: str) -> list[Document]:
+def _read_held_out(name: str) -> list[Document]:
     return read_documents([shipped_folder(name) / "text" / "heldout.jsonl"])
 
 
-def _peak_memory() -> int:
-    """Return the most memory that this process has had so far, in bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 @contextmanager
-def _timed(console: Console, seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Record the wall time of a step."""
-    start = time.perf_counter()
-    yield
-    seconds[step] = time.perf_counter() - start
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:28}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
-
-
-@contextmanager
-def _bar(console: Console, label: str) -> Iterator[Callable[[int, int, str], None]]:
+def _show_bar(console: Console, label: str) -> Iterator[StageProgress]:
     """Show one bar and yield what moves it."""
-    with _progress(console) as bars:
-        task = bars.add_task(label, total=None, note="")
-        yield lambda done, total, note: bars.update(task, completed=done, total=total, note=note)
+    label = label.ljust(LABEL_WIDTH)
+    with show_bars(is_transient=False, console=console) as update:
+        update(label, 0, None)
+        yield lambda stage, done, total: update(label, done, total, stage)
 
 
-def _contribute(
-    console: Console,
-    folder: Path,
-    loaded: LoadedBackbone,
-    registry: Path,
-    name: str,
-    steps: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Run one contributor in a process of its own and show its progress."""
-    source, own = shipped_folder(name), folder / "contributors" / name
-    (own / "text").mkdir(parents=True)
-    for file in (EXPERT_FILE, "README.md", "text/train.jsonl"):
-        shutil.copy(source / file, own / file)
-    others = next(other for other in CONTRIBUTORS if other != name)
-    unreadable = shipped_folder(others) / "text" / "train.jsonl"
-    command = [sys.executable, "-m", "composable.demo.contributor", str(own)]
-    command += [str(loaded.folder), str(registry), str(steps), str(seed), str(unreadable)]
-    published: dict[str, Any] = {}
-    confined = ""
-    log = (own / "log.txt").open("w+")
-    with log, _progress(console) as bars:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        tasks = {"train": bars.add_task(f"{name}: train", total=steps, note="starting")}
-        assert process.stdout is not None
-        for line in process.stdout:
-            event = json.loads(line)
-            kind = event["event"]
-            if kind == "confined":
-                if event["refused"] is None:
-                    raise TrainingError(f"{name} could read {unreadable}, which is not its own")
-                confined = f"{event['mechanism']} ({event['refused']} on another's text)"
-            elif kind == "published":
-                published = event
-            else:
-                if kind not in tasks:
-                    tasks[kind] = bars.add_task(f"{name}: {kind}", total=None, note="")
-                note = ""
-                if "bits_per_token" in event:
-                    note = f"{event['bits_per_token']:.2f} bits per byte"
-                bars.update(tasks[kind], completed=event["done"], total=event["total"], note=note)
-        if process.wait():
-            log.seek(0)
-            raise TrainingError(
-                f"the contributor ended with status {process.returncode}:\n{log.read()[-2000:]}",
-                where=name,
-            )
-    manifest = Manifest.read(own)
-    console.print(
-        f"  published {name} {published['version']}, {published['bytes'] / 1e6:.1f} MB; "
-        f"process confined by {confined}"
-    )
-    return {
-        "version": published["version"],
-        "size_bytes": published["bytes"],
-        "license": manifest.license,
-        "description": manifest.description,
-        "measured": published["measured"],
-        "peak_rss_bytes": published["peak_rss_bytes"],
-        "train_seconds": published["seconds"],
-        "confined_by": confined,
-    }
+def _contribute_all(
+    console: Console, folder: Path, backbone: Path, steps: int, seed: int, costs: StepCosts
+) -> dict[str, PublishedExpert]:
+    """Run one contributor after another and return their experts by name."""
+    experts = {}
+    for name in CONTRIBUTORS:
+        other = next(other for other in CONTRIBUTORS if other != name)
+        contribution = Contribution(
+            folder=folder / "contributors" / name,
+            backbone=backbone,
+            registry=folder / "registry",
+            steps=steps,
+            seed=seed,
+            unreadable=shipped_folder(other) / "text" / "train.jsonl",
+        )
+        with costs.record(f"contribute {name}"):
+            expert, peak_bytes = run_contribution(contribution, console)
+        costs.memory[f"contribute {name}"] = peak_bytes
+        console.print(
+            f"  published {name} {expert.version}, {expert.size_bytes / 1e6:.1f} MB; "
+            f"process confined by {expert.confined_by}",
+            highlight=False,
+        )
+        experts[name] = expert
+    return experts
 
 
 def _install(
-    console: Console, folder: Path, loaded: LoadedBackbone, registry: Path
-) -> tuple[Model, list[Pluggable], Project]:
-    """Add, resolve, lock, install and compose, as a user in a new project."""
+    console: Console, folder: Path, loaded: LoadedBackbone
+) -> tuple[Project, list[Pluggable]]:
+    """Add, resolve, lock, install and load the experts, as a user in a new project."""
     root = folder / "project"
     root.mkdir()
     project = Project.create(root, BACKBONE_NAME, {"demo": "../registry"})
@@ -266,15 +246,13 @@ def _install(
     lock = lock_project(project, loaded.interface)
     environment = sync_project(project, lock, interface=loaded.interface)
     plugged = [load_expert(loaded, environment.expert_path(e.name)) for e in lock.experts]
-    console.print(
-        "  resolved, locked and installed "
-        + ", ".join(f"{expert.name} {expert.version}" for expert in lock.experts)
-    )
-    model = loaded.plug(plugged, CAPACITY)
-    return model, plugged, project
+    names = ", ".join(f"{expert.name} {expert.version}" for expert in lock.experts)
+    console.print(f"  resolved, locked and installed {names}", highlight=False)
+    return project, plugged
 
 
-def _traces(model: Model, documents: Sequence[Spliced]) -> list[Trace]:
+def _trace_documents(model: Model, documents: Sequence[Spliced]) -> list[Trace]:
+    """Return the router weights along documents."""
     weights = trace_routing(model, [document.text for document in documents])
     names = tuple(name or "" for name in model.names)
     return [
@@ -283,9 +261,9 @@ def _traces(model: Model, documents: Sequence[Spliced]) -> list[Trace]:
     ]
 
 
-def _print_properties(console: Console, properties: Sequence[Mapping[str, Any]]) -> None:
-    console.print()
-    for item in properties:
-        mark = "[green]✓[/]" if item["passed"] else "[red]✗[/]"
-        console.print(f"{mark} [bold]{item['name']}[/]  ", end="")
-        console.print(item["found"], markup=False, highlight=False)
+def _describe_machine() -> str:
+    """Return processor, device and versions."""
+    return (
+        f"{os.cpu_count()} cores, {platform.machine()}, {jax.devices()[0].platform}, "
+        f"jax {jax.__version__}, Python {platform.python_version()}"
+    )

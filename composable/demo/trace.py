@@ -1,14 +1,14 @@
-"""The router weights at each byte of a document: the record, as a strip and as coloured text.
+"""The router weights at each byte of a document, as a strip of layers and as runs of text.
 
-A class of the page's style stands for each name; what colours they have is the report's business.
+Nothing is drawn here: the page's template makes HTML of it, and its style gives each expert a
+colour.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby, takewhile
 from typing import Final
 
@@ -17,7 +17,7 @@ import numpy as np
 from composable.errors import ModelError
 
 # Below this weight no expert dominates, and the text is tinted faintly.
-_TRUSTED: Final = 0.6
+_DOMINANT: Final = 0.6
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Trace:
     Args:
         text: The document.
         segments: Domain, start and end of each piece it was spliced from, in order and in bytes.
-        names: Whose weights they are; the backbone first, an empty name for an empty place.
+        names: The bank's entries, the backbone first; an empty name for an empty entry.
         weight_TE: Weights, (bytes, names), each row a distribution.
 
     Raises:
@@ -48,9 +48,14 @@ class Trace:
             )
 
     def weight_on_truth(self) -> float:
-        """Return the mean weight of the expert of the true domain.
+        """Return the mean router weight of the expert of the true domain.
 
-        What no expert is for, such as public text, is the backbone's.
+        Where no expert is for a text, such as public text, the weight of the backbone counts.
+
+        Example:
+            >>> weights = np.array([[1.0, 0.0], [0.5, 0.5]])
+            >>> Trace(b"ab", (("german", 0, 2),), ("backbone", "german"), weights).weight_on_truth()
+            0.25
         """
         index = {name: e for e, name in enumerate(self.names)}
         true_E = np.zeros(len(self.names))
@@ -61,82 +66,127 @@ class Trace:
 
 
 def thin_weights(weight_TE: np.ndarray, columns: int = 1_200) -> np.ndarray:
-    """Return at most so many rows, each the mean of those it stands for: no strip shows more."""
+    """Return at most `columns` rows, each the mean of neighbouring ones, since no strip shows more.
+
+    Args:
+        weight_TE: Weights, (bytes, names).
+        columns: Largest number of rows.
+
+    Example:
+        >>> thin_weights(np.array([[1.0, 0.0], [0.0, 1.0]]), columns=1)
+        array([[0.5, 0.5]])
+    """
     count = min(len(weight_TE), columns)
     starts = np.arange(count) * len(weight_TE) // count
     lengths = np.diff(starts, append=len(weight_TE))
     return np.add.reduceat(weight_TE, starts) / lengths[:, None]
 
 
-def draw_strip(trace: Trace, class_of: Sequence[str]) -> str:
-    """Return the weights as stacked layers, in SVG.
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a strip.
 
     Args:
-        trace: The record.
-        class_of: Class of each name's layer.
+        entry: Whose weights it shows: index into the trace's names.
+        path: Its outline, as the `d` of an SVG path, from the top down to its lower edge.
+    """
+
+    entry: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The router weights of a document as stacked layers.
+
+    Args:
+        width: Columns; the height is 100.
+        layers: In the order to paint them: each later one covers the top of those before.
+    """
+
+    width: int
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring characters with nearly the same router weights.
+
+    Args:
+        segment: Domain of the segment that starts with this run; None if none does.
+        entry: Index of the largest weight in the trace's names.
+        is_uncertain: Whether no weight is large.
+        title: The weights, in words.
+        characters: Each character, and whether a code or mark stands for it.
+    """
+
+    segment: str | None
+    entry: int
+    is_uncertain: bool
+    title: str
+    characters: tuple[tuple[str, bool], ...]
+
+
+def stack_layers(trace: Trace) -> Strip:
+    """Return the router weights of a document as stacked layers.
+
+    Args:
+        trace: The document and its weights.
     """
     weight_TE = thin_weights(trace.weight_TE)
     depth_TE = np.round(100 * np.cumsum(weight_TE, axis=1)).astype(int)
-    layers = ""
+    layers = []
     # Each layer reaches up to the top; the one above it is painted over it.
     for e in reversed(np.flatnonzero(weight_TE.any(axis=0)).tolist()):
         line, x = "", 0
         for depth, run in groupby(depth_TE[:, e].tolist()):
             x += len(list(run))
             line += f"V{depth}H{x}"
-        layers += f'<path class="{class_of[e]}" d="M0 0{line}V0Z"/>'
-    return (
-        f'<svg class="strip" viewBox="0 0 {len(weight_TE)} 100" preserveAspectRatio="none" '
-        f'role="img" aria-label="weights of the experts over the document">{layers}</svg>'
-    )
+        layers.append(Layer(e, f"M0 0{line}V0Z"))
+    return Strip(len(weight_TE), tuple(layers))
 
 
-def colour_text(trace: Trace, class_of: Sequence[str], n_bytes: int) -> str:
-    """Return the document as HTML, each character in a run of the class of the largest weight.
-
-    The title of a run lists the weights. A mark stands where a segment begins.
+def split_runs(trace: Trace, n_bytes: int) -> list[Run]:
+    """Return the text of a document in runs of the same largest weight.
 
     Args:
-        trace: The record.
-        class_of: Class of each name's runs; "torn" is added where no weight is large.
-        n_bytes: How much of the document to return.
+        trace: The document and its weights.
+        n_bytes: Length of the text to return.
     """
-    begins = {start: name for name, start, _ in trace.segments}
+    starts = {start: name for name, start, _ in trace.segments}
 
-    def look(item: tuple[int, int, str]) -> tuple[int, str, str]:
-        start, end, _ = item
+    def describe(item: tuple[int, int, str, bool]) -> tuple[int, int, bool, str]:
+        start, end, _, _ = item
         weight_E = trace.weight_TE[start:end].mean(axis=0)
         order = np.argsort(-weight_E, kind="stable").tolist()
         title = ", ".join(
             f"{trace.names[e]} {weight_E[e]:.0%}" for e in order if weight_E[e] > 0.005
         )
-        torn = "" if weight_E[order[0]] >= _TRUSTED else " torn"
-        segment = max((begin for begin in begins if begin <= start), default=-1)
-        return segment, class_of[order[0]] + torn, title
+        is_uncertain = bool(weight_E[order[0]] < _DOMINANT)
+        segment = max((other for other in starts if other <= start), default=-1)
+        return segment, order[0], is_uncertain, title
 
-    html, last = "", -1
-    shown = takewhile(lambda item: item[0] < n_bytes, _characters(trace.text))
-    for (segment, kind, title), run in groupby(shown, key=look):
-        if segment != last:
-            html += f"<q>{escape(begins[segment])}</q>"
-            last = segment
-        body = "".join(character for _, _, character in run)
-        html += f'<b class="{kind}" title="{escape(title)}">{body}</b>'
-    return html
+    runs, last = [], -1
+    shown = takewhile(lambda item: item[0] < n_bytes, _split_characters(trace.text))
+    for (segment, entry, is_uncertain, title), run in groupby(shown, key=describe):
+        characters = tuple((character, is_code) for _, _, character, is_code in run)
+        name = starts[segment] if segment != last else None
+        runs.append(Run(name, entry, is_uncertain, title, characters))
+        last = segment
+    return runs
 
 
-def _characters(text: bytes) -> Iterator[tuple[int, int, str]]:
-    """Yield start, end and HTML of each character; what cannot be shown is shown by its code."""
+def _split_characters(text: bytes) -> Iterator[tuple[int, int, str, bool]]:
+    """Yield start and end of each character, how it is shown, and whether that is a code."""
     start = 0
     for character in text.decode(errors="surrogateescape"):
         end = start + len(character.encode(errors="surrogateescape"))
         if character == "\n":
-            body = "<i>↵</i>\n"
+            yield start, end, "↵", True
         elif "\udc80" <= character <= "\udcff":
-            body = f"<i>\\x{text[start]:02x}</i>"
+            yield start, end, f"\\x{text[start]:02x}", True
         elif unicodedata.category(character).startswith("C") and character != "\t":
-            body = f"<i>{character.encode('unicode_escape').decode()}</i>"
+            yield start, end, character.encode("unicode_escape").decode(), True
         else:
-            body = escape(character)
-        yield start, end, body
+            yield start, end, character, False
         start = end

@@ -141,7 +141,7 @@ def train_expert(
     reading = plan_reading(loaded.backbone, cfg, len(stream), SCOUT_ROWS)
     start = time.perf_counter()
     fit_parts = _fit_on_cached_trunk if reading.pays_cache else _fit_on_stream
-    expert = make_expert(loaded, manifest, cfg.seed)
+    expert = make_expert(loaded.backbone, manifest, cfg.seed)
     if parent is not None:
         expert.body, expert.scout = nnx.clone((parent.body, parent.scout))
 

@@ -1,23 +1,30 @@
-"""The report: figures and traces such as the demo makes, and names that try to break out of it."""
+"""The report: figures and traces like those of the demo, and names that try to add markup."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from composable.demo.figure import write_readme_figure
-from composable.demo.page import write_report
+from composable.demo.page import colour_text, draw_strip, write_report
+from composable.demo.result import (
+    Bits,
+    DemoResult,
+    Property,
+    PublishedExpert,
+    Recovery,
+)
 from composable.demo.table import print_table
-from composable.demo.trace import Trace, colour_text, draw_strip
+from composable.demo.trace import Trace
 from composable.errors import ModelError
 
 HOSTILE = '<script>alert("x")</script>&$x^2$[red]'
@@ -47,27 +54,39 @@ def make_trace(*pieces: str, size: int = 500, seed: int = 0) -> Trace:
     return Trace(text, tuple(segments), NAMES, weight_TE)
 
 
-def row(*values: float) -> dict[str, float]:
-    return dict(zip(("backbone", "own_expert", "average", "mix", "safe"), values, strict=True))
+def bits(backbone: float, average: float, mix: float, safe: float, own: float | None) -> Bits:
+    return Bits(backbone=backbone, average=average, mix=mix, safe=safe, own_expert=own)
 
 
 @pytest.fixture
-def result() -> dict[str, Any]:
+def result() -> DemoResult:
     experts = {
         "python-code": ("Python source: the standard library of CPython 3.11.", "PSF-2.0"),
         "set-mm": ("Formal mathematics in Metamath: the database set.mm.", "CC0-1.0"),
         "legal": ("Licence texts: grants, conditions, warranties, liability.", "Apache-2.0"),
     }
-    return {
-        "domains": {
-            "python-code": row(3.9127, 1.6213, 2.7012, 1.6482, 1.6201),
-            "set-mm": row(4.8031, 1.3104, 3.1022, 1.3611, 1.3189),
-            "legal": row(2.4218, 1.7120, 1.9904, 1.7303, 1.7088),
+    properties = {
+        "remove": (True, "256 logits are equal, bit for bit."),
+        "reorder": (True, "the same logits in all 6 orders."),
+        "refuse": (True, "from-the-future 1.0.0 wants interface tiny-bytes ^2.0; this is 1.0.0"),
+        "withstand": (False, "0.2130% of the bytes are routed to it"),
+    }
+    return DemoResult(
+        safe_bound=0.0006,
+        domains={
+            "python-code": bits(3.9127, 2.7012, 1.6482, 1.6201, 1.6213),
+            "set-mm": bits(4.8031, 3.1022, 1.3611, 1.3189, 1.3104),
+            "legal": bits(2.4218, 1.9904, 1.7303, 1.7088, 1.7120),
         },
-        "public": row(1.9820, 1.9820, 2.1210, 1.9881, 1.9745),
-        "spliced": {"backbone": 3.1203, "average": 2.4310, "mix": 1.9822, "safe": 1.8754},
-        "recovery": {"mix": 0.9793, "safe": 0.9981},
-        "seconds": {
+        public=bits(1.9820, 2.1210, 1.9881, 1.9745, None),
+        spliced=bits(3.1203, 2.4310, 1.9822, 1.8754, None),
+        recovery=Recovery(mix=0.9793, safe=0.9981),
+        properties=tuple(
+            Property(name=name, passed=passed, found=found)
+            for name, (passed, found) in properties.items()
+        ),
+        claims=(),
+        seconds={
             "contribute python-code": 61.2,
             "contribute set-mm": 58.7,
             "contribute legal": 63.0,
@@ -75,30 +94,26 @@ def result() -> dict[str, Any]:
             "measure": 31.8,
             "properties": 12.9,
         },
-        "peak_rss_bytes": 1_234_567_890,
-        "properties": [
-            {"name": "remove", "passed": True, "found": "256 logits are equal, bit for bit."},
-            {"name": "reorder", "passed": True, "found": "the same logits in all 6 orders."},
-            {
-                "name": "refuse",
-                "passed": True,
-                "found": "from-the-future 1.0.0 wants interface tiny-bytes ^2.0; this is 1.0.0",
-            },
-            {"name": "withstand", "passed": False, "found": "took 0.2130% of the bytes"},
-        ],
-        "machine": "2 cores, x86_64, cpu, jax 0.10.2, Python 3.11.7",
-        "date": "2025-11-23",
-        "backbone": "tiny-bytes 1.0.0",
-        "experts": {
-            name: {
-                "version": "1.0.0",
-                "size_bytes": 2_612_000,
-                "license": license,
-                "description": description,
-            }
+        step_rss_bytes={"install": 1_234_567_890},
+        peak_rss_bytes=1_234_567_890,
+        seed=0,
+        steps=200,
+        machine="2 cores, x86_64, cpu, jax 0.10.2, Python 3.11.7",
+        date="2025-11-23",
+        backbone="tiny-bytes 1.0.0",
+        experts={
+            name: PublishedExpert(
+                version="1.0.0",
+                size_bytes=2_612_000,
+                license=license,
+                description=description,
+                measured={"gain": 0.5},
+                train_seconds=50.0,
+                confined_by="Landlock (ABI 7)",
+            )
             for name, (description, license) in experts.items()
         },
-    }
+    )
 
 
 @pytest.fixture
@@ -119,7 +134,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.text = ""
-        self.feed(source)
+        self.feed(str(source))  # Markup would escape what is added to it
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -140,8 +155,8 @@ class Page(HTMLParser):
             self.text += data
 
 
-def test_the_page_tells_all_and_fetches_nothing(
-    result: dict[str, Any], traces: list[Trace], tmp_path: Path
+def test_the_page_shows_all_figures_and_fetches_nothing(
+    result: DemoResult, traces: list[Trace], tmp_path: Path
 ) -> None:
     path = tmp_path / "report.html"
     write_report(path, result, traces)
@@ -158,9 +173,7 @@ def test_the_page_tells_all_and_fetches_nothing(
     assert page.text.count("✓ holds") == 3
 
 
-def test_the_best_composed_value_of_a_row_stands_out(
-    result: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_best_composed_value_of_a_row_stands_out(result: DemoResult, tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", result, [])
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<td class=best>([\d.]+)", source) == [
@@ -172,17 +185,32 @@ def test_the_best_composed_value_of_a_row_stands_out(
     ]
 
 
-def test_nothing_from_data_becomes_markup(result: dict[str, Any], tmp_path: Path) -> None:
+def test_nothing_from_data_becomes_markup(result: DemoResult, tmp_path: Path) -> None:
     plain, hostile = tmp_path / "plain.html", tmp_path / "hostile.html"
     write_report(plain, result, [make_trace("legal", "public")])
 
     trace = make_trace("legal", "public")
-    result["domains"][HOSTILE] = result["domains"].pop("legal")
-    result["experts"][HOSTILE] = dict.fromkeys(result["experts"].pop("legal"), HOSTILE)
-    result["experts"][HOSTILE]["size_bytes"] = 1
-    result["seconds"][HOSTILE] = result["seconds"].pop("install")
-    result["properties"][0] = {"name": HOSTILE, "passed": True, "found": HOSTILE}
-    result |= dict.fromkeys(("machine", "date", "backbone"), HOSTILE)
+    domains, experts, seconds = (
+        {HOSTILE: values[old], **{name: values[name] for name in values if name != old}}
+        for values, old in (
+            (result.domains, "legal"),
+            (result.experts, "legal"),
+            (result.seconds, "install"),
+        )
+    )
+    experts[HOSTILE] = dataclasses.replace(
+        experts[HOSTILE], version=HOSTILE, license=HOSTILE, description=HOSTILE
+    )
+    result = dataclasses.replace(
+        result,
+        domains=domains,
+        experts=experts,
+        seconds=seconds,
+        properties=(Property(name=HOSTILE, passed=True, found=HOSTILE), *result.properties[1:]),
+        machine=HOSTILE,
+        date=HOSTILE,
+        backbone=HOSTILE,
+    )
     names = tuple(HOSTILE if name == "legal" else name for name in NAMES)
     (_, *legal), public = trace.segments
     text = (HOSTILE.encode() * 99)[: len(trace.text)]
@@ -192,14 +220,17 @@ def test_nothing_from_data_becomes_markup(result: dict[str, Any], tmp_path: Path
         tmp_path / "figure.png", result, [Trace(text, segments, names, trace.weight_TE)]
     )
 
-    page = Page(hostile.read_text(encoding="utf-8"))
+    source = hostile.read_text(encoding="utf-8")
+    page = Page(source)
+    assert "<script" not in source
+    assert source.count("&lt;script&gt;") > 15
     assert HOSTILE in page.text
     assert set(page.tags) == set(Page(plain.read_text(encoding="utf-8")).tags)
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert "script" not in page.tags
 
 
-def test_text_is_shown_whole_and_honestly() -> None:
+def test_all_bytes_of_the_text_are_shown() -> None:
     text = "é<\n\t".encode() + b"\xff\x00" + "\u202e€".encode()
     weight_TE = np.tile(np.array([[0.2, 0.8]]), (len(text), 1))
     weight_TE[2] = 0.5, 0.5
@@ -207,7 +238,7 @@ def test_text_is_shown_whole_and_honestly() -> None:
     page = Page(html)
 
     assert page.text == "aé<↵\n\t\\xff\\x00\\u202e€"
-    assert ("class", "x torn") in page.attributes
+    assert ("class", "x uncertain") in page.attributes
     assert ("title", "a 80%, backbone 20%") in page.attributes
 
 
@@ -228,7 +259,7 @@ def test_the_strip_shows_each_byte_by_its_weights() -> None:
     assert '<path class="b" d="M0 0V100H1V25H3V0H4V0Z"/>' in strip
 
 
-def test_a_long_document_keeps_the_page_small(result: dict[str, Any], tmp_path: Path) -> None:
+def test_a_long_document_keeps_the_page_small(result: DemoResult, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     size = 200_000
     weight_TE = rng.dirichlet(np.ones(len(NAMES)), size)
@@ -237,7 +268,7 @@ def test_a_long_document_keeps_the_page_small(result: dict[str, Any], tmp_path: 
     assert (tmp_path / "report.html").stat().st_size < 1_500_000
 
 
-def test_trust_in_truth_is_the_weight_of_the_true_expert() -> None:
+def test_weight_on_truth_is_the_weight_of_the_true_expert() -> None:
     weight_TE = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.2, 0.8]])
     trace = Trace(b"text", (("public", 0, 2), ("a", 2, 4)), ("backbone", "a"), weight_TE)
     assert trace.weight_on_truth() == pytest.approx((1 + 0.5 + 1 + 0.8) / 4)
@@ -250,7 +281,7 @@ def test_a_trace_has_one_row_per_byte(text: bytes, shape: tuple[int, int]) -> No
 
 
 def test_the_figure_is_small_and_white(
-    result: dict[str, Any], traces: list[Trace], tmp_path: Path
+    result: DemoResult, traces: list[Trace], tmp_path: Path
 ) -> None:
     from matplotlib.image import imread
 
@@ -263,13 +294,14 @@ def test_the_figure_is_small_and_white(
     assert np.all(pixels[:, [0, -1]] == 1)
 
 
-def test_the_figure_needs_no_trace(result: dict[str, Any], tmp_path: Path) -> None:
+def test_the_figure_needs_no_trace(result: DemoResult, tmp_path: Path) -> None:
     write_readme_figure(tmp_path / "figure.png", result, [])
     assert (tmp_path / "figure.png").stat().st_size > 5_000
 
 
-def test_the_table_fits_in_80_columns(result: dict[str, Any]) -> None:
-    result["domains"]["a-name-longer-than-any-that-a-person-would-choose"] = row(1, 2, 3, 4, 5)
+def test_the_table_fits_in_80_columns(result: DemoResult) -> None:
+    long_name = "a-name-longer-than-any-that-a-person-would-choose"
+    result = dataclasses.replace(result, domains={**result.domains, long_name: bits(1, 3, 4, 5, 2)})
     out = io.StringIO()
     print_table(result, Console(file=out, width=80))
     lines = out.getvalue().splitlines()
@@ -281,9 +313,7 @@ def test_the_table_fits_in_80_columns(result: dict[str, Any]) -> None:
 
 
 def test_importing_it_loads_neither_jax_nor_matplotlib() -> None:
-    code = (
-        "import sys, composable.demo.report as r; print({'jax', 'matplotlib'} & set(sys.modules))"
-    )
+    code = "import sys, composable.demo.report; print({'jax', 'matplotlib'} & set(sys.modules))"
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
     assert out.stdout.strip() == b"set()"
