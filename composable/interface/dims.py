@@ -9,14 +9,18 @@ from __future__ import annotations
 from typing import Final
 
 DIMS: Final[dict[str, str]] = {
-    "B": "batch: sequences",
+    "B": "batch: sequences, documents, windows, rows of text",
     "T": "time: positions of a sequence",
+    "U": "positions of a sequence and the one before the first (T + 1)",
     "S": "source: positions that attention reads (cache length when decoding)",
     "V": "vocabulary: tokens",
     "D": "model width",
     "N": "query heads",
     "K": "key and value heads",
+    "G": "query heads that share a key and value head (N / K)",
+    "Q": "queries that share a key and value head: G heads at T positions",
     "H": "width of one head",
+    "I": "pairs of a head's width that rotate together (H / 2)",
     "F": "hidden width of a feed-forward body",
     "R": "rank of a low-rank body",
     "W": "hidden width of a scout",
@@ -24,7 +28,7 @@ DIMS: Final[dict[str, str]] = {
     "E": "experts in the bank, the backbone first",
     "L": "slots: upper layers where bodies plug in",
     "J": "choices: experts chosen per token (top k)",
-    "M": "tokens in a flat batch (B times T)",
+    "M": "tokens of a flat batch (B times T) or of a stream",
     "P": "rows of a dispatched, block-padded batch",
 }
 

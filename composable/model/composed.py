@@ -126,9 +126,9 @@ def run_trunk_and_scouts(
     classes_BT = backbone.class_map[...][tokens_BT]
     bank, scout_log_prob_EBTC = parts.bank, None
     if interface.output_mixture:
-        scout_log_prob_EBSC = scout_log_probs(bank.scouts, feature_BTD, state, bank.width_E)
-        evidence_BTE = evidence_from(scout_log_prob_EBSC, classes_BT, state.started_B)
-        scout_log_prob_EBTC = scout_log_prob_EBSC[:, :, 1:]
+        scout_log_prob_EBUC = scout_log_probs(bank.scouts, feature_BTD, state, bank.width_E)
+        evidence_BTE = evidence_from(scout_log_prob_EBUC, classes_BT, state.started_B)
+        scout_log_prob_EBTC = scout_log_prob_EBUC[:, :, 1:]
     else:
         evidence_BTE = evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E)
     track_BTE = track_record(evidence_BTE, state.track_BE, interface.discount)

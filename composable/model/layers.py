@@ -79,22 +79,22 @@ def rope(
         Su et al. 2021, arXiv:2104.09864, eq. 34, in the half-split layout of Llama checkpoints.
     """
     half = x_BTNH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency_I = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is not None:
-        frequency = _stretch(frequency, scaling)
-    angle = position_T[:, None].astype(jnp.float32) * frequency
+        frequency_I = _stretch(frequency_I, scaling)
+    angle = position_T[:, None].astype(jnp.float32) * frequency_I
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
     return rotated.astype(x_BTNH.dtype)
 
 
-def _stretch(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+def _stretch(frequency_I: jax.Array, scaling: RopeScaling) -> jax.Array:
     """Divide low frequencies by the factor, keep high ones, interpolate between."""
-    turns = frequency * (scaling.original_context / (2 * math.pi))
+    turns = frequency_I * (scaling.original_context / (2 * math.pi))
     width = scaling.high_frequency - scaling.low_frequency
     kept = jnp.clip((turns - scaling.low_frequency) / width, 0, 1)
-    return frequency * (kept + (1 - kept) / scaling.factor)
+    return frequency_I * (kept + (1 - kept) / scaling.factor)
 
 
 class Attention(nnx.Module):
@@ -182,28 +182,28 @@ def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) 
     rows = n_heads // n_kv * n_tokens
     # Query heads that share a key head, and the tokens, are the rows of one product per key head.
     q_BTKGH = (q_BTNH * width**-0.5).reshape(batch, n_tokens, n_kv, -1, width)
-    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, n_kv, rows, width)
-    position_R1 = jnp.tile(position_T, n_heads // n_kv)[:, None]
+    q_BKQH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, n_kv, rows, width)
+    position_Q1 = jnp.tile(position_T, n_heads // n_kv)[:, None]
 
     def add_block(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        largest_BKR1, total_BKR1, y_BKRH = sums
+        largest_BKQ1, total_BKQ1, y_BKQH = sums
         k_BKSH, v_BKSH = (jax.lax.dynamic_slice_in_dim(x, i * block, block, 2) for x in cache)
-        score_BKRS = jnp.einsum(
-            "BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32
+        score_BKQS = jnp.einsum(
+            "BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32
         )
-        is_before_RS = i * block + jnp.arange(block) <= position_R1
-        score_BKRS = jnp.where(is_before_RS, score_BKRS, -jnp.inf)
-        new_BKR1 = jnp.maximum(largest_BKR1, score_BKRS.max(-1, keepdims=True))
-        weight_BKRS = jnp.exp(score_BKRS - new_BKR1)
-        shrink_BKR1 = jnp.exp(largest_BKR1 - new_BKR1)
-        total_BKR1 = shrink_BKR1 * total_BKR1 + weight_BKRS.sum(-1, keepdims=True)
-        part_BKRH = jnp.einsum(
-            "BKRS,BKSH->BKRH",
-            weight_BKRS.astype(v_BKSH.dtype),
+        is_before_QS = i * block + jnp.arange(block) <= position_Q1
+        score_BKQS = jnp.where(is_before_QS, score_BKQS, -jnp.inf)
+        new_BKQ1 = jnp.maximum(largest_BKQ1, score_BKQS.max(-1, keepdims=True))
+        weight_BKQS = jnp.exp(score_BKQS - new_BKQ1)
+        shrink_BKQ1 = jnp.exp(largest_BKQ1 - new_BKQ1)
+        total_BKQ1 = shrink_BKQ1 * total_BKQ1 + weight_BKQS.sum(-1, keepdims=True)
+        part_BKQH = jnp.einsum(
+            "BKQS,BKSH->BKQH",
+            weight_BKQS.astype(v_BKSH.dtype),
             v_BKSH,
             preferred_element_type=jnp.float32,
         )
-        return new_BKR1, total_BKR1, shrink_BKR1 * y_BKRH + part_BKRH
+        return new_BKQ1, total_BKQ1, shrink_BKQ1 * y_BKQH + part_BKQH
 
     # Every row sees position 0, in the first block, so no largest score stays at minus infinity.
     shape = (batch, n_kv, rows)
@@ -213,8 +213,8 @@ def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) 
         jnp.zeros((*shape, width), jnp.float32),
     )
     n_blocks = position_T[-1] // block + 1
-    _, total_BKR1, y_BKRH = jax.lax.fori_loop(0, n_blocks, add_block, sums)
-    y_BKGTH = (y_BKRH / total_BKR1).reshape(batch, n_kv, -1, n_tokens, width)
+    _, total_BKQ1, y_BKQH = jax.lax.fori_loop(0, n_blocks, add_block, sums)
+    y_BKGTH = (y_BKQH / total_BKQ1).reshape(batch, n_kv, -1, n_tokens, width)
     y_BTNH = y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
     return y_BTNH.astype(q_BTNH.dtype)
 

@@ -113,20 +113,20 @@ def scout_log_probs(
         width_E: As for `evidence`.
 
     Returns:
-        Log probabilities, shape EBSC with S = T + 1: first those after the position before these.
+        Log probabilities, shape EBUC: first those after the position before these.
     """
-    feature_BSD = jnp.concatenate([state.feature_BD[:, None], feature_BTD], axis=1)
+    feature_BUD = jnp.concatenate([state.feature_BD[:, None], feature_BTD], axis=1)
     return _map_scouts(
-        scouts, width_E, lambda *scout: _bounded(class_log_probs(feature_BSD, *scout))
+        scouts, width_E, lambda *scout: _bounded(class_log_probs(feature_BUD, *scout))
     )
 
 
 def evidence_from(
-    scout_log_prob_EBSC: jax.Array, classes_BT: jax.Array, started_B: jax.Array
+    scout_log_prob_EBUC: jax.Array, classes_BT: jax.Array, started_B: jax.Array
 ) -> jax.Array:
     """Return evidence as `evidence` does, shape BTE, from what `scout_log_probs` returned."""
     said_EBT1 = jnp.take_along_axis(
-        scout_log_prob_EBSC[:, :, :-1], classes_BT[None, ..., None], axis=-1
+        scout_log_prob_EBUC[:, :, :-1], classes_BT[None, ..., None], axis=-1
     )
     return _where_predicted(jnp.moveaxis(said_EBT1[..., 0], 0, -1), started_B)
 

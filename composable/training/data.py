@@ -35,7 +35,7 @@ def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndar
 
 
 def batches(
-    stream: np.ndarray,
+    stream_M: np.ndarray,
     *,
     window: int,
     batch_size: int,
@@ -48,7 +48,7 @@ def batches(
     Each epoch covers the stream in `window`-sized steps, in a new order and at new offsets.
 
     Args:
-        stream: Tokens of all documents, one dimension.
+        stream_M: Tokens of all documents.
         window: Positions to predict; a row holds one token more.
         batch_size: Rows over all processes; a multiple of `n_processes`.
         seed: Seed of order and offsets.
@@ -63,16 +63,16 @@ def batches(
         TrainingError: If the rows do not divide among the processes.
     """
     _require_divisible(batch_size, n_processes)
-    if len(stream) < window + 1:
+    if len(stream_M) < window + 1:
         raise TextError(
-            f"{len(stream)} tokens of text, but one row takes {window + 1}",
+            f"{len(stream_M)} tokens of text, but one row takes {window + 1}",
             hint="give more text, or a shorter window",
         )
-    last = len(stream) - window - 1
+    last = len(stream_M) - window - 1
 
     def cut(index: int, rng: np.random.Generator) -> np.ndarray:
         start = min(index * window + int(rng.integers(window)), last)
-        return stream[start : start + window + 1].astype(np.int32)
+        return stream_M[start : start + window + 1].astype(np.int32)
 
     epoch = grain.MapDataset.range(max(1, last // window)).seed(seed).shuffle()
     rows = epoch.repeat(_EPOCHS).random_map(cut)[process::n_processes]
