@@ -1,4 +1,4 @@
-"""The card: what was measured of an expert, in JSON, and how to repeat the measurement.
+"""The card: the JSON record of an expert's checks and figures, and how to repeat them.
 
 Nothing is measured here; the checks are in `checks.py` and `peers.py`.
 """
@@ -28,7 +28,7 @@ class Check:
     """One requirement on an expert, and what was found.
 
     Args:
-        name: What was checked.
+        name: Name of the check.
         passed: Whether the requirement was met.
         found: The figure, in words.
         expected: The limit, in words.
@@ -97,9 +97,16 @@ class Card:
 
 
 def format_card(card: Card) -> str:
-    """Return a card as JSON text."""
+    """Return a card as JSON text.
+
+    Example:
+        >>> interface = CardInterface(name="tiny", digest="sha256:0")
+        >>> card = Card(expert="a@1.0.0", interface=interface, tensors={}, passed=True, checks=())
+        >>> json.loads(format_card(card))["expert"]
+        'a@1.0.0'
+    """
     plain = to_plain(card)
-    plain["measured"] = card.measured  # None is a figure there: the one that is not finite
+    plain["measured"] = card.measured  # where None stands for a figure that is not finite
     if card.training == TrainingRecord():
         plain["training"] = {}
     return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
@@ -179,6 +186,21 @@ def find_regressions(card: Card, previous: tuple[PackageFile, ...]) -> list[str]
 
     Returns:
         What is worse beyond noise, in words; None if the two were never compared.
+
+    Example:
+        >>> interface = CardInterface(name="tiny", digest="sha256:0")
+        >>> tensors = {BODY_FILE: "sha256:1"}
+        >>> card = Card(
+        ...     expert="a@1.0.1", interface=interface, tensors=tensors, passed=True, checks=()
+        ... )
+        >>> same, other = (
+        ...     PackageFile(name=BODY_FILE, size=10, digest=digest)
+        ...     for digest in ("sha256:1", "sha256:2")
+        ... )
+        >>> find_regressions(card, (same,))
+        []
+        >>> find_regressions(card, (other,)) is None
+        True
     """
     tensors = {file.name: file.digest for file in previous if file.name in (BODY_FILE, SCOUT_FILE)}
     if tensors == card.tensors:

@@ -36,7 +36,18 @@ def compare_evidence(previous: Evidence, new: Evidence) -> list[str]:
         new: Evidence of the new one, on the same documents.
 
     Returns:
-        One sentence for each figure that is worse, in the order own text, public text, share.
+        One phrase for each figure that is worse, in the order own text, public text, share.
+
+    Example:
+        >>> runs = ("own_expert", "own_mix", "anchor_mix")
+        >>> n_bytes_B = np.array([100, 100, 100])
+        >>> def evidence(share):
+        ...     score = Score(np.array([140.0, 150.0, 160.0]), n_bytes_B)
+        ...     return Evidence({run: score for run in runs}, share + np.array([0.01, 0.02, 0.03]))
+        >>> compare_evidence(evidence(0.1), evidence(0.1))
+        []
+        >>> compare_evidence(evidence(0.1), evidence(0.3))
+        ['12.0% to 32.0% of public text routed to it (3 documents, more at 95% confidence)']
     """
     found = []
     for run, what in _RUNS.items():

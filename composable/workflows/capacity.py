@@ -1,4 +1,7 @@
-"""Is there room? Asked before a model is read, so that nothing dies halfway."""
+"""Whether disk and memory can hold a model, checked before it is read.
+
+The check is against running out halfway; the figures are lower bounds.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,16 @@ from composable.interop.checkpoint import Checkpoint
 from composable.model.config import DTYPE_NAMES, BackboneConfig
 
 
-def require_room(checkpoint: Checkpoint, out: Path, cfg: BackboneConfig) -> None:
-    """Refuse, before anything is read, what fits neither disk nor memory.
+def require_capacity(checkpoint: Checkpoint, out: Path, cfg: BackboneConfig) -> None:
+    """Refuse a model that does not fit on disk or in memory, before its weights are read.
+
+    Args:
+        checkpoint: The model.
+        out: Where its weights will be written; need not exist yet.
+        cfg: The backbone that it becomes, with the type that it computes in.
 
     Raises:
-        InteropError: With the bytes that are needed and those that there are.
+        InteropError: If it does not fit, with the bytes needed and those available.
     """
     place = out
     while not place.exists():
@@ -31,7 +39,7 @@ def require_room(checkpoint: Checkpoint, out: Path, cfg: BackboneConfig) -> None
         )
     item = np.dtype(DTYPE_NAMES[cfg.dtype]).itemsize
     needed = sum(math.prod(spec.shape) for spec in checkpoint.specs.values()) * item
-    # A model in use holds its slots twice: in the backbone, and as the bank's first entry.
+    # A model in use has its slots twice: in the backbone, and as the bank's first entry.
     needed += len(cfg.slots) * 3 * cfg.d_model * cfg.d_ff * item
     available = available_memory()
     if available is not None and needed > available:
@@ -44,7 +52,7 @@ def require_room(checkpoint: Checkpoint, out: Path, cfg: BackboneConfig) -> None
 
 
 def available_memory() -> int | None:
-    """Return bytes of memory that a program could still take, or None where it is unknown."""
+    """Return the bytes of memory that are available, or None if that is unknown."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

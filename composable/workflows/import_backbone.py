@@ -49,7 +49,7 @@ from composable.progress import CountProgress, StageProgress
 from composable.training.data import token_stream
 from composable.training.scouts import ScoutFit, train_scout
 from composable.vetting.evaluation import path_scorer, score_documents
-from composable.workflows.capacity import require_room
+from composable.workflows.capacity import require_capacity
 from composable.workflows.pretrain import output_bounds
 from composable.workflows.trunk_cache import compute_features, cut_rows
 
@@ -125,7 +125,7 @@ def import_backbone(
     checkpoint = Checkpoint(source, tap=plan.tap, scout_width=plan.scout_width, dtype=plan.dtype)
     cfg = dataclasses.replace(checkpoint.cfg, dtype=plan.compute_dtype)
     tokenizer = _read_tokenizer(source, plan.begin, cfg.vocab_size)
-    require_room(checkpoint, out, cfg)
+    require_capacity(checkpoint, out, cfg)
     anchor = _cut_anchor(heldout)
     round_trips = check_round_trips(tokenizer, [doc.text for doc in anchor])
     digests = {file.name: digest_file(file) for file in source.files}

@@ -1,7 +1,8 @@
-"""Published experts that a contributor's is held against: peers, and its own older releases.
+"""Published experts that a contributor's expert is compared with: peers and previous releases.
 
-They are found where a project finds its experts: in a registry, or in folders. What can be measured
-on a peer depends on its text, which may be private; this file finds the texts at hand.
+They are looked up where a project looks for experts: in registries, or in folders. What can be
+measured on a peer depends on its text, which may be private; this file finds the available texts.
+Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from composable.packaging.registry.compatibility import (
     choose_previous,
     compare_manifests,
 )
+from composable.packaging.registry.registry import Registry
 from composable.packaging.registry.release import Release, choose_newest
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.version import Version
@@ -35,18 +37,18 @@ from composable.vetting.checks import Verdict
 from composable.vetting.peers import Peer
 from composable.workflows.workspace import HELDOUT_FILE, WORK, vetted_texts
 
-# What stands for every expert of the registries that plugs into the backbone.
+# Stands for every expert in the registries that fits the backbone.
 ALL: Final = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviousRelease:
-    """An older release of an expert.
+    """A previous release of an expert.
 
     Args:
         manifest: Its manifest, with the interface's digest.
         tensors: Digests of its tensor files, by name.
-        expert: The expert; None if it does not plug into this backbone.
+        expert: The expert; None if it does not fit this backbone.
     """
 
     manifest: Manifest
@@ -63,21 +65,21 @@ def find_peers(
     derives_from: str | None = None,
     registry: str | None = None,
 ) -> list[Peer]:
-    """Return published experts, with text of theirs where some is at hand.
+    """Return published experts, with their texts where these are available.
 
     Args:
         loaded: The backbone.
-        newcomer: Name of the expert that is to be plugged in beside them.
-        wanted: Requirements, folders, or `all`: the newest release of everything in the registries
-            that plugs into the backbone.
-        texts: Held-out text by name of the expert, where it is elsewhere than in the expert's own
-            folder or in this installation.
+        newcomer: Name of the expert that will be installed with them.
+        wanted: Requirements, folders, or `all`: the newest release of every expert in the
+            registries that fits the backbone.
+        texts: Held-out text by name of the expert, if it is neither in the expert's own folder nor
+            in this installation.
         derives_from: The release that the newcomer derives from, by its manifest.
-        registry: Where to take them from; by default as for `load`.
+        registry: Registry to look in; by default as for `load`.
 
     Raises:
         PackagingError: If one does not exist, does not resolve, or is damaged.
-        VettingError: If one of them is the newcomer itself, or a text is nobody's.
+        VettingError: If one of them is the newcomer itself, or a text belongs to none of them.
     """
     peers = []
     for text in _expand(loaded.interface, newcomer, wanted, registry):
@@ -92,7 +94,7 @@ def find_peers(
             raise VettingError(
                 f"{newcomer!r} cannot be its own peer",
                 where="--beside",
-                hint=f"to compare it with an older release: --against {newcomer}",
+                hint=f"to compare it with a previous release: --against {newcomer}",
             )
         file = texts.get(manifest.name) or _find_text(manifest, folder)
         peers.append(
@@ -108,9 +110,9 @@ def find_peers(
         )
     for name in texts.keys() - {peer.expert.name for peer in peers}:
         raise VettingError(
-            f"there is text of {name!r}, but no such peer",
+            f"text of {name!r} is given, but {name!r} is not one of the peers",
             where="--beside-data",
-            hint=f"name the expert, too: --beside {name}",
+            hint=f"add --beside {name}",
         )
     return peers
 
@@ -118,14 +120,14 @@ def find_peers(
 def find_previous(
     loaded: LoadedBackbone, folder: Path, wanted: str, *, registry: str | None = None
 ) -> PreviousRelease:
-    """Return an older release of the expert in a folder.
+    """Return a previous release of the expert in a folder.
 
     Args:
         loaded: The backbone.
         folder: The expert.
-        wanted: A folder, `NAME@VERSION`, or a range: then the newest release in it up to the
-            version of the expert.
-        registry: Where to look for it; by default as for `load`.
+        wanted: A folder, `NAME@VERSION`, or a range, which stands for the newest release in it up
+            to the version of the expert.
+        registry: Registry to look in; by default as for `load`.
 
     Raises:
         UnknownExpertError: If there is no such release.
@@ -142,43 +144,35 @@ def find_previous(
         )
     requirement = Requirement.parse(wanted)
     _require_name(requirement.name, new.name)
-    shop = find_registries(registry)
-    source = shop.open_registry(shop.registry_of(new.name))
-    releases = source.versions(new.name)
-    fitting = [found for found in releases if requirement.constraint.contains(found.version)]
-    older = choose_previous(fitting, new.version, or_same=True)
-    if requirement.constraint.pinned is not None:
-        older = next(iter(fitting), None)
-    if older is None:
-        have = ", ".join(str(found.version) for found in releases)
-        raise UnknownExpertError(
-            f"there is no release {requirement} up to {new.version}",
-            where=source.location,
-            hint=f"there are {have}" if have else "the first release has nothing to compare with",
-        )
+    registries = find_registries(registry)
+    source = registries.open_registry(registries.registry_of(new.name))
+    release = _choose_release(source, requirement, new.version)
     expert = None
-    if _plugs_in(older, loaded.interface):
-        exactly = Requirement(new.name, Constraint.exactly(older.version))
+    if _fits(release, loaded.interface):
+        exactly = Requirement(new.name, Constraint.exactly(release.version))
         environment = install_experts(loaded, [exactly], registry)
         expert = load_expert(loaded, environment.expert_path(new.name))
     tensors = {
-        file.name: file.digest for file in older.files if file.name in (BODY_FILE, SCOUT_FILE)
+        file.name: file.digest for file in release.files if file.name in (BODY_FILE, SCOUT_FILE)
     }
-    return PreviousRelease(manifest=source.read_manifest(older), tensors=tensors, expert=expert)
+    return PreviousRelease(manifest=source.read_manifest(release), tensors=tensors, expert=expert)
 
 
 def find_parent(
     loaded: LoadedBackbone, manifest: Manifest, *, registry: str | None = None
 ) -> Pluggable | None:
-    """Return the release that an expert derives from, for its training to start there.
+    """Return the release that an expert derives from, from which its training starts.
 
     Args:
         loaded: The backbone.
-        manifest: The expert's; where it names no parent, there is none.
-        registry: Where to look for it; by default as for `load`.
+        manifest: The expert's manifest.
+        registry: Registry to look in; by default as for `load`.
+
+    Returns:
+        The parent; None if the manifest names none.
 
     Raises:
-        PackagingError: If it does not exist, does not plug in, or is damaged.
+        PackagingError: If it does not exist, does not fit the backbone, or is damaged.
         ManifestError: If its body or its scout is of another kind or size.
     """
     if manifest.derives_from is None:
@@ -201,51 +195,83 @@ def find_parent(
 
 
 def compare_releases(
-    folder: Path, interface: RouterInterface, older: PreviousRelease, verdict: Verdict
+    folder: Path, interface: RouterInterface, previous: PreviousRelease, verdict: Verdict
 ) -> Step:
-    """Return the step from an older release to an expert that was vetted against it.
+    """Return the step from a previous release to an expert that was vetted against it.
 
     Args:
         folder: The expert.
         interface: The backbone's contract.
-        older: The older release.
-        verdict: Of `check_expert`, which was given that release.
+        previous: The previous release.
+        verdict: What `check_expert` returned for that release.
     """
     manifest = fit_interface(Manifest.read(folder), interface)
     worse = [Change("major", found) for found in verdict.regressions or ()]
-    if older.tensors != tensor_digests(folder) and not worse:
+    if previous.tensors != tensor_digests(folder) and not worse:
         worse = [Change("patch", "other weights, nothing on the card worse beyond noise")]
     if verdict.regressions is None:
         worse = [Change("major", "it could not be compared")]
-    changes = (*compare_manifests(older.manifest, manifest), *worse)
-    return Step(older.manifest.version, manifest.version, changes)
+    changes = (*compare_manifests(previous.manifest, manifest), *worse)
+    return Step(previous.manifest.version, manifest.version, changes)
 
 
 def is_folder(text: str) -> bool:
-    """Say whether a text means a folder rather than a requirement: it has a slash, or begins so."""
+    """Return whether a text names a folder rather than a requirement.
+
+    Args:
+        text: What the user wrote.
+
+    Returns:
+        Whether it starts with a dot or has a slash or backslash.
+
+    Example:
+        >>> is_folder("./german"), is_folder("german@1.0.0")
+        (True, False)
+    """
     return text.startswith(".") or "/" in text or "\\" in text
 
 
 def _expand(
     interface: RouterInterface, newcomer: str, wanted: Sequence[str], registry: str | None
 ) -> Iterator[str]:
-    """Yield what is wanted, with every expert in place of `all`."""
+    """Yield the wanted experts, with every expert that fits in place of `all`."""
     for text in wanted:
         if text != ALL:
             yield text
             continue
-        shop = find_registries(registry)
-        for place in shop.registries:
-            source = shop.open_registry(place)
+        registries = find_registries(registry)
+        for place in registries.registries:
+            source = registries.open_registry(place)
             for name in source.names():
-                if name != newcomer and shop.registry_of(name) == place:
+                if name != newcomer and registries.registry_of(name) == place:
                     fitting = [
                         release
                         for release in source.versions(name)
-                        if _plugs_in(release, interface) and not release.is_yanked
+                        if _fits(release, interface) and not release.is_yanked
                     ]
                     if fitting:
                         yield f"{name}@{choose_newest(fitting).version}"
+
+
+def _choose_release(source: Registry, wanted: Requirement, version: Version) -> Release:
+    """Return the pinned release, or else the newest wanted one up to a version.
+
+    Raises:
+        UnknownExpertError: If there is none.
+    """
+    releases = source.versions(wanted.name)
+    fitting = [release for release in releases if wanted.constraint.contains(release.version)]
+    chosen = choose_previous(fitting, version, or_same=True)
+    if wanted.constraint.pinned is not None:
+        chosen = next(iter(fitting), None)
+    if chosen is None:
+        have = ", ".join(str(release.version) for release in releases)
+        raise UnknownExpertError(
+            f"there is no release {wanted} up to {version}",
+            where=source.location,
+            hint=f"there are {have}" if have else "the first release has nothing to compare with",
+        )
+    return chosen
 
 
 def _family(name: str, derives_from: str | None) -> set[str]:
@@ -253,8 +279,8 @@ def _family(name: str, derives_from: str | None) -> set[str]:
     return {name} if derives_from is None else {name, Requirement.parse(derives_from).name}
 
 
-def _plugs_in(release: Release, interface: RouterInterface) -> bool:
-    """Say whether a release plugs into a backbone."""
+def _fits(release: Release, interface: RouterInterface) -> bool:
+    """Return whether a release fits the backbone with this interface."""
     need = release.interface
     return (
         need.name == interface.name
@@ -267,9 +293,9 @@ def _plugs_in(release: Release, interface: RouterInterface) -> bool:
 def _require_name(found: str, expected: str) -> None:
     if found != expected:
         raise VettingError(
-            f"{found!r} is another expert than {expected!r}",
+            f"{found!r} is another expert, not a release of {expected!r}",
             where="--against",
-            hint=f"to see what it does to that one: --beside {found}",
+            hint=f"to measure the effect on that one: --beside {found}",
         )
 
 
@@ -281,5 +307,5 @@ def _find_text(manifest: Manifest, folder: Path) -> Path | None:
         if Manifest.read(shipped / EXPERT_FILE).backbone == manifest.backbone:
             places.append(shipped / "text" / HELDOUT_FILE)
     except (TextError, ManifestError):
-        pass  # nothing of that name ships with this installation, or it is no expert
+        pass  # nothing of that name ships with this installation, or it is not an expert
     return next((place for place in places if place.is_file()), None)

@@ -12,8 +12,8 @@ from composable.errors import InteropError, ModelError
 from composable.interop.checkpoint import Checkpoint, open_source
 from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.tensors import to_tensors
-from composable.workflows import capacity as room
-from composable.workflows.capacity import require_room
+from composable.workflows import capacity
+from composable.workflows.capacity import require_capacity
 from composable.workflows.import_backbone import ImportPlan, import_backbone, read_public_text
 
 PLAN = ImportPlan(name="small", scout_width=16, scout_tokens=4000, scout_steps=80, license="MIT")
@@ -115,14 +115,14 @@ def test_what_does_not_fit_is_refused_before_it_is_read(write_checkpoint, tmp_pa
     with pytest.raises(
         InteropError, match=rf"take {checkpoint.n_bytes:,} bytes, but 1,000 are free"
     ):
-        require_room(checkpoint, tmp_path / "not" / "yet", checkpoint.cfg)
+        require_capacity(checkpoint, tmp_path / "not" / "yet", checkpoint.cfg)
     monkeypatch.undo()
-    monkeypatch.setattr(room, "available_memory", lambda: 1000)
+    monkeypatch.setattr(capacity, "available_memory", lambda: 1000)
     n_parameters = checkpoint.n_bytes // 4
     slots = 2 * 3 * 32 * 64
     expected = rf"takes {4 * (n_parameters + slots):,} bytes of memory in F32, but 1,000"
     with pytest.raises(InteropError, match=expected):
-        require_room(checkpoint, tmp_path, checkpoint.cfg)
+        require_capacity(checkpoint, tmp_path, checkpoint.cfg)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(subwords):
