@@ -1,1 +1,1 @@
-"""The demo: three contributors who never meet, and a user who installs what they published."""
+"""The demo: three contributors work apart, and a user installs what they published."""

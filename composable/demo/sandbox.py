@@ -1,8 +1,8 @@
-"""Confine a process to folders, so that "reads only its own text" is a fact and not a promise.
+"""Confine a process to folders, so that it provably reads only its own text.
 
-On Linux the kernel enforces it (Landlock, since 5.13, no privileges needed): for this process, its
-children and all native code. Elsewhere a Python audit hook stands in, which stops Python code that
-goes astray and not code that wants out; see `restrict`.
+On Linux the kernel enforces it (Landlock, since 5.13, no privileges needed), for this process, its
+children and all native code. Elsewhere a Python audit hook is used, which stops accidental access
+by Python code but not code that tries to escape; see `restrict`.
 
 Not here: hiding names, sizes and times of files (`stat` works everywhere), limits of memory or
 time, and defence against kernel bugs.
@@ -25,8 +25,8 @@ from typing import Any, Final
 from composable.errors import ComposableError
 
 _PACKAGE: Final = Path(__file__).resolve().parents[1]
-# What an NVIDIA accelerator is used through, where there is one, and what its driver looks up. It
-# also gives its threads names, by writing to /proc/self/task, and does not start if it may not.
+# Device files of an NVIDIA accelerator, where there is one, and what its driver reads. The driver
+# also names its threads by writing to /proc/self/task, and does not start if that is denied.
 _ACCELERATORS: Final = tuple(sorted(map(str, Path("/dev").glob("nvidia*"))))
 _DRIVER: Final = ("/proc/driver", "/proc/devices", "/proc/modules", "/proc/version", "/sys")
 _DEVICES: Final = (
@@ -43,15 +43,15 @@ _SYSTEM: Final = (
 
 
 class SandboxError(ComposableError):
-    """A process that can no longer be confined as asked."""
+    """A process cannot be confined."""
 
 
 def restrict(*, read: Sequence[Path], write: Sequence[Path]) -> str:
     """Confine this process, for the rest of its life, to reading and writing the given folders.
 
-    Threads and child processes that start later inherit it, and nothing can lift it. Files that
-    are open already stay usable. Call it first in a process, before numpy or jax are imported:
-    Landlock confines the calling thread, and they start others.
+    Threads and child processes that start later are confined, too, and nothing can lift it. Files
+    that are open already stay usable. Call it first in a process, before numpy or jax are imported:
+    Landlock confines only the calling thread, and these libraries start others.
 
     Landlock denies reading, listing, executing and changing any file elsewhere, to native code
     too. From ABI 2 (Linux 5.19) files can be renamed between the `write` folders, before that only
@@ -64,17 +64,17 @@ def restrict(*, read: Sequence[Path], write: Sequence[Path]) -> str:
     The audit hook, used where the kernel has no Landlock, sees what Python code does through
     `open` and `os`, and denies sockets and child processes altogether. It does not see native
     code (a library that opens files itself), takes names relative to a folder's descriptor as
-    relative to the current folder, and any code may evade it through `ctypes`.
+    relative to the current folder, and any code can evade it through `ctypes`.
 
     Args:
         read: Files and folders, with all beneath, to read, list and execute; see `python_paths`.
         write: Files and folders, with all beneath, to do this and also change. They must exist.
 
     Returns:
-        The mechanism in force, for people to read: "Landlock (ABI 7)" or "Python audit hook".
+        The mechanism used, such as "Landlock (ABI 7)" or "Python audit hook".
 
     Raises:
-        SandboxError: If other threads run already, or the kernel refuses.
+        SandboxError: If other threads are running, or the kernel refuses.
         FileNotFoundError: If one of the paths does not exist.
 
     References:
@@ -82,8 +82,8 @@ def restrict(*, read: Sequence[Path], write: Sequence[Path]) -> str:
     """
     if (threads := _count_threads()) > 1:
         raise SandboxError(
-            f"{threads} threads run in this process, and those other than the caller would stay "
-            "unconfined",
+            f"{threads} threads are running in this process, and only the calling one would be "
+            "confined",
             hint="call restrict() first, before numpy or jax are imported",
         )
     changed = [path.resolve(strict=True) for path in (*write, *_existing(_DEVICES))]
@@ -96,12 +96,12 @@ def restrict(*, read: Sequence[Path], write: Sequence[Path]) -> str:
 
 
 def python_paths() -> list[Path]:
-    """Return what a Python process must read to import what is installed here, and to run.
+    """Return what a Python process must be able to read to run and to import installed packages.
 
-    That is the interpreter and its packages, the system's libraries and settings, and a few facts
+    These are the interpreter and its packages, the system's libraries and settings, and a few facts
     about the machine. Texts of experts are left out: of a checkout of this project only the
-    package's own folder is in, of an installed package all but its folder `experts`. So are
-    folders on `sys.path` that hold no installed packages, such as the current one.
+    package's own folder is included, of an installed package all but its folder `experts`. Folders
+    on `sys.path` without installed packages, such as the current one, are left out, too.
     """
     prefixes = {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
     roots = {path.resolve() for path in _existing((*_SYSTEM, *_DEVICES, *prefixes))}
@@ -112,11 +112,11 @@ def python_paths() -> list[Path]:
 
 
 def _cover(root: Path, hidden: Collection[Path]) -> list[Path]:
-    """Return paths that hold all of a tree but what lies in the `hidden` folders beneath it."""
+    """Return paths that cover a tree without the `hidden` folders beneath it."""
     inside = [path for path in hidden if root in path.parents and path.exists()]
     if not inside:
         return [root]
-    # A link is left out: what it leads to is covered where it really lies.
+    # Links are left out: their targets are covered where they are stored.
     children = (path for path in root.iterdir() if path not in inside and not path.is_symlink())
     return [path for child in children for path in _cover(child, inside)]
 
@@ -134,7 +134,7 @@ def _existing(paths: Iterable[str]) -> list[Path]:
 
 
 def _count_threads() -> int:
-    """Return how many threads run: native ones too, where the system tells."""
+    """Return how many threads are running, native ones included where the system lists them."""
     try:
         return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - a count, no paths
     except OSError:
@@ -152,7 +152,7 @@ _ABSTRACT_SOCKETS_AND_SIGNALS: Final = 0b11
 
 
 class _Right(enum.IntFlag):
-    """What may be done to files: LANDLOCK_ACCESS_FS_*, in the order of their bits."""
+    """Rights on files: LANDLOCK_ACCESS_FS_*, in the order of their bits."""
 
     EXECUTE = enum.auto()
     WRITE_FILE = enum.auto()
@@ -182,13 +182,13 @@ _ON_FILES: Final = (
 
 
 def _known_rights(abi: int) -> _Right:
-    """Return the rights that a kernel of this ABI can deny; naming another is an error to it."""
+    """Return the rights that a kernel of this ABI can deny; it rejects any others."""
     newer = {1: _Right.REFER, 2: _Right.TRUNCATE, 3: _Right.IOCTL_DEV, 4: _Right.IOCTL_DEV}
     return _ANY if abi not in newer else _Right(newer[abi] - 1)
 
 
 def _landlock_abi() -> int:
-    """Return the kernel's Landlock ABI, or 0 where there is none or it may not be used."""
+    """Return the kernel's Landlock ABI, or 0 where there is none or its use is denied."""
     if sys.platform != "linux":
         return 0
     try:
@@ -197,7 +197,7 @@ def _landlock_abi() -> int:
         # EPERM: a container's system call filter that is older than Landlock.
         if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
             return 0
-        raise SandboxError(f"the kernel does not tell its Landlock version: {error}") from error
+        raise SandboxError(f"cannot query the kernel's Landlock version: {error}") from error
 
 
 def _restrict_by_landlock(
@@ -206,7 +206,7 @@ def _restrict_by_landlock(
     known = _known_rights(abi)
     network = _TCP_BIND_AND_CONNECT if abi >= 4 else 0
     scope = _ABSTRACT_SOCKETS_AND_SIGNALS if abi >= 6 else 0
-    # An older kernel takes the longer struct as long as the fields it does not know are zero.
+    # An older kernel accepts the longer struct if the fields unknown to it are zero.
     handled = struct.pack("=QQQ", known, network, scope)
     try:
         ruleset = _syscall(_CREATE_RULESET, handled, len(handled), 0)
@@ -233,14 +233,14 @@ def _allow(ruleset: int, path: Path, rights: _Right) -> None:
 
 
 def _forbid_new_privileges() -> None:
-    """Give up set-user-id programs, the kernel's condition for restricting oneself."""
+    """Give up set-user-id programs, which the kernel requires before a process restricts itself."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
 
 
 def _syscall(number: int, *args: int | bytes | None) -> int:
-    """Make a system call; variadic arguments must be of the width of a register."""
+    """Make a system call; variadic arguments must have the width of a register."""
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     wide = [ctypes.c_long(arg) if isinstance(arg, int) else ctypes.c_char_p(arg) for arg in args]
@@ -249,7 +249,7 @@ def _syscall(number: int, *args: int | bytes | None) -> int:
     return int(result)
 
 
-# The audit hook: which argument of which event is a path, and what starts what we cannot follow.
+# The audit hook: which arguments of an event are paths, and which events leave the process.
 
 _LISTS: Final = {"os.listdir": (0,), "os.scandir": (0,)}
 _CHANGES: Final = {
@@ -269,7 +269,7 @@ _CHANGING_FLAGS: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.
 def _audit_hook(
     read: Sequence[Path], write: Sequence[Path], listed: Sequence[Path]
 ) -> Callable[[str, tuple[Any, ...]], None]:
-    """Return a hook that raises PermissionError for what lies outside the given folders."""
+    """Return a hook that raises PermissionError for access outside the given folders."""
     changeable = tuple(map(str, write))
     readable = (*changeable, *map(str, read))
     listable = (*readable, *map(str, listed))
@@ -292,7 +292,7 @@ def _require_within(roots: Sequence[str], paths: Iterable[str | bytes | int | No
     for path in paths:
         if isinstance(path, int):  # an open file: it was checked when it was opened
             continue
-        # os.path, because what pathlib calls is itself audited in some versions.
+        # os.path, because pathlib's own calls are audited in some versions.
         real = os.path.realpath(os.fsdecode(path or "."))
         if not any(real == root or real.startswith(root.rstrip("/") + "/") for root in roots):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
