@@ -276,9 +276,9 @@ def _read_windows(
         n_windows = -(-max(len(row) - 1 for row in rows) // length)
         tokens_BT = np.zeros((BATCH, n_windows * length + 1), np.int32)
         is_scored_BT = np.zeros((BATCH, n_windows * length), bool)
-        for index, row in enumerate(rows):
-            tokens_BT[index, : len(row)] = row
-            is_scored_BT[index, : len(row) - 1] = True
+        for index, tokens_T in enumerate(rows):
+            tokens_BT[index, : len(tokens_T)] = tokens_T
+            is_scored_BT[index, : len(tokens_T) - 1] = True
         inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
         yield [
             _Window(inputs_BT[:, at], targets_BT[:, at], is_scored_BT[:, at])

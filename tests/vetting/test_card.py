@@ -31,7 +31,7 @@ def test_a_vetted_expert_may_be_published(folder, loaded):
     assert "composable check" in card.measure_again
 
 
-def test_without_a_card_there_is_no_publishing(folder, loaded):
+def test_publishing_without_a_card_is_refused(folder, loaded):
     (folder / CARD_FILE).unlink()
     with pytest.raises(VettingError, match="was not vetted") as caught:
         require_passed(folder, loaded.interface)
@@ -47,19 +47,19 @@ def test_tensors_that_changed_since_must_be_vetted_again(folder, loaded, name):
         require_passed(folder, loaded.interface)
 
 
-def test_a_card_of_another_interface_does_not_count(folder, tiny):
+def test_a_card_for_another_interface_is_refused(folder, tiny):
     with pytest.raises(VettingError, match="another interface"):
         require_passed(folder, tiny.interface)
 
 
-def test_a_failed_check_is_told_with_its_figures(folder, loaded):
+def test_a_failed_check_is_reported_with_its_figures(folder, loaded):
     checks = [{"name": "gain", "passed": False, "found": "3 to 3", "expected": "1% less"}]
     change_card(folder, checks=checks, passed=False)
     with pytest.raises(VettingError, match="gain: 3 to 3, expected 1% less"):
         require_passed(folder, loaded.interface)
 
 
-def test_a_card_that_contradicts_itself_does_not_count(folder, loaded):
+def test_a_card_that_contradicts_itself_is_refused(folder, loaded):
     checks = [{"name": "gain", "passed": False, "found": "3 to 3", "expected": "1% less"}]
     change_card(folder, checks=checks, passed=True)
     with pytest.raises(VettingError, match="gain"):
@@ -67,7 +67,7 @@ def test_a_card_that_contradicts_itself_does_not_count(folder, loaded):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"tensors": 3}', '{"interface": []}'])
-def test_a_damaged_card_does_not_count(folder, loaded, text):
+def test_a_damaged_card_is_refused(folder, loaded, text):
     (folder / CARD_FILE).write_text(text)
     with pytest.raises(VettingError):
         require_passed(folder, loaded.interface)

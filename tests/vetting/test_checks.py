@@ -87,8 +87,8 @@ def test_an_expert_that_knows_nothing_new_fails(loaded, tiny, good, texts):
     json.dumps(verdict.measured, allow_nan=False)
 
 
-def test_a_scout_that_predicts_better_than_the_body_is_warned_of(loaded, good, texts):
-    """Its scout has learnt the text, and its body nothing; that alone fails no other check."""
+def test_a_scout_that_predicts_better_than_the_body_causes_a_warning(loaded, good, texts):
+    """Its scout has learnt the text, and its body nothing."""
     from composable.model.body import Expert
 
     fresh = Expert(loaded.backbone, kind="ffn", scout_width=8, rngs=nnx.Rngs(0))
@@ -109,7 +109,7 @@ def test_gain_shows_the_body_alone_and_in_mix_mode(loaded, good, texts):
     assert found.endswith(f"with the body always on; {bits['own_mix']:.3f} in mix mode")
 
 
-def test_an_expert_that_takes_public_text_and_spoils_it_fails(loaded, tiny, good, texts):
+def test_an_expert_that_attracts_public_text_and_predicts_it_badly_fails(loaded, tiny, good, texts):
     """The backbone's own scout with a bias for public letters, and a body that knows nothing."""
     scout = tiny.expert("thief", width=16).scout
     backbone = loaded.backbone.scout
@@ -123,8 +123,8 @@ def test_an_expert_that_takes_public_text_and_spoils_it_fails(loaded, tiny, good
     assert verdict.measured["anchor_loss"] > 0.01
 
 
-def test_outputs_beyond_the_bounds_are_told(loaded, tiny, good, texts):
-    """They are finite, and in mix mode they count as zero; always on, they are what they are."""
+def test_outputs_beyond_the_bounds_fail(loaded, tiny, good, texts):
+    """They are finite, and count as zero in mix mode, but not with the body always on."""
     huge = dataclasses.replace(good, body=tiny.expert("huge", noise=1e4).body)
     verdict = vet_expert(loaded, huge, texts)
     assert "norms" in failed(verdict)
@@ -133,8 +133,8 @@ def test_outputs_beyond_the_bounds_are_told(loaded, tiny, good, texts):
     assert "anchor" not in failed(verdict)
 
 
-def test_an_overconfident_scout_takes_nothing(loaded, good, texts):
-    """It is sure of one byte, so it is wrong at every other, and nobody listens."""
+def test_an_overconfident_scout_gets_no_tokens(loaded, good, texts):
+    """It is certain of one byte, so it is wrong about all others, and gets no weight."""
     scout = nnx.clone(good.scout)
     scout.b_out[...] = scout.b_out[...].at[ord("e")].set(60.0)
     verdict = vet_expert(loaded, dataclasses.replace(good, scout=scout), texts)
@@ -143,19 +143,19 @@ def test_an_overconfident_scout_takes_nothing(loaded, good, texts):
     assert failed(verdict) == set()
 
 
-def test_what_an_expert_may_take_of_public_text_hangs_on_what_others_may_show():
+def test_the_share_of_public_text_is_bounded_by_the_number_of_documents():
     few = np.array([0.1, 0.2])
-    assert _check_taken(few, upper_mean(few), 0.002).passed, "two documents bound nothing"
+    assert _check_taken(few, upper_mean(few), 0.002).passed, "two documents give no bound"
     many = np.full(40, 0.1)
     assert _check_taken(many, upper_mean(many), 0.002).passed
     assert not _check_taken(few + 0.5, 1.0, 0.002).passed
     assert not _check_taken(many + 0.5, upper_mean(many + 0.5), 0.002).passed
-    assert _check_taken(many + 0.5, upper_mean(many + 0.5), -0.002).passed, "it gains by it"
+    assert _check_taken(many + 0.5, upper_mean(many + 0.5), -0.002).passed, "the text gains"
     unsure = np.tile([0.0, 0.0, 0.9], 3)
     assert not _check_taken(unsure, upper_mean(unsure), 0.002).passed, "a third, but it may be more"
 
 
-def test_a_body_that_overflows_is_told(loaded, tiny, good, texts):
+def test_a_body_that_overflows_fails(loaded, tiny, good, texts):
     broken = dataclasses.replace(good, body=tiny.expert("huge", noise=1e25).body)
     verdict = vet_expert(loaded, broken, texts)
     assert {"finite", "gain"} <= failed(verdict)
@@ -164,10 +164,10 @@ def test_a_body_that_overflows_is_told(loaded, tiny, good, texts):
 
 
 def test_progress_counts_the_passes(loaded, good, texts):
-    heard = []
-    vet(loaded.backbone, loaded.interface, good, *texts, progress=lambda *at: heard.append(at))
-    assert heard == [(i, len(heard)) for i in range(1, len(heard) + 1)]
-    assert len(heard) > 1
+    calls = []
+    vet(loaded.backbone, loaded.interface, good, *texts, progress=lambda *at: calls.append(at))
+    assert calls == [(i, len(calls)) for i in range(1, len(calls) + 1)]
+    assert len(calls) > 1
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -177,7 +177,7 @@ def test_vetting_without_text_is_refused(loaded, good, texts, missing):
         vet(loaded.backbone, loaded.interface, good, *given)
 
 
-def test_figures_are_numbers_that_json_can_say(loaded, good, texts):
+def test_figures_are_valid_json(loaded, good, texts):
     measured = vet_expert(loaded, good, texts).measured
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     assert all(np.isfinite(x) for x in measured["bits_per_byte"].values())

@@ -109,7 +109,7 @@ def test_at_most_max_bytes_are_scored(model, documents):
     np.testing.assert_array_equal(cut.nats_B, expected.nats_B)
 
 
-def test_given_slots_are_a_path_of_their_own(model, documents):
+def test_given_slots_are_scored_like_an_experts_path(model, documents):
     average = model.average_slots()
     found = score_documents(slots_scorer(model, average), documents, context=CONTEXT).nats_B
     own, body = (
@@ -137,7 +137,7 @@ def test_nothing_to_score_is_refused(model, documents):
         score_documents(path_scorer(model), documents, context=CONTEXT)
 
 
-def test_evidence_is_what_each_scout_says_of_each_token(model, tiny, documents):
+def test_evidence_is_the_log_probability_of_each_token_by_each_scout(model, tiny, documents):
     """In windows, each of which begins anew."""
     for document in documents:
         evidence_EM, tokens_T = measure_evidence(model, [document]), model.encode(document)

@@ -1,4 +1,4 @@
-"""What a newcomer does to others: whether its scout is one of theirs."""
+"""The effect of a new expert on its peers: whether its scout is a copy of one of theirs."""
 
 import dataclasses
 
@@ -96,7 +96,7 @@ def spoilt(scout, nats):
     [(noised, 0), (noised, 0.02), (noised, 0.05), (rearranged, 0), (spoilt, 60)],
     ids=["none", "noise of 2 %", "noise of 5 %", "units rearranged", "one byte spoilt"],
 )
-def test_a_copied_scout_is_found_out_in_disguise(check, published, disguise, amount):
+def test_a_disguised_copy_of_a_scout_is_detected(check, published, disguise, amount):
     copy = disguise(published.scout, amount)
     found, (likeness,) = check(copy, published)
     assert likeness > MAX_CORRELATION
@@ -115,10 +115,12 @@ def test_scouts_trained_apart_on_one_domain_are_not_copies(check, published, tra
     assert found.passed, found
     assert len(likenesses) == 3
     assert f"correlates {max(likenesses):.2f} with that of" in found.found
-    assert found.found.count("with that of") == 1, "the most alike is told, where nobody is copied"
+    assert found.found.count("with that of") == 1, (
+        "only the most similar peer is reported where none is copied"
+    )
 
 
-def test_a_scout_that_knows_nothing_is_like_nobody(check, published, loaded):
+def test_an_untrained_scout_correlates_with_no_other(check, published, loaded):
     """What is hard for every scout makes none of them alike, nor does the backbone's own."""
     rng = np.random.default_rng(1)
     silent = changed(
@@ -130,14 +132,14 @@ def test_a_scout_that_knows_nothing_is_like_nobody(check, published, loaded):
         assert abs(likeness) < 0.5
 
 
-def test_kin_may_be_alike_and_the_check_says_so(check, published):
+def test_related_experts_may_correlate_and_the_check_reports_it(check, published):
     found, likenesses = check(published.scout, published, is_related=True)
     assert found.passed
     assert likenesses == [1]
     assert "1.00 with that of logic@1.0.0, which is related by derives-from" in found.found
 
 
-def test_every_copied_neighbour_is_told(published):
+def test_every_copied_peer_is_reported(published):
     def pair(name, likeness, **fields):
         return Peer(expert=published, release=f"{name}@1.0.0", **fields), likeness
 
@@ -149,7 +151,7 @@ def test_every_copied_neighbour_is_told(published):
     assert _check_copied([pair("b", MAX_CORRELATION), pair("d", 1.0, is_related=True)]).passed
 
 
-def test_likeness_is_what_the_backbones_scout_does_not_explain():
+def test_correlation_is_of_what_the_backbones_scout_does_not_explain():
     """Two that share half of their own variance, whatever of the backbone's either has on top."""
     rng = np.random.default_rng(0)
     backbone_M, shared_M, own_M, other_M = rng.normal(size=(4, 20_000))
@@ -166,7 +168,7 @@ def test_likeness_is_what_the_backbones_scout_does_not_explain():
     assert correlate_scouts(np.zeros(20_000), own_M, backbone_M) == 0
 
 
-def test_a_few_tokens_that_a_copy_gets_wrong_on_purpose_do_not_hide_it():
+def test_a_copy_with_a_few_spoilt_tokens_is_still_detected():
     rng = np.random.default_rng(0)
     backbone_M, own_M = rng.normal(size=(2, 2_000))
     spoilt_M = own_M - 60 * (rng.random(2_000) < 0.015)

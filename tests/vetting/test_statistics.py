@@ -13,14 +13,14 @@ MEANS = {"rare": 0.05, "even": 0.5, "skewed": 0.05}
 
 @pytest.mark.parametrize("kind", DRAWS)
 @pytest.mark.parametrize("n", [3, 8, 60])
-def test_the_bound_holds_the_mean_as_often_as_it_says(kind, n):
+def test_the_bound_covers_the_mean_at_the_stated_confidence(kind, n):
     """Of 400 samples at most 5 % may miss; 8 % is three standard errors more."""
     rng = np.random.default_rng(0)
     missed = sum(upper_mean(DRAWS[kind](rng, n)) < MEANS[kind] for _ in range(400))
     assert missed <= 0.08 * 400
 
 
-def test_more_documents_make_the_bound_tighter_down_to_what_any_bound_must_allow():
+def test_more_documents_tighten_the_bound_no_further_than_any_bound_can():
     previous = 1.0
     for n in (3, 8, 32, 128):
         bound = upper_mean(np.zeros(n))
@@ -51,7 +51,7 @@ def test_a_difference_counts_if_it_is_beyond_noise_and_matters():
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 6.314), (5, 2.132), (8, 1.895), (30, 1.699)])
-def test_the_test_is_students(n, t):
+def test_the_threshold_is_that_of_students_t_test(n, t):
     """Tables give t at 95 %, one-sided, for n - 1 degrees of freedom."""
     base_B = np.arange(n) - (n - 1) / 2
     error = base_B.std(ddof=1) / np.sqrt(n)

@@ -1,4 +1,4 @@
-"""A newcomer is held against experts that are published: its peers, and what it was before."""
+"""A new expert is compared with published ones: its peers and its previous releases."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def check_against(loaded, folder, wanted, registry):
     return compare_releases(folder, loaded.interface, previous, verdict)
 
 
-def test_a_copycat_that_behaves_on_public_text_is_found_out_by_its_neighbours_text(
+def test_a_copy_that_behaves_on_public_text_is_detected_on_its_peers_text(
     loaded, trained_folder, folder, registry
 ):
     """Its scout is the published one, so it behaves on the anchor; its body does harm."""
@@ -78,11 +78,11 @@ def test_a_copycat_that_behaves_on_public_text_is_found_out_by_its_neighbours_te
     blind = find_peers(loaded, "copycat", ["all"], {}, registry=place)
     assert [(n.release, n.texts) for n in blind] == [("logic@1.0.0", ())]
     seeing = find_peers(loaded, "copycat", ["logic"], {"logic": heldout}, registry=place)
-    told = found(check_expert(loaded, folder, peers=blind), "copied")
-    assert not told.passed, "a copy of a scout shows without anybody's text"
-    assert "1.00 with that of logic@1.0.0 (a copy" in told.found
+    copied = found(check_expert(loaded, folder, peers=blind), "copied")
+    assert not copied.passed, "a copy of a scout is detected without the peer's text"
+    assert "1.00 with that of logic@1.0.0 (a copy" in copied.found
     card = json.loads((folder / "card.json").read_text())
-    assert dataclasses.asdict(told) in card["checks"]
+    assert dataclasses.asdict(copied) in card["checks"]
     assert card["measured"]["beside"]["logic"]["likeness"] == 1
     verdict = check_expert(loaded, folder, peers=[*blind, *seeing])
     without, with_text = (c for c in verdict.checks if c.name == "beside logic")
@@ -94,7 +94,7 @@ def test_a_copycat_that_behaves_on_public_text_is_found_out_by_its_neighbours_te
     assert figures["anchor"]["with"] == pytest.approx(figures["anchor"]["without"], rel=5e-3)
 
 
-def test_a_neighbour_in_a_folder_brings_its_text_and_a_newcomer_that_knows_other_things_is_welcome(
+def test_a_peer_in_a_folder_comes_with_its_text_and_an_unrelated_newcomer_passes(
     loaded, trained_folder, folder
 ):
     edit_manifest(folder, 'name = "logic"', 'name = "newcomer"')
@@ -107,10 +107,8 @@ def test_a_neighbour_in_a_folder_brings_its_text_and_a_newcomer_that_knows_other
     assert found(verdict, "beside logic").passed, found(verdict, "beside logic")
 
 
-def test_a_scout_may_be_that_of_a_release_that_the_expert_derives_from(
-    loaded, folder, registry, tmp_path
-):
-    """By the manifest of either, and of a sibling; nobody else's may be."""
+def test_a_derived_expert_may_have_the_scout_of_its_parent(loaded, folder, registry, tmp_path):
+    """By the manifest of either, and of a sibling, but of no other expert."""
 
     def is_passed(newcomer, derives_from, wanted):
         (peer,) = find_peers(
@@ -162,9 +160,7 @@ def test_training_starts_from_the_release_that_an_expert_derives_from(
         train_expert(loaded, folder, [texts], still)
 
 
-def test_training_starts_only_from_a_release_that_is_there_and_of_the_same_kind(
-    loaded, registry, folder
-):
+def test_training_starts_only_from_an_existing_release_of_the_same_kind(loaded, registry, folder):
     def parent():
         return find_parent(loaded, Manifest.read(folder), registry=str(registry))
 
@@ -186,7 +182,7 @@ def test_another_release_of_the_same_expert_may_keep_its_scout(loaded, folder, r
     assert check_expert(loaded, folder, peers=peers, previous=previous).passed
 
 
-def test_what_is_no_neighbour_is_refused(loaded, folder, registry, tmp_path):
+def test_peers_that_do_not_exist_are_refused(loaded, folder, registry, tmp_path):
     with pytest.raises(VettingError, match="cannot be its own peer"):
         find_peers(loaded, "logic", [str(folder)], {})
     with pytest.raises(VettingError, match="text of 'sets'"):
@@ -194,7 +190,7 @@ def test_what_is_no_neighbour_is_refused(loaded, folder, registry, tmp_path):
     assert find_peers(loaded, "logic", ["all"], {}, registry=str(registry)) == []
 
 
-def test_nothing_changed_and_a_better_word_are_patches(loaded, folder, registry):
+def test_no_change_and_a_better_description_are_patches(loaded, folder, registry):
     step = check_against(loaded, folder, "logic", registry)
     assert (step.needed, step.changes, step.is_enough) == ("patch", (), True)
     edit_manifest(folder, "For tests.", "For many tests.")
@@ -202,9 +198,7 @@ def test_nothing_changed_and_a_better_word_are_patches(loaded, folder, registry)
     assert check_against(loaded, folder, "logic@1.0.0", registry).is_enough
 
 
-def test_a_release_that_got_worse_needs_a_major_version_and_gets_no_smaller_one(
-    loaded, folder, registry
-):
+def test_a_worse_release_needs_a_major_version(loaded, folder, registry):
     spoil_body(loaded, folder, 3.0)
     edit_manifest(folder, 'version = "1.0.0"', 'version = "1.1.0"')
     step = check_against(loaded, folder, "logic", registry)
@@ -216,7 +210,7 @@ def test_a_release_that_got_worse_needs_a_major_version_and_gets_no_smaller_one(
     assert 'version = "2.0.0"' in caught.value.hint
 
 
-def test_weights_that_are_as_good_are_a_patch(loaded, folder, registry, tmp_path):
+def test_equally_good_weights_are_a_patch(loaded, folder, registry, tmp_path):
     """Noise that no document notices; with another registry, which they are published to."""
     spoil_body(loaded, folder, 1e-4)
     edit_manifest(folder, 'version = "1.0.0"', 'version = "1.0.1"')
@@ -226,7 +220,7 @@ def test_weights_that_are_as_good_are_a_patch(loaded, folder, registry, tmp_path
     publish_expert(folder, loaded.interface, open_for_publishing(copy))
 
 
-def test_an_older_release_is_looked_for_by_name(loaded, folder, registry, tmp_path):
+def test_a_previous_release_is_found_by_name(loaded, folder, registry, tmp_path):
     with pytest.raises(UnknownExpertError, match="no release logic"):
         find_previous(loaded, folder, "logic@3.0.0", registry=str(registry))
     with pytest.raises(VettingError, match="another expert"):
