@@ -35,7 +35,7 @@ def plot_methods(summary: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("bits per byte")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(places, order)
-    figure.text(0.99, 0.01, "blue: ours   pink: sees everybody's text", ha="right", fontsize=8)
+    figure.text(0.99, 0.01, "blue: ours   pink: trained on all text", ha="right", fontsize=8)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -44,7 +44,7 @@ def plot_methods(summary: Mapping[str, Any], path: Path) -> None:
 def plot_questions(result: Mapping[str, Any], path: Path) -> None:
     """Draw the questions that were answered, a panel each."""
     panels = {
-        "peers": _draw_neighbours,
+        "peers": _draw_peers,
         "growth": _draw_growth,
         "switching": _draw_switching,
         "hostile": _draw_hostile,
@@ -64,7 +64,7 @@ def plot_questions(result: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_neighbours(axis: Any, found: Mapping[str, Any]) -> None:
+def _draw_peers(axis: Any, found: Mapping[str, Any]) -> None:
     names, columns = list(found), list(next(iter(found.values())))
     change = 100 * np.array([[found[n][c] for c in columns] for n in names])
     axis.imshow(np.clip(change, -2, 2), cmap="RdYlGn_r", vmin=-2, vmax=2, aspect="auto")
@@ -72,8 +72,8 @@ def _draw_neighbours(axis: Any, found: Mapping[str, Any]) -> None:
         axis.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=7)
     axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_ylabel("expert that comes")
-    axis.set_title("what its coming changes, per cent of bits (mix)", fontsize=10)
+    axis.set_ylabel("added expert")
+    axis.set_title("change when one expert is added, per cent of bits (mix)", fontsize=10)
 
 
 def _draw_growth(axis: Any, found: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ def _draw_hostile(axis: Any, found: Mapping[str, Any]) -> None:
     axis.set_yticks(places, list(found), fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("worst change of any text, per cent of bits (red: 0.5)")
-    axis.set_title("hostile and broken guests", fontsize=10)
+    axis.set_title("adversarial and broken experts", fontsize=10)
     axis.legend(fontsize=8)
 
 
@@ -128,7 +128,7 @@ def _draw_unequal(axis: Any, found: Mapping[str, Any]) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("bits per byte of its domain")
     axis.set_xlim(0, 1.9 * max(row["own"] for row in found.values()))
-    axis.set_title("a contributor who had less", fontsize=10)
+    axis.set_title("unequal contributors", fontsize=10)
     axis.legend(fontsize=8, loc="center right")
 
 
@@ -140,7 +140,7 @@ def _draw_generations(axis: Any, found: Mapping[str, Any]) -> None:
     axis.plot(places, [found[n]["own"] for n in names], "--", color="0.5", label="own experts")
     axis.set_xticks(places, names)
     axis.set_ylabel("bits per byte of all domains")
-    axis.set_title("trained on from what was released", fontsize=10)
+    axis.set_title("second generation", fontsize=10)
     axis.legend(fontsize=8)
 
 
@@ -151,4 +151,4 @@ def _draw_ablations(axis: Any, found: Mapping[str, Any]) -> None:
     axis.invert_yaxis()
     axis.grid(axis="x", linewidth=0.3)
     axis.set_xlabel("recovery, per cent")
-    axis.set_title("the router with one thing changed", fontsize=10)
+    axis.set_title("router ablations: one change at a time", fontsize=10)
