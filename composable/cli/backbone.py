@@ -94,7 +94,7 @@ def import_(
 
 def _card_table(card: dict[str, Any]) -> str:
     model, measured, scout = card["model"], card["measured"], card["scout"]
-    trips = card["tokenizer"]["round_trips"]
+    trips, chat = card["tokenizer"]["round_trips"], card["tokenizer"]["chat"]
     bits = scout["heldout_bits_per_class"]
     rows = [
         ("backbone", card["backbone"]),
@@ -105,6 +105,7 @@ def _card_table(card: dict[str, Any]) -> str:
         ("layers", f"{model['layers']}, {model['tap']} of them the trunk"),
         ("vocabulary", f"{model['vocabulary']:,} tokens"),
         ("round trips", f"{trips['exact']} of {trips['texts']} exact"),
+        ("chat", "markup recorded" if chat["is_recorded"] else f"no markup: {chat['reason']}"),
         (
             "anchor",
             f"{measured['bits_per_byte']:.3f} bits per byte, "

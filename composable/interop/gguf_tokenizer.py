@@ -98,6 +98,8 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> SourceTokenizer 
         definition=_define(metadata, names, tokens, rule),
         begin=begin,
         ends=all_ends,
+        bos=named("bos"),
+        eos=named("eos"),
         chat_template=template if isinstance(template, str) else None,
     )
 

@@ -107,12 +107,27 @@ def _define_bytes() -> dict[str, Any]:
 
 def _template(chat: ChatFormat) -> str:
     """Return a Jinja template that writes turns as a chat format does."""
-    # JSON spells text in a way that Jinja reads.
-    marks = {role: tuple(map(json.dumps, getattr(chat, role))) for role in vars(chat)}
+    roles = {"system": chat.system, "user": chat.user, "assistant": chat.assistant}
     turns = "".join(
-        f"{{% {'if' if i == 0 else 'elif'} message['role'] == '{role}' %}}"
-        f"{{{{ {before} + message['content'] + {after} }}}}"
-        for i, (role, (before, after)) in enumerate(marks.items())
+        f"{{% {'if' if i == 0 else 'elif'} message['role'] == '{role}' %}}{_write_turn(marks)}"
+        for i, (role, marks) in enumerate(roles.items())
     )
-    prompt = f"{{% if add_generation_prompt %}}{{{{ {marks['assistant'][0]} }}}}{{% endif %}}"
-    return f"{{% for message in messages %}}{turns}{{% endif %}}{{% endfor %}}{prompt}"
+    prompt = f"{{% if add_generation_prompt %}}{{{{ {_quote(chat.assistant[0])} }}}}{{% endif %}}"
+    preamble = ""
+    if chat.preamble:
+        is_plain = "not messages or messages[0]['role'] != 'system'"
+        preamble = f"{{% if {is_plain} %}}{{{{ {_quote(chat.preamble)} }}}}{{% endif %}}"
+    return f"{preamble}{{% for message in messages %}}{turns}{{% endif %}}{{% endfor %}}{prompt}"
+
+
+def _write_turn(marks: tuple[str, str] | None) -> str:
+    """Return the part of a template that writes one turn, or rejects it."""
+    if marks is None:
+        return "{{ raise_exception('this model takes no instructions') }}"
+    before, after = map(_quote, marks)
+    return f"{{{{ {before} + message['content'] + {after} }}}}"
+
+
+def _quote(text: str) -> str:
+    """Return a text as a Jinja literal; JSON spells it in a way that Jinja reads."""
+    return json.dumps(text)

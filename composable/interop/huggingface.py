@@ -133,14 +133,37 @@ def _read_tokenizer(folder: Path, config: dict[str, Any]) -> SourceTokenizer | N
     )
     if begin is None:
         raise InteropError("no token begins or ends a document", where=str(path))
-    template = folder / "chat_template.jinja"
-    chat = template.read_text() if template.is_file() else said.get("chat_template")
     return SourceTokenizer(
         definition=path.read_text(encoding="utf-8"),
         begin=begin,
         ends=all_ends,
-        chat_template=chat if isinstance(chat, str) else None,
+        bos=bos,
+        eos=eos,
+        chat_template=_read_chat_template(folder, said.get("chat_template")),
     )
+
+
+def _read_chat_template(folder: Path, declared: Any) -> str | None:
+    """Return the chat template of a folder: that of its own file, or the declared one.
+
+    Args:
+        folder: The folder.
+        declared: A template, or a list of named ones, of which `default` counts.
+
+    Raises:
+        InteropError: If the file cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InteropError(f"cannot be read: {error}", where=str(path)) from error
+    if isinstance(declared, list):
+        tables = [entry for entry in declared if isinstance(entry, dict)]
+        named = {str(table.get("name")): table.get("template") for table in tables}
+        declared = named.get("default")
+    return declared if isinstance(declared, str) else None
 
 
 def _adds(post_processor: Any, token: str | None) -> bool:

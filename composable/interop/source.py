@@ -33,12 +33,16 @@ class SourceTokenizer:
         definition: JSON of the `tokenizers` library.
         begin: Token that begins a document.
         ends: Tokens at which a continuation is over.
-        chat_template: The template of conversations; never run, only recognised.
+        bos: Begin-of-sequence token, if one is declared; chat templates may write it.
+        eos: End-of-sequence token, if one is declared; chat templates may write it.
+        chat_template: The template of conversations, if there is one: Jinja2 source.
     """
 
     definition: str
     begin: str
     ends: tuple[str, ...]
+    bos: str | None
+    eos: str | None
     chat_template: str | None
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from composable.errors import InteropError
-from composable.interop.chat import find_chat_format
+from composable.interop.chat import derive_chat_format
 from composable.interop.source import CheckpointSource
 from composable.model.subwords import SubwordTokenizer
 
@@ -21,12 +21,18 @@ _SAMPLES: Final = (
 )
 
 
-def make_tokenizer(source: CheckpointSource, begin: str | None = None) -> SubwordTokenizer:
-    """Return the tokenizer of a checkpoint.
+def make_tokenizer(
+    source: CheckpointSource,
+    begin: str | None = None,
+    *,
+    report: Callable[[str], None] | None = None,
+) -> SubwordTokenizer:
+    """Return the tokenizer of a checkpoint, with its chat markup.
 
     Args:
         source: The checkpoint.
         begin: Token that begins a document; by default what the source says.
+        report: Called with the reason if there is no chat markup.
 
     Raises:
         InteropError: If there is none.
@@ -37,12 +43,14 @@ def make_tokenizer(source: CheckpointSource, begin: str | None = None) -> Subwor
             where=source.name,
             hint="put the model's tokenizer.json and tokenizer_config.json into the folder",
         )
-    return SubwordTokenizer(
-        source.tokenizer.definition,
-        begin=begin or source.tokenizer.begin,
-        ends=source.tokenizer.ends,
-        chat=find_chat_format(source.tokenizer.chat_template),
-    )
+    found, chat = source.tokenizer, None
+    begin = begin or found.begin
+    try:
+        chat = derive_chat_format(found.chat_template, begin=begin, bos=found.bos, eos=found.eos)
+    except InteropError as error:
+        if report is not None:
+            report(str(error))
+    return SubwordTokenizer(found.definition, begin=begin, ends=found.ends, chat=chat)
 
 
 def check_round_trips(tokenizer: SubwordTokenizer, texts: Sequence[str]) -> dict[str, int]:

@@ -7,7 +7,6 @@ tokens come in by `begin` and by trusted markup alone.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -85,7 +84,7 @@ class SubwordTokenizer:
         special = {
             "begin": self._begin,
             "ends": list(self._ends),
-            "chat": dataclasses.asdict(self.chat) if self.chat else None,
+            "chat": _chat_to_json(self.chat) if self.chat else None,
         }
         return self._definition, json.dumps(special, indent=2, ensure_ascii=False) + "\n"
 
@@ -99,8 +98,7 @@ class SubwordTokenizer:
         try:
             data: dict[str, Any] = json.loads(special)
             chat = data.pop("chat")
-            pairs = {name: (str(pair[0]), str(pair[1])) for name, pair in (chat or {}).items()}
-            return cls(definition, chat=ChatFormat(**pairs) if chat else None, **data)
+            return cls(definition, chat=_chat_from_json(chat) if chat else None, **data)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise ModelError(f"no special tokens: {error!r}", where="special_tokens") from error
 
@@ -164,6 +162,24 @@ class _SubwordStream:
             return ""
         self._shown = len(self._tokens)
         return str(text[len(before) :])
+
+
+def _chat_to_json(chat: ChatFormat) -> dict[str, Any]:
+    """Return the fields of chat markup.
+
+    What older versions do not know is left out where it has its default. They reject a package that
+    has it, by the name of the field.
+    """
+    fields: dict[str, Any] = {} if chat.system is None else {"system": chat.system}
+    fields |= {"user": chat.user, "assistant": chat.assistant}
+    return fields | ({"preamble": chat.preamble} if chat.preamble else {})
+
+
+def _chat_from_json(fields: dict[str, Any]) -> ChatFormat:
+    fields = dict(fields)
+    preamble = str(fields.pop("preamble", ""))
+    pairs = {name: (str(pair[0]), str(pair[1])) for name, pair in fields.items()}
+    return ChatFormat(**pairs, preamble=preamble)
 
 
 def _load(definition: str) -> Any:

@@ -105,7 +105,7 @@ class Conversation:
         report: Called with the guards' tally after every reply.
 
     Raises:
-        ModelError: If the model was not taught any way of conversing.
+        ModelError: If the model has no chat markup, or takes no instructions.
         TextError: If the instructions do not fit.
     """
 
@@ -121,8 +121,15 @@ class Conversation:
     ) -> None:
         if tokenizer.chat is None:
             raise ModelError(
-                "this backbone was not taught to converse",
-                hint="continue a text with `composable generate`, or import an instruct model",
+                "this backbone has no chat markup",
+                hint="continue a text with `composable generate`; the card of an imported backbone "
+                "gives the reason why it has none",
+            )
+        if system and tokenizer.chat.system is None:
+            raise ModelError(
+                "the conversations of this backbone have no place for instructions",
+                where="system",
+                hint="put them into the first message",
             )
         length = min(parts.backbone.cfg.context, _CHAT_POSITIONS)
         self._tokenizer, self._chat = tokenizer, tokenizer.chat
@@ -130,9 +137,13 @@ class Conversation:
             parts, tokenizer, length=length, sampling=sampling, mode=mode, report=report
         )
         self._decoder.feed([tokenizer.begin])
-        self._open = ""  # markup of the last turn that is still to be read
-        if system:
-            self._decoder.feed(self._turn(self._chat.system, system))
+        self._n_replies = 0
+        self._open = self._chat.preamble  # markup that is still to be read
+        self._last: int | None = tokenizer.begin  # token that this markup may repeat
+        if system and self._chat.system is not None:
+            before, self._open = self._chat.system
+            self._decoder.feed([*self._markup(before), *self._encode(system)])
+            self._last = None
 
     def reply(self, text: str, max_tokens: int) -> Iterator[Piece]:
         """Yield the model's reply to a turn of the user's.
@@ -141,22 +152,27 @@ class Conversation:
             TextError: If turn and reply do not fit.
         """
         chat: ChatFormat = self._chat
-        closing = self._tokenizer.encode_markup(self._open)
-        if closing and closing[0] == self._decoder.last:
-            closing = closing[1:]  # the model ended its turn itself
-        tokens = [
-            *closing,
-            *self._turn(chat.user, text),
-            *self._tokenizer.encode_markup(chat.assistant[0]),
-        ]
-        self._decoder.feed(tokens)
+        if self._n_replies:
+            self._last = self._decoder.last
+        opening = self._markup(self._open + chat.user[0])
+        prompt = self._tokenizer.encode_markup(chat.user[1] + chat.assistant[0])
+        self._decoder.feed([*opening, *self._encode(text), *prompt])
+        self._n_replies += 1
         self._open = chat.assistant[1]
-        drawn = self._decoder.draw(min(max_tokens, self._decoder.room))
-        yield from to_pieces(drawn, self._tokenizer)
+        yield from to_pieces(
+            self._decoder.draw(min(max_tokens, self._decoder.room)), self._tokenizer
+        )
 
-    def _turn(self, markup: tuple[str, str], text: str) -> list[int]:
-        """Return the tokens of a turn: what a speaker says is text and never markup."""
-        before, after = markup
-        tokenizer = self._tokenizer
-        said = tokenizer.encode(text)[1:].tolist()
-        return [*tokenizer.encode_markup(before), *said, *tokenizer.encode_markup(after)]
+    def _markup(self, text: str) -> list[int]:
+        """Return the tokens of markup, without a first one that was read already.
+
+        That is the begin token, if the markup of the first turn has it too, or the token with which
+        the model ended its turn itself.
+        """
+        tokens = self._tokenizer.encode_markup(text)
+        return tokens[1:] if tokens and tokens[0] == self._last else tokens
+
+    def _encode(self, text: str) -> list[int]:
+        """Return the tokens of what a speaker says: text and never markup."""
+        tokens: list[int] = self._tokenizer.encode(text)[1:].tolist()
+        return tokens

@@ -25,14 +25,17 @@ class ChatFormat:
     Markup is plain data; unlike a template, it runs nothing.
 
     Args:
-        system: Markup around instructions.
         user: Markup around what the user says.
         assistant: Markup around what the model says; it continues after the first.
+        system: Markup around instructions; None if the model takes none.
+        preamble: Markup before the first turn of a conversation without instructions, such as a
+            turn with the model's default instructions.
     """
 
-    system: tuple[str, str]
     user: tuple[str, str]
     assistant: tuple[str, str]
+    system: tuple[str, str] | None = None
+    preamble: str = ""
 
 
 class TextStream(Protocol):

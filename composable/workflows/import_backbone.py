@@ -124,7 +124,7 @@ def import_backbone(
     source = open_source(path)
     checkpoint = Checkpoint(source, tap=plan.tap, scout_width=plan.scout_width, dtype=plan.dtype)
     cfg = dataclasses.replace(checkpoint.cfg, dtype=plan.compute_dtype)
-    tokenizer = _read_tokenizer(source, plan.begin, cfg.vocab_size)
+    tokenizer, chat = _read_tokenizer(source, plan.begin, cfg.vocab_size)
     require_capacity(checkpoint, out, cfg)
     anchor = _cut_anchor(heldout)
     round_trips = check_round_trips(tokenizer, [doc.text for doc in anchor])
@@ -137,7 +137,7 @@ def import_backbone(
         "interface": {"name": plan.name, "digest": interface.digest},
         "source": {"family": checkpoint.family.name, "digests": digests},
         "model": _describe_model(checkpoint, cfg, (out / WEIGHTS_FILE).stat().st_size),
-        "tokenizer": {"digest": tokenizer.digest, "round_trips": round_trips},
+        "tokenizer": {"digest": tokenizer.digest, "round_trips": round_trips, "chat": chat},
         # Measured on the package as users load it, which also proves that it is complete.
         "measured": _measure(load_backbone(str(out)), anchor, show),
         "scout": scout.card,
@@ -150,15 +150,20 @@ def import_backbone(
 
 def _read_tokenizer(
     source: CheckpointSource, begin: str | None, vocab_size: int
-) -> SubwordTokenizer:
-    """Return the checkpoint's tokenizer; reject one with more tokens than the model embeds."""
-    tokenizer = make_tokenizer(source, begin)
+) -> tuple[SubwordTokenizer, dict[str, Any]]:
+    """Return the checkpoint's tokenizer, and the card's facts about its chat markup.
+
+    Raises:
+        InteropError: If it has more tokens than the model embeds.
+    """
+    reasons: list[str] = []
+    tokenizer = make_tokenizer(source, begin, report=reasons.append)
     if tokenizer.vocab_size > vocab_size:
         raise InteropError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {vocab_size}",
             where=source.name,
         )
-    return tokenizer
+    return tokenizer, {"is_recorded": not reasons, "reason": reasons[0] if reasons else None}
 
 
 def _cut_anchor(heldout: Sequence[Document]) -> list[Document]:

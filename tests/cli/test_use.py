@@ -75,4 +75,4 @@ def test_generate_continues_every_prompt_of_a_file(cli, works, project_of_noise,
 def test_chat_needs_a_backbone_that_converses(cli, project_of_noise):
     outcome = cli("chat")
     assert outcome.code == 1
-    assert "not taught to converse" in outcome.err
+    assert "no chat markup" in outcome.err

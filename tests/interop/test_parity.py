@@ -9,6 +9,9 @@ import pytest
 pytest.importorskip("torch", reason="PyTorch is not installed; run `make parity`")
 pytest.importorskip("transformers", reason="transformers is not installed; run `make parity`")
 
+from composable.interop.chat import write_conversation
+from tests.support.chat_models import MODELS, read_template
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's code
 
 # Sums of 64 products in another order, four layers deep; logits are of order 1.
@@ -52,3 +55,30 @@ def test_tokens_are_those_of_transformers(write_checkpoint, tmp_path):
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for text in ("the quick brown fox", "naïve Füße ∀x ∃y φ→ψ", "  \n\t x = {1: 2}"):
         np.testing.assert_array_equal(ours.encode(text)[1:], theirs(text)["input_ids"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_conversations_are_those_of_transformers(name, write_checkpoint):
+    """But for the date of today, which markup does not know."""
+    import transformers
+
+    bos, eos, begin, chat = MODELS[name]
+    folder, _ = write_checkpoint("llama")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        chat_template=read_template(name),
+        **{"eos_token": eos} | ({} if bos is None else {"bos_token": bos}),
+    )
+    texts = ["Who?", "I.", "And now?", "Still I.", "Good."]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+    for n in (1, 3, 5):
+        for system in (None, *(("Be brief.",) if chat.system else ())):
+            before = [] if system is None else [{"role": "system", "content": system}]
+            rendered = theirs.apply_chat_template(
+                [*before, *turns[:n]],
+                tokenize=False,
+                add_generation_prompt=True,
+                **({"date_string": "26 Jul 2024"} if name == "llama3_2" else {}),
+            )
+            written = write_conversation(chat, texts[:n], system=system)
+            assert rendered in (written, begin + written)

@@ -68,6 +68,29 @@ def test_the_digest_hangs_on_what_decides_tokens_and_on_nothing_else(subwords):
     assert SubwordTokenizer(json.dumps(data), begin="<|begin|>").digest != subwords.digest
 
 
+def test_chat_markup_without_new_fields_is_stored_unchanged(subwords):
+    """What 0.1.0 wrote is read, and written back to the byte."""
+    definition, _ = subwords.to_files()
+    pairs = {"system": ["<s>", "\n"], "user": ["<u>", "\n"], "assistant": ["<a>", "\n"]}
+    stored = {"begin": "<|begin|>", "ends": ["<|end|>"], "chat": pairs}
+    text = json.dumps(stored, indent=2, ensure_ascii=False) + "\n"
+    read = SubwordTokenizer.from_files(definition, text)
+    assert read.chat == ChatFormat(**{role: tuple(pair) for role, pair in pairs.items()})
+    assert read.to_files() == (definition, text)
+
+
+@pytest.mark.parametrize("extra", [{"preamble": "<s>none\n"}, {"system": ("<s>", "\n")}, {}])
+def test_a_preamble_and_no_place_for_instructions_can_be_stored(subwords, extra):
+    definition, _ = subwords.to_files()
+    chat = ChatFormat(user=("<u>", "\n"), assistant=("<a>", "\n"), **extra)
+    stored = SubwordTokenizer(definition, begin="<|begin|>", chat=chat).to_files()
+    assert SubwordTokenizer.from_files(*stored).chat == chat
+    assert json.loads(stored[1])["chat"].keys() == {"user", "assistant", *extra}
+    later = stored[1].replace('"user"', '"later"')
+    with pytest.raises(ModelError, match="'later'"):
+        SubwordTokenizer.from_files(definition, later)
+
+
 def test_what_cannot_be_read_is_refused(subwords):
     definition, special = subwords.to_files()
     with pytest.raises(TextError, match="empty"):

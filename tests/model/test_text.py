@@ -1,10 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from composable.errors import ModelError
-from composable.model.decoding import continue_tokens
+from composable.model.decoding import Decoder, continue_tokens
 from composable.model.text import Conversation, Piece, stop_before, to_pieces
 from composable.model.tokenizer import ByteTokenizer, ChatFormat
 
@@ -71,11 +73,47 @@ def test_a_conversation_is_the_text_of_its_turns(model):
         text += reply + "\n"
 
 
+def test_a_preamble_comes_first_unless_there_are_instructions(model):
+    class Prefaced(Chatty):
+        chat = dataclasses.replace(Chatty.chat, preamble="?none\n")
+
+    for system, start in (("", "?none\n"), ("be kind", "!be kind\n")):
+        talk = Conversation(model.parts, Prefaced(), system=system)
+        reply = "".join(piece.text for piece in talk.reply("hello", 6))
+        expected = continue_text(model, Prefaced(), f"{start}>hello\n<", 6)
+        assert reply == "".join(piece.text for piece in expected)
+
+
+def test_a_begin_token_of_the_first_turn_is_not_read_twice(model, monkeypatch):
+    class Doubled(Chatty):
+        def encode_markup(self, text):
+            return [self.begin if char == "^" else ord(char) for char in text]
+
+        chat = dataclasses.replace(Chatty.chat, user=("^>", "\n"))
+
+    fed = []
+    feed = Decoder.feed
+    monkeypatch.setattr(Decoder, "feed", lambda self, t: fed.append([*t]) or feed(self, t))
+    talk = Conversation(model.parts, Doubled())
+    for _ in range(2):
+        list(talk.reply("hi", 1))
+    assert fed[:2] == [[0], [ord(char) for char in ">hi\n<"]]
+    assert fed[2][-6:] == [0, *(ord(char) for char in ">hi\n<")]
+
+
+def test_instructions_without_a_place_are_refused(model):
+    class Plain(Chatty):
+        chat = dataclasses.replace(Chatty.chat, system=None)
+
+    with pytest.raises(ModelError, match="no place for instructions"):
+        Conversation(model.parts, Plain(), system="be kind")
+
+
 def continue_text(model, tokenizer, text, n_tokens):
     tokens_T = tokenizer.encode(text)
     return to_pieces(continue_tokens(model.parts, tokenizer, tokens_T, n_tokens), tokenizer)
 
 
 def test_a_backbone_that_was_not_taught_to_converse_says_so(model):
-    with pytest.raises(ModelError, match="not taught to converse"):
+    with pytest.raises(ModelError, match="no chat markup"):
         model.converse()
