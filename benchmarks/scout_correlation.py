@@ -51,7 +51,7 @@ def train(loaded: LoadedBackbone, features: Features, seed: int) -> Scout:
     return train_scout(
         scout,
         features,
-        steps=_PASSES * len(features.classes_RT) // SCOUT_ROWS,
+        steps=_PASSES * len(features.classes_BT) // SCOUT_ROWS,
         seed=seed,
     ).scout
 

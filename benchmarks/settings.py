@@ -344,7 +344,7 @@ def compare_training(steps: int, names: Sequence[str]) -> None:
                 record = train_expert(loaded, folder, [train], cfg, optimizer=tuned)
                 verdict = check_expert(loaded, folder)
             bits = verdict.measured["bits_per_byte"]["own_expert"]
-            print(f"{name}  {optimizer}  {rate} | {bits:.3f}  {record['last']['scout_bits']:.3f}")
+            print(f"{name}  {optimizer}  {rate} | {bits:.3f}  {record.last['scout_bits']:.3f}")
 
 
 def compare_scouts(names: Sequence[str]) -> None:
@@ -360,8 +360,8 @@ def compare_scouts(names: Sequence[str]) -> None:
             for d, n in zip(parts, (400_000, 50_000), strict=True)
         )
         for width, thousands, times, kind, rate in READINGS:
-            n_rows = min(len(learnt.classes_RT), thousands * 1000 // _WINDOW)
-            some = Features(learnt.feature_RTD[:n_rows], learnt.classes_RT[:n_rows])
+            n_rows = min(len(learnt.classes_BT), thousands * 1000 // _WINDOW)
+            some = Features(learnt.feature_BTD[:n_rows], learnt.classes_BT[:n_rows])
             scout = Scout(interface.d_model, width, interface.n_classes, rngs=nnx.Rngs(0))
             fitted = train_scout(
                 scout,
@@ -371,7 +371,7 @@ def compare_scouts(names: Sequence[str]) -> None:
                 optimizer=getattr(loop, kind),
             )
             nats = scout_loss(
-                fitted.scout, jnp.asarray(kept.feature_RTD), jnp.asarray(kept.classes_RT)
+                fitted.scout, jnp.asarray(kept.feature_BTD), jnp.asarray(kept.classes_BT)
             )
             print(
                 f"{name}  {width}  {n_rows * _WINDOW:,}  "

@@ -77,6 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     from composable.assembly.backbones import load_backbone
     from composable.assembly.experts import load_expert
     from composable.corpora.documents import read_documents
+    from composable.files.records import format_record
     from composable.training.data import token_stream
     from composable.workflows.train import expert_config, train_expert
 
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         cfg = dataclasses.replace(cfg, learning_rate=job["learning_rate"])
         parent = load_expert(loaded, folder / PARENT) if job["has_parent"] else None
         record = train_expert(loaded, folder, [text], cfg, parent=parent)
-        (folder / "record.json").write_text(json.dumps(record))
+        (folder / "record.json").write_text(format_record(record))
         body = load_expert(loaded, folder).body
     extras: dict[str, np.ndarray] = {}
     stream = token_stream(read_documents([text]), loaded.tokenizer)
@@ -106,7 +107,7 @@ def pooled(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
     from benchmarks.composition.features import pool
     from composable.workflows.trunk_cache import cut_rows
 
-    rows_RT = cut_rows(stream, 2 * WINDOW, 2 * WINDOW * _MOMENT_ROWS)[:, :-1]
+    rows_BT = cut_rows(stream, 2 * WINDOW, 2 * WINDOW * _MOMENT_ROWS)[:, :-1]
 
     @jax.jit
     def run(tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -115,7 +116,7 @@ def pooled(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
         flat_MD = pooled_BTD.reshape(-1, pooled_BTD.shape[-1])
         return flat_MD.mean(0), flat_MD.T @ flat_MD / len(flat_MD)
 
-    parts = [run(rows_RT[i : i + 8]) for i in range(0, len(rows_RT) // 8 * 8, 8)]
+    parts = [run(rows_BT[i : i + 8]) for i in range(0, len(rows_BT) // 8 * 8, 8)]
     mean_D, moment_DD = (np.mean([np.asarray(p[i], np.float64) for p in parts], 0) for i in (0, 1))
     return {"pooled_mean_D": mean_D, "pooled_moment_DD": moment_DD}
 
@@ -201,18 +202,18 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
     from composable.model.scout import Scout
     from composable.training.scouts import SCOUT_ROWS, Features, train_scout
     from composable.workflows.train import expert_config
-    from composable.workflows.trunk_cache import cut_rows, plan_reading
+    from composable.workflows.trunk_cache import cut_rows, plan_training
 
     backbone, interface = release.backbone, release.interface
     cfg = expert_config(job["steps"], job["seed"], rows=job["rows"])
-    reading = plan_reading(backbone, cfg, len(stream), SCOUT_ROWS)
-    rows_RT = cut_rows(stream, WINDOW, reading.scout_tokens)
-    rows_RT = rows_RT[: len(rows_RT) // 8 * 8]
-    classes_RT = np.asarray(backbone.class_map[...])[rows_RT[:, 1:]]
+    reading = plan_training(backbone, cfg, len(stream), SCOUT_ROWS)
+    rows_BU = cut_rows(stream, WINDOW, reading.scout_tokens)
+    rows_BU = rows_BU[: len(rows_BU) // 8 * 8]
+    classes_BT = np.asarray(backbone.class_map[...])[rows_BU[:, 1:]]
 
     def read(tap: int) -> np.ndarray:
         run = jax.jit(lambda tokens_BT: features_at(backbone, tokens_BT, tap))
-        parts = [np.asarray(run(rows_RT[i : i + 8, :-1])) for i in range(0, len(rows_RT), 8)]
+        parts = [np.asarray(run(rows_BU[i : i + 8, :-1])) for i in range(0, len(rows_BU), 8)]
         return np.concatenate(parts).astype(np.float16)
 
     found: dict[str, np.ndarray] = {}
@@ -221,7 +222,7 @@ def scouts(release: Any, body: Any, stream: np.ndarray, anchor: np.ndarray, job:
         scout = Scout(interface.d_model, variant.width, interface.n_classes, rngs=rngs)
         fitted = train_scout(
             scout,
-            Features(read(backbone.cfg.tap + variant.tap), classes_RT),
+            Features(read(backbone.cfg.tap + variant.tap), classes_BT),
             steps=max(1, round(variant.share * reading.scout_steps)),
             seed=job["seed"],
         )
@@ -259,8 +260,8 @@ def mean_inputs(release: Any, stream: np.ndarray) -> np.ndarray:
         backbone.upper(x_BTD, listen)
         return seen
 
-    rows_RT = cut_rows(stream, WINDOW, 16 * WINDOW)[:, :-1]
-    mean_LD = np.stack([np.asarray(mean_D) for mean_D in run(rows_RT)])
+    rows_BT = cut_rows(stream, WINDOW, 16 * WINDOW)[:, :-1]
+    mean_LD = np.stack([np.asarray(mean_D) for mean_D in run(rows_BT)])
     return mean_LD / np.linalg.norm(mean_LD, axis=1, keepdims=True)
 
 

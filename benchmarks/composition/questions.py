@@ -24,7 +24,7 @@ from composable.kernels import default_block
 from composable.model.model import Model, Pluggable
 from composable.packaging.manifests.manifest import Manifest
 from composable.workflows.train import expert_config
-from composable.workflows.trunk_cache import trunk_parameters, upper_parameters
+from composable.workflows.trunk_cache import count_trunk_parameters, count_upper_parameters
 
 
 def peers(c: Community) -> None:
@@ -282,7 +282,7 @@ def _cost(model: Model, tokens_BT: np.ndarray) -> dict[str, float]:
     backbone, bank, interface = parts.backbone, parts.bank, parts.interface
     cfg = backbone.cfg
     block = 3 * cfg.d_model * cfg.d_ff
-    alone = trunk_parameters(backbone) + upper_parameters(backbone)
+    alone = count_trunk_parameters(backbone) + count_upper_parameters(backbone)
     # A scout's parameters; and what it says of every class is weighed.
     scout = sum(int(np.prod(x.shape[1:])) for x in bank.scouts) + interface.n_classes
     n_scouts = len(model.experts) + 1

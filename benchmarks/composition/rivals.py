@@ -146,18 +146,18 @@ def _proxies(c: Community) -> list[np.ndarray]:
     reads."""
     release, cfg = c.run.release, expert_config(c.run.preset.steps, rows=c.run.preset.rows)
     stream = token_stream(c.run.text(PUBLIC_TEXT, "train"), release.tokenizer)
-    rows_RT = cut_rows(stream, cfg.window, cfg.window * _PUBLIC_ROWS)[:, :-1]
+    rows_BT = cut_rows(stream, cfg.window, cfg.window * _PUBLIC_ROWS)[:, :-1]
 
     @jax.jit
     def pooled(tokens_BT: jax.Array) -> jax.Array:
         x_BTD, _ = release.backbone.trunk(tokens_BT)
         return methods.pool(release.backbone.features(x_BTD), None)[0].mean(1)
 
-    pooled_RD = np.concatenate([pooled(rows_RT[i : i + 32]) for i in range(0, len(rows_RT), 32)])
+    pooled_RD = np.concatenate([pooled(rows_BT[i : i + 32]) for i in range(0, len(rows_BT), 32)])
     n = -(-cfg.steps * cfg.batch_size // (len(c.names) + 1))
-    drawn_1N = np.random.default_rng(c.seed).choice(len(rows_RT), (1, n), replace=False)
+    drawn_1N = np.random.default_rng(c.seed).choice(len(rows_BT), (1, n), replace=False)
     picked_EN = np.concatenate([drawn_1N, nearest_rows(pooled_RD, *_moments(c), n)])
-    return [rows_RT[picked_N].ravel() for picked_N in picked_EN]
+    return [rows_BT[picked_N].ravel() for picked_N in picked_EN]
 
 
 def nearest_rows(

@@ -89,6 +89,7 @@ def train(
 
     manifest = Manifest.read(folder)
     from composable.assembly.backbones import load_backbone
+    from composable.files.records import to_plain
     from composable.workflows.references import find_parent
     from composable.workflows.train import expert_config, train_expert
     from composable.workflows.workspace import count_heldout
@@ -98,13 +99,13 @@ def train(
     with bars.show_training(is_quiet=is_quiet) as progress:
         cfg = expert_config(steps, seed, rows=rows, backbone=loaded.backbone)
         record = train_expert(loaded, folder, files, cfg, parent=parent, progress=progress)
-    figures = bars.format_figures(record["last"]) or "training already complete"
+    figures = bars.format_figures(record.last or {}) or "training already complete"
     start = f"{folder} from {manifest.derives_from}" if parent else str(folder)
     n_heldout = count_heldout(folder)
     show(
-        f"trained {start} in {record['seconds']} s on {record['documents'] + n_heldout} documents, "
+        f"trained {start} in {record.seconds} s on {record.documents + n_heldout} documents, "
         f"{n_heldout} of them held out: {figures}",
-        record,
+        to_plain(record),
         as_json=as_json,
         is_quiet=is_quiet,
     )

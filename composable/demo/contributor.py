@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         "published",
         name=manifest.name,
         version=str(manifest.version),
-        seconds=record["seconds"],
+        seconds=record.seconds,
         measured=verdict.measured,
         bytes=sum(file.size for file in manifest.files),
         peak_rss_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

@@ -6,7 +6,9 @@ ignored, so that older versions can read the files of newer ones.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,7 +33,6 @@ def parse_record(
         ComposableError: For text that is not JSON, a missing field, or one of another type.
 
     Example:
-        >>> import dataclasses
         >>> @dataclasses.dataclass(frozen=True)
         ... class Step:
         ...     loss: float
@@ -45,21 +46,39 @@ def parse_record(
 
 
 def format_record(record: Any) -> str:
-    """Return a record as readable JSON text; fields that are None are left out."""
+    """Return a record as readable JSON text; fields of records that are None are left out."""
     return json.dumps(to_plain(record), indent=2, ensure_ascii=False) + "\n"
 
 
 def to_plain(record: Any) -> Any:
-    """Return a record as plain JSON data; fields that are None are left out."""
-    return _without_none(msgspec.to_builtins(record))
+    """Return a record as plain JSON data; fields of records that are None are left out.
+
+    None in a dictionary or a list is a value, and stays.
+
+    Args:
+        record: A record, or a dictionary or sequence of records.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Step:
+        ...     figures: dict[str, float | None]
+        ...     note: str | None = None
+        >>> to_plain(Step({"loss": 1.5, "gain": None}))
+        {'figures': {'loss': 1.5, 'gain': None}}
+    """
+    if dataclasses.is_dataclass(record):
+        return {
+            field.name: to_plain(value)
+            for field in dataclasses.fields(record)
+            if (value := getattr(record, field.name)) is not None
+        }
+    if isinstance(record, Mapping):
+        return {key: to_plain(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [to_plain(value) for value in record]
+    return msgspec.to_builtins(record)
 
 
 def record_schema(kind: type[Any]) -> dict[str, Any]:
     """Return the JSON schema of a record, for the reference documentation."""
     return msgspec.json.schema(kind)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -1,1 +1,1 @@
-"""Documents, data, objectives, the loop, checkpoints; the same code on a laptop and on a pod."""
+"""Training: data, objectives, optimisers, the loop, checkpoints; on one device or many hosts."""

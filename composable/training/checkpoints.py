@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Checkpoints:
-    """The newest two checkpoints of a run, written in the background, switched atomically.
+    """The newest two checkpoints of a run, written in the background, each atomically.
 
     Args:
-        directory: Where they live; made if missing.
-        cfg: The run's settings; a checkpoint of other settings is refused.
+        directory: Their folder, made if missing.
+        cfg: The run's settings; checkpoints written with other settings are refused.
     """
 
     def __init__(self, directory: Path, cfg: TrainConfig) -> None:
@@ -31,7 +31,14 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, trained: Any, opt_state: Any, data_state: dict[str, Any]) -> None:
-        """Write a checkpoint; returns before it is on disk."""
+        """Start to write a checkpoint; return before it is on disk.
+
+        Args:
+            step: Steps done.
+            trained: The trained tree.
+            opt_state: The optimiser's state.
+            data_state: The position in the data, as plain data.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -48,7 +55,7 @@ class Checkpoints:
             opt_state: Likewise.
 
         Raises:
-            TrainingError: If it was written by a run with other settings.
+            TrainingError: If it was written with other settings.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -58,9 +65,9 @@ class Checkpoints:
         changed = [k for k, v in self.settings.items() if run["settings"].get(k) != v]
         if changed:
             raise TrainingError(
-                f"the checkpoint was trained with another {', '.join(changed)}",
+                f"the checkpoint was written with another {', '.join(changed)}",
                 where=str(self.directory),
-                hint="give the settings it was started with, or remove the folder",
+                hint="use the settings that training started with, or remove the folder",
             )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain((trained, opt_state)))
         arrays = self._manager.restore(
@@ -71,11 +78,11 @@ class Checkpoints:
         return step, trained, opt_state, run["data"]
 
     def close(self) -> None:
-        """Wait for the last write."""
+        """Wait for the last write, and release the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 def _plain(tree: Any) -> dict[str, jax.Array]:
-    """Return a tree's arrays by position: no framework type reaches the disk."""
+    """Return a tree's arrays by position, so that no framework type reaches the disk."""
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(nnx.as_pure(tree)))}

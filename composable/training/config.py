@@ -1,4 +1,4 @@
-"""How to train: the settings of a run."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from composable.errors import TrainingError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train: an optimiser with warm-up and cosine decay.
+    """The settings of a training run: linear warm-up, then cosine decay of the learning rate.
 
     Args:
         steps: Optimiser steps.
         batch_size: Rows per step over all processes.
-        window: Positions per row.
-        learning_rate: Peak.
-        final_fraction: Share of the peak that the rate ends at.
-        warmup_fraction: Share of the steps that the rate rises.
+        window: Positions to predict per row.
+        learning_rate: Peak learning rate.
+        final_fraction: Final learning rate as a fraction of the peak.
+        warmup_fraction: Fraction of the steps that warm-up takes.
         weight_decay: Decoupled, on every matrix; vectors are not decayed.
-        clip_norm: Global norm that gradients are cut to.
-        seed: Seed of the initial weights and of the data's order.
+        clip_norm: Global norm that gradients are clipped to.
+        seed: Seed of the initial weights and of the order of the data.
         checkpoint_every: Steps between checkpoints, where a directory is given.
         log_every: Steps between logged figures.
 
     Raises:
         TrainingError: For a value out of its range; `where` names the field.
+
+    Example:
+        >>> TrainConfig(steps=10, batch_size=4, window=256, learning_rate=0.01).tokens
+        10240
     """
 
     steps: int
@@ -48,5 +52,5 @@ class TrainConfig:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the whole run predicts."""
+        """Tokens predicted over all steps."""
         return self.steps * self.batch_size * self.window

@@ -1,4 +1,7 @@
-"""Documents to batches: shuffled windows of tokens from a grain pipeline that resumes exactly."""
+"""From documents to batches: shuffled rows of tokens from a grain pipeline that resumes exactly.
+
+Reading documents is in `composable.corpora.documents`.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,38 @@ from composable.corpora.documents import Document
 from composable.errors import TextError, TrainingError
 from composable.model.tokenizer import Tokenizer
 
-# As good as endless; the length of grain's own endless repeat overflows an index.
+# Practically endless; the length of grain's own endless repeat overflows an index.
 _EPOCHS: Final = 1 << 31
 
 
 class TappedRows(NamedTuple):
-    """Rows of tokens, T + 1 each, and the residual stream at the tap before each target."""
+    """Rows of text with the trunk's output for them.
 
-    tokens_BT: Any
+    Args:
+        tokens_BU: Rows of `window` + 1 tokens, int32.
+        x_BTD: Residual stream at the tap, at the first `window` positions of each row.
+    """
+
+    tokens_BU: Any
     x_BTD: Any
 
 
 def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """Return all documents as one run of tokens, each after its begin-of-document token.
+    """Return the tokens of all documents, one after the other, as one array of shape M.
+
+    Each document starts with the begin-of-document token.
+
+    Args:
+        documents: The documents.
+        tokenizer: Their tokenizer.
 
     Raises:
         TextError: If there are no documents, or one of them is not text.
+
+    Example:
+        >>> from composable.model.tokenizer import ByteTokenizer
+        >>> token_stream([Document("a", "hi"), Document("b", "!")], ByteTokenizer()).tolist()
+        [0, 104, 105, 0, 33]
     """
     if not documents:
         raise TextError("there are no documents to train on")
@@ -56,11 +75,16 @@ def batches(
         n_processes: Number of processes, each of which gets its own rows.
 
     Returns:
-        Batches of int32 tokens, shape (batch_size / n_processes, window + 1).
+        Batches of int32 tokens, shape BU: `batch_size` / `n_processes` rows of `window` + 1.
 
     Raises:
         TextError: If the stream is shorter than one row.
         TrainingError: If the rows do not divide among the processes.
+
+    Example:
+        >>> data = batches(np.arange(100), window=8, batch_size=2, seed=0)
+        >>> next(data).shape
+        (2, 9)
     """
     _require_divisible(batch_size, n_processes)
     if len(stream_M) < window + 1:
@@ -84,10 +108,11 @@ def tapped_batches(
 ) -> grain.DatasetIterator:
     """Return an endless iterator over batches of fixed rows, with a state that can be saved.
 
-    Each epoch has every row once, in a new order. Only the rows of a batch are read from disk.
+    Each epoch has every row once, in a new order. Only the rows of the current batch are read from
+    disk.
 
     Args:
-        rows: All rows; what the trunk gave may be memory-mapped.
+        rows: All rows; the residual stream may be memory-mapped.
         batch_size: Rows over all processes; a multiple of `n_processes`.
         seed: Seed of the order.
         process: Index of this process.
@@ -99,9 +124,9 @@ def tapped_batches(
     _require_divisible(batch_size, n_processes)
 
     def read(index: int) -> TappedRows:
-        return TappedRows(rows.tokens_BT[index], np.array(rows.x_BTD[index]))
+        return TappedRows(rows.tokens_BU[index], np.array(rows.x_BTD[index]))
 
-    epoch = grain.MapDataset.range(len(rows.tokens_BT)).seed(seed).shuffle()
+    epoch = grain.MapDataset.range(len(rows.tokens_BU)).seed(seed).shuffle()
     mine = epoch.repeat(_EPOCHS).map(read)[process::n_processes]
     return iter(mine.batch(batch_size // n_processes).to_iter_dataset())
 

@@ -1,7 +1,7 @@
 """The training loop: one for backbone and experts, on one device or many hosts.
 
 What is trained is the first argument of the objective; what is frozen is not in it, so it has no
-gradient and no optimiser state. The loop knows nothing of models: it sees trees and a loss.
+gradient and no optimiser state. The loop depends on no model: it sees trees and a loss.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from composable.training.config import TrainConfig
 from composable.training.optimizers import adamw
 
 # (trained, frozen, batch) -> mean loss in nats, and named figures to log. A batch is what the data
-# gives: tokens of shape (B, T+1), or a tree of arrays of B rows.
+# gives: tokens of shape BU, or a tree of arrays of B rows.
 Objective = Callable[[Any, Any, Any], tuple[jax.Array, Mapping[str, jax.Array]]]
 
 
 class BatchIterator(Protocol):
-    """What the loop asks of data: batches, and a position that can be saved."""
+    """What the loop needs from data: batches, and a position that can be saved."""
 
     def __next__(self) -> Any:
-        """Return the next batch: tokens of shape (B, T+1), or a tree of arrays of B rows."""
+        """Return the next batch: tokens of shape BU, or a tree of arrays of B rows."""
 
     def get_state(self) -> dict[str, Any]:
         """Return the position in the data, as plain data."""
@@ -45,7 +45,7 @@ class BatchIterator(Protocol):
 
 @dataclass(kw_only=True)
 class Fitted:
-    """What training left behind.
+    """The result of training.
 
     Args:
         trained: The trained tree.
@@ -71,7 +71,7 @@ def fit(
     directory: Path | None = None,
     progress: StepProgress | None = None,
 ) -> Fitted:
-    """Train a tree to lower an objective, resuming where an earlier run of the same stopped.
+    """Train a tree to lower an objective, resuming from the last checkpoint in `directory`.
 
     Args:
         objective: Loss of (trained, frozen, batch).
@@ -81,11 +81,11 @@ def fit(
         cfg: How to train.
         optimizer: `adamw(cfg)` by default.
         mesh: Devices; all of them as data parallel by default.
-        directory: Where checkpoints and TensorBoard curves go; none are written without it.
+        directory: Folder of checkpoints and TensorBoard curves; none are written without it.
         progress: Called at every step with the newest figures.
 
     Returns:
-        The trained tree and what was logged. The loss in the log is of the step's own batch.
+        The trained tree and the logged figures; each loss is that of its own batch.
 
     Raises:
         TrainingError: If the loss is not finite, or the checkpoint belongs to another run.
@@ -93,9 +93,50 @@ def fit(
     mesh = mesh or make_mesh()
     optimizer = optimizer or adamw(cfg)
     trained, frozen = shard_tree(trained, mesh), shard_tree(frozen, mesh)
-    # Placed like the parameters, as the step's outputs will be; or its second call compiles again.
-    opt_shardings = shardings_of(jax.eval_shape(optimizer.init, trained), mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
+    opt_state = _init_optimizer(optimizer, trained, mesh)
+    run_step = _compile_step(objective, optimizer)
+    # The step's outputs are donated inputs of the next; a copy keeps the caller's arrays alive.
+    trained = jax.tree.map(jnp.copy, trained)
+    done = 0
+    checkpoints = Checkpoints(directory / "checkpoints", cfg) if directory else None
+    if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
+        done, trained, opt_state, data_state = restored
+        data.set_state(data_state)
+    log = _Log(cfg, directory, done)
+    start = time.perf_counter()
+    for step in range(done + 1, cfg.steps + 1):
+        batch = place_batch(next(data), mesh)
+        trained, opt_state, figures = run_step(trained, opt_state, frozen, batch)
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):
+            log.add(step, figures)
+        if progress:
+            progress(step, cfg.steps, log.history[-1] if log.history else {})
+        if checkpoints and (step % cfg.checkpoint_every == 0 or step == cfg.steps):
+            checkpoints.save(step, trained, opt_state, data.get_state())
+    jax.block_until_ready(trained)
+    seconds = time.perf_counter() - start
+    if checkpoints:
+        checkpoints.close()
+    log.close()
+    return Fitted(trained=trained, history=log.history, seconds=seconds)
+
+
+def _init_optimizer(optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh) -> Any:
+    """Return the optimiser's state, placed like the parameters.
+
+    The step's outputs are placed so, too: with any other placement its second call compiles again.
+    """
+    shardings = shardings_of(jax.eval_shape(optimizer.init, trained), mesh)
+    return jax.jit(optimizer.init, out_shardings=shardings)(trained)
+
+
+def _compile_step(
+    objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, dict[str, jax.Array]]]:
+    """Return the compiled step: trained, opt_state, frozen, batch to the next two and figures.
+
+    The memory of the first two arguments is reused for the results.
+    """
 
     def step_fn(trained: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
         grad_fn = jax.value_and_grad(objective, has_aux=True)
@@ -104,60 +145,52 @@ def fit(
         figures = {"loss": loss, "grad_norm": optax.tree.norm(grads), **figures}
         return optax.apply_updates(trained, updates), opt_state, figures
 
-    step_jit = jax.jit(step_fn, donate_argnums=(0, 1))
-    # The step's outputs are donated inputs of the next; a copy keeps the caller's arrays alive.
-    trained = jax.tree.map(jnp.copy, trained)
+    return jax.jit(step_fn, donate_argnums=(0, 1))
 
-    done = 0
-    checkpoints = Checkpoints(directory / "checkpoints", cfg) if directory else None
-    if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
-        done, trained, opt_state, data_state = restored
-        data.set_state(data_state)
-    writer = _curve_writer(directory)
-    result = Fitted(trained=trained)
-    start = logged = time.perf_counter()
-    since = done
-    for step in range(done + 1, cfg.steps + 1):
-        batch = place_batch(next(data), mesh)
-        trained, opt_state, figures = step_jit(trained, opt_state, frozen, batch)
-        if step % cfg.log_every == 0 or step in (1, cfg.steps):
-            row = {name: float(value) for name, value in figures.items()}
-            now = time.perf_counter()
-            tokens_seen = (step - since) * cfg.batch_size * cfg.window
-            row |= {"step": step, "tokens_per_second": tokens_seen / (now - logged)}
-            since, logged = step, now
-            if not np.isfinite(row["loss"]):
-                raise TrainingError(
-                    f"the loss is {row['loss']} at step {step}",
-                    hint="lower the learning rate, or look for broken text",
-                )
-            result.history.append(row)
+
+class _Log:
+    """The figures of a run: in memory, and as TensorBoard curves where a directory is given.
+
+    Args:
+        cfg: The run's settings.
+        directory: Where curves go; only the first process writes them.
+        done: Steps of an earlier run, which are not timed.
+    """
+
+    def __init__(self, cfg: TrainConfig, directory: Path | None, done: int) -> None:
+        self.history: list[dict[str, float]] = []
+        self._cfg = cfg
+        self._curves: Any = None
+        if directory is not None and jax.process_index() == 0:
+            from tensorboardX import SummaryWriter
+
+            self._curves = SummaryWriter(str(directory / "curves"))
+        self._last_step, self._last_time = done, time.perf_counter()
+
+    def add(self, step: int, figures: Mapping[str, jax.Array]) -> None:
+        """Log the figures of a step, and the speed since the last logged one.
+
+        Raises:
+            TrainingError: If the loss is not finite.
+        """
+        # The conversion waits for the step, so the time is taken after it.
+        row = {name: float(value) for name, value in figures.items()}
+        now = time.perf_counter()
+        n_tokens = (step - self._last_step) * self._cfg.batch_size * self._cfg.window
+        row |= {"step": step, "tokens_per_second": n_tokens / (now - self._last_time)}
+        self._last_step, self._last_time = step, now
+        if not np.isfinite(row["loss"]):
+            raise TrainingError(
+                f"the loss is {row['loss']} at step {step}",
+                hint="lower the learning rate, or look for broken text",
+            )
+        self.history.append(row)
+        if self._curves is not None:
             for name, value in row.items():
-                writer(name, value, step)
-        if progress:
-            progress(step, cfg.steps, result.history[-1] if result.history else {})
-        if checkpoints and (step % cfg.checkpoint_every == 0 or step == cfg.steps):
-            checkpoints.save(step, trained, opt_state, data.get_state())
-    result.trained = jax.block_until_ready(trained)
-    result.seconds = time.perf_counter() - start
-    if checkpoints:
-        checkpoints.close()
-    writer(None, 0.0, 0)
-    return result
+                if name != "step":
+                    self._curves.add_scalar(name, value, step)
 
-
-def _curve_writer(directory: Path | None) -> Callable[[str | None, float, int], None]:
-    """Return a function that adds a point to a TensorBoard curve; name None closes the file."""
-    if directory is None or jax.process_index() != 0:
-        return lambda name, value, step: None
-    from tensorboardX import SummaryWriter
-
-    curves = SummaryWriter(str(directory / "curves"))
-
-    def write(name: str | None, value: float, step: int) -> None:
-        if name is None:
-            curves.close()
-        elif name != "step":
-            curves.add_scalar(name, value, step)
-
-    return write
+    def close(self) -> None:
+        """Write the last points of the curves."""
+        if self._curves is not None:
+            self._curves.close()

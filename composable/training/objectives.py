@@ -1,4 +1,4 @@
-"""What backbones and experts are trained to do. Scouts learn beside them, from the same pass.
+"""Training objectives of backbones and experts; their scouts are trained in the same pass.
 
 Every objective has the form (trained, frozen, batch) -> (loss in nats per token, figures).
 """
@@ -18,26 +18,42 @@ from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.model.scout import Scout
 from composable.training.data import TappedRows
+from composable.training.loop import Objective
 
-# Bits per nat; not by jnp, which would start jax before the processes of a run have met.
+# Bits per nat; not by jnp, which would start jax before `start_processes` has run.
 _BITS = 1.0 / math.log(2.0)
 
 
 def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Return the mean cross entropy in nats per token."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
+    """Return the mean cross entropy in nats per token.
+
+    Args:
+        logits_BTV: Logits.
+        targets_BT: The next token at each position.
+
+    Example:
+        >>> round(float(next_token_loss(jnp.zeros((1, 3, 4)), jnp.zeros((1, 3), int))), 4)  # ln 4
+        1.3863
+    """
+    nats_BT: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+    return nats_BT.mean()
 
 
 def scout_loss(scout: Scout, feature_BTD: jax.Array, classes_BT: jax.Array) -> jax.Array:
-    """Return the mean negative log probability of the next token's class, in nats.
+    """Return the mean negative log-probability of the next token's class, in nats.
 
-    The features are constants: a scout never shapes the trunk that it reads.
+    No gradient reaches the features: training a scout never changes the trunk.
+
+    Args:
+        scout: The scout.
+        feature_BTD: Features of the trunk.
+        classes_BT: Class of the token after each position.
     """
     log_prob_BTC = scout(jax.lax.stop_gradient(feature_BTD))
     return -jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1).mean()
 
 
-def backbone_objective(graph: nnx.GraphDef) -> Any:
+def backbone_objective(graph: nnx.GraphDef[Any]) -> Objective:
     """Return the objective of a whole backbone with its own scout.
 
     Args:
@@ -46,10 +62,10 @@ def backbone_objective(graph: nnx.GraphDef) -> Any:
     """
 
     def objective(
-        params: nnx.State, rest: nnx.State, tokens_BT: jax.Array
+        params: nnx.State[Any, Any], rest: nnx.State[Any, Any], tokens_BU: jax.Array
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         backbone: Backbone = nnx.merge(graph, params, rest)
-        inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
         x_BTD, _ = backbone.trunk(inputs_BT)
         logits_BTV, _ = backbone.upper(x_BTD, backbone.own_feed_forward)
         loss = next_token_loss(logits_BTV, targets_BT)
@@ -60,8 +76,8 @@ def backbone_objective(graph: nnx.GraphDef) -> Any:
     return objective
 
 
-def expert_objective(graph: nnx.GraphDef) -> Any:
-    """Return the objective of an expert: its body always on, the backbone frozen beneath it.
+def expert_objective(graph: nnx.GraphDef[Any]) -> Objective:
+    """Return the objective of an expert: its body always on, the backbone frozen.
 
     Args:
         graph: Structure of an `Expert`; the trained tree is its parameters, the frozen one the
@@ -69,15 +85,15 @@ def expert_objective(graph: nnx.GraphDef) -> Any:
     """
 
     def objective(
-        params: nnx.State, backbone: Backbone, tokens_BT: jax.Array
+        params: nnx.State[Any, Any], backbone: Backbone, tokens_BU: jax.Array
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-        x_BTD, _ = backbone.trunk(tokens_BT[:, :-1])
-        return _expert_loss(nnx.merge(graph, params), backbone, x_BTD, tokens_BT[:, 1:])
+        x_BTD, _ = backbone.trunk(tokens_BU[:, :-1])
+        return _expert_loss(nnx.merge(graph, params), backbone, x_BTD, tokens_BU[:, 1:])
 
     return objective
 
 
-def tapped_objective(graph: nnx.GraphDef) -> Any:
+def tapped_objective(graph: nnx.GraphDef[Any]) -> Objective:
     """Return the objective of an expert on rows whose trunk was run before.
 
     Args:
@@ -85,10 +101,10 @@ def tapped_objective(graph: nnx.GraphDef) -> Any:
     """
 
     def objective(
-        params: nnx.State, backbone: Backbone, rows: TappedRows
+        params: nnx.State[Any, Any], backbone: Backbone, rows: TappedRows
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         expert = nnx.merge(graph, params)
-        return _expert_loss(expert, backbone, rows.x_BTD, rows.tokens_BT[:, 1:])
+        return _expert_loss(expert, backbone, rows.x_BTD, rows.tokens_BU[:, 1:])
 
     return objective
 

@@ -1,4 +1,4 @@
-"""Optimisers: AdamW for backbones, Muon for experts, and their schedule."""
+"""Optimisers and their schedule: AdamW for backbones, Muon for experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from composable.training.config import TrainConfig
 
 
 def schedule(cfg: TrainConfig) -> optax.Schedule:
-    """Return the learning rate by step: linear warm-up, then cosine decay."""
+    """Return the learning rate by step: linear warm-up, then cosine decay.
+
+    Args:
+        cfg: The settings of the run.
+
+    Example:
+        >>> cfg = TrainConfig(steps=100, batch_size=1, window=1, learning_rate=0.5)
+        >>> rate = schedule(cfg)
+        >>> [round(float(rate(step)), 2) for step in (0, 5, 100)]
+        [0.0, 0.5, 0.05]
+    """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=cfg.learning_rate,
@@ -20,7 +30,14 @@ def schedule(cfg: TrainConfig) -> optax.Schedule:
 
 
 def adamw(cfg: TrainConfig) -> optax.GradientTransformation:
-    """Return clipped AdamW, as backbones are trained."""
+    """Return AdamW with clipped gradients, for backbones.
+
+    Args:
+        cfg: The settings of the run.
+
+    References:
+        Loshchilov and Hutter 2019, "Decoupled weight decay regularization", arXiv:1711.05101.
+    """
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.adamw(
@@ -34,10 +51,13 @@ def adamw(cfg: TrainConfig) -> optax.GradientTransformation:
 
 
 def muon(cfg: TrainConfig) -> optax.GradientTransformation:
-    """Return clipped Muon for matrices (Adam for vectors), as experts are trained.
+    """Return Muon for matrices and Adam for vectors, with clipped gradients, for experts.
 
-    It learns more from few steps: 400 steps on Python source left the expert at 2.41 bits per byte
-    and its scout at 2.72, where AdamW left them at 2.48 and 2.95.
+    After 400 steps on Python source the expert reached 2.41 bits per byte and its scout 2.72; with
+    AdamW 2.48 and 2.95.
+
+    Args:
+        cfg: The settings of the run.
 
     References:
         Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the update's

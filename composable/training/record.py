@@ -1,4 +1,4 @@
-"""The record of a training run, as the expert's folder and its card keep it in JSON.
+"""The record of a training run, stored as JSON in the expert's folder and in its card.
 
 Reading and writing are in `composable.files.records`; nothing is measured here.
 """
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class CacheRecord:
-    """What a cached trunk held and saved.
+    """The cache of the trunk's activations.
 
     Args:
-        tokens: Tokens whose trunk activations were cached.
-        bytes: Size of the cache.
-        flops_saved: Floating-point operations that training did not repeat.
+        tokens: Tokens whose activations were cached.
+        bytes: Size of the cache in bytes.
+        flops_saved: Floating-point operations that training did not have to repeat.
     """
 
     tokens: int
@@ -40,7 +40,7 @@ class ScoutRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What a training run recorded; the default is an expert without a record.
+    """The figures of a training run; the default stands for an expert without a record.
 
     Args:
         documents: Documents trained on.

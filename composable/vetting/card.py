@@ -106,7 +106,6 @@ def format_card(card: Card) -> str:
         'a@1.0.0'
     """
     plain = to_plain(card)
-    plain["measured"] = card.measured  # where None stands for a figure that is not finite
     if card.training == TrainingRecord():
         plain["training"] = {}
     return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"

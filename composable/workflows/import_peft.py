@@ -337,11 +337,11 @@ def _train_scout(
     interface, cfg = loaded.interface, loaded.backbone.cfg
     stream_T = token_stream(train, loaded.tokenizer)
     window = max(1, min(_WINDOW, cfg.context, (len(stream_T) - 1) // _MIN_ROWS))
-    rows_RT = cut_rows(stream_T, window, plan.scout_tokens)
+    rows_BU = cut_rows(stream_T, window, plan.scout_tokens)
     features = compute_features(
         loaded.backbone,
         f"{interface.trunk} {cfg.dtype}",
-        rows_RT,
+        rows_BU,
         (cache or cache_folder()) / "features",
         partial(show, "features"),
     )
@@ -353,7 +353,7 @@ def _train_scout(
         seed=plan.seed,
         progress=lambda step, steps, _: show("scout", step, steps),
     )
-    return fitted, int(features.classes_RT.size)
+    return fitted, int(features.classes_BT.size)
 
 
 def _measure(

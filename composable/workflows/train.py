@@ -1,15 +1,15 @@
-"""A contributor's path: an expert's folder is trained, vetted and published.
+"""Train the expert of a folder on text.
 
 The folder holds `expert.toml` and README, and after training the tensors. What must not be
-published (held-out text, checkpoints, curves) lives in its `.work` folder.
+published (held-out text, checkpoints, curves) is in its `.work` folder. Vetting and publishing are
+in `vet.py` and `publish.py`.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,9 +21,15 @@ from flax import nnx
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import make_expert, save_expert
-from composable.corpora.documents import read_documents, split_documents, write_documents
+from composable.corpora.documents import (
+    Document,
+    read_documents,
+    split_documents,
+    write_documents,
+)
 from composable.errors import TextError, TrainingError
 from composable.files import atomic
+from composable.files.records import format_record
 from composable.interface import body_signature, digest_bytes, scout_signature
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
@@ -33,25 +39,32 @@ from composable.packaging.manifests.packing import fit_interface
 from composable.progress import StepProgress
 from composable.training.config import TrainConfig
 from composable.training.data import batches, tapped_batches, token_stream
-from composable.training.loop import fit
+from composable.training.loop import BatchIterator, Fitted, Objective, fit
 from composable.training.objectives import expert_objective, tapped_objective
 from composable.training.optimizers import muon
-from composable.training.scouts import SCOUT_ROWS, Features, count_scout_steps, train_scout
+from composable.training.record import CacheRecord, ScoutRecord, TrainingRecord
+from composable.training.scouts import (
+    SCOUT_ROWS,
+    Features,
+    ScoutFit,
+    count_scout_steps,
+    train_scout,
+)
 from composable.workflows.trunk_cache import (
-    Reading,
+    TrainingPlan,
+    count_trunk_parameters,
+    count_upper_parameters,
     cut_rows,
-    plan_reading,
+    plan_training,
     run_trunk,
     scout_features,
     trunk_features,
-    trunk_parameters,
-    upper_parameters,
 )
 from composable.workflows.workspace import HELDOUT_FILE, HELDOUT_FRACTION, TRAINING_FILE, WORK
 
 # Positions of a row.
 _WINDOW: Final = 256
-# Weights times tokens between two checkpoints: some two minutes of two cores.
+# Weights times tokens between two checkpoints: about two minutes on two cores.
 _CHECKPOINT_WORK: Final = 6e11
 
 
@@ -62,21 +75,28 @@ def expert_config(
     rows: int = 4,
     backbone: Backbone | None = None,
 ) -> TrainConfig:
-    """Return how experts are trained: with Muon, on rows of 256 tokens.
+    """Return the settings that experts are trained with: rows of 256 tokens, for Muon.
 
-    Many small steps taught more per second than few large ones, and windows of half the context
-    lost nothing: attention is the backbone's, and was trained at the full one.
+    Many small steps learned more per second than few large ones. Windows of half the context lost
+    nothing: attention belongs to the backbone, which was trained on the full context.
 
     Args:
         steps: Optimiser steps.
-        seed: Seed of weights and order.
-        rows: Rows per step. With more devices than that, every device gets one.
-        backbone: What they are trained for: the larger, the fewer steps between checkpoints.
+        seed: Seed of the initial weights and of the order of the data.
+        rows: Rows per step, rounded up so that every device gets as many.
+        backbone: The backbone: the larger, the fewer steps between checkpoints. Without it,
+            there are 400.
+
+    Example:
+        >>> expert_config(steps=300).window
+        256
     """
     n_devices = jax.device_count()
     every = 400
     if backbone is not None:
-        every = max(1, round(_CHECKPOINT_WORK / (upper_parameters(backbone) * rows * _WINDOW)))
+        every = max(
+            1, round(_CHECKPOINT_WORK / (count_upper_parameters(backbone) * rows * _WINDOW))
+        )
     return TrainConfig(
         steps=steps,
         batch_size=-(-rows // n_devices) * n_devices,
@@ -96,7 +116,7 @@ def train_expert(
     parent: Pluggable | None = None,
     optimizer: optax.GradientTransformation | None = None,
     progress: StepProgress | None = None,
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """Train the expert of a folder on text, and write its tensors there.
 
     One document in ten is held out for vetting, chosen by its id.
@@ -106,23 +126,92 @@ def train_expert(
         folder: The expert, with `expert.toml`.
         data: Text files, JSON-lines files or folders of them.
         cfg: How to train.
-        parent: The release that it derives from, where training starts instead of anew.
+        parent: The release that the expert derives from; training starts from its weights.
         optimizer: `muon(cfg)` by default.
         progress: Called at every step.
 
     Returns:
-        What was recorded: tokens, seconds, seed, device, last figures.
+        The record of the run, as it is written to `training.json`.
 
     Raises:
-        ManifestError, InterfaceError: If the manifest is bad or for another interface.
+        ManifestError, InterfaceError: If the manifest is invalid or for another interface.
         TextError: If there is no text, or only one document.
-        TrainingError: If an earlier run in this folder began with other text or settings.
+        TrainingError: If an earlier run in this folder started with other text or settings.
+    """
+    manifest = _read_manifest(loaded, folder)
+    train, heldout = _read_texts(data, manifest.name)
+    work = folder / WORK
+    work.mkdir(exist_ok=True)
+    write_documents(work / HELDOUT_FILE, heldout)
+    stream_M = token_stream(train, loaded.tokenizer)
+    derives_from = None if parent is None else manifest.derives_from
+    _require_same_start(work, stream_M, derives_from)
+    plan = plan_training(loaded.backbone, cfg, len(stream_M), SCOUT_ROWS)
+
+    start = time.perf_counter()
+    expert = _make_start(loaded.backbone, manifest, cfg.seed, parent)
+    show = _of_total(progress, cfg.steps + count_scout_steps(plan.scout_steps))
+    run = _Run(cfg=cfg, work=work, optimizer=optimizer or muon(cfg), progress=show)
+    fit_parts = _fit_on_cached_trunk if plan.caches_trunk else _fit_on_stream
+    fitted = fit_parts(loaded, expert, stream_M, run, plan)
+    scout = _fit_scout(fitted, cfg, plan, show)
+    fitted.expert.scout = scout.scout
+
+    save_expert(folder, fitted.expert, manifest)
+    seconds = time.perf_counter() - start
+    record = _make_record(train, cfg, fitted, scout, seconds, derives_from)
+    atomic.write_text(work / TRAINING_FILE, format_record(record))
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Settings and work folder of a run."""
+
+    cfg: TrainConfig
+    work: Path
+    optimizer: optax.GradientTransformation
+    progress: StepProgress
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FittedExpert:
+    """A trained expert, and what its scout is trained on next.
+
+    Args:
+        expert: The expert; body and scout were trained together.
+        history: Logged figures.
+        features: Inputs and targets of the scout-only steps.
+        seconds: Wall time by stage.
+        cache: The cached trunk, if one was used.
+    """
+
+    expert: Expert
+    history: list[dict[str, float]]
+    features: Features
+    seconds: dict[str, float]
+    cache: CacheRecord | None = None
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last logged figures; empty if no step ran."""
+        return self.history[-1] if self.history else {}
+
+
+def _read_manifest(loaded: LoadedBackbone, folder: Path) -> Manifest:
+    """Return the manifest of an expert that the interface allows.
+
+    It is checked here, before training starts rather than after.
     """
     manifest = Manifest.read(folder)
     fit_interface(manifest, loaded.interface)
-    # Raise before training, not after, for a body or scout that the interface does not allow.
     body_signature(loaded.interface, manifest.body.kind, manifest.body.rank)
     scout_signature(loaded.interface, manifest.scout_width)
+    return manifest
+
+
+def _read_texts(data: Sequence[Path], salt: str) -> tuple[list[Document], list[Document]]:
+    """Return the documents to train on and those held out."""
     documents = read_documents(data)
     if len(documents) < 2:
         raise TextError(
@@ -130,113 +219,59 @@ def train_expert(
             where=str(data[0]),
             hint="give several files, or a .jsonl file with one document per line",
         )
-    train, heldout = split_documents(documents, HELDOUT_FRACTION, salt=manifest.name)
-    work = folder / WORK
-    work.mkdir(exist_ok=True)
-    write_documents(work / HELDOUT_FILE, heldout)
+    return split_documents(documents, HELDOUT_FRACTION, salt=salt)
 
-    stream = token_stream(train, loaded.tokenizer)
-    begun = digest_bytes(stream.tobytes())
-    _require_same_start(work, begun if parent is None else f"{begun} {manifest.derives_from}")
-    reading = plan_reading(loaded.backbone, cfg, len(stream), SCOUT_ROWS)
-    start = time.perf_counter()
-    fit_parts = _fit_on_cached_trunk if reading.pays_cache else _fit_on_stream
-    expert = make_expert(loaded.backbone, manifest, cfg.seed)
+
+def _make_start(
+    backbone: Backbone, manifest: Manifest, seed: int, parent: Pluggable | None
+) -> Expert:
+    """Return the expert that training starts from."""
+    expert = make_expert(backbone, manifest, seed)
     if parent is not None:
         expert.body, expert.scout = nnx.clone((parent.body, parent.scout))
+    return expert
+
+
+def _of_total(progress: StepProgress | None, total: int) -> StepProgress:
+    """Return a callback that reports steps out of those of all stages together."""
 
     def show(step: int, _: int, row: Mapping[str, float]) -> None:
         if progress:
-            progress(step, cfg.steps + count_scout_steps(reading.scout_steps), row)
+            progress(step, total, row)
 
-    run = _Run(cfg=cfg, work=work, optimizer=optimizer or muon(cfg), progress=show)
-    trained, history, features, seconds, figures = fit_parts(loaded, expert, stream, run, reading)
-    last = history[-1] if history else {}
-    scout = train_scout(
-        trained.scout,
-        features,
-        steps=reading.scout_steps,
-        seed=cfg.seed,
-        progress=lambda step, _, row: show(
-            cfg.steps + step, 0, {**last, "scout_bits": row["scout_bits"]}
-        ),
-    )
-    trained.scout = scout.scout
-    seconds["scout"] = scout.seconds
-    figures["scout"] = {"tokens": features.classes_RT.size, "steps": scout.steps}
-    if scout.heldout_bits is not None:
-        figures["scout"]["heldout_bits"] = round(scout.heldout_bits, 4)
-        last = {**last, "scout_bits": scout.heldout_bits} if last else {}
-    save_expert(folder, trained, manifest)
-    record = {
-        "documents": len(train),
-        "text_bytes": sum(len(document.text.encode()) for document in train),
-        "tokens": cfg.tokens,
-        "seconds": round(time.perf_counter() - start, 1),
-        "seed": cfg.seed,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
-        "last": last,
-        "step_seconds": {name: round(value, 1) for name, value in seconds.items()},
-        **({"derives_from": manifest.derives_from} if parent else {}),
-        **figures,
-    }
-    atomic.write_text(work / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
-    return record
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """How to train, beside what."""
-
-    cfg: TrainConfig
-    work: Path
-    optimizer: optax.GradientTransformation
-    progress: StepProgress | None
-
-
-# The trained expert, what was logged, what its scout is to read, seconds by step, and further
-# figures for the record.
-_Trained = tuple[Expert, list[dict[str, float]], Features, dict[str, float], dict[str, Any]]
+    return show
 
 
 def _fit_on_stream(
-    loaded: LoadedBackbone, expert: Expert, stream: np.ndarray, run: _Run, reading: Reading
-) -> _Trained:
-    """Train on windows at new offsets each epoch, trunk and all."""
-    graph, params = nnx.split(expert)
+    loaded: LoadedBackbone, expert: Expert, stream_M: np.ndarray, run: _Run, plan: TrainingPlan
+) -> _FittedExpert:
+    """Train on rows cut anew in each epoch; the trunk runs at every step."""
     data = batches(
-        stream,
+        stream_M,
         window=run.cfg.window,
         batch_size=run.cfg.batch_size,
         seed=run.cfg.seed,
         process=jax.process_index(),
         n_processes=jax.process_count(),
     )
-    fitted = fit(
-        expert_objective(graph),
-        params,
-        loaded.backbone,
-        data,
-        run.cfg,
-        optimizer=run.optimizer,
-        directory=run.work,
-        progress=run.progress,
+    trained, fitted = _fit_expert(expert_objective, expert, loaded.backbone, data, run)
+    rows_BU = cut_rows(stream_M, run.cfg.window, plan.scout_tokens)
+    return _FittedExpert(
+        expert=trained,
+        history=fitted.history,
+        features=trunk_features(loaded.backbone, rows_BU),
+        seconds={"body": fitted.seconds},
     )
-    rows_RT = cut_rows(stream, run.cfg.window, reading.scout_tokens)
-    features = trunk_features(loaded.backbone, rows_RT)
-    seconds = {"body": fitted.seconds}
-    return nnx.merge(graph, fitted.trained), fitted.history, features, seconds, {}
 
 
 def _fit_on_cached_trunk(
-    loaded: LoadedBackbone, expert: Expert, stream: np.ndarray, run: _Run, reading: Reading
-) -> _Trained:
-    """Train on fixed rows whose trunk is run once."""
-    cfg, backbone = run.cfg, loaded.backbone
+    loaded: LoadedBackbone, expert: Expert, stream_M: np.ndarray, run: _Run, plan: TrainingPlan
+) -> _FittedExpert:
+    """Train on fixed rows, through which the trunk runs once."""
+    cfg = run.cfg
     start = time.perf_counter()
-    rows = run_trunk(loaded, cut_rows(stream, cfg.window, cfg.tokens), run.work / "trunk")
-    seconds = {"trunk": time.perf_counter() - start}
-    graph, params = nnx.split(expert)
+    rows = run_trunk(loaded, cut_rows(stream_M, cfg.window, cfg.tokens), run.work / "trunk")
+    trunk_seconds = time.perf_counter() - start
     data = tapped_batches(
         rows,
         batch_size=cfg.batch_size,
@@ -244,38 +279,104 @@ def _fit_on_cached_trunk(
         process=jax.process_index(),
         n_processes=jax.process_count(),
     )
+    trained, fitted = _fit_expert(tapped_objective, expert, loaded.backbone, data, run)
+    n_rows, window, _ = rows.x_BTD.shape
+    return _FittedExpert(
+        expert=trained,
+        history=fitted.history,
+        features=scout_features(loaded.backbone, rows),
+        seconds={"trunk": trunk_seconds, "body": fitted.seconds},
+        cache=CacheRecord(
+            tokens=n_rows * window,
+            bytes=int(rows.x_BTD.nbytes),
+            # The body would run the trunk for every token of every step, the scout once more.
+            flops_saved=2 * count_trunk_parameters(loaded.backbone) * cfg.tokens,
+        ),
+    )
+
+
+def _fit_expert(
+    make_objective: Callable[[nnx.GraphDef[Any]], Objective],
+    expert: Expert,
+    backbone: Backbone,
+    data: BatchIterator,
+    run: _Run,
+) -> tuple[Expert, Fitted]:
+    """Train body and scout together."""
+    graph, params = nnx.split(expert)
     fitted = fit(
-        tapped_objective(graph),
+        make_objective(graph),
         params,
         backbone,
         data,
-        cfg,
+        run.cfg,
         optimizer=run.optimizer,
         directory=run.work,
         progress=run.progress,
     )
-    seconds["body"] = fitted.seconds
-    n_rows, window, _ = rows.x_BTD.shape
-    # The body would have run the trunk for every token that it reads, and the scout once more.
-    figures = {
-        "cache": {
-            "tokens": n_rows * window,
-            "bytes": int(rows.x_BTD.nbytes),
-            "flops_saved": 2 * trunk_parameters(backbone) * cfg.tokens,
-        }
-    }
-    features = scout_features(backbone, rows)
-    return nnx.merge(graph, fitted.trained), fitted.history, features, seconds, figures
+    trained: Expert = nnx.merge(graph, fitted.trained)
+    return trained, fitted
 
 
-def _require_same_start(work: Path, start: str) -> None:
-    """Refuse to resume what checkpoints of an earlier run began on other text or weights."""
+def _fit_scout(
+    fitted: _FittedExpert, cfg: TrainConfig, plan: TrainingPlan, progress: StepProgress
+) -> ScoutFit:
+    """Run the scout-only steps."""
+
+    def show(step: int, _: int, row: Mapping[str, float]) -> None:
+        progress(cfg.steps + step, 0, {**fitted.last, "scout_bits": row["scout_bits"]})
+
+    return train_scout(
+        fitted.expert.scout,
+        fitted.features,
+        steps=plan.scout_steps,
+        seed=cfg.seed,
+        progress=show,
+    )
+
+
+def _make_record(
+    train: Sequence[Document],
+    cfg: TrainConfig,
+    fitted: _FittedExpert,
+    scout: ScoutFit,
+    seconds: float,
+    derives_from: str | None,
+) -> TrainingRecord:
+    """Return the record of a run that took `seconds` of wall time."""
+    last, bits = fitted.last, scout.heldout_bits
+    if last and bits is not None:
+        last = {**last, "scout_bits": bits}
+    stages = {**fitted.seconds, "scout": scout.seconds}
+    return TrainingRecord(
+        documents=len(train),
+        text_bytes=sum(len(document.text.encode()) for document in train),
+        tokens=cfg.tokens,
+        seconds=round(seconds, 1),
+        seed=cfg.seed,
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
+        last=dict(last),
+        step_seconds={name: round(value, 1) for name, value in stages.items()},
+        derives_from=derives_from,
+        cache=fitted.cache,
+        scout=ScoutRecord(
+            tokens=fitted.features.classes_BT.size,
+            steps=scout.steps,
+            heldout_bits=None if bits is None else round(bits, 4),
+        ),
+    )
+
+
+def _require_same_start(work: Path, stream_M: np.ndarray, parent: str | None) -> None:
+    """Refuse to resume a run in this folder that started from other text or another parent."""
     file = work / "text.digest"
+    start = " ".join([digest_bytes(stream_M.tobytes()), *([parent] if parent else [])])
     if file.exists() and (begun := file.read_text().strip()) != start:
         is_text = begun.split()[0] != start.split()[0]
+        changed = "text" if is_text else "parent"
         raise TrainingError(
-            f"the {'text' if is_text else 'parent'} is not the one that training began with",
+            f"the {changed} is not the one that training started with",
             where=str(work),
-            hint=f"give that one to resume, or remove {work} to start anew",
+            hint=f"use the same {changed} to resume, or remove {work} to start again",
         )
     atomic.write_text(file, start + "\n")

@@ -197,7 +197,7 @@ def test_training_does_not_resume_on_other_text(loaded, folder, tmp_path):
     cfg = TrainConfig(steps=2, batch_size=8, window=16, learning_rate=1e-3)
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"Not what it began with, says file {name}. " * 9)
-    with pytest.raises(TrainingError, match="not the one that training began with"):
+    with pytest.raises(TrainingError, match="not the one that training started with"):
         train_expert(loaded, folder, [tmp_path / "one.txt", tmp_path / "two.txt"], cfg)
 
 

@@ -13,11 +13,11 @@ ROWS, WINDOW, WIDTH, CLASSES = 20, 16, 8, 12
 def make_features(is_lawful, seed=0):
     """Return rows whose classes hang on the features, or on nothing."""
     rng = np.random.default_rng(seed)
-    feature_RTD = rng.normal(size=(ROWS, WINDOW, WIDTH)).astype(np.float16)
-    classes_RT = rng.integers(0, CLASSES, (ROWS, WINDOW))
+    feature_BTD = rng.normal(size=(ROWS, WINDOW, WIDTH)).astype(np.float16)
+    classes_BT = rng.integers(0, CLASSES, (ROWS, WINDOW))
     if is_lawful:
-        classes_RT = feature_RTD[..., 0] > 0
-    return Features(feature_RTD, classes_RT.astype(np.int32))
+        classes_BT = feature_BTD[..., 0] > 0
+    return Features(feature_BTD, classes_BT.astype(np.int32))
 
 
 def read(features, steps=160):

@@ -140,7 +140,7 @@ def test_training_starts_from_the_release_that_an_expert_derives_from(
     anew = shutil.copytree(folder, tmp_path / "anew")
     parent = find_parent(loaded, Manifest.read(folder), registry=str(registry))
     record = train_expert(loaded, folder, [texts], still, parent=parent)
-    assert record["derives_from"] == "logic@1.0.0"
+    assert record.derives_from == "logic@1.0.0"
     first = load_expert(loaded, trained_folder)
     second = load_expert(loaded, folder)
     for (path, was), (_, now) in zip(
@@ -153,9 +153,9 @@ def test_training_starts_from_the_release_that_an_expert_derives_from(
         was, kept = (getattr(x.scout, name)[...] for x in (first, parent))
         np.testing.assert_array_equal(kept, was)
     plain = train_expert(loaded, anew, [texts], still)
-    assert "derives_from" not in plain
+    assert plain.derives_from is None
     # The scout reads on from where it was, and ends better than one that begins.
-    assert record["scout"]["heldout_bits"] < plain["scout"]["heldout_bits"]
+    assert record.scout.heldout_bits < plain.scout.heldout_bits
     with pytest.raises(TrainingError, match="parent is not the one"):
         train_expert(loaded, folder, [texts], still)
 

@@ -21,12 +21,12 @@ from composable.training.optimizers import muon
 from composable.workflows import train as contribution
 from composable.workflows.train import expert_config, train_expert
 from composable.workflows.trunk_cache import (
+    count_trunk_parameters,
+    count_upper_parameters,
     cut_rows,
-    plan_reading,
+    plan_training,
     run_trunk,
     scout_features,
-    trunk_parameters,
-    upper_parameters,
 )
 
 # Two programs that sum in another order, in float32, over a few steps of an optimiser.
@@ -36,8 +36,8 @@ CFG = TrainConfig(steps=3, batch_size=2, window=16, learning_rate=1e-2, checkpoi
 
 @pytest.fixture(scope="module")
 def rows(loaded, tmp_path_factory):
-    stream_T = np.random.default_rng(0).integers(1, 256, 100)
-    return run_trunk(loaded, cut_rows(stream_T, 16, 96), tmp_path_factory.mktemp("trunk"))
+    stream_M = np.random.default_rng(0).integers(1, 256, 100)
+    return run_trunk(loaded, cut_rows(stream_M, 16, 96), tmp_path_factory.mktemp("trunk"))
 
 
 class OnlyTokens:
@@ -47,7 +47,7 @@ class OnlyTokens:
         self.data = data
 
     def __next__(self):
-        return next(self.data).tokens_BT
+        return next(self.data).tokens_BU
 
     def get_state(self):
         return self.data.get_state()
@@ -87,38 +87,38 @@ def test_nothing_below_the_tap_is_run(loaded, rows):
 
 
 def test_the_cache_holds_what_the_trunk_gives(loaded, rows):
-    x_BTD, _ = jax.jit(loaded.backbone.trunk)(rows.tokens_BT[:2, :-1])
+    x_BTD, _ = jax.jit(loaded.backbone.trunk)(rows.tokens_BU[:2, :-1])
     np.testing.assert_allclose(rows.x_BTD[:2], x_BTD, atol=SAME_MATHS)
     assert rows.x_BTD.dtype == loaded.backbone.embed[...].dtype
     features = scout_features(loaded.backbone, rows)
     expected_BTD = loaded.backbone.features(x_BTD)
-    np.testing.assert_allclose(features.feature_RTD[:2], expected_BTD, atol=SAME_MATHS)
-    np.testing.assert_array_equal(features.classes_RT, rows.tokens_BT[:, 1:])
+    np.testing.assert_allclose(features.feature_BTD[:2], expected_BTD, atol=SAME_MATHS)
+    np.testing.assert_array_equal(features.classes_BT, rows.tokens_BU[:, 1:])
 
 
 def test_the_trunk_runs_once_per_text(loaded, tmp_path):
-    tokens_RT = np.random.default_rng(1).integers(1, 256, (3, 17))
+    tokens_BU = np.random.default_rng(1).integers(1, 256, (3, 17))
     seen = []
-    first = run_trunk(loaded, tokens_RT, tmp_path, lambda *at: seen.append(at))
+    first = run_trunk(loaded, tokens_BU, tmp_path, lambda *at: seen.append(at))
     assert seen == [(48, 48)]
     (file,) = tmp_path.iterdir()
-    again = run_trunk(loaded, tokens_RT, tmp_path, lambda *at: seen.append(at))
+    again = run_trunk(loaded, tokens_BU, tmp_path, lambda *at: seen.append(at))
     assert len(seen) == 1
     np.testing.assert_array_equal(first.x_BTD, again.x_BTD)
-    run_trunk(loaded, tokens_RT + 1, tmp_path)
+    run_trunk(loaded, tokens_BU + 1, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    expected_RTD = np.array(first.x_BTD)
+    expected_BTD = np.array(first.x_BTD)
     file.unlink()  # what is mapped must not shrink beneath its reader
     file.write_bytes(b"cut short")
-    repaired = run_trunk(loaded, tokens_RT, tmp_path)
-    np.testing.assert_array_equal(expected_RTD, repaired.x_BTD)
+    repaired = run_trunk(loaded, tokens_BU, tmp_path)
+    np.testing.assert_array_equal(expected_BTD, repaired.x_BTD)
 
 
 def test_an_epoch_has_every_row_once_and_goes_on_where_it_stopped():
-    tokens_RT = np.arange(12).reshape(6, 2)
-    rows = TappedRows(tokens_RT, np.arange(6.0).reshape(6, 1, 1))
+    tokens_BU = np.arange(12).reshape(6, 2)
+    rows = TappedRows(tokens_BU, np.arange(6.0).reshape(6, 1, 1))
     data = tapped_batches(rows, batch_size=2, seed=3)
-    epochs = [np.concatenate([next(data).tokens_BT[:, 0] for _ in range(3)]) for _ in range(2)]
+    epochs = [np.concatenate([next(data).tokens_BU[:, 0] for _ in range(3)]) for _ in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [[0, 2, 4, 6, 8, 10]] * 2
     assert list(epochs[0]) != list(epochs[1])
     state = data.get_state()
@@ -126,10 +126,10 @@ def test_an_epoch_has_every_row_once_and_goes_on_where_it_stopped():
     again = tapped_batches(rows, batch_size=2, seed=3)
     again.set_state(state)
     found = next(again)
-    np.testing.assert_array_equal(found.tokens_BT, expected.tokens_BT)
-    np.testing.assert_array_equal(found.x_BTD[:, 0, 0], expected.tokens_BT[:, 0] / 2)
+    np.testing.assert_array_equal(found.tokens_BU, expected.tokens_BU)
+    np.testing.assert_array_equal(found.x_BTD[:, 0, 0], expected.tokens_BU[:, 0] / 2)
     parts = [tapped_batches(rows, batch_size=2, seed=3, process=i, n_processes=2) for i in (0, 1)]
-    together = np.concatenate([next(part).tokens_BT[:, 0] for part in parts])
+    together = np.concatenate([next(part).tokens_BU[:, 0] for part in parts])
     assert sorted(together) == sorted(epochs[0][:2])
     with pytest.raises(TrainingError, match="do not divide"):
         tapped_batches(rows, batch_size=3, seed=0, n_processes=2)
@@ -137,17 +137,17 @@ def test_an_epoch_has_every_row_once_and_goes_on_where_it_stopped():
 
 def test_what_a_large_trunk_gives_is_kept_and_a_small_one_is_run_again(loaded, tiny):
     def plan(steps, n_tokens):
-        return plan_reading(tiny.backbone, dataclasses.replace(CFG, steps=steps), n_tokens, 4)
+        return plan_training(tiny.backbone, dataclasses.replace(CFG, steps=steps), n_tokens, 4)
 
     short = plan(3, 10**6)
     assert short.scout_tokens == 8 * 3 * 2 * 16, "eight times what the body reads"
     assert short.scout_steps == 20 * (short.scout_tokens // 16) // 4
-    assert not short.pays_cache
+    assert not short.caches_trunk
     assert plan(3, 500).scout_tokens == 500, "no more than there is"
     assert plan(3, 20).scout_steps == 0, "one row cannot be split"
     # This trunk has 9,216 weights: 4e11 of work are 43 million tokens.
     assert plan(10**7, 10**9).scout_tokens == 10**7 * 32
-    assert plan(10**7, 10**9).pays_cache
+    assert plan(10**7, 10**9).caches_trunk
 
 
 def test_parameters_are_counted(tiny):
@@ -157,8 +157,8 @@ def test_parameters_are_counted(tiny):
         for part in (layer.attention, layer.ffn)
         for leaf in jax.tree.leaves(nnx.state(part))
     )
-    assert trunk_parameters(tiny.backbone) == per_layer
-    assert upper_parameters(tiny.backbone) == 2 * per_layer + 256 * 32
+    assert count_trunk_parameters(tiny.backbone) == per_layer
+    assert count_upper_parameters(tiny.backbone) == 2 * per_layer + 256 * 32
 
 
 def test_a_large_backbone_lets_its_scouts_read_alone_and_saves_often():
@@ -178,10 +178,10 @@ def test_a_large_backbone_lets_its_scouts_read_alone_and_saves_often():
         scout_width=64,
     )
     large = nnx.eval_shape(lambda: Backbone(cfg, np.zeros(49152), 1024, rngs=nnx.Rngs(0)))
-    assert trunk_parameters(large) + upper_parameters(large) == 134_479_872
-    reading = plan_reading(large, dataclasses.replace(CFG, steps=1000), 10**6, 2)
-    assert (reading.scout_tokens, reading.pays_cache) == (32_000, True)
-    assert reading.scout_steps == 20 * 2000 // 2
+    assert count_trunk_parameters(large) + count_upper_parameters(large) == 134_479_872
+    plan = plan_training(large, dataclasses.replace(CFG, steps=1000), 10**6, 2)
+    assert (plan.scout_tokens, plan.caches_trunk) == (32_000, True)
+    assert plan.scout_steps == 20 * 2000 // 2
     assert expert_config(300, rows=4, backbone=large).checkpoint_every == 6
     assert expert_config(300).checkpoint_every == 400
 
@@ -213,14 +213,16 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
     cfg = dataclasses.replace(CFG, steps=200, checkpoint_every=50)
     monkeypatch.setattr(
         contribution,
-        "plan_reading",
-        lambda *args: contribution.Reading(scout_tokens=6400, scout_steps=9, pays_cache=True),
+        "plan_training",
+        lambda *args: contribution.TrainingPlan(
+            scout_tokens=6400, scout_steps=9, caches_trunk=True
+        ),
     )
     straight = Path(shutil.copytree(folder, tmp_path / "straight"))
     record = train_expert(loaded, straight, [texts], cfg)
-    assert record["cache"]["flops_saved"] > 0
-    assert record["scout"]["steps"] == 9
-    assert set(record["step_seconds"]) == {"trunk", "body", "scout"}
+    assert record.cache.flops_saved > 0
+    assert record.scout.steps == 9
+    assert set(record.step_seconds) == {"trunk", "body", "scout"}
 
     def kill(step, steps, row):
         if step == 120:
