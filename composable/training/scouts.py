@@ -236,5 +236,5 @@ def _scout_nats(scout: Scout, feature_BTD: jax.Array, classes_BT: jax.Array) -> 
         feature_TD, classes_T = args
         return scout_loss(scout, feature_TD[None], classes_T[None])
 
-    mean: jax.Array = jax.lax.map(row, (feature_BTD, classes_BT)).mean()
-    return mean
+    nats_B: jax.Array = jax.lax.map(row, (feature_BTD, classes_BT))
+    return nats_B.mean()

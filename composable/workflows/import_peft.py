@@ -335,9 +335,9 @@ def _train_scout(
 ) -> tuple[ScoutFit, int]:
     """Return the scout and the number of tokens that it was trained on."""
     interface, cfg = loaded.interface, loaded.backbone.cfg
-    stream_T = token_stream(train, loaded.tokenizer)
-    window = max(1, min(_WINDOW, cfg.context, (len(stream_T) - 1) // _MIN_ROWS))
-    rows_BU = cut_rows(stream_T, window, plan.scout_tokens)
+    stream_M = token_stream(train, loaded.tokenizer)
+    window = max(1, min(_WINDOW, cfg.context, (len(stream_M) - 1) // _MIN_ROWS))
+    rows_BU = cut_rows(stream_M, window, plan.scout_tokens)
     features = compute_features(
         loaded.backbone,
         f"{interface.trunk} {cfg.dtype}",
