@@ -18,16 +18,16 @@ demo: setup
 	@$(BIN)/composable demo demo --json demo/result.json
 
 # Packaging tests run in a process without jax: some of them fork, which jax does not support.
+# Examples in docstrings are tests too, except in the file that needs lm-evaluation-harness.
 test: setup
 	@$(BIN)/python -m pytest tests/packaging
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging
+	@$(BIN)/python -m pytest --doctest-modules composable --ignore composable/interop/lm_eval.py
 
 # Tests to run while working: none that trains, compiles much, or injects faults.
-FAST := tests/interface tests/files tests/corpora tests/test_layers.py tests/test_experts.py \
-	tests/model/test_guard.py tests/model/test_tokenizer.py tests/model/test_tensors.py
 test-fast: setup
-	@$(BIN)/python -m pytest -n 2 tests/packaging/versions tests/packaging/manifests tests/packaging/install tests/packaging/project
-	@$(BIN)/python -m pytest -n 2 $(FAST)
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/packaging
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging
 
 docs: setup
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

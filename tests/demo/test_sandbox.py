@@ -14,6 +14,8 @@ import pytest
 
 from composable.demo import sandbox
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(sandbox.__file__).parents[2]
 MECHANISMS = {
     "landlock": "",

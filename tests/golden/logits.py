@@ -2,7 +2,9 @@
 
 import os
 
-# One instruction set on every x86 machine, so that what is computed can be compared to the bit.
+# One instruction set on every x86 machine, and the optimisations that users have, so that what is
+# computed can be compared to the bit.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
 os.environ["XLA_FLAGS"] = "--xla_cpu_max_isa=AVX2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -16,6 +16,8 @@ from composable.packaging.project.project import Project
 from composable.packaging.project.sync import sync_project
 from composable.packaging.registry.locations import open_registry
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 FOLDERS = sorted(path for path in HERE.iterdir() if (path / "logits.json").exists())
 # With another jax or processor than those that wrote the logits, float32 rounds otherwise.

@@ -22,6 +22,8 @@ from composable.kernels import (
     reference,
 )
 
+pytestmark = pytest.mark.slow
+
 # Sums of up to 3 products in float32, in another order than the reference's.
 FLOAT32_ROUNDING = 1e-5
 

@@ -19,6 +19,8 @@ from composable.kernels import (
 )
 from composable.kernels.blocks import batch_blocks, loop_blocks
 
+pytestmark = pytest.mark.slow
+
 # Sums of tens of products in float32, in another order than the reference's; relative to the
 # largest entry.
 FLOAT32_ROUNDING = 2e-6

@@ -13,6 +13,8 @@ from composable.model.layers import _stretch
 from composable.model.mix import mix, mix_state
 from composable.model.model import Model
 
+pytestmark = pytest.mark.slow
+
 SCALING = RopeScaling(factor=8.0, low_frequency=1.0, high_frequency=4.0, original_context=64)
 # What families of transformers differ in, one change each, and all at once.
 VARIANTS = {

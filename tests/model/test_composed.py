@@ -18,6 +18,8 @@ from composable.model.bank import Bank
 from composable.model.layers import swiglu
 from composable.model.router import ScoutBank
 
+pytestmark = pytest.mark.slow
+
 track_records = jax.jit(
     lambda parts, tokens_BT: composed.track_records(
         parts, tokens_BT, mix_mode.mix_state(parts, tokens_BT.shape[0]).router

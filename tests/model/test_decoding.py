@@ -22,6 +22,8 @@ from composable.model.model import generate
 from composable.model.safe import safe, safe_state
 from composable.model.tokenizer import ByteTokenizer
 
+pytestmark = pytest.mark.slow
+
 # Cached attention sums over the whole cache, masked, where a full pass sums over the blocks in use;
 # logits are of order 5.
 REORDERED_SUMS = 1e-4

@@ -9,6 +9,8 @@ from composable.errors import ModelError, TextError
 from composable.model import mix as mix_mode
 from composable.model.model import Model, Pluggable
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tiny):

@@ -5,6 +5,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from composable.errors import ModelError, TrainingError
 from composable.parallel import make_mesh, spec_of, start_processes
 
+pytestmark = pytest.mark.slow
+
 MESH = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
 
 

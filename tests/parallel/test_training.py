@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("train_program.py")
 REPOSITORY = PROGRAM.parents[2]
 # Alone on two cores all runs take about half a minute.

@@ -10,6 +10,8 @@ from composable.errors import TrainingError
 from composable.training.checkpoints import Checkpoints
 from composable.training.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 CFG = TrainConfig(steps=3, batch_size=1, window=1, learning_rate=1.0)
 
 

@@ -21,6 +21,8 @@ from composable.training.loop import fit
 from composable.training.objectives import expert_objective
 from composable.training.optimizers import adamw
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("line_program.py")
 LINE = runpy.run_path(str(PROGRAM))
 CFG = LINE["CFG"]

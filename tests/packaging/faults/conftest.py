@@ -17,12 +17,15 @@ from tests.support.faults.worlds import Inputs
 TRACED = ("test_tracer", "test_kills", "test_power_loss", "test_full_disk", "test_mutations")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs ptrace where there is none; on CI, where there is, run and fail."""
-    if is_supported() or os.environ.get("CI"):
-        return
+    """Mark all as slow. Skip what needs ptrace where there is none; on CI, run it and fail."""
+    is_run = is_supported() or os.environ.get("CI")
     for item in items:
-        if item.path.parent.name == "faults" and item.path.stem in TRACED:
+        if item.path.parent.name != "faults":
+            continue
+        item.add_marker(pytest.mark.slow)
+        if item.path.stem in TRACED and not is_run:
             item.add_marker(pytest.mark.skip(reason="needs ptrace and seccomp: Linux on x86_64"))
 
 

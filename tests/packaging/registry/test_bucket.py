@@ -32,6 +32,8 @@ from tests.support.servers import run_s3
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[dict[str, str]]:

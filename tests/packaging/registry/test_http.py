@@ -35,6 +35,8 @@ from tests.support.servers import BreakingWire, Nginx, free_port, run_nginx
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
 
+pytestmark = pytest.mark.slow
+
 BIG_RANK = 4
 
 

@@ -18,6 +18,8 @@ from tests.support.resolution.brute_force import (
     without_conflicts,
 )
 
+pytestmark = pytest.mark.slow
+
 N_UNIVERSES = 3000
 
 
