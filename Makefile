@@ -20,7 +20,7 @@ demo: setup
 # Packaging tests run in a process without jax: some of them fork, which jax does not support.
 # Examples in docstrings are tests too, except in the file that needs lm-evaluation-harness.
 test: setup
-	@$(BIN)/python -m pytest tests/packaging
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/packaging
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging
 	@$(BIN)/python -m pytest --doctest-modules composable --ignore composable/interop/lm_eval.py
 

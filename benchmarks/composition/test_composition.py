@@ -12,6 +12,8 @@ from benchmarks.composition.rivals import nearest_rows
 from composable.interface import SwitchingFilter
 from composable.model.router import ScoutBank
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 32
 
 

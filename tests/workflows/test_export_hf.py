@@ -16,6 +16,8 @@ from composable.packaging.manifests.backbone_folder import WEIGHTS_FILE
 from composable.workflows import export_hf as exporting
 from composable.workflows.export_hf import ExportPlan, export_model, split_text
 
+pytestmark = pytest.mark.slow
+
 # Two float32 implementations of three small layers add in other orders: a few units in the last
 # place of logits near 1. Another choice of expert in one layer differs by 0.01 and more.
 FLOAT32_TOLERANCE = 5e-5

@@ -16,6 +16,8 @@ from composable.workflows import capacity
 from composable.workflows.capacity import require_capacity
 from composable.workflows.import_backbone import ImportPlan, import_backbone, read_public_text
 
+pytestmark = pytest.mark.slow
+
 PLAN = ImportPlan(name="small", scout_width=16, scout_tokens=4000, scout_steps=80, license="MIT")
 
 
