@@ -83,7 +83,7 @@ def read_documents(paths: Iterable[str | Path]) -> list[Document]:
                 raise TextError(
                     f"the document id {document.id!r} occurs twice",
                     where=where,
-                    hint="ids tell documents apart when they are held out; rename one of the two",
+                    hint="held-out documents are chosen by id; rename one of the two",
                 )
             documents[document.id] = document
     if not documents:

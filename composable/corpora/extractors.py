@@ -48,7 +48,7 @@ _NOT_HOL_LIGHT = re.compile(
     r"^(pa_j[^/]*\.ml$|Jordan/float\.ml$|Proofrecording/diffs/)|(^|/)(make|\w*database\w*)\.ml$"
 )
 
-# What a kernel document says of its licence; one that says nothing has the kernel's.
+# The licence line of a kernel document; a document without one has the kernel's licence.
 _KERNEL_LICENSE = re.compile(r"SPDX-License-Identifier:(.*)")
 
 # What surrounds a page of PostgreSQL's manual, and its pages that are lists.
@@ -198,7 +198,7 @@ def extract_hol_light(root: Path) -> Iterator[Document]:
 def extract_kernel_documents(root: Path) -> Iterator[Document]:
     """Yield each reStructuredText file of the kernel's documentation, named by its path.
 
-    Left out are translations and the files that cannot be had under the kernel's own licence.
+    Left out are translations and the files that are not available under the kernel's own licence.
     """
     for folder in sorted(root.glob("usr/share/doc/linux-doc-*/Documentation")):
         for file in sorted(folder.rglob("*.rst.gz")):

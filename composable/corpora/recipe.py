@@ -203,9 +203,9 @@ def make_texts(
         `train` and `heldout` to the documents written.
 
     Raises:
-        TextError: The package cannot be had or holds no usable text.
+        TextError: The package cannot be fetched or holds no usable text.
         IntegrityError: The package is not the one that the recipe names, or what was written is
-            not what the recipe says. For the standard library of another version of Python the
+            not what the recipe states. For the standard library of another version of Python the
             latter is a warning.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -311,7 +311,7 @@ def fetch_package(source: TextPackage, cache: str | Path | None = None) -> Path:
 
     Raises:
         TextError: The package's client is missing or fails.
-        IntegrityError: What came is not the file that the recipe names.
+        IntegrityError: The downloaded file is not the one that the recipe names.
     """
     cache = Path(cache) if cache else user_cache_path("composable") / "packages"
     folder = cache / str(source.digest).replace(":", "-")
@@ -391,7 +391,7 @@ def _describe(part: str, documents: Sequence[Document], path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Execute a recipe from the command line; print the digests as the recipe wants them."""
+    """Execute a recipe from the command line; print the digests in the recipe's format."""
     parser = argparse.ArgumentParser(prog="composable.corpora.recipe", description=__doc__)
     parser.add_argument("recipe", type=Path, help="a recipe.toml or the folder that holds it")
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")

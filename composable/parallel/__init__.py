@@ -1,4 +1,4 @@
-"""Start-up of many hosts, the device mesh, and which dimension lives on which mesh axis."""
+"""Start-up of many hosts, the device mesh, and which dimension is split over which mesh axis."""
 
 from composable.parallel.mesh import make_mesh, start_processes
 from composable.parallel.sharding import BATCH_SPEC, place_batch, shard_tree, shardings_of, spec_of

@@ -1,4 +1,4 @@
-"""Which dimension lives on which mesh axis: every sharding decision of the project is this table.
+"""Which dimension is split over which mesh axis: the only table of sharding decisions.
 
 A parameter's letters come from `nnx.Param(dims=...)`; the compiler propagates the rest from the
 parameters and the batch. A dimension that its axis does not divide stays whole.
@@ -29,7 +29,7 @@ BATCH_SPEC: Final = PartitionSpec(("data", "fsdp"))
 
 
 def spec_of(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Return where an array with these dimension letters lives.
+    """Return the partition spec of an array with these dimension letters.
 
     Args:
         dims: One letter per dimension.
@@ -51,7 +51,7 @@ def spec_of(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """Return where every array of a tree lives: parameters by their letters, others whole.
+    """Return the sharding of every array of a tree: parameters by their letters, others replicated.
 
     Args:
         tree: Module, state, or any tree that holds `nnx.Variable` leaves; shapes are enough.

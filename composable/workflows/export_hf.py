@@ -46,8 +46,8 @@ from composable.packaging.manifests.manifest import BackbonePackage, Manifest
 from composable.progress import StageProgress
 from composable.vetting.evaluation import mix_scorer, path_scorer, score_documents
 from composable.workflows.import_peft import split_sample
+from composable.workflows.workspace import EXPORT_FILE
 
-RECORD_FILE: Final = "composable.json"
 # Documents that routers are fitted on, and those that only measure them.
 _FITTED_DOCUMENTS: Final = 32
 _SCORED_DOCUMENTS: Final = 8
@@ -403,7 +403,7 @@ def _write_texts(
         "config.json": json.dumps(config, indent=2) + "\n",
         "generation_config.json": json.dumps(token_ids, indent=2) + "\n",
         **tokenizer,
-        RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+        EXPORT_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
         "README.md": _readme(record, out.name),
     }
     for name, content in texts.items():
@@ -436,5 +436,5 @@ A text begins with token {record["begin"]}, which the tokenizer puts there.
 ## What is lost
 
 {lost}
-`{RECORD_FILE}` has the figures, and the digests of what was exported.
+`{EXPORT_FILE}` has the figures, and the digests of what was exported.
 """

@@ -55,15 +55,20 @@ from composable.packaging.versions.version import Version
 from composable.progress import StageProgress
 from composable.training.data import token_stream
 from composable.training.scouts import ScoutFit, train_scout
+from composable.vetting.card import CARD_FILE
 from composable.vetting.evaluation import path_scorer, score_documents
 from composable.vetting.evidence import MAX_BYTES
 from composable.workflows.import_backbone import cache_folder
 from composable.workflows.trunk_cache import compute_features, cut_rows
-from composable.workflows.workspace import HELDOUT_FILE, HELDOUT_FRACTION, TRAINING_FILE, WORK
+from composable.workflows.workspace import (
+    EXPORT_FILE,
+    HELDOUT_FILE,
+    HELDOUT_FRACTION,
+    TRAINING_FILE,
+    WORK,
+)
 
-_CARD_FILE: Final = "card.json"
 # What an exported folder says of itself; see `assembly.exporting`.
-_EXPORT_FILE: Final = "composable.json"
 # Positions that see each other when features are computed; of a short sample fewer.
 _WINDOW: Final = 256
 _MIN_ROWS: Final = 20
@@ -300,15 +305,15 @@ def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) ->
     if not adapter.base or not folder.is_dir():
         return False
     problem = "is not what this backbone was imported from, nor an export of it"
-    exported = folder / _EXPORT_FILE
+    exported = folder / EXPORT_FILE
     if exported.is_file():
         data = json.loads(exported.read_text())
         is_same = data.get("layout") == "dense" and not data.get("experts")
         if is_same and data.get("backbone", {}).get("interface") == loaded.interface.digest:
             return True
         problem = "is an export of something else than this backbone alone"
-    elif lists_file(loaded.folder, _CARD_FILE):
-        card = json.loads(read_listed(loaded.folder, _CARD_FILE))
+    elif lists_file(loaded.folder, CARD_FILE):
+        card = json.loads(read_listed(loaded.folder, CARD_FILE))
         digests = (card.get("source") or {}).get("digests")
         files = sorted(folder.glob("*.safetensors"))
         if digests is None or not files:

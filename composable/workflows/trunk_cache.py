@@ -261,7 +261,7 @@ def _write_batches(
 
 
 class _Writable:
-    """A sink as NumPy's header writer wants a file."""
+    """A sink with the `write` method that NumPy's header writer expects."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink

@@ -14,6 +14,8 @@ WORK: Final = ".work"
 HELDOUT_FILE: Final = "heldout.jsonl"
 TRAINING_FILE: Final = "training.json"
 HELDOUT_FRACTION: Final = 0.1
+# The record in the folder of an export to another format.
+EXPORT_FILE: Final = "composable.json"
 # Vetting scores at most this many documents of either text.
 VETTED_DOCUMENTS: Final = 8
 
