@@ -50,10 +50,10 @@ def tree(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Show the locked experts as a dependency tree."""
     from composable.packaging.install.lock import Lock
     from composable.packaging.project.project import Project
-    from composable.packaging.project.queries import grow_tree
+    from composable.packaging.project.queries import build_dependency_tree
 
     project = Project.find()
-    needs = grow_tree(project, Lock.read(project.root))
+    needs = build_dependency_tree(project, Lock.read(project.root))
     text = "\n".join(_format_tree(needs)) or "no experts locked"
     show(text, [_need_to_dict(need) for need in needs], as_json=as_json, is_quiet=is_quiet)
 

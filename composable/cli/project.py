@@ -247,12 +247,12 @@ def upgrade(
 def rollback(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Restore the previous environment."""
     from composable.errors import LockError
-    from composable.packaging.project.edits import roll_back
+    from composable.packaging.project.edits import roll_back_project
     from composable.packaging.project.locking import check_lock
 
     project, interface = open_project()
     before = project.environment.lock
-    after = roll_back(project).lock
+    after = roll_back_project(project).lock
     _report(before, after, as_json=as_json, is_quiet=is_quiet)
     try:
         check_lock(project, after, interface)

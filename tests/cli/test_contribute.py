@@ -86,7 +86,7 @@ def test_publish_again_changes_nothing_and_other_content_is_refused(cli, works, 
     outcome = cli("publish", folder, "--registry", "registry")
     assert outcome.code == 1
     assert "already published with other content" in outcome.err
-    assert "raise the version" in outcome.err
+    assert "increase the version" in outcome.err
 
 
 def test_publish_refuses_weights_that_nobody_compared(cli, works, fakes):
@@ -216,7 +216,7 @@ def test_yanked_is_not_chosen_but_stays_locked(cli, works, project):
 def test_yank_of_a_release_that_is_not_there(cli, project):
     outcome = cli("yank", "german@7.0.0", "--registry", "registry")
     assert outcome.code == 1
-    assert "there are 1.0.0, 1.2.0, 2.0.0" in outcome.err
+    assert "available: 1.0.0, 1.2.0, 2.0.0" in outcome.err
 
 
 @pytest.mark.slow

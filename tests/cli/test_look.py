@@ -83,7 +83,7 @@ def test_info_shows_manifest_and_card(works, project):
 
 
 def test_info_of_a_release_that_is_not_there(cli, project):
-    assert "there are 1.0.0, 1.2.0, 2.0.0" in cli("info", "german@7.0.0").err
+    assert "available: 1.0.0, 1.2.0, 2.0.0" in cli("info", "german@7.0.0").err
 
 
 def test_info_and_search_work_without_a_project(works, fakes):

@@ -109,13 +109,13 @@ def test_upgrade_then_rollback(works, project, fakes):
 def test_rollback_of_an_install_says_that_the_project_asks_for_more(works, project):
     works("install", "german<2")
     works("install", "physics")
-    assert "physics is asked for but not locked" in works("rollback").err
+    assert "physics is required but not locked" in works("rollback").err
 
 
 def test_rollback_without_a_past(cli, project):
     outcome = cli("rollback")
     assert outcome.code == 1
-    assert "no older generation" in outcome.err
+    assert "no previous generation" in outcome.err
 
 
 @pytest.mark.parametrize("command", ["add", "install"])
@@ -159,13 +159,13 @@ def test_stale_lock_is_refused_when_frozen_and_mended_otherwise(cli, works, proj
     works("add", "physics")
     outcome = cli("sync", "--frozen")
     assert outcome.code == 1
-    assert "physics is asked for but not locked" in outcome.err
+    assert "physics is required but not locked" in outcome.err
     assert "run `composable lock`" in outcome.err
     assert works("sync").out == "+ physics 1.0.0\n"
 
 
 def test_missing_lock_is_refused_when_frozen(cli, project):
-    assert "there is no lock file" in cli("sync", "--frozen").err
+    assert "no lock file" in cli("sync", "--frozen").err
 
 
 def test_wrong_digest_installs_nothing(cli, works, project, fakes):

@@ -224,7 +224,7 @@ def test_an_expert_in_development_is_loaded_from_its_folder(
     data[-3] ^= 0x40  # of the mantissa, so it stays a number
     body.write_bytes(data)
     if not is_editable:
-        with pytest.raises(PackagingError, match="was changed since it was locked"):
+        with pytest.raises(PackagingError, match="has changed since it was locked"):
             cx.load()
     else:
         assert not np.array_equal(cx.load()(tokens_BT), logits_BTV)

@@ -1,10 +1,10 @@
-"""From registries into the store: verified, resumed where it broke off, several at once.
+"""Downloads from registries into the store: verified, resumable and concurrent.
 
-A file comes in one pass and is hashed as it is written. Where it breaks off, what has arrived stays
-in the store; the next attempt, by any process, takes from there every chunk that proves right and
-asks the registry for the rest. Nothing that was left there is trusted, so nobody needs to know
-whether another process is still writing it. Bytes that arrived wrong are narrowed down to their
-chunk in the same way, and only that is asked for again.
+A file is streamed once and hashed as it is written. When a download is interrupted, the partial
+file stays in the store. The next attempt, by any process, copies every chunk of it whose digest is
+right and requests the rest from the registry. Partial files are always verified, so another process
+may still be writing to one. Corrupt bytes are handled in the same way: only the chunks that contain
+them are requested again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from composable.packaging.manifests.manifest import CHUNK_BYTES, PackageFile
 from composable.packaging.registry.registry import Registry
 from composable.progress import ByteProgress
 
-MAX_AT_ONCE: Final = 8
-# How often in a row a registry may break off without having sent anything new.
+MAX_THREADS: Final = 8
+# How many attempts in a row may fail without any new bytes.
 MAX_FAILURES: Final = 5
-_FIRST_WAIT_SECONDS: Final = 0.2
-# A file, where it comes from, and what errors and progress call it.
+FIRST_WAIT_SECONDS: Final = 0.2
+# The registry that a file comes from, the file, and its label in errors and progress.
 BlobRequest = tuple[Registry, PackageFile, str]
 T = TypeVar("T")
 
@@ -44,22 +44,23 @@ def download_file(
     label: str,
     progress: ByteProgress | None = None,
 ) -> bool:
-    """Put a file into the store unless it is there.
+    """Download a file into the store unless it is already there.
 
     Args:
-        registry: Where it comes from.
-        store: Where it goes.
-        file: Its size and digest and, for it to be resumed, its chunks.
-        label: What errors and progress call it.
-        progress: Called with `label`, bytes done and bytes in all.
+        registry: The registry that holds the file.
+        store: The store that it is written to.
+        file: Its size and digest, and the digests of its chunks; without them it is not resumable.
+        label: Its name in errors and progress.
+        progress: Called with `label`, bytes done and total bytes.
 
     Returns:
-        Whether it was not there.
+        Whether the file was downloaded.
 
     Raises:
-        IntegrityError: When the registry sends other bytes than promised; nothing is kept.
-        UnreachableError: When it cannot be reached, or broke off too often; what came is kept.
-        RegistryError: When it has no such file.
+        IntegrityError: When the bytes do not match size and digest; no partial file is kept.
+        UnreachableError: When the registry cannot be reached, or the connection broke too often;
+            the partial file is kept.
+        RegistryError: When the registry has no such file.
     """
     if store.has(file.digest, file.size):
         return False
@@ -72,14 +73,14 @@ def download_file(
                 progress(label, sink.size, file.size)
 
         try:
-            _fill(sink, registry, file, partials, report)
+            _write_file(sink, registry, file, partials, report)
             sink.commit()
             break
         except MissingBlobError:
             if is_last:
                 raise
         except IntegrityError as error:
-            # The next attempt keeps the chunks that are right; if it fails too, nothing is.
+            # The second attempt reuses the chunks that are right; if it fails too, none is kept.
             if file.chunks and not is_last:
                 sink.keep()
                 continue
@@ -99,17 +100,20 @@ def download_file(
 
 
 def download_files(
-    wanted: Sequence[BlobRequest], store: Store, progress: ByteProgress | None = None
+    requests: Sequence[BlobRequest], store: Store, progress: ByteProgress | None = None
 ) -> None:
-    """Put files into the store, several at once where they come from afar.
+    """Download files into the store, concurrently if a registry is remote.
 
     Args:
-        wanted: The files and where each comes from.
-        store: Where they go.
-        progress: Called with a label, bytes done and bytes in all; from several threads.
+        requests: The files, each with its registry and its label.
+        store: The store that they are written to.
+        progress: Called with a label, bytes done and total bytes, from several threads.
 
     Raises:
-        The first error of `download_file`; it ends the other downloads, and what came is kept.
+        IntegrityError: See `download_file`. The first error of any kind stops the other downloads;
+            their partial files are kept.
+        UnreachableError: See `download_file`.
+        RegistryError: See `download_file`.
     """
     stop = threading.Event()
 
@@ -119,33 +123,39 @@ def download_files(
         if progress is not None:
             progress(label, done, total)
 
-    def download(item: BlobRequest) -> None:
-        registry, file, label = item
+    def download(request: BlobRequest) -> None:
+        registry, file, label = request
         download_file(registry, store, file, label=label, progress=report)
 
-    is_remote = any(registry.storage.is_remote for registry, _, _ in wanted)
-    tasks = [partial(download, item) for item in wanted]
-    run_at_once(tasks, n_at_once=MAX_AT_ONCE if is_remote else 1, stop=stop)
+    is_remote = any(registry.storage.is_remote for registry, _, _ in requests)
+    tasks = [partial(download, request) for request in requests]
+    run_concurrently(tasks, n_threads=MAX_THREADS if is_remote else 1, stop=stop)
 
 
-def run_at_once(
+def run_concurrently(
     tasks: Sequence[Callable[[], T]],
     *,
-    n_at_once: int = MAX_AT_ONCE,
+    n_threads: int = MAX_THREADS,
     stop: threading.Event | None = None,
 ) -> list[T]:
-    """Return what tasks return; the first error ends what has not begun, and is raised.
+    """Run tasks on threads and return their results in order.
+
+    The first error cancels the tasks that have not started and is raised.
 
     Args:
-        tasks: What to run.
-        n_at_once: How many at a time, each on a thread of its own.
-        stop: Set at the first error, for tasks that look at it.
+        tasks: Functions without arguments.
+        n_threads: The number of threads, at least 1; with 1 the tasks run on the caller's thread.
+        stop: Set at the first error, so that running tasks can stop early.
+
+    Example:
+        >>> run_concurrently([lambda: 1, lambda: 2])
+        [1, 2]
     """
-    if n_at_once == 1 or len(tasks) < 2:
+    if n_threads == 1 or len(tasks) < 2:
         return [task() for task in tasks]
     from concurrent.futures import ThreadPoolExecutor, as_completed  # here: a sync may need none
 
-    with ThreadPoolExecutor(n_at_once) as pool:
+    with ThreadPoolExecutor(n_threads) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -159,10 +169,10 @@ def run_at_once(
 
 
 def require_space(store: Store, files: Iterable[PackageFile]) -> None:
-    """Refuse, before anything is fetched, what the disk cannot hold.
+    """Check, before anything is downloaded, that the disk has space for the missing files.
 
     Raises:
-        DiskError: With the bytes that are missing.
+        DiskError: When it has not; with the bytes needed and free.
     """
     sizes = {file.digest: file.size for file in files if not store.has(file.digest, file.size)}
     needed = sum(sizes.values())
@@ -170,30 +180,30 @@ def require_space(store: Store, files: Iterable[PackageFile]) -> None:
     free = shutil.disk_usage(home).free
     if needed > free:
         raise DiskError(
-            f"{needed:,} bytes are to be fetched, but only {free:,} are free",
+            f"{needed:,} bytes are needed, but only {free:,} are free",
             where=str(store.root),
             hint="free some space, or set COMPOSABLE_STORE to a folder on a larger disk",
         )
 
 
 class _StoppedError(Exception):
-    """Ends a download because another one failed; never seen outside this file."""
+    """Stops a download because another one failed; never raised outside this file."""
 
 
-def _fill(
+def _write_file(
     sink: Sink,
     registry: Registry,
     file: PackageFile,
     partials: Sequence[Path],
     report: Callable[[], None],
 ) -> None:
-    """Write all of a file to `sink`: from partials what is right there, else from the registry."""
+    """Write a file to `sink`: chunks that a partial file has, and the rest from the registry."""
     if not partials:
-        _copy(sink, registry, file, file.size, report)
+        _download_until(sink, registry, file, file.size, report)
         return
     with contextlib.ExitStack() as stack:
-        opened = [found for path in partials if (found := _open(path, stack)) is not None]
-        missing = None  # where the run of chunks that nobody has begins
+        opened = [found for path in partials if (found := _open_partial(path, stack)) is not None]
+        missing = None  # the end of the current run of chunks that no partial file has
         for index, digest in enumerate(file.chunks):
             chunk = _find_chunk(opened, index * CHUNK_BYTES, digest)
             stop = min((index + 1) * CHUNK_BYTES, file.size)
@@ -201,24 +211,24 @@ def _fill(
                 missing = stop
                 continue
             if missing is not None:
-                _copy(sink, registry, file, missing, report)
+                _download_until(sink, registry, file, missing, report)
                 missing = None
             sink.write(chunk)
             report()
         if missing is not None:
-            _copy(sink, registry, file, missing, report)
+            _download_until(sink, registry, file, missing, report)
 
 
-def _copy(
+def _download_until(
     sink: Sink, registry: Registry, file: PackageFile, stop: int, report: Callable[[], None]
 ) -> None:
-    """Copy from where `sink` is to offset `stop`, asking again where the registry breaks off."""
+    """Download the bytes from the end of `sink` to offset `stop`; retry after interruptions."""
     failures = 0
     while sink.size < stop:
         before = sink.size
         try:
             for data in registry.stream(file.digest, sink.size):
-                # What is more than promised is for the sink to refuse, at the file's end.
+                # At the end of the file, the sink refuses bytes beyond the expected size.
                 sink.write(data if stop == file.size else data[: stop - sink.size])
                 report()
                 if sink.size == stop < file.size:
@@ -231,18 +241,18 @@ def _copy(
             failures = 0 if sink.size > before else failures + 1
             if failures == MAX_FAILURES:
                 raise
-            time.sleep(_FIRST_WAIT_SECONDS * 2**failures * random.uniform(0.5, 1.0))
+            time.sleep(FIRST_WAIT_SECONDS * 2**failures * random.uniform(0.5, 1.0))
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> BinaryIO | None:
+def _open_partial(path: Path, stack: contextlib.ExitStack) -> BinaryIO | None:
     try:
         return stack.enter_context(path.open("rb"))
     except OSError:
-        return None  # whoever wrote it has put it in place or thrown it away, or it is unreadable
+        return None  # completed or removed by the process that wrote it, or unreadable
 
 
 def _find_chunk(files: Sequence[BinaryIO], offset: int, digest: str) -> bytes | None:
-    """Return the chunk at an offset from the first file in which it is right."""
+    """Return the chunk at an offset from the first file in which its digest is right."""
     for file in files:
         chunk = b""
         with contextlib.suppress(OSError):

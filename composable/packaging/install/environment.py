@@ -1,13 +1,13 @@
-"""Environments: what a project has installed, as generations with one pointer.
+"""Environments: the installed experts of a project, as numbered generations.
 
-    .composable/current                           the number of the generation in use
-    .composable/generations/7/composable.lock     what it holds
-    .composable/generations/7/previous            the number of the one in use when it was made
+    .composable/current                           the number of the current generation
+    .composable/generations/7/composable.lock     the lock that it was installed from
+    .composable/generations/7/previous            the number of the generation before it
     .composable/generations/7/experts/<name>/     the expert's files, linked from the store
 
-A generation is built beside the others under a temporary name, synced and renamed; then the
-pointer is replaced. A process that is killed anywhere leaves the old generation in use, and the
-next command sweeps what is left over. Older generations stay for rollback.
+A generation is built under a temporary name, synced to disk and renamed; then `current` is
+replaced. If the process is killed at any point, the old generation stays current, and the next
+install removes the leftovers. A few older generations are kept for rollback.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from composable.progress import ByteProgress
 FOLDER: Final = ".composable"
 PREVIOUS_FILE: Final = "previous"
 KEPT_GENERATIONS: Final = 5
-# A younger generation may be one that another process is about to point to.
+# Another process may be about to make a younger generation the current one.
 _SETTLED_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One state that an environment was or is in.
+    """One state of an environment.
 
     Args:
-        number: Its number; later ones are higher.
+        number: Its number; later generations have higher ones.
         path: Its directory.
     """
 
@@ -51,7 +51,7 @@ class Generation:
         return Lock.read(self.path / LOCK_FILE)
 
     def expert_path(self, name: str) -> Path:
-        """Return the directory of an installed expert; of an editable one, where it lies.
+        """Return the directory of an installed expert; of an editable one, its own folder.
 
         Raises:
             PackagingError: When it is not installed.
@@ -68,7 +68,7 @@ class Generation:
         return Manifest.read(self.expert_path(name))
 
     def holds(self, text: str, lock: Lock) -> bool:
-        """Say whether this is what installing `lock`, whose text is `text`, would make."""
+        """Return whether installing `lock`, whose text is `text`, would give this generation."""
         try:
             if atomic.read_bytes(self.path / LOCK_FILE) != text.encode():
                 return False
@@ -85,7 +85,7 @@ class Generation:
         return True
 
     def _folder_of(self, expert: LockedExpert) -> Path:
-        """Return where an editable expert lies: paths count from the project's folder."""
+        """Return the folder of an editable expert; its path is relative to the project."""
         return self.path.parents[2] / (expert.path or "")
 
 
@@ -94,6 +94,10 @@ class Environment:
 
     Args:
         root: The project's `.composable` directory; created by the first install.
+
+    Example:
+        >>> Environment(Path("no-such-project/.composable")).manifests()
+        []
     """
 
     def __init__(self, root: Path) -> None:
@@ -101,41 +105,41 @@ class Environment:
 
     @property
     def current(self) -> Generation | None:
-        """The generation in use, or None before the first install.
+        """The current generation, or None before the first install.
 
         Raises:
-            PackagingError: When the pointer is damaged or points to nothing.
+            PackagingError: When `current` is damaged or names a missing generation.
         """
-        number = self._number()
+        number = self._read_current()
         if number is None and not (self.root / "current").exists():
             return None
         if number is not None and self._generation(number).path.is_dir():
             return self._generation(number)
         raise PackagingError(
-            "points to a generation that is not there",
+            "names a generation that does not exist",
             where=str(self.root / "current"),
             hint="remove that file and run `composable sync`",
         )
 
     @property
     def lock(self) -> Lock:
-        """The lock of the generation in use; an empty one before the first install."""
+        """The lock of the current generation; an empty one before the first install."""
         current = self.current
         return current.lock if current is not None else Lock()
 
     def holds(self, lock: Lock) -> bool:
-        """Say whether `lock` is what is in use, with every file in place."""
-        return self._find(lock) is not None
+        """Return whether the current generation was installed from `lock` and has every file."""
+        return self._find_installed(lock) is not None
 
     def settle(self) -> None:
-        """Make sure that what is in use survives power loss, whoever put it there."""
+        """Sync the current generation to disk; the process that wrote it may have been killed."""
         current = self.current
         if current is not None:
             atomic.settle(current.path)
             atomic.settle(self.root / "current")
 
     def generations(self) -> list[Generation]:
-        """Return all generations that are kept, oldest first."""
+        """Return all stored generations, oldest first."""
         folder = self.root / "generations"
         names = (path.name for path in atomic.list_directory(folder))
         numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
@@ -162,63 +166,48 @@ class Environment:
     def install(
         self, lock: Lock, store: Store, *, progress: ByteProgress | None = None
     ) -> Generation:
-        """Make `lock` the generation in use. If it already is, nothing is written.
+        """Install a lock as a new generation and make it current, unless it already is.
 
         Args:
-            lock: What to install.
-            store: Holds every file of it.
-            progress: Called with a label, experts done and experts in all.
+            lock: The lock to install.
+            store: The store; it holds every file of the lock.
+            progress: Called with `install`, experts done and total experts.
 
         Returns:
-            The generation in use.
+            The current generation.
 
         Raises:
             MissingBlobError: When the store lacks a file.
-            LockError: When a manifest says something else than the lock.
+            LockError: When a manifest does not match the lock.
         """
-        if (current := self._find(lock)) is not None:
+        if (current := self._find_installed(lock)) is not None:
             self.settle()
             return current
         with atomic.advisory_lock(self.root / "lock"):
-            if (current := self._find(lock)) is not None:
+            if (current := self._find_installed(lock)) is not None:
                 self.settle()
                 return current
             atomic.sweep(self.root / "generations")
-            scratch = atomic.make_scratch_directory(self.root / "generations")
+            number = self._build_generation(lock, store, progress)
             try:
-                for done, expert in enumerate(lock.experts, 1):
-                    if not expert.is_editable:
-                        _place(expert, scratch / "experts" / expert.name, store)
-                    if progress is not None:
-                        progress("install", done, len(lock.experts))
-                atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
-                if (before := self._number()) is not None:
-                    atomic.write_text(scratch / PREVIOUS_FILE, f"{before}\n")
-                number = max((g.number for g in self.generations()), default=0) + 1
-                while not atomic.rename_directory(scratch, self._generation(number).path):
-                    number += 1
+                self._set_current(number)
             except BaseException:
-                atomic.remove_directory(scratch)
-                raise
-            try:
-                self._point_to(number)
-            except BaseException:
-                if self._number() != number:
+                if self._read_current() != number:
                     atomic.remove_directory(self._generation(number).path)
                 raise
-            self._forget_old(number)
+            self._remove_old_generations(number)
         return self._generation(number)
 
     def verify(self, progress: ByteProgress | None = None) -> list[Path]:
-        """Read every installed file and remove those that are not what the lock says.
+        """Verify the digest of every installed file and remove damaged files.
 
-        What is removed, the next install puts in place again.
+        The next install restores them.
 
         Args:
-            progress: Called with a label, experts done and experts in all.
+            progress: Called with `verify`, experts done and total experts.
 
         Returns:
-            The files that were damaged or gone.
+            The files that were damaged or missing.
         """
         current = self.current
         if current is None:
@@ -236,48 +225,71 @@ class Environment:
         return damaged
 
     def rollback(self) -> Generation:
-        """Put the generation that was in use before this one was made back in use.
+        """Make the generation that was current before this one current again.
 
-        One that was made and, for its maker was killed, never used is passed over.
+        Generations that never became current, because their process was killed, are skipped.
+
+        Returns:
+            The generation that is current now.
 
         Raises:
-            PackagingError: When there is none.
-            IntegrityError: When a file of it is damaged or gone.
+            PackagingError: When there is no previous generation.
+            IntegrityError: When a file of it is damaged or missing.
         """
         current = self.current
         number = None if current is None else _read_number(current.path / PREVIOUS_FILE)
         if number is None or not self._generation(number).path.is_dir():
-            raise PackagingError("there is no older generation", where=str(self.root))
+            raise PackagingError("no previous generation", where=str(self.root))
         older = self._generation(number)
         for expert in older.lock.experts:
             for name, digest in expert.digests.items():
                 path = older.path / "experts" / expert.name / name
                 if not _has_digest(path, digest):
                     raise IntegrityError(
-                        "is damaged or gone", where=str(path), hint="nothing was changed"
+                        "is damaged or missing", where=str(path), hint="nothing was changed"
                     )
-        self._point_to(number)
+        self._set_current(number)
         return older
 
-    def _find(self, lock: Lock) -> Generation | None:
-        """Return the generation in use if it is whole and holds `lock`."""
+    def _build_generation(self, lock: Lock, store: Store, progress: ByteProgress | None) -> int:
+        """Write a lock as a new generation, but do not make it current; return its number."""
+        scratch = atomic.make_scratch_directory(self.root / "generations")
+        try:
+            for done, expert in enumerate(lock.experts, 1):
+                if not expert.is_editable:
+                    _link_expert(expert, scratch / "experts" / expert.name, store)
+                if progress is not None:
+                    progress("install", done, len(lock.experts))
+            atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
+            if (before := self._read_current()) is not None:
+                atomic.write_text(scratch / PREVIOUS_FILE, f"{before}\n")
+            number = max((g.number for g in self.generations()), default=0) + 1
+            while not atomic.rename_directory(scratch, self._generation(number).path):
+                number += 1
+        except BaseException:
+            atomic.remove_directory(scratch)
+            raise
+        return number
+
+    def _find_installed(self, lock: Lock) -> Generation | None:
+        """Return the current generation if it was installed from `lock` and is complete."""
         try:
             current = self.current
         except PackagingError:
-            return None  # a damaged pointer, which the next install mends
+            return None  # a damaged pointer, which the next install replaces
         return current if current is not None and current.holds(lock.to_toml(), lock) else None
 
-    def _number(self) -> int | None:
-        """Return the number that the pointer holds; None for none, or what is no number."""
+    def _read_current(self) -> int | None:
+        """Return the number in `current`; None if there is none, or no valid number."""
         return _read_number(self.root / "current")
 
     def _generation(self, number: int) -> Generation:
         return Generation(number=number, path=self.root / "generations" / str(number))
 
-    def _point_to(self, number: int) -> None:
+    def _set_current(self, number: int) -> None:
         atomic.write_text(self.root / "current", f"{number}\n")
 
-    def _forget_old(self, current: int) -> None:
+    def _remove_old_generations(self, current: int) -> None:
         older = [g for g in self.generations() if g.number < current]
         for generation in older[: -KEPT_GENERATIONS + 1]:
             if time.time() - generation.path.stat().st_mtime > _SETTLED_SECONDS:
@@ -300,8 +312,8 @@ def _has_digest(path: Path, digest: str) -> bool:
         return False
 
 
-def _place(expert: LockedExpert, folder: Path, store: Store) -> None:
-    """Link the files of one expert and check that its manifest agrees with the lock."""
+def _link_expert(expert: LockedExpert, folder: Path, store: Store) -> None:
+    """Link the files of one expert and check that its manifest matches the lock."""
     atomic.make_directory(folder)
     for name, digest in expert.digests.items():
         try:
@@ -322,5 +334,5 @@ def _place(expert: LockedExpert, folder: Path, store: Store) -> None:
         raise LockError(
             f"the manifest of {expert.name} {expert.version} does not match the registry",
             where=LOCK_FILE,
-            hint=f"{expert.origin} is damaged or dishonest; nothing was installed",
+            hint=f"{expert.origin} is damaged or malicious; nothing was installed",
         )

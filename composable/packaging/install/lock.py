@@ -1,7 +1,7 @@
-"""The lock file `composable.lock`: exactly what is installed, from where, and who asked for it.
+"""The lock file `composable.lock`: the exact version, source and files of every expert.
 
 The same inputs give the same bytes on every machine: entries are sorted, versions and ranges have
-one spelling, and nothing in it is a time, a secret or a path that `composable.toml` does not name.
+one spelling, and there are no times, secrets, or paths other than those in `composable.toml`.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class LockedExpert:
         name: Package name.
         version: The one version.
         registry: Name of the registry that it comes from; None for one from a folder.
-        path: The folder that it comes from, as `composable.toml` says it; None otherwise.
-        is_editable: Whether it is used where it lies, as it is at the time.
-        manifest: Digest of its manifest; None where it is editable.
+        path: The folder that it comes from, as written in `composable.toml`; None otherwise.
+        is_editable: Whether the folder is used in place, with its content at the time of use.
+        manifest: Digest of its manifest; None if it is editable.
         interface: Digest of the router interface that it was trained against.
-        requires: Experts that it builds on.
-        extras: What it requires on top for each extra that is asked for.
-        wanted_by: Who asked for it, with the range: `composable.toml: ^1.2`.
-        files: Its files but the manifest.
+        requires: Its required experts.
+        extras: The additional required experts for each of its extras in use.
+        wanted_by: Its dependents with their ranges, such as `composable.toml: ^1.2`.
+        files: Its files except the manifest.
     """
 
     name: str
@@ -74,14 +74,14 @@ class LockedExpert:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digest of the manifest and of every file by file name; none where it is editable."""
+        """The digests of the manifest and the files, by file name; none if it is editable."""
         if self.manifest is None:
             return {}
         return {EXPERT_FILE: self.manifest, **{file.name: file.digest for file in self.files}}
 
     @property
     def needs(self) -> list[Requirement]:
-        """What it requires, by itself and for the extras that are asked for, by name."""
+        """Its required experts, including those of the extras in use, sorted by name."""
         ranges = [*self.requires.items()]
         for extra in self.extras.values():
             ranges += extra.items()
@@ -90,18 +90,23 @@ class LockedExpert:
 
     @property
     def origin(self) -> str:
-        """Where it comes from, for people: the name of a registry, or a folder."""
+        """Where it comes from, for messages: the name of a registry, or a folder."""
         return self.registry or f"{self.path}{' (editable)' if self.is_editable else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lock:
-    """What a project has locked.
+    """The locked experts of a project.
 
     Args:
-        interface: The router interface that the experts were chosen for; None when none was known.
-        registries: Location of each registry in use, as `composable.toml` writes it.
+        interface: The router interface that the experts were chosen for; None if it was not known.
+        registries: Location of each registry in use, as written in `composable.toml`.
         experts: The experts, sorted by name.
+
+    Example:
+        >>> lock = Lock(registries={"team": "../registry"})
+        >>> Lock.loads(lock.to_toml()) == lock
+        True
     """
 
     interface: LockedInterface | None = None
@@ -128,20 +133,20 @@ class Lock:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read `composable.lock`, or that file in a directory.
+        """Read a lock file, or the `composable.lock` in a directory.
 
         Raises:
-            LockError: When there is none, or it is bad.
+            LockError: When it is missing or invalid.
         """
         path = path / LOCK_FILE if path.is_dir() else path
         try:
             return cls.loads(atomic.read_bytes(path).decode(), path.name)
         except FileNotFoundError as error:
             raise LockError(
-                "there is no lock file", where=str(path), hint="run `composable lock`"
+                "no lock file", where=str(path), hint="run `composable lock`"
             ) from error
         except UnicodeDecodeError as error:
-            raise LockError("is not text", where=str(path)) from error
+            raise LockError("is not UTF-8 text", where=str(path)) from error
 
     @classmethod
     def loads(cls, text: str, where: str = LOCK_FILE) -> Self:
@@ -158,13 +163,13 @@ class Lock:
             ) from error
 
     @classmethod
-    @functools.lru_cache(maxsize=4)  # what is locked and what is installed is mostly the same text
+    @functools.lru_cache(maxsize=4)  # the lock file and the installed lock are often the same text
     def _parse(cls, text: str, where: str) -> Self:
         top = parse_toml(text, where)
         schema = top.integer("schema")
         if schema != SCHEMA:
             raise ManifestError(
-                f"{schema} is not {SCHEMA}, the one this release reads", where=top.where("schema")
+                f"{schema} is not supported, expected {SCHEMA}", where=top.where("schema")
             )
         interface = _read_interface(top.table("interface")) if "interface" in top else None
         table = top.table("registries", {})
@@ -173,7 +178,7 @@ class Lock:
         top.finish(also=("interface",))
         names = [expert.name for expert in experts]
         if len(set(names)) != len(names):
-            raise ManifestError("an expert is there twice", where=top.where("expert"))
+            raise ManifestError("an expert is listed twice", where=top.where("expert"))
         return cls(
             interface=interface,
             registries=registries,
@@ -181,7 +186,7 @@ class Lock:
         )
 
     def to_toml(self) -> str:
-        """Return the one text of this lock."""
+        """Return the canonical text of this lock."""
         interface = {}
         if self.interface is not None:
             interface = {
@@ -199,7 +204,11 @@ class Lock:
         )
 
     def write(self, path: Path) -> bool:
-        """Write the lock unless the file already holds it; say whether it was written."""
+        """Write the lock unless the file already holds it.
+
+        Returns:
+            Whether the file was written.
+        """
         text = self.to_toml()
         if path.exists() and atomic.read_bytes(path) == text.encode():
             atomic.settle(path)
@@ -252,7 +261,9 @@ def _read_expert(table: Table, registries: Mapping[str, str]) -> LockedExpert:
         raise ManifestError(f"{registry!r} is not in [registries]", where=table.where("registry"))
     is_editable = table.boolean("editable", False)
     if is_editable and path is None:
-        raise ManifestError("only one from a folder can be editable", where=table.where("editable"))
+        raise ManifestError(
+            "only experts from folders can be editable", where=table.where("editable")
+        )
     files = []
     for entry in table.tables("files"):
         name = check_file_name(entry.text("name"), entry.where("name"))
@@ -260,7 +271,7 @@ def _read_expert(table: Table, registries: Mapping[str, str]) -> LockedExpert:
         files.append(PackageFile(name=name, size=size, digest=digest))
         entry.finish()
     if len({file.name.lower() for file in files} | {EXPERT_FILE}) != len(files) + 1:
-        raise ManifestError("a file is there twice", where=table.where("files"))
+        raise ManifestError("a file is listed twice", where=table.where("files"))
     extras = table.table("extras", {})
     expert = LockedExpert(
         name=check_package_name(table.text("name"), table.where("name")),

@@ -1,14 +1,14 @@
-"""The store: every file of every installed expert, once, by its SHA-256.
+"""The store: the files of all installed experts, each stored once under its SHA-256.
 
-All projects share one store. A blob is verified while it is written and appears under its name only
-when it is whole; it is never changed afterwards. So writers need no lock: two that add the same
-blob put the same bytes in place.
+All projects share one store. A blob is verified while it is written, appears under its name only
+when it is complete, and never changes afterwards. So writers need no lock: two processes that add
+the same blob write the same bytes.
 
     blobs/<aa>/<sha256>     files, read only
-    partial/<sha256>-<any>  what has arrived of one; every writer has a file of its own
-    quarantine/<sha256>     blobs that proved corrupt
-    projects/<key>          one line: the folder of a project that installs from here
-    documents/<key>         what remote registries answered, see `cache`
+    partial/<sha256>-<any>  an incomplete download; every writer has a file of its own
+    quarantine/<sha256>     corrupt blobs
+    projects/<key>          one line: the folder of a project that uses this store
+    documents/<key>         cached documents of remote registries, see `registry/cache.py`
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from composable.files.blobs import blob_path, default_store, digest_file
 from composable.interface.digest import digest_bytes
 from composable.progress import ByteProgress
 
-# A blob may be in the store a moment before the environment that needs it is.
+# A blob is added to the store before the environment that needs it links to it.
 PRUNE_GRACE_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptBlob:
-    """A blob whose bytes are not what its name says.
+    """A blob whose bytes do not match its name.
 
     Args:
-        digest: What its name says.
-        found: Digest of its bytes.
-        quarantine: Where it was moved to.
+        digest: The digest in its name.
+        found: The digest of its bytes.
+        quarantine: The path that it was moved to.
     """
 
     digest: str
@@ -50,9 +50,9 @@ class Pruned:
     """What `Store.prune` removed.
 
     Args:
-        digests: The blobs.
-        bytes_freed: Their sizes in all, and those of abandoned downloads; less on disk where an
-            environment still links to one.
+        digests: Digests of the removed blobs.
+        bytes_freed: The total size of these blobs and of abandoned downloads. The disk gains less
+            if an environment still links to a removed blob.
     """
 
     digests: tuple[str, ...]
@@ -60,17 +60,26 @@ class Pruned:
 
 
 class Store:
-    """A content-addressed folder.
+    """A content-addressed folder of files.
 
     Args:
         path: The folder; by default `$COMPOSABLE_STORE`, or else `store` in the user's cache.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = Store(folder)
+        ...     digest = digest_bytes(b"hello")
+        ...     path = store.add(b"hello", digest)
+        ...     store.read(digest)
+        b'hello'
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
         self.root = Path(path).absolute() if path is not None else default_store()
 
     def path(self, digest: str) -> Path:
-        """Return where a blob lies, or would lie.
+        """Return the path of a blob, whether or not it exists.
 
         Raises:
             IntegrityError: For text that is not a digest.
@@ -78,7 +87,7 @@ class Store:
         return self.root / blob_path(digest)
 
     def has(self, digest: str, size: int | None = None) -> bool:
-        """Say whether a blob is there, and of that size where one is given."""
+        """Return whether a blob exists and, if a size is given, has that size."""
         try:
             found = self.path(digest).stat().st_size
         except FileNotFoundError:
@@ -86,7 +95,7 @@ class Store:
         return size is None or found == size
 
     def check(self, digest: str) -> bool:
-        """Say whether a blob is there and whole; one that is damaged is moved out of the way."""
+        """Return whether a blob exists and is intact; move a corrupt one to quarantine."""
         path = self.path(digest)
         try:
             with atomic.explained(path, "read"):
@@ -98,7 +107,7 @@ class Store:
         return found == digest
 
     def read(self, digest: str) -> bytes | None:
-        """Return the bytes of a small blob; None where there is none, or it proves damaged."""
+        """Return the bytes of a small blob; None if it is missing or corrupt."""
         path = self.path(digest)
         try:
             data = atomic.read_bytes(path)
@@ -110,18 +119,18 @@ class Store:
         return None
 
     def add(self, source: BinaryIO | bytes | Path, digest: str, size: int | None = None) -> Path:
-        """Add a blob, unless it is there already.
+        """Add a blob unless it already exists.
 
         Args:
-            source: A binary stream, bytes, or a file.
-            digest: What its digest must be.
-            size: What its size must be, if that is known.
+            source: A binary stream, bytes, or the path of a file.
+            digest: The expected digest.
+            size: The expected size in bytes, if it is known.
 
         Returns:
-            Where it lies.
+            The path of the blob.
 
         Raises:
-            IntegrityError: When it is not what was promised; nothing is kept then.
+            IntegrityError: When digest or size do not match; nothing is kept then.
         """
         if self.has(digest, size):
             return self.path(digest)
@@ -138,15 +147,15 @@ class Store:
         return self.path(digest)
 
     def sink(self, digest: str, size: int | None = None) -> atomic.Sink:
-        """Return a sink that puts a blob in place if it proves to be what was promised."""
+        """Return a sink that adds a blob to the store if its digest and size match."""
         path = self.path(digest)
         temporary = self.root / "partial" / f"{path.name}-{os.getpid()}-{os.urandom(8).hex()}"
         return atomic.Sink(path, digest=digest, size=size, is_read_only=True, temporary=temporary)
 
     def partials(self, digest: str) -> list[Path]:
-        """Return what has arrived of a blob before, the longest first; nothing of it is verified.
+        """Return the unverified partial files of a blob, the largest first.
 
-        Some may still be growing: other processes write there too.
+        Other processes may still be writing to them.
         """
         found: list[tuple[int, Path]] = []
         for path in self._partials(f"{self.path(digest).name}-"):
@@ -155,9 +164,9 @@ class Store:
         return [path for _, path in sorted(found, reverse=True)]
 
     def forget_partials(self, digest: str) -> None:
-        """Remove what has arrived of a blob. Who still writes there finds the blob in place."""
+        """Remove the partial files of a blob, even if another process still writes to one."""
         for path in self.partials(digest):
-            with contextlib.suppress(OSError):  # what stays is removed by the next `prune`
+            with contextlib.suppress(OSError):  # the next `prune` removes what is left
                 path.unlink()
 
     def digests(self) -> list[str]:
@@ -169,30 +178,33 @@ class Store:
         return {f"sha256:{path.name}" for path in self._blobs() if _count_links(path) > 1}
 
     def register(self, project: Path) -> None:
-        """Note that a project installs from here, so that `prune` asks it what it needs."""
+        """Record that a project uses this store, so that `prune` keeps the files it needs."""
         line = os.fsencode(project.absolute()) + b"\n"
         entry = self.root / "projects" / digest_bytes(line)[7:39]
         if not entry.exists():
             atomic.write_bytes(entry, line)
 
     def projects(self) -> list[Path]:
-        """Return the folders of the registered projects, sorted; those that are gone, too."""
+        """Return the folders of the registered projects, sorted, including deleted ones."""
         entries = atomic.list_directory(self.root / "projects")
         lines = (atomic.read_bytes(path) for path in entries if not atomic.is_temporary(path))
         return sorted(Path(os.fsdecode(line.removesuffix(b"\n"))) for line in lines)
 
     def verify(self, progress: ByteProgress | None = None) -> list[CorruptBlob]:
-        """Read every blob and move those whose bytes are not what they should be out of the way.
+        """Verify every blob and move corrupt ones to quarantine.
 
-        A blob that is gone is fetched again by the next `sync`, so finding it repairs it.
+        The next `sync` downloads them again.
+
+        Args:
+            progress: Called with `verify`, blobs done and total blobs.
 
         Returns:
-            The corrupt ones.
+            The corrupt blobs.
         """
         corrupt = []
         blobs = self._blobs()
         for done, path in enumerate(blobs, 1):
-            with contextlib.suppress(FileNotFoundError):  # pruned in between
+            with contextlib.suppress(FileNotFoundError):  # pruned by another process
                 with atomic.explained(path, "read"):
                     found = digest_file(path)
                 if found != f"sha256:{path.name}":
@@ -206,8 +218,11 @@ class Store:
 
         Args:
             keep: Digests to keep.
-            older_than_seconds: Younger blobs stay: an install may be about to use them. Downloads
-                that broke off stay for an hour at least.
+            older_than_seconds: Keep younger blobs: an install may be about to use them. Partial
+                files are kept for at least an hour.
+
+        Returns:
+            The removed blobs and their size.
         """
         kept = set(keep)
         removed: list[str] = []
@@ -224,14 +239,14 @@ class Store:
         for path in self._partials():
             with contextlib.suppress(FileNotFoundError), atomic.explained(path, "removed"):
                 status = path.stat()
-                # One that was written to a moment ago is still on its way.
+                # A recently written partial file is a download in progress.
                 if time.time() - status.st_mtime >= max(older_than_seconds, PRUNE_GRACE_SECONDS):
                     path.unlink()
                     freed += status.st_size
         return Pruned(digests=tuple(removed), bytes_freed=freed)
 
     def size(self) -> int:
-        """Return the bytes of all blobs together."""
+        """Return the total size of all blobs, in bytes."""
         return sum(path.stat().st_size for path in self._blobs())
 
     def _blobs(self) -> list[Path]:

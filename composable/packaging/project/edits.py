@@ -1,4 +1,4 @@
-"""Changes of a project, all or nothing: what cannot be resolved is never written."""
+"""Changes to a project. A change whose requirements cannot be resolved is never written."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VersionChange:
-    """What happens to one expert between two locks.
+    """The versions of one expert in two locks.
 
     Args:
         name: The expert.
-        before: Its version before; None when it is new.
-        after: Its version after; None when it goes.
+        before: Its version in the first lock; None when it was added.
+        after: Its version in the second lock; None when it was removed.
     """
 
     name: str
@@ -40,7 +40,7 @@ class VersionChange:
 
 
 def compare_locks(before: Lock | None, after: Lock) -> list[VersionChange]:
-    """Return what differs between two locks, by name."""
+    """Return the experts whose versions differ between two locks, sorted by name."""
     old, new = before.versions if before else {}, after.versions
     return [
         VersionChange(name=name, before=old.get(name), after=new.get(name))
@@ -57,21 +57,24 @@ def read_wanted(
     is_editable: bool = False,
     base: Path | None = None,
 ) -> dict[str, Wanted]:
-    """Return what texts ask for: requirements, or folders where a text has a slash or begins so.
+    """Parse requirements and folders from the command line.
+
+    A text that contains a slash or starts with a dot is a folder.
 
     Args:
         project: The project.
         texts: For example `german[code]>=1.2` or `../my-expert`.
-        registry: Name of the registry to bind them to; by default as before, or the default one.
-        is_editable: Whether folders are used where they lie.
-        base: Directory that folders are counted from; by default the working directory.
+        registry: Name of the registry to bind the experts to; by default the one that each is bound
+            to already, or else the default registry.
+        is_editable: Whether folders are used in place instead of being copied.
+        base: Directory that relative folders start from; by default the working directory.
 
     Returns:
-        What is asked of each expert, by its name; folders are counted from the project's.
+        The project file's entry for each expert, by name; folders are relative to the project.
 
     Raises:
-        ConstraintError: For a text that is neither.
-        ManifestError: For a folder that holds no expert.
+        ConstraintError: For a text that is not a requirement.
+        ManifestError: For a folder without an expert.
     """
     wanted = {}
     for text in texts:
@@ -86,7 +89,7 @@ def read_wanted(
             continue
         folder = (base or Path.cwd()) / Path(text).expanduser()
         if not folder.is_dir():
-            raise ManifestError("there is no such folder", where=text)
+            raise ManifestError("no such folder", where=text)
         path = Path(os.path.relpath(folder, project.root)).as_posix()
         wanted[Manifest.read(folder).name] = Wanted(path=path, is_editable=is_editable)
     if is_editable and not any(want.path for want in wanted.values()):
@@ -104,21 +107,21 @@ def add_experts(
     exclude_newer: str | None = None,
     is_dry_run: bool = False,
 ) -> tuple[Project, Lock]:
-    """Ask for experts in the project file, if what is asked for then can be resolved.
+    """Add experts to the project file if the result can be resolved.
 
     Args:
         project: The project.
-        wanted: What to ask of each expert, by name.
+        wanted: The new entry of each expert, by name.
         interface: The backbone's router interface.
-        exclude_newer: Releases published after this time, RFC 3339 in UTC, do not exist.
-        is_dry_run: Whether to leave the file alone.
+        exclude_newer: Ignore releases published after this time (RFC 3339 in UTC).
+        is_dry_run: Whether to leave the project file unchanged.
 
     Returns:
-        The new project, and the lock that it will have; the lock file is left alone.
+        The new project and the lock that fits it. The lock file is not written.
 
     Raises:
-        UnknownExpertError: For a name that its registry does not know.
-        ResolutionError: When no choice of versions will do.
+        UnknownExpertError: When a name is not in its registry.
+        ResolutionError: When no versions satisfy all requirements.
     """
     planned = dataclasses.replace(project, experts={**project.experts, **wanted})
     lock = lock_project(
@@ -136,11 +139,11 @@ def refresh_lock(
     exclude_newer: str | None = None,
     is_dry_run: bool = False,
 ) -> Lock:
-    """Return the project's lock, made anew only if there is none or it no longer fits.
+    """Return the project's lock; resolve again only if there is none or it is out of date.
 
     Raises:
-        LockError: For a lock file that cannot be read.
-        ResolutionError: When it no longer fits and no choice of versions will do.
+        LockError: When the lock file cannot be read.
+        ResolutionError: When the lock is out of date and no versions satisfy all requirements.
     """
     lock = project.lock
     if lock is not None:
@@ -153,11 +156,11 @@ def refresh_lock(
     )
 
 
-def roll_back(project: Project) -> Generation:
-    """Put the generation before the one in use back in use, and its lock into the lock file.
+def roll_back_project(project: Project) -> Generation:
+    """Return to the previous generation and restore its lock file.
 
     Raises:
-        PackagingError: When there is none.
+        PackagingError: When there is no previous generation.
     """
     generation = project.environment.rollback()
     generation.lock.write(project.lock_path)
@@ -165,10 +168,10 @@ def roll_back(project: Project) -> Generation:
 
 
 def name_files(store: Store) -> dict[str, str]:
-    """Return what the files in a store are, as far as the locks of its projects tell.
+    """Return readable names for the files in a store, from the locks of its projects.
 
     Returns:
-        For example `german 1.2.0 body.safetensors`, by digest.
+        For example `german 1.2.0 body.safetensors`, by digest; files in no lock are left out.
     """
     names = {}
     for root in store.projects():
@@ -180,13 +183,13 @@ def name_files(store: Store) -> dict[str, str]:
 
 
 def prune_store(store: Store, older_than_seconds: float = PRUNE_GRACE_SECONDS) -> Pruned:
-    """Remove what no registered project needs from the store.
+    """Remove files that no registered project needs from the store.
 
-    Kept are the files that a project's lock names, installed or not, and those that any environment
-    links to. A project whose folder is gone needs nothing.
+    Files that a project's lock lists are kept, installed or not, and so are files that an
+    environment links to. A project without a lock file needs only the latter.
 
     Raises:
-        LockError: For a project whose lock cannot be read; nothing is removed then.
+        LockError: When a project's lock cannot be read; nothing is removed then.
     """
     needed = store.linked()
     for root in store.projects():
@@ -196,8 +199,8 @@ def prune_store(store: Store, older_than_seconds: float = PRUNE_GRACE_SECONDS) -
             if not (root / LOCK_FILE).exists():
                 continue
             raise LockError(
-                f"it is not known what the project in {root} needs: {error.message}",
+                f"cannot tell which files the project in {root} needs: {error.message}",
                 where=error.where,
-                hint="mend or remove its lock first; nothing was removed",
+                hint="repair or remove its lock first; nothing was removed",
             ) from error
     return store.prune(needed, older_than_seconds)

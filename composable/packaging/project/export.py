@@ -1,8 +1,8 @@
-"""Everything that a project installs, to carry to a machine without a network.
+"""Exports: everything that a project installs, for machines without a network.
 
-An export is a registry of its own with just the releases that are locked, beside the project's two
-files: as a folder, or as that folder in one uncompressed tar file. `sync --from` takes files from
-it whatever registries the lock names; and it can be used as a registry like any other.
+An export is a registry that holds only the locked releases, together with the project file and the
+lock: a folder, or the same folder as one uncompressed tar file. `sync --from` reads all files from
+it instead of from the registries in the lock. It also works like any other registry.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def export_project(
     interface: RouterInterface | None = None,
     progress: ByteProgress | None = None,
 ) -> None:
-    """Write what is installed as a registry, with the project file and the lock beside it.
+    """Write the installed experts as a registry, together with the project file and the lock.
 
     Args:
         project: The project, in sync.
         lock: Its lock.
-        target: A new folder, or a new file that ends in `.tar`.
+        target: A new folder, or a new file whose name ends in `.tar`.
         interface: The backbone's router interface.
         progress: Called with a file's name, bytes done and bytes in all.
 
     Raises:
-        PackagingError: When something already exists, or an expert comes from a folder: only
-            published ones can be found again elsewhere.
+        PackagingError: When the target exists, or when an expert comes from a folder: only
+            published experts can be exported.
     """
     if target.exists():
         raise PackagingError("already exists", where=str(target), hint="choose another name")
@@ -53,7 +53,7 @@ def export_project(
         if expert.path is not None:
             raise PackagingError(
                 f"{expert.name} comes from the folder {expert.path}, which cannot be exported",
-                hint=f"publish it, and ask for {expert.name} from that registry",
+                hint=f"publish it, then add {expert.name} from that registry",
             )
     target = target.absolute()
     scratch = atomic.make_scratch_directory(target.parent)
@@ -73,7 +73,7 @@ def export_project(
 
 
 def _write_tar(folder: Path, target: Path) -> None:
-    """Write a folder as a tar file that says nothing of when, where and by whom it was made."""
+    """Write a folder as a tar file without times, owners or absolute paths."""
     with atomic.Sink(target) as sink, tarfile.open(fileobj=_Pipe(sink), mode="w|") as tar:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -85,7 +85,7 @@ def _write_tar(folder: Path, target: Path) -> None:
 
 
 class _Pipe(io.RawIOBase):
-    """A sink as a file to write to."""
+    """A sink as a writable file object."""
 
     def __init__(self, sink: atomic.Sink) -> None:
         self._sink = sink

@@ -1,8 +1,8 @@
-"""From a project to its lock, and from a lock to an installed environment."""
+"""From a project to its lock: resolve it, or check that an existing lock still fits."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from composable.errors import LockError
@@ -10,7 +10,7 @@ from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert, Loc
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import fit_interface, pack_named
 from composable.packaging.project.project import PROJECT_FILE, Project, Wanted
-from composable.packaging.project.sources import ProjectSource, _short
+from composable.packaging.project.sources import ProjectSource, shorten_digest
 from composable.packaging.registry.release import Release
 from composable.packaging.versions.version import Version
 
@@ -30,38 +30,61 @@ def lock_project(
     solver: Solver | None = None,
     is_dry_run: bool = False,
 ) -> Lock:
-    """Choose a version for everything that a project needs and write `composable.lock`.
+    """Choose a version of every expert that a project needs and write `composable.lock`.
 
     Args:
         project: The project.
-        interface: The backbone's router interface. With None, interfaces are recorded but not
-            checked, and the lock can only be used where something else checks them.
-        upgrade: Whether to forget what was locked: for all packages, or for those named.
-        exclude_newer: Releases published after this time, RFC 3339 in UTC, do not exist.
-        must_exist: Names whose absence is worth an error of its own, with what was meant.
+        interface: The backbone's router interface. With None, the experts' interfaces are recorded
+            but not checked; whoever uses the lock must check them.
+        upgrade: Whether to ignore the versions in the current lock: of all packages, or of those
+            named.
+        exclude_newer: Ignore releases published after this time (RFC 3339 in UTC).
+        must_exist: Names to look up first, so that a misspelled one is reported with suggestions.
         solver: The search; PubGrub by default.
-        is_dry_run: Whether to leave the file alone.
+        is_dry_run: Whether to leave the lock file unchanged.
 
     Returns:
-        The lock. The file is written only if that changes it.
+        The lock. The file is written only if its content changes.
 
     Raises:
-        UnknownExpertError: When one of `must_exist` is in no registry.
-        ResolutionError: When no choice will do; the message tells why and what would.
-        RegistryError: When a registry cannot answer.
-    """
-    from composable.packaging.resolution.resolver import (
-        resolve_from,  # here: a project in sync needs none
-    )
+        UnknownExpertError: When one of `must_exist` does not exist.
+        ResolutionError: When no versions satisfy all requirements; the message explains why and
+            suggests changes.
+        RegistryError: When a registry cannot be read.
 
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     project = Project.create(pathlib.Path(folder), "tiny-bytes")
+        ...     lock_project(project).experts
+        ()
+    """
     source = ProjectSource(project, interface, exclude_newer=exclude_newer)
     before = None if upgrade is True else project.lock
-    source.prefetch([*project.experts, *(before.versions if before else ())])
+    source.prefetch_releases([*project.experts, *(before.versions if before else ())])
     for name in must_exist:
-        source.require(name)
+        source.require_releases(name)
     kept = {} if before is None else before.versions
     if not isinstance(upgrade, bool):
         kept = {name: version for name, version in kept.items() if name not in upgrade}
+    lock = _resolve_lock(project, source, interface, kept, solver)
+    if not is_dry_run:
+        lock.write(project.lock_path)
+    return lock
+
+
+def _resolve_lock(
+    project: Project,
+    source: ProjectSource,
+    interface: RouterInterface | None,
+    kept: Mapping[str, Version],
+    solver: Solver | None,
+) -> Lock:
+    """Return the lock of a project; of the versions that satisfy it, those in `kept` come first."""
+    from composable.packaging.resolution.resolver import (
+        resolve_from,  # here: a project in sync needs no resolver
+    )
+
     resolution = resolve_from(
         source,
         project.requirements,
@@ -74,22 +97,19 @@ def lock_project(
         for name, version in resolution.packages.items()
     ]
     used = sorted({expert.registry for expert in experts if expert.registry is not None})
-    lock = Lock(
+    return Lock(
         interface=None if interface is None else _lock_interface(interface),
         registries={name: project.registries[name] for name in used},
         experts=tuple(experts),
     )
-    if not is_dry_run:
-        lock.write(project.lock_path)
-    return lock
 
 
 def _lock_expert(project: Project, release: Release, resolution: Resolution) -> LockedExpert:
     wanted = project.experts.get(release.name, Wanted())
-    by = []
-    for who, range_ in resolution.wanted_by[release.name]:
-        package = who.partition("[")[0]
-        by.append(f"{f'{who} {resolution.packages[package]}' if who else PROJECT_FILE}: {range_}")
+    wanted_by = []
+    for dependent, range_ in resolution.wanted_by[release.name]:
+        version = resolution.packages[dependent.partition("[")[0]] if dependent else None
+        wanted_by.append(f"{f'{dependent} {version}' if dependent else PROJECT_FILE}: {range_}")
     extras = resolution.extras.get(release.name, ())
     return LockedExpert(
         name=release.name,
@@ -101,13 +121,13 @@ def _lock_expert(project: Project, release: Release, resolution: Resolution) -> 
         interface=release.interface.digest,
         requires=release.requires,
         extras={extra: release.extras[extra] for extra in extras},
-        wanted_by=tuple(by),
+        wanted_by=tuple(wanted_by),
         files=() if wanted.is_editable else release.files,
     )
 
 
 def check_lock(project: Project, lock: Lock, interface: RouterInterface | None = None) -> None:
-    """Check that a lock still is what its project asks for.
+    """Check that a lock still satisfies its project.
 
     Args:
         project: The project.
@@ -115,7 +135,7 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
         interface: The backbone's router interface, if it is known.
 
     Raises:
-        LockError: Naming the first thing that no longer fits.
+        LockError: With the first difference.
     """
 
     def refuse(message: str) -> None:
@@ -125,27 +145,27 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
     for requirement in project.requirements:
         version = versions.get(requirement.name)
         if version is None:
-            refuse(f"{requirement.name} is asked for but not locked")
+            refuse(f"{requirement.name} is required but not locked")
         elif not requirement.constraint.contains(version):
-            refuse(f"{requirement} is asked for, but {version} is locked")
+            refuse(f"{requirement} is required, but {version} is locked")
         elif set(lock[requirement.name].extras) != set(requirement.extras):
-            refuse(f"other extras of {requirement.name} are asked for than are locked")
+            refuse(f"the required extras of {requirement.name} are not those that are locked")
     for expert in lock.experts:
         for need in expert.needs:
             if need.name not in versions or not need.constraint.contains(versions[need.name]):
-                refuse(f"{expert.name} {expert.version} needs {need}")
+                refuse(f"{expert.name} {expert.version} requires {need}, which the lock does not satisfy")
         wanted = project.experts.get(expert.name, Wanted())
         if (wanted.path, wanted.is_editable) != (expert.path, expert.is_editable):
-            refuse(f"{expert.name} is to come from elsewhere than {expert.origin}")
+            refuse(f"{expert.name} no longer comes from {expert.origin}")
         if expert.path is not None:
             if not _is_as_locked(project, expert, interface):
-                refuse(f"{expert.name} in {expert.path} was changed since it was locked")
+                refuse(f"{expert.name} in {expert.path} has changed since it was locked")
         elif project.registry_of(expert.name) != expert.registry:
-            refuse(f"{expert.name} is bound to another registry than {expert.registry!r}")
+            refuse(f"{expert.name} is no longer bound to registry {expert.registry!r}")
         if interface is not None and not interface.honours_digest(expert.interface or ""):
             refuse(
                 f"{expert.name} {expert.version} was trained against router interface "
-                f"{_short(expert.interface)}, which {interface.name} {interface.version} "
+                f"{shorten_digest(expert.interface)}, which {interface.name} {interface.version} "
                 "does not honour"
             )
     needed = list(project.experts)
@@ -153,16 +173,16 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
         needed.extend(need.name for need in lock[name].needs if need.name not in needed)
     for name in versions:
         if name not in needed:
-            refuse(f"{name} is locked, but no longer asked for")
+            refuse(f"{name} is locked but no longer required")
     for name, location in lock.registries.items():
         if project.registries.get(name) != location:
-            refuse(f"registry {name!r} is at another place than {location!r}")
+            refuse(f"registry {name!r} is no longer at {location!r}")
 
 
 def _is_as_locked(
     project: Project, expert: LockedExpert, interface: RouterInterface | None
 ) -> bool:
-    """Say whether the folder of an expert holds what was locked; of an editable one, its needs."""
+    """Return whether an expert's folder matches the lock; of an editable one, only its manifest."""
     folder = project.folder_of(expert.name)
     assert folder is not None
     if not expert.is_editable:

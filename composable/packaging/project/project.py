@@ -1,6 +1,6 @@
-"""The project file `composable.toml`: which backbone, which registries, which experts.
+"""Projects: the backbone, the registries and the experts that a `composable.toml` asks for.
 
-Edits keep what the user wrote: order, comments and spacing of everything that is not edited.
+The text edits themselves are in `project_file.py`; resolving is in `locking.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PROJECT_FILE: Final = "composable.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """One expert that a project asks for.
+    """The entry of one expert in a project file.
 
     Args:
-        constraint: Versions that will do.
-        extras: Its extras that are asked for.
+        constraint: The allowed versions.
+        extras: The required extras of the expert.
         registry: Name of the registry that it comes from; None for the default one.
-        path: A folder that it comes from instead, as the user wrote it.
-        is_editable: Whether it is used where it lies rather than as it was when it was locked.
+        path: A folder that it comes from instead, as written in the file.
+        is_editable: Whether the folder is used in place rather than copied when it is locked.
     """
 
     constraint: Constraint = ANY
@@ -46,17 +46,24 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Project:
-    """What `composable.toml` says. Immutable: edits write the file and return the new project.
+    r"""The content of `composable.toml`. Immutable: edits write the file and return a new project.
 
     Args:
         root: Directory of the file.
-        backbone: The backbone, as the user names it.
-        registries: Location of each registry, as the user wrote it.
-        default_registry: Where experts come from that are bound to no other; None without any.
-        experts: What is wanted, by package name, in the file's order.
-        bindings: Registry of packages that only other experts ask for.
-        is_offline: Whether registries answer from what is kept of them alone. No field of the
+        backbone: Name or folder of the backbone, as written in the file.
+        registries: Location of each registry, as written in the file.
+        default_registry: Registry of the experts that are bound to no other; None without any.
+        experts: The required experts, by package name, in the file's order.
+        bindings: Registries of packages that are only dependencies of other experts.
+        is_offline: Whether remote registries are read from the cache alone. Not a field of the
             file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     project = Project.create(Path(folder), "tiny-bytes", {"team": "../registry"})
+        ...     project.add(Requirement.parse("german^1.2")).path.read_text().split("\n\n")[-1]
+        '[experts]\ngerman = "^1.2"\n'
     """
 
     root: Path
@@ -84,7 +91,7 @@ class Project:
 
     @property
     def requirements(self) -> list[Requirement]:
-        """What is wanted, in the file's order."""
+        """The project's own requirements, in the file's order."""
         return [
             Requirement(name, wanted.constraint, wanted.extras)
             for name, wanted in self.experts.items()
@@ -92,20 +99,20 @@ class Project:
 
     @property
     def lock(self) -> Lock | None:
-        """The lock, or None when there is none yet.
+        """The lock, or None if there is no lock file.
 
         Raises:
-            LockError: For a bad lock file.
+            LockError: When the lock file is invalid.
         """
         return Lock.read(self.lock_path) if self.lock_path.exists() else None
 
     def folder_of(self, name: str) -> Path | None:
-        """Return the folder that an expert comes from; None where it comes from a registry."""
+        """Return the folder that an expert comes from; None if it comes from a registry."""
         wanted = self.experts.get(name)
         return self.root / Path(wanted.path).expanduser() if wanted and wanted.path else None
 
     def registry_of(self, name: str) -> str:
-        """Return the name of the one registry that a package may come from.
+        """Return the name of the only registry that a package may come from.
 
         Raises:
             ManifestError: When the project has several registries and none is the default.
@@ -117,15 +124,15 @@ class Project:
         raise ManifestError(
             f"no registry for {name!r}",
             where=f"{PROJECT_FILE}: registries",
-            hint='name one under [registries], and with several say `registry = "NAME"` '
-            "under [project]",
+            hint="add one under [registries]; with several, also set "
+            '`registry = "NAME"` under [project]',
         )
 
     def open_registry(self, name: str) -> Registry:
-        """Return a registry by its name in this project.
+        """Open a registry by its name in this project.
 
         Raises:
-            ManifestError: When the project does not name it.
+            ManifestError: When the project has no registry of that name.
         """
         if name not in self.registries:
             raise ManifestError(
@@ -139,7 +146,7 @@ class Project:
 
     @classmethod
     def find(cls, start: Path | None = None) -> Self:
-        """Read the project file of `start`, by default the working directory, or a parent of it.
+        """Read the project file in `start`, by default the working directory, or above it.
 
         Raises:
             PackagingError: When there is none up to the root of the file system.
@@ -149,23 +156,23 @@ class Project:
             if (folder / PROJECT_FILE).is_file():
                 return cls.read(folder)
         raise PackagingError(
-            f"no {PROJECT_FILE} here or above",
+            f"no {PROJECT_FILE} in this directory or above",
             where=str(start),
             hint="run `composable init` to make this directory a project",
         )
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read `composable.toml`, or that file in a directory.
+        """Read a project file, or the `composable.toml` in a directory.
 
         Raises:
-            ManifestError: When there is none, or it is bad; `where` is the dotted path.
+            ManifestError: When it is missing or invalid; `where` is the path of the bad field.
         """
         path = path / PROJECT_FILE if path.is_dir() else path
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError as error:
-            raise ManifestError("there is no such file", where=str(path)) from error
+            raise ManifestError("no such file", where=str(path)) from error
         except (OSError, UnicodeDecodeError) as error:
             raise ManifestError(f"cannot be read: {error}", where=str(path)) from error
         return cls._from_table(parse_toml(text, PROJECT_FILE), path.parent.absolute())
@@ -180,7 +187,7 @@ class Project:
             registries: Locations by name; with several, the first is the default.
 
         Raises:
-            PackagingError: When there is one already.
+            PackagingError: When the file already exists.
         """
         registries = registries or {}
         default = next(iter(registries)) if len(registries) > 1 else None
@@ -216,7 +223,7 @@ class Project:
                 raise ManifestError(
                     f"no registry {registry!r}",
                     where=top.where(field),
-                    hint=did_you_mean(registry, registries) or "name it under [registries]",
+                    hint=did_you_mean(registry, registries) or "add it under [registries]",
                 )
         head.finish()
         top.finish()
@@ -237,19 +244,20 @@ class Project:
         path: str | None = None,
         is_editable: bool = False,
     ) -> Self:
-        """Ask for an expert, or change what is asked of one, in the file.
+        """Add an expert to the file, or change its entry.
 
         Args:
-            requirement: Name, range and extras; of an expert from a folder the range says nothing.
-            registry: Name of the registry to bind it to; by default as before, or the default one.
-            path: A folder that it comes from instead, counted from the project's.
-            is_editable: Whether it is used where it lies.
+            requirement: Name, range and extras. The range is ignored for an expert from a folder.
+            registry: Name of the registry to bind it to; by default the one that it is bound to
+                already, or else the default registry.
+            path: A folder that it comes from instead, relative to the project's.
+            is_editable: Whether the folder is used in place.
 
         Returns:
             The new project.
 
         Raises:
-            ManifestError: For a registry that the project does not name.
+            ManifestError: When the project has no registry of that name.
         """
         want = Wanted(
             constraint=requirement.constraint,
@@ -261,33 +269,33 @@ class Project:
         return self.change({requirement.name: want})
 
     def remove(self, *names: str) -> Self:
-        """Stop asking for experts, in the file.
+        """Remove experts from the file.
 
         Raises:
-            PackagingError: When the project does not ask for one of them.
+            PackagingError: When one of them is not in the file.
         """
         for name in names:
             if name not in self.experts:
                 raise PackagingError(
-                    f"the project does not ask for {name!r}",
+                    f"no expert {name!r} in the project",
                     where=str(self.path),
                     hint=did_you_mean(name, self.experts),
                 )
         return self.change(dict.fromkeys(names))
 
     def change(self, wanted: Mapping[str, Wanted | None]) -> Self:
-        """Ask for several experts at once, or stop asking for them: all in one write of the file.
+        """Add, change or remove several experts in one write of the file.
 
         Args:
-            wanted: What to ask of each expert, by name, or None to stop. Without a registry or a
-                path an expert stays bound as before, or to the default registry.
+            wanted: The new entry of each expert, by name, or None to remove it. Without a registry
+                or a path, an expert keeps the registry that it is bound to.
 
         Returns:
             The new project.
 
         Raises:
-            ManifestError: For a registry that the project does not name.
-            PackagingError: When the file is written in a way that cannot be edited line by line.
+            ManifestError: When the project has no registry of that name.
+            PackagingError: When the file cannot be edited without changing other entries.
         """
         text = atomic.read_bytes(self.path).decode()
         entries = {
@@ -306,7 +314,7 @@ class Project:
         return type(self).read(self.root)
 
     def _describe_entry(self, name: str, want: Wanted) -> Any:
-        """Return the entry of an expert as the file writes it."""
+        """Return the entry of an expert as it is written in the file: a range or a table."""
         registry = want.registry
         if want.path is None and registry is None and name in self.experts:
             registry = self.experts[name].registry
@@ -334,8 +342,8 @@ def _read_experts(table: Table) -> dict[str, Wanted]:
             for field in ("version", "registry"):
                 if field in entry:
                     raise ManifestError(
-                        "an expert from a folder has the version that its manifest says, and no "
-                        "registry",
+                        "not allowed together with path: the version of an expert from a folder "
+                        "is in its manifest",
                         where=entry.where(field),
                     )
         experts[name] = Wanted(
@@ -347,14 +355,14 @@ def _read_experts(table: Table) -> dict[str, Wanted]:
         )
         if experts[name].is_editable and path is None:
             raise ManifestError(
-                "only an expert from a folder can be editable", where=entry.where("editable")
+                "only experts from folders can be editable", where=entry.where("editable")
             )
         entry.finish()
     return experts
 
 
 def _read_without(text: str, names: Container[str], root: Path) -> Project:
-    """Read a project as it would be if it did not ask for `names`."""
+    """Read a project file as if it had no entries for `names`."""
     project = Project._from_table(parse_toml(text, PROJECT_FILE), root)
     experts = {name: wanted for name, wanted in project.experts.items() if name not in names}
     return dataclasses.replace(project, experts=experts)

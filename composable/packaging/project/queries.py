@@ -1,4 +1,4 @@
-"""Questions about a project: what needs what, why it is there, what is newer, what there is."""
+"""Read-only queries on a project: its dependency tree, reasons, newer releases, search, details."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MAX_CARD_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """One expert in the tree of what a project needs.
+    """One expert in the dependency tree of a project.
 
     Args:
         name: The expert.
         version: Its locked version.
-        range: What is asked of it here.
-        needs: What it needs in turn; empty where they were shown before.
-        is_repeated: Whether its needs were shown before.
+        range: The range that its dependent requires here.
+        needs: Its own dependencies; empty if they are listed elsewhere in the tree.
+        is_repeated: Whether its dependencies are listed elsewhere in the tree.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class Outdated:
-    """An expert of which there is a newer release.
+    """A locked expert that has a newer release.
 
     Args:
         name: The expert.
         locked: Its locked version.
-        allowed: The newest that fits everything that is asked for: what an upgrade would take.
-        newest: The newest that there is.
+        allowed: The version that an upgrade within all requirements would choose.
+        newest: The newest version in its registry.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Outdated:
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """What a registry knows of one release.
+    """One release with its manifest and its card.
 
     Args:
         release: The release, from the index.
         manifest: Its manifest.
-        card: What was measured of it; empty without a card.
+        card: The content of its `card.json`; empty without one.
         versions: All releases of the expert, oldest first.
     """
 
@@ -79,34 +79,37 @@ class Details:
     versions: tuple[Release, ...]
 
 
-def grow_tree(project: Project, lock: Lock) -> list[Need]:
-    """Return what a project asks for, and what that needs; each expert is opened once."""
+def build_dependency_tree(project: Project, lock: Lock) -> list[Need]:
+    """Return the experts that a project requires and their dependencies.
+
+    The dependencies of each expert are listed once, where the expert first occurs.
+    """
     seen: set[str] = set()
 
-    def grow(name: str, range_: Constraint) -> Need:
+    def build_node(name: str, range_: Constraint) -> Need:
         expert = lock[name]
         if name in seen and expert.needs:
             return Need(name=name, version=expert.version, range=range_, is_repeated=True)
         seen.add(name)
-        needs = tuple(grow(need.name, need.constraint) for need in expert.needs)
+        needs = tuple(build_node(need.name, need.constraint) for need in expert.needs)
         return Need(name=name, version=expert.version, range=range_, needs=needs)
 
     return [
-        grow(name, wanted.constraint)
+        build_node(name, wanted.constraint)
         for name, wanted in sorted(project.experts.items())
         if name in lock.versions
     ]
 
 
 def find_reasons(project: Project, lock: Lock, name: str) -> list[list[Requirement]]:
-    """Return why an expert is there: for everyone who asks for it, the shortest way to it.
+    """Return why an expert is installed: for each dependent, the shortest chain from the project.
 
     Returns:
-        Chains of requirements; the project asks for the first of each, and each expert for the
-        next. The last is the one on `name`.
+        Chains of requirements. The first one of a chain is the project's; each of the others is a
+        requirement of the expert before it; the last one is on `name`.
 
     Raises:
-        PackagingError: When it is not locked.
+        PackagingError: When the expert is not locked.
     """
     if name not in lock.versions:
         raise PackagingError(
@@ -130,7 +133,7 @@ def find_reasons(project: Project, lock: Lock, name: str) -> list[list[Requireme
 
 
 def find_outdated(project: Project, lock: Lock, interface: RouterInterface) -> list[Outdated]:
-    """Return the locked experts of which there is a newer release, by name."""
+    """Return the locked experts that have a newer release, sorted by name."""
     allowed = lock_project(project, interface, upgrade=True, is_dry_run=True).versions
     found = []
     for expert in lock.experts:
@@ -146,9 +149,9 @@ def find_outdated(project: Project, lock: Lock, interface: RouterInterface) -> l
 
 
 def search_experts(project: Project, word: str) -> Iterator[tuple[str, Entry]]:
-    """Yield registry and catalogue entry of every expert that a word is said of.
+    """Yield the registry and the catalogue entry of every expert that matches a word.
 
-    Names, descriptions and tags are searched, letter case aside.
+    Names, descriptions and tags are searched, ignoring case.
     """
     word = word.casefold()
     for registry in project.registries:
@@ -158,18 +161,18 @@ def search_experts(project: Project, word: str) -> Iterator[tuple[str, Entry]]:
 
 
 def describe_expert(project: Project, wanted: Requirement) -> Details:
-    """Return what the registry knows of the newest release that a requirement allows.
+    """Return the newest release that a requirement allows, with its manifest and card.
 
     Raises:
-        UnknownExpertError: When there is no such expert, or no such release.
+        UnknownExpertError: When there is no such expert, or no release in the range.
     """
     releases = find_expert(project, wanted.name)
     fitting = [release for release in releases if wanted.constraint.contains(release.version)]
     if not fitting and not wanted.constraint.comparators:
-        fitting = list(releases)  # nothing but prereleases, and no range was given
+        fitting = list(releases)  # no range was given and all releases are prereleases
     if not fitting:
         have = ", ".join(str(release.version) for release in releases)
-        raise UnknownExpertError(f"no release {wanted}", hint=f"there are {have}")
+        raise UnknownExpertError(f"no release {wanted}", hint=f"available: {have}")
     release = choose_newest(fitting)
     registry = project.open_registry(project.registry_of(wanted.name))
     manifest = registry.read_manifest(release)

@@ -1,4 +1,4 @@
-"""Where the experts of a project come from: registries and folders."""
+"""The releases that a project can choose from: in its registries and in local folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from composable.errors import PackagingError, RegistryError, UnknownExpertError, did_you_mean
-from composable.packaging.install.download import run_at_once
+from composable.packaging.install.download import run_concurrently
 from composable.packaging.manifests.packing import pack_named
 from composable.packaging.project.project import Project
 from composable.packaging.registry.registry import Registry
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class ProjectSource:
-    """The releases that a project may choose from, each name from the one place bound to it.
+    """The releases that a project can choose from. Each package has one registry or folder.
 
     Args:
         project: The project.
-        interface: The router interface; a release trained against a digest that it does not honour
-            is refused. None refuses nothing.
-        exclude_newer: Releases published after this time, RFC 3339 in UTC, are refused.
+        interface: The router interface. Releases that were trained against a digest that it does
+            not honour are refused. None accepts all.
+        exclude_newer: Releases published after this time (RFC 3339 in UTC) are refused.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class ProjectSource:
         """Return all releases of a package, oldest first; none for an unknown name.
 
         Raises:
-            RegistryError: When its registry cannot answer.
-            ManifestError: For a folder that holds another expert, or none.
+            RegistryError: When its registry cannot be read.
+            ManifestError: When its folder holds another expert, or none.
         """
         if name not in self._releases:
-            self._releases[name] = self._read(name)
+            self._releases[name] = self._read_releases(name)
         return self._releases[name]
 
     def release(self, name: str, version: Version) -> Release:
         """Return one release.
 
         Raises:
-            UnknownExpertError: When there is none.
+            UnknownExpertError: When it does not exist.
         """
         for release in self.releases(name):
             if release.version == version:
@@ -70,7 +70,7 @@ class ProjectSource:
         """Return all releases of a package as candidates."""
         return [self._to_candidate(release) for release in self.releases(name)]
 
-    def require(self, name: str) -> tuple[Release, ...]:
+    def require_releases(self, name: str) -> tuple[Release, ...]:
         """Return all releases of a package, oldest first.
 
         Raises:
@@ -78,31 +78,32 @@ class ProjectSource:
         """
         releases = self.releases(name)
         if not releases:
-            place = self._place(name)
+            origin = self._open_origin(name)
             raise UnknownExpertError(
                 f"no expert {name!r}",
-                where=str(place) if isinstance(place, Path) else place.location,
+                where=str(origin) if isinstance(origin, Path) else origin.location,
                 hint=did_you_mean(name, self.names()),
             )
         return releases
 
     def names(self) -> Sequence[str]:
-        """Return the names in those registries of the project that tell, for hints."""
+        """Return the names in the project's readable registries, for hints."""
         found: set[str] = set()
         for registry in self._project.registries:
             with contextlib.suppress(RegistryError):
-                found.update(self._open(registry).names())
+                found.update(self._open_registry(registry).names())
         return sorted(found)
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Read remote indexes of packages, and of what their newest releases need, all at once.
+    def prefetch_releases(self, names: Iterable[str]) -> None:
+        """Read the remote indexes of packages and of their dependencies concurrently.
 
-        The resolver asks for one at a time, and every question to a remote registry is a journey.
-        What cannot be read is left for the resolver to ask for, if it ever does.
+        The resolver reads one index at a time, and each costs a round trip to the registry. Only
+        the dependencies of the newest releases are followed. Indexes that cannot be read are
+        skipped; the resolver reports the error if it needs one of them.
         """
         names = sorted({name for name in names if self._is_remote(name)} - self._releases.keys())
         while names:
-            found = run_at_once([partial(self._try_to_read, name) for name in names])
+            found = run_concurrently([partial(self._try_to_read_releases, name) for name in names])
             read = {n: releases for n, releases in zip(names, found, strict=True) if releases}
             self._releases.update(read)
             newest = (max(releases, key=lambda r: r.version) for releases in read.values())
@@ -111,26 +112,26 @@ class ProjectSource:
 
     def _is_remote(self, name: str) -> bool:
         with contextlib.suppress(PackagingError):
-            place = self._place(name)
-            return isinstance(place, Registry) and place.storage.is_remote
+            origin = self._open_origin(name)
+            return isinstance(origin, Registry) and origin.storage.is_remote
         return False
 
-    def _try_to_read(self, name: str) -> tuple[Release, ...] | None:
+    def _try_to_read_releases(self, name: str) -> tuple[Release, ...] | None:
         with contextlib.suppress(PackagingError):
-            return self._read(name)
+            return self._read_releases(name)
         return None
 
-    def _read(self, name: str) -> tuple[Release, ...]:
-        place = self._place(name)
-        if isinstance(place, Path):
-            return (Release.of(pack_named(place, name, self._interface), ""),)
-        return place.versions(name)
+    def _read_releases(self, name: str) -> tuple[Release, ...]:
+        origin = self._open_origin(name)
+        if isinstance(origin, Path):
+            return (Release.of(pack_named(origin, name, self._interface), ""),)
+        return origin.versions(name)
 
-    def _place(self, name: str) -> Path | Registry:
+    def _open_origin(self, name: str) -> Path | Registry:
         """Return the folder or the registry that a package comes from."""
-        return self._project.folder_of(name) or self._open(self._project.registry_of(name))
+        return self._project.folder_of(name) or self._open_registry(self._project.registry_of(name))
 
-    def _open(self, registry: str) -> Registry:
+    def _open_registry(self, registry: str) -> Registry:
         if registry not in self._registries:
             self._registries[registry] = self._project.open_registry(registry)
         return self._registries[registry]
@@ -147,7 +148,7 @@ class ProjectSource:
             and not self._interface.honours_digest(need.digest or "")
         ):
             refusal = (
-                f"was trained against router interface {_short(need.digest)}, which "
+                f"was trained against router interface {shorten_digest(need.digest)}, which "
                 f"{self._interface.name} {self._interface.version} does not honour"
             )
         return Candidate(
@@ -165,10 +166,16 @@ def find_expert(project: Project, name: str) -> tuple[Release, ...]:
     """Return all releases of an expert, oldest first.
 
     Raises:
-        UnknownExpertError: When its registry knows none.
+        UnknownExpertError: When its registry has none.
     """
-    return ProjectSource(project).require(name)
+    return ProjectSource(project).require_releases(name)
 
 
-def _short(digest: str | None) -> str:
+def shorten_digest(digest: str | None) -> str:
+    """Return the start of a digest, for messages.
+
+    Example:
+        >>> shorten_digest("sha256:0123456789abcdef0123456789abcdef")
+        'sha256:0123456789ab…'
+    """
     return f"{digest[:19]}…" if digest else "of unknown digest"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from composable.errors import IntegrityError, MissingBlobError, PackagingError
 from composable.packaging.install.download import (
-    MAX_AT_ONCE,
+    MAX_THREADS,
+    BlobRequest,
     download_files,
     require_space,
-    run_at_once,
+    run_concurrently,
 )
 from composable.packaging.install.environment import Environment
 from composable.packaging.install.lock import Lock, LockedExpert
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from composable.interface.contract import RouterInterface
 
 
-# How often a sync fetches again what others prune meanwhile.
+# How often a sync starts over because another process pruned a file that it needs.
 MAX_ATTEMPTS: Final = 20
 
 
@@ -42,25 +44,36 @@ def sync_project(
     source: Registry | None = None,
     progress: ByteProgress | None = None,
 ) -> Environment:
-    """Fetch what a lock names and the store lacks, and make it the environment in use.
+    """Download the missing files of a lock and install them as the current environment.
 
-    A synced project is left as it is: nothing is fetched and nothing is written.
+    Nothing is downloaded or written if the environment already matches the lock.
 
     Args:
         project: The project.
         lock: Its lock; by default the one in its lock file.
         store: Where files are kept; by default the user's store.
         interface: The backbone's router interface, checked against every expert if it is known.
-        source: Where files come from instead of the registries that the lock names: an export.
-        progress: Called with a file, bytes done and bytes in all, and with `install` and experts.
+        source: An export to read files from, instead of the registries that the lock lists.
+        progress: Called with a file, bytes done and total bytes; then with `install`, experts done
+            and total experts.
 
     Returns:
         The environment.
 
     Raises:
         LockError: When there is no lock, or it no longer fits the project.
-        IntegrityError: When a registry sends other bytes than the lock promises.
-        UnreachableError: When a registry cannot be reached; what has arrived is kept.
+        IntegrityError: When a downloaded file does not match its digest in the lock.
+        UnreachableError: When a registry cannot be reached; files downloaded so far are kept.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from composable.packaging import lock_project
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     root = pathlib.Path(folder)
+        ...     project = Project.create(root / "project", "tiny-bytes")
+        ...     environment = sync_project(project, lock_project(project), Store(root / "store"))
+        ...     environment.manifests()
+        []
     """
     if lock is None:
         lock = Lock.read(project.root)
@@ -76,7 +89,7 @@ def sync_project(
             fetch_missing(project, lock, store, source=source, progress=progress)
             environment.install(lock, store, progress=progress)
             break
-        except MissingBlobError:  # pruned in between
+        except MissingBlobError:  # pruned by another process after it was fetched
             if attempt == MAX_ATTEMPTS - 1:
                 raise
     return environment
@@ -90,19 +103,26 @@ def fetch_missing(
     source: Registry | None = None,
     progress: ByteProgress | None = None,
 ) -> None:
-    """Put every file of a lock into the store that is not there: manifests first, then the rest.
+    """Put the missing files of a lock into the store: manifests first, then the rest.
 
-    What is there and not yet in use by the project is read again, for disks forget; damaged files
-    are fetched anew.
+    Files that are stored but not yet used by the project are verified first, and damaged ones are
+    fetched again.
+
+    Args:
+        project: The project.
+        lock: Its lock.
+        store: Where files are kept.
+        source: An export to read files from, instead of the registries that the lock lists.
+        progress: Called with a file, bytes done and total bytes.
 
     Raises:
-        IntegrityError: When a registry sends other bytes than the lock promises.
-        RegistryError: When a registry cannot answer.
+        IntegrityError: When a downloaded file does not match its digest in the lock.
+        RegistryError: When a registry cannot be read.
     """
     for digest in lock.digests() - _digests_in_use(project):
         store.check(digest)
     registries: dict[str, Registry] = {}
-    fetched: list[tuple[LockedExpert, Registry]] = []
+    missing: list[tuple[LockedExpert, Registry]] = []
     for expert in lock.experts:
         if all(store.has(digest) for digest in expert.digests.values()) and all(
             store.has(file.digest, file.size) for file in expert.files
@@ -115,35 +135,43 @@ def fetch_missing(
         name = expert.registry or ""
         if source is None and name not in registries:
             registries[name] = project.open_registry(name)
-        fetched.append((expert, source or registries[name]))
-    is_remote = any(registry.storage.is_remote for _, registry in fetched)
-    manifests = run_at_once(
-        [partial(_fetch_manifest, expert, registry, store) for expert, registry in fetched],
-        n_at_once=MAX_AT_ONCE if is_remote else 1,
-    )
-    wanted = []
-    for (expert, registry), manifest in zip(fetched, manifests, strict=True):
-        if set(manifest.files) != set(expert.files):
-            raise IntegrityError(
-                f"the manifest of {expert.name} {expert.version} lists other files than the lock",
-                where=registry.location,
-                hint="the registry is damaged or dishonest; nothing was installed",
-            )
-        label = f"{expert.name} {expert.version}"
-        wanted += [(registry, file, f"{label} {file.name}") for file in manifest.files]
-    require_space(store, [file for _, file, _ in wanted])
-    download_files(wanted, store, progress)
+        missing.append((expert, source or registries[name]))
+    requests = _fetch_manifests(missing, store)
+    require_space(store, [file for _, file, _ in requests])
+    download_files(requests, store, progress)
 
 
 def _digests_in_use(project: Project) -> set[str]:
     try:
         return project.environment.lock.digests()
     except PackagingError:
-        return set()  # a damaged pointer, which installing mends
+        return set()  # a damaged pointer, which the install replaces
+
+
+def _fetch_manifests(
+    experts: Sequence[tuple[LockedExpert, Registry]], store: Store
+) -> list[BlobRequest]:
+    """Put the manifests of experts into the store; return the files that they list."""
+    is_remote = any(registry.storage.is_remote for _, registry in experts)
+    manifests = run_concurrently(
+        [partial(_fetch_manifest, expert, registry, store) for expert, registry in experts],
+        n_threads=MAX_THREADS if is_remote else 1,
+    )
+    requests: list[BlobRequest] = []
+    for (expert, registry), manifest in zip(experts, manifests, strict=True):
+        if set(manifest.files) != set(expert.files):
+            raise IntegrityError(
+                f"the manifest of {expert.name} {expert.version} lists other files than the lock",
+                where=registry.location,
+                hint="the registry is damaged or malicious; nothing was installed",
+            )
+        label = f"{expert.name} {expert.version}"
+        requests += [(registry, file, f"{label} {file.name}") for file in manifest.files]
+    return requests
 
 
 def _fetch_manifest(expert: LockedExpert, registry: Registry, store: Store) -> Manifest:
-    """Return the manifest of an expert from the store, where it is put if it is not there."""
+    """Return the manifest of an expert, from the store if it is there."""
     assert expert.manifest is not None  # editable ones are never fetched
     what = f"{expert.name} {expert.version} {EXPERT_FILE}"
     data = store.read(expert.manifest)

@@ -1,8 +1,8 @@
-"""A registry's files in an object store: S3, Google Cloud Storage or Azure.
+"""Registries in object stores: S3, Google Cloud Storage and Azure.
 
-Writes are conditional where the order of two publishers matters: a record or a claim on a name is
-created only where there is none, and an index replaces only the state that it was made from.
-Credentials are the platform's own (environment, profile, instance role); none is ours to keep.
+Writes that two publishers may race for are conditional: a record or a claim on a name is created
+only if it does not exist, and an index is replaced only if it is still the one that was read.
+Credentials are those of the platform (environment, profile, instance role) and are never stored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BucketStorage:
         url: For example `s3://bucket/registry`.
 
     Raises:
-        RegistryError: When obstore is not installed, or the URL is not one of a bucket.
+        RegistryError: When obstore is not installed, or the URL is not that of a bucket.
     """
 
     is_remote: Final = True
@@ -57,7 +57,9 @@ class BucketStorage:
                 retry_config={"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIME},
             )
         except (BaseError, ValueError) as error:
-            raise RegistryError(f"cannot be opened: {_brief(error)}", where=self._url) from error
+            raise RegistryError(
+                f"cannot be opened: {_shorten_error(error)}", where=self._url
+            ) from error
 
     @property
     def location(self) -> str:
@@ -65,14 +67,14 @@ class BucketStorage:
         return self._url
 
     def read(self, path: str, known: Document | None = None) -> Document | None:
-        """Return a document, `known` itself where that is still its state, or None for none."""
+        """Return a document; `known` itself if it is unchanged; None if it does not exist."""
         import obstore
         from obstore.exceptions import NotModifiedError
 
         options: Any = {}
         if known is not None and known.tag is not None:
             options["if_none_match"] = known.tag.split("\n")[0]
-        with _explained(self._at(path)):
+        with _translate_errors(self._at(path)):
             try:
                 found = obstore.get(self._store, path, options=options)
             except NotModifiedError:
@@ -87,32 +89,32 @@ class BucketStorage:
         """Yield the bytes of a file from offset `start` on."""
         import obstore
 
-        with _explained(self._at(path)):
+        with _translate_errors(self._at(path)):
             try:
                 size = obstore.head(self._store, path)["size"] if start else None
                 if size is not None and start >= size:
                     return
                 options: Any = {"range": {"offset": start}} if start else {}
-                answer = obstore.get(self._store, path, options=options)
+                response = obstore.get(self._store, path, options=options)
             except FileNotFoundError as error:
                 raise RegistryError("has no such file", where=self._at(path)) from error
-            for piece in answer.stream(min_chunk_size=CHUNK):
+            for piece in response.stream(min_chunk_size=CHUNK):
                 yield bytes(piece)
 
     def names_in(self, folder: str) -> list[str]:
-        """Return the names of the files that lie directly in a folder, sorted."""
+        """Return the names of the files directly in a folder, sorted."""
         import obstore
 
-        with _explained(self._at(folder)):
+        with _translate_errors(self._at(folder)):
             found = obstore.list_with_delimiter(self._store, f"{folder}/")
             return sorted(entry["path"].rpartition("/")[2] for entry in found["objects"])
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file unless one is there; of many at once exactly one succeeds."""
+        """Create a file unless it exists; of concurrent calls exactly one succeeds."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        with _explained(self._at(path)):
+        with _translate_errors(self._at(path)):
             try:
                 obstore.put(self._store, path, data, mode="create")
             except (AlreadyExistsError, PreconditionError):
@@ -120,13 +122,13 @@ class BucketStorage:
             return True
 
     def replace(self, path: str, data: bytes, seen: Document | None) -> bool:
-        """Write a document if its state is still the one seen."""
+        """Write a document if it has not changed since it was read as `seen`."""
         import obstore
         from obstore.exceptions import PreconditionError
 
         if seen is None or seen.tag is None:
             return self.create(path, data)
-        with _explained(self._at(path)):
+        with _translate_errors(self._at(path)):
             try:
                 obstore.put(self._store, path, data, mode=_to_version(seen.tag))
             except (PreconditionError, FileNotFoundError):
@@ -136,10 +138,10 @@ class BucketStorage:
     def upload(
         self, path: str, source: Path, file: PackageFile, progress: ByteProgress | None
     ) -> None:
-        """Write a file by its digest unless it is there; it appears when it is whole."""
+        """Upload a blob unless it exists; it becomes visible when it is complete."""
         import obstore
 
-        with _explained(self._at(path)):
+        with _translate_errors(self._at(path)):
             try:
                 if obstore.head(self._store, path)["size"] == file.size:
                     return
@@ -148,42 +150,42 @@ class BucketStorage:
             obstore.put(self._store, path, _read_verified(source, file, progress))
 
     def remove(self, path: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
         import obstore
 
-        with _explained(self._at(path)):
+        with _translate_errors(self._at(path)):
             obstore.delete(self._store, path)
 
     def settle(self, path: str) -> None:
-        """Do nothing: what a bucket answers is durable."""
+        """Do nothing: what can be read from a bucket is durable."""
 
     def _at(self, path: str) -> str:
         return f"{self._url}/{path}"
 
 
 @contextlib.contextmanager
-def _explained(where: str) -> Iterator[None]:
-    """Make errors of ours out of those of the client library."""
+def _translate_errors(where: str) -> Iterator[None]:
+    """Raise our own errors instead of those of the client library."""
     from obstore import exceptions
 
     try:
         yield
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
         raise RegistryError(
-            "the credentials in use do not allow that",
+            "permission denied with the current credentials",
             where=where,
-            hint="set those of the object store, for example AWS_PROFILE",
+            hint="set the object store's credentials, for example AWS_PROFILE",
         ) from error
     except exceptions.BaseError as error:
         raise UnreachableError(
-            f"cannot be reached, or refused: {_brief(error)}", where=where
+            f"cannot be reached, or the request was refused: {_shorten_error(error)}", where=where
         ) from error
 
 
 def _read_verified(
     source: Path, file: PackageFile, progress: ByteProgress | None
 ) -> Iterator[bytes]:
-    """Yield a file's bytes; fail at its end, and with it the upload, if they are others."""
+    """Yield a file's bytes; raise at its end if their digest differs, which ends the upload."""
     import hashlib
 
     state, done = hashlib.sha256(), 0
@@ -195,11 +197,11 @@ def _read_verified(
             if progress is not None:
                 progress(file.name, min(done, file.size), file.size)
     if f"sha256:{state.hexdigest()}" != file.digest:
-        raise IntegrityError("was changed while it was being published", where=str(source))
+        raise IntegrityError("changed while it was being published", where=str(source))
 
 
 def _to_tag(meta: Any) -> str | None:
-    """Return what identifies a state: the entity tag, and the version where the store has them."""
+    """Return what identifies the state of a file: its entity tag and, if there is one, version."""
     if meta["e_tag"] is None:
         return None
     return "\n".join(filter(None, (meta["e_tag"], meta["version"])))
@@ -210,6 +212,6 @@ def _to_version(tag: str) -> UpdateVersion:
     return {"e_tag": e_tag, "version": version} if version else {"e_tag": e_tag}
 
 
-def _brief(error: BaseException) -> str:
-    """Return the first sentence of an error that quotes whole answers."""
+def _shorten_error(error: BaseException) -> str:
+    """Return the first line of an error message; the rest may quote whole responses."""
     return str(error).split("\n")[0][:300]

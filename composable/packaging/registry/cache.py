@@ -1,7 +1,8 @@
-"""What remote registries answered, kept on disk: asked for again only if it changed, or offline.
+"""An on-disk cache of the documents of remote registries.
 
-Only documents are kept here (configuration, indexes, catalogues); blobs have their place in the
-store. A lost or damaged entry costs one more question and nothing else.
+Cached documents are revalidated, and downloaded again only if they changed; offline, they are used
+as they are. Only documents are cached here (configuration, indexes, catalogues); blobs are in the
+store. A lost or damaged entry costs one more download.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _OFFLINE: Final = "not cached, and --offline is set"
 
 
 class CachedStorage:
-    """A remote storage whose documents are kept.
+    """A remote storage whose documents are cached.
 
     Args:
         inner: The storage.
-        folder: Where documents are kept, of any number of storages.
-        is_offline: Whether to answer from what is kept alone.
+        folder: The cache; several storages can share it.
+        is_offline: Whether to use only the cache.
     """
 
     def __init__(self, inner: Storage, folder: Path, *, is_offline: bool = False) -> None:
@@ -35,32 +36,34 @@ class CachedStorage:
 
     @property
     def location(self) -> str:
-        """Where the storage is."""
+        """The location of the storage."""
         return self._inner.location
 
     @property
     def is_remote(self) -> bool:
-        """Whether reads go over a network: not when offline."""
+        """Whether reads go over a network; false when offline."""
         return self._inner.is_remote and not self._is_offline
 
     def read(self, path: str, known: Document | None = None) -> Document | None:
-        """Return a document, as it is now or, offline, as it was when last asked for.
+        """Return the current state of a document; offline, its cached state.
 
         Raises:
-            UnreachableError: Offline, for a document that was never asked for.
+            UnreachableError: Offline, when the document is not cached.
         """
         entry = self._folder / digest_bytes(f"{self.location}\n{path}".encode())[7:]
-        kept = known or _read_entry(entry)
+        cached = known or _read_entry(entry)
         if self._is_offline:
-            if kept is None:
+            if cached is None:
                 raise UnreachableError(
-                    _OFFLINE, where=f"{self.location}/{path}", hint="run it once without --offline"
+                    _OFFLINE,
+                    where=f"{self.location}/{path}",
+                    hint="run this once without --offline",
                 )
-            return kept
-        found = self._inner.read(path, kept)
+            return cached
+        found = self._inner.read(path, cached)
         if found is None:
             atomic.remove_file(entry)
-        elif found != kept:
+        elif found != cached:
             head = json.dumps({"location": self.location, "path": path, "tag": found.tag})
             atomic.write_bytes(entry, head.encode() + b"\n" + found.data)
         return found
@@ -69,19 +72,19 @@ class CachedStorage:
         """Yield the bytes of a file from offset `start` on.
 
         Raises:
-            UnreachableError: Offline.
+            UnreachableError: When offline.
         """
         if self._is_offline:
             raise UnreachableError(
                 "not in the store, and --offline is set",
                 where=f"{self.location}/{path}",
-                hint="run it once without --offline, or bring an export: see `composable export`",
+                hint="run this once without --offline, or use an export: see `composable export`",
             )
         return self._inner.stream(path, start)
 
 
 def _read_entry(entry: Path) -> Document | None:
-    """Return a document that was kept, or None for one that was not, or is damaged."""
+    """Return a cached document; None if it is missing or damaged."""
     try:
         head, _, data = entry.read_bytes().partition(b"\n")
         tag = json.loads(head)["tag"]

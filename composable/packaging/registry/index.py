@@ -1,4 +1,4 @@
-"""The lines of a registry's index, its records and its catalogue: read, written and derived."""
+"""The lines of a registry's indexes, records and catalogue: format, parse and derive them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MAX_TEXT: Final = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the catalogue says of a package: its newest release, for search.
+    """A package's line in the catalogue: its newest release, for search.
 
     Args:
         name: Package name.
         version: Its newest version.
-        interface: Name and range of the router interface that it plugs into.
+        interface: Name and range of its router interface.
         description: One line.
         tags: Languages, domains and capabilities.
     """
@@ -38,32 +38,41 @@ class Entry:
 
 
 def index_path(name: str) -> str:
-    """Return where the index of a package lies.
+    """Return the path of a package's index.
 
     Raises:
-        ManifestError: For what is no package name, before any path is joined.
+        ManifestError: When `name` is not a package name, so that it cannot escape the folder.
+
+    Example:
+        >>> index_path("german")
+        'index/ge/german.jsonl'
     """
     return f"index/{check_package_name(name)[:2]}/{name}.jsonl"
 
 
 def record_path(name: str, version: Version, suffix: str = "json") -> str:
-    """Return where the record of a release lies, or with suffix `yanked` the mark of a yank."""
-    # Build metadata takes no part in what a version is, so it is not part of the file's name.
+    """Return the path of a release's record or, with suffix `yanked`, of its yank marker.
+
+    Example:
+        >>> record_path("german", Version("1.2.0"))
+        'records/german/1.2.0.json'
+    """
+    # Versions that differ only in build metadata are equal, so it is not part of the file's name.
     text = str(version).partition("+")[0]
     return f"records/{check_package_name(name)}/{text}.{suffix}"
 
 
-def is_index_behind(folder: Folder, name: str, told: Mapping[Version, Release]) -> bool:
-    """Say whether the records of a package know of releases or yanks that its index lacks."""
+def is_index_behind(folder: Folder, name: str, indexed: Mapping[Version, Release]) -> bool:
+    """Return whether the records of a package contain releases or yanks that its index lacks."""
     names = folder.names_in(f"records/{name}")
     recorded = {file.removesuffix(".json") for file in names if file.endswith(".json")}
     yanked = {file.removesuffix(".yanked") for file in names if file.endswith(".yanked")}
-    known = {str(v).partition("+")[0]: release.is_yanked for v, release in told.items()}
+    known = {str(v).partition("+")[0]: release.is_yanked for v, release in indexed.items()}
     return recorded >= known.keys() and known != {v: v in yanked for v in recorded}
 
 
 def compile_index(storage: WritableStorage, name: str) -> bytes:
-    """Return the index that the records imply."""
+    """Return the index that follows from a package's records."""
     names = set(storage.names_in(f"records/{name}"))
     releases = []
     for file in names:
@@ -79,7 +88,7 @@ def compile_index(storage: WritableStorage, name: str) -> bytes:
 
 
 def is_record_of(document: Document, release: Release | None) -> bool:
-    """Say whether a record can be read, as that of `release`."""
+    """Return whether a record is readable and equals `release`."""
     if release is None:
         return False
     with contextlib.suppress(RegistryError):
@@ -88,9 +97,11 @@ def is_record_of(document: Document, release: Release | None) -> bool:
 
 
 def read_record(storage: Storage, name: str, version: Version) -> Release | None:
-    """Return a record; for one that is damaged, what the index has of it.
+    """Read the record of a release, or its line in the index if the record is damaged.
 
-    None where neither tells: it is not there, or was cut by a crash and never acknowledged.
+    Returns:
+        The release, not yanked; None if there is no record, or if a crash truncated it before the
+        release was indexed.
     """
     path = record_path(name, version)
     document = storage.read(path)
@@ -108,7 +119,7 @@ def read_record(storage: Storage, name: str, version: Version) -> Release | None
 
 
 def describe_newest(release: Release) -> Entry:
-    """Return the catalogue\'s entry for a package whose newest release this is."""
+    """Return the catalogue entry of a package from its newest release."""
     return Entry(
         name=release.name,
         version=release.version,
@@ -126,7 +137,11 @@ def format_entry(entry: Entry) -> bytes:
 
 
 def parse_entry(line: bytes, where: str) -> Entry:
-    """Read a line of the catalogue; fields that later releases add are passed over."""
+    """Parse a line of the catalogue; unknown fields are ignored.
+
+    Raises:
+        RegistryError: When the line is not an entry; its location is `where`.
+    """
     try:
         data = json.loads(line)
         texts = (data["interface"], data["description"], *data["tags"])
@@ -142,4 +157,4 @@ def parse_entry(line: bytes, where: str) -> Entry:
     except PackagingError as error:
         raise RegistryError(error.message, where=where) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RegistryError(f"not an entry of a catalogue: {error}", where=where) from error
+        raise RegistryError(f"not a catalogue entry: {error}", where=where) from error

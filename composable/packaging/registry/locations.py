@@ -1,4 +1,4 @@
-"""From a location, as a user writes it, to a registry."""
+"""Opens registries by their location: a folder, an export, a URL or a bucket."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from composable.packaging.registry.storage import Folder, Storage
 def open_registry(
     location: str | Path, base: Path | None = None, *, name: str = "", is_offline: bool = False
 ) -> Registry:
-    """Return the registry at a location, to read from.
+    """Open a registry for reading.
 
-    What a remote one answers is kept in the store, and asked for again only if it changed.
+    The documents of remote registries are cached in the store.
 
     Args:
-        location: A folder, absolute or relative to `base`, or an export in one file; a `file:`,
-            `http:` or `https:` URL; or one of a bucket: `s3:`, `gs:` or `az:`.
-        base: Directory that relative folders are counted from; by default the working directory.
-        name: What the project calls it; its token is looked for under that name.
-        is_offline: Whether to answer for a remote one from what is kept alone.
+        location: A folder, absolute or relative to `base`; an export in one file; or a URL with
+            `file:`, `http:`, `https:`, or of a bucket with `s3:`, `gs:` or `az:`.
+        base: Directory that relative folders start from; by default the working directory.
+        name: Its name in the project, under which its token is looked up.
+        is_offline: Whether to read remote registries from the cache alone.
+
+    Returns:
+        The registry. Its existence is not checked before the first read.
 
     Raises:
-        RegistryError: For a kind of location that this release does not know.
+        RegistryError: When the kind of location is not supported.
+
+    Example:
+        >>> open_registry("no-such-folder").exists
+        False
     """
     storage = _open_storage(location, base or Path(), name)
     if storage.is_remote:
@@ -36,10 +43,20 @@ def open_registry(
 
 
 def open_for_publishing(location: str | Path) -> Registry:
-    """Return the registry at a location, to publish to; a folder or a bucket.
+    """Open a registry in a folder or a bucket for publishing.
+
+    Args:
+        location: A folder, or the URL of a folder or a bucket.
+
+    Returns:
+        The registry. It is created by the first publication.
 
     Raises:
-        RegistryError: For a web server, or a kind of location that this release does not know.
+        RegistryError: When the location is a web server, or its kind is not supported.
+
+    Example:
+        >>> open_for_publishing("registry").location
+        'registry'
     """
     registry = Registry(_open_storage(location, Path(), ""))
     registry.writable_storage()
@@ -67,5 +84,5 @@ def _open_storage(location: str | Path, base: Path, name: str) -> Storage:
     raise RegistryError(
         f"{scheme!r} registries are not supported",
         where=location,
-        hint="give a folder, or a URL that begins with https://, s3://, gs:// or az://",
+        hint="expected a folder, or a URL that starts with https://, s3://, gs:// or az://",
     )

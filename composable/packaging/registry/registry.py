@@ -1,24 +1,26 @@
-"""Registries: where releases are published and found.
+"""Registries: publish releases and find them.
 
-The layout is made of plain files, so that any static host can serve it:
+The layout consists of plain files, so that any static host can serve it:
 
-    config.json                      which layout this is
-    index/<shard>/<name>.jsonl       one line per release: all that resolving needs
+    config.json                      kind and version of the layout
+    index/<shard>/<name>.jsonl       one line per release: all that the resolver needs
     blobs/<aa>/<sha256>              manifests and files by digest
     catalog.jsonl                    one line per package, for search and hints
     records/<name>/<version>.json    one release as published; created once, never changed
-    records/<name>/<version>.yanked  there while the release is yanked
-    names/<key>                      the one name that owns a look-alike key
+    records/<name>/<version>.yanked  exists while the release is yanked
+    names/<key>                      the only name that may use a look-alike key
 
-Clients read the first four. Publishers agree through `records/` and `names/`, whose files are
-created exclusively: of two that publish the same version or look-alike names, exactly one succeeds.
-The index is derived from the records, and the catalogue from the indexes. A publisher creates its
-record, writes the index from all records, then looks again, and repeats while the index is behind
-them. An object store replaces the index only if it is still the one that the publisher saw, so what
-was acknowledged once is never lost. In a folder that cannot be had without trusting locks, but
-whoever writes the index last looks after writing, and every record that was created before is seen
-then; a record created later has a publisher that is yet to write. What a publisher that is killed
-between writing and looking may leave behind, the next look into that folder mends.
+Clients read the first four. Publishers coordinate through `records/` and `names/`, whose files are
+created exclusively: of two publishers of the same version, or of look-alike names, exactly one
+succeeds. The index is derived from the records, and the catalogue from the indexes. A publisher
+creates its record, writes the index from all records, then reads both again, and repeats while the
+index lacks a record.
+
+An object store replaces the index only if it is still the one that the publisher read, so no
+acknowledged release is lost. A folder has no such operation without relying on locks. There, the
+publisher that writes the index last reads the records again afterwards, and so finds every record
+created before; the publisher of a later record has yet to write the index. If a publisher is killed
+in between, the index may lack a record; readers of a folder check for this and read the records.
 """
 
 from __future__ import annotations
@@ -73,10 +75,16 @@ SMALL_BLOB_ATTEMPTS: Final = 3
 
 
 class Registry:
-    """Releases in a storage; knows nothing of stores or locks.
+    """The releases in a storage. Registries do not use the store or lock files.
 
     Args:
-        storage: Where its files lie; to publish, one that can be written to.
+        storage: The storage of its files; a `WritableStorage` for publishing.
+
+    Example:
+        >>> from composable.packaging import open_registry
+        >>> registry = open_registry("no-such-folder")
+        >>> registry.location, registry.exists
+        ('no-such-folder', False)
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -85,27 +93,27 @@ class Registry:
 
     @property
     def location(self) -> str:
-        """Where it is, as an error message shows it: without any secret."""
+        """The location, without secrets, for error messages."""
         return self.storage.location
 
     @property
     def exists(self) -> bool:
-        """Whether there is a registry; the first to publish makes one."""
+        """Whether the registry exists; the first publication creates it."""
         return self.storage.read(CONFIG_FILE) is not None
 
     def names(self) -> list[str]:
         """Return all package names, sorted.
 
         Raises:
-            RegistryError: For a catalogue that cannot be read.
+            RegistryError: When the catalogue cannot be read.
         """
         return [entry.name for entry in self.entries()]
 
     def entries(self) -> list[Entry]:
-        """Return what the catalogue says of every package, by name; nothing without a catalogue.
+        """Return all entries of the catalogue, sorted by name; none without a catalogue.
 
         Raises:
-            RegistryError: For a catalogue that cannot be read.
+            RegistryError: When the catalogue cannot be read.
         """
         self._check_config()
         catalog = self.storage.read(CATALOG_FILE)
@@ -115,35 +123,35 @@ class Registry:
         """Return all releases of a package, oldest version first; none for an unknown name.
 
         Raises:
-            RegistryError: For an index that cannot be read.
+            RegistryError: When the index cannot be read.
         """
         path = index_path(name)
         self._check_config()
-        told = self._parse_index(self.storage.read(path), name)
-        if isinstance(self.storage, Folder) and is_index_behind(self.storage, name, told):
-            told = self._parse_index(Document(compile_index(self.storage, name), None), name)
-        return tuple(told[version] for version in sorted(told))
+        indexed = self._parse_index(self.storage.read(path), name)
+        if isinstance(self.storage, Folder) and is_index_behind(self.storage, name, indexed):
+            indexed = self._parse_index(Document(compile_index(self.storage, name), None), name)
+        return tuple(indexed[version] for version in sorted(indexed))
 
     def stream(self, digest: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a blob from offset `start` on; the caller verifies them.
 
         Raises:
             RegistryError: When there is no such blob.
-            UnreachableError: When the answer breaks off, or none can be had.
+            UnreachableError: When the registry cannot be reached, or the response is truncated.
         """
         return self.storage.stream(blob_path(digest), start)
 
-    def read_blob(self, digest: str, what: str, limit: int) -> bytes:
+    def read_blob(self, digest: str, label: str, limit: int) -> bytes:
         """Return the bytes of a small blob, verified.
 
         Args:
             digest: Its digest.
-            what: What errors call it.
-            limit: Most bytes that it may have.
+            label: Its name in error messages.
+            limit: Maximum size in bytes.
 
         Raises:
             RegistryError: When there is no such blob.
-            IntegrityError: When its bytes are not those promised.
+            IntegrityError: When it is too large or does not match its digest.
         """
         for attempt in range(SMALL_BLOB_ATTEMPTS):
             data = bytearray()
@@ -152,7 +160,7 @@ class Registry:
                     data += piece
                     if len(data) > limit:
                         raise IntegrityError(
-                            f"{what} from {self.location} is larger than {limit:,} bytes"
+                            f"{label} from {self.location} is larger than {limit:,} bytes"
                         )
             except UnreachableError:
                 if attempt == SMALL_BLOB_ATTEMPTS - 1:
@@ -161,16 +169,16 @@ class Registry:
             if digest_bytes(bytes(data)) == digest:
                 return bytes(data)
         raise IntegrityError(
-            f"{what} from {self.location} is not what was promised ({digest})",
-            hint="the registry is damaged or dishonest; nothing was kept",
+            f"{label} from {self.location} does not match its digest {digest}",
+            hint="the registry is damaged or malicious; nothing was kept",
         )
 
     def read_manifest(self, release: Release) -> Manifest:
-        """Fetch, verify and read the manifest of a release.
+        """Fetch, verify and parse the manifest of a release.
 
         Raises:
-            IntegrityError: When the bytes are not those that the index promised.
-            ManifestError: When they are, but are not a manifest of this release.
+            IntegrityError: When its bytes do not match the digest in the index.
+            ManifestError: When they are not a manifest of this release.
         """
         where = f"{release.name} {release.version} expert.toml"
         data = self.read_blob(release.manifest, where, MAX_TOML_BYTES)
@@ -186,31 +194,31 @@ class Registry:
         interface: RouterInterface | None = None,
         progress: ByteProgress | None = None,
     ) -> Manifest:
-        """Publish the expert in a directory: its blobs, its manifest, then its index line.
+        """Publish the expert in a directory: its files, its manifest, then its index line.
 
-        Publishing the same content again changes nothing and succeeds.
+        Publishing the same content again succeeds and changes nothing.
 
         Args:
-            directory: Holds `expert.toml`, `body.safetensors`, `scout.safetensors` and, if there
-                are any, `card.json` and `README.md`; other files are left alone.
-            interface: The router interface to check manifest and tensors against, and whose digest
-                to record where the manifest names none.
-            progress: Called with a file's name, bytes done and bytes in all.
+            directory: Contains `expert.toml`, `body.safetensors`, `scout.safetensors` and
+                optionally `card.json` and `README.md`; other files are ignored.
+            interface: The router interface to check manifest and tensors against. Its digest is
+                recorded if the manifest has none.
+            progress: Called with a file's name, bytes done and total bytes.
 
         Returns:
             The manifest as published.
 
         Raises:
-            ManifestError: For a bad manifest or a missing file.
-            TensorFileError: For tensors that must not be loaded, or that do not fit.
-            InterfaceError: For an expert that does not fit the interface.
-            RegistryError: When the registry is read only, the version exists with other content,
-                or the name may be taken for another one here.
+            ManifestError: When the manifest is invalid or a file is missing.
+            TensorFileError: When a tensor file is unsafe or has the wrong tensors.
+            InterfaceError: When the expert does not fit the interface.
+            RegistryError: When the registry is read only, when the version exists with other
+                content, or when the name looks like that of another package.
         """
         storage = self.writable_storage()
         manifest = pack_expert(directory, interface=interface)
         self._create_config(storage)
-        self._require_same(manifest, read_record(storage, manifest.name, manifest.version))
+        self._check_same_content(manifest, read_record(storage, manifest.name, manifest.version))
         self._claim_name(storage, manifest.name)
         for file in manifest.files:
             storage.upload(blob_path(file.digest), directory / file.name, file, progress)
@@ -221,8 +229,8 @@ class Registry:
         while not storage.create(record, line):
             seen = storage.read(record)
             existing = read_record(storage, manifest.name, manifest.version)
-            self._require_same(manifest, existing)
-            # One that cannot be read was cut by a crash, or is damaged: the index may know it.
+            self._check_same_content(manifest, existing)
+            # A crash may have truncated the record, or it is damaged: the index may still have it.
             if existing is not None:
                 line = existing.to_line()
             if seen and (is_record_of(seen, existing) or storage.replace(record, line, seen)):
@@ -231,7 +239,7 @@ class Registry:
         return manifest
 
     def yank(self, name: str, version: Version) -> None:
-        """Withdraw a release from new resolutions; locks that have it keep working.
+        """Exclude a release from new resolutions; existing locks keep working.
 
         Raises:
             UnknownExpertError: When there is no such release.
@@ -243,7 +251,7 @@ class Registry:
         self._write_index(storage, name)
 
     def unyank(self, name: str, version: Version) -> None:
-        """Take back a yank.
+        """Include a yanked release in new resolutions again.
 
         Raises:
             UnknownExpertError: When there is no such release.
@@ -255,51 +263,53 @@ class Registry:
         self._write_index(storage, name)
 
     def writable_storage(self) -> WritableStorage:
-        """Return the storage, if it can be published to.
+        """Return the storage for publishing.
 
         Raises:
             RegistryError: When the registry is read only.
         """
         if not hasattr(self.storage, "create"):
             raise RegistryError(
-                "cannot be published to",
+                "is read only",
                 where=self.location,
-                hint="publish to a folder or a bucket: to the one that a web server serves",
+                hint="publish to a folder or a bucket, for example the one behind the web server",
             )
         return cast(WritableStorage, self.storage)
 
     def _write_index(self, storage: WritableStorage, name: str) -> None:
-        """Write the index of a package, then the catalogue, until they agree with the records."""
-        self._derive(storage, index_path(name), lambda _: compile_index(storage, name))
-        self._derive(storage, CATALOG_FILE, lambda seen: self._compile_catalog(storage, seen, name))
+        """Update the index of a package, then the catalogue, until both match the records."""
+        self._update_document(storage, index_path(name), lambda _: compile_index(storage, name))
+        self._update_document(
+            storage, CATALOG_FILE, lambda seen: self._compile_catalog(storage, seen, name)
+        )
 
-    def _derive(
+    def _update_document(
         self,
         storage: WritableStorage,
         path: str,
-        compile_: Callable[[Document | None], bytes],
+        compile_document: Callable[[Document | None], bytes],
     ) -> None:
-        """Write what a document should be by now, and look again until it is."""
+        """Write the content that a document should have; repeat until a read confirms it."""
         for attempt in range(MAX_ATTEMPTS):
             seen = storage.read(path)
-            wanted = compile_(seen)
+            wanted = compile_document(seen)
             if seen is not None and seen.data == wanted:
                 storage.settle(path)
                 return
             if not storage.replace(path, wanted, seen):
                 time.sleep(random.uniform(0, min(0.01 * 2**attempt, 1.0)))
         raise RegistryError(
-            f"others changed {path} {MAX_ATTEMPTS} times in a row",
+            f"other publishers changed {path} {MAX_ATTEMPTS} times in a row",
             where=self.location,
             hint="run the same command again",
         )
 
     def _compile_catalog(self, storage: WritableStorage, seen: Document | None, name: str) -> bytes:
-        """Return the catalogue with what is new of one package, and of any that it lacks."""
+        """Return the catalogue with the entry of one package updated and missing ones added."""
         entries = self._read_catalog(seen)
-        there = {confusable_key(known) for known in entries}
+        listed = {confusable_key(known) for known in entries}
         owners = (
-            storage.read(f"names/{key}") for key in storage.names_in("names") if key not in there
+            storage.read(f"names/{key}") for key in storage.names_in("names") if key not in listed
         )
         for other in {name, *(_read_owner(owner) for owner in owners if owner)}:
             releases = self.versions(other)
@@ -321,7 +331,7 @@ class Registry:
             where = f"{self.location}/{index_path(name)}:{number}"
             release = Release.from_line(line, name, where)
             if release.version in releases:
-                raise RegistryError(f"{release.version} is there twice", where=where)
+                raise RegistryError(f"{release.version} is listed twice", where=where)
             releases[release.version] = release
         return releases
 
@@ -331,11 +341,11 @@ class Registry:
             raise UnknownExpertError(
                 f"no release {name} {version}",
                 where=self.location,
-                hint=f"there are {have}" if have else did_you_mean(name, self.names()),
+                hint=f"available: {have}" if have else did_you_mean(name, self.names()),
             )
 
     def _claim_name(self, storage: WritableStorage, name: str) -> None:
-        """Make sure that no other package has a name that a reader may take for this one."""
+        """Reserve a name; refuse it if it looks like the name of another package."""
         path = f"names/{confusable_key(name)}"
         if storage.create(path, name.encode()):
             return
@@ -343,18 +353,18 @@ class Registry:
         owner = _read_owner(claimed) if claimed is not None else name
         if owner != name:
             raise RegistryError(
-                f"{name!r} may be taken for {owner[:80]!r}, which is published here",
+                f"{name!r} looks like {owner[:80]!r}, which is already published",
                 where=self.location,
-                hint="choose a name that differs by more than look-alike letters or hyphens",
+                hint="choose a name that differs in more than look-alike letters or hyphens",
             )
 
-    def _require_same(self, manifest: Manifest, existing: Release | None) -> None:
+    def _check_same_content(self, manifest: Manifest, existing: Release | None) -> None:
         """Refuse to publish other content under a version that exists."""
         if existing is not None and existing.manifest != manifest.digest:
             raise RegistryError(
                 f"{manifest.name} {manifest.version} is already published with other content",
                 where=self.location,
-                hint="a release never changes: raise the version",
+                hint="published releases cannot change: increase the version",
             )
 
     def _create_config(self, storage: WritableStorage) -> None:
@@ -363,7 +373,7 @@ class Registry:
         self._check_config()
 
     def _check_config(self) -> None:
-        """Check, once, that the storage has a layout that this release reads."""
+        """Check, once, that the layout of the storage is supported."""
         if self._is_checked:
             return
         document = self.storage.read(CONFIG_FILE)
@@ -380,13 +390,13 @@ class Registry:
             raise RegistryError("cannot be read", where=f"{self.location}/{CONFIG_FILE}") from error
         if schema != SCHEMA:
             raise RegistryError(
-                f"has layout {schema!r}, this release reads {SCHEMA}", where=self.location
+                f"layout {schema!r} is not supported, expected {SCHEMA}", where=self.location
             )
         self._is_checked = True
 
 
 def _put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:
-    """Write a small blob unless it is there and whole."""
+    """Write a small blob unless it exists and is intact."""
     path = blob_path(digest)
     seen = storage.read(path)
     while seen is None or digest_bytes(seen.data) != digest:

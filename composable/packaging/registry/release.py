@@ -26,14 +26,14 @@ class Release:
     Args:
         name: Package name.
         version: Version.
-        interface: The router interface that it plugs into.
+        interface: The router interface that it requires.
         manifest: Digest of its manifest.
-        files: Its files but the manifest.
-        requires: Experts that it builds on.
-        extras: What it requires on top for each of its extras.
+        files: Its files except the manifest.
+        requires: Its required experts.
+        extras: The additional required experts for each of its extras.
         conflicts: Experts that it cannot be installed with.
-        is_yanked: Whether it was withdrawn from new resolutions.
-        published: When, as RFC 3339 in UTC.
+        is_yanked: Whether it is excluded from new resolutions.
+        published: Time of publication, as RFC 3339 in UTC.
         description: One line, for search.
         tags: Languages, domains and capabilities, for search.
     """
@@ -69,14 +69,14 @@ class Release:
         )
 
     def to_line(self) -> bytes:
-        """Return the line of the index, without its end."""
+        """Return its line in the index, without the newline."""
         interface = {
             "name": self.interface.name,
             "requires": str(self.interface.requires),
             "digest": self.interface.digest,
         }
         files = [{"name": f.name, "size": f.size, "digest": f.digest} for f in self.files]
-        return sign_line(
+        return format_line(
             {
                 "name": self.name,
                 "version": str(self.version),
@@ -95,23 +95,23 @@ class Release:
 
     @classmethod
     def from_line(cls, line: bytes, name: str, where: str) -> Self:
-        """Read a line of the index; fields that later releases add are passed over.
+        """Parse a line of the index; unknown fields are ignored.
 
-        The check is against disks and servers that garble, not against those that lie: those are
-        caught when the manifest says otherwise than the line did.
+        The checksum detects accidental corruption only. A malicious line is detected when the
+        manifest does not match it.
 
         Args:
             line: One JSON object.
-            name: The package whose index it stands in.
-            where: File and line, for errors.
+            name: The package whose index contains the line.
+            where: File and line number, for errors.
 
         Raises:
-            RegistryError: For a line that is not a release of `name`.
+            RegistryError: When the line is not a release of `name`.
         """
         try:
             data = json.loads(line)
-            if data.pop("check") != _check_of(data):
-                raise ValueError("its bytes were changed: it does not fit its own check")
+            if data.pop("check") != _checksum_of(data):
+                raise ValueError("the checksum does not match")
             if data["name"] != name:
                 raise ValueError(f"a release of {str(data['name'])[:80]!r}, expected {name!r}")
             digests = [data["manifest"], data["interface"]["digest"]]
@@ -156,30 +156,34 @@ class Release:
 
 
 def parse_cutoff(text: str) -> str:
-    """Return the time after which releases do not exist, as registries write times.
+    """Parse the time after which releases are ignored into the format of registries.
 
     Args:
-        text: A date, `2026-11-24`, whose whole day in UTC counts, or an RFC 3339 time.
+        text: An RFC 3339 time, or a date such as `2026-11-24`, which includes that day in UTC.
 
     Raises:
-        PackagingError: For anything else.
+        PackagingError: When the text is neither.
+
+    Example:
+        >>> parse_cutoff("2026-11-24")
+        '2026-11-24T23:59:59Z'
     """
     try:
         if len(text) == 10:
             return f"{datetime.date.fromisoformat(text).isoformat()}T23:59:59Z"
         time = datetime.datetime.fromisoformat(text)
         if time.tzinfo is None:
-            raise ValueError("it has no time zone")
+            raise ValueError("no time zone")
     except ValueError as error:
         raise PackagingError(
             f"{text[:60]!r} is not a date or a time: {error}",
-            hint="write 2026-11-24 or 2026-11-24T12:00:00Z",
+            hint="expected for example 2026-11-24 or 2026-11-24T12:00:00Z",
         ) from error
     return time.astimezone(datetime.UTC).strftime(TIME_FORMAT)
 
 
 def choose_newest(releases: Iterable[Release]) -> Release:
-    """Return the newest release; a yanked one or a prerelease only if there is nothing else."""
+    """Return the newest release; a prerelease or a yanked one only if there are no others."""
     return max(releases, key=lambda r: (not r.is_yanked, not r.version.is_prerelease, r.version))
 
 
@@ -187,12 +191,17 @@ def _to_texts(ranges: Mapping[str, Constraint]) -> dict[str, str]:
     return {name: str(range_) for name, range_ in ranges.items()}
 
 
-def sign_line(fields: Mapping[str, Any]) -> bytes:
-    """Return the line that says these fields, with a check over them."""
-    return canonical_json({**fields, "check": _check_of(fields)})
+def format_line(fields: Mapping[str, Any]) -> bytes:
+    """Return the fields as a line of JSON that includes a checksum over them.
+
+    Example:
+        >>> format_line({"name": "german"})
+        b'{"check":"a0b71369af16c9bc","name":"german"}'
+    """
+    return canonical_json({**fields, "check": _checksum_of(fields)})
 
 
-def _check_of(fields: Mapping[str, Any]) -> str:
+def _checksum_of(fields: Mapping[str, Any]) -> str:
     return digest_bytes(canonical_json(fields)).removeprefix("sha256:")[:16]
 
 

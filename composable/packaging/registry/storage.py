@@ -1,8 +1,7 @@
-"""Where a registry's files are stored: the port that registries are read and written through.
+"""The storage of a registry's files: the interface, and its implementation for folders.
 
-A storage knows paths and bytes; what they mean is the registry's. Here are the port and its
-plainest end, a folder. Web servers are in `http`, object stores in `bucket`; `cache` keeps what
-remote ones sent.
+A storage reads and writes bytes by path and does not interpret them. Web servers are in `http.py`,
+object stores in `bucket.py`, exports in `tar.py`; `cache.py` caches documents of remote storages.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from composable.interface.digest import digest_bytes
 from composable.packaging.manifests.manifest import PackageFile
 from composable.progress import ByteProgress
 
-# Indexes and catalogues are read whole, so that a dishonest server must not be able to send more.
+# Documents are read into memory, so their size is limited in case a server is malicious.
 MAX_DOCUMENT_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True)
 class Document:
-    """A small file as it was read.
+    """The content of a small file at the time that it was read.
 
     Args:
         data: Its bytes.
-        tag: What the storage calls this state of it: an entity tag, or a digest.
+        tag: The storage's identifier of this content: an entity tag, or a digest.
     """
 
     data: bytes
@@ -36,48 +35,53 @@ class Document:
 
 
 class Storage(Protocol):
-    """A place with files that can be read by path; paths are relative, with forward slashes."""
+    """Files that can be read by path. Paths are relative, with forward slashes."""
 
     @property
     def location(self) -> str:
-        """Where it is, as an error message shows it: without any secret."""
+        """The location, without secrets, for error messages."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether reads go over a network, so that several are better sent at once."""
+        """Whether reads go over a network, so that concurrent reads are faster."""
 
     def read(self, path: str, known: Document | None = None) -> Document | None:
-        """Return a document, `known` itself where that is still its state, or None for none.
+        """Return a document; `known` itself if it is unchanged; None if it does not exist.
 
         Raises:
-            RegistryError: For a document over 64 MiB, or a refusal.
-            UnreachableError: When no answer can be had.
+            RegistryError: When the document is larger than 64 MiB, or access is denied.
+            UnreachableError: When the storage cannot be reached.
         """
 
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from offset `start` on.
 
         Raises:
-            RegistryError: When there is no such file, or for a refusal.
-            UnreachableError: When the answer breaks off, or none can be had.
+            RegistryError: When there is no such file, or access is denied.
+            UnreachableError: When the storage cannot be reached, or the response is truncated.
         """
 
 
 class WritableStorage(Storage, Protocol):
-    """A storage that can be published to. What it acknowledges survives power loss."""
+    """A storage for publishing. Writes survive power loss once they return."""
 
     def names_in(self, folder: str) -> list[str]:
-        """Return the names of the files that lie directly in a folder, sorted."""
+        """Return the names of the files directly in a folder, sorted."""
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file unless one is there; of many at once exactly one succeeds.
+        """Create a file unless it exists; of concurrent calls exactly one succeeds.
 
         Returns:
             Whether this call created it.
         """
 
     def replace(self, path: str, data: bytes, seen: Document | None) -> bool:
-        """Write a document if its state is still the one seen; None means that there was none.
+        """Write a document if it has not changed since it was read as `seen`.
+
+        Args:
+            path: Path of the document.
+            data: Its new content.
+            seen: The document as it was read; None if it did not exist.
 
         Returns:
             Whether it was written.
@@ -86,24 +90,30 @@ class WritableStorage(Storage, Protocol):
     def upload(
         self, path: str, source: Path, file: PackageFile, progress: ByteProgress | None
     ) -> None:
-        """Write a file by its digest unless it is there; it appears when it is whole.
+        """Upload a blob unless it exists; it becomes visible when it is complete.
+
+        Args:
+            path: Path of the blob.
+            source: The local file.
+            file: Its name, size and digest.
+            progress: Called with its name, bytes done and total bytes.
 
         Raises:
-            IntegrityError: When the source is no longer what `file` says.
+            IntegrityError: When the local file does not match `file`.
         """
 
     def remove(self, path: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
 
     def settle(self, path: str) -> None:
-        """Make what was read of a document survive power loss, whichever process wrote it."""
+        """Make a document that was read survive power loss, even if another process wrote it."""
 
 
 class Folder:
-    """A folder of the file system. It can be published to.
+    """A folder of the file system, for reading and publishing.
 
-    The state of a document is compared, then replaced, under a lock that others may not honour; so
-    `replace` may overwrite a state that it did not see. Whoever publishes looks again afterwards.
+    `replace` compares and writes under an advisory lock, which other processes may ignore, so it
+    can overwrite a change that it has not seen. Publishers read the document again afterwards.
 
     Args:
         root: The folder; it need not exist yet.
@@ -120,7 +130,7 @@ class Folder:
         return str(self.root)
 
     def read(self, path: str, known: Document | None = None) -> Document | None:
-        """Return a document, `known` itself where that is still its state, or None for none."""
+        """Return a document; `known` itself if it is unchanged; None if it does not exist."""
         file = self.root / path
         try:
             with atomic.explained(file, "read"):
@@ -144,18 +154,18 @@ class Folder:
             raise RegistryError("has no such file", where=f"{self.location}: {path}") from error
 
     def names_in(self, folder: str) -> list[str]:
-        """Return the names of the files that lie directly in a folder, sorted."""
+        """Return the names of the files directly in a folder, sorted."""
         home = self.root / folder
         with atomic.explained(home, "read"):
             found = home.iterdir() if home.is_dir() else ()
             return sorted(path.name for path in found if not atomic.is_temporary(path))
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file unless one is there; of many at once exactly one succeeds."""
+        """Create a file unless it exists; of concurrent calls exactly one succeeds."""
         return atomic.create_bytes(self.root / path, data)
 
     def replace(self, path: str, data: bytes, seen: Document | None) -> bool:
-        """Write a document if its state is still the one seen."""
+        """Write a document if it has not changed since it was read as `seen`."""
         target = self.root / path
         with atomic.advisory_lock(self.root / "locks" / digest_bytes(path.encode())[7:23]):
             now = self.read(path, seen)
@@ -167,7 +177,7 @@ class Folder:
     def upload(
         self, path: str, source: Path, file: PackageFile, progress: ByteProgress | None
     ) -> None:
-        """Write a file by its digest unless it is there; it appears when it is whole."""
+        """Copy a blob unless it exists; it becomes visible when it is complete."""
         target = self.root / path
         if target.exists() and target.stat().st_size == file.size:
             atomic.settle(target)
@@ -182,9 +192,9 @@ class Folder:
                     progress(file.name, sink.size, file.size)
 
     def remove(self, path: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
         atomic.remove_file(self.root / path)
 
     def settle(self, path: str) -> None:
-        """Make what was read of a document survive power loss, whichever process wrote it."""
+        """Make a document that was read survive power loss, even if another process wrote it."""
         atomic.settle(self.root / path)

@@ -1,4 +1,4 @@
-"""An export in one tar file, read in place."""
+"""Registries in one tar file, as `composable export` writes them. Read only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
 
 
 class TarFile:
-    """The files of an export in one file, read in place: nothing is ever unpacked.
+    """An uncompressed tar file. Its files are read in place; nothing is unpacked.
 
     Args:
-        path: The file.
+        path: The tar file.
 
     Raises:
-        RegistryError: When it is no tar file.
+        RegistryError: When it is not an uncompressed tar file.
     """
 
     is_remote: Final = False
@@ -39,7 +39,7 @@ class TarFile:
         return str(self._path)
 
     def read(self, path: str, known: Document | None = None) -> Document | None:
-        """Return a document, `known` itself where that is still its state, or None for none."""
+        """Return a document; `known` itself if it is unchanged; None if it does not exist."""
         if path not in self._members:
             return None
         if self._members[path][1] > MAX_DOCUMENT_BYTES:

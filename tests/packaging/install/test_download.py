@@ -67,7 +67,7 @@ def describe(data: bytes, *, is_chunked: bool = True) -> PackageFile:
 @pytest.fixture(autouse=True)
 def small_chunks_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(download, "_FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -239,5 +239,5 @@ def test_the_first_error_ends_all_and_what_came_is_kept(store: Store, data: byte
 
 def test_what_the_disk_cannot_hold_is_refused_before_it_is_fetched(store: Store) -> None:
     huge = PackageFile(name="body", size=1 << 60, digest="sha256:" + "0" * 64)
-    with pytest.raises(DiskError, match=r"1,152,921,504,606,846,976 bytes are to be fetched"):
+    with pytest.raises(DiskError, match=r"1,152,921,504,606,846,976 bytes are needed"):
         require_space(store, [huge])

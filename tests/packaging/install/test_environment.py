@@ -21,7 +21,7 @@ from composable.packaging import (
     lock_project,
     sync_project,
 )
-from composable.packaging.registry.release import sign_line
+from composable.packaging.registry.release import format_line
 
 MakeExpert = Callable[..., Path]
 
@@ -83,11 +83,11 @@ def test_a_second_sync_writes_nothing(
 
 def test_rollback(world: Project, interface: RouterInterface, store: Store) -> None:
     environment = world.environment
-    with pytest.raises(PackagingError, match="no older generation"):
+    with pytest.raises(PackagingError, match="no previous generation"):
         environment.rollback()
     first = lock_project(world, interface)
     sync_project(world, first, store)
-    with pytest.raises(PackagingError, match="no older generation"):
+    with pytest.raises(PackagingError, match="no previous generation"):
         environment.rollback()
     world = world.add(Requirement.parse("german<1.1"))
     second = lock_project(world, interface)
@@ -126,7 +126,7 @@ def test_rollback_to_what_was_damaged_meanwhile_is_refused(
     sync_project(world, second, store)
     old.chmod(0o644)
     old.write_bytes(bytes(old.stat().st_size))
-    with pytest.raises(IntegrityError, match="damaged or gone") as caught:
+    with pytest.raises(IntegrityError, match="damaged or missing") as caught:
         environment.rollback()
     assert str(caught.value.where).endswith(old.name)
     assert environment.lock == second
@@ -166,7 +166,7 @@ def test_a_damaged_pointer_is_mended(
     environment = sync_project(world, lock, store)
     for text in ("", "99", "../../x", "1; rm"):
         (environment.root / "current").write_text(text)
-        with pytest.raises(PackagingError, match="not there"):
+        with pytest.raises(PackagingError, match="does not exist"):
             _ = environment.current
         sync_project(world, lock, store)
         assert environment.holds(lock)
@@ -203,7 +203,7 @@ def test_a_registry_whose_index_lies_about_a_manifest(
     for fields in lines:
         del fields["check"]
         fields["requires"] = {"french": "^1"}
-    index.write_bytes(b"\n".join(map(sign_line, lines)))
+    index.write_bytes(b"\n".join(map(format_line, lines)))
     lock = lock_project(world, interface)
     with pytest.raises(LockError, match="does not match the registry"):
         sync_project(world, lock, store)

@@ -107,7 +107,7 @@ def test_no_lock(tmp_path: Path) -> None:
     with pytest.raises(LockError, match="no lock file"):
         Lock.read(tmp_path)
     (tmp_path / "composable.lock").write_bytes(b"\xff\xff")
-    with pytest.raises(LockError, match="not text"):
+    with pytest.raises(LockError, match="not UTF-8 text"):
         Lock.read(tmp_path)
 
 

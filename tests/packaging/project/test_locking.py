@@ -164,8 +164,8 @@ def test_a_name_comes_from_one_registry_only(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda p: p.add(Requirement.parse("french")), "french is asked for but not locked"),
-        (lambda p: p.add(Requirement.parse("german^2")), r"german \^2 is asked for, but 1.0.0"),
+        (lambda p: p.add(Requirement.parse("french")), "french is required but not locked"),
+        (lambda p: p.add(Requirement.parse("german^2")), r"german \^2 is required, but 1.0.0"),
     ],
 )
 def test_a_stale_lock_is_refused(
@@ -192,7 +192,7 @@ def test_a_lock_that_is_not_closed_is_refused(
     project = project.add(Requirement.parse("german"))
     lock = lock_project(project, interface)
     without = dataclasses.replace(lock, experts=(lock["german"],))
-    with pytest.raises(LockError, match=r"german 1\.0\.0 needs base \^1"):
+    with pytest.raises(LockError, match=r"german 1\.0\.0 requires base \^1"):
         sync_project(project, without, store)
     elsewhere = dataclasses.replace(lock, registries={"local": "/elsewhere"})
     with pytest.raises(LockError, match="at another place"):

@@ -31,7 +31,7 @@ from composable.packaging import (
 )
 from composable.packaging.project.edits import add_experts, prune_store, read_wanted, refresh_lock
 from composable.packaging.project.export import export_project
-from composable.packaging.registry.release import parse_cutoff, sign_line
+from composable.packaging.registry.release import format_line, parse_cutoff
 
 MakeExpert = Callable[..., Path]
 
@@ -65,7 +65,7 @@ class TestFolders:
         data = bytearray((home / "body.safetensors").read_bytes())
         data[-1] ^= 1
         (home / "body.safetensors").write_bytes(data)
-        with pytest.raises(LockError, match=r"german in \.\./experts.* was changed"):
+        with pytest.raises(LockError, match=r"german in \.\./experts.* has changed"):
             sync_project(project, lock, store, interface=interface)
         assert installed.read_bytes() == before
         again = refresh_lock(project, interface)
@@ -88,7 +88,7 @@ class TestFolders:
         (home / "expert.toml").write_text(
             (home / "expert.toml").read_text().replace('"0.1.0"', '"0.2.0"')
         )
-        with pytest.raises(LockError, match="was changed since it was locked"):
+        with pytest.raises(LockError, match="has changed since it was locked"):
             sync_project(project, lock, store, interface=interface)
         assert str(refresh_lock(project, interface).versions["german"]) == "0.2.0"
 
@@ -177,7 +177,7 @@ class TestExtras:
         assert Lock.loads(lock.to_toml()) == lock
         sync_project(project, lock, store, interface=interface)
         project = add(project, interface, "german")
-        with pytest.raises(LockError, match="other extras of german"):
+        with pytest.raises(LockError, match="the required extras of german"):
             sync_project(project, lock, store, interface=interface)
         assert set(Lock.read(project.root).versions) == {"german"}
 
@@ -239,7 +239,7 @@ class TestCutOff:
             record = registry.storage.root / "records" / "german" / f"1.{minor}.0.json"  # type: ignore[attr-defined]
             fields = json.loads(record.read_text())
             del fields["check"]
-            record.write_bytes(sign_line({**fields, "published": f"2026-11-0{day}T08:00:00Z"}))
+            record.write_bytes(format_line({**fields, "published": f"2026-11-0{day}T08:00:00Z"}))
         registry._write_index(registry.writable_storage(), "german")
         project = project.add(Requirement.parse("german"))
         for cutoff, version in {"2026-11-04": "1.0.0", "2026-11-05": "1.1.0"}.items():
@@ -355,7 +355,7 @@ class TestPruning:
         assert set(pruned.digests) == locks["french"].digests() - locks["german"].digests()
         assert set(store.digests()) == locks["german"].digests()
         (tmp_path / "german" / "composable.lock").write_text("damaged")
-        with pytest.raises(LockError, match="it is not known what the project in"):
+        with pytest.raises(LockError, match="cannot tell which files the project in"):
             prune_store(store, older_than_seconds=0)
         assert set(store.digests()) == locks["german"].digests()
 

@@ -83,7 +83,7 @@ def test_publish_find_yank_and_install(
     assert lock_project(offline, interface, upgrade=True) == lock
     with pytest.raises(RegistryError, match="already published with other content"):
         bucket.publish(make_expert(seed=9), interface=interface)
-    with pytest.raises(RegistryError, match="may be taken for 'german'"):
+    with pytest.raises(RegistryError, match="looks like 'german'"):
         bucket.publish(make_expert("gerrnan"), interface=interface)
 
 

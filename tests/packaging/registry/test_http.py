@@ -143,7 +143,7 @@ def big(
 
     for module in (manifest, packing, download):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 12)
-    monkeypatch.setattr(download, "_FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.0)
     folder = make_expert("german", "2.0.0")
     wide = dataclasses.replace(interface, d_model=512, d_ff=1024, lora_max_rank=4)
     text = (folder / "expert.toml").read_text()
@@ -186,7 +186,7 @@ def test_what_came_before_a_failure_is_not_asked_for_again(
     # The client library asks again by itself when no answer begins: cut those attempts as well.
     wire = BreakingWire(int(nginx.url.rpartition(":")[2]), [20_000] + [1] * 1000)
     monkeypatch.setattr("composable.packaging.registry.http.MAX_RETRIES", 0)
-    with pytest.raises(UnreachableError, match="cannot be reached, or broke off"):
+    with pytest.raises(UnreachableError, match="cannot be reached"):
         download.download_file(Registry(WebStorage(wire.url)), store, body, label="body")
     wire.close()
     nginx.forget()
@@ -213,11 +213,11 @@ def test_a_damaged_blob_is_refused_and_nothing_is_kept(
 
 def test_tokens(nginx: Nginx, published: None, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{nginx.url}/private"
-    with pytest.raises(RegistryError, match="answered 401") as caught:
+    with pytest.raises(RegistryError, match="HTTP status 401") as caught:
         open_registry(url, name="our-team").versions("german")
     assert "set its token" in str(caught.value)
     monkeypatch.setenv("COMPOSABLE_TOKEN_OUR_TEAM", "wrong")
-    with pytest.raises(RegistryError, match="answered 401") as caught:
+    with pytest.raises(RegistryError, match="HTTP status 401") as caught:
         open_registry(url, name="our-team").versions("german")
     assert "wrong" not in str(caught.value)
     monkeypatch.setenv("COMPOSABLE_TOKEN_OUR_TEAM", "open-sesame")
@@ -232,7 +232,7 @@ def test_a_token_does_not_follow_to_another_host(
     nginx: Nginx, published: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMPOSABLE_TOKEN_TEAM", "open-sesame")
-    with pytest.raises(RegistryError, match="answered 401"):
+    with pytest.raises(RegistryError, match="HTTP status 401"):
         open_registry(f"{nginx.url}/moved", name="team").versions("german")
 
 
@@ -260,7 +260,7 @@ def test_tokens_from_the_keyring(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COMPOSABLE_TOKEN_TEAM", "from-environment")
         assert find_token("team", "https://x.org/r") == "from-environment"
         monkeypatch.setenv("COMPOSABLE_TOKEN_TEAM", "two\nlines")
-        with pytest.raises(RegistryError, match="one line") as caught:
+        with pytest.raises(RegistryError, match="one word of ASCII text") as caught:
             find_token("team", "https://x.org/r")
         assert "two" not in str(caught.value)
     finally:
@@ -270,9 +270,9 @@ def test_tokens_from_the_keyring(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("https://me:secret@example.org/r", "must not hold a name or a password"),
-        ("https://example.org/r?token=secret", "not the address of a folder"),
-        ("https:///r", "not the address of a folder"),
+        ("https://me:secret@example.org/r", "must not contain a user name or a password"),
+        ("https://example.org/r?token=secret", "not the URL of a folder"),
+        ("https:///r", "not the URL of a folder"),
     ],
 )
 def test_locations_that_hold_secrets_are_refused(url: str, message: str) -> None:
@@ -283,7 +283,7 @@ def test_locations_that_hold_secrets_are_refused(url: str, message: str) -> None
 
 def test_a_token_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPOSABLE_TOKEN_TEAM", "x")
-    with pytest.raises(RegistryError, match="in the clear"):
+    with pytest.raises(RegistryError, match="sent unencrypted"):
         open_registry("http://example.org/r", name="team")
 
 
@@ -295,12 +295,12 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_server_that_stays_busy(nginx: Nginx, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("composable.packaging.registry.http.MAX_RETRIES", 1)
-    with pytest.raises(UnreachableError, match="answered 503"):
+    with pytest.raises(UnreachableError, match="HTTP status 503"):
         open_registry(f"{nginx.url}/busy").versions("german")
 
 
 def test_a_web_server_cannot_be_published_to(nginx: Nginx) -> None:
-    with pytest.raises(RegistryError, match="cannot be published to"):
+    with pytest.raises(RegistryError, match="is read only"):
         open_for_publishing(nginx.url)
 
 
@@ -346,5 +346,5 @@ def test_a_document_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_half_document_is_asked_for_again() -> None:
     text = json.dumps({"a": 1}).encode()
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + text
-    with pytest.raises(UnreachableError, match="broke off"):
+    with pytest.raises(UnreachableError, match="connection was lost"):
         WebStorage(serve_once(answer, 5)).read("index")

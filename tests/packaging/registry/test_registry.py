@@ -29,7 +29,7 @@ from composable.packaging import (
     read_tensors,
 )
 from composable.packaging.registry.locations import open_registry
-from composable.packaging.registry.release import sign_line
+from composable.packaging.registry.release import format_line
 
 MakeExpert = Callable[..., Path]
 
@@ -106,7 +106,7 @@ def test_look_alikes_are_refused(
     registry: Registry, make_expert: MakeExpert, interface: RouterInterface, name: str
 ) -> None:
     registry.publish(make_expert("german"), interface=interface)
-    with pytest.raises(RegistryError, match="may be taken for 'german'"):
+    with pytest.raises(RegistryError, match="looks like 'german'"):
         registry.publish(make_expert(name), interface=interface)
     assert registry.names() == ["german"]
 
@@ -241,11 +241,11 @@ def test_hostile_index_lines(
     index = registry.storage.root / "index" / "ge" / "german.jsonl"
     fields = {**json.loads(index.read_text()), **damage}
     del fields["check"]
-    index.write_bytes(sign_line(fields))
+    index.write_bytes(format_line(fields))
     with pytest.raises(RegistryError) as caught:
         registry.versions("german")
     assert caught.value.where == f"{index}:1"
-    assert "its own check" not in caught.value.message
+    assert "checksum" not in caught.value.message
 
 
 def test_an_index_line_that_was_changed_does_not_fit_its_check(
@@ -254,7 +254,7 @@ def test_an_index_line_that_was_changed_does_not_fit_its_check(
     registry.publish(make_expert(), interface=interface)
     index = registry.storage.root / "index" / "ge" / "german.jsonl"
     index.write_text(index.read_text().replace('"version":"1.0.0"', '"version":"1.0.1"'))
-    with pytest.raises(RegistryError, match="does not fit its own check"):
+    with pytest.raises(RegistryError, match="the checksum does not match"):
         registry.versions("german")
 
 

@@ -342,7 +342,7 @@ def serve(root: Path) -> Iterator[TrickyServer]:
 
 def _run(world: World, *arguments: str) -> Ending:
     def run() -> int:
-        download._FIRST_WAIT_SECONDS = 0.001  # type: ignore[misc]
+        download.FIRST_WAIT_SECONDS = 0.001  # type: ignore[misc]
         return world.run(*arguments)
 
     return run_forked(run)
