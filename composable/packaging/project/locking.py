@@ -153,7 +153,7 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
     for expert in lock.experts:
         for need in expert.needs:
             if need.name not in versions or not need.constraint.contains(versions[need.name]):
-                refuse(f"{expert.name} {expert.version} requires {need}, which the lock does not satisfy")
+                refuse(f"{expert.name} {expert.version} requires {need}: not in the lock")
         wanted = project.experts.get(expert.name, Wanted())
         if (wanted.path, wanted.is_editable) != (expert.path, expert.is_editable):
             refuse(f"{expert.name} no longer comes from {expert.origin}")
