@@ -1,8 +1,9 @@
 """A backbone and a bank as one model, used in mix mode, in safe mode, or one path at a time.
 
-*Mix* runs once and mixes the outputs of the top k experts in every slot. *Safe* runs the backbone's
-path and the paths that the router shortlists whole, and mixes their output probabilities by what
-each path really predicted. Everything here is a pure function of (parts, tokens, state).
+*Mix* is one pass that mixes the outputs of the top k experts in every slot (`mix.py`). *Safe* runs
+whole paths, the backbone's and those that the router shortlists, and mixes their output
+probabilities by how well each path predicted (`safe.py`). This file holds the steps that both
+share. Everything here is a pure function of (parts, tokens, state).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from composable.model.router import (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a composed model is made of.
+    """The parts of a composed model.
 
     Args:
         backbone: The frozen model.
@@ -60,29 +61,37 @@ class Caches(NamedTuple):
 
 
 class TrunkPass(NamedTuple):
-    """What trunk and scouts give."""
+    """Results of the trunk and the scouts."""
 
-    x_BTD: jax.Array  # the residual stream after the trunk
-    classes_BT: jax.Array
-    track_BTE: jax.Array  # each expert's own track record
-    score_BTE: jax.Array  # what mix mode weighs experts by, prior included
-    scout_log_prob_EBTC: (
-        jax.Array | None
-    )  # what scouts say of the next token, where they have a share of it
+    x_BTD: jax.Array  # residual stream after the trunk
+    classes_BT: jax.Array  # class of each token
+    track_BTE: jax.Array  # track record of each expert, nats
+    score_BTE: jax.Array  # log weights of mix mode, prior included
+    # Scouts' log-probabilities of the next token's class; None without an output mixture.
+    scout_log_prob_EBTC: jax.Array | None
 
 
 def track_records(parts: Parts, tokens_BT: jax.Array, state: RouterState) -> jax.Array:
-    """Return every expert's track record at every position, shape BTE, in nats."""
+    """Return every expert's track record at every position.
+
+    Args:
+        parts: The model.
+        tokens_BT: Token ids, continuing from the state.
+        state: Router state before the first of them.
+
+    Returns:
+        Discounted sums of log-likelihoods, in nats, shape BTE.
+    """
     return run_trunk_and_scouts(parts, tokens_BT, state, None)[0].track_BTE
 
 
 def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]) -> jax.Array:
-    """Return logits with one body always on, shape BTV float32; the router is not asked.
+    """Return logits with one body active at every token, shape BTV float32; no routing.
 
     Args:
         parts: The model.
         tokens_BT: Token ids of whole sequences.
-        slots: Matrices of every slot, as `bank.entry_slots` or `bank.average_slots` give them.
+        slots: Matrices of every slot, as `bank.entry_slots` or `bank.average_slots` return.
     """
     x_BTD, _ = parts.backbone.trunk(tokens_BT)
     feed_forward = fixed_feed_forward(parts, slots)
@@ -92,12 +101,12 @@ def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Ar
 def path_norms(
     parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]
 ) -> jax.Array:
-    """Return how large one body's outputs are when it is always on.
+    """Return the size of one body's outputs when it is active at every token.
 
     Arguments as for `path`.
 
     Returns:
-        Root mean squares, shape LBT float32, one L per slot: what `output_bounds` bound.
+        Root mean squares, shape LBT float32, one L per slot; `output_bounds` limits these.
     """
     feed_forward, norms = fixed_feed_forward(parts, slots), []
 
@@ -114,7 +123,17 @@ def path_norms(
 def run_trunk_and_scouts(
     parts: Parts, tokens_BT: jax.Array, state: RouterState, caches: Caches | None
 ) -> tuple[TrunkPass, RouterState, Caches | None]:
-    """Run the trunk and the scouts."""
+    """Run the trunk and the scouts.
+
+    Args:
+        parts: The model.
+        tokens_BT: Token ids, continuing from the state.
+        state: Router state before the first of them.
+        caches: Caches when decoding, or None.
+
+    Returns:
+        Their results, the router state after the last token, and caches with the trunk's updated.
+    """
     backbone, interface = parts.backbone, parts.interface
     if caches is None:
         x_BTD, _ = backbone.trunk(tokens_BT)
@@ -138,7 +157,7 @@ def run_trunk_and_scouts(
         score_BTE = log_prior_of(parts) + track_BTE
     started_B = jnp.ones_like(state.started_B)
     after = RouterState(track_BTE[:, -1], score_BTE[:, -1], feature_BTD[:, -1], started_B)
-    # At a document's first token there is no evidence for any expert.
+    # The first token of a document is no evidence for any expert: use the backbone alone.
     alone_E = jnp.full(bank.capacity, NEVER).at[0].set(0.0)
     first_BE = jnp.where(state.started_B[:, None], score_BTE[:, 0], alone_E)
     score_BTE = score_BTE.at[:, 0].set(first_BE)
@@ -148,7 +167,7 @@ def run_trunk_and_scouts(
 def _filter_weights(
     bank: Bank, rule: SwitchingFilter, evidence_BTE: jax.Array, state: RouterState
 ) -> jax.Array:
-    """Return the log weights of the switching filter, shape BTE; sums run in order of keys."""
+    """Return the log weights of the switching filter, shape BTE; sums run in the order of keys."""
     order_E = jnp.argsort(bank.key_E)
     prior_E = log_prior(bank.alive_E, rule.backbone_prior, rule.max_expert_prior)
     before_BE = jnp.where(state.started_B[:, None], state.posterior_BE, prior_E)
@@ -170,7 +189,18 @@ def mix_in_scouts(
     before: RouterState,
     state: OutputMixtureState,
 ) -> tuple[jax.Array, OutputMixtureState]:
-    """Mix scouts' predictions into the output, if the interface has an output mixture."""
+    """Mix the scouts' predictions into the output, if the interface has an output mixture.
+
+    Args:
+        parts: The model.
+        logits_BTV: Logits or log-probabilities of the model.
+        trunk: Results of the trunk and the scouts for the same tokens.
+        before: Router state before these tokens.
+        state: State of the output mixture before these tokens.
+
+    Returns:
+        Logits, shape BTV, and the new state; both unchanged without an output mixture.
+    """
     settings = parts.interface.output_mixture
     if settings is None or trunk.scout_log_prob_EBTC is None:
         return logits_BTV, state
@@ -192,12 +222,12 @@ def mix_in_scouts(
 
 
 def log_prior_of(parts: Parts) -> jax.Array:
-    """Return the log prior weight of every entry of the bank."""
+    """Return the log prior weight of every entry of the bank, shape E."""
     return log_prior(parts.bank.alive_E, parts.interface.backbone_prior)
 
 
 def fixed_feed_forward(parts: Parts, slots: Sequence[Mapping[str, jax.Array]]) -> FeedForwardFn:
-    """Return one body, always on."""
+    """Return a feed-forward function that runs one body at every token."""
     index_of = parts.interface.slots.index
 
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
@@ -207,7 +237,7 @@ def fixed_feed_forward(parts: Parts, slots: Sequence[Mapping[str, jax.Array]]) -
 
 
 def empty_caches(parts: Parts, batch: int, length: int | None) -> Caches | None:
-    """Return empty caches of a length, or None for none."""
+    """Return empty caches of `length` positions, or None if `length` is None."""
     if length is None:
         return None
     backbone = parts.backbone

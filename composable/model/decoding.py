@@ -1,8 +1,8 @@
 """Continuing tokens: prefill in chunks, then one token at a time with KV cache and router state.
 
-Two compilations serve any text: a chunk of fixed length and a single token, each with the draw of
-the next token in the same program. The next step is dispatched before its token is read, so the
-host never keeps the device waiting.
+Two compiled programs serve any text, one for a chunk of fixed length and one for a single token;
+each also draws the next token. The next step is dispatched before the host reads the token that was
+drawn, so the device never waits for the host. Turning tokens into text is left to `text.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from composable.model.tokenizer import Tokenizer
 
 Mode = Literal["mix", "safe"]
 PREFILL: Final = 32
-# Caches are made for a power of two of positions, at least so many: texts up to here share one
-# compilation, longer ones one per doubling.
+# The number of positions in a cache is a power of two, and at least this: shorter texts share one
+# compilation, longer ones need one per doubling.
 _MIN_CACHE: Final = 1024
 _MODES: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "mix": (trace_mix, mix_state),
@@ -36,15 +36,22 @@ _MODES: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn.
+    """Settings for drawing the next token.
 
     Args:
-        temperature: Softmax temperature; 0 always takes the likeliest token.
-        top_p: Only the likeliest tokens that together have this probability are drawn from.
+        temperature: Softmax temperature, at least 0; 0 selects the likeliest token.
+        top_p: Draw only from the likeliest tokens whose probabilities add up to this, in (0, 1].
         seed: Seed of the draws.
 
     Raises:
-        ModelError: For a value out of its range; `where` names it.
+        ModelError: For a value out of its range; `where` names the setting.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.95).seed
+        0
+        >>> Sampling(top_p=1.5)
+        Traceback (most recent call last):
+        composable.errors.ModelError: top_p: 1.5 is not in (0, 1]
 
     References:
         Holtzman et al. 2020, arXiv:1904.09751 (top p).
@@ -62,14 +69,14 @@ class Sampling:
 
 
 class Drawn(NamedTuple):
-    """A token and the weights of the experts whose prediction it was drawn from."""
+    """A token, and the router weights of the prediction that it was drawn from."""
 
     token: int
     weight_E: np.ndarray
 
 
 class _Draw(NamedTuple):
-    """What a draw needs, on the device."""
+    """Inputs of a draw, on the device."""
 
     key: jax.Array
     temperature: jax.Array
@@ -78,18 +85,18 @@ class _Draw(NamedTuple):
 
 
 class Decoder:
-    """A sequence that is being continued.
+    """Continues one sequence, with its caches and router state.
 
     Args:
         parts: The model.
-        tokenizer: Its tokenizer: which tokens are never drawn, and which end a text.
-        length: Most positions that the sequence may take.
-        sampling: How tokens are drawn.
+        tokenizer: Its tokenizer; defines which tokens are never drawn and which end a text.
+        length: Largest number of positions in the sequence.
+        sampling: How tokens are drawn; greedy by default.
         mode: "mix" or "safe".
         report: Called with the guards' tally of the sequence whenever drawing ends.
 
     Raises:
-        TextError: If the model's context is shorter than `length`.
+        TextError: If `length` is larger than the model's context.
         ModelError: For an unknown mode.
     """
 
@@ -125,40 +132,48 @@ class Decoder:
 
     @property
     def last(self) -> int | None:
-        """The last token of the sequence, if it was drawn."""
+        """The last token of the sequence if it was drawn, or None."""
         return self._last
 
     @property
     def room(self) -> int:
-        """Positions that are left."""
+        """Number of positions left."""
         return self._length - self._n_fed - len(self._unfed)
 
     def feed(self, tokens_T: np.ndarray | list[int]) -> None:
-        """Read tokens.
+        """Read tokens into the caches and the router state.
+
+        Args:
+            tokens_T: Token ids that continue the sequence.
 
         Raises:
-            TextError: If there are more than there is room for.
+            TextError: If there are more tokens than positions left.
         """
         if len(tokens_T) > self.room:
-            raise TextError(f"{len(tokens_T)} more tokens, but there is room for {self.room}")
+            raise TextError(
+                f"{len(tokens_T)} more tokens do not fit the {self.room} positions left"
+            )
         self._last = None
         tokens_T = np.array([*self._unfed, *tokens_T], np.int32)
         self._unfed = []
         whole = len(tokens_T) - len(tokens_T) % PREFILL
-        # Whole chunks first, the rest one by one: no length of prompt compiles anything new.
+        # Whole chunks first, then single tokens: a prompt of any length reuses the two programs.
         pieces = [tokens_T[i : i + PREFILL] for i in range(0, whole, PREFILL)]
         pieces += [tokens_T[i : i + 1] for i in range(whole, len(tokens_T))]
         for piece in pieces:
             self._advance(jnp.asarray(piece)[None])
 
     def draw(self, n_tokens: int) -> Iterator[Drawn]:
-        """Yield up to `n_tokens` tokens, as they are made; an end of text is the last, not yielded.
+        """Yield up to `n_tokens` tokens as they are drawn; a token that ends a text is not yielded.
+
+        Args:
+            n_tokens: Largest number of tokens to draw.
 
         Raises:
-            TextError: If nothing was fed, or there is no room.
+            TextError: If nothing was fed, or there are fewer positions left.
         """
         if n_tokens > self.room:
-            raise TextError(f"{n_tokens} more tokens, but there is room for {self.room}")
+            raise TextError(f"{n_tokens} more tokens do not fit the {self.room} positions left")
         try:
             yield from self._draw_tokens(n_tokens)
         finally:
@@ -168,7 +183,7 @@ class Decoder:
     def _draw_tokens(self, n_tokens: int) -> Iterator[Drawn]:
         for i in range(n_tokens):
             if self._next is None:
-                raise TextError("there is nothing to continue")
+                raise TextError("no tokens to continue: feed at least one first")
             token, weight_E = self._next
             self._next = None
             if i + 1 < n_tokens:
@@ -200,16 +215,16 @@ def continue_tokens(
     mode: Mode = "mix",
     report: Callable[[Tally], None] | None = None,
 ) -> Iterator[Drawn]:
-    """Yield tokens that continue a sequence, as they are made.
+    """Yield tokens that continue a sequence, as they are drawn.
 
     Args:
         parts: The model.
         tokenizer: Its tokenizer.
         tokens_T: The sequence so far, not empty.
-        n_tokens: How many to make, at most; an end of text comes earlier.
-        sampling: How they are drawn.
+        n_tokens: Largest number of tokens to draw; a token that ends a text stops earlier.
+        sampling: How they are drawn; greedy by default.
         mode: "mix" or "safe".
-        report: Called with the guards' tally at the end.
+        report: Called with the guards' tally when drawing ends.
 
     Raises:
         TextError: If sequence and continuation do not fit the context.
@@ -219,7 +234,7 @@ def continue_tokens(
     if length > context:
         raise TextError(
             f"{len(tokens_T)} tokens and {n_tokens} more do not fit the context of {context}",
-            hint="shorten the text, or ask for fewer tokens",
+            hint="shorten the text or request fewer tokens",
         )
     decoder = Decoder(parts, tokenizer, length=length, sampling=sampling, mode=mode, report=report)
     decoder.feed(tokens_T)
@@ -227,12 +242,21 @@ def continue_tokens(
 
 
 def cache_length(length: int, context: int) -> int:
-    """Return how many positions a cache is made for: few sizes, so that few are compiled for."""
+    """Return the number of positions in a cache; few sizes, so that few programs are compiled.
+
+    Args:
+        length: Positions needed.
+        context: Longest sequence of the model, in tokens.
+
+    Example:
+        >>> [cache_length(n, context=4096) for n in (5, 1024, 1025, 4000)]
+        [1024, 1024, 2048, 4096]
+    """
     return min(context, max(_MIN_CACHE, 1 << (length - 1).bit_length()))
 
 
 def _banned(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """Return which tokens are never drawn: what is no token, and the begin, unless it also ends."""
+    """Return which ids are never drawn: ids without a token, and the start token unless it ends."""
     is_banned_V = np.arange(vocab_size) >= tokenizer.vocab_size
     is_banned_V[tokenizer.begin] |= tokenizer.begin not in tokenizer.ends
     return is_banned_V
@@ -242,14 +266,14 @@ def _banned(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 def _advance(
     parts: Parts, tokens_BT: jax.Array, state: Any, draw: _Draw, *, mode: Mode
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Return the token that follows, the weights it was drawn with, and the new state."""
+    """Return the next token, the router weights of its prediction, and the new state."""
     logits_BTV, weight_BTE, state = _MODES[mode][0](parts, tokens_BT, state)
     key = jax.random.fold_in(draw.key, state.caches.position)
     return _draw_token(draw._replace(key=key), logits_BTV[0, -1]), weight_BTE[0, -1], state
 
 
 def _draw_token(draw: _Draw, logits_V: jax.Array) -> jax.Array:
-    """Draw a token; what is not asked for is not computed."""
+    """Draw a token; the conditions skip sampling and sorting where the settings need neither."""
     logits_V = jnp.where(draw.is_banned_V, -jnp.inf, logits_V)
 
     def sample(logits_V: jax.Array) -> jax.Array:
@@ -259,16 +283,16 @@ def _draw_token(draw: _Draw, logits_V: jax.Array) -> jax.Array:
         )
         return jax.random.categorical(draw.key, logits_V).astype(jnp.int32)
 
-    def likeliest(logits_V: jax.Array) -> jax.Array:
+    def take_likeliest(logits_V: jax.Array) -> jax.Array:
         return jnp.argmax(logits_V).astype(jnp.int32)
 
-    return jax.lax.cond(draw.temperature > 0, sample, likeliest, logits_V)
+    return jax.lax.cond(draw.temperature > 0, sample, take_likeliest, logits_V)
 
 
 def _keep_top(top_p: jax.Array, logits_V: jax.Array) -> jax.Array:
-    """Drop all but the fewest likeliest tokens whose probability reaches `top_p`."""
+    """Keep the fewest likeliest tokens whose probabilities add up to `top_p`."""
     order_V = jnp.argsort(-logits_V)
     probability_V = jax.nn.softmax(logits_V[order_V])
-    # A token stays if those before it do not reach the sum yet; so the likeliest always stays.
+    # A token is kept if the sum before it is below `top_p`, so the likeliest always is.
     is_kept_V = jnp.cumsum(probability_V) - probability_V < top_p
     return logits_V.at[order_V].set(jnp.where(is_kept_V, logits_V[order_V], -jnp.inf))

@@ -1,4 +1,4 @@
-"""Mix mode: one pass, in which every slot mixes the outputs of the experts chosen per token."""
+"""Mix mode: one pass that mixes, in every slot, the outputs of the experts chosen per token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from composable.model.router import Choice, RouterState, choose, dense_weights, 
 
 
 class MixState(NamedTuple):
-    """What mix mode carries from one call to the next on the same documents."""
+    """State that mix mode carries from one call to the next on the same documents."""
 
     router: RouterState
     tally: Tally
@@ -56,7 +56,7 @@ def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array,
 
     Args:
         parts: The model.
-        tokens_BT: Token ids, from where the state left off.
+        tokens_BT: Token ids, continuing from the state.
         state: State before the first of them.
 
     Returns:
@@ -69,7 +69,13 @@ def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array,
 def trace_mix(
     parts: Parts, tokens_BT: jax.Array, state: MixState
 ) -> tuple[jax.Array, jax.Array, MixState]:
-    """Return logits in mix mode, the weights behind them, shape BTE, and the new state."""
+    """Return logits in mix mode, with the weights that produced them.
+
+    Arguments as for `mix`.
+
+    Returns:
+        Logits, shape BTV float32, router weights, shape BTE, and the new state.
+    """
     trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
     choice = choose_experts(parts, trunk.score_BTE)
     feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice)
@@ -89,10 +95,13 @@ def trace_mix(
 
 
 def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
-    """Return the weights of mix mode without running the upper layers.
+    """Return the router weights of mix mode without running the upper layers.
+
+    Arguments as for `mix`.
 
     Returns:
-        Weights, shape BTE, at every position for the prediction of the next token, and the state.
+        Router weights for predicting the next token at every position, shape BTE, and the new
+        state.
     """
     trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
     weight_BTE = dense_weights(choose_experts(parts, trunk.score_BTE), parts.bank.capacity)
@@ -100,7 +109,12 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
 
 
 def choose_experts(parts: Parts, score_BTE: jax.Array) -> Choice:
-    """Return the experts that each token mixes."""
+    """Return the experts that each token mixes.
+
+    Args:
+        parts: The model.
+        score_BTE: Log weights, prior included.
+    """
     interface = parts.interface
     return choose(score_BTE, parts.bank.key_E, interface.n_mixed, interface.mix.floor)
 
@@ -108,13 +122,15 @@ def choose_experts(parts: Parts, score_BTE: jax.Array) -> Choice:
 def _mixed_feed_forward(
     parts: Parts, choice: Choice
 ) -> tuple[FeedForwardFn, Dispatch, list[jax.Array]]:
-    """Return the mixture of the chosen experts; groups are made once and shared by all slots.
+    """Return a feed-forward function that mixes the chosen experts.
 
-    In each slot, what counts as zero leaves its weight to the token's other choices, and to the
-    backbone's own block where no choice is left: as if the broken expert had not been chosen there.
+    Choices are grouped by expert once, for all slots. In each slot, the weight of a contribution
+    that counts as zero goes to the token's other choices, or to the backbone's own block if none
+    is left, as if the expert had not been chosen there.
 
-    With it come the groups, and a list that gets, from every slot that runs, which rows of the
-    groups counted as zero.
+    Returns:
+        The function, the groups, and a list to which every slot that runs appends which rows of
+        the groups counted as zero.
     """
     batch, n_tokens, n_choices = choice.expert_BTJ.shape
     expert_MJ = choice.expert_BTJ.reshape(-1, n_choices)
@@ -132,8 +148,8 @@ def _mixed_feed_forward(
         x_MD = x_BTD.reshape(batch * n_tokens, -1)
         x_PD = gather_rows(x_MD, dispatch)
         y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
-        # An expert's output beyond the bound counts as zero, and so does one that is not finite:
-        # no weight, however small, multiplies it.
+        # Out-of-bounds rows are replaced by zeros, not given weight zero: zero times an infinite
+        # or NaN output is NaN.
         zeroed.append(is_expert_P & exceeds(y_PD, bound))
         y_PD = jnp.where(zeroed[-1][:, None], 0, y_PD)
         kept_MJ, dropped_M = redistribute(weight_MJ, zeroed[-1], dispatch)
@@ -143,7 +159,7 @@ def _mixed_feed_forward(
             own_MD = parts.backbone.own_feed_forward(layer, x_MD)
             return jnp.where(dropped_M[:, None], own_MD, y_MD)
 
-        # Sound experts pay for a look at whether it is needed, not for the backbone's block.
+        # Conditional, so that the backbone's block costs nothing unless a contribution was zeroed.
         y_MD = jax.lax.cond(dropped_M.any(), fall_back, lambda y_MD: y_MD, y_MD)
         return y_MD.reshape(x_BTD.shape)
 

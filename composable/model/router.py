@@ -1,18 +1,20 @@
-"""The router: experts win tokens by predicting.
+"""The router: weighs experts at every token by how well their scouts predicted the text so far.
 
     e[i,t] = log q_i(class(t) | trunk features at t-1)       evidence
     S[i,t] = discount * S[i,t-1] + e[i,t]                    track record
     w[.,t] = softmax over the top k of (log prior_i + S[i,t])
 
-or, where the interface says so, in mix mode by a filter that expects switches:
+With the interface's rule `SwitchingFilter`, mix mode uses the posterior of a hidden Markov chain
+that may switch experts at every token:
 
     v[i,t] = w[i,t-1] exp(power (e[i,t] - margin_i)), normalised
     w[i,t] = (1 - rate) v[i,t] + rate prior_i                the top k of it, above the floor
 
-with a margin of zero for the backbone and one for all experts.
+The margin is zero for the backbone and the same for all experts.
 
 Pure functions on arrays. An expert's evidence and track record are computed by the same program on
-the same numbers whatever else is installed, so they are the same to the bit.
+the same numbers whatever else is installed, so they are bit-identical in every bank. This file does
+not run bodies or the trunk.
 """
 
 from __future__ import annotations
@@ -25,15 +27,16 @@ import jax.numpy as jnp
 
 from composable.model.scout import class_log_probs
 
-# What a prediction counts as that is not finite or lower still, in nats: worse than any scout that
-# works, and few enough that sums along a document stay finite.
+# Lower bound on log-probabilities, in nats, which also replaces those that are not finite: below
+# those of any working scout, and small enough in size that sums along a document stay finite.
 _WORST = -1e4
-# The log weight of what must never be chosen: zero after exp, and finite, so gradients stay so.
+# Log weight of an entry that must never be chosen: zero after exp, and finite, which keeps
+# gradients finite.
 NEVER = -1e30
 
 
 class ScoutBank(NamedTuple):
-    """Scouts of all experts, narrower ones padded with zeros (gelu(0) = 0 adds nothing)."""
+    """Stacked scouts of all experts; narrower ones are zero-padded (gelu(0) = 0 adds nothing)."""
 
     w_in_EDW: jax.Array
     b_in_EW: jax.Array
@@ -42,18 +45,18 @@ class ScoutBank(NamedTuple):
 
 
 class RouterState(NamedTuple):
-    """What the router carries along a document, beside the KV cache."""
+    """State that the router carries along a document, in addition to the KV cache."""
 
     track_BE: jax.Array  # track records so far, nats
     posterior_BE: jax.Array  # log weights of the switching filter
     feature_BD: jax.Array  # trunk features at the last position
-    started_B: jax.Array  # whether there was a last position
+    started_B: jax.Array  # whether any position was read
 
 
 class Choice(NamedTuple):
-    """One routing decision per token, shared by all slots; best expert first.
+    """One routing decision per token, shared by all slots; largest weight first.
 
-    A choice below the floor has weight zero and the index E, which no expert has.
+    A choice below the floor has weight zero and the index E, which belongs to no expert.
     """
 
     expert_BTJ: jax.Array
@@ -61,7 +64,13 @@ class Choice(NamedTuple):
 
 
 def empty_state(batch: int, n_experts: int, d_model: int) -> RouterState:
-    """Return the state at the start of a document."""
+    """Return the state at the start of a document.
+
+    Args:
+        batch: Sequences (B).
+        n_experts: Entries of the bank (E).
+        d_model: Width of the trunk's features (D).
+    """
     return RouterState(
         jnp.zeros((batch, n_experts), jnp.float32),
         jnp.zeros((batch, n_experts), jnp.float32),
@@ -77,19 +86,19 @@ def evidence(
     state: RouterState,
     width_E: jax.Array | None = None,
 ) -> jax.Array:
-    """Return how well each scout predicted each token, from the features just before it.
+    """Return the log-likelihood of each token under each scout, from the features just before it.
 
     Args:
         scouts: Stacked scouts.
-        feature_BTD: Trunk features of these positions.
+        feature_BTD: Trunk features at these positions.
         classes_BT: Class of the token at each of these positions.
         state: State before the first of them.
-        width_E: Hidden units of each scout before it was padded, 0 where there is none; by
-            default all are used.
+        width_E: Hidden units of each scout before padding, 0 for an empty entry; by default all
+            units are used.
 
     Returns:
-        Log likelihoods in nats, shape BTE; zero where there is no position before. Where there is
-        no scout they are those of the uniform distribution.
+        Log-likelihoods in nats, shape BTE; zero for a token without a position before it. An empty
+        entry counts as the uniform distribution.
     """
     before_BTD = jnp.concatenate([state.feature_BD[:, None], feature_BTD[:, :-1]], axis=1)
     log_prob_EBT = _map_scouts(
@@ -104,16 +113,17 @@ def scout_log_probs(
     state: RouterState,
     width_E: jax.Array | None = None,
 ) -> jax.Array:
-    """Return what each scout says of the class of the next token, at the last position, too.
+    """Return each scout's log-probabilities of the next token's class.
 
     Args:
         scouts: Stacked scouts.
-        feature_BTD: Trunk features of these positions.
+        feature_BTD: Trunk features at these positions.
         state: State before the first of them.
         width_E: As for `evidence`.
 
     Returns:
-        Log probabilities, shape EBUC: first those after the position before these.
+        Log-probabilities in nats, shape EBUC with U = T + 1: entry u is conditioned on position
+        u - 1, and entry 0 on the last position in `state`.
     """
     feature_BUD = jnp.concatenate([state.feature_BD[:, None], feature_BTD], axis=1)
     return _map_scouts(
@@ -124,15 +134,24 @@ def scout_log_probs(
 def evidence_from(
     scout_log_prob_EBUC: jax.Array, classes_BT: jax.Array, started_B: jax.Array
 ) -> jax.Array:
-    """Return evidence as `evidence` does, shape BTE, from what `scout_log_probs` returned."""
-    said_EBT1 = jnp.take_along_axis(
+    """Return the same evidence as `evidence`, from the result of `scout_log_probs`.
+
+    Args:
+        scout_log_prob_EBUC: Log-probabilities in nats, as `scout_log_probs` returns them.
+        classes_BT: Class of the token at each of these positions.
+        started_B: Whether a position precedes these.
+
+    Returns:
+        Log-likelihoods in nats, shape BTE.
+    """
+    log_prob_EBT1 = jnp.take_along_axis(
         scout_log_prob_EBUC[:, :, :-1], classes_BT[None, ..., None], axis=-1
     )
-    return _where_predicted(jnp.moveaxis(said_EBT1[..., 0], 0, -1), started_B)
+    return _where_predicted(jnp.moveaxis(log_prob_EBT1[..., 0], 0, -1), started_B)
 
 
 def _where_predicted(log_prob_BTE: jax.Array, started_B: jax.Array) -> jax.Array:
-    """Return evidence without that of a token before which there was no position."""
+    """Return evidence that is zero for a token without a position before it."""
     predicted_BT = jnp.ones(log_prob_BTE.shape[:2], bool).at[:, 0].set(started_B)
     return jnp.where(predicted_BT[..., None], log_prob_BTE, 0.0)
 
@@ -140,12 +159,11 @@ def _where_predicted(log_prob_BTE: jax.Array, started_B: jax.Array) -> jax.Array
 def _map_scouts(
     scouts: ScoutBank, width_E: jax.Array | None, score: Callable[..., jax.Array]
 ) -> jax.Array:
-    """Return what each scout answers, E first; an empty entry's scout says that all is as likely.
+    """Return the score of each scout, E first; an empty entry counts as a uniform prediction.
 
-    One scout at a time, through a program that only its own width decides: the bits of its score
-    cannot depend on how many others there are, as they could in one batched product. Units that
-    are padding cost as much as others, and a bank's empty entries as much as experts, so neither
-    is multiplied.
+    Scouts run one at a time, each through a program that depends on its own width alone. In one
+    batched product the bits of a score could depend on how many other scouts there are. Multiplying
+    padding and empty entries would cost as much as multiplying experts, so both are skipped.
     """
     n_experts, bound = scouts.b_in_EW.shape
     width_E = jnp.full(n_experts, bound) if width_E is None else width_E
@@ -155,10 +173,10 @@ def _map_scouts(
     def score_first_units(width: int) -> Callable[[jax.Array], jax.Array]:
         return lambda e: score(*_first_units(scouts, e, width))
 
-    answer = jax.eval_shape(score_first_units(bound), 0)
+    result = jax.eval_shape(score_first_units(bound), 0)
 
     def uniform(_: jax.Array) -> jax.Array:
-        return jnp.full(answer.shape, -jnp.log(jnp.float32(scouts.b_out_EC.shape[-1])))
+        return jnp.full(result.shape, -jnp.log(jnp.float32(scouts.b_out_EC.shape[-1])))
 
     programs = [uniform, *map(score_first_units, widths)]
     return jax.lax.map(
@@ -170,12 +188,15 @@ def _map_scouts(
 def scout_evidence(
     scout: tuple[jax.Array, ...], before_BTD: jax.Array, classes_BT: jax.Array
 ) -> jax.Array:
-    """Return how well one scout predicted each token, shape BT, in nats.
+    """Return the log-likelihood of each token under one scout.
 
     Args:
-        scout: Its matrices DW, W, WC and C.
-        before_BTD: Trunk features of the positions just before the tokens.
+        scout: Its arrays, of shapes DW, W, WC and C.
+        before_BTD: Trunk features at the positions just before the tokens.
         classes_BT: Classes of the tokens.
+
+    Returns:
+        Log-likelihoods in nats, shape BT.
     """
     log_prob_BTC = class_log_probs(before_BTD, *scout)
     log_prob_BT = jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1)[..., 0]
@@ -187,7 +208,7 @@ def _bounded(log_prob: jax.Array) -> jax.Array:
 
 
 def _first_units(scouts: ScoutBank, e: jax.Array, width: int) -> tuple[jax.Array, ...]:
-    """Return one scout without the hidden units from `width` on, which are padding."""
+    """Return one scout's arrays cut to its first `width` hidden units; the others are padding."""
     return (
         scouts.w_in_EDW[e, :, :width],
         scouts.b_in_EW[e, :width],
@@ -200,9 +221,9 @@ def track_record(evidence_BTE: jax.Array, track_BE: jax.Array, discount: float) 
     """Return the discounted sums of evidence, shape BTE.
 
     Args:
-        evidence_BTE: Log likelihoods in nats.
-        track_BE: Track records before the first position.
-        discount: Factor per token.
+        evidence_BTE: Log-likelihoods in nats.
+        track_BE: Track records before the first position, in nats.
+        discount: Factor per token, in (0, 1].
     """
 
     def step(track_BE: jax.Array, evidence_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -222,21 +243,25 @@ def switching_posterior(
     rate: float,
     margin_E: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Return log weights by a hidden Markov chain that seldom changes experts, shape BTE.
+    """Return the log posterior of a hidden Markov chain that may switch experts at every token.
 
-    A discounted track record forgets at one pace; this remembers long inside a document and little
-    at a switch, because no weight falls below `rate` times its prior. Scouts predict neighbouring
-    tokens from much the same features, so their evidence is not as independent as the product of
-    likelihoods takes it to be; `power` below 1 corrects for that. Where an expert's scout is as
-    good as the backbone's, its weight wanders with the noise; a margin has it sink.
+    A discounted track record forgets at a constant rate. This filter keeps its evidence inside a
+    domain and still follows a switch, because no weight falls below `rate` times its prior. Scouts
+    predict neighbouring tokens from similar features, so their evidence is correlated, although a
+    product of likelihoods assumes independence; a `power` below 1 corrects for that. The weight of
+    an expert whose scout is only as good as the backbone's would drift with noise; a positive
+    margin makes it decay.
 
     Args:
-        evidence_BTE: Log likelihoods in nats, E in an order that no slot decides.
+        evidence_BTE: Log-likelihoods in nats, E in an order that does not depend on bank entries.
         posterior_BE: Log weights before the first position.
-        log_prior_E: Log prior weights, to which the chain returns.
-        power: Exponent on likelihoods.
-        rate: Probability of a change per token.
-        margin_E: What is subtracted from each expert's evidence per token, in nats.
+        log_prior_E: Log prior weights, to which the chain returns at a switch.
+        power: Exponent on likelihoods, in (0, 1].
+        rate: Probability of a switch per token, in (0, 1).
+        margin_E: Amount subtracted from each expert's evidence per token, in nats.
+
+    Returns:
+        Log weights, shape BTE.
 
     References:
         Herbster and Warmuth 1998, "Tracking the best expert" (fixed share, here towards the prior);
@@ -253,15 +278,19 @@ def switching_posterior(
 
 
 def log_prior(alive_E: jax.Array, backbone_prior: float, most: float = 1.0) -> jax.Array:
-    """Return log prior weights: the backbone's share, the rest evenly to the living experts.
+    """Return log prior weights: the backbone's prior, and the rest evenly over installed experts.
 
     Args:
-        alive_E: Which slots of the bank hold an expert; the backbone's is always alive.
-        backbone_prior: The backbone's share, in (0, 1).
-        most: What one expert may have at most; what then is left is the backbone's, too.
+        alive_E: Which bank entries are in use; the backbone's always is.
+        backbone_prior: Prior weight of the backbone, in (0, 1).
+        most: Largest prior weight of one expert; the remainder goes to the backbone.
+
+    Returns:
+        Log prior weights, shape E; NEVER for an empty entry.
     """
     n_experts = jnp.maximum(alive_E.sum() - 1, 1)
-    # Of a strong type: a weak one in the first state would compile every step twice.
+    # float32 rather than a weakly typed scalar: a weak type in the first state would make every
+    # step compile twice.
     own = jnp.float32(backbone_prior)
     each = (1 - own) / n_experts
     if most < 1:
@@ -272,15 +301,16 @@ def log_prior(alive_E: jax.Array, backbone_prior: float, most: float = 1.0) -> j
 
 
 def choose(score_BTE: jax.Array, key_E: jax.Array, k: int, floor: float = 0.0) -> Choice:
-    """Return the k best experts of each token and their softmax weights.
+    """Return the k experts with the largest score at each token, and their softmax weights.
 
-    Who has less weight than the floor is left out and costs nothing; the best never is.
+    An expert with less weight than the floor is left out and costs nothing; the best is always
+    kept.
 
     Args:
-        score_BTE: Log prior plus track record; NEVER for a dead slot.
-        key_E: A number of each expert's own that settles exact ties, so that the slot it happens
-            to sit in never does.
-        k: How many at most.
+        score_BTE: Log weights, such as log prior plus track record; NEVER for an empty entry.
+        key_E: A number of each expert's own that settles exact ties, so that the index of its bank
+            entry never does.
+        k: Largest number of experts per token.
         floor: Least weight, in [0, 1).
     """
     n_experts = score_BTE.shape[-1]
@@ -289,9 +319,9 @@ def choose(score_BTE: jax.Array, key_E: jax.Array, k: int, floor: float = 0.0) -
     expert_BTJ, weight_BTJ = order_E[rank_BTJ], jax.nn.softmax(top_BTJ, axis=-1)
     if not floor:
         return Choice(expert_BTJ, weight_BTJ)
-    taken_BTJ = (weight_BTJ >= floor).at[..., 0].set(True)
-    weight_BTJ = jax.nn.softmax(jnp.where(taken_BTJ, top_BTJ, -jnp.inf), axis=-1)
-    return Choice(jnp.where(taken_BTJ, expert_BTJ, n_experts), weight_BTJ)
+    is_kept_BTJ = (weight_BTJ >= floor).at[..., 0].set(True)
+    weight_BTJ = jax.nn.softmax(jnp.where(is_kept_BTJ, top_BTJ, -jnp.inf), axis=-1)
+    return Choice(jnp.where(is_kept_BTJ, expert_BTJ, n_experts), weight_BTJ)
 
 
 def dense_weights(choice: Choice, n_experts: int) -> jax.Array:

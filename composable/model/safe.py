@@ -1,4 +1,4 @@
-"""Safe mode: whole paths, whose output probabilities are mixed by how well each predicted."""
+"""Safe mode: runs whole paths and mixes their output probabilities by how well each predicted."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from composable.model.router import NEVER, RouterState, choose, empty_state
 
 
 class SafeState(NamedTuple):
-    """What safe mode carries from one call to the next on the same documents.
+    """State that safe mode carries from one call to the next on the same documents.
 
-    Its E runs in the order of the experts' keys, so that sums over paths do not depend on slots.
+    E runs in the order of the experts' keys, so that sums over paths do not depend on bank entries.
     """
 
     router: RouterState
     tally: Tally
     output_mixture: OutputMixtureState
-    posterior_BE: jax.Array  # log weights, summing to one over the living
+    posterior_BE: jax.Array  # log weights; their exponentials sum to one over the experts in use
     awake_BE: jax.Array  # paths that predicted the next token
-    log_prob_EBV: jax.Array  # what each path predicted for the next token
+    log_prob_EBV: jax.Array  # each path's prediction of the next token
     caches: Caches | None = None
 
 
-# Log probabilities of one path, BTV, where it was sound, BT, and its caches.
+# Log-probabilities of one path, BTV, whether it was finite, BT, and its caches.
 _PathOutput = tuple[jax.Array, jax.Array, tuple[KVCache, ...]]
 
 
@@ -62,21 +62,21 @@ def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> Saf
 
 
 def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Array, SafeState]:
-    """Return log probabilities in safe mode.
+    """Return log-probabilities in safe mode.
 
-    The backbone's path is always awake; the router's best `top_k` experts are awake token by
-    token, and an expert that sleeps neither gains nor loses. With prior p of the backbone and
-    switch rate a, a document of n tokens costs at most
-    `log(1/p) - n log(1 - a (1 - p))` nats more than the backbone alone, whatever is installed;
-    where scouts have a share of the output, `RouterInterface.safe_bound` adds what that may cost.
+    The backbone's path is always awake. The router's best `top_k` experts are awake at each token;
+    the posterior of a sleeping expert does not change. With prior p of the backbone and switch rate
+    a, a document of n tokens costs at most `log(1/p) - n log(1 - a (1 - p))` nats more than the
+    backbone alone, whatever is installed. `RouterInterface.safe_bound` adds the cost of the output
+    mixture, if there is one.
 
     Args:
         parts: The model.
-        tokens_BT: Token ids, from where the state left off.
+        tokens_BT: Token ids, continuing from the state.
         state: State before the first of them.
 
     Returns:
-        Log probabilities of the next token, shape BTV float32, and the new state.
+        Log-probabilities of the next token, shape BTV float32, and the new state.
 
     References:
         Freund, Schapire, Singer and Warmuth 1997, "Using and combining predictors that
@@ -90,11 +90,19 @@ def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Arra
 def trace_safe(
     parts: Parts, tokens_BT: jax.Array, state: SafeState
 ) -> tuple[jax.Array, jax.Array, SafeState]:
-    """Return log probabilities in safe mode, the weights behind them, shape BTE, and the state."""
+    """Return log-probabilities in safe mode, with the weights that produced them.
+
+    Arguments as for `safe`.
+
+    Returns:
+        Log-probabilities, shape BTV float32, weights of the paths, shape BTE, and the new state.
+    """
     trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
     order_E = jnp.argsort(parts.bank.key_E)
     awake_BTE = _shortlist(parts, trunk.track_BTE)[..., order_E]
-    log_prob_EBTV, sound_BTE, upper = _paths(parts, trunk.x_BTD, order_E, awake_BTE, state.caches)
+    log_prob_EBTV, is_finite_BTE, upper = _run_paths(
+        parts, trunk.x_BTD, order_E, awake_BTE, state.caches
+    )
     weight_BTE, posterior_BE = _posterior(parts, tokens_BT, state, awake_BTE, log_prob_EBTV)
     log_weight_EBT1 = jnp.moveaxis(weight_BTE, -1, 0)[..., None]
     log_prob_BTV = jax.nn.logsumexp(log_weight_EBT1 + log_prob_EBTV, axis=0)
@@ -103,11 +111,11 @@ def trace_safe(
     )
     if caches is not None:
         caches = caches._replace(upper=upper)
-    slot_E = jnp.argsort(order_E)
-    tally = tally_paths(state.tally, awake_BTE[..., slot_E], sound_BTE[..., slot_E])
+    entry_E = jnp.argsort(order_E)
+    tally = tally_paths(state.tally, awake_BTE[..., entry_E], is_finite_BTE[..., entry_E])
     awake_BE, log_prob_EBV = awake_BTE[:, -1], log_prob_EBTV[:, :, -1]
     after = SafeState(router, tally, mixture, posterior_BE, awake_BE, log_prob_EBV, caches)
-    return log_prob_BTV, jnp.exp(weight_BTE)[..., slot_E], after
+    return log_prob_BTV, jnp.exp(weight_BTE)[..., entry_E], after
 
 
 def _shortlist(parts: Parts, track_BTE: jax.Array) -> jax.Array:
@@ -119,17 +127,17 @@ def _shortlist(parts: Parts, track_BTE: jax.Array) -> jax.Array:
     return (chosen_BTE & alive_E).at[..., 0].set(True)
 
 
-def _paths(
+def _run_paths(
     parts: Parts,
     x_BTD: jax.Array,
     order_E: jax.Array,
     awake_BTE: jax.Array,
     caches: Caches | None,
 ) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
-    """Run every path that is needed whole: log probabilities EBTV, where sound BTE, and caches.
+    """Run every path that is needed: log-probabilities EBTV, whether finite BTE, and caches.
 
-    Without caches a path that no token shortlists is skipped. With them every living path runs,
-    since a later token may need it.
+    Without caches, a path that no token shortlists is skipped. With caches, the path of every
+    installed expert runs, since a later token may need its keys and values.
     """
     backbone, bank = parts.backbone, parts.bank
     needed_E = awake_BTE.any(axis=(0, 1)) if caches is None else bank.alive_E[order_E]
@@ -138,24 +146,24 @@ def _paths(
     own = () if caches is None else caches.upper
     position = 0 if caches is None else caches.position
 
-    def run(index: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
+    def run_path(index: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
         feed_forward = fixed_feed_forward(parts, entry_slots(bank, index))
         logits_BTV, written = backbone.upper(x_BTD, feed_forward, position, cache or None)
-        # A path that breaks predicts nothing: the uniform distribution.
-        sound_BT1 = jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True)
-        log_prob_BTV = jax.nn.log_softmax(jnp.where(sound_BT1, logits_BTV, 0.0), axis=-1)
-        return log_prob_BTV, sound_BT1[..., 0], tuple(written)
+        # A path whose logits are not finite counts as the uniform distribution.
+        is_finite_BT1 = jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True)
+        log_prob_BTV = jax.nn.log_softmax(jnp.where(is_finite_BT1, logits_BTV, 0.0), axis=-1)
+        return log_prob_BTV, is_finite_BT1[..., 0], tuple(written)
 
-    def one(entry: tuple[jax.Array, jax.Array, tuple[KVCache, ...]]) -> _PathOutput:
+    def run_if_needed(entry: tuple[jax.Array, jax.Array, tuple[KVCache, ...]]) -> _PathOutput:
         index, needed, cache = entry
 
         def skip(_: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
             return uniform_BTV, jnp.ones(x_BTD.shape[:2], bool), cache
 
-        return jax.lax.cond(needed, run, skip, index, cache)
+        return jax.lax.cond(needed, run_path, skip, index, cache)
 
-    log_prob_EBTV, sound_EBT, upper = jax.lax.map(one, (order_E, needed_E, own))
-    return log_prob_EBTV, jnp.moveaxis(sound_EBT, 0, -1), upper
+    log_prob_EBTV, is_finite_EBT, upper = jax.lax.map(run_if_needed, (order_E, needed_E, own))
+    return log_prob_EBTV, jnp.moveaxis(is_finite_EBT, 0, -1), upper
 
 
 def _posterior(
@@ -165,8 +173,8 @@ def _posterior(
     awake_BTE: jax.Array,
     log_prob_EBTV: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return each path's log weight at every position, BTE, and the last posterior, BE."""
-    # What each path had said of token t, one position earlier.
+    """Return each path's log weight at every position, BTE, and the last log posterior, BE."""
+    # The prediction of token t is the one that each path made one position earlier.
     before_EBTV = jnp.concatenate([state.log_prob_EBV[:, :, None], log_prob_EBTV[:, :, :-1]], 2)
     log_prob_EBT = jnp.take_along_axis(before_EBTV, tokens_BT[None, ..., None], axis=-1)[..., 0]
     predicted_BTE = jnp.concatenate([state.awake_BE[:, None], awake_BTE[:, :-1]], axis=1)
@@ -193,5 +201,5 @@ def _posterior(
 
 
 def _normalise(log_weight_BE: jax.Array, mask_BE: jax.Array) -> jax.Array:
-    """Return log weights that sum to one over the masked entries."""
+    """Return log weights normalised over the entries where the mask is true."""
     return jax.nn.log_softmax(jnp.where(mask_BE, log_weight_BE, NEVER), axis=-1)

@@ -278,9 +278,9 @@ def test_sampling_out_of_range_is_refused_by_name(field, value):
 
 def test_there_must_be_something_to_continue_and_room_for_it(model):
     decoder = Decoder(model.parts, ByteTokenizer(), length=8)
-    with pytest.raises(TextError, match="nothing to continue"):
+    with pytest.raises(TextError, match="no tokens to continue"):
         list(decoder.draw(1))
-    with pytest.raises(TextError, match="room for 8"):
+    with pytest.raises(TextError, match="do not fit the 8 positions left"):
         decoder.feed(list(range(9)))
     with pytest.raises(TextError, match="context of 128"):
         Decoder(model.parts, ByteTokenizer(), length=129)

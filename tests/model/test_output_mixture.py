@@ -1,4 +1,4 @@
-"""The output's hedge: a mixture by class, that follows who predicted better, at a bounded price."""
+"""The output mixture: by class, weighted by which predicted better, at a bounded cost."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ run = jax.jit(partial(mix_outputs, power=POWER, prior=PRIOR, rate=RATE))
 
 
 def draw_case(seed=0, n_classes=CLASSES):
-    """Return what a model says, what scouts say, whom the router trusts, and a text."""
+    """Return a model's logits, scout log-probabilities, router weights and a text."""
     rng = np.random.default_rng(seed)
     logits_BTV = rng.normal(0, 3, (BATCH, LENGTH, VOCAB)).astype(np.float32)
     scout_log_prob_EBTC = jax.nn.log_softmax(rng.normal(0, 3, (EXPERTS, BATCH, LENGTH, n_classes)))
@@ -50,9 +50,11 @@ def reference(case, class_map_V):
                 both = share * g_C[c], (1 - share) * p_C[c]
                 share = (1 - RATE) * both[0] / sum(both) + RATE * PRIOR
             p_C = np.bincount(class_map_V, prob_BTV[b, t], n_classes)
-            heard_E = np.where(weight_BTE[b, t] < 1e-3, 0, weight_BTE[b, t])
-            q_C = (1 - heard_E[1:].sum()) * p_C
-            q_C += sum(heard_E[i] * np.exp(scout_log_prob_EBTC[i, b, t]) for i in range(1, EXPERTS))
+            kept_weight_E = np.where(weight_BTE[b, t] < 1e-3, 0, weight_BTE[b, t])
+            q_C = (1 - kept_weight_E[1:].sum()) * p_C
+            q_C += sum(
+                kept_weight_E[i] * np.exp(scout_log_prob_EBTC[i, b, t]) for i in range(1, EXPERTS)
+            )
             g_C = p_C ** (1 - POWER) * q_C**POWER
             g_C /= g_C.sum()
             mixed_C = (1 - share) * p_C + share * g_C
@@ -90,7 +92,7 @@ def test_it_goes_on_from_piece_to_piece():
 
 
 @pytest.mark.parametrize("weight_E", [[1, 0, 0], [0.9985, 0.0009, 0.0006]])
-def test_where_no_expert_is_heard_nothing_changes(weight_E):
+def test_without_an_expert_above_the_least_weight_nothing_changes(weight_E):
     logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT = draw_case()
     weight_BTE = np.broadcast_to(np.float32(weight_E), weight_BTE.shape)
     found_BTV, _ = mixture((logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT))
@@ -102,12 +104,12 @@ def test_no_scout_can_cost_a_document_more_than_the_bound():
     excesses = []
     for seed in range(30):
         logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT = draw_case(seed)
-        if seed % 3:  # surely wrong: always, or when they have gained a share by the middle
+        if seed % 3:  # certain and wrong: always, or from the middle, after gaining a share
             wrong_from = 0 if seed % 3 == 1 else LENGTH // 2
-            said_BT = np.roll(CLASS_MAP[tokens_BT], -1, axis=1)
-            said_BT[:, wrong_from:] = (said_BT[:, wrong_from:] + 1) % CLASSES
-            said_BTC = np.where(np.eye(CLASSES, dtype=bool)[said_BT], 0.0, -1e4)
-            scout_log_prob_EBTC = np.broadcast_to(np.float32(said_BTC), scout_log_prob_EBTC.shape)
+            wrong_BT = np.roll(CLASS_MAP[tokens_BT], -1, axis=1)
+            wrong_BT[:, wrong_from:] = (wrong_BT[:, wrong_from:] + 1) % CLASSES
+            wrong_BTC = np.where(np.eye(CLASSES, dtype=bool)[wrong_BT], 0.0, -1e4)
+            scout_log_prob_EBTC = np.broadcast_to(np.float32(wrong_BTC), scout_log_prob_EBTC.shape)
             weight_BTE = np.broadcast_to(np.float32([0.1, 0.5, 0.4]), weight_BTE.shape)
         case = logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT
         targets_BT1 = tokens_BT[:, 1:, None]
@@ -119,18 +121,18 @@ def test_no_scout_can_cost_a_document_more_than_the_bound():
         )
         excesses.extend(cost - own)
     assert max(excesses) <= bound + 1e-3
-    assert max(excesses) > 0.5 * bound, "uniform came near the bound: the test asks for too little"
-    assert min(excesses) < -5, "uniform gained"
+    assert max(excesses) > 0.5 * bound, "no case came near the bound: the cases are too easy"
+    assert min(excesses) < -5, "no case gained"
 
 
-def test_what_is_said_of_what_the_model_rules_out_stays_finite():
-    """Both are sure, of different classes, and uniform listens to the backbone."""
+def test_a_class_that_the_model_rules_out_stays_finite():
+    """Model and scouts are each certain of another class, and the backbone has no weight."""
     logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT = draw_case()
     for sure in (20.0, 80.0, 500.0):
         logits_BTV = np.where(np.arange(VOCAB) == 1, sure, -sure).astype(np.float32)
         logits_BTV = np.broadcast_to(logits_BTV, (BATCH, LENGTH, VOCAB))
-        said_C = jnp.maximum(jax.nn.log_softmax(2 * sure * (np.arange(CLASSES) == 2)), -1e4)
-        scout_log_prob_EBTC = jnp.broadcast_to(said_C, scout_log_prob_EBTC.shape)
+        sure_C = jnp.maximum(jax.nn.log_softmax(2 * sure * (np.arange(CLASSES) == 2)), -1e4)
+        scout_log_prob_EBTC = jnp.broadcast_to(sure_C, scout_log_prob_EBTC.shape)
         weight_BTE = np.broadcast_to(np.float32([0, 1, 0]), weight_BTE.shape)
         found_BTV, state = mixture((logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT))
         assert np.isfinite(found_BTV).all()
