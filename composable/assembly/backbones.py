@@ -1,4 +1,4 @@
-"""Backbone packages to models and back."""
+"""Loads backbone packages into memory and writes them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LoadedBackbone:
 
     @property
     def anchor(self) -> list[Document]:
-        """The public text that ships with it, on which vetting looks for regressions."""
+        """The public text that ships with it, on which vetting checks for regressions."""
         read_listed(self.folder, ANCHOR_FILE)
         return read_documents([self.folder / ANCHOR_FILE])
 
@@ -80,7 +80,7 @@ class LoadedBackbone:
 
 
 def load_backbone(name: str) -> LoadedBackbone:
-    """Load a backbone package and check that it is what its interface says.
+    """Load a backbone package and check it against the digests of its interface.
 
     Args:
         name: Name of a shipped backbone, or a folder.
@@ -100,7 +100,7 @@ def load_backbone(name: str) -> LoadedBackbone:
     for field, digest in {**digests(tensors, cfg), "tokenizer": tokenizer.digest}.items():
         if getattr(interface, field) != digest:
             raise IntegrityError(
-                f"the files give {digest}, but the interface says {getattr(interface, field)}",
+                f"the files have {digest}, but the interface names {getattr(interface, field)}",
                 where=f"{folder / INTERFACE_FILE}: {field}",
             )
     return LoadedBackbone(folder, from_tensors(make, tensors), interface, tokenizer)
@@ -124,7 +124,7 @@ def save_backbone(
     """Write a backbone package, weights rounded to bfloat16.
 
     Args:
-        folder: Where to; made if missing.
+        folder: Folder to write to; created if missing.
         backbone: The trained model.
         name: Package name.
         version: Semantic version of package and interface.
@@ -182,7 +182,7 @@ def make_interface(
     """Return the interface of a backbone.
 
     Args:
-        tensors: Its weights; each is asked for twice, one at a time.
+        tensors: Its weights; each is read twice, one at a time.
         cfg: Architecture.
         tokenizer: Its tokenizer.
         name: Name of package and interface.
@@ -221,7 +221,7 @@ def describe_backbone(
     description: str,
     license_: str,
 ) -> None:
-    """Write the files of a backbone package around the weights that are there.
+    """Write the other files of a backbone package, beside existing weights.
 
     Args:
         folder: The package, with its weights.
@@ -270,7 +270,7 @@ def digests(tensors: Mapping[str, np.ndarray], cfg: BackboneConfig) -> dict[str,
 
 
 class _Selection(Mapping[str, np.ndarray]):
-    """Some of the arrays of a mapping, still read only when they are asked for."""
+    """Some of the arrays of a mapping, read on access."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
         self._tensors, self._names = tensors, names
@@ -293,7 +293,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _describe(path: Path) -> PackageFile:
-    """Return size and digest of a file, read in blocks."""
+    """Return the size and digest of a file, read in blocks."""
     return PackageFile(name=path.name, size=path.stat().st_size, digest=digest_file(path))
 
 

@@ -1,4 +1,4 @@
-"""Expert packages to pluggable parts and back."""
+"""Loads expert packages into pluggable parts and writes them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_expert(backbone: Backbone, manifest: Manifest, seed: int = 0) -> Expert
     """Return an untrained expert of the kind that a manifest describes.
 
     Args:
-        backbone: The backbone that it is for.
+        backbone: Its backbone.
         manifest: Its manifest.
         seed: Seed of its weights.
     """
@@ -43,14 +43,14 @@ def load_expert(loaded: LoadedBackbone, folder: Path) -> Pluggable:
     """Load an expert package for a backbone; every tensor is checked before it is used.
 
     Args:
-        loaded: The backbone that it is for.
+        loaded: Its backbone.
         folder: The package.
 
     Raises:
         ManifestError: If its manifest is bad.
         InterfaceError: If it was trained against an interface that this backbone does not honour.
-        IntegrityError: If its files are not those that its manifest lists.
-        TensorFileError: If its tensors are not those of the interface.
+        IntegrityError: If its files do not match its manifest.
+        TensorFileError: If its tensors do not match the interface.
     """
     manifest = Manifest.read(folder)
     fit_interface(manifest, loaded.interface)

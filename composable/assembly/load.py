@@ -1,4 +1,4 @@
-"""From names to a model: requirements are resolved, locked, installed and plugged in."""
+"""Loads a model by names: resolves, locks, installs and plugs in requirements."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def load(
 ) -> Model:
     """Return a model: a backbone with experts plugged in.
 
-    Without `experts`, what the project around the working directory has installed. With them, the
-    newest releases that fit together, from `registry`, or else the project's registries, or else
-    the one in COMPOSABLE_REGISTRY; they are installed once and found again the next time.
+    Without `experts`, the experts installed in the project of the working directory. With them, the
+    newest compatible releases from `registry`, or else from the project's registries, or else from
+    the one in COMPOSABLE_REGISTRY; they are installed once and reused afterwards.
 
     Args:
         backbone: Name of a backbone that ships with composable, or the folder of one; by default
             the project's.
-        experts: Requirements such as "python-code>=1.0" or "set-mm"; none at all is the backbone
-            alone.
-        registry: Where to take them from: a folder, an export, or a URL.
+        experts: Requirements such as "python-code>=1.0" or "set-mm"; an empty list gives the
+            backbone alone.
+        registry: The registry to install from: a folder, an export, or a URL.
         capacity: Entries of the bank; see `Model`.
 
     Returns:
@@ -61,7 +61,7 @@ def gather(
     *,
     registry: str | Path | None = None,
 ) -> tuple[LoadedBackbone, list[Path]]:
-    """Return what `load` plugs together: the backbone, and the folders of the installed experts.
+    """Return the parts that `load` combines: the backbone, and the folders of installed experts.
 
     Arguments and errors as for `load`.
     """
@@ -82,11 +82,11 @@ def gather(
 def expert(
     requirement: str, *, backbone: str | None = None, registry: str | Path | None = None
 ) -> Pluggable:
-    """Return one expert as modules, for research code of one's own.
+    """Return one expert as flax modules, for use in research code.
 
     Args:
         requirement: For example "set-mm@1.0.0".
-        backbone: The backbone that it is for; by default the one that its manifest names.
+        backbone: Its backbone; by default the project's, or else tiny-bytes.
         registry: As for `load`.
 
     Returns:
@@ -116,15 +116,15 @@ def install_experts(
     Args:
         loaded: The backbone that they plug into.
         wanted: The requirements.
-        registry: Where to take them from, as for `load`.
+        registry: The registry to install from, as for `load`.
 
     Raises:
         PackagingError: If something does not exist, does not resolve, or is damaged.
     """
-    shop = find_registries(registry)
+    source = find_registries(registry)
     experts = {}
     for requirement in wanted:
-        known = shop.experts.get(requirement.name, Wanted())
+        known = source.experts.get(requirement.name, Wanted())
         experts[requirement.name] = dataclasses.replace(
             known,
             constraint=requirement.constraint,
@@ -134,12 +134,12 @@ def install_experts(
         "interface": loaded.interface.digest,
         "experts": {name: dataclasses.astuple(want)[1:] for name, want in experts.items()},
         "ranges": {name: str(want.constraint) for name, want in experts.items()},
-        "registries": dict(shop.registries),
+        "registries": dict(source.registries),
     }
     key = digest_bytes(canonical_json(identity)).removeprefix("sha256:")[:16]
     cache = Path(platformdirs.user_cache_dir("composable", appauthor=False))
     project = dataclasses.replace(
-        shop,
+        source,
         root=cache / "environments" / key,
         backbone=str(loaded.folder),
         experts=experts,
@@ -149,7 +149,7 @@ def install_experts(
 
 
 def find_registries(registry: str | Path | None) -> Project:
-    """Return where experts come from: as a project, every place in it independent of its folder.
+    """Return the registries to install from, as a project whose locations are absolute.
 
     Args:
         registry: A registry; by default the project's, or else that of COMPOSABLE_REGISTRY.
@@ -174,7 +174,7 @@ def find_registries(registry: str | Path | None) -> Project:
             return dataclasses.replace(project, registries=places, experts=experts)
     if location is None:
         raise PackagingError(
-            "there is no registry to take experts from",
+            "no registry to install experts from",
             hint=f"give registry=LOCATION, set {REGISTRY_VARIABLE}, or work inside a project",
         )
     places = {"default": _anchor(str(location), Path.cwd())}
@@ -182,5 +182,5 @@ def find_registries(registry: str | Path | None) -> Project:
 
 
 def _anchor(location: str, root: Path) -> str:
-    """Return a location that means the same everywhere."""
+    """Return a location with an absolute path, unless it is a URL."""
     return location if "://" in location else str((root / Path(location).expanduser()).resolve())

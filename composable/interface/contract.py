@@ -1,7 +1,7 @@
 """The router interface: what a backbone publishes and every expert trains against.
 
-It is data with a digest. Same major version: every published expert still plugs in. Whatever an
-expert's scores or weights depend on is named here; nothing else of the backbone is promised.
+It is data with a digest. Within one major version every published expert still plugs in. It names
+everything that an expert's scores or weights depend on; the rest of the backbone may change.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ SLOT_DIMS: Final = {"w_gate": "DF", "w_up": "DF", "w_down": "FD"}
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """What a tensor file must hold under one name: an exact shape and one of `dtypes`."""
+    """Requirements on one tensor of a file: its exact shape, and one of `dtypes`.
+
+    Example:
+        >>> TensorSpec(shape=(4, 8)).dtypes
+        ('BF16', 'F32')
+    """
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = DTYPES
@@ -70,7 +75,7 @@ class RouterInterface:
         switch_rate: Probability per token, in [0, 1), that safe mode's posterior restarts from
             the prior, as after a change of document.
         output_bounds: For every slot the largest root mean square of a body's output at one token;
-            in mix mode what exceeds it counts as zero.
+            in mix mode an output that exceeds it counts as zero.
         honours: Digests of earlier interfaces whose experts plug in unchanged.
         mix: How mix mode weighs experts, and how many it mixes per token.
         output_mixture: How scouts' predictions are mixed into the output; None if they only route.

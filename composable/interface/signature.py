@@ -1,4 +1,4 @@
-"""What an expert's tensor files must hold: names, shapes and dtypes, derived from the interface.
+"""The tensors that an expert's files must contain: names, shapes and dtypes, from the interface.
 
 Tensor names are the on-disk format; renaming one is a major version.
 """
@@ -49,7 +49,11 @@ def body_signature(
 
 
 def scout_signature(interface: RouterInterface, width: int) -> dict[str, TensorSpec]:
-    """Return the tensors of a scout with hidden width W, by name.
+    """Return the tensors of a scout, by name.
+
+    Args:
+        interface: The contract.
+        width: Hidden width W.
 
     Raises:
         InterfaceError: For a width that the interface does not allow.

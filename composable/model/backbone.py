@@ -1,7 +1,7 @@
 """The backbone: a causal transformer cut at the tap into a trunk and an upper part.
 
-What runs in the feed-forward place of an upper layer is the caller's: the backbone's own block, an
-expert's body, or a mixture. So the same code serves training, a single path and composition.
+The caller supplies the feed-forward function of the upper layers: the backbone's own block, an
+expert's body, or a mixture. The same code therefore serves training, single paths and composition.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Layer(nnx.Module):
 
 
 class Backbone(nnx.Module):
-    """A frozen model with its router interface's parts: trunk, tap, class map and own scout.
+    """A frozen model with the parts that its router interface names: trunk, tap, class map, scout.
 
     Args:
         cfg: Architecture.
@@ -82,7 +82,7 @@ class Backbone(nnx.Module):
         position: jax.Array | int = 0,
         caches: Sequence[KVCache] | None = None,
     ) -> tuple[jax.Array, list[KVCache]]:
-        """Run the layers below the tap; nothing installed ever changes what they compute.
+        """Run the layers below the tap; their result does not depend on what is installed.
 
         Args:
             tokens_BT: Token ids.
@@ -95,12 +95,12 @@ class Backbone(nnx.Module):
         x_BTD = self.embed[...][tokens_BT]
         layers = range(self.cfg.tap)
         x_BTD, caches = self._run(layers, x_BTD, self.own_feed_forward, position, caches)
-        # The barrier keeps the compiler from fusing the trunk with what reads it, so its bits do
-        # not depend on what is installed above.
+        # The barrier keeps the compiler from fusing the trunk with its consumers, so that its bits
+        # do not depend on what is installed above.
         return jax.lax.optimization_barrier(x_BTD), caches
 
     def features(self, x_BTD: jax.Array) -> jax.Array:
-        """Return what scouts read, shape BTD float32: the tap's residual stream at unit scale."""
+        """Return the scouts' input, shape BTD float32: the tap's residual stream, normalised."""
         ones_D = jnp.ones(self.cfg.d_model, jnp.float32)
         feature_BTD = rms_norm(x_BTD.astype(jnp.float32), ones_D, self.cfg.norm_eps)
         return jax.lax.optimization_barrier(feature_BTD)
@@ -116,7 +116,7 @@ class Backbone(nnx.Module):
 
         Args:
             x_BTD: Residual stream at the tap.
-            feed_forward: What runs in every slot.
+            feed_forward: Function that runs in every slot.
             position: Position of the first token.
             caches: One cache per upper layer, when decoding.
 

@@ -1,7 +1,7 @@
-"""The bank: installed bodies and scouts, stacked for the device, with room to spare.
+"""The bank: installed bodies and scouts, stacked for the device, with spare capacity.
 
-Slot 0 is the backbone. Installing writes one slot in place (the old arrays are donated) at a traced
-index, and removing clears its alive mark: neither recompiles anything.
+Entry 0 is the backbone. Installing writes one entry in place (the old arrays are donated) at a
+traced index, and removing clears it; neither compiles anything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Bank:
         scouts: Stacked scouts.
         width_E: Hidden units of each scout before it was padded; 0 where there is none.
         alive_E: Which entries hold an expert.
-        key_E: Each expert's own number, by which ties are settled; the backbone's is 0.
+        key_E: Each expert's own number, which settles ties; the backbone's is 0.
     """
 
     slots: tuple[SlotMatrices, ...]
@@ -41,7 +41,7 @@ class Bank:
 
     @property
     def capacity(self) -> int:
-        """Experts that fit, the backbone included."""
+        """Number of entries, the backbone's included."""
         return int(self.alive_E.shape[0])
 
 
@@ -98,7 +98,7 @@ def install(bank: Bank, index: jax.Array | int, entry: BankEntry) -> Bank:
 
     Args:
         bank: The bank; its arrays are donated and must not be used again.
-        index: Which entry; traced, so one compilation serves all.
+        index: Which entry; traced, so that one compiled program serves all.
         entry: The expert.
     """
     put = functools.partial(jax.tree.map, lambda stack, one: stack.at[index].set(one))
@@ -113,7 +113,7 @@ def install(bank: Bank, index: jax.Array | int, entry: BankEntry) -> Bank:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def remove(bank: Bank, index: jax.Array | int) -> Bank:
-    """Clear an entry, in place: its arrays become zero and its alive mark falls."""
+    """Clear an entry in place: its arrays become zero and it counts as empty."""
     clear = functools.partial(jax.tree.map, lambda stack: stack.at[index].set(0))
     return Bank(
         slots=clear(bank.slots),
@@ -143,7 +143,7 @@ def grow(bank: Bank, capacity: int) -> Bank:
 
 
 def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
-    """Return the mean of the living experts' bodies (the backbone left out), for comparison.
+    """Return the mean of the installed experts' bodies, without the backbone, for comparison.
 
     References:
         Wortsman et al. 2022, arXiv:2203.05482 (uniform soup).

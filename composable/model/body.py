@@ -65,7 +65,7 @@ class Body(nnx.Module):
         rngs: Source of the initial weights; only "lora" draws any.
 
     Raises:
-        ModelError: For an unknown kind, or a rank where none belongs or none where one does.
+        ModelError: For an unknown kind, a rank with "ffn", or no rank with "lora".
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Body(nnx.Module):
         return {name: (own[name] + changes[name]).astype(own[name].dtype) for name in MATRICES}
 
     def feed_forward(self, backbone: Backbone) -> FeedForwardFn:
-        """Return what to run in every slot when this body is always on.
+        """Return the function to run in every slot when this body is active at every token.
 
         A low-rank body is run as `x w + (x a) b`: the same sum as in `merged`, but the gradient
         with respect to the large product `a b` is never formed, which is a fifth of a step.

@@ -1,7 +1,7 @@
 """Shape of a backbone, and the presets.
 
-What tells one family of transformers from another is spelt out in fields, one per property; no code
-asks for the name of a model.
+The properties in which transformer families differ are fields, one per property; no code branches
+on the name of a model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class RopeScaling:
 class BackboneConfig:
     """Architecture of a causal transformer with RMSNorm, RoPE, grouped queries and SwiGLU.
 
-    Nothing has a bias, and attention reads all that came before: what is otherwise has no field.
+    No layer has a bias, and attention reads all earlier positions; architectures that differ in
+    this are not supported.
 
     Args:
         vocab_size: Tokens (V).
@@ -77,13 +78,13 @@ class BackboneConfig:
             ("before") or what comes out of them ("after").
         qk_norm: How queries and keys are normalised: "none", each "head" by itself, or the whole
             "projection" at once.
-        is_tied: Whether the embeddings also predict; otherwise there is a matrix for that.
+        is_tied: Whether the embeddings also serve as output matrix; otherwise it has its own.
         rope_scaling: Stretching of the rotary frequencies, if there is any.
-        dtype: What weights and activations are computed in, "F32" or "BF16"; scouts, norms'
-            sums and softmaxes are in float32 always.
+        dtype: Type of weights and activations, "F32" or "BF16"; scouts, the sums of norms and
+            softmaxes always use float32.
 
     Raises:
-        ModelError: For a combination that no model has; `where` names the field.
+        ModelError: For a value out of range or an impossible combination; `where` names the field.
     """
 
     vocab_size: int
@@ -165,7 +166,7 @@ class BackboneConfig:
             raise ModelError(str(error), where="config") from error
 
 
-# The fields that are positive numbers, and were there from the first release on.
+# The positive numbers, which the first release already had.
 _SIZES: Final = (
     "vocab_size",
     "d_model",

@@ -1,10 +1,10 @@
-"""Runtime guards: what an expert contributes counts as zero unless it is finite and in bounds.
+"""Runtime guards: an expert's contribution counts as zero unless it is finite and in bounds.
 
-A *contribution* is in mix mode what one body puts out in one slot at one token, and in safe mode
-what one path predicts at one token. This file says which of them count, who gets the weight of
-those that do not, and keeps a tally of them: two whole numbers per expert, carried beside the
-router's state, read when a text is done. It decides nothing about trust: the weights that a model
-reports stay those that the scouts won.
+A *contribution* is, in mix mode, the output of one body in one slot at one token, and in safe mode
+the prediction of one path at one token. This file decides which contributions count, redistributes
+the weight of those that do not, and keeps a tally: two integers per expert, carried with the
+router's state and read at the end of a text. It does not change the router: the weights that a
+model reports are the router weights.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from composable.model.router import Choice
 
 
 class Tally(NamedTuple):
-    """Contributions of every expert of the bank since its documents began, int32."""
+    """Contributions of every expert of the bank since the start of its documents, int32."""
 
     made_E: jax.Array
     zeroed_E: jax.Array
 
 
 class Contributions(NamedTuple):
-    """How many contributions of one expert counted as zero, of how many it made."""
+    """How many contributions of one expert counted as zero, and how many it made.
+
+    Example:
+        >>> Contributions(zeroed=2, made=40)
+        Contributions(zeroed=2, made=40)
+    """
 
     zeroed: int
     made: int
@@ -42,17 +47,25 @@ def empty_tally(n_experts: int) -> Tally:
 
 
 def exceeds(y_PD: jax.Array, bound: float) -> jax.Array:
-    """Return which rows are not finite, or have a root mean square over the bound, shape P."""
+    """Return which rows are not finite, or have a root mean square over the bound.
+
+    Args:
+        y_PD: Outputs of bodies.
+        bound: Largest root mean square, positive.
+
+    Returns:
+        Booleans, shape P.
+    """
     power_P = jnp.mean(jnp.square(y_PD.astype(jnp.float32)), axis=-1)
-    return ~(power_P <= bound**2)  # a NaN is not below the bound, nor is a square that overflows
+    return ~(power_P <= bound**2)  # true for NaN and for a square that overflows
 
 
 def redistribute(
     weight_MJ: jax.Array, zeroed_P: jax.Array, dispatch: Dispatch
 ) -> tuple[jax.Array, jax.Array]:
-    """Give the weight of contributions that count as zero to the token's other choices.
+    """Move the weight of contributions that count as zero to the token's other choices.
 
-    They get it in proportion to their own weights: those of a softmax over fewer.
+    It is shared in proportion to their weights, as by a softmax over the remaining choices.
 
     Args:
         weight_MJ: Weight of each choice, float32.
@@ -60,14 +73,15 @@ def redistribute(
         dispatch: Which row holds which choice.
 
     Returns:
-        Weights, shape MJ, of tokens that lost nothing the ones given, to the bit; and which tokens
-        have no choice left, shape M: their weights are zero, and the backbone's own block is due.
+        Weights, shape MJ, unchanged bit for bit where a token lost no contribution; and which
+        tokens have no choice left, shape M: their weights are zero, and they need the backbone's
+        own block.
     """
     zeroed_MJ = jnp.take(zeroed_P, dispatch.position_MJ, mode="fill", fill_value=False)
     lost_M1 = jnp.any(zeroed_MJ & (weight_MJ > 0), axis=-1, keepdims=True)
     kept_MJ = jnp.where(zeroed_MJ, 0, weight_MJ)
     kept_M1 = jnp.sum(kept_MJ, axis=-1, keepdims=True)
-    # Of what is smaller than a normal number a device may keep nothing: 0 / 0.
+    # A device may flush subnormal numbers to zero, and the division would be 0 / 0.
     is_kept_M1 = kept_M1 >= jnp.finfo(weight_MJ.dtype).tiny
     shared_MJ = jnp.where(is_kept_M1, kept_MJ / jnp.where(is_kept_M1, kept_M1, 1), 0)
     return jnp.where(lost_M1, shared_MJ, weight_MJ), (lost_M1 & ~is_kept_M1)[:, 0]
@@ -76,12 +90,12 @@ def redistribute(
 def tally_rows(
     tally: Tally, zeroed: Sequence[jax.Array], choice: Choice, dispatch: Dispatch
 ) -> Tally:
-    """Add what one pass in mix mode contributed.
+    """Return the tally with the contributions of one pass in mix mode added.
 
     Args:
         tally: The tally so far.
-        zeroed: For every slot which rows counted as zero, shape P.
-        choice: Whom each token chose; a choice of weight zero contributes nothing.
+        zeroed: For every slot, which rows counted as zero, shape P.
+        choice: Experts chosen at each token; a choice of weight zero makes no contribution.
         dispatch: Which row holds which choice.
     """
     expert_MJ = choice.expert_BTJ.reshape(dispatch.position_MJ.shape)
@@ -94,16 +108,27 @@ def tally_rows(
     )
 
 
-def tally_paths(tally: Tally, awake_BTE: jax.Array, sound_BTE: jax.Array) -> Tally:
-    """Add what one pass in safe mode contributed: paths that predicted, and those that broke."""
+def tally_paths(tally: Tally, awake_BTE: jax.Array, is_finite_BTE: jax.Array) -> Tally:
+    """Return the tally with the contributions of one pass in safe mode added.
+
+    Args:
+        tally: The tally so far.
+        awake_BTE: Which paths predicted the next token.
+        is_finite_BTE: Whether each path's logits were finite.
+    """
     return Tally(
         tally.made_E + awake_BTE.sum(axis=(0, 1), dtype=jnp.int32),
-        tally.zeroed_E + (awake_BTE & ~sound_BTE).sum(axis=(0, 1), dtype=jnp.int32),
+        tally.zeroed_E + (awake_BTE & ~is_finite_BTE).sum(axis=(0, 1), dtype=jnp.int32),
     )
 
 
 def read_tally(names: Sequence[str | None], tally: Tally) -> dict[str, Contributions]:
-    """Return a tally by name of the experts; this waits for the device."""
+    """Return a tally by expert name; waits for the device.
+
+    Args:
+        names: Name of each bank entry, None if it is empty.
+        tally: The tally.
+    """
     pairs = np.stack([np.asarray(tally.zeroed_E), np.asarray(tally.made_E)], axis=1).tolist()
     return {
         name: Contributions(*pair)
@@ -113,13 +138,17 @@ def read_tally(names: Sequence[str | None], tally: Tally) -> dict[str, Contribut
 
 
 def make_reporter(names: Sequence[str | None]) -> Callable[[Tally], None]:
-    """Return a function that warns of experts whose contributions counted as zero, once of each."""
-    told: set[str] = set()
+    """Return a function that warns of experts with zeroed contributions, once for each expert.
+
+    Args:
+        names: Name of each bank entry, None if it is empty.
+    """
+    reported: set[str] = set()
 
     def report(tally: Tally) -> None:
         for name, (zeroed, made) in read_tally(names, tally).items():
-            if zeroed and name not in told:
-                told.add(name)
+            if zeroed and name not in reported:
+                reported.add(name)
                 warnings.warn(ContributionWarning(name, zeroed, made), stacklevel=2)
 
     return report

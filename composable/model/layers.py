@@ -1,6 +1,6 @@
-"""The pieces of a transformer layer that hold no choice of experts: norm, RoPE, attention, SwiGLU.
+"""The parts of a transformer layer that do not depend on experts: norm, RoPE, attention, SwiGLU.
 
-Initial scales follow GPT-2's habit (residual outputs shrink with depth). Nothing here shards or
+Initial scales follow GPT-2 (residual outputs shrink with depth). Nothing here shards or
 casts activations: they take the dtype of the weights, which the config names.
 """
 
@@ -15,19 +15,20 @@ from flax import nnx
 
 from composable.model.config import DTYPE_NAMES, BackboneConfig, RopeScaling
 
-# Queries are taken in blocks, each against the keys up to its own end: about half of the causal
+# Queries are processed in blocks, each against the keys up to its own end: about half of the causal
 # square is never computed. 128 was the fastest block on two CPU cores at 512 positions.
 _QUERY_BLOCK: Final = 128
 
 
-# Cached keys are read in blocks of so many positions, and only as far as they are filled.
+# Cached keys are read in blocks of this many positions, up to the last filled block.
 CACHE_BLOCK: Final = 128
 
 
 class KVCache(NamedTuple):
     """Keys and values of one layer for S positions, of which the first ones are filled.
 
-    Head before position: so the positions of a head lie side by side, as attention reads them.
+    Heads come before positions, so that the positions of a head are contiguous, as attention reads
+    them.
     """
 
     k_BKSH: jax.Array
@@ -51,7 +52,7 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Scale to unit root mean square, computed in float32.
 
     Args:
-        x_BTD: What to normalise; other shapes do as well.
+        x_BTD: Array to normalise; other shapes work as well.
         scale_D: Scale; the mean runs over as many trailing axes as it has.
         eps: Added to the mean square.
 
@@ -121,7 +122,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, position: jax.Array | int = 0, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Attend from T positions to all before them.
+        """Attend from T positions to themselves and all earlier ones.
 
         Args:
             x_BTD: Residual stream, normalised where the config says before.
@@ -154,7 +155,7 @@ class Attention(nnx.Module):
 
 
 def _project(x: jax.Array, w: jax.Array, axes: str) -> jax.Array:
-    """Return the einsum of `x` and `w`; one token at a time, as a product of matrices.
+    """Return the einsum of `x` and `w`; for a single token, as a product of matrices.
 
     XLA's CPU backend runs an einsum over three axes five times slower when there is one token.
     """
@@ -167,11 +168,11 @@ def _project(x: jax.Array, w: jax.Array, axes: str) -> jax.Array:
 
 
 def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) -> jax.Array:
-    """Attend to what the cache holds up to each position, block by block.
+    """Attend to the cached positions up to each query, block by block.
 
     The number of blocks is known only at run time, so one program serves every length, and a long
-    cache costs no time until it is filled. Softmax is taken on the way: what was added up so far is
-    rescaled when a larger score comes.
+    cache costs no time until it is filled. The softmax is computed online: partial sums are
+    rescaled when a larger score appears.
 
     References:
         Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3 (online softmax).

@@ -1,7 +1,7 @@
-"""`Model`: what a user holds. A composed model with names, checks and compiled calls.
+"""`Model`: a composed model with expert names, checked inputs and compiled calls.
 
-The arrays are in `parts`, a tree that goes through `jax.jit`, `grad` and `vmap`; so does a whole
-`Model`, whose names travel as static data.
+The arrays are in `parts`, a pytree for `jax.jit`, `grad` and `vmap`. A `Model` is a pytree too,
+with its names and tokenizer as static data. The arithmetic is in `mix.py`, `safe.py` and `composed.py`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ BACKBONE = "backbone"
 
 @dataclass(frozen=True, kw_only=True)
 class Pluggable:
-    """An expert as a model takes it.
+    """An expert that can be installed in a model.
 
     Args:
-        name: What `route` and `path` call it.
+        name: Its name in `Model.names` and `Model.path`.
         body: Its body.
         scout: Its scout.
         key: A number of its own, from its digest, that settles exact ties between experts.
@@ -80,7 +80,7 @@ class Model:
                 f"the tokenizer given has digest {self.tokenizer.digest}, "
                 f"expected {interface.tokenizer}",
                 where="interface.tokenizer",
-                hint="a backbone package brings its own: tokenizer=release.tokenizer",
+                hint="a backbone package has its own: tokenizer=loaded.tokenizer",
             )
         needed = len(experts) + 1
         capacity = max(capacity or 1, _power_of_two(needed))
@@ -152,7 +152,7 @@ class Model:
         """Return logits in mix mode.
 
         Args:
-            tokens_BT: Token ids of whole documents or their begins, as `encode` returns them.
+            tokens_BT: Token ids of whole documents or their first parts, as `encode` returns them.
 
         Returns:
             Logits of the next token, shape BTV float32.
@@ -165,7 +165,7 @@ class Model:
         return _mix(self.parts, tokens_BT)
 
     def safe(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
-        """Return log probabilities in safe mode, shape BTV; see `safe_mode.safe` for its bound."""
+        """Return log-probabilities in safe mode, shape BTV; `model.safe.safe` states its bound."""
         return _safe(self.parts, self._checked(tokens_BT))
 
     def route(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
@@ -176,24 +176,24 @@ class Model:
         return _route(self.parts, self._checked(tokens_BT))
 
     def path(self, tokens_BT: jax.typing.ArrayLike, name: str = BACKBONE) -> jax.Array:
-        """Return logits of one expert always on, or of the backbone alone, shape BTV."""
+        """Return logits, shape BTV, with one expert or the backbone active at every token."""
         return _path(self.parts, self._checked(tokens_BT), self._index(name))
 
     def contributions(self, tokens_BT: jax.typing.ArrayLike) -> dict[str, Contributions]:
-        """Return how many contributions of each expert mix mode counts as zero, of how many.
+        """Return how many contributions of each expert mix mode makes and counts as zero.
 
-        A contribution is what a body puts out in one slot at one token; what is not finite, or
-        beyond the interface's bound, counts as zero, and its weight goes to the token's other
-        choices. None of a sound expert's is.
+        A contribution is the output of a body in one slot at one token. If it is not finite, or
+        exceeds the interface's bound, it counts as zero and its weight goes to the token's other
+        choices. A vetted expert should have none.
         """
         return read_tally(self.names, _tally(self.parts, self._checked(tokens_BT)))
 
     def average_slots(self) -> tuple[SlotMatrices, ...]:
-        """Return the mean of the installed bodies: the merge that composition competes with."""
+        """Return the mean of the installed bodies: a merge to compare composition with."""
         return banks.average_slots(self.parts.bank)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Return tokens_T of a text, the begin token first."""
+        """Return tokens_T of a text, the start token first."""
         return self.tokenizer.encode(text)
 
     def stream(
@@ -207,7 +207,7 @@ class Model:
         seed: int = 0,
         mode: Mode = "mix",
     ) -> Iterator[Piece]:
-        """Yield the continuation of a prompt piece by piece, with the weights behind each.
+        """Yield the continuation of a prompt piece by piece, with the router weights of each.
 
         Arguments as for `generate`; entry e of the weights belongs to `names[e]`. At the end, each
         expert whose contributions counted as zero is reported in a `ContributionWarning`.
@@ -283,15 +283,15 @@ def generate(
     Args:
         model: The model.
         prompt: Text to continue, not empty.
-        max_tokens: Tokens to make, at most.
-        temperature: Softmax temperature; 0 always takes the likeliest token.
-        top_p: Only the likeliest tokens that together have this probability are drawn from.
+        max_tokens: Largest number of tokens to generate.
+        temperature: Softmax temperature, at least 0; 0 selects the likeliest token.
+        top_p: Draw only from the likeliest tokens whose probabilities add up to this, in (0, 1].
         stop: Strings before which the text ends.
         seed: Seed of the draws.
         mode: "mix" or "safe".
 
     Raises:
-        TextError: If the prompt is empty, or does not fit the context with what is asked for.
+        TextError: If the prompt is empty, or prompt and continuation do not fit the context.
         ModelError: For a setting out of its range.
     """
     pieces = model.stream(

@@ -1,7 +1,7 @@
-"""Scouts: small predictors on the trunk's features, by which experts win tokens.
+"""Scouts: small predictors on the trunk's features, whose likelihoods route tokens to experts.
 
 A scout reads the normalised trunk features at position t-1 and predicts the class of token t. The
-library normalises what it says, so a scout cannot claim more than one unit of probability.
+library applies the softmax, so the probabilities of every scout sum to one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Scout(nnx.Module):
         normal = jax.random.normal
         self.w_in = nnx.Param(normal(rngs.params(), (d_model, width)) * d_model**-0.5, dims="DW")
         self.b_in = nnx.Param(jnp.zeros(width), dims="W")
-        # Near-uniform at first: an untrained scout predicts badly and so wins nothing.
+        # Near-uniform at first: no tokens are routed to an untrained scout's expert.
         self.w_out = nnx.Param(
             normal(rngs.params(), (width, n_classes)) * 0.1 * width**-0.5, dims="WC"
         )
         self.b_out = nnx.Param(jnp.zeros(n_classes), dims="C")
 
     def __call__(self, feature_BTD: jax.Array) -> jax.Array:
-        """Return log probabilities over the next token's class, shape BTC, float32."""
+        """Return log-probabilities over the next token's class, shape BTC, float32."""
         return class_log_probs(
             feature_BTD, self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...]
         )
@@ -45,7 +45,7 @@ def class_log_probs(
     w_out_WC: jax.Array,
     b_out_C: jax.Array,
 ) -> jax.Array:
-    """Return a scout's normalised log probabilities, shape BTC, always in float32."""
+    """Return a scout's normalised log-probabilities, shape BTC, always in float32."""
     feature_BTD = feature_BTD.astype(jnp.float32)
     hidden_BTW = jax.nn.gelu(feature_BTD @ w_in_DW.astype(jnp.float32) + b_in_W)
     return jax.nn.log_softmax(hidden_BTW @ w_out_WC.astype(jnp.float32) + b_out_C, axis=-1)

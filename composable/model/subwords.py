@@ -1,8 +1,8 @@
-"""Tokenizers of imported backbones, by the `tokenizers` library: its JSON is their definition.
+"""Tokenizers of imported backbones, defined by the JSON format of the `tokenizers` library.
 
-Text is only ever text: a document that spells out a special token, such as `<|endoftext|>`, is
-encoded as those characters, so no text can end a document or speak for somebody else. Special
-tokens come in by `begin` and by trusted markup alone.
+A document that contains the characters of a special token, such as `<|endoftext|>`, is encoded as
+those characters, so text can neither end a document nor forge a turn of a conversation. Special
+tokens come only from `begin` and from the chat format's markup.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class SubwordTokenizer:
     """A tokenizer of the `tokenizers` library.
 
     Args:
-        definition: Its JSON, as `tokenizer.json` holds it.
-        begin: The special token that begins a document.
-        ends: Tokens at which a continuation is over.
-        chat: How conversations are written, if the model was taught any way.
+        definition: Its JSON, the content of `tokenizer.json`.
+        begin: The special token at the start of a document.
+        ends: Tokens that end a continuation.
+        chat: Format of conversations, or None if the model was not trained on any.
 
     Raises:
         ModelError: If the library is missing or cannot read the definition, or a token is unknown.
@@ -57,7 +57,7 @@ class SubwordTokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the definition's canonical JSON and of the begin token."""
+        """Digest of the definition's canonical JSON and of the start token."""
         definition = digest_bytes(canonical_json(json.loads(self._definition)))
         return digest_bytes(
             canonical_json(
@@ -93,14 +93,16 @@ class SubwordTokenizer:
         """Read what `to_files` returned.
 
         Raises:
-            ModelError: If it is something else.
+            ModelError: If the texts have another form.
         """
         try:
             data: dict[str, Any] = json.loads(special)
             chat = data.pop("chat")
             return cls(definition, chat=_chat_from_json(chat) if chat else None, **data)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ModelError(f"no special tokens: {error!r}", where="special_tokens") from error
+            raise ModelError(
+                f"not a table of special tokens: {error!r}", where="special_tokens"
+            ) from error
 
     def normalise(self, text: str) -> str:
         """Return the text that decoding gives back: the tokenizer's own normal form, if any."""
@@ -108,7 +110,7 @@ class SubwordTokenizer:
         return text if normalizer is None else str(normalizer.normalize_str(text))
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Return tokens_T, the begin token first.
+        """Return tokens_T, the start token first.
 
         Raises:
             TextError: For text that is empty or not UTF-8.
@@ -124,7 +126,7 @@ class SubwordTokenizer:
         return np.array([self.begin, *ids], np.int32)
 
     def encode_markup(self, text: str) -> list[int]:
-        """Return the tokens of trusted text, without the begin token, special tokens included."""
+        """Return the tokens of markup, special tokens included, without the start token."""
         ids: list[int] = self._markup.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -138,7 +140,7 @@ class SubwordTokenizer:
 
 
 class _SubwordStream:
-    """Decodes the tokens since the last whole character, in the light of the ones before."""
+    """Decodes the tokens since the last whole character, with one earlier token as context."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -153,7 +155,7 @@ class _SubwordStream:
         return self._advance(is_last=True)
 
     def _advance(self, is_last: bool) -> str:
-        # One token of context, because some decoders treat the first token otherwise.
+        # One token of context, because some decoders treat the first token differently.
         context = self._tokens[max(0, self._shown - 1) : self._shown]
         decode = self._tokenizer.decode
         before = decode(context, skip_special_tokens=True)

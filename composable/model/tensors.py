@@ -20,7 +20,7 @@ def to_tensors(module: nnx.Module, dtype: str = "F32") -> dict[str, np.ndarray]:
 
     Args:
         module: Any module.
-        dtype: "F32" or "BF16", what floating-point variables are rounded to; integers stay.
+        dtype: "F32" or "BF16", the type to round floating-point variables to; integers stay.
     """
 
     def to_host(array: np.ndarray) -> np.ndarray:
@@ -46,8 +46,8 @@ def from_tensors(make: Callable[[], M], tensors: Mapping[str, np.ndarray]) -> M:
 
     Args:
         make: Makes a module of the right structure; only its shapes and dtypes are used.
-        tensors: One array for every variable, and no others; each is asked for once, so a mapping
-            that reads a file on demand holds one at a time.
+        tensors: One array for every variable, and no others; each is read once, so a mapping that
+            reads a file on demand holds one at a time.
 
     Raises:
         ModelError: For a missing or unknown name, or another shape.

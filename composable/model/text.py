@@ -1,4 +1,4 @@
-"""Text as it is made: tokens to characters, up to a stop string, and turns of a conversation."""
+"""Generated text: tokens to characters, stop strings, and the turns of a conversation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from composable.model.decoding import Decoder, Drawn, Mode, Sampling
 from composable.model.guard import Tally
 from composable.model.tokenizer import ChatFormat, Tokenizer
 
-# Positions that a conversation may take, unless the context is shorter.
+# Largest number of positions in a conversation, unless the context is shorter.
 _CHAT_POSITIONS: Final = 2048
 
 
@@ -25,7 +25,12 @@ class Piece(NamedTuple):
 
 
 def to_pieces(drawn: Iterable[Drawn], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Yield text as it becomes whole."""
+    """Yield text as its characters become complete.
+
+    Args:
+        drawn: Tokens with their router weights.
+        tokenizer: The tokenizer that made them.
+    """
     stream, weight_E = tokenizer.stream(), np.zeros(0)
     for token, weight_E in drawn:
         if text := stream.push(token):
@@ -37,10 +42,10 @@ def to_pieces(drawn: Iterable[Drawn], tokenizer: Tokenizer) -> Iterator[Piece]:
 def stop_before(pieces: Iterable[Piece], stops: Sequence[str]) -> Iterator[Piece]:
     """Yield pieces up to the first of some strings, which is left out.
 
-    What may be the start of such a string is held back until it is clear.
+    Text that may be the start of such a string is held back until the next characters decide.
 
     Args:
-        pieces: Text as it is made.
+        pieces: Text as it is generated.
         stops: Strings that end it, none of them empty.
 
     Raises:
@@ -54,7 +59,7 @@ def stop_before(pieces: Iterable[Piece], stops: Sequence[str]) -> Iterator[Piece
         text = "".join(p.text for p in held)
         n_unclear = max((_overlap(text, stop) for stop in stops), default=0)
         clear = len(text) - n_unclear
-        # One that is there may yet prove to be inside one that begins earlier.
+        # A stop string found may still turn out to lie inside one that starts earlier.
         if (found := _find_any(text, stops)) is not None and found <= clear:
             yield from _cut(held, found)
             return
@@ -65,7 +70,7 @@ def stop_before(pieces: Iterable[Piece], stops: Sequence[str]) -> Iterator[Piece
 
 
 def _find_any(text: str, stops: Sequence[str]) -> int | None:
-    """Return where the first of some strings begins in a text, or None."""
+    """Return the offset of the first of some strings in a text, or None."""
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
@@ -98,8 +103,8 @@ class Conversation:
 
     Args:
         parts: The model.
-        tokenizer: Its tokenizer, which says how turns are written.
-        system: Instructions that come before the first turn.
+        tokenizer: Its tokenizer, with a chat format.
+        system: Instructions before the first turn.
         sampling: How tokens are drawn.
         mode: "mix" or "safe".
         report: Called with the guards' tally after every reply.
@@ -146,7 +151,11 @@ class Conversation:
             self._last = None
 
     def reply(self, text: str, max_tokens: int) -> Iterator[Piece]:
-        """Yield the model's reply to a turn of the user's.
+        """Yield the model's reply to a turn of the user.
+
+        Args:
+            text: The user's turn.
+            max_tokens: Largest number of tokens in the reply.
 
         Raises:
             TextError: If turn and reply do not fit.
@@ -166,13 +175,13 @@ class Conversation:
     def _markup(self, text: str) -> list[int]:
         """Return the tokens of markup, without a first one that was read already.
 
-        That is the begin token, if the markup of the first turn has it too, or the token with which
+        That is the start token, if the markup of the first turn has it too, or the token with which
         the model ended its turn itself.
         """
         tokens = self._tokenizer.encode_markup(text)
         return tokens[1:] if tokens and tokens[0] == self._last else tokens
 
     def _encode(self, text: str) -> list[int]:
-        """Return the tokens of what a speaker says: text and never markup."""
+        """Return the tokens of a turn's text; it is never read as markup."""
         tokens: list[int] = self._tokenizer.encode(text)[1:].tolist()
         return tokens

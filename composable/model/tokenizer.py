@@ -1,6 +1,6 @@
-"""Text to tokens and back: what a model asks of a tokenizer, and the one for bytes.
+"""Text to tokens and back: the protocol of tokenizers, and the tokenizer for bytes.
 
-Tokenizers that imported backbones bring are in `subwords.py`.
+Tokenizers of imported backbones are in `subwords.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ BEGIN: Final = 0
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """How the turns of a conversation are written: markup before and after each speaker's words.
+    """Markup before and after each turn of a conversation.
 
-    Markup is plain data; unlike a template, it runs nothing.
+    It is plain data; unlike a template, it runs no code.
 
     Args:
-        user: Markup around what the user says.
-        assistant: Markup around what the model says; it continues after the first.
+        user: Markup around a turn of the user.
+        assistant: Markup around a reply; the model continues after the first part.
         system: Markup around instructions; None if the model takes none.
         preamble: Markup before the first turn of a conversation without instructions, such as a
             turn with the model's default instructions.
@@ -39,23 +39,23 @@ class ChatFormat:
 
 
 class TextStream(Protocol):
-    """Tokens to text as they come: characters are held back until all their bytes are there."""
+    """Decodes tokens one at a time; a character is held back until all its bytes are there."""
 
     def push(self, token: int) -> str:
-        """Return the text that became whole with this token; often empty, or several characters."""
+        """Return the text completed by this token: none, one or several characters."""
 
     def finish(self) -> str:
-        """Return what was held back, made readable."""
+        """Return the text held back; incomplete bytes become the replacement character."""
 
 
 class Tokenizer(Protocol):
-    """What a model asks of a tokenizer.
+    """The methods that a model needs of a tokenizer.
 
     Attributes:
-        vocab_size: Tokens it may return.
-        begin: The token that begins a document.
-        ends: Tokens at which a continuation is over.
-        chat: How conversations are written, if the model was taught any way.
+        vocab_size: Number of token ids.
+        begin: The token at the start of a document.
+        ends: Tokens that end a continuation.
+        chat: Format of conversations, or None if the model was not trained on any.
     """
 
     @property
@@ -69,27 +69,35 @@ class Tokenizer(Protocol):
 
     @property
     def digest(self) -> str:
-        """Digest of all that decides which tokens a text becomes."""
+        """Digest of everything that determines the tokens of a text."""
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Return tokens_T of a document, the begin token first.
+        """Return tokens_T of a document, the start token first.
 
         Raises:
-            TextError: For text that is empty, or that it cannot read.
+            TextError: For text that is empty or cannot be encoded.
         """
 
     def encode_markup(self, text: str) -> list[int]:
-        """Return the tokens of trusted text, without the begin token, special tokens included."""
+        """Return the tokens of markup, special tokens included, without the start token."""
 
     def decode(self, tokens_T: Sequence[int] | np.ndarray) -> str:
-        """Return text; bytes that are no valid UTF-8 show as the replacement character."""
+        """Return text; bytes that are not valid UTF-8 become the replacement character."""
 
     def stream(self) -> TextStream:
         """Return a fresh stream."""
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte; byte 0, which text never holds, begins a document."""
+    """One token per UTF-8 byte; byte 0, which text may not contain, starts a document.
+
+    Example:
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode("hi").tolist()
+        [0, 104, 105]
+        >>> tokenizer.decode([0, 104, 105])
+        'hi'
+    """
 
     vocab_size: Final = 256
     begin: Final = BEGIN
@@ -109,27 +117,27 @@ class ByteTokenizer:
         return hash(self.digest)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Return tokens_T, the begin-of-document token first.
+        """Return tokens_T, the start token first.
 
         Raises:
-            TextError: For text that is empty or holds byte 0.
+            TextError: For text that is empty or contains byte 0.
         """
         data = text.encode() if isinstance(text, str) else text
         if not data:
             raise TextError("the text is empty", hint="give at least one character")
         if 0 in data:
             raise TextError(
-                f"the text holds a NUL byte at offset {data.index(0)}; it marks a document's begin",
-                hint="strip NUL bytes, or treat the data as several documents",
+                f"the text has a NUL byte at offset {data.index(0)}; NUL starts a document",
+                hint="remove NUL bytes, or split the text into documents",
             )
         return np.concatenate([[BEGIN], np.frombuffer(data, np.uint8)]).astype(np.int32)
 
     def encode_markup(self, text: str) -> list[int]:
-        """Return the bytes of a text; there are no special ones."""
+        """Return the bytes of a text; there are no special tokens."""
         return list(text.encode())
 
     def decode(self, tokens_T: Sequence[int] | np.ndarray) -> str:
-        """Return text; bytes that are no valid UTF-8 show as the replacement character."""
+        """Return text; bytes that are not valid UTF-8 become the replacement character."""
         data = bytes(int(token) for token in tokens_T if token != BEGIN)
         return data.decode(errors="replace")
 
