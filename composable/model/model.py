@@ -1,7 +1,8 @@
 """`Model`: a composed model with expert names, checked inputs and compiled calls.
 
 The arrays are in `parts`, a pytree for `jax.jit`, `grad` and `vmap`. A `Model` is a pytree too,
-with its names and tokenizer as static data. The arithmetic is in `mix.py`, `safe.py` and `composed.py`.
+with its names and tokenizer as static data. The arithmetic is in `mix.py`, `safe.py` and
+`composed.py`.
 """
 
 from __future__ import annotations
