@@ -8,9 +8,9 @@ has one implementation per kind of platform, same meaning:
   row is multiplied by another expert's weights and blocks that hold nothing cost nothing. One
   expert's weights are sliced once per group, and what a block computes on the way stays in cache.
 - `batch_blocks` (everything else): accelerators want one large batched product rather than many
-  small ones in a row, each waiting for the host to ask whether the loop goes on. Blocks are taken
-  in a few large chunks, each with its expert's weights beside it, and chunks that hold nothing are
-  not computed.
+  small ones in a row, each waiting for the host to check the loop condition. Blocks are
+  processed in a few large chunks, each block with a copy of its expert's weights, and empty chunks
+  are not computed.
 
 `lax.ragged_dot` is neither: on CPU and GPU, XLA expands it to every row times every expert.
 
@@ -38,8 +38,8 @@ BlockFunction = Callable[[Arrays, Arrays], BlockOutputs]
 _one_by_one: Callable[[Callable[..., BlockOutputs]], Callable[..., BlockOutputs]]
 _one_by_one = jax.custom_batching.sequential_vmap
 
-# `batch_blocks` gathers at most about this many bytes of weights at a time, and takes all blocks in
-# about this many chunks, so that an eighth at most is computed for nothing.
+# `batch_blocks` gathers at most about this many bytes of weights at a time, and splits the blocks
+# into about this many chunks, so that at most an eighth of the work is wasted.
 _GATHERED_BYTES = 1 << 28
 _CHUNKS = 8
 
@@ -50,7 +50,7 @@ def run_blocks(
     """Run `fn` on every block in use, by the implementation for the platform compiled for.
 
     The platform is the one that the computation is lowered for, not the default backend, so a
-    computation placed on the CPU of a machine with a GPU takes the CPU's path.
+    computation placed on the CPU of a machine with a GPU uses the CPU implementation.
 
     Args:
         fn: Pure function of (rows, weights): the block's slice of each array of `rows`, and its
@@ -58,7 +58,7 @@ def run_blocks(
             first axis is the block's rows, and arrays to add up over the blocks of an expert.
         rows: Arrays whose first axis is P.
         weights: Arrays whose first axis is E.
-        dispatch: Which blocks there are and whose they are.
+        dispatch: The blocks and the expert of each.
 
     Returns:
         Arrays with first axis P, zero in blocks not in use; and arrays with first axis E, zero
@@ -135,7 +135,7 @@ def batch_blocks(
 ) -> BlockOutputs:
     """Run `fn` on chunks of blocks at a time, each block beside a copy of its expert's weights.
 
-    How many chunks there are to run is known at run time only, so the host asks once for each.
+    How many chunks there are to run is known at run time only, so the host checks once for each.
 
     Args:
         fn: See `run_blocks`.
@@ -198,7 +198,7 @@ def batch_blocks(
 def _shapes_of_one_block(
     fn: BlockFunction, rows: Arrays, weights: Arrays, block: int
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], tuple[jax.ShapeDtypeStruct, ...]]:
-    """Shapes and types of what `fn` returns for one block."""
+    """Return shapes and types of the results of `fn` for one block."""
 
     def run_first(rows: Arrays, weights: Arrays) -> BlockOutputs:
         return fn(tuple(row[:block] for row in rows), tuple(w[0] for w in weights))

@@ -4,8 +4,7 @@ A router gives every token J choices of expert. This file sorts those M * J choi
 and gives each expert a *group* of rows that starts on a block boundary, so that a kernel can take a
 whole block with one expert's weights. Inside a group the rows keep the order of the tokens. What a
 kernel computes for a row therefore depends on the token, on the expert's own weights and on the
-expert's own rows before it, never on the slot in the bank that the expert sits in nor on how many
-experts there are.
+expert's own rows before it, never on the index of its bank entry nor on how many experts there are.
 
 It moves rows and builds index tables; it does not multiply matrices (`grouped_matmul.py`), choose
 experts (`model/router.py`) or move rows between devices (`parallel/`).
@@ -40,7 +39,7 @@ class Dispatch:
         choice_P: int32, the flat choice (token * J + j) that a row holds; M * J for padding.
         position_MJ: int32, the row that holds a choice; P for a choice of no expert.
         expert_of_block: int32 of length P / block, the expert whose group the block belongs to.
-            Of blocks past `n_blocks_used` it says nothing, but is a valid index.
+            For blocks past `n_blocks_used` it is an arbitrary valid index.
         end_block_E: int32, one past the last block of each expert's group. An expert without
             tokens has an empty group.
         block: Rows per block; static.
@@ -81,6 +80,10 @@ def count_blocks(n_choices: int, n_experts: int, block: int) -> int:
 
     Returns:
         The number of blocks, P / block.
+
+    Example:
+        >>> count_blocks(n_choices=10, n_experts=3, block=4)
+        4
     """
     n_groups = min(n_experts, n_choices)
     return (n_choices - n_groups) // block + n_groups
@@ -101,6 +104,10 @@ def default_block(n_tokens: int, n_choices: int) -> int:
 
     Returns:
         A power of two from 1 (decoding a few sequences) to 64.
+
+    Example:
+        >>> default_block(n_tokens=2, n_choices=2), default_block(n_tokens=512, n_choices=2)
+        (1, 64)
     """
     sixteenth = n_tokens * n_choices // 16
     return min(64, 1 << max(0, sixteenth.bit_length() - 1))
@@ -114,7 +121,7 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
     Args:
         expert_MJ: Integers, the expert that each choice of each token names. A number outside
             0 .. n_experts - 1 means no expert: that choice takes no row, costs no work and adds
-            nothing to its token (padding tokens, fewer living experts than J).
+            nothing to its token (padding tokens, fewer installed experts than J).
         n_experts: Number of experts E in the bank; static.
         block: Rows per block; static. See `default_block`.
 
@@ -124,17 +131,9 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
     Raises:
         ModelError: If there is no token, no choice, no expert, or no row in a block.
     """
-    chex.assert_rank(expert_MJ, 2)
-    chex.assert_type(expert_MJ, int)
+    _check_routing(expert_MJ, n_experts, block)
     n_tokens, n_choices = expert_MJ.shape
     n = n_tokens * n_choices
-    if n < 1:
-        raise ModelError(f"expert_MJ has shape {expert_MJ.shape}; expected at least one choice")
-    if n_experts < 1:
-        raise ModelError(f"n_experts is {n_experts}; expected at least 1")
-    if block < 1:
-        raise ModelError(f"block is {block}; expected at least 1 row per block")
-
     expert_MJ = jnp.where((expert_MJ >= 0) & (expert_MJ < n_experts), expert_MJ, n_experts)
     flat_expert = expert_MJ.astype(jnp.int32).reshape(n)
     order = jnp.argsort(flat_expert, stable=True).astype(jnp.int32)
@@ -173,6 +172,18 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
     )
 
 
+def _check_routing(expert_MJ: Array, n_experts: int, block: int) -> None:
+    """Raise an error unless there is a choice, an expert and a row per block."""
+    chex.assert_rank(expert_MJ, 2)
+    chex.assert_type(expert_MJ, int)
+    if expert_MJ.size < 1:
+        raise ModelError(f"expert_MJ has shape {expert_MJ.shape}; expected at least one choice")
+    if n_experts < 1:
+        raise ModelError(f"n_experts is {n_experts}; expected at least 1")
+    if block < 1:
+        raise ModelError(f"block is {block}; expected at least 1 row per block")
+
+
 def gather_rows(x_MD: Array, dispatch: Dispatch) -> Array:
     """Copy tokens to their rows.
 
@@ -193,8 +204,8 @@ def gather_rows(x_MD: Array, dispatch: Dispatch) -> Array:
 def combine_rows(y_PD: Array, weights_MJ: Array, dispatch: Dispatch) -> Array:
     """Add up the rows of each token's choices, weighted.
 
-    The sum runs in choice order (j = 0 first) and in float32, so it does not depend on the slots
-    that the experts sit in.
+    The sum runs in choice order (j = 0 first) and in float32, so it does not depend on the
+    bank entries of the experts.
 
     Args:
         y_PD: Rows. Padding rows are never read.

@@ -4,7 +4,7 @@ The gradient has three legs, each a function of its own so that each can be give
 where one is better: `multiply_rows` (forward), `multiply_rows_transposed` (input gradient) and
 `sum_outer_products` (weight gradient). All of them run on `blocks.run_blocks` today.
 
-A leg whose result nobody uses is dropped by the compiler: frozen experts (weights that are not
+The compiler drops a leg whose result is not used: frozen experts (weights that are not
 differentiated) pay for no weight gradient under jit.
 """
 

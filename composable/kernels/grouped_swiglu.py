@@ -58,7 +58,7 @@ def grouped_swiglu(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Residuals:
-    """What the backward pass needs. x_PD is None where the weights are frozen."""
+    """Values that the backward pass needs; x_PD is None if the weights are frozen."""
 
     x_PD: Array | None
     gate_PF: Array
@@ -115,7 +115,7 @@ def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
 
 
 def _run_body_and_keep(rows: Arrays, weights: Arrays) -> BlockOutputs:
-    """One block forward, and what the backward pass needs of it."""
+    """One block forward, with the values that the backward pass needs."""
     (x_PD,), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
     gate_PF = _product("pd,df->pf", x_PD, w_gate_DF)
     up_PF = _product("pd,df->pf", x_PD, w_up_DF)

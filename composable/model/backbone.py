@@ -137,7 +137,7 @@ class Backbone(nnx.Module):
         position: jax.Array | int,
         caches: Sequence[KVCache] | None,
     ) -> tuple[jax.Array, list[KVCache]]:
-        def norm(x_BTD: jax.Array, scale_D: nnx.Param, placement: str) -> jax.Array:
+        def norm(x_BTD: jax.Array, scale_D: nnx.Param[jax.Array], placement: str) -> jax.Array:
             if placement != self.cfg.norm_placement:
                 return x_BTD
             return rms_norm(x_BTD, scale_D[...], self.cfg.norm_eps)

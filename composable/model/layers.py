@@ -37,13 +37,13 @@ class KVCache(NamedTuple):
 
 def normal(
     rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], scale: float, cfg: BackboneConfig
-) -> nnx.Param:
+) -> nnx.Param[jax.Array]:
     """Return a parameter drawn from a normal distribution, in the config's dtype."""
     drawn = jax.random.normal(rngs.params(), shape) * scale
     return nnx.Param(drawn.astype(DTYPE_NAMES[cfg.dtype]), dims=dims)
 
 
-def ones(dims: str, shape: tuple[int, ...], cfg: BackboneConfig) -> nnx.Param:
+def ones(dims: str, shape: tuple[int, ...], cfg: BackboneConfig) -> nnx.Param[jax.Array]:
     """Return a parameter of ones, in the config's dtype."""
     return nnx.Param(jnp.ones(shape, DTYPE_NAMES[cfg.dtype]), dims=dims)
 
