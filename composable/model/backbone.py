@@ -103,7 +103,8 @@ class Backbone(nnx.Module):
         """Return the scouts' input, shape BTD float32: the tap's residual stream, normalised."""
         ones_D = jnp.ones(self.cfg.d_model, jnp.float32)
         feature_BTD = rms_norm(x_BTD.astype(jnp.float32), ones_D, self.cfg.norm_eps)
-        return jax.lax.optimization_barrier(feature_BTD)
+        isolated_BTD: jax.Array = jax.lax.optimization_barrier(feature_BTD)
+        return isolated_BTD
 
     def upper(
         self,

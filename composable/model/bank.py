@@ -89,7 +89,8 @@ def empty_bank(backbone: Backbone, interface: RouterInterface, capacity: int) ->
         alive_E=jnp.zeros(capacity, bool),
         key_E=jnp.full(capacity, 2**32 - 1, jnp.uint32),
     )
-    return install(bank, 0, own)
+    filled: Bank = install(bank, 0, own)
+    return filled
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -150,7 +151,10 @@ def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
     """
     weight_E = bank.alive_E.at[0].set(False).astype(jnp.float32)
     weight_E = weight_E / jnp.maximum(weight_E.sum(), 1)
-    return jax.tree.map(lambda stack: jnp.einsum("E,E...->...", weight_E, stack), bank.slots)
+    mean: tuple[SlotMatrices, ...] = jax.tree.map(
+        lambda stack: jnp.einsum("E,E...->...", weight_E, stack), bank.slots
+    )
+    return mean
 
 
 def entry_slots(bank: Bank, index: jax.Array | int) -> tuple[SlotMatrices, ...]:
@@ -159,7 +163,8 @@ def entry_slots(bank: Bank, index: jax.Array | int) -> tuple[SlotMatrices, ...]:
 
 
 def _width(scout: Scout) -> jax.Array:
-    return jnp.int32(scout.b_in[...].shape[0])
+    width: jax.Array = jnp.int32(scout.b_in[...].shape[0])
+    return width
 
 
 def _pad(scout: Scout, interface: RouterInterface) -> ScoutBank:

@@ -286,7 +286,8 @@ def _draw_token(draw: _Draw, logits_V: jax.Array) -> jax.Array:
     def take_likeliest(logits_V: jax.Array) -> jax.Array:
         return jnp.argmax(logits_V).astype(jnp.int32)
 
-    return jax.lax.cond(draw.temperature > 0, sample, take_likeliest, logits_V)
+    index: jax.Array = jax.lax.cond(draw.temperature > 0, sample, take_likeliest, logits_V)
+    return index
 
 
 def _keep_top(top_p: jax.Array, logits_V: jax.Array) -> jax.Array:

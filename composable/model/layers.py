@@ -217,7 +217,8 @@ def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) 
     _, total_BKQ1, y_BKQH = jax.lax.fori_loop(0, n_blocks, add_block, sums)
     y_BKGTH = (y_BKQH / total_BKQ1).reshape(batch, n_kv, -1, n_tokens, width)
     y_BTNH = y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-    return y_BTNH.astype(q_BTNH.dtype)
+    output_BTNH: jax.Array = y_BTNH.astype(q_BTNH.dtype)
+    return output_BTNH
 
 
 def _causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:

@@ -161,6 +161,7 @@ def _mixed_feed_forward(
 
         # Conditional, so that the backbone's block costs nothing unless a contribution was zeroed.
         y_MD = jax.lax.cond(dropped_M.any(), fall_back, lambda y_MD: y_MD, y_MD)
-        return y_MD.reshape(x_BTD.shape)
+        mixed_BTD: jax.Array = y_MD.reshape(x_BTD.shape)
+        return mixed_BTD
 
     return run, dispatch, zeroed

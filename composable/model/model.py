@@ -163,22 +163,26 @@ class Model:
             TextError: If they are longer than the context.
         """
         tokens_BT = self._checked(tokens_BT)
-        return _mix(self.parts, tokens_BT)
+        logits_BTV: jax.Array = _mix(self.parts, tokens_BT)
+        return logits_BTV
 
     def safe(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
         """Return log-probabilities in safe mode, shape BTV; `model.safe.safe` states its bound."""
-        return _safe(self.parts, self._checked(tokens_BT))
+        log_prob_BTV: jax.Array = _safe(self.parts, self._checked(tokens_BT))
+        return log_prob_BTV
 
     def route(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
         """Return the router weights per token and expert, shape BTE.
 
         Entry e belongs to `names[e]`; the backbone comes first.
         """
-        return _route(self.parts, self._checked(tokens_BT))
+        weight_BTE: jax.Array = _route(self.parts, self._checked(tokens_BT))
+        return weight_BTE
 
     def path(self, tokens_BT: jax.typing.ArrayLike, name: str = BACKBONE) -> jax.Array:
         """Return logits, shape BTV, with one expert or the backbone active at every token."""
-        return _path(self.parts, self._checked(tokens_BT), self._index(name))
+        logits_BTV: jax.Array = _path(self.parts, self._checked(tokens_BT), self._index(name))
+        return logits_BTV
 
     def contributions(self, tokens_BT: jax.typing.ArrayLike) -> dict[str, Contributions]:
         """Return how many contributions of each expert mix mode makes and counts as zero.

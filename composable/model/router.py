@@ -179,10 +179,11 @@ def _map_scouts(
         return jnp.full(result.shape, -jnp.log(jnp.float32(scouts.b_out_EC.shape[-1])))
 
     programs = [uniform, *map(score_first_units, widths)]
-    return jax.lax.map(
+    stack: jax.Array = jax.lax.map(
         lambda entry: jax.lax.switch(entry[0], programs, entry[1]),
         (program_E, jnp.arange(n_experts)),
     )
+    return stack
 
 
 def scout_evidence(

@@ -160,7 +160,8 @@ def _run_paths(
         def skip(_: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
             return uniform_BTV, jnp.ones(x_BTD.shape[:2], bool), cache
 
-        return jax.lax.cond(needed, run_path, skip, index, cache)
+        output: _PathOutput = jax.lax.cond(needed, run_path, skip, index, cache)
+        return output
 
     log_prob_EBTV, is_finite_EBT, upper = jax.lax.map(run_if_needed, (order_E, needed_E, own))
     return log_prob_EBTV, jnp.moveaxis(is_finite_EBT, 0, -1), upper
