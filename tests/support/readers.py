@@ -189,7 +189,7 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         resolve,
     )
     from composable.packaging.registry.registry import Registry
-    from composable.packaging.registry.release import Release, sign_line
+    from composable.packaging.registry.release import Release, format_line
     from composable.packaging.registry.storage import Folder
     from composable.packaging.registry.tar import TarFile
     from composable.packaging.versions.names import (
@@ -259,7 +259,7 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         with contextlib.suppress(ValueError, RecursionError, AttributeError):
             fields = json.loads(data)
             fields.pop("check", None)
-            data = sign_line(fields)  # or nothing would get beyond the check
+            data = format_line(fields)  # or nothing would get beyond the check
         release = Release.from_line(data, "german", "index:1")
         assert Release.from_line(release.to_line(), "german", "index:1") == release
 

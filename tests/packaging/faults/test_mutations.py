@@ -75,7 +75,7 @@ def what_arrives_is_not_verified(patch: pytest.MonkeyPatch) -> None:
 
 
 def index_lines_are_not_checked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(release, "_check_of", lambda fields: "0" * 16)
+    patch.setattr(release, "_checksum_of", lambda fields: "0" * 16)
 
 
 def by_kills(inputs: Inputs, scratch: Path) -> list[str]:
