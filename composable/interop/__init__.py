@@ -1,1 +1,1 @@
-"""Other people's formats: Hugging Face folders and GGUF files, read one tensor at a time."""
+"""Formats of other projects: Hugging Face folders and GGUF files, read one tensor at a time."""

@@ -1,7 +1,7 @@
 """A checkpoint of another project as the tensors of a backbone, read one at a time.
 
-What is there is compared with the family's table before anything is read: every name and shape must
-be the expected one, and none may be left over.
+Names and shapes are compared with the family's table before anything is read: each must be as
+expected, and no tensor may be left over.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from composable.model.config import DTYPE_NAMES, BackboneConfig
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor of ours comes from, and how its axes are put in order."""
+    """The stored tensor that one of ours is read from, and how its axes are rearranged."""
 
     stored: StoredTensor
     layout: str
@@ -40,14 +40,14 @@ class _Place:
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-    """The tensors of a backbone by our names, each read when it is asked for.
+    """The tensors of a backbone by our names, each read on access.
 
     Args:
         source: The files.
-        tap: Layers of the trunk; by default a quarter, rounded up.
+        tap: Number of trunk layers; by default a quarter, rounded up.
         scout_width: Hidden width of the scout that the backbone will get.
-        dtype: What tensors are rounded to, "F32" or "BF16"; by default BF16 where all of the
-            source is, F32 otherwise, which is exact.
+        dtype: Dtype that tensors are rounded to, "F32" or "BF16"; by default BF16 if the whole
+            source is BF16, and F32 otherwise, which is exact.
 
     Raises:
         InteropError: For a config, name or shape that is not the family's.
@@ -83,12 +83,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that the tensors take as they are returned."""
+        """Size of the tensors as they are returned, in bytes."""
         item = {"F32": 4, "BF16": 2}[self.dtype]
         return sum(int(np.prod(spec.shape)) * item for spec in self.specs.values())
 
     def _match(self) -> dict[str, _Place]:
-        """Find every tensor of the table in the source, and nothing else there."""
+        """Find every tensor of the table in the source, and reject others."""
         sizes, left = sizes_of(self.cfg), dict(self.source.tensors)
         places = {}
         for row in rows_of(self.family, self.cfg):
@@ -118,7 +118,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return places
 
     def _drop_copy_of_embedding(self, left: dict[str, StoredTensor]) -> None:
-        """Let a tied model hold its embeddings twice, as some do, if they are the same."""
+        """Accept a tied model that stores its embeddings twice, if both copies are equal."""
         embed = rows_of(self.family, self.cfg)[0]
         names = [(r.gguf if self.source.is_gguf else r.theirs) for r in (UNEMBED, embed)]
         if not self.cfg.is_tied or names[0] not in left:
@@ -161,7 +161,7 @@ def open_source(path: Path) -> CheckpointSource:
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path)
     if not path.exists():
-        raise InteropError("there is no such file or folder", where=str(path))
+        raise InteropError("no such file or folder", where=str(path))
     raise InteropError(
         "expected a folder with config.json and safetensors, or a .gguf file", where=str(path)
     )

@@ -1,9 +1,9 @@
-"""Families of transformers: one table each of what their checkpoints call things.
+"""Families of transformers: a table for each, with the names that its checkpoints use.
 
-A family is data: for every tensor of ours its name in either format and how its axes lie there; for
-every field of ours the field of its config; what the family implies; and which of its fields must
-have one value, because this project computes no other. A field that no table knows is refused: it
-may change the mathematics.
+A family is data: for every tensor of ours, its name and the order of its axes in either format; for
+every field of ours, the field of its config; what the family implies; and which of its fields must
+have one value, because no other is implemented here. A field that is in no table is rejected: it
+may change what the model computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One tensor: what it is called, and how its axes lie.
+    """One tensor: its names, and the order of its axes.
 
     Args:
         ours: Attribute path in `Backbone`; `{i}` is the layer.
@@ -42,11 +42,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """Where a field of ours stands in their config.
+    """The field of their config that one of ours is read from.
 
     Args:
         theirs: Its name.
-        default: What it is if it is not there; computed from the config if callable.
+        default: Its value if it is missing; computed from the config if callable.
     """
 
     theirs: str
@@ -64,16 +64,16 @@ class Field:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is particular to a family.
+    """The tables of a family.
 
     Args:
-        name: What `model_type` and `general.architecture` call it.
-        architecture: What `architectures` calls it.
-        rows: Its tensors, but for the output matrix that only untied models have.
+        name: Its name in `model_type` and `general.architecture`.
+        architecture: Its name in `architectures`.
+        rows: Its tensors, except the output matrix that only untied models have.
         fields: Our config's fields in theirs, where they differ from `FIELDS`.
         implied: Fields of our config that the family fixes.
-        only: Its own fields that must have one of some values.
-        ignored: Its own fields that change nothing that is computed here.
+        only: Its own fields, each with the values that are allowed.
+        ignored: Its own fields that do not affect what is computed here.
     """
 
     name: str
@@ -121,7 +121,7 @@ IGNORED: Final = frozenset(
         *("rope_theta", "rope_scaling", "rope_parameters"),  # `_read_rope` reads these
     }
 )
-# Buffers that old checkpoints hold, and that follow from the config.
+# Buffers in old checkpoints that follow from the config.
 IGNORED_TENSORS: Final = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 # Fields of our rotary scaling in theirs.
@@ -131,7 +131,7 @@ _ROPE_FIELDS: Final = {
     "high_frequency": "high_freq_factor",
     "original_context": "original_max_position_embeddings",
 }
-# What tells one family's mathematics from another's, where a family implies nothing else.
+# Fields that distinguish families, with their values where a family implies nothing else.
 STRUCTURE: Final = {"norm_placement": "before", "qk_norm": "none"}
 _HF: Final = "model.layers.{i}."
 _EMBED: Final = Row(
@@ -192,7 +192,7 @@ LLAMA: Final = Family(
         *(_EMBED, _NORM, *_NORMS_BEFORE),
         *(*_PERMUTED_QUERY_AND_KEY, *_VALUE_AND_OUTPUT, *_FEED_FORWARD),
     ),
-    # SmolLM is a Llama with tied embeddings, and says so.
+    # SmolLM is a Llama with tied embeddings, as its config states.
     only={"rope_interleaved": (False,), "is_llama_config": (True,)},
     ignored=frozenset({"transformers.js_config"}),
 )
@@ -231,7 +231,7 @@ def find_family(name: Any) -> Family:
     """Return a family by its name.
 
     Raises:
-        InteropError: If it is none of those that are known.
+        InteropError: If the name is unknown.
     """
     if name not in FAMILIES:
         raise InteropError(
@@ -242,10 +242,10 @@ def find_family(name: Any) -> Family:
 
 
 def family_of(cfg: BackboneConfig) -> Family:
-    """Return the family that computes what a config says.
+    """Return the family that computes what a config describes.
 
     Raises:
-        InteropError: If none does.
+        InteropError: If there is none.
     """
     for family in FAMILIES.values():
         structure = {**STRUCTURE, **family.implied}
@@ -265,8 +265,8 @@ def read_config(
 
     Args:
         family: The family.
-        config: Theirs, by the names of Hugging Face.
-        tap: Layers of the trunk; by default a quarter, rounded up.
+        config: Theirs, with the names of Hugging Face.
+        tap: Number of trunk layers; by default a quarter, rounded up.
         scout_width: Hidden width of the backbone's own scout.
 
     Raises:
@@ -355,7 +355,7 @@ def _read_rope(config: Config) -> tuple[float, RopeScaling | None]:
 
 
 def rows_of(family: Family, cfg: BackboneConfig) -> list[Row]:
-    """Return a row for every tensor of a model, layers spelt out, in the order of the model."""
+    """Return one row per tensor of a model, for every layer, in the order of the model."""
     rows = [*family.rows, *([] if cfg.is_tied else [UNEMBED])]
     spelt = []
     for row in rows:

@@ -39,11 +39,12 @@ def open_folder(folder: Path) -> CheckpointSource:
         for name, stored in open_tensors(file):
             if names is not None and name not in names:
                 raise InteropError(
-                    f"tensor {name!r} is not in this file, says {_INDEX}", where=str(file)
+                    f"tensor {name!r} does not belong in this file according to {_INDEX}",
+                    where=str(file),
                 )
             tensors[name] = stored
         for name in (names or set()) - tensors.keys():
-            raise InteropError(f"tensor {name!r} is missing, which {_INDEX} lists", where=str(file))
+            raise InteropError(f"tensor {name!r} is missing, listed in {_INDEX}", where=str(file))
     return CheckpointSource(
         name=str(folder),
         files=tuple(files),
@@ -56,7 +57,7 @@ def open_folder(folder: Path) -> CheckpointSource:
 
 
 def _find_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Return the tensor files, each with the names that the index says it holds."""
+    """Return the tensor files, each with the names that the index lists for it."""
     if (folder / _INDEX).is_file():
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -65,7 +66,7 @@ def _find_files(folder: Path) -> dict[Path, set[str] | None]:
         for name, file in sorted(weight_map.items(), key=lambda item: str(item[1])):
             if not isinstance(file, str) or Path(file).name != file:
                 raise InteropError(
-                    f"{file!r} is not the name of a file", where=f"{folder / _INDEX}: {name}"
+                    f"{file!r} is not a file name", where=f"{folder / _INDEX}: {name}"
                 )
             names = files.setdefault(folder / file, set())
             assert names is not None
@@ -75,9 +76,9 @@ def _find_files(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / _WEIGHTS: None}
     pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
     raise InteropError(
-        f"neither {_WEIGHTS} nor {_INDEX} is there",
+        f"neither {_WEIGHTS} nor {_INDEX} exists",
         where=str(folder),
-        hint=f"{pickles[0]} may run code when it is read; convert it to safetensors first"
+        hint=f"{pickles[0]} may run code when it is loaded; convert it to safetensors first"
         if pickles
         else None,
     )
@@ -87,7 +88,7 @@ def open_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the tensors of a file by name, none of them read.
 
     Raises:
-        InteropError: If the file must not be read, or holds what is no floating-point number.
+        InteropError: If the file is malformed, or a tensor is not of floating-point numbers.
     """
     try:
         header = read_header(file, ANY_CASE_NAME)
@@ -167,7 +168,7 @@ def _read_chat_template(folder: Path, declared: Any) -> str | None:
 
 
 def _adds(post_processor: Any, token: str | None) -> bool:
-    """Say whether a post-processor puts a token before every text."""
+    """Return whether a post-processor puts a token before every text."""
     if not isinstance(post_processor, dict) or token is None:
         return False
     parts = [post_processor, *(post_processor.get("processors") or [])]
@@ -176,7 +177,7 @@ def _adds(post_processor: Any, token: str | None) -> bool:
 
 
 def _content(token: Any) -> str | None:
-    """Return the text of a token, which is spelt as text or as a table."""
+    """Return the text of a token, given as text or as a table."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
@@ -194,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InteropError("there is no such file", where=str(path)) from error
+        raise InteropError("no such file", where=str(path)) from error
     except (OSError, ValueError) as error:
         raise InteropError(f"cannot be read as JSON: {error}", where=str(path)) from error
     if not isinstance(data, dict):

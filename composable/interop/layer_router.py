@@ -1,8 +1,8 @@
-"""Routers of other runtimes: a linear map of each layer's hidden state, fitted to imitate ours.
+"""Routers of other runtimes: a linear map of each layer's hidden state, fitted to ours.
 
-Our router keeps track of who predicted a document well; theirs sees one hidden state at a time, in
-every layer anew. So theirs can only guess what ours knows, and how well it guesses is measured: by
-running here, on the same weights, what the other runtime will compute.
+Our router tracks which expert predicts a document well; theirs sees a single hidden state, in every
+layer separately. So theirs is an approximation. How good it is, is measured by running here, on the
+same weights, what the other runtime will compute.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STEPS: Final = 60
 
 @dataclass(frozen=True)
 class Observed:
-    """What our router did on a text, and what the routers of the layers would have seen.
+    """Our router's weights on a text, and the inputs that routers of the layers would have.
 
     Args:
         hidden_LMD: Input of the feed-forward block in every slot, float16.
@@ -48,7 +48,7 @@ class Observed:
 
 
 def expert_names(model: Model) -> list[str]:
-    """Return the names of those who are mixed, the backbone first, the others sorted."""
+    """Return the names of the mixed experts, the backbone first, the others sorted."""
     return [BACKBONE, *model.experts]
 
 
@@ -59,12 +59,12 @@ def observe(
     max_tokens: int,
     progress: CountProgress | None = None,
 ) -> Observed:
-    """Run mix mode over a text and note every slot's input and the router's weights.
+    """Run mix mode over a text and record every slot's input and the router's weights.
 
     Args:
         model: The model.
-        texts: Documents; each gives the same number of tokens at most.
-        max_tokens: Tokens in all, at most.
+        texts: Documents; the tokens are shared equally among them.
+        max_tokens: Number of tokens in all, at most.
         progress: Called with documents done and in all.
 
     Raises:
@@ -185,7 +185,7 @@ def _layered(
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
         index = parts.interface.slots.index(layer)
         score_BTE = jnp.einsum("BTD,ED->BTE", x_BTD, rows_LED[index].astype(x_BTD.dtype))
-        # Softmax over the chosen ones is softmax over all, renormalised.
+        # Softmax over the chosen experts is softmax over all, renormalised.
         choice = choose(score_BTE.astype(jnp.float32), jnp.arange(n_experts), top_k)
         weight_BTE = dense_weights(choice, n_experts)
         return _mix_bodies(parts.bank.slots[index], order_E, weight_BTE, x_BTD, None)

@@ -1,4 +1,4 @@
-"""A composed model as lm-evaluation-harness sees one, so that its tasks run as they are.
+"""A composed model as a model of lm-evaluation-harness, so that its tasks run unchanged.
 
     import composable as cx
     import lm_eval
@@ -44,15 +44,15 @@ _MAX_TOKENS: Final = 256
 
 
 class ComposableLM(LM):
-    """A model as the harness asks it.
+    """A model with the interface of the harness.
 
-    Every text begins with the model's begin token. What does not fit the context loses its begin,
-    as the harness expects; the begin token stays.
+    Every text begins with the model's begin token. A text that does not fit the context is cut at
+    its start, as the harness expects; the begin token is kept.
 
     Args:
         model: The model.
         mode: "mix" or "safe".
-        max_tokens: Tokens of a continuation, where a task does not say.
+        max_tokens: Length of a continuation in tokens, where a task does not set it.
     """
 
     def __init__(self, model: Model, *, mode: Mode = "mix", max_tokens: int = _MAX_TOKENS) -> None:
@@ -62,10 +62,10 @@ class ComposableLM(LM):
         self.model, self.mode, self.max_tokens = model, mode, max_tokens
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return for every (context, continuation) how likely the second is, in nats.
+        """Return the log-probability of every continuation after its context, in nats.
 
         Returns:
-            Log probability, and whether every token of it was the likeliest.
+            Log-probability, and whether every token of it was the likeliest.
         """
         pairs = [self._encode_pair(*request.args) for request in requests]
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
@@ -77,7 +77,7 @@ class ComposableLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Return how likely whole texts are, in nats, as cards measure it: window by window."""
+        """Return the log-probabilities of whole texts, in nats, measured in windows as in cards."""
         scorer = (safe_scorer if self.mode == "safe" else mix_scorer)(self.model)
         texts = [request.args[0].encode() for request in requests]
         score = score_documents(scorer, texts, context=self.model.context)
@@ -104,7 +104,7 @@ class ComposableLM(LM):
         return self._fit(whole_T, self.model.context + 1), min(n_scored, self.model.context)
 
     def _fit(self, tokens_T: np.ndarray, length: int) -> np.ndarray:
-        """Return the last tokens of a text that is too long, the begin token before them."""
+        """Return the begin token and the last tokens of a text that is too long."""
         if len(tokens_T) <= length:
             return tokens_T
         return np.concatenate([tokens_T[:1], tokens_T[len(tokens_T) - length + 1 :]])
@@ -161,7 +161,7 @@ _MODES: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
 def _score(
     parts: Parts, tokens_BT: jax.Array, targets_BT: jax.Array, *, mode: Mode
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the log probability of every target, and whether it was the likeliest token."""
+    """Return the log-probability of every target, and whether it was the likeliest token."""
     run, state = _MODES[mode]
     scores_BTV, _ = run(parts, tokens_BT, state(parts, tokens_BT.shape[0]))
     log_prob_BTV = jax.nn.log_softmax(scores_BTV)

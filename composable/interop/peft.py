@@ -1,8 +1,8 @@
-"""Adapters of PEFT: a config and a tensor file become a low-rank body, or are refused.
+"""PEFT adapters: convert a config and a tensor file into a low-rank body, or reject them.
 
 Nothing is trained here. What PEFT computes with an adapter, `W x + s B (A x)` for some modules, is
 what a low-rank body computes, `x (W + a b)`, with the scale folded into `b`. An adapter that
-does more than that, or does it where no body plugs in, is refused with the name of what it does.
+does more than that, or changes modules without a slot, is rejected, naming the field or module.
 """
 
 from __future__ import annotations
@@ -78,18 +78,18 @@ _IGNORED: Final = frozenset(
     }
 )
 _TENSOR: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-# Longest regular expression that is taken from a config.
+# Length limit of a regular expression in a config.
 _MAX_PATTERN: Final = 500
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter that a low-rank body can be.
+    """An adapter that can be converted into a low-rank body.
 
     Args:
-        base: What it calls the model that it was made for.
-        revision: Which of that model's revisions, if it says.
-        version: Version of PEFT that wrote it, if it says.
+        base: The name that it gives its base model.
+        revision: Revision of the base model, if stated.
+        version: Version of PEFT that wrote it, if stated.
         config_digest: Digest of its config.
         weights_digest: Digest of its tensors.
         rank: The largest rank of any of its changes.
@@ -107,8 +107,8 @@ class Adapter:
     def body(self, cfg: BackboneConfig) -> dict[str, np.ndarray]:
         """Return the tensors of a low-rank body of this rank.
 
-        What the adapter leaves alone changes by zero; what has a lower rank is padded with zeros,
-        which add nothing.
+        Matrices that the adapter does not change are zero; those of lower rank are padded with
+        zeros, which add nothing.
         """
         sizes = {"D": cfg.d_model, "F": cfg.d_ff}
         tensors = {}
@@ -133,8 +133,8 @@ def read_adapter(folder: Path, cfg: BackboneConfig) -> Adapter:
         cfg: The backbone's architecture.
 
     Raises:
-        InteropError: For whatever would make the body another model than the adapter; `where`
-            names the field or the file.
+        InteropError: If the body would compute something else than the adapter; `where` names the
+            field or the file.
     """
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     if not weights_path.is_file() and (folder / "adapter_model.bin").is_file():
@@ -181,11 +181,11 @@ def read_adapter(folder: Path, cfg: BackboneConfig) -> Adapter:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    """Refuse fields that are unknown or that ask for what a body cannot do."""
+    """Reject fields that are unknown or require what a body cannot do."""
     for name in sorted({*config, "peft_type"}):
         value, place = config.get(name), f"{CONFIG_FILE}: {name}"
         if name in _ONLY:
-            # By identity of type too: 1 is not True, and a config that says so is malformed.
+            # By identity of type too: 1 is not True, and a config with the other is malformed.
             if not any(value == one and type(value) is type(one) for one in _ONLY[name]):
                 expected = " or ".join(repr(one) for one in _ONLY[name])
                 raise InteropError(
@@ -247,7 +247,7 @@ def _pair(
 def _require_slots(
     adapted: Collection[str], modules: Mapping[str, str], cfg: BackboneConfig, path: Path
 ) -> None:
-    """Refuse an adapter of modules where no body plugs in."""
+    """Reject an adapter of modules that have no slot."""
     slots = {f"layers.{layer}.ffn.{matrix}" for layer in cfg.slots for matrix in SLOT_DIMS}
     lost = sorted(module for module in adapted if modules.get(module) not in slots)
     if not lost:
@@ -268,10 +268,10 @@ def _require_slots(
 def _require_what_config_says(
     adapted: Collection[str], modules: Mapping[str, str], config: Mapping[str, Any], path: Path
 ) -> None:
-    """Refuse a config and tensors that speak of different modules: PEFT would load something else.
+    """Reject a config and tensors of different modules: PEFT would load something else.
 
-    A module that is asked for and has no tensors would keep its initial weights; tensors of a
-    module that is not asked for would be passed over.
+    A module that the config lists and that has no tensors would keep its initial weights; tensors
+    of a module that it does not list would be ignored.
     """
     for module in modules:
         if modules[module] == "embed" and module not in adapted:
@@ -291,7 +291,7 @@ def _require_what_config_says(
 
 
 def _is_targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Say whether PEFT adapts a module."""
+    """Return whether PEFT adapts a module."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if not isinstance(targets, str | list) or not targets:
         raise InteropError(f"{targets!r} names no modules", where=f"{CONFIG_FILE}: target_modules")
@@ -316,7 +316,7 @@ def _is_targeted(config: Mapping[str, Any], module: str) -> bool:
 
 
 def _names(targets: str | list[str], module: str, field: str) -> bool:
-    """Say whether a regular expression, or one of some names or ends of names, means a module."""
+    """Return whether a module matches a regular expression, or a name or the end of a name."""
     if isinstance(targets, str):
         return _match(targets, module, field) is not None
     return module in targets or any(module.endswith(f".{target}") for target in targets)

@@ -1,4 +1,4 @@
-"""What either format brings: a config, a table of tensors not yet read, and a tokenizer."""
+"""What is read from either format: a config, a table of unread tensors, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StoredTensor:
     Args:
         dtype: Element type as its format names it: F32, BF16, F16, or a quantisation.
         shape: Shape, row-major.
-        read: Reads it: float32, float16 or bfloat16.
+        read: Returns its values as float32, float16 or bfloat16.
     """
 
     dtype: str
@@ -48,16 +48,16 @@ class SourceTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSource:
-    """A checkpoint of another project, its header read and its tensors not.
+    """A checkpoint of another project: its header is read, its tensors are not.
 
     Args:
-        name: What errors call it.
+        name: Its name in error messages.
         files: The files that hold the weights.
         is_gguf: Whether names and layouts are those of GGUF.
-        config: Its config, by the names of Hugging Face.
+        config: Its config, with the names of Hugging Face.
         tensors: Its tensors by name.
-        tokenizer: Its tokenizer, if it brings one.
-        license: SPDX expression, if it says.
+        tokenizer: Its tokenizer, if it has one.
+        license: SPDX expression; empty if not declared.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The tokenizer that a checkpoint brings, as one of ours, and whether it gives text back."""
+"""The tokenizer of a checkpoint as one of ours, and a check that it reproduces text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from composable.interop.chat import derive_chat_format
 from composable.interop.source import CheckpointSource
 from composable.model.subwords import SubwordTokenizer
 
-# Text that a tokenizer must give back, whatever else it is tried on.
+# Texts that every tokenizer must reproduce.
 _SAMPLES: Final = (
     "The quick brown fox; 12,345 jumps.\n\n  Indented\tand tabbed.\r\n",
     "Füße, naïve, œuvre, Straße, Łódź, ¿Qué?",
@@ -31,11 +31,11 @@ def make_tokenizer(
 
     Args:
         source: The checkpoint.
-        begin: Token that begins a document; by default what the source says.
+        begin: Token that begins a document; by default the one that the source declares.
         report: Called with the reason if there is no chat markup.
 
     Raises:
-        InteropError: If there is none.
+        InteropError: If the checkpoint has no tokenizer.
     """
     if source.tokenizer is None:
         raise InteropError(
@@ -54,10 +54,10 @@ def make_tokenizer(
 
 
 def check_round_trips(tokenizer: SubwordTokenizer, texts: Sequence[str]) -> dict[str, int]:
-    """Check that text comes back from its tokens, and return how exactly.
+    """Check that decoding tokens reproduces the text, and count exact round trips.
 
     Raises:
-        InteropError: If it does not, though the tokenizer's own normal form is allowed for.
+        InteropError: If it reproduces neither the text nor its normal form by the tokenizer.
     """
     texts = [*_SAMPLES, *texts]
     exact = 0

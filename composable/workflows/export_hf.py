@@ -1,8 +1,8 @@
-"""A composed model becomes a Hugging Face folder, with a record of what it lost on the way.
+"""Export a composed model as a Hugging Face folder, with a record of what is lost.
 
-Three things can be taken elsewhere: the backbone alone, one expert always on, and a mixture. The
-first two compute the same as here. A mixture has the same bodies, but a router of another kind; its
-rows are fitted on text, and the loss is measured on text that the fit did not see.
+Three things can be exported: the backbone alone, one expert always on, and a mixture. The first two
+compute the same as here. A mixture has the same bodies, but a router of another kind; its rows are
+fitted on text, and the loss is measured on text that the fit did not see.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from composable.vetting.evaluation import mix_scorer, path_scorer, score_documen
 from composable.workflows.import_peft import split_sample
 from composable.workflows.workspace import EXPORT_FILE
 
-# Documents that routers are fitted on, and those that only measure them.
+# Numbers of documents that routers are fitted on, and that measure them.
 _FITTED_DOCUMENTS: Final = 32
 _SCORED_DOCUMENTS: Final = 8
 _SCORED_BYTES: Final = 4096
 _MAX_FILE_BYTES: Final = 4 << 30
-# Below this share of a text's tokens an expert was hardly seen by the fit.
+# Mean router weight below which the fit has hardly seen an expert.
 _HARDLY: Final = 0.01
 
 
@@ -62,9 +62,9 @@ class ExportPlan:
     """What to export.
 
     Args:
-        merge: The expert that is to be always on; by default all are mixed.
+        merge: The expert that is always on; by default all experts are mixed.
         layout: Layout of a mixture; by default the one that fits the backbone.
-        dtype: What weights are written in, "F32" or "BF16"; by default what is exact.
+        dtype: Dtype that weights are written in, "F32" or "BF16"; by default one that is exact.
         fit_tokens: Tokens of text that routers are fitted on, at most.
     """
 
@@ -87,20 +87,19 @@ def export_model(
 
     Args:
         loaded: The backbone.
-        experts: Folders of the experts; none at all exports the backbone alone.
+        experts: Folders of the experts; without any, the backbone alone is exported.
         out: The folder, which must not exist or be empty.
-        plan: What is to be written.
+        plan: What to export.
         text: Text that routers are fitted on, of all the kinds that the experts are for; half of
-            it, by document, is only scored. By default the backbone's anchor.
-        progress: Called as the work goes on.
+            the documents are only scored. By default the backbone's anchor.
+        progress: Called with the stage, the steps done and the steps in all.
 
     Returns:
         The record, as `composable.json` holds it.
 
     Raises:
         InteropError: If no layout computes what is computed here; `where` names the field.
-        PackagingError: If there is something in `out` already.
-        ModelError: If there is no expert by the name to be merged.
+        PackagingError: If `out` is not empty.
     """
     show = progress or (lambda label, done, total: None)
     require_empty_folder(out)
@@ -210,7 +209,7 @@ def split_text(text: Sequence[Document]) -> tuple[list[Document], list[Document]
 
 
 def _spread(documents: Sequence[Document], at_most: int) -> list[Document]:
-    """Return some documents, evenly from begin to end: texts of one kind often stand together."""
+    """Return documents spread evenly over the text: texts of one kind are often adjacent."""
     n_kept = min(at_most, len(documents))
     return [documents[i * len(documents) // n_kept] for i in range(n_kept)]
 
@@ -238,7 +237,7 @@ def _fit_routers(
         progress=partial(show, "observe"),
     )
     rows_LED, agreement_L = fit_rows(observed, partial(show, "fit"))
-    # Measured as they will be written.
+    # Measured in the dtype that is written.
     rows_LED = rows_LED.astype(DTYPE_NAMES[dtype]).astype(np.float32)
     texts = [truncate_utf8(document.text.encode(), _SCORED_BYTES) for document in scored]
     scorers = {
@@ -252,13 +251,13 @@ def _fit_routers(
         score = score_documents(scorer, texts, context=model.context)
         bits[name], n_bytes = round(score.bits_per_byte, 5), int(score.n_bytes_B.sum())
     show("score", len(scorers), len(scorers))
-    trust_E = observed.weight_ME.mean(axis=0)
+    posterior_E = observed.weight_ME.mean(axis=0)
     return rows_LED, {
         "routers": {
             "fitted_on": {"documents": len(fit), "tokens": len(observed.weight_ME)},
             "trust": {
-                name: round(float(trust), 5)
-                for name, trust in zip(expert_names(model), trust_E, strict=True)
+                name: round(float(weight), 5)
+                for name, weight in zip(expert_names(model), posterior_E, strict=True)
             },
             "same_first_choice": round(float(agreement_L.mean()), 4),
         },
@@ -273,26 +272,26 @@ def _losses(
     dtype: str,
     measured: dict[str, Any],
 ) -> list[str]:
-    """Return in words what the exported model does not do."""
+    """Return sentences on what the exported model does not do."""
     lost = []
     if layout is None and experts:
         lost.append(
-            f"The choice: {experts[0].name} is on for every text, also for what it knows nothing "
-            "of."
+            f"Routing: {experts[0].name} is on for every text, including text that it was not "
+            "trained for."
         )
     if layout is not None:
         bits = measured["measured"]["bits_per_byte"]
         lost.append(
-            "The router: it keeps a track record along a document, which no other runtime does. "
-            "Router rows in every layer imitate it, and guess from one hidden state at a time: "
+            "The router: it tracks how well each expert predicts a document, which no other "
+            "runtime does. Router rows in every layer approximate it from single hidden states: "
             f"{bits['exported']:.3f} bits per byte where composable has {bits['composable']:.3f} "
             f"and the backbone alone {bits['backbone']:.3f}, on "
             f"{measured['measured']['bytes']:,} bytes of text that the fit did not see."
         )
         hardly = [
             name
-            for name, trust in measured["routers"]["trust"].items()
-            if trust < _HARDLY and name != "backbone"
+            for name, weight in measured["routers"]["trust"].items()
+            if weight < _HARDLY and name != "backbone"
         ]
         if hardly:
             lost.append(
@@ -300,24 +299,24 @@ def _losses(
                 "hardly any token was routed to them. Give text of their kind."
             )
         lost.append(
-            "The bounds: here an expert's output beyond the interface's bound counts as zero, "
-            "there nothing holds it."
+            "The bounds: composable zeroes an expert's output beyond the interface's bound, other "
+            "runtimes do not."
         )
     if experts and loaded.interface.output_mixture:
         lost.append(
-            "What scouts say of the next token: in composable it has a share of the output, there "
-            "nobody asks them."
+            "The scouts' next-token predictions: they have a share of composable's output, and "
+            "are not exported."
         )
     if experts:
         lost.append(
-            "Safe mode, and with it the bound on what a document may cost beyond the backbone "
+            "Safe mode, and with it the bound on the loss of a document relative to the backbone "
             "alone."
         )
         lost.append("Installing, removing and upgrading experts: export again instead.")
     if layout is not None and layout.dense_layers is None:
         n_trunk = loaded.backbone.cfg.n_layers - len(loaded.interface.slots)
         lost.append(
-            f"Memory: this layout knows no plain layers, so each of the {n_trunk} below the tap "
+            f"Memory: this layout has no dense layers, so each of the {n_trunk} below the tap "
             f"holds the same feed-forward block {1 + len(experts)} times."
         )
     if dtype != _exact_dtype(loaded.folder, experts):
@@ -348,7 +347,7 @@ def _read(
     if part == "routers":
         assert rows_LED is not None
         layer = int(place[0])
-        # Below the tap all experts are the same, and it does not matter who is chosen.
+        # Below the tap all experts are the same, so the choice does not matter.
         array = rows_LED[slots.index(layer)] if layer in slots else np.zeros(piece.shape)
     elif piece.expert:
         name = expert_names(model)[piece.expert]
@@ -384,7 +383,7 @@ def _write_weights(
             return read(by_name[theirs])
 
         specs = {p.theirs: TensorSpec(shape=p.shape, dtypes=(dtype,)) for p in part}
-        # transformers reads no file that does not say what wrote it.
+        # transformers reads no file without this metadata.
         stream_tensors(out / name, specs, read_one, {"format": "pt"})
         weight_map |= dict.fromkeys(by_name, name)
     if len(files) > 1:
@@ -415,7 +414,7 @@ def _readme(record: dict[str, Any], name: str) -> str:
     what = f"{backbone['name']} {backbone['version']}"
     names = ", ".join(f"{e['name']} {e['version']}" for e in experts)
     if record["layout"] == DENSE:
-        what += f" with the expert {names} always on" if experts else " alone, as it was"
+        what += f" with the expert {names} always on" if experts else " alone, unchanged"
     else:
         what += f" and the experts {names}, mixed in the layout `{record['layout']}`"
     lost = "".join(f"- {line}\n" for line in record["lost"]) or "- Nothing.\n"
@@ -436,5 +435,5 @@ A text begins with token {record["begin"]}, which the tokenizer puts there.
 ## What is lost
 
 {lost}
-`{EXPORT_FILE}` has the figures, and the digests of what was exported.
+`{EXPORT_FILE}` has the figures and the digests of what was exported.
 """

@@ -1,7 +1,7 @@
-"""A checkpoint of another project becomes a backbone package.
+"""Convert a checkpoint of another project into a backbone package.
 
-Weights are written as they are read, one tensor at a time. What is new is the router's part: a
-class map, bounds on outputs, and a scout of the backbone's own, trained on public text.
+Weights are written as they are read, one tensor at a time. The import adds what the router needs: a
+class map, output bounds, and a scout of the backbone, trained on public text.
 """
 
 from __future__ import annotations
@@ -53,29 +53,30 @@ from composable.workflows.capacity import require_capacity
 from composable.workflows.pretrain import output_bounds
 from composable.workflows.trunk_cache import compute_features, cut_rows
 
-# Of a held-out document this much is shipped as anchor, of this many documents.
+# The anchor: bytes shipped of each held-out document, and number of documents.
 _SHIPPED_BYTES: Final = 8192
 _SHIPPED_DOCUMENTS: Final = 8
-# Positions that see each other when features are computed.
+# Length of the windows that features are computed in.
 _WINDOW: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportPlan:
-    """What is to become of a checkpoint.
+    """How a checkpoint is imported.
 
     Args:
         name: Name of the package and of its interface.
         version: Their version.
-        tap: Layers of the trunk; by default a quarter, rounded up.
-        dtype: What weights are stored in, "F32" or "BF16"; by default exactly what the source has.
-        compute_dtype: What they are computed in.
-        begin: Token that begins a document; by default what the source says.
+        tap: Number of trunk layers; by default a quarter, rounded up.
+        dtype: Dtype that weights are stored in, "F32" or "BF16"; by default the one that keeps the
+            source exact.
+        compute_dtype: Dtype of the computation, "F32" or "BF16".
+        begin: Token that begins a document; by default the one that the source declares.
         scout_width: Hidden width of the backbone's scout.
-        scout_tokens: Public text that it is trained on, in tokens.
-        scout_steps: Optimiser steps of its training; 0 leaves it untrained.
+        scout_tokens: Number of tokens of public text that it is trained on, at most.
+        scout_steps: Number of optimiser steps; 0 leaves it untrained.
         description: One line for the manifest.
-        license: SPDX expression; by default what the source says.
+        license: SPDX expression; by default the one that the source declares.
     """
 
     name: str
@@ -101,23 +102,24 @@ def import_backbone(
     cache: Path | None = None,
     progress: StageProgress | None = None,
 ) -> dict[str, Any]:
-    """Make a backbone package of a checkpoint.
+    """Convert a checkpoint into a backbone package.
 
     Args:
         path: A Hugging Face folder or a GGUF file.
         out: Folder of the package.
-        plan: What is to become of it.
-        train: Public text for the scout.
-        heldout: Public text that it does not see: the anchor, and what output bounds are measured
-            on.
-        cache: Folder whose `features` keeps what the trunk computes; the user's by default.
-        progress: Called as the work goes on.
+        plan: How it is imported.
+        train: Public text that the scout is trained on.
+        heldout: Public text that the scout does not see: its start is the anchor, on which output
+            bounds are measured.
+        cache: Folder whose `features` caches trunk outputs; the user's cache folder by default.
+        progress: Called with the stage, the steps done and the steps in all.
 
     Returns:
         The card.
 
     Raises:
-        InteropError: If the checkpoint cannot be taken over exactly, or does not fit.
+        InteropError: If the checkpoint cannot be imported exactly, or does not fit into memory or
+            on disk.
         TextError: If there is too little text.
     """
     show = progress or (lambda label, done, total: None)
@@ -274,11 +276,11 @@ def read_public_text(
     Args:
         paths: Text files, JSON-lines files or folders of them; one document in sixteen is held
             out. By default the pinned text of `tiny-bytes` (State of the Union addresses), which
-            is fetched from its package once.
+            is downloaded once.
         cache: Folder for the fetched text; the user's cache folder by default.
 
     Raises:
-        TextError: If there is no text, or it cannot be had.
+        TextError: If there is no text, or it cannot be downloaded.
     """
     if paths:
         return split_documents(read_documents(paths), 1 / 16, salt="public")
@@ -294,7 +296,7 @@ def load_checkpoint(checkpoint: Checkpoint, compute_dtype: str = "F32") -> Backb
 
     Args:
         checkpoint: The checkpoint.
-        compute_dtype: What its weights are computed in.
+        compute_dtype: Dtype of the computation, "F32" or "BF16".
     """
     cfg = dataclasses.replace(checkpoint.cfg, dtype=compute_dtype)
     classes_V = hash_classes(cfg.vocab_size)
@@ -318,9 +320,9 @@ def write_weights(
 
     Args:
         out: Folder of the package.
-        checkpoint: Where most of them come from.
-        extra: The others.
-        progress: Called with tensors written and in all.
+        checkpoint: The tensors of the checkpoint.
+        extra: Tensors that it does not have: the class map and the scout.
+        progress: Called with the number of tensors written and the number in all.
     """
     dtypes = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32"}
     specs = {
@@ -343,7 +345,7 @@ def write_weights(
 
 
 def cache_folder() -> Path:
-    """Return the user's folder for what can be made again."""
+    """Return the user's cache folder, whose content can be recomputed."""
     return Path(platformdirs.user_cache_dir("composable", appauthor=False))
 
 
@@ -401,6 +403,6 @@ checkpoint: {model["layers"]} layers, of which the first {model["tap"]} are the 
 {model["context"]:,}, {model["vocabulary"]:,} tokens. Weights are stored as {model["stored_as"]}.
 
 It scores {measured["bits_per_byte"]:.3f} bits per byte on the anchor, {measured["bytes"]:,} bytes
-of public text. `card.json` says how that was measured and what the source's digests are,
-`interface.json` what experts train against.
+of public text. `card.json` has the details of the measurement and the digests of the source,
+`interface.json` is the contract that experts are trained against.
 """

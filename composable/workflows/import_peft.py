@@ -1,7 +1,7 @@
-"""An adapter of PEFT becomes an expert: its body as it is, its scout trained on a sample of text.
+"""Convert a PEFT adapter into an expert: its body is unchanged, its scout is trained on a sample.
 
-An adapter says nothing of when it is to be used. The sample does: the scout learns to predict text
-like it, and so wins such text for the expert.
+An adapter does not state which text it is for; the sample does. The scout learns to predict text
+like the sample, so that such text is routed to the expert.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ from composable.workflows.workspace import (
     WORK,
 )
 
-# What an exported folder says of itself; see `assembly.exporting`.
-# Positions that see each other when features are computed; of a short sample fewer.
+# Length of the windows that features are computed in; a short sample has shorter ones.
 _WINDOW: Final = 256
 _MIN_ROWS: Final = 20
 # Held-out documents that are scored.
@@ -78,17 +77,17 @@ _SCORED_DOCUMENTS: Final = 4
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan:
-    """What is to become of an adapter.
+    """How an adapter is imported.
 
     Args:
         name: Name of the expert.
         version: Its version.
-        base: What the adapter must say that it was made for, as `NAME` or `NAME@REVISION`; by
-            default whatever it says, unless that is a folder here that shows that it is not so.
-        scout_width: Hidden width of the scout; by default 64 or what the interface allows.
+        base: The base model that the adapter must name, as `NAME` or `NAME@REVISION`; by default
+            any, unless it names a local folder whose files show that it is another model.
+        scout_width: Hidden width of the scout; by default 64, or less if the interface requires it.
         scout_tokens: Tokens of the sample that the scout is trained on, at most.
-        scout_steps: Optimiser steps of its training.
-        seed: Seed of its weights and of the order of the text.
+        scout_steps: Number of optimiser steps.
+        seed: Seed of the scout's weights and of the order of the text.
         license: SPDX expression.
     """
 
@@ -112,25 +111,25 @@ def import_adapter(
     cache: Path | None = None,
     progress: StageProgress | None = None,
 ) -> dict[str, Any]:
-    """Make an expert of an adapter.
+    """Convert an adapter into an expert.
 
     Args:
         loaded: The backbone that the adapter was made for.
         source: Folder of the adapter.
         out: Folder of the expert, which must not exist or be empty.
-        plan: What is to become of it.
+        plan: How it is imported.
         sample: Text of the kind that the adapter is for. One document in ten is held out for
-            `composable check`; of a single one the last tenth.
-        cache: Folder whose `features` keeps what the trunk computes; the user's by default.
-        progress: Called as the work goes on.
+            `composable check`; of a single document, its last tenth.
+        cache: Folder whose `features` caches trunk outputs; the user's cache folder by default.
+        progress: Called with the stage, the steps done and the steps in all.
 
     Returns:
-        What was taken over and what was measured.
+        What was imported and what was measured.
 
     Raises:
-        InteropError: If the adapter cannot be carried exactly, or was made for another model.
+        InteropError: If the adapter cannot be imported exactly, or was made for another model.
         InterfaceError: If the interface does not allow its rank.
-        PackagingError: If there is something in `out` already.
+        PackagingError: If `out` is not empty.
         TextError: If there is too little text.
     """
     show = progress or (lambda label, done, total: None)
@@ -270,10 +269,10 @@ def _write_work(
 
 
 def split_sample(sample: Sequence[Document], salt: str) -> tuple[list[Document], list[Document]]:
-    """Return documents to train on and documents held out; a single one is cut in two.
+    """Return documents to train on and documents held out; a single document is cut in two.
 
     Raises:
-        TextError: If there is none, or a single one is too short to be cut.
+        TextError: If there is no document, or a single one is too short to be cut.
     """
     if not sample:
         raise TextError("there is no sample of text to train the scout on")
@@ -283,15 +282,15 @@ def split_sample(sample: Sequence[Document], salt: str) -> tuple[list[Document],
     at = int(len(only.text) * (1 - HELDOUT_FRACTION))
     begin, end = only.text[:at].strip(), only.text[at:].strip()
     if not begin or not end:
-        raise TextError(f"{len(only.text)} characters are no sample", where=only.id)
+        raise TextError(f"a sample of {len(only.text)} characters is too short", where=only.id)
     return [Document(f"{only.id}#begin", begin)], [Document(f"{only.id}#end", end)]
 
 
 def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) -> bool:
-    """Refuse an adapter of another model; say whether it was shown that it is this one's.
+    """Reject an adapter of another model; return whether it is shown to be made for this one.
 
-    What an adapter calls its model is only a name. Where it is a folder that is here, its files
-    are compared with those that the backbone was imported from, or was exported to.
+    An adapter only names its model. Where the name is a local folder, its files are compared with
+    those that the backbone was imported from or exported to.
     """
     said = _name_base(adapter)
     if wanted is not None:
@@ -304,14 +303,14 @@ def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) ->
     folder = Path(adapter.base)
     if not adapter.base or not folder.is_dir():
         return False
-    problem = "is not what this backbone was imported from, nor an export of it"
+    problem = "is neither the source of this backbone nor an export of it"
     exported = folder / EXPORT_FILE
     if exported.is_file():
         data = json.loads(exported.read_text())
         is_same = data.get("layout") == "dense" and not data.get("experts")
         if is_same and data.get("backbone", {}).get("interface") == loaded.interface.digest:
             return True
-        problem = "is an export of something else than this backbone alone"
+        problem = "is not an export of this backbone alone"
     elif lists_file(loaded.folder, CARD_FILE):
         card = json.loads(read_listed(loaded.folder, CARD_FILE))
         digests = (card.get("source") or {}).get("digests")
@@ -325,8 +324,8 @@ def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) ->
     raise InteropError(
         f"{said!r} {problem}",
         where="adapter_config.json: base_model_name_or_path",
-        hint=f"import that model and use it as the backbone; or, if its weights are the same "
-        f"nevertheless, say so with --base {said}",
+        hint=f"import that model and use it as the backbone; or, if its weights are the "
+        f"same, confirm it with --base {said}",
     )
 
 
@@ -382,9 +381,9 @@ def _measure(
 def _readme(record: dict[str, Any], peft_version: str | None) -> str:
     body, origin, bits = record["body"], record["origin"], record["measured"]["bits_per_byte"]
     shown = (
-        "That this is the backbone's own model was shown by its files."
+        "Its files show that this is the model of the backbone."
         if origin["is_verified"]
-        else f"That {record['backbone']} has the same weights is the word of whoever imported it."
+        else f"That {record['backbone']} has the same weights was not verified."
     )
     return f"""# {record["name"]}
 

@@ -194,10 +194,12 @@ def test_an_index_that_lies_is_refused(write_checkpoint):
     index = json.loads(path.read_text())
     files = dict(index["weight_map"])
     path.write_text(json.dumps({"weight_map": {**files, "more": files["model.norm.weight"]}}))
-    with pytest.raises(InteropError, match=r"'more' is missing, which model\.safetensors\.index"):
+    with pytest.raises(
+        InteropError, match=r"'more' is missing, listed in model\.safetensors\.index"
+    ):
         open_checkpoint(folder)
     path.write_text(json.dumps({"weight_map": {**files, "model.norm.weight": "../x"}}))
-    with pytest.raises(InteropError, match=r"'\.\./x' is not the name of a file"):
+    with pytest.raises(InteropError, match=r"'\.\./x' is not a file name"):
         open_checkpoint(folder)
 
 

@@ -288,5 +288,5 @@ def test_an_export_of_the_backbone_is_known_as_a_base(imported, tmp_path):
     record = json.loads((out / "composable.json").read_text())
     record["backbone"]["interface"] = "sha256:other"
     (out / "composable.json").write_text(json.dumps(record))
-    with pytest.raises(InteropError, match="export of something else"):
+    with pytest.raises(InteropError, match="not an export of this backbone alone"):
         _check_base(loaded, adapter, None)

@@ -141,7 +141,7 @@ def test_an_expert_says_where_it_comes_from_and_can_be_vetted(loaded, written, s
     )
     assert record["scout"]["heldout_bits_per_class"] < 6  # of 8: it learned something
     assert {"features", "scout", "score"} <= stages
-    assert "the word of whoever imported it" in (out / "README.md").read_text()
+    assert "the same weights was not verified" in (out / "README.md").read_text()
     verdict = check_expert(loaded, out)  # on what was held out of the sample
     assert verdict.measured["bits_per_byte"].keys() >= {"own_backbone", "own_expert"}
     # Another sample is another origin.
@@ -163,7 +163,7 @@ def test_the_base_is_compared_where_it_can_be(imported, written, sample, tmp_pat
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(InteropError, match="is not what this backbone was imported from") as caught:
+    with pytest.raises(InteropError, match="is neither the source of this backbone") as caught:
         run(written(other), "other-expert")
     assert caught.value.where == "adapter_config.json: base_model_name_or_path"
     assert f"--base {other}" in caught.value.hint
@@ -189,7 +189,7 @@ def test_a_single_document_is_cut_in_two():
     (train,), (heldout,) = split_sample([Document("one", "word " * 100)], "salt")
     assert len(train.text) > 8 * len(heldout.text) > 0
     assert (train.id, heldout.id) == ("one#begin", "one#end")
-    with pytest.raises(TextError, match="are no sample"):
+    with pytest.raises(TextError, match="is too short"):
         split_sample([Document("one", "x")], "salt")
     with pytest.raises(TextError, match="no sample"):
         split_sample([], "salt")
