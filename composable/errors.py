@@ -21,15 +21,20 @@
     ├── TrainingError             training that cannot start, resume or continue
     └── VettingError              an expert that failed vetting
 
-There is one warning, `ContributionWarning`: contributions that a running model counted as zero.
+Warnings descend from `ComposableWarning`. `ContributionWarning` reports contributions that a
+running model counted as zero.
 
 A message says what was wrong (the value), where (a dotted path or a file) and what was expected,
-and ends with a hint if a remedy is known. Data that a caller may act on is an attribute.
+and ends with a hint if a remedy is known. Data that a caller may act on is an attribute. Attributes
+are exact; as text (`str`), an error is safe to print whoever wrote what it quotes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
+
+from composable.printable import printable
 
 
 class ComposableError(Exception):
@@ -41,6 +46,9 @@ class ComposableError(Exception):
         hint: How to fix it, if known.
     """
 
+    # Lines that a message may have, printed as they are; any other newline is quoted from outside.
+    has_lines: ClassVar[bool] = False
+
     def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -48,8 +56,10 @@ class ComposableError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{text}\n  hint: {self.hint}" if self.hint else text
+        text = printable(self.message, keep="\n" if self.has_lines else "")
+        if self.where:
+            text = f"{printable(self.where)}: {text}"
+        return f"{text}\n  hint: {printable(self.hint)}" if self.hint else text
 
     def within(self, prefix: str) -> ComposableError:
         """Return this error with `prefix` prepended to its location, on the way out of a table."""
@@ -96,6 +106,8 @@ class UnknownExpertError(PackagingError):
 class ResolutionError(PackagingError):
     """No set of versions satisfies the requirements; the message explains why."""
 
+    has_lines = True
+
 
 class IntegrityError(PackagingError):
     """Bytes whose size or digest does not match the expected one."""
@@ -133,7 +145,23 @@ class VettingError(ComposableError):
     """An expert that failed vetting and must not be published."""
 
 
-class ContributionWarning(UserWarning):
+class ComposableWarning(UserWarning):
+    """Base of all warnings, which the command line prints as one line each.
+
+    Args:
+        message: What is unusual, and what was done about it.
+        topic: What it is about; a command warns once of each. By default, the message.
+    """
+
+    def __init__(self, message: str, topic: str | None = None) -> None:
+        super().__init__(message)
+        self.topic = message if topic is None else topic
+
+    def __str__(self) -> str:
+        return printable(str(self.args[0]))
+
+
+class ContributionWarning(ComposableWarning):
     """An expert some of whose contributions were counted as zero while the model kept running.
 
     Args:
@@ -145,7 +173,8 @@ class ContributionWarning(UserWarning):
     def __init__(self, expert: str, zeroed: int, made: int) -> None:
         super().__init__(
             f"expert {expert}: {zeroed:,} of {made:,} contributions were not finite or out of "
-            "bounds and were counted as zero"
+            "bounds and were counted as zero",
+            topic=expert,
         )
         self.expert = expert
         self.zeroed = zeroed

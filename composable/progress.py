@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from composable.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -75,8 +77,10 @@ def show_bars(
         label: str, done: int, total: int | None, note: str = "", *, is_visible: bool = True
     ) -> None:
         if label not in tasks:
-            tasks[label] = bars.add_task(label, total=total, note=note)
-        bars.update(tasks[label], completed=done, total=total, note=note, visible=is_visible)
+            tasks[label] = bars.add_task(printable(label), total=total, note="")
+        bars.update(
+            tasks[label], completed=done, total=total, note=printable(note), visible=is_visible
+        )
 
     with bars:
         yield update

@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "composable"
 # A room imports itself and the rooms above it in this list, and nothing else.
 ROOMS = (
+    "printable",
     "errors",
     "progress",
     "interface",
@@ -62,7 +63,7 @@ WRITERS = {
     "corpora.documents": "training text that the next run writes again, alike to the byte",
 }
 # Rooms that never load an array library: what starts fast, and what packaging needs.
-WITHOUT_ARRAYS = ("errors", "progress", "interface", "files", "packaging", "cli")
+WITHOUT_ARRAYS = ("printable", "errors", "progress", "interface", "files", "packaging", "cli")
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 
 

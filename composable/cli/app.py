@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from composable.cli.commands import COMMANDS, format_help
-from composable.cli.output import show_error
+from composable.cli.output import note_warnings, show_error
 from composable.errors import ComposableError
 
 
@@ -39,9 +39,10 @@ class Commands(TyperGroup):
         return format_help().rstrip("\n")
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; print a deliberate error and exit with 1."""
+        """Run a command; print warnings, and exit with 1 after a deliberate error."""
         try:
-            return super().invoke(ctx)
+            with note_warnings():
+                return super().invoke(ctx)
         except ComposableError as error:
             show_error(error, ctx)
             raise typer.Exit(1) from error

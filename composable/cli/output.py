@@ -1,4 +1,7 @@
-"""Output of commands: data to standard output, everything else to standard error."""
+"""Output of commands: data to standard output, everything else to standard error.
+
+All text is made printable here, since any of it may quote what others wrote; JSON stays exact.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,19 @@ from typing import Any, TextIO
 import typer
 
 from composable.cli.options import AS_JSON
-from composable.errors import ComposableError, ContributionWarning
+from composable.errors import ComposableError, ComposableWarning
+from composable.printable import printable, printable_json
 
 
 def show(text: str, data: Any, *, as_json: bool, is_quiet: bool = False) -> None:
-    """Print the result of a command: `data` as JSON with --json, `text` otherwise."""
+    """Print the result of a command: `data` as JSON with --json, `text` otherwise.
+
+    Text has lines of its own: what others wrote comes from `format_table` or `printable`.
+    """
     if as_json:
-        _print_json(data)
+        print(printable_json(data, indent=2))
     elif text and not is_quiet:
-        print(text)
+        print(printable(text, keep="\n"))
 
 
 def show_error(error: ComposableError, ctx: typer.Context) -> None:
@@ -31,20 +38,20 @@ def show_error(error: ComposableError, ctx: typer.Context) -> None:
             "where": error.where,
             "hint": error.hint,
         }
-        _print_json({"error": data})
+        print(printable_json({"error": data}, indent=2))
     else:
         print(f"error: {error}", file=sys.stderr)
 
 
 def note(text: str, *, is_quiet: bool = False) -> None:
-    """Print a message that is not data to standard error."""
+    """Print a message that is not data, in one line, to standard error."""
     if not is_quiet:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 @contextmanager
-def note_guards() -> Iterator[None]:
-    """Print a warning, once per expert, when a model counts contributions as zero."""
+def note_warnings() -> Iterator[None]:
+    """Print the project's warnings as one line each, once for each topic."""
     warned: set[str] = set()
     show_others = warnings.showwarning
 
@@ -56,14 +63,14 @@ def note_guards() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if not isinstance(message, ContributionWarning):
+        if not isinstance(message, ComposableWarning):
             show_others(message, category, filename, lineno, file, line)
-        elif message.expert not in warned:
-            warned.add(message.expert)
+        elif message.topic not in warned:
+            warned.add(message.topic)
             note(f"warning: {message}")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", ContributionWarning)
+        warnings.simplefilter("always", ComposableWarning)
         warnings.showwarning = show_warning
         yield
 
@@ -73,9 +80,9 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> st
 
     Args:
         headers: Column names; without any, no head is printed.
-        rows: Cells, converted with `str`.
+        rows: Cells, converted with `str`; each stays in its row, whatever it holds.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     if not cells:
         return ""
     if headers:
@@ -91,9 +98,3 @@ def format_bytes(size: float) -> str:
     while size >= 1000 and larger:
         size, unit = size / 1000, larger.pop(0)
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _print_json(data: Any) -> None:
-    import json  # here, because `--help` does not need it
-
-    print(json.dumps(data, indent=2, ensure_ascii=False))

@@ -23,9 +23,10 @@ from composable.cli.options import (
     Temperature,
     TopP,
 )
-from composable.cli.output import note_guards, show
+from composable.cli.output import show
 from composable.cli.routing import PieceFormat, choose_format
 from composable.errors import ComposableError
+from composable.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from composable.model.model import Model
@@ -34,7 +35,6 @@ app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command()
-@note_guards()
 def generate(
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False)] = None,
     experts: Experts = None,
@@ -79,7 +79,7 @@ def generate(
         for text in _read_prompts(prompts):
             pieces = model.stream(text, max_tokens, **settings)
             generated = "".join(piece.text for piece in pieces)
-            print(json.dumps({"prompt": text, "text": generated}, ensure_ascii=False), flush=True)
+            print(printable_json({"prompt": text, "text": generated}), flush=True)
         return
     pieces = model.stream(prompt or "", max_tokens, **settings)
     if as_json:
@@ -93,7 +93,6 @@ def generate(
 
 
 @app.command()
-@note_guards()
 def chat(
     experts: Experts = None,
     backbone: Backbone = None,
@@ -135,9 +134,11 @@ def _load(
 
 
 def _print_pieces(pieces: Any, display: PieceFormat) -> None:
-    """Print text as it is generated, formatted piece by piece."""
+    """Print text as it is generated, formatted piece by piece; exactly, unless to a terminal."""
+    is_terminal = sys.stdout.isatty()
     for piece in pieces:
-        sys.stdout.write(display.piece(piece.text, piece.weight_E))
+        text = printable(piece.text, keep="\n\t") if is_terminal else piece.text
+        sys.stdout.write(display.piece(text, piece.weight_E))
         sys.stdout.flush()
     print(display.end())
 

@@ -114,9 +114,10 @@ def _start_process(contribution: Contribution) -> Iterator[IO[str]]:
         if process.returncode:
             log.seek(0)
             raise TrainingError(
-                f"the contributor's process ended with status {process.returncode}:\n"
-                f"{log.read()[-_LOG_TAIL:]}",
+                f"the contributor's process ended with status {process.returncode}: "
+                + " | ".join(log.read()[-_LOG_TAIL:].splitlines()),
                 where=contribution.folder.name,
+                hint=f"read {log.name}",
             )
 
 

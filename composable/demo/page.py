@@ -1,7 +1,7 @@
 """The demo's report: one HTML page without scripts that fetches nothing.
 
 Its text and structure are in `page.html` and `trace.html`, its style in `page.css`. Jinja escapes
-every value, so names and texts cannot add markup.
+every value, so names and texts cannot add markup, and what a browser would act on or hide is shown.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from composable.demo.report import (
 )
 from composable.demo.result import DemoResult
 from composable.demo.trace import Trace, split_runs, stack_layers
+from composable.printable import printable
 
 # Bytes of text on the page in all, which keeps the file small.
 _SHOWN_BYTES: Final = 9_000
@@ -133,6 +134,7 @@ def _make_environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_read_source),
         autoescape=True,
+        finalize=lambda value: printable(value, keep="\n\t") if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,13 +1,21 @@
+import io
+import json
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from composable.cli.output import note_guards
+from composable.cli.output import format_table, note, note_warnings, show
+from composable.cli.routing import choose_format
+from composable.cli.use import _print_pieces
 from composable.errors import ContributionWarning
+from composable.progress import show_bars
 
 
 def test_each_expert_whose_contributions_count_as_zero_is_told_of_once(capsys):
-    with note_guards():
+    with note_warnings():
         for zeroed in (12, 13):
             warnings.warn(ContributionWarning("loud", zeroed, 512), stacklevel=1)
         warnings.warn(ContributionWarning("other", 1, 2), stacklevel=1)
@@ -20,5 +28,46 @@ def test_each_expert_whose_contributions_count_as_zero_is_told_of_once(capsys):
 
 
 def test_other_warnings_go_where_they_went():
-    with pytest.warns(UserWarning, match="something else"), note_guards():
+    with pytest.warns(UserWarning, match="something else"), note_warnings():
         warnings.warn("something else", stacklevel=1)
+
+
+HOSTILE = "red \x1b[31m \u202eback\nerror: fake  1.0"
+
+
+def test_a_cell_stays_in_its_row(capsys):
+    table = format_table(("NAME", "WHAT"), [("a", HOSTILE), ("b", "fine")])
+    assert len(table.splitlines()) == 3
+    show(table, None, as_json=False)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_note_is_one_line(capsys):
+    note(HOSTILE)
+    assert capsys.readouterr().err == "red \\x1b[31m \\u202eback\\nerror: fake  1.0\n"
+
+
+def test_json_is_exact(capsys):
+    show("", {"what": HOSTILE}, as_json=True)
+    told = capsys.readouterr().out
+    assert json.loads(told) == {"what": HOSTILE}
+    assert "\x1b" not in told
+    assert "\u202e" not in told
+
+
+def test_a_bar_shows_its_label_as_text():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system=None, width=200)
+    with show_bars(is_transient=False, console=console) as update:
+        update("evil \x1b]0;title\x07\u202e", 1, 2, "note \x1b[5m")
+    assert "evil \\x1b]0;title\\x07\\u202e" in screen.getvalue()
+    assert "note \\x1b[5m" in screen.getvalue()
+
+
+def test_generated_text_is_escaped_on_a_terminal_only(capsys, monkeypatch):
+    pieces = [SimpleNamespace(text="a\tb\x1b[2J\n", weight_E=None)]
+    _print_pieces(pieces, choose_format((), is_wanted=False))
+    assert capsys.readouterr().out == "a\tb\x1b[2J\n\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _print_pieces(pieces, choose_format((), is_wanted=False))
+    assert capsys.readouterr().out == "a\tb\\x1b[2J\n\n"

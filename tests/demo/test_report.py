@@ -230,6 +230,20 @@ def test_nothing_from_data_becomes_markup(result: DemoResult, tmp_path: Path) ->
     assert "script" not in page.tags
 
 
+def test_nothing_from_data_acts_on_the_page_unseen(result: DemoResult, tmp_path: Path) -> None:
+    hostile = "safe\u202egnp.exe\x1b[2J\u2066"
+    experts = {
+        name: dataclasses.replace(expert, license=hostile, description=hostile)
+        for name, expert in result.experts.items()
+    }
+    result = dataclasses.replace(result, experts=experts, machine=hostile)
+    write_report(tmp_path / "page.html", result, [make_trace("legal", "public")])
+    source = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "\u202e" not in source
+    assert "\x1b" not in source
+    assert r"safe\u202egnp.exe\x1b[2J\u2066" in source
+
+
 def test_all_bytes_of_the_text_are_shown() -> None:
     text = "é<\n\t".encode() + b"\xff\x00" + "\u202e€".encode()
     weight_TE = np.tile(np.array([[0.2, 0.8]]), (len(text), 1))
