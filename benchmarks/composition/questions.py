@@ -1,4 +1,4 @@
-"""What else is asked of a community: peers, growth, hostile guests, unequal contributors."""
+"""What else is asked of a community: peers, growth, adversarial experts, unequal contributors."""
 
 from __future__ import annotations
 

@@ -145,7 +145,8 @@ def _read_tensor(
     if len(data) != count:
         raise InteropError("the file was cut short", where=str(path))
     if kind == GGMLQuantizationType.BF16:
-        return data.view(np.uint16).view(ml_dtypes.bfloat16).reshape(wanted)
+        data = data.view(np.uint16).view(ml_dtypes.bfloat16)
+        return data.reshape(wanted)
     if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
         return data.reshape(wanted)
     try:

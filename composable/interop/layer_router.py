@@ -173,7 +173,10 @@ def layered_logits(
 ) -> jax.Array:
     """Return the logits of the same, shape BTV."""
     order_E = _order(model)
-    return _layered(model.parts, jnp.asarray(rows_LED), order_E, top_k, jnp.asarray(tokens_BT))
+    logits_BTV: jax.Array = _layered(
+        model.parts, jnp.asarray(rows_LED), order_E, top_k, jnp.asarray(tokens_BT)
+    )
+    return logits_BTV
 
 
 @partial(jax.jit, static_argnums=3)

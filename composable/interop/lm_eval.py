@@ -43,7 +43,7 @@ _MIN_LENGTH: Final = 64
 _MAX_TOKENS: Final = 256
 
 
-class ComposableLM(LM):
+class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
     """A model with the interface of the harness.
 
     Every text begins with the model's begin token. A text that does not fit the context is cut at

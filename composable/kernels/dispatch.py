@@ -273,7 +273,7 @@ def _combine_rows_backward(
     dweights_MJ = jnp.stack(
         [
             jnp.einsum(
-                "md,md->m",
+                "MD,MD->M",
                 dy_MD,
                 _take(y_PD, dispatch.position_MJ[:, j]),
                 preferred_element_type=jnp.float32,

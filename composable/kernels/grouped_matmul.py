@@ -52,7 +52,7 @@ def multiply_rows(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
 
     def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
         (x_PD,), (w_DF,) = rows, weights
-        y_PF = jnp.einsum("pd,df->pf", x_PD, w_DF, preferred_element_type=jnp.float32)
+        y_PF = jnp.einsum("PD,DF->PF", x_PD, w_DF, preferred_element_type=jnp.float32)
         return (y_PF.astype(x_PD.dtype),), ()
 
     (y_PF,), _ = run_blocks(multiply, (x_PD,), (w_EDF,), dispatch)
@@ -73,7 +73,7 @@ def multiply_rows_transposed(dy_PF: Array, w_EDF: Array, dispatch: Dispatch) -> 
 
     def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
         (dy_PF,), (w_DF,) = rows, weights
-        dx_PD = jnp.einsum("pf,df->pd", dy_PF, w_DF, preferred_element_type=jnp.float32)
+        dx_PD = jnp.einsum("PF,DF->PD", dy_PF, w_DF, preferred_element_type=jnp.float32)
         return (dx_PD.astype(dy_PF.dtype),), ()
 
     (dx_PD,), _ = run_blocks(multiply, (dy_PF,), (w_EDF,), dispatch)
@@ -94,7 +94,7 @@ def sum_outer_products(x_PD: Array, dy_PF: Array, dispatch: Dispatch) -> Array:
 
     def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
         x_PD, dy_PF = rows
-        dw_DF = jnp.einsum("pd,pf->df", x_PD, dy_PF, preferred_element_type=jnp.float32)
+        dw_DF = jnp.einsum("PD,PF->DF", x_PD, dy_PF, preferred_element_type=jnp.float32)
         return (), (dw_DF,)
 
     _, (dw_EDF,) = run_blocks(multiply, (x_PD, dy_PF), (), dispatch)

@@ -117,10 +117,10 @@ def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
 def _run_body_and_keep(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block forward, with the values that the backward pass needs."""
     (x_PD,), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
-    gate_PF = _product("pd,df->pf", x_PD, w_gate_DF)
-    up_PF = _product("pd,df->pf", x_PD, w_up_DF)
+    gate_PF = _product("PD,DF->PF", x_PD, w_gate_DF)
+    up_PF = _product("PD,DF->PF", x_PD, w_up_DF)
     hidden_PF = (jax.nn.silu(gate_PF) * up_PF).astype(x_PD.dtype)
-    y_PD = _product("pf,fd->pd", hidden_PF, w_down_FD)
+    y_PD = _product("PF,FD->PD", hidden_PF, w_down_FD)
     return tuple(out.astype(x_PD.dtype) for out in (y_PD, gate_PF, up_PF)), ()
 
 
@@ -134,9 +134,9 @@ def _differentiate_all(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block backward, input and weight gradients: 6 products."""
     dy_PD, gate_PF, up_PF, x_PD = rows
     dx_PD, hidden_PF, dgate_PF, dup_PF = _differentiate_hidden((dy_PD, gate_PF, up_PF), weights)
-    dw_gate_DF = _product("pd,pf->df", x_PD, dgate_PF)
-    dw_up_DF = _product("pd,pf->df", x_PD, dup_PF)
-    dw_down_FD = _product("pf,pd->fd", hidden_PF, dy_PD)
+    dw_gate_DF = _product("PD,PF->DF", x_PD, dgate_PF)
+    dw_up_DF = _product("PD,PF->DF", x_PD, dup_PF)
+    dw_down_FD = _product("PF,PD->FD", hidden_PF, dy_PD)
     return (dx_PD,), (dw_gate_DF, dw_up_DF, dw_down_FD)
 
 
@@ -146,10 +146,10 @@ def _differentiate_hidden(rows: Arrays, weights: Arrays) -> tuple[Array, Array, 
     gate_PF, up_PF = gate_PF.astype(jnp.float32), up_PF.astype(jnp.float32)
     sigmoid_PF = jax.nn.sigmoid(gate_PF)
     silu_PF = gate_PF * sigmoid_PF
-    dhidden_PF = _product("pd,fd->pf", dy_PD, w_down_FD)
+    dhidden_PF = _product("PD,FD->PF", dy_PD, w_down_FD)
     # silu'(g) = s + g s (1 - s) = s + silu(g) (1 - s), with s = sigmoid(g).
     dgate_PF = dhidden_PF * up_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF))
     dgate_PF = dgate_PF.astype(dy_PD.dtype)
     dup_PF = (dhidden_PF * silu_PF).astype(dy_PD.dtype)
-    dx_PD = _product("pf,df->pd", dgate_PF, w_gate_DF) + _product("pf,df->pd", dup_PF, w_up_DF)
+    dx_PD = _product("PF,DF->PD", dgate_PF, w_gate_DF) + _product("PF,DF->PD", dup_PF, w_up_DF)
     return dx_PD.astype(dy_PD.dtype), (silu_PF * up_PF).astype(dy_PD.dtype), dgate_PF, dup_PF

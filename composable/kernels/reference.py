@@ -24,7 +24,7 @@ def gather_rows(x_MD: Array, dispatch: Dispatch) -> Array:
         x_PD: Rows; padding rows are zero.
     """
     mask_PM = jax.nn.one_hot(dispatch.token_P, x_MD.shape[0], dtype=x_MD.dtype)
-    return jnp.einsum("pm,md->pd", mask_PM, x_MD)
+    return jnp.einsum("PM,MD->PD", mask_PM, x_MD)
 
 
 def combine_rows(y_PD: Array, weights_MJ: Array, dispatch: Dispatch) -> Array:
@@ -40,7 +40,7 @@ def combine_rows(y_PD: Array, weights_MJ: Array, dispatch: Dispatch) -> Array:
     """
     mask_MJP = jax.nn.one_hot(dispatch.position_MJ, y_PD.shape[0], dtype=jnp.float32)
     y_MD = jnp.einsum(
-        "mj,mjp,pd->md", weights_MJ.astype(jnp.float32), mask_MJP, y_PD.astype(jnp.float32)
+        "MJ,MJP,PD->MD", weights_MJ.astype(jnp.float32), mask_MJP, y_PD.astype(jnp.float32)
     )
     return y_MD.astype(y_PD.dtype)
 
@@ -56,8 +56,8 @@ def grouped_matmul(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
     Returns:
         y_PF: Products, in the type of x_PD; rows of unused blocks are zero.
     """
-    y_PEF = jnp.einsum("pd,edf->pef", x_PD.astype(jnp.float32), w_EDF.astype(jnp.float32))
-    return jnp.einsum("pe,pef->pf", _expert_mask(dispatch), y_PEF).astype(x_PD.dtype)
+    y_PEF = jnp.einsum("PD,EDF->PEF", x_PD.astype(jnp.float32), w_EDF.astype(jnp.float32))
+    return jnp.einsum("PE,PEF->PF", _expert_mask(dispatch), y_PEF).astype(x_PD.dtype)
 
 
 def grouped_swiglu(
