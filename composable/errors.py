@@ -88,7 +88,25 @@ class ManifestError(PackagingError):
 
 
 class LockError(PackagingError):
-    """A lock file that is malformed, or that no longer fits its project."""
+    """A lock file that is malformed, or that no longer fits its project.
+
+    Args:
+        message: What was wrong.
+        where: Where.
+        hint: How to fix it.
+        is_newer: Whether a newer version of composable wrote it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        is_newer: bool = False,
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.is_newer = is_newer
 
 
 class RegistryError(PackagingError):

@@ -359,11 +359,12 @@ def _change_to_dict(change: VersionChange) -> dict[str, str | None]:
 
 
 def _read_lock(project: Project) -> Lock | None:
-    """Return the project's lock; None if it is missing, or damaged and about to be replaced."""
+    """Return what the project's lock file holds before it is replaced; None if it has nothing."""
     from composable.errors import LockError
+    from composable.packaging.install.salvage import read_lock_to_keep
 
     try:
-        return project.lock
+        return read_lock_to_keep(project.lock_path)
     except LockError:
         return None
 

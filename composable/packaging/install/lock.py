@@ -17,7 +17,7 @@ from composable.errors import LockError, ManifestError
 from composable.files import atomic
 from composable.interface.digest import is_digest
 from composable.packaging.manifests.manifest import EXPERT_FILE, PackageFile
-from composable.packaging.manifests.toml import Table, format_toml, parse_toml
+from composable.packaging.manifests.toml import Table, find_conflict, format_toml, parse_toml
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.names import check_file_name, check_package_name
 from composable.packaging.versions.version import Version
@@ -146,7 +146,9 @@ class Lock:
                 "no lock file", where=str(path), hint="run `composable lock`"
             ) from error
         except UnicodeDecodeError as error:
-            raise LockError("is not UTF-8 text", where=str(path)) from error
+            raise LockError(
+                "is not UTF-8 text", where=str(path), hint="run `composable lock`"
+            ) from error
 
     @classmethod
     def loads(cls, text: str, where: str = LOCK_FILE) -> Self:
@@ -158,23 +160,17 @@ class Lock:
         try:
             return cls._parse(text, where)
         except ManifestError as error:
+            kept = ", which keeps what both sides agree on" * (find_conflict(text) is not None)
             raise LockError(
-                error.message, where=error.where, hint=error.hint or "run `composable lock`"
+                error.message, where=error.where, hint=f"run `composable lock`{kept}"
             ) from error
 
     @classmethod
     @functools.lru_cache(maxsize=4)  # the lock file and the installed lock are often the same text
     def _parse(cls, text: str, where: str) -> Self:
-        top = parse_toml(text, where)
-        schema = top.integer("schema")
-        if schema != SCHEMA:
-            raise ManifestError(
-                f"{schema} is not supported, expected {SCHEMA}", where=top.where("schema")
-            )
+        top = _open(text, where)
         interface = _read_interface(top.table("interface")) if "interface" in top else None
-        table = top.table("registries", {})
-        registries = {name: table.text(name) for name in table.names()}
-        experts = [_read_expert(entry, registries) for entry in top.tables("expert")]
+        registries, experts = _read_entries(top)
         top.finish(also=("interface",))
         names = [expert.name for expert in experts]
         if len(set(names)) != len(names):
@@ -215,6 +211,38 @@ class Lock:
             return False
         atomic.write_text(path, text)
         return True
+
+
+def read_entries(text: str, where: str) -> tuple[dict[str, str], list[LockedExpert]]:
+    """Return the registries and all entries of a lock in the order of the text, checked singly.
+
+    Raises:
+        ManifestError: When an entry is malformed.
+        LockError: When a newer version of composable wrote it.
+    """
+    return _read_entries(_open(text, where))
+
+
+def _open(text: str, where: str) -> Table:
+    """Parse the text of a lock, and check that this version reads its schema."""
+    top = parse_toml(text, where)
+    schema = top.integer("schema")
+    if schema > SCHEMA:
+        raise LockError(
+            f"{schema} is not supported, expected {SCHEMA}",
+            where=top.where("schema"),
+            hint="a newer version of composable wrote it: use that one",
+            is_newer=True,
+        )
+    if schema != SCHEMA:
+        raise ManifestError(f"{schema} is not {SCHEMA}", where=top.where("schema"))
+    return top
+
+
+def _read_entries(top: Table) -> tuple[dict[str, str], list[LockedExpert]]:
+    table = top.table("registries", {})
+    registries = {name: table.text(name) for name in table.names()}
+    return registries, [_read_expert(entry, registries) for entry in top.tables("expert")]
 
 
 def _name_of(expert: LockedExpert) -> str:

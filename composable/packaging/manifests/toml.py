@@ -19,12 +19,15 @@ from composable.packaging.versions.version import Version
 
 # Enough for the chunk digests of 100 GB, or for a lock of 1,000 experts.
 MAX_TOML_BYTES: Final = 1 << 20
+BYTE_ORDER_MARK: Final = "\ufeff"
 # Time and memory of the standard library's reader grow with the square of the number of parts of a
 # key. This finds such keys, and text that looks like one; possessive, so in linear time.
 MAX_KEY_PARTS: Final = 32
 _DEEP_KEY: Final = re.compile(
     rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_KEY_PARTS}}}"""
 )
+# Lines that version control leaves where two sides changed the same text.
+_CONFLICT: Final = re.compile(r"^(?:<{7}|\|{7}|={7}|>{7})(?=[ \r\n]|\Z)", re.MULTILINE)
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 _REQUIRED: Final = object()
 T = TypeVar("T")
@@ -34,12 +37,13 @@ def parse_toml(text: str, where: str) -> Table:
     """Parse TOML text as a table whose fields are then read one by one.
 
     Args:
-        text: The text.
+        text: The text. A byte order mark, which some editors write, is skipped.
         where: Name of the file, for errors.
 
     Raises:
         ManifestError: For text that is not TOML.
     """
+    text = text.removeprefix(BYTE_ORDER_MARK)
     if len(text) > MAX_TOML_BYTES:
         raise ManifestError(
             f"{len(text):,} characters, expected at most {MAX_TOML_BYTES:,}", where=where
@@ -49,7 +53,25 @@ def parse_toml(text: str, where: str) -> Table:
     try:
         return Table(tomllib.loads(text), where)
     except (ValueError, RecursionError) as error:
+        line = find_conflict(text)
+        if line is not None:
+            raise ManifestError(
+                f"a merge left conflict markers in line {line}",
+                where=where,
+                hint="edit it: keep one side of each conflict and remove the markers",
+            ) from error
         raise ManifestError(f"not TOML: {error}", where=where) from error
+
+
+def find_conflict(text: str) -> int | None:
+    r"""Return the number of the first line with a conflict marker of a merge; None without any.
+
+    Example:
+        >>> find_conflict("a = 1\n<<<<<<< HEAD\nb = 2\n=======\nb = 3\n>>>>>>> x\n")
+        2
+    """
+    found = _CONFLICT.search(text)
+    return None if found is None else text.count("\n", 0, found.start()) + 1
 
 
 class Table:

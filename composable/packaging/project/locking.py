@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from composable.errors import LockError
 from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert, LockedInterface
+from composable.packaging.install.salvage import read_lock_to_keep
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import fit_interface, pack_named
 from composable.packaging.project.project import PROJECT_FILE, Project, Wanted
@@ -51,6 +52,7 @@ def lock_project(
         ResolutionError: When no versions satisfy all requirements; the message explains why and
             suggests changes.
         RegistryError: When a registry cannot be read.
+        LockError: When a newer version of composable wrote the current lock.
 
     Example:
         >>> import pathlib, tempfile
@@ -60,7 +62,7 @@ def lock_project(
         ()
     """
     source = ProjectSource(project, interface, exclude_newer=exclude_newer)
-    before = None if upgrade is True else project.lock
+    before = None if upgrade is True else read_lock_to_keep(project.lock_path)
     source.prefetch_releases([*project.experts, *(before.versions if before else ())])
     for name in must_exist:
         source.require_releases(name)
