@@ -200,8 +200,8 @@ class ContributionWarning(ComposableWarning):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """Return a hint that names the closest of `known`, or None when nothing is close."""
+    """Return a hint that names the closest of the others in `known`; None when nothing is close."""
     import difflib  # late: only errors need it
 
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, sorted({*known} - {name}), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else None

@@ -80,7 +80,7 @@ def _check_digest(path: Path, digest: str) -> None:
         raise IntegrityError(
             f"the bytes have digest {found}, but the manifest lists {digest}",
             where=str(path),
-            hint="run `composable sync`, which fetches damaged files again",
+            hint="run `composable verify && composable sync`, which fetches damaged files again",
         )
 
 

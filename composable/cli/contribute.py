@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,7 +57,7 @@ def new(
     create_expert(folder, name, package.name, read_interface(home))
     show(
         f"created {folder}/: describe the expert in {folder / 'expert.toml'}, then\n"
-        f"  composable train {folder} --data FILES",
+        f"  composable train {shlex.quote(str(folder))} --data FILES",
         {"created": str(folder), "backbone": package.name},
         as_json=as_json,
         is_quiet=is_quiet,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +86,7 @@ def import_peft(
             load_backbone(backbone), source, folder, plan, read_documents(sample), progress=progress
         )
     show(
-        f"{folder}\n{_adapter_table(record)}\nnext: composable check {folder}",
+        f"{folder}\n{_adapter_table(record)}\nnext: composable check {shlex.quote(str(folder))}",
         {"folder": str(folder), **record},
         as_json=as_json,
         is_quiet=is_quiet,

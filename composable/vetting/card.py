@@ -6,6 +6,7 @@ Nothing is measured here; the checks are in `checks.py` and `peers.py`.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,7 @@ def require_passed(folder: Path, interface: RouterInterface) -> Card:
         VettingError: If there is no valid card, it is for other tensors or another interface, or a
             check failed.
     """
-    where, hint = str(folder / CARD_FILE), f"run: composable check {folder}"
+    where, hint = str(folder / CARD_FILE), f"run `composable check {shlex.quote(str(folder))}`"
     try:
         card = parse_record(Card, (folder / CARD_FILE).read_bytes(), where, VettingError)
     except FileNotFoundError as error:

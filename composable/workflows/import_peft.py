@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -325,7 +326,7 @@ def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) ->
         f"{said!r} {problem}",
         where="adapter_config.json: base_model_name_or_path",
         hint=f"import that model and use it as the backbone; or, if its weights are the "
-        f"same, confirm it with --base {said}",
+        f"same, confirm it with --base {shlex.quote(said)}",
     )
 
 

@@ -6,6 +6,7 @@ reflects what changed. Nothing is measured here.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from composable.errors import ManifestError, PackagingError, VettingError
@@ -92,7 +93,8 @@ def _require_bump(folder: Path, interface: RouterInterface, registry: Registry, 
     if regressions is None:
         # Weights that were not compared may be worse in any way.
         changes.append(Change("major", f"its weights were not compared with those of {before}"))
-        hint = f"run: composable check {folder} --against {name}@{before}; or "
+        command = ["composable", "check", str(folder), "--against", f"{name}@{before}"]
+        hint = f"run `{shlex.join([*command, '--registry', registry.location])}`; or "
     else:
         changes += [Change("major", found) for found in regressions]
     step = Step(before, manifest.version, tuple(changes))

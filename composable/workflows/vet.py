@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,7 @@ def check_expert(
         raise VettingError(
             "the expert was not trained yet",
             where=str(folder),
-            hint=f"run: composable train {folder} --data FILES",
+            hint=f"run `composable train {shlex.quote(str(folder))} --data FILES`",
         )
     heldout, anchor = _find_heldout(folder, data), vetted_texts(loaded.anchor)
     try:

@@ -47,8 +47,16 @@ class Generation:
 
     @functools.cached_property
     def lock(self) -> Lock:
-        """The lock that it was installed from."""
-        return Lock.read(self.path / LOCK_FILE)
+        """The lock that it was installed from.
+
+        Raises:
+            LockError: When it is damaged.
+        """
+        try:
+            return Lock.read(self.path / LOCK_FILE)
+        except LockError as error:
+            where = f"{self.path}: {error.where}" if error.where else str(self.path)
+            raise LockError(error.message, where=where, hint="run `composable sync`") from error
 
     def expert_path(self, name: str) -> Path:
         """Return the directory of an installed expert; of an editable one, its own folder.
@@ -60,7 +68,7 @@ class Generation:
         if name in self.lock and self.lock[name].is_editable:
             path = self._folder_of(self.lock[name])
         if not (path / EXPERT_FILE).is_file():
-            raise PackagingError(f"{name!r} is not installed", hint="run `composable sync`")
+            raise _not_installed(name)
         return path
 
     def manifest(self, name: str) -> Manifest:
@@ -118,7 +126,7 @@ class Environment:
         raise PackagingError(
             "names a generation that does not exist",
             where=str(self.root / "current"),
-            hint="remove that file and run `composable sync`",
+            hint="run `composable sync`",
         )
 
     @property
@@ -153,7 +161,7 @@ class Environment:
         """
         current = self.current
         if current is None:
-            raise PackagingError("nothing is installed yet", hint="run `composable sync`")
+            raise _not_installed(name)
         return current.expert_path(name)
 
     def manifests(self) -> list[Manifest]:
@@ -294,6 +302,13 @@ class Environment:
         for generation in older[: -KEPT_GENERATIONS + 1]:
             if time.time() - generation.path.stat().st_mtime > _SETTLED_SECONDS:
                 atomic.remove_directory(generation.path)
+
+
+def _not_installed(name: str) -> PackagingError:
+    return PackagingError(
+        f"{name!r} is not installed",
+        hint=f"run `composable sync`; if the project lacks it, `composable install {name}`",
+    )
 
 
 def _read_number(path: Path) -> int | None:

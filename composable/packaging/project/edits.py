@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,6 @@ def prune_store(store: Store, older_than_seconds: float = PRUNE_GRACE_SECONDS) -
             raise LockError(
                 f"cannot tell which files the project in {root} needs: {error.message}",
                 where=error.where,
-                hint="repair or remove its lock first; nothing was removed",
+                hint=f"run `cd {shlex.quote(str(root))} && composable lock`; nothing was removed",
             ) from error
     return store.prune(needed, older_than_seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,17 +82,33 @@ class ProjectSource:
             raise UnknownExpertError(
                 f"no expert {name!r}",
                 where=str(origin) if isinstance(origin, Path) else origin.location,
-                hint=did_you_mean(name, self.names()),
+                hint=self._hint_at_known(name),
             )
         return releases
 
     def names(self) -> Sequence[str]:
         """Return the names in the project's readable registries, for hints."""
-        found: set[str] = set()
+        return sorted({name for names in self._names_by_registry().values() for name in names})
+
+    def _names_by_registry(self) -> dict[str, Collection[str]]:
+        found: dict[str, Collection[str]] = {}
         for registry in self._project.registries:
             with contextlib.suppress(RegistryError):
-                found.update(self._open_registry(registry).names())
-        return sorted(found)
+                found[registry] = {*self._open_registry(registry).names()}
+        return found
+
+    def _hint_at_known(self, name: str) -> str | None:
+        """Return where a name without releases is known, or which one may be meant."""
+        bound = self._project.registry_of(name)
+        known = self._names_by_registry()
+        if name in known.get(bound, ()):
+            return "its catalogue lists that name, but has no index of releases for it: try later"
+        for registry, names in known.items():
+            if name in names:
+                return (
+                    f"registry {registry!r} has it: `composable add {name} --registry {registry}`"
+                )
+        return did_you_mean(name, {other for names in known.values() for other in names})
 
     def prefetch_releases(self, names: Iterable[str]) -> None:
         """Read the remote indexes of packages and of their dependencies concurrently.

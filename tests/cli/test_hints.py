@@ -1,0 +1,302 @@
+"""Every hint that is a command is run in the state that printed it, and cures it."""
+
+import re
+import shlex
+import shutil
+
+import pytest
+
+from composable.assembly.experts import load_expert
+from composable.errors import ComposableError
+from composable.files.blobs import digest_file
+from composable.packaging.install.lock import Lock
+from composable.packaging.project.project import Project
+
+CONFLICT = "<<<<<<< HEAD\n{ours}=======\n{theirs}>>>>>>> feature/experts\n"
+COMMAND = re.compile(r"`(?:cd (\S+) && )?(composable [^`]+)`")
+
+
+@pytest.fixture
+def fakes(make_fakes):
+    return make_fakes("registry")
+
+
+@pytest.fixture
+def project(works, fakes):
+    """Make a project that has german 1.0.0 and physics installed."""
+    fakes.publish("german")
+    fakes.publish("physics", seed=1)
+    works("init", "--registry", "registry")
+    works("install", "german", "physics")
+    return fakes
+
+
+@pytest.fixture
+def cure(works, monkeypatch):
+    """Return a function that runs the first command of a hint, which must succeed."""
+
+    def run(text):
+        hint = text.partition("hint: ")[2]
+        found = COMMAND.search(hint)
+        assert found is not None, text
+        with monkeypatch.context() as patch:
+            if found[1]:
+                patch.chdir(*shlex.split(found[1]))
+            for command in found[2].split(" && "):
+                arguments = shlex.split(command)[1:]
+                if arguments == ["verify"]:  # finds damage, and says so with its exit status
+                    continue
+                works(*arguments)
+        return hint
+
+    return run
+
+
+def fails(cli, *arguments):
+    outcome = cli(*arguments)
+    assert outcome.code == 1
+    return outcome.err
+
+
+def rewrite_lock(tmp_path, edit):
+    path = tmp_path / "composable.lock"
+    before = path.read_text()
+    path.write_bytes(edit(before))
+    return before
+
+
+def in_conflict(lock, ours, theirs):
+    """Return a lock in which each side has an entry of its own at the end."""
+    return (lock + CONFLICT.format(ours=ours, theirs=theirs)).encode()
+
+
+def entry_of(lock, name):
+    _, *entries = lock.split("[[expert]]")
+    return next("[[expert]]" + e for e in entries if f'name = "{name}"' in e).rstrip() + "\n"
+
+
+DAMAGES = {
+    "empty": lambda lock: b"",
+    "cut": lambda lock: lock.encode()[: len(lock) // 2],
+    "not text": lambda lock: b"\xff\xfe" + lock.encode("utf-16-le"),
+    "twice": lambda lock: (lock + "\n" + entry_of(lock, "german")).encode(),
+    "a field of its own": lambda lock: (lock + "evil = 1\n").encode(),
+    "a digest": lambda lock: lock.replace("sha256:", "sha255:").encode(),
+    "conflict in one field": lambda lock: lock.replace(
+        'wanted-by = ["composable.toml: *"]\n',
+        CONFLICT.format(ours='wanted-by = ["composable.toml: *"]\n', theirs="wanted-by = []\n"),
+        1,
+    ).encode(),
+    "conflict with CRLF": lambda lock: in_conflict(lock, "", "\n").replace(b"\n", b"\r\n"),
+    "conflict with its base": lambda lock: in_conflict(lock, "||||||| 1f2e\nbase = 1\n", ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore::composable.errors.ComposableWarning")
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["sync", "tree", "outdated", "sync --frozen"])
+def test_a_damaged_lock(cli, works, cure, project, tmp_path, damage, command):
+    before = rewrite_lock(tmp_path, DAMAGES[damage])
+    told = fails(cli, *command.split())
+    hint = cure(told)
+    works(*command.split())
+    assert (tmp_path / "composable.lock").read_text() == before
+    if "conflict" in damage:
+        assert "conflict markers" in told
+        assert "both sides" in hint
+
+
+@pytest.mark.filterwarnings("ignore::composable.errors.ComposableWarning")
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["lock", "upgrade", "install german", "lock --upgrade"])
+def test_what_locks_again_cures_a_damaged_lock(works, project, tmp_path, damage, command):
+    before = rewrite_lock(tmp_path, DAMAGES[damage])
+    works(*command.split())
+    assert (tmp_path / "composable.lock").read_text() == before
+
+
+def test_a_byte_order_mark_damages_no_lock(works, project, tmp_path):
+    rewrite_lock(tmp_path, lambda lock: b"\xef\xbb\xbf" + lock.encode())
+    works("sync", "--frozen")
+    assert works("lock").out.startswith("nothing to change")
+
+
+def test_a_merge_keeps_what_both_sides_agree_on(works, cli, project, tmp_path):
+    """Each side upgraded physics to another version; german is old, and both sides have it."""
+    lock = (tmp_path / "composable.lock").read_text()
+    for version in ("1.1.0", "1.2.0", "1.3.0"):
+        project.publish("physics", version, seed=int(version[2]))
+        project.publish("german", version, seed=int(version[2]))
+    ours = entry_of(lock, "physics")
+    theirs = ours.replace('version = "1.0.0"', 'version = "1.1.0"').replace(
+        "manifest = ", 'manifest = "sha256:' + "0" * 64 + '"\n#'
+    )
+    conflict = lock.replace(ours, CONFLICT.format(ours=ours, theirs=theirs))
+    (tmp_path / "composable.lock").write_text(conflict)
+    told = works("lock")
+    assert "kept the 1 expert that its sides agree on" in told.err
+    assert len(told.err.splitlines()) == 1
+    versions = Lock.read(tmp_path).versions
+    assert str(versions["german"]) == "1.0.0"
+    assert str(versions["physics"]) == "1.3.0"
+
+
+def test_experts_that_each_side_added_are_kept(works, project, tmp_path):
+    lock = (tmp_path / "composable.lock").read_text()
+    for name in ("german", "physics"):
+        project.publish(name, "1.1.0", seed=5)
+    head = lock.partition("[[expert]]")[0]
+    text = head + CONFLICT.format(ours=entry_of(lock, "german"), theirs=entry_of(lock, "physics"))
+    (tmp_path / "composable.lock").write_text(text)
+    works("lock")
+    assert (tmp_path / "composable.lock").read_text() == lock
+
+
+def test_a_lock_of_a_newer_version_is_not_replaced(cli, project, tmp_path):
+    before = rewrite_lock(tmp_path, lambda lock: lock.replace("schema = 1", "schema = 9").encode())
+    for command in ("lock", "sync", "install german"):
+        told = fails(cli, *command.split())
+        assert "newer version of composable" in told
+        assert "`composable lock`" not in told
+    assert (tmp_path / "composable.lock").read_text() == before.replace("= 1", "= 9", 1)
+
+
+@pytest.mark.parametrize("command", ["lock", "sync", "list", "install german", "remove german"])
+def test_a_project_file_in_conflict(cli, works, project, tmp_path, command):
+    file = tmp_path / "composable.toml"
+    before = file.read_text()
+    sides = CONFLICT.format(ours='legal = "^1"\n', theirs='legal = "*"\n')
+    file.write_text(before + sides)
+    line = before.count("\n") + 1
+    told = fails(cli, *command.split())
+    assert f"conflict markers in line {line}" in told
+    assert "keep one side" in told
+    file.write_text(before)
+    works(*command.split())
+
+
+def test_a_rule_in_a_text_is_no_conflict(works, project, tmp_path):
+    file = tmp_path / "composable.toml"
+    file.write_text(file.read_text() + "# <<<<<<< not a marker\n#\n# =======\n")
+    works("sync")
+
+
+def test_no_project(cli, works, cure):
+    cure(fails(cli, "list"))
+    works("list")
+
+
+def test_no_lock(cli, works, cure, project, tmp_path):
+    (tmp_path / "composable.lock").unlink()
+    for command in ("tree", "sync --frozen", "why german"):
+        cure(fails(cli, *command.split()))
+        works(*command.split())
+        (tmp_path / "composable.lock").unlink()
+
+
+def test_a_lock_out_of_date(cli, works, cure, project, tmp_path):
+    works("remove", "german")
+    cure(fails(cli, "sync", "--frozen"))
+    works("sync", "--frozen")
+
+
+@pytest.mark.parametrize("damage", ["pointer", "lock", "lock with markers", "manifest"])
+def test_a_damaged_environment(cli, works, cure, project, tmp_path, damage):
+    environment = Project.read(tmp_path).environment
+    folder = environment.current.path
+    if damage == "pointer":
+        (tmp_path / ".composable/current").write_text("77\n")
+    elif damage == "manifest":
+        (folder / "experts/german/expert.toml").unlink()
+        with pytest.raises(ComposableError) as caught:
+            environment.expert_path("german")
+        cure(str(caught.value))
+        environment.expert_path("german")
+        return
+    else:
+        text = (folder / "composable.lock").read_text()
+        ends = {"lock": "x", "lock with markers": CONFLICT.format(ours="a = 1\n", theirs="")}
+        (folder / "composable.lock").write_text(text + ends[damage])
+    told = fails(cli, "list")
+    assert "conflict" not in cure(told)
+    assert "german" in works("list").out
+
+
+def test_nothing_is_installed(cli, works, cure, project, tmp_path):
+    shutil.rmtree(tmp_path / ".composable")
+    with pytest.raises(ComposableError) as caught:
+        Project.read(tmp_path).environment.expert_path("german")
+    cure(str(caught.value))
+    Project.read(tmp_path).environment.expert_path("german")
+
+
+def test_a_damaged_file_of_an_installed_expert(
+    cli, works, cure, make_fakes, tiny_backbone, tmp_path
+):
+    """Its size stays: a bit flipped in place, in the environment and in the store."""
+    from composable.assembly.backbones import load_backbone
+
+    make_fakes("registry", tiny_backbone).publish("german")
+    works("init", "--backbone", tiny_backbone, "--registry", "registry")
+    works("install", "german")
+    loaded = load_backbone(str(tiny_backbone))
+    folder = Project.read(tmp_path).environment.expert_path("german")
+    body = folder / "body.safetensors"
+    before = digest_file(body)
+    body.chmod(0o644)
+    data = bytearray(body.read_bytes())
+    data[-1] ^= 1
+    with body.open("r+b") as file:
+        file.write(data)
+    with pytest.raises(ComposableError) as caught:
+        load_expert(loaded, folder)
+    assert "`composable verify && composable sync`" in str(caught.value)
+    assert cli("verify").code == 1
+    cure(str(caught.value))
+    folder = Project.read(tmp_path).environment.expert_path("german")
+    load_expert(loaded, folder)
+    assert digest_file(folder / "body.safetensors") == before
+
+
+@pytest.mark.parametrize("damage", ["conflict in one field", "empty", "cut"])
+def test_the_lock_of_another_project_when_pruning(
+    cli, works, cure, project, tmp_path, monkeypatch, damage
+):
+    (tmp_path / "an other place").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "an other place")
+        works("init", "--registry", "../registry")
+        works("install", "german")
+    rewrite_lock(tmp_path, DAMAGES[damage])
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "an other place")
+        hint = fails(cli, "cache", "prune").partition("hint: ")[2]
+        assert str(tmp_path) in hint
+    cure(f"hint: {hint}")
+    works("cache", "prune")
+
+
+def test_a_misspelled_name(cli, works, project):
+    told = fails(cli, "install", "germn")
+    name = re.search(r"did you mean '(.*)'", told)[1]
+    works("install", name)
+    told = fails(cli, "remove", "germn")
+    works("remove", re.search(r"did you mean '(.*)'", told)[1])
+
+
+def test_a_name_that_another_registry_has(cli, works, cure, make_fakes, tmp_path):
+    make_fakes("first").publish("german")
+    make_fakes("second").publish("physics")
+    works("init", "--registry", "first=first", "--registry", "second=second")
+    told = fails(cli, "install", "physics")
+    assert "did you mean" not in told
+    cure(told)
+    works("install", "physics")
+
+
+def test_a_name_that_the_catalogue_alone_has(cli, project, works, tmp_path):
+    shutil.rmtree(tmp_path / "registry/index")
+    shutil.rmtree(tmp_path / "registry/records")
+    told = fails(cli, "install", "german")
+    assert "did you mean" not in told
+    assert "catalogue lists that name" in told
