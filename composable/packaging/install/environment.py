@@ -68,7 +68,7 @@ class Generation:
         if name in self.lock and self.lock[name].is_editable:
             path = self._folder_of(self.lock[name])
         if not (path / EXPERT_FILE).is_file():
-            raise _not_installed(name)
+            raise PackagingError(f"{name!r} is not installed", hint=_hint_to_install(name))
         return path
 
     def manifest(self, name: str) -> Manifest:
@@ -161,7 +161,7 @@ class Environment:
         """
         current = self.current
         if current is None:
-            raise _not_installed(name)
+            raise PackagingError("nothing is installed yet", hint=_hint_to_install(name))
         return current.expert_path(name)
 
     def manifests(self) -> list[Manifest]:
@@ -304,11 +304,8 @@ class Environment:
                 atomic.remove_directory(generation.path)
 
 
-def _not_installed(name: str) -> PackagingError:
-    return PackagingError(
-        f"{name!r} is not installed",
-        hint=f"run `composable sync`; if the project lacks it, `composable install {name}`",
-    )
+def _hint_to_install(name: str) -> str:
+    return f"run `composable sync`; if the project lacks it, `composable install {name}`"
 
 
 def _read_number(path: Path) -> int | None:
