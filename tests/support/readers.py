@@ -188,8 +188,9 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         Version,
         resolve,
     )
+    from composable.packaging.registry.lines import format_line
     from composable.packaging.registry.registry import Registry
-    from composable.packaging.registry.release import Release, format_line
+    from composable.packaging.registry.release import Release
     from composable.packaging.registry.storage import Folder
     from composable.packaging.registry.tar import TarFile
     from composable.packaging.versions.names import (

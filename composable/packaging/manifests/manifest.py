@@ -30,6 +30,7 @@ SCOUT_FILE: Final = "scout.safetensors"
 EXPERT_FILES: Final = (BODY_FILE, SCOUT_FILE, "card.json", "README.md")
 MAX_FILES: Final = 256
 MAX_TAG_LENGTH: Final = 256
+MAX_DESCRIPTION_LENGTH: Final = 500
 # Files are hashed in chunks of this size as well as whole, so that an interrupted download resumes
 # at a chunk, and damage is located to one.
 CHUNK_BYTES: Final = 8 << 20
@@ -217,19 +218,19 @@ class Manifest:
         manifest = cls(
             **_read_head(expert),
             backbone=check_package_name(expert.text("backbone"), expert.where("backbone")),
-            languages=_read_tags(expert, "languages"),
-            domains=_read_tags(expert, "domains"),
-            provides=_read_tags(expert, "provides"),
+            languages=read_tags(expert, "languages"),
+            domains=read_tags(expert, "domains"),
+            provides=read_tags(expert, "provides"),
             derives_from=_read_derives_from(expert),
             interface=InterfaceNeed(
                 name=check_package_name(interface.text("name"), interface.where("name")),
                 requires=interface.value("requires", Constraint),
-                digest=interface.value("digest", _check_digest, None),
+                digest=interface.value("digest", check_digest, None),
             ),
             body=_read_body(body),
             scout_width=scout.integer("width", minimum=1),
             requires=top.ranges("requires"),
-            extras=_read_extras(top.table("extras", {})),
+            extras=read_extras(top.table("extras", {})),
             conflicts=top.ranges("conflicts"),
             training=_read_training(top.table("training")) if "training" in top else None,
             origin=_read_origin(top.table("origin")) if "origin" in top else None,
@@ -355,7 +356,7 @@ def _read_head(table: Table) -> dict[str, Any]:
     return {
         "name": check_package_name(table.text("name"), table.where("name")),
         "version": table.version("version"),
-        "description": table.text("description", "", max_length=500),
+        "description": table.text("description", "", max_length=MAX_DESCRIPTION_LENGTH),
         "license": table.text("license", "", max_length=200),
         "authors": table.texts("authors"),
     }
@@ -371,13 +372,23 @@ def _format_head(package: Manifest | BackbonePackage) -> dict[str, Any]:
     }
 
 
-def _check_digest(text: str) -> str:
+def check_digest(text: str) -> str:
+    """Return `text` if it is a digest.
+
+    Raises:
+        ManifestError: For any other text.
+    """
     if not is_digest(text):
         raise ManifestError(f"{text[:80]!r} is not a digest (sha256: and 64 hex digits)")
     return text
 
 
-def _read_tags(table: Table, field: str) -> tuple[str, ...]:
+def read_tags(table: Table, field: str) -> tuple[str, ...]:
+    """Return a field as a list of tags, empty when it is missing.
+
+    Raises:
+        ManifestError: For text that is not a tag.
+    """
     tags = table.texts(field)
     for index, tag in enumerate(tags):
         if len(tag) > MAX_TAG_LENGTH or _TAG.fullmatch(tag) is None:
@@ -421,7 +432,12 @@ def _read_body(table: Table) -> BodySpec:
     return BodySpec(kind=kind, rank=rank, dtype=dtype)
 
 
-def _read_extras(table: Table) -> dict[str, dict[str, Constraint]]:
+def read_extras(table: Table) -> dict[str, dict[str, Constraint]]:
+    """Return the additional requirements of each extra, by its name.
+
+    Raises:
+        ManifestError: For an invalid name or range, or an extra without requirements.
+    """
     extras = {}
     for extra in table.names():
         check_package_name(extra, table.where(extra))
@@ -444,9 +460,7 @@ def _read_training(table: Table) -> Training:
 
 
 def _read_origin(table: Table) -> Origin:
-    digests = {
-        field: table.value(field, _check_digest) for field in ("config", "weights", "sample")
-    }
+    digests = {field: table.value(field, check_digest) for field in ("config", "weights", "sample")}
     origin = Origin(
         format=table.text("format", max_length=40),
         base=table.text("base", "", max_length=500),

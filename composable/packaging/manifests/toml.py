@@ -29,6 +29,8 @@ _DEEP_KEY: Final = re.compile(
 # Lines that version control leaves where two sides changed the same text.
 _CONFLICT: Final = re.compile(r"^(?:<{7}|\|{7}|={7}|>{7})(?=[ \r\n]|\Z)", re.MULTILINE)
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
+# Names of fields may be long in files of others.
+MAX_SHOWN: Final = 100
 _REQUIRED: Final = object()
 T = TypeVar("T")
 
@@ -91,7 +93,7 @@ class Table:
 
     def where(self, field: str = "") -> str:
         """Return the location of a field, for example `expert.toml: requires.german`."""
-        path = ".".join(part for part in (self._path, field) if part)
+        path = ".".join(part for part in (self._path, field[:MAX_SHOWN]) if part)
         return f"{self._file}: {path}" if path else self._file
 
     def __contains__(self, field: str) -> bool:
@@ -143,12 +145,16 @@ class Table:
             return float(value)
         return cast(float, value)
 
-    def boolean(self, field: str, default: bool) -> bool:
+    def boolean(self, field: str, default: Any = _REQUIRED) -> bool:
         """Return a field as true or false."""
-        value = self._data.get(field, default)
+        if field not in self._data:
+            return cast(bool, self._get(field, bool, "true or false", default))
+        value = self._data[field]
         self._read_fields[field] = None
         if not isinstance(value, bool):
-            raise ManifestError(f"{value!r} is not true or false", where=self.where(field))
+            raise ManifestError(
+                f"{str(value)[:80]!r} is not true or false", where=self.where(field)
+            )
         return value
 
     def texts(self, field: str) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 Cached documents are revalidated, and downloaded again only if they changed; offline, they are used
 as they are. Only documents are cached here (configuration, indexes, catalogues); blobs are in the
-store. A lost or damaged entry costs one more download.
+store. Documents are checked when they arrive and, by their digest, when they are read again: a
+lost or damaged entry costs one more download, and what arrives damaged is not cached.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from composable.errors import UnreachableError
+from composable.errors import RegistryError, UnreachableError
 from composable.files import atomic
 from composable.interface.digest import digest_bytes
+from composable.packaging.registry.lines import check_document
 from composable.packaging.registry.storage import Document, Storage
 
 _OFFLINE: Final = "not cached, and --offline is set"
@@ -51,7 +53,7 @@ class CachedStorage:
             UnreachableError: Offline, when the document is not cached.
         """
         entry = self._folder / digest_bytes(f"{self.location}\n{path}".encode())[7:]
-        cached = known or _read_entry(entry)
+        cached = known or self._read_entry(entry, path)
         if self._is_offline:
             if cached is None:
                 raise UnreachableError(
@@ -60,12 +62,34 @@ class CachedStorage:
                     hint="run this once without --offline",
                 )
             return cached
-        found = self._inner.read(path, cached)
+        found = self._read_undamaged(path, cached)
         if found is None:
             atomic.remove_file(entry)
         elif found != cached:
-            head = json.dumps({"location": self.location, "path": path, "tag": found.tag})
-            atomic.write_bytes(entry, head.encode() + b"\n" + found.data)
+            atomic.write_bytes(entry, self._format_entry(path, found))
+        return found
+
+    def _read_undamaged(self, path: str, cached: Document | None) -> Document | None:
+        """Read a document; one that arrives damaged or truncated is requested once more."""
+        where = f"{self.location}/{path}"
+        found = self._inner.read(path, cached)
+        if found is None or found is cached:
+            return found
+        try:
+            check_document(path, found, where)
+            return found
+        except RegistryError:
+            found = self._inner.read(path, None)
+        try:
+            if found is not None:
+                check_document(path, found, where)
+        except RegistryError as error:
+            raise UnreachableError(
+                f"{error.message}, twice in a row",
+                where=error.where,
+                hint="run the same command again later; if it still fails, the registry's files "
+                "are damaged, and publishing to it again repairs them",
+            ) from error
         return found
 
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
@@ -82,12 +106,25 @@ class CachedStorage:
             )
         return self._inner.stream(path, start)
 
+    def _format_entry(self, path: str, document: Document) -> bytes:
+        head = {
+            "location": self.location,
+            "path": path,
+            "tag": document.tag,
+            "digest": digest_bytes(document.data),
+        }
+        return json.dumps(head).encode() + b"\n" + document.data
 
-def _read_entry(entry: Path) -> Document | None:
-    """Return a cached document; None if it is missing or damaged."""
-    try:
-        head, _, data = entry.read_bytes().partition(b"\n")
-        tag = json.loads(head)["tag"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return Document(data, tag if isinstance(tag, str) else None)
+    def _read_entry(self, entry: Path, path: str) -> Document | None:
+        """Return a cached document; None if it is missing or damaged."""
+        try:
+            text, _, data = entry.read_bytes().partition(b"\n")
+            head = json.loads(text)
+            tag, digest = head["tag"], head.get("digest")
+            is_entry = (head["location"], head["path"]) == (self.location, path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        if not is_entry or digest not in (None, digest_bytes(data)):
+            return None
+        # Entries without a digest are older. Without their tag, they are used only offline.
+        return Document(data, tag if isinstance(tag, str) and digest is not None else None)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-from composable.errors import PackagingError, RegistryError
-from composable.interface.digest import canonical_json
+from composable.errors import ManifestError, RegistryError
+from composable.packaging.manifests.manifest import MAX_DESCRIPTION_LENGTH, read_tags
+from composable.packaging.manifests.toml import Table
+from composable.packaging.registry.lines import format_document, parse_line
 from composable.packaging.registry.release import Release
 from composable.packaging.registry.storage import Document, Folder, Storage, WritableStorage
 from composable.packaging.versions.names import check_package_name
 from composable.packaging.versions.version import Version
 
-MAX_TEXT: Final = 10_000
+# A name and a range.
+MAX_INTERFACE_LENGTH: Final = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,11 @@ def record_path(name: str, version: Version, suffix: str = "json") -> str:
         'records/german/1.2.0.json'
     """
     # Versions that differ only in build metadata are equal, so it is not part of the file's name.
-    text = str(version).partition("+")[0]
-    return f"records/{check_package_name(name)}/{text}.{suffix}"
+    return f"records/{check_package_name(name)}/{_stem_of(version)}.{suffix}"
+
+
+def _stem_of(version: Version) -> str:
+    return str(version).partition("+")[0]
 
 
 def is_index_behind(folder: Folder, name: str, indexed: Mapping[Version, Release]) -> bool:
@@ -67,24 +72,40 @@ def is_index_behind(folder: Folder, name: str, indexed: Mapping[Version, Release
     names = folder.names_in(f"records/{name}")
     recorded = {file.removesuffix(".json") for file in names if file.endswith(".json")}
     yanked = {file.removesuffix(".yanked") for file in names if file.endswith(".yanked")}
-    known = {str(v).partition("+")[0]: release.is_yanked for v, release in indexed.items()}
+    known = {_stem_of(v): release.is_yanked for v, release in indexed.items()}
     return recorded >= known.keys() and known != {v: v in yanked for v in recorded}
 
 
-def compile_index(storage: WritableStorage, name: str) -> bytes:
-    """Return the index that follows from a package's records."""
+def compile_index(storage: WritableStorage, name: str, current: Document | None) -> bytes:
+    """Return the index that follows from a package's records.
+
+    Only the records that the current index lacks are read, so that publishing takes the same number
+    of reads however many releases there are.
+
+    Args:
+        storage: The storage of the registry.
+        name: The package.
+        current: Its index so far; lines of it that are damaged are read from their records.
+    """
     names = set(storage.names_in(f"records/{name}"))
-    releases = []
+    releases = {}
+    for line in current.data.splitlines() if current is not None else ():
+        with contextlib.suppress(RegistryError):
+            release = Release.from_line(line, name, index_path(name))
+            releases[_stem_of(release.version)] = release
     for file in names:
         stem, _, suffix = file.rpartition(".")
-        if suffix != "json":
-            continue
-        release = read_record(storage, name, Version(stem))
-        if release is not None:
+        if suffix == "json" and stem not in releases:
+            recorded = read_record(storage, name, Version(stem))
+            if recorded is not None:
+                releases[stem] = recorded
+    # Yanks are files beside the records; a release without a record is as it is in the index.
+    for stem, release in releases.items():
+        if f"{stem}.json" in names:
             is_yanked = f"{stem}.yanked" in names
-            releases.append(dataclasses.replace(release, is_yanked=is_yanked))
-    releases.sort(key=lambda release: release.version)
-    return b"".join(release.to_line() + b"\n" for release in releases)
+            releases[stem] = dataclasses.replace(release, is_yanked=is_yanked)
+    ordered = sorted(releases.values(), key=lambda release: release.version)
+    return format_document([release.to_row() for release in ordered])
 
 
 def is_record_of(document: Document, release: Release | None) -> bool:
@@ -129,10 +150,13 @@ def describe_newest(release: Release) -> Entry:
     )
 
 
-def format_entry(entry: Entry) -> bytes:
-    """Return a line of the catalogue."""
-    return canonical_json(
-        {**dataclasses.asdict(entry), "version": str(entry.version), "tags": list(entry.tags)}
+def format_catalog(entries: Iterable[Entry]) -> bytes:
+    """Return the catalogue with these entries, sorted by name."""
+    return format_document(
+        [
+            {**dataclasses.asdict(entry), "version": str(entry.version), "tags": list(entry.tags)}
+            for entry in sorted(entries, key=lambda entry: entry.name)
+        ]
     )
 
 
@@ -140,21 +164,16 @@ def parse_entry(line: bytes, where: str) -> Entry:
     """Parse a line of the catalogue; unknown fields are ignored.
 
     Raises:
-        RegistryError: When the line is not an entry; its location is `where`.
+        RegistryError: When the line is not an entry; its location begins with `where`.
     """
     try:
-        data = json.loads(line)
-        texts = (data["interface"], data["description"], *data["tags"])
-        if not all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts):
-            raise ValueError("a field is not text")
+        table = Table(parse_line(line, where), where)
         return Entry(
-            name=check_package_name(data["name"]),
-            version=Version(data["version"]),
-            interface=data["interface"],
-            description=data["description"],
-            tags=tuple(data["tags"]),
+            name=check_package_name(table.text("name"), table.where("name")),
+            version=table.version("version"),
+            interface=table.text("interface", max_length=MAX_INTERFACE_LENGTH),
+            description=table.text("description", max_length=MAX_DESCRIPTION_LENGTH),
+            tags=read_tags(table, "tags"),
         )
-    except PackagingError as error:
-        raise RegistryError(error.message, where=where) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RegistryError(f"not a catalogue entry: {error}", where=where) from error
+    except ManifestError as error:
+        raise RegistryError(error.message, where=error.where, hint=error.hint) from error

@@ -50,7 +50,7 @@ from composable.packaging.registry.index import (
     Entry,
     compile_index,
     describe_newest,
-    format_entry,
+    format_catalog,
     index_path,
     is_index_behind,
     is_record_of,
@@ -58,6 +58,7 @@ from composable.packaging.registry.index import (
     read_record,
     record_path,
 )
+from composable.packaging.registry.lines import check_extent
 from composable.packaging.registry.release import TIME_FORMAT, Release, choose_newest
 from composable.packaging.registry.storage import Document, Folder, Storage, WritableStorage
 from composable.packaging.versions.names import check_package_name, confusable_key
@@ -117,6 +118,8 @@ class Registry:
         """
         self._check_config()
         catalog = self.storage.read(CATALOG_FILE)
+        if catalog is not None:
+            check_extent(catalog, f"{self.location}/{CATALOG_FILE}")
         return sorted(self._read_catalog(catalog).values(), key=lambda entry: entry.name)
 
     def versions(self, name: str) -> tuple[Release, ...]:
@@ -127,9 +130,13 @@ class Registry:
         """
         path = index_path(name)
         self._check_config()
-        indexed = self._parse_index(self.storage.read(path), name)
+        document = self.storage.read(path)
+        indexed = self._parse_index(document, name)
         if isinstance(self.storage, Folder) and is_index_behind(self.storage, name, indexed):
-            indexed = self._parse_index(Document(compile_index(self.storage, name), None), name)
+            document = Document(compile_index(self.storage, name, document), None)
+            indexed = self._parse_index(document, name)
+        if document is not None:
+            check_extent(document, f"{self.location}/{path}")
         return tuple(indexed[version] for version in sorted(indexed))
 
     def stream(self, digest: str, start: int = 0) -> Iterator[bytes]:
@@ -178,13 +185,17 @@ class Registry:
 
         Raises:
             IntegrityError: When its bytes do not match the digest in the index.
-            ManifestError: When they are not a manifest of this release.
+            ManifestError: When they are not a manifest, or the index repeats it wrongly.
         """
         where = f"{release.name} {release.version} expert.toml"
         data = self.read_blob(release.manifest, where, MAX_TOML_BYTES)
-        manifest = Manifest.loads(data.decode(), where)
-        if (manifest.name, manifest.version) != (release.name, release.version):
-            raise ManifestError(f"describes {manifest.name} {manifest.version}", where=where)
+        manifest = parse_manifest(data, where)
+        if difference := release.find_difference(manifest):
+            raise ManifestError(
+                f"does not match the index of {self.location}: {difference}",
+                where=where,
+                hint="the registry is damaged or malicious",
+            )
         return manifest
 
     def publish(
@@ -278,7 +289,9 @@ class Registry:
 
     def _write_index(self, storage: WritableStorage, name: str) -> None:
         """Update the index of a package, then the catalogue, until both match the records."""
-        self._update_document(storage, index_path(name), lambda _: compile_index(storage, name))
+        self._update_document(
+            storage, index_path(name), lambda seen: compile_index(storage, name, seen)
+        )
         self._update_document(
             storage, CATALOG_FILE, lambda seen: self._compile_catalog(storage, seen, name)
         )
@@ -315,7 +328,7 @@ class Registry:
             releases = self.versions(other)
             if releases:
                 entries[other] = describe_newest(choose_newest(releases))
-        return b"".join(format_entry(entries[key]) + b"\n" for key in sorted(entries))
+        return format_catalog(entries.values())
 
     def _read_catalog(self, document: Document | None) -> dict[str, Entry]:
         entries = {}
@@ -393,6 +406,18 @@ class Registry:
                 f"layout {schema!r} is not supported, expected {SCHEMA}", where=self.location
             )
         self._is_checked = True
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Parse the bytes of a published manifest.
+
+    Raises:
+        ManifestError: When they are not a manifest.
+    """
+    try:
+        return Manifest.loads(data.decode(), where)
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"not UTF-8 text: {error}", where=where) from error
 
 
 def _put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:

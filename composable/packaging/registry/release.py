@@ -9,9 +9,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from composable.errors import PackagingError, RegistryError
-from composable.interface.digest import canonical_json, digest_bytes, is_digest
-from composable.packaging.manifests.manifest import InterfaceNeed, Manifest, PackageFile
+from composable.errors import ManifestError, PackagingError, RegistryError
+from composable.packaging.manifests.manifest import (
+    EXPERT_FILE,
+    MAX_DESCRIPTION_LENGTH,
+    MAX_FILES,
+    InterfaceNeed,
+    Manifest,
+    PackageFile,
+    check_digest,
+    read_extras,
+    read_tags,
+)
+from composable.packaging.manifests.toml import Table
+from composable.packaging.registry.lines import format_line, parse_line
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.names import check_file_name, check_package_name
 from composable.packaging.versions.version import Version
@@ -68,37 +79,53 @@ class Release:
             tags=(*manifest.languages, *manifest.domains, *manifest.provides),
         )
 
-    def to_line(self) -> bytes:
-        """Return its line in the index, without the newline."""
-        interface = {
-            "name": self.interface.name,
-            "requires": str(self.interface.requires),
-            "digest": self.interface.digest,
+    def to_row(self) -> dict[str, Any]:
+        """Return the fields of its line in the index."""
+        files = sorted(self.files, key=lambda file: file.name)
+        return {
+            "name": self.name,
+            "version": str(self.version),
+            "interface": {
+                "name": self.interface.name,
+                "requires": str(self.interface.requires),
+                "digest": self.interface.digest,
+            },
+            "manifest": self.manifest,
+            "files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files],
+            "requires": _to_texts(self.requires),
+            "extras": {extra: _to_texts(ranges) for extra, ranges in self.extras.items()},
+            "conflicts": _to_texts(self.conflicts),
+            "yanked": self.is_yanked,
+            "published": self.published,
+            "description": self.description,
+            "tags": list(self.tags),
         }
-        files = [{"name": f.name, "size": f.size, "digest": f.digest} for f in self.files]
-        return format_line(
-            {
-                "name": self.name,
-                "version": str(self.version),
-                "interface": interface,
-                "manifest": self.manifest,
-                "files": files,
-                "requires": _to_texts(self.requires),
-                "extras": {extra: _to_texts(ranges) for extra, ranges in self.extras.items()},
-                "conflicts": _to_texts(self.conflicts),
-                "yanked": self.is_yanked,
-                "published": self.published,
-                "description": self.description,
-                "tags": list(self.tags),
-            }
-        )
+
+    def to_line(self) -> bytes:
+        """Return its line in the index, without the newline; a record consists of this line."""
+        return format_line(self.to_row())
+
+    def find_difference(self, manifest: Manifest) -> str | None:
+        """Return how the index differs from the manifest of this release; None if it does not.
+
+        Everything that an index repeats of a manifest is compared. The manifest is the truth: the
+        digest in the index is that of its bytes.
+        """
+        listed = self.to_row()
+        actual = type(self).of(manifest, self.published).to_row()
+        for field in listed.keys() - {"manifest", "yanked"}:
+            if listed[field] != actual[field]:
+                found, expected = (json.dumps(row[field])[:200] for row in (listed, actual))
+                return f"{field} is {found} in the index, {expected} in the manifest"
+        return None
 
     @classmethod
     def from_line(cls, line: bytes, name: str, where: str) -> Self:
         """Parse a line of the index; unknown fields are ignored.
 
-        The checksum detects accidental corruption only. A malicious line is detected when the
-        manifest does not match it.
+        Every field has the type, the range and the size that it has in a manifest. The checksum
+        detects accidental corruption only. A malicious line is detected when the manifest does not
+        match it.
 
         Args:
             line: One JSON object.
@@ -109,50 +136,37 @@ class Release:
             RegistryError: When the line is not a release of `name`.
         """
         try:
-            data = json.loads(line)
-            if data.pop("check") != _checksum_of(data):
-                raise ValueError("the checksum does not match")
-            if data["name"] != name:
-                raise ValueError(f"a release of {str(data['name'])[:80]!r}, expected {name!r}")
-            digests = [data["manifest"], data["interface"]["digest"]]
-            digests += [file["digest"] for file in data["files"]]
-            if not all(map(is_digest, digests)):
-                raise ValueError("a digest is malformed")
-            sizes = [file["size"] for file in data["files"]]
-            if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
-                raise ValueError("a size is malformed")
-            if not isinstance(data["yanked"], bool):
-                raise ValueError("'yanked' is not true or false")
-            return cls(
-                name=name,
-                version=Version(data["version"]),
-                interface=InterfaceNeed(
-                    name=check_package_name(data["interface"]["name"]),
-                    requires=Constraint(data["interface"]["requires"]),
-                    digest=data["interface"]["digest"],
-                ),
-                manifest=data["manifest"],
-                files=tuple(
-                    PackageFile(
-                        name=check_file_name(file["name"]), size=file["size"], digest=file["digest"]
-                    )
-                    for file in data["files"]
-                ),
-                requires=_read_ranges(data["requires"]),
-                extras={
-                    check_package_name(extra): _read_ranges(ranges)
-                    for extra, ranges in data.get("extras", {}).items()
-                },
-                conflicts=_read_ranges(data["conflicts"]),
-                is_yanked=data["yanked"],
-                published=str(data["published"]),
-                description=str(data.get("description", "")),
-                tags=tuple(map(str, data.get("tags", ()))),
+            return cls._from_table(Table(parse_line(line, where), where), name)
+        except ManifestError as error:
+            raise RegistryError(error.message, where=error.where, hint=error.hint) from error
+
+    @classmethod
+    def _from_table(cls, table: Table, name: str) -> Self:
+        if (found := table.text("name")) != name:
+            raise ManifestError(
+                f"a release of {found[:80]!r}, expected {name!r}", where=table.where("name")
             )
-        except PackagingError as error:
-            raise RegistryError(error.message, where=where) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RegistryError(f"not a release: {error}", where=where) from error
+        for field in ("requires", "conflicts"):
+            table.table(field)  # a line without them is damaged, not a release that needs nothing
+        interface = table.table("interface")
+        return cls(
+            name=name,
+            version=table.version("version"),
+            interface=InterfaceNeed(
+                name=check_package_name(interface.text("name"), interface.where("name")),
+                requires=interface.value("requires", Constraint),
+                digest=interface.value("digest", check_digest),
+            ),
+            manifest=table.value("manifest", check_digest),
+            files=_read_files(table),
+            requires=table.ranges("requires"),
+            extras=read_extras(table.table("extras", {})),
+            conflicts=table.ranges("conflicts"),
+            is_yanked=table.boolean("yanked"),
+            published=table.value("published", _check_time),
+            description=table.text("description", "", max_length=MAX_DESCRIPTION_LENGTH),
+            tags=read_tags(table, "tags"),
+        )
 
 
 def parse_cutoff(text: str) -> str:
@@ -191,19 +205,30 @@ def _to_texts(ranges: Mapping[str, Constraint]) -> dict[str, str]:
     return {name: str(range_) for name, range_ in ranges.items()}
 
 
-def format_line(fields: Mapping[str, Any]) -> bytes:
-    """Return the fields as a line of JSON that includes a checksum over them.
+def _read_files(table: Table) -> tuple[PackageFile, ...]:
+    files: dict[str, PackageFile] = {}
+    entries = table.tables("files")
+    if len(entries) > MAX_FILES:
+        raise ManifestError(
+            f"{len(entries)} files, expected at most {MAX_FILES}", where=table.where("files")
+        )
+    for entry in entries:
+        name = check_file_name(entry.text("name"), entry.where("name"))
+        if name.lower() in files or name.lower() == EXPERT_FILE:
+            raise ManifestError(f"{name!r} is listed twice", where=entry.where("name"))
+        files[name.lower()] = PackageFile(
+            name=name, size=entry.integer("size"), digest=entry.value("digest", check_digest)
+        )
+    return tuple(files.values())
 
-    Example:
-        >>> format_line({"name": "german"})
-        b'{"check":"a0b71369af16c9bc","name":"german"}'
-    """
-    return canonical_json({**fields, "check": _checksum_of(fields)})
 
-
-def _checksum_of(fields: Mapping[str, Any]) -> str:
-    return digest_bytes(canonical_json(fields)).removeprefix("sha256:")[:16]
-
-
-def _read_ranges(data: Mapping[str, Any]) -> dict[str, Constraint]:
-    return {check_package_name(name): Constraint(text) for name, text in data.items()}
+def _check_time(text: str) -> str:
+    """Return a time of publication if it has the one format in which times can be compared."""
+    try:
+        if datetime.datetime.strptime(text, TIME_FORMAT).strftime(TIME_FORMAT) == text:
+            return text
+    except ValueError:
+        pass
+    raise PackagingError(
+        f"{text[:60]!r} is not a time in UTC", hint="expected for example 2026-11-24T12:00:00Z"
+    )

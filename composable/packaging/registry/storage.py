@@ -6,6 +6,7 @@ object stores in `bucket.py`, exports in `tar.py`; `cache.py` caches documents o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,12 @@ class Document:
     Args:
         data: Its bytes.
         tag: The storage's identifier of this content: an entity tag, or a digest.
+        is_length_known: Whether the storage knows that nothing is missing at its end.
     """
 
     data: bytes
     tag: str | None
+    is_length_known: bool = dataclasses.field(default=True, compare=False)
 
 
 class Storage(Protocol):

@@ -21,7 +21,7 @@ from composable.packaging import (
     lock_project,
     sync_project,
 )
-from composable.packaging.registry.release import format_line
+from composable.packaging.registry.lines import format_line
 
 MakeExpert = Callable[..., Path]
 
@@ -201,7 +201,7 @@ def test_a_registry_whose_index_lies_about_a_manifest(
     index = registry.storage.root / "index" / "ge" / "german.jsonl"
     lines = [json.loads(line) for line in index.read_text().splitlines()]
     for fields in lines:
-        del fields["check"]
+        del fields["check"], fields["whole"]
         fields["requires"] = {"french": "^1"}
     index.write_bytes(b"\n".join(map(format_line, lines)))
     lock = lock_project(world, interface)

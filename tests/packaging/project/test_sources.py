@@ -31,7 +31,8 @@ from composable.packaging import (
 )
 from composable.packaging.project.edits import add_experts, prune_store, read_wanted, refresh_lock
 from composable.packaging.project.export import export_project
-from composable.packaging.registry.release import format_line, parse_cutoff
+from composable.packaging.registry.lines import format_line
+from composable.packaging.registry.release import parse_cutoff
 
 MakeExpert = Callable[..., Path]
 
@@ -240,6 +241,7 @@ class TestCutOff:
             fields = json.loads(record.read_text())
             del fields["check"]
             record.write_bytes(format_line({**fields, "published": f"2026-11-0{day}T08:00:00Z"}))
+        (registry.storage.root / "index" / "ge" / "german.jsonl").unlink()  # type: ignore[attr-defined]
         registry._write_index(registry.writable_storage(), "german")
         project = project.add(Requirement.parse("german"))
         for cutoff, version in {"2026-11-04": "1.0.0", "2026-11-05": "1.1.0"}.items():

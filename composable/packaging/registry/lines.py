@@ -1,0 +1,125 @@
+"""Documents of JSON lines with checksums: indexes, catalogues and records.
+
+A document states its own extent: every line has the number of lines in ``whole.lines``, and the
+first also has ``whole.rest``, the SHA-256 of all bytes after the first line. A document that lost
+lines is therefore an error, never an older state. Clients that do not know the field ignore it;
+documents without it were written before 0.3 and are read without that check.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from composable.errors import RegistryError
+from composable.interface.digest import canonical_json, digest_bytes
+from composable.packaging.registry.storage import Document
+
+# A line repeats parts of a manifest, which is smaller than this.
+MAX_LINE_BYTES: Final = 1 << 20
+CHECKSUM: Final = "check"
+EXTENT: Final = "whole"
+
+
+def format_line(fields: Mapping[str, Any]) -> bytes:
+    """Return the fields as a line of JSON that includes a checksum over them.
+
+    Example:
+        >>> format_line({"name": "german"})
+        b'{"check":"a0b71369af16c9bc","name":"german"}'
+    """
+    return canonical_json({**fields, CHECKSUM: _checksum_of(fields)})
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """Parse a line of JSON and verify its checksum, if it has one.
+
+    Args:
+        line: One JSON object.
+        where: File and line number, for errors.
+
+    Returns:
+        The fields, without the checksum.
+
+    Raises:
+        RegistryError: When the line is too long, not a JSON object, or does not match its checksum.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise RegistryError(
+            f"a line of {len(line):,} bytes, expected at most {MAX_LINE_BYTES:,}", where=where
+        )
+    try:
+        fields = json.loads(line)
+        if not isinstance(fields, dict):
+            raise ValueError("expected a JSON object")
+        checksum = fields.pop(CHECKSUM, None)
+        if checksum is not None and checksum != _checksum_of(fields):
+            raise ValueError("the checksum does not match")
+    except (ValueError, RecursionError) as error:
+        raise RegistryError(f"damaged: {error}", where=where) from error
+    return fields
+
+
+def format_document(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return a document with one line for each row, which states its extent."""
+    if not rows:
+        return b""
+    extent: dict[str, Any] = {"lines": len(rows)}
+    rest = b"".join(format_line({**row, EXTENT: extent}) + b"\n" for row in rows[1:])
+    first = format_line({**rows[0], EXTENT: {**extent, "rest": digest_bytes(rest)}})
+    return first + b"\n" + rest
+
+
+def check_extent(document: Document, where: str) -> None:
+    """Check that a document is as long as it states, with the bytes that it states.
+
+    Raises:
+        RegistryError: When it is empty, truncated or changed; or when neither the document nor the
+            response states its length.
+    """
+    lines = document.data.splitlines()
+    if not lines:
+        raise RegistryError("is empty", where=where)
+    stated = parse_line(lines[0], f"{where}:1").get(EXTENT)
+    if stated is None:
+        if not document.is_length_known:
+            raise RegistryError(
+                "may be truncated: neither the response nor the document states its length",
+                where=where,
+            )
+        return
+    if not isinstance(stated, dict) or stated.get("lines") != len(lines):
+        expected = stated.get("lines") if isinstance(stated, dict) else None
+        raise RegistryError(
+            f"truncated or damaged: it has {len(lines)} lines, expected {str(expected)[:20]}",
+            where=where,
+        )
+    if stated.get("rest") != digest_bytes(document.data.partition(b"\n")[2]):
+        raise RegistryError("damaged: it does not match its digest", where=where)
+
+
+def check_document(path: str, document: Document, where: str) -> None:
+    """Check that a document is undamaged, as far as it can be told without reading its fields.
+
+    Args:
+        path: Its path in the registry; `.jsonl` are lines, any other is one JSON value.
+        document: The document.
+        where: Its location, for errors.
+
+    Raises:
+        RegistryError: When it is damaged or truncated.
+    """
+    if path.endswith(".jsonl"):
+        for number, line in enumerate(document.data.splitlines(), 1):
+            parse_line(line, f"{where}:{number}")
+        check_extent(document, where)
+        return
+    try:
+        json.loads(document.data)
+    except (ValueError, RecursionError) as error:
+        raise RegistryError(f"damaged: {error}", where=where) from error
+
+
+def _checksum_of(fields: Mapping[str, Any]) -> str:
+    return digest_bytes(canonical_json(fields)).removeprefix("sha256:")[:16]
