@@ -193,7 +193,7 @@ class Table:
     def table(self, field: str, default: Any = _REQUIRED) -> Table:
         """Return a field as a table."""
         value = self._get(field, dict, "a table", default)
-        return Table(value, self._file, ".".join(p for p in (self._path, field) if p))
+        return Table(value, self._file, f"{self._path}.{field}" if self._path else field)
 
     def tables(self, field: str) -> list[Table]:
         """Return a field as a list of tables, empty when it is missing."""

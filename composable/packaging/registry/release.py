@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -28,6 +30,7 @@ from composable.packaging.versions.names import check_file_name, check_package_n
 from composable.packaging.versions.version import Version
 
 TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
+_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +156,7 @@ class Release:
             name=name,
             version=table.version("version"),
             interface=InterfaceNeed(
-                name=check_package_name(interface.text("name"), interface.where("name")),
+                name=interface.value("name", check_package_name),
                 requires=interface.value("requires", Constraint),
                 digest=interface.value("digest", check_digest),
             ),
@@ -213,7 +216,7 @@ def _read_files(table: Table) -> tuple[PackageFile, ...]:
             f"{len(entries)} files, expected at most {MAX_FILES}", where=table.where("files")
         )
     for entry in entries:
-        name = check_file_name(entry.text("name"), entry.where("name"))
+        name = entry.value("name", check_file_name)
         if name.lower() in files or name.lower() == EXPERT_FILE:
             raise ManifestError(f"{name!r} is listed twice", where=entry.where("name"))
         files[name.lower()] = PackageFile(
@@ -224,11 +227,9 @@ def _read_files(table: Table) -> tuple[PackageFile, ...]:
 
 def _check_time(text: str) -> str:
     """Return a time of publication if it has the one format in which times can be compared."""
-    try:
-        if datetime.datetime.strptime(text, TIME_FORMAT).strftime(TIME_FORMAT) == text:
+    with contextlib.suppress(ValueError):
+        if _TIME.fullmatch(text) and datetime.datetime.fromisoformat(text):
             return text
-    except ValueError:
-        pass
     raise PackagingError(
         f"{text[:60]!r} is not a time in UTC", hint="expected for example 2026-11-24T12:00:00Z"
     )
