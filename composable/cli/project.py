@@ -129,6 +129,16 @@ def lock(
             show_default=False,
         ),
     ] = None,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Ignore the locked version and digests of this expert; repeatable. Accepts other "
+            "content for a locked release.",
+            autocompletion=complete_names,
+            show_default=False,
+        ),
+    ] = None,
     exclude_newer: ExcludeNewer = None,
     is_offline: Offline = False,
     is_dry_run: DryRun = False,
@@ -144,6 +154,7 @@ def lock(
         project,
         interface,
         upgrade=upgrade or (upgrade_package or ()),
+        forget=forget or (),
         exclude_newer=_read_cutoff(exclude_newer),
         is_dry_run=is_dry_run,
     )
@@ -347,15 +358,21 @@ def _format_change(change: VersionChange) -> str:
         return f"+ {change.name} {change.after}"
     if change.after is None:
         return f"- {change.name} {change.before}"
+    if change.before == change.after:
+        before, after = change.digest_before or "editable", change.digest_after or "editable"
+        return f"~ {change.name} {change.after}, other content: {before} -> {after}"
     return f"~ {change.name} {change.before} -> {change.after}"
 
 
-def _change_to_dict(change: VersionChange) -> dict[str, str | None]:
-    return {
+def _change_to_dict(change: VersionChange) -> dict[str, Any]:
+    fields: dict[str, Any] = {
         "name": change.name,
         "before": str(change.before) if change.before else None,
         "after": str(change.after) if change.after else None,
     }
+    if change.before == change.after:
+        fields["content"] = {"before": change.digest_before, "after": change.digest_after}
+    return fields
 
 
 def _read_lock(project: Project) -> Lock | None:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from composable.errors import IntegrityError, LockError, MissingBlobError, PackagingError
+from composable.errors import IntegrityError, MissingBlobError, PackagingError
 from composable.files import atomic
 from composable.files.blobs import digest_file
+from composable.packaging.install.agreement import check_manifest
 from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert
 from composable.packaging.install.store import Store
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
@@ -265,7 +266,7 @@ class Environment:
         try:
             for done, expert in enumerate(lock.experts, 1):
                 if not expert.is_editable:
-                    _link_expert(expert, scratch / "experts" / expert.name, store)
+                    _link_expert(expert, scratch / "experts" / expert.name, store, lock)
                 if progress is not None:
                     progress("install", done, len(lock.experts))
             atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
@@ -324,7 +325,7 @@ def _has_digest(path: Path, digest: str) -> bool:
         return False
 
 
-def _link_expert(expert: LockedExpert, folder: Path, store: Store) -> None:
+def _link_expert(expert: LockedExpert, folder: Path, store: Store, lock: Lock) -> None:
     """Link the files of one expert and check that its manifest matches the lock."""
     atomic.make_directory(folder)
     for name, digest in expert.digests.items():
@@ -337,14 +338,4 @@ def _link_expert(expert: LockedExpert, folder: Path, store: Store) -> None:
                 hint="run `composable sync`",
             ) from error
     atomic.sync_directory(folder)
-    manifest = Manifest.read(folder)
-    extras = {extra: dict(manifest.extras.get(extra, {})) for extra in expert.extras}
-    claims = (manifest.name, manifest.version, manifest.interface.digest, dict(manifest.requires))
-    locked = (expert.name, expert.version, expert.interface, dict(expert.requires))
-    is_same = claims == locked and extras == {e: dict(r) for e, r in expert.extras.items()}
-    if not is_same or set(manifest.files) != set(expert.files):
-        raise LockError(
-            f"the manifest of {expert.name} {expert.version} does not match the registry",
-            where=LOCK_FILE,
-            hint=f"{expert.origin} is damaged or malicious; nothing was installed",
-        )
+    check_manifest(Manifest.read(folder), expert, lock)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -18,6 +18,7 @@ from composable.files import atomic
 from composable.interface.digest import is_digest
 from composable.packaging.manifests.manifest import EXPERT_FILE, PackageFile
 from composable.packaging.manifests.toml import Table, find_conflict, format_toml, parse_toml
+from composable.packaging.registry.release import Release
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.names import check_file_name, check_package_name
 from composable.packaging.versions.version import Version
@@ -58,6 +59,8 @@ class LockedExpert:
         extras: The additional required experts for each of its extras in use.
         wanted_by: Its dependents with their ranges, such as `composable.toml: ^1.2`.
         files: Its files except the manifest.
+        release: What the registry's index listed, if the lock was made in this process. It is no
+            field of the file.
     """
 
     name: str
@@ -71,6 +74,7 @@ class LockedExpert:
     extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
     wanted_by: tuple[str, ...]
     files: tuple[PackageFile, ...]
+    release: Release | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -117,6 +121,11 @@ class Lock:
     def versions(self) -> dict[str, Version]:
         """The locked version of every expert."""
         return {expert.name: expert.version for expert in self.experts}
+
+    def without(self, names: Collection[str]) -> Lock:
+        """Return this lock without some experts."""
+        experts = tuple(expert for expert in self.experts if expert.name not in names)
+        return dataclasses.replace(self, experts=experts)
 
     def __getitem__(self, name: str) -> LockedExpert:
         for expert in self.experts:

@@ -27,27 +27,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VersionChange:
-    """The versions of one expert in two locks.
+    """One expert that differs between two locks: in its version, or only in its content.
 
     Args:
         name: The expert.
         before: Its version in the first lock; None when it was added.
         after: Its version in the second lock; None when it was removed.
+        digest_before: Digest of its manifest in the first lock; None where it has none.
+        digest_after: Digest of its manifest in the second lock; None where it has none.
     """
 
     name: str
     before: Version | None
     after: Version | None
+    digest_before: str | None = None
+    digest_after: str | None = None
 
 
 def compare_locks(before: Lock | None, after: Lock) -> list[VersionChange]:
-    """Return the experts whose versions differ between two locks, sorted by name."""
-    old, new = before.versions if before else {}, after.versions
-    return [
-        VersionChange(name=name, before=old.get(name), after=new.get(name))
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    """Return the experts whose version or content differs between two locks, sorted by name."""
+    old = {expert.name: expert for expert in before.experts} if before else {}
+    new = {expert.name: expert for expert in after.experts}
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        one, other = old.get(name), new.get(name)
+        if one and other and (one.version, one.digests) == (other.version, other.digests):
+            continue
+        changes.append(
+            VersionChange(
+                name=name,
+                before=one.version if one else None,
+                after=other.version if other else None,
+                digest_before=one.manifest if one else None,
+                digest_after=other.manifest if other else None,
+            )
+        )
+    return changes
 
 
 def read_wanted(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from composable.errors import LockError
+from composable.errors import IntegrityError, LockError
+from composable.packaging.install.agreement import find_differences
 from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert, LockedInterface
 from composable.packaging.install.salvage import read_lock_to_keep
-from composable.packaging.manifests.manifest import Manifest
+from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.manifests.packing import fit_interface, pack_named
 from composable.packaging.project.project import PROJECT_FILE, Project, Wanted
 from composable.packaging.project.sources import ProjectSource, shorten_digest
@@ -26,6 +27,7 @@ def lock_project(
     interface: RouterInterface | None = None,
     *,
     upgrade: bool | Collection[str] = False,
+    forget: Collection[str] = (),
     exclude_newer: str | None = None,
     must_exist: Iterable[str] = (),
     solver: Solver | None = None,
@@ -38,7 +40,8 @@ def lock_project(
         interface: The backbone's router interface. With None, the experts' interfaces are recorded
             but not checked; whoever uses the lock must check them.
         upgrade: Whether to ignore the versions in the current lock: of all packages, or of those
-            named.
+            named. A version that is chosen again keeps its digests.
+        forget: Names whose entries in the current lock are ignored: versions and digests.
         exclude_newer: Ignore releases published after this time (RFC 3339 in UTC).
         must_exist: Names to look up first, so that a misspelled one is reported with suggestions.
         solver: The search; PubGrub by default.
@@ -53,6 +56,7 @@ def lock_project(
             suggests changes.
         RegistryError: When a registry cannot be read.
         LockError: When a newer version of composable wrote the current lock.
+        IntegrityError: When a registry has other content for a locked release, or lost it.
 
     Example:
         >>> import pathlib, tempfile
@@ -62,17 +66,75 @@ def lock_project(
         ()
     """
     source = ProjectSource(project, interface, exclude_newer=exclude_newer)
-    before = None if upgrade is True else read_lock_to_keep(project.lock_path)
-    source.prefetch_releases([*project.experts, *(before.versions if before else ())])
+    before = (read_lock_to_keep(project.lock_path) or Lock()).without(forget)
+    kept = {} if upgrade is True else before.versions
+    source.prefetch_releases([*project.experts, *kept])
     for name in must_exist:
         source.require_releases(name)
-    kept = {} if before is None else before.versions
     if not isinstance(upgrade, bool):
         kept = {name: version for name, version in kept.items() if name not in upgrade}
     lock = _resolve_lock(project, source, interface, kept, solver)
+    check_unchanged(project, before, lock, source)
     if not is_dry_run:
         lock.write(project.lock_path)
     return lock
+
+
+def check_unchanged(project: Project, before: Lock, after: Lock, source: ProjectSource) -> None:
+    """Check that a new lock agrees with the previous one on every release that both could have.
+
+    Published releases do not change and do not disappear. A registry that has other content for a
+    locked version, or no longer lists it and offers an older one, is damaged, restored from an old
+    copy or malicious. An expert that is to come from another source than before is not compared.
+
+    Raises:
+        IntegrityError: With the digests of both, and how to accept what the registry has now.
+    """
+    changes: dict[str, str] = {}
+    for old in before.experts:
+        if old.registry is None or old.name not in after:
+            continue
+        new = after[old.name]
+        place = before.registries[old.registry]
+        if new.registry is None or (
+            new.registry != old.registry and after.registries[new.registry] != place
+        ):
+            continue
+        if new.version == old.version:
+            for file in sorted(old.digests.keys() | new.digests.keys(), key=_manifest_first):
+                locked, found = old.digests.get(file), new.digests.get(file)
+                if locked != found:
+                    changes[old.name] = (
+                        f"{old.name} {old.version} has other content than when it was locked: "
+                        f"the digest of {file} was {locked}, is {found}"
+                    )
+                    break
+        elif new.version < old.version and _is_lost(project, old, source):
+            changes[old.name] = (
+                f"{old.name} {old.version} is locked, but its registry no longer lists it; the "
+                f"newest release that fits is {new.version}"
+            )
+    if changes:
+        names = " ".join(f"--forget {name}" for name in changes)
+        is_project = project.path.is_file()
+        raise IntegrityError(
+            "; ".join(changes.values()) + ". Published releases cannot change: the registry was "
+            "restored from an old copy, damaged or tampered with",
+            where=LOCK_FILE if is_project else str(project.lock_path),
+            hint="find out why; to accept what the registry has now, "
+            + (f"run `composable lock {names}`" if is_project else "remove that lock file"),
+        )
+
+
+def _manifest_first(file: str) -> tuple[bool, str]:
+    return (file != EXPERT_FILE, file)
+
+
+def _is_lost(project: Project, old: LockedExpert, source: ProjectSource) -> bool:
+    """Return whether a locked release that the project still allows is gone from its registry."""
+    wanted = project.experts.get(old.name, Wanted())
+    listed = {release.version for release in source.releases(old.name)}
+    return old.version not in listed and wanted.constraint.contains(old.version)
 
 
 def _resolve_lock(
@@ -125,6 +187,7 @@ def _lock_expert(project: Project, release: Release, resolution: Resolution) -> 
         extras={extra: release.extras[extra] for extra in extras},
         wanted_by=tuple(wanted_by),
         files=() if wanted.is_editable else release.files,
+        release=None if wanted.path else release,
     )
 
 
@@ -160,7 +223,7 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
         if (wanted.path, wanted.is_editable) != (expert.path, expert.is_editable):
             refuse(f"{expert.name} no longer comes from {expert.origin}")
         if expert.path is not None:
-            if not _is_as_locked(project, expert, interface):
+            if not _is_as_locked(project, expert, lock, interface):
                 refuse(f"{expert.name} in {expert.path} has changed since it was locked")
         elif project.registry_of(expert.name) != expert.registry:
             refuse(f"{expert.name} is no longer bound to registry {expert.registry!r}")
@@ -182,7 +245,7 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
 
 
 def _is_as_locked(
-    project: Project, expert: LockedExpert, interface: RouterInterface | None
+    project: Project, expert: LockedExpert, lock: Lock, interface: RouterInterface | None
 ) -> bool:
     """Return whether an expert's folder matches the lock; of an editable one, only its manifest."""
     folder = project.folder_of(expert.name)
@@ -192,12 +255,7 @@ def _is_as_locked(
     manifest = Manifest.read(folder)
     if interface is not None:
         manifest = fit_interface(manifest, interface)
-    extras = {extra: manifest.extras.get(extra) for extra in expert.extras}
-    return (
-        (manifest.name, manifest.version) == (expert.name, expert.version)
-        and dict(manifest.requires) == dict(expert.requires)
-        and extras == dict(expert.extras)
-    )
+    return not any(find_differences(manifest, expert, lock))
 
 
 def _lock_interface(interface: RouterInterface) -> LockedInterface:

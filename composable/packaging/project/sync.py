@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from composable.errors import IntegrityError, MissingBlobError, PackagingError
+from composable.errors import MissingBlobError, PackagingError
+from composable.packaging.install.agreement import check_manifest
 from composable.packaging.install.download import (
     MAX_THREADS,
     BlobRequest,
@@ -24,7 +25,7 @@ from composable.packaging.manifests.packing import describe_file
 from composable.packaging.manifests.toml import MAX_TOML_BYTES
 from composable.packaging.project.locking import check_lock
 from composable.packaging.project.project import Project
-from composable.packaging.registry.registry import Registry
+from composable.packaging.registry.registry import Registry, parse_manifest
 from composable.progress import ByteProgress
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def fetch_missing(
         if source is None and name not in registries:
             registries[name] = project.open_registry(name)
         missing.append((expert, source or registries[name]))
-    requests = _fetch_manifests(missing, store)
+    requests = _fetch_manifests(missing, store, lock)
     require_space(store, [file for _, file, _ in requests])
     download_files(requests, store, progress)
 
@@ -149,7 +150,7 @@ def _digests_in_use(project: Project) -> set[str]:
 
 
 def _fetch_manifests(
-    experts: Sequence[tuple[LockedExpert, Registry]], store: Store
+    experts: Sequence[tuple[LockedExpert, Registry]], store: Store, lock: Lock
 ) -> list[BlobRequest]:
     """Put the manifests of experts into the store; return the files that they list."""
     is_remote = any(registry.storage.is_remote for _, registry in experts)
@@ -159,12 +160,7 @@ def _fetch_manifests(
     )
     requests: list[BlobRequest] = []
     for (expert, registry), manifest in zip(experts, manifests, strict=True):
-        if set(manifest.files) != set(expert.files):
-            raise IntegrityError(
-                f"the manifest of {expert.name} {expert.version} lists other files than the lock",
-                where=registry.location,
-                hint="the registry is damaged or malicious; nothing was installed",
-            )
+        check_manifest(manifest, expert, lock)
         label = f"{expert.name} {expert.version}"
         requests += [(registry, file, f"{label} {file.name}") for file in manifest.files]
     return requests
@@ -178,7 +174,7 @@ def _fetch_manifest(expert: LockedExpert, registry: Registry, store: Store) -> M
     if data is None:
         data = registry.read_blob(expert.manifest, what, MAX_TOML_BYTES)
         store.add(data, expert.manifest)
-    return Manifest.loads(data.decode(errors="replace"), what)
+    return parse_manifest(data, what)
 
 
 def _copy_folder(folder: Path, expert: LockedExpert, store: Store) -> None:

@@ -32,12 +32,14 @@ def format_line(fields: Mapping[str, Any]) -> bytes:
     return canonical_json({**fields, CHECKSUM: _checksum_of(fields)})
 
 
-def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """Parse a line of JSON and verify its checksum, if it has one.
+def parse_line(line: bytes, where: str, *, needs_checksum: bool = False) -> dict[str, Any]:
+    """Parse a line of JSON and verify its checksum.
 
     Args:
         line: One JSON object.
         where: File and line number, for errors.
+        needs_checksum: Whether a line without a checksum is refused; catalogues that were written
+            before 0.3 have none.
 
     Returns:
         The fields, without the checksum.
@@ -54,7 +56,8 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
         if not isinstance(fields, dict):
             raise ValueError("expected a JSON object")
         checksum = fields.pop(CHECKSUM, None)
-        if checksum is not None and checksum != _checksum_of(fields):
+        is_older = checksum is None and EXTENT not in fields and not needs_checksum
+        if not is_older and checksum != _checksum_of(fields):
             raise ValueError("the checksum does not match")
     except (ValueError, RecursionError) as error:
         raise RegistryError(f"damaged: {error}", where=where) from error

@@ -139,7 +139,7 @@ class Release:
             RegistryError: When the line is not a release of `name`.
         """
         try:
-            return cls._from_table(Table(parse_line(line, where), where), name)
+            return cls._from_table(Table(parse_line(line, where, needs_checksum=True), where), name)
         except ManifestError as error:
             raise RegistryError(error.message, where=error.where, hint=error.hint) from error
 

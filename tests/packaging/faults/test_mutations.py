@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from composable.files import atomic
-from composable.packaging.registry import release
+from composable.packaging.registry import lines
 from tests.support.faults import flips, scenarios
 from tests.support.faults.disk import NAMES, STRICT
 from tests.support.faults.flips import flip_everywhere
@@ -75,7 +75,7 @@ def what_arrives_is_not_verified(patch: pytest.MonkeyPatch) -> None:
 
 
 def index_lines_are_not_checked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(release, "_checksum_of", lambda fields: "0" * 16)
+    patch.setattr(lines, "_checksum_of", lambda fields: "0" * 16)
 
 
 def by_kills(inputs: Inputs, scratch: Path) -> list[str]:
