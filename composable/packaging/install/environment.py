@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from composable.errors import IntegrityError, MissingBlobError, PackagingError
+from composable.errors import IntegrityError, LockError, MissingBlobError, PackagingError
 from composable.files import atomic
 from composable.files.blobs import digest_file
 from composable.packaging.install.agreement import check_manifest
