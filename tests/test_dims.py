@@ -17,7 +17,7 @@ FILES = sorted(
 # `x_BTD`; a 1 is a dimension of size one, as in `weight_BT1`.
 DIMENSIONS = re.compile(r"(?:.*[a-z0-9])?_([A-Z][A-Z0-9]*)")
 # Arrays without letters: scalars, and arrays of any shape.
-SCALARS = {"e", "i", "index", "key", "position", "temperature", "top_p", "width", "_"}
+SCALARS = {"e", "is_drawn", "i", "index", "key", "position", "temperature", "top_p", "width", "_"}
 ANY_SHAPE = {"array", "log_prob", "stack", "w", "x"}
 EINSUM = re.compile(r"[A-Za-z]+(,[A-Za-z]+)*->[A-Za-z]*")
 ARRAYS = {"jax.Array", "np.ndarray", "jax.Array | None", "np.ndarray | None"}

@@ -26,6 +26,7 @@ DIMS: Final[dict[str, str]] = {
     "W": "hidden width of a scout",
     "C": "classes that scouts predict",
     "E": "experts in the bank, the backbone first",
+    "O": "experts in the bank, where an array has them twice",
     "L": "slots: upper layers where bodies plug in",
     "J": "choices: experts chosen per token (top k)",
     "M": "tokens of a flat batch (B times T) or of a stream",

@@ -20,10 +20,12 @@ from composable.model.backbone import Backbone, FeedForwardFn
 from composable.model.bank import Bank
 from composable.model.body import MATRICES
 from composable.model.layers import KVCache, swiglu
+from composable.model.occupancy import IsDrawn, empty_occupancy, follow_given
 from composable.model.output_mixture import OutputMixtureState, mix_outputs
 from composable.model.router import (
     NEVER,
     RouterState,
+    empty_state,
     evidence,
     evidence_from,
     log_prior,
@@ -121,7 +123,11 @@ def path_norms(
 
 
 def run_trunk_and_scouts(
-    parts: Parts, tokens_BT: jax.Array, state: RouterState, caches: Caches | None
+    parts: Parts,
+    tokens_BT: jax.Array,
+    state: RouterState,
+    caches: Caches | None,
+    is_drawn: IsDrawn = False,
 ) -> tuple[TrunkPass, RouterState, Caches | None]:
     """Run the trunk and the scouts.
 
@@ -130,6 +136,7 @@ def run_trunk_and_scouts(
         tokens_BT: Token ids, continuing from the state.
         state: Router state before the first of them.
         caches: Caches when decoding, or None.
+        is_drawn: Whether the model drew the tokens, which are then no evidence.
 
     Returns:
         Their results, the router state after the last token, and caches with the trunk's updated.
@@ -151,12 +158,19 @@ def run_trunk_and_scouts(
     else:
         evidence_BTE = evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E)
     track_BTE = track_record(evidence_BTE, state.track_BE, interface.discount)
+    if is_drawn is not False:
+        track_BTE = jnp.where(is_drawn, state.track_BE[:, None], track_BTE)
+    occupancy_BEO = state.occupancy_BEO
     if isinstance(interface.mix, SwitchingFilter):
-        score_BTE = _filter_weights(bank, interface.mix, evidence_BTE, state)
+        score_BTE, occupancy_BEO = _filter_weights(
+            bank, interface.mix, evidence_BTE, state, is_drawn
+        )
     else:
         score_BTE = log_prior_of(parts) + track_BTE
     started_B = jnp.ones_like(state.started_B)
-    after = RouterState(track_BTE[:, -1], score_BTE[:, -1], feature_BTD[:, -1], started_B)
+    after = RouterState(
+        track_BTE[:, -1], score_BTE[:, -1], feature_BTD[:, -1], started_B, occupancy_BEO
+    )
     # The first token of a document is no evidence for any expert: use the backbone alone.
     alone_E = jnp.full(bank.capacity, NEVER).at[0].set(0.0)
     first_BE = jnp.where(state.started_B[:, None], score_BTE[:, 0], alone_E)
@@ -165,9 +179,16 @@ def run_trunk_and_scouts(
 
 
 def _filter_weights(
-    bank: Bank, rule: SwitchingFilter, evidence_BTE: jax.Array, state: RouterState
-) -> jax.Array:
-    """Return the log weights of the switching filter, shape BTE; sums run in the order of keys."""
+    bank: Bank,
+    rule: SwitchingFilter,
+    evidence_BTE: jax.Array,
+    state: RouterState,
+    is_drawn: IsDrawn,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the log weights of the switching filter, shape BTE, and the occupancy after them.
+
+    Sums run in the order of keys.
+    """
     order_E = jnp.argsort(bank.key_E)
     prior_E = log_prior(bank.alive_E, rule.backbone_prior, rule.max_expert_prior)
     before_BE = jnp.where(state.started_B[:, None], state.posterior_BE, prior_E)
@@ -179,7 +200,17 @@ def _filter_weights(
         rate=rule.switch_rate,
         margin_E=jnp.full(len(order_E), rule.margin).at[0].set(0.0)[order_E],
     )
-    return posterior_BTE[..., jnp.argsort(order_E)]
+    if state.occupancy_BEO is None:
+        return posterior_BTE[..., jnp.argsort(order_E)], None
+    posterior_BTE, occupancy_BEO = follow_given(
+        posterior_BTE,
+        before_BE[..., order_E],
+        prior_E[order_E],
+        rule.switch_rate,
+        state.occupancy_BEO,
+        is_drawn,
+    )
+    return posterior_BTE[..., jnp.argsort(order_E)], occupancy_BEO
 
 
 def mix_in_scouts(
@@ -188,6 +219,7 @@ def mix_in_scouts(
     trunk: TrunkPass,
     before: RouterState,
     state: OutputMixtureState,
+    is_drawn: IsDrawn = False,
 ) -> tuple[jax.Array, OutputMixtureState]:
     """Mix the scouts' predictions into the output, if the interface has an output mixture.
 
@@ -197,6 +229,7 @@ def mix_in_scouts(
         trunk: Results of the trunk and the scouts for the same tokens.
         before: Router state before these tokens.
         state: State of the output mixture before these tokens.
+        is_drawn: Whether the model drew these tokens.
 
     Returns:
         Logits, shape BTV, and the new state; both unchanged without an output mixture.
@@ -215,6 +248,7 @@ def mix_in_scouts(
         order_E,
         before.started_B,
         state,
+        is_drawn,
         power=settings.power,
         prior=settings.prior,
         rate=settings.rate,
@@ -234,6 +268,20 @@ def fixed_feed_forward(parts: Parts, slots: Sequence[Mapping[str, jax.Array]]) -
         return swiglu(x_BTD, *(slots[index_of(layer)][name] for name in MATRICES))
 
     return run
+
+
+def writing_state(parts: Parts, batch: int, is_decoding: bool) -> RouterState:
+    """Return the router's state at the start of a document.
+
+    Args:
+        parts: The model.
+        batch: Sequences (B).
+        is_decoding: Whether the model may continue the document, which needs the occupancy.
+    """
+    state = empty_state(batch, parts.bank.capacity, parts.interface.d_model)
+    if is_decoding and isinstance(parts.interface.mix, SwitchingFilter):
+        state = state._replace(occupancy_BEO=empty_occupancy(batch, parts.bank.capacity))
+    return state
 
 
 def empty_caches(parts: Parts, batch: int, length: int | None) -> Caches | None:

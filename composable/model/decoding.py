@@ -154,14 +154,16 @@ class Decoder:
                 f"{len(tokens_T)} more tokens do not fit the {self.room} positions left"
             )
         self._last = None
-        tokens_T = np.array([*self._unfed, *tokens_T], np.int32)
+        tokens_T = np.asarray(tokens_T, np.int32)
+        for token in self._unfed:
+            self._advance(jnp.full((1, 1), token, jnp.int32), is_drawn=True)
         self._unfed = []
         whole = len(tokens_T) - len(tokens_T) % PREFILL
         # Whole chunks first, then single tokens: a prompt of any length reuses the two programs.
         pieces = [tokens_T[i : i + PREFILL] for i in range(0, whole, PREFILL)]
         pieces += [tokens_T[i : i + 1] for i in range(whole, len(tokens_T))]
         for piece in pieces:
-            self._advance(jnp.asarray(piece)[None])
+            self._advance(jnp.asarray(piece)[None], is_drawn=False)
 
     def draw(self, n_tokens: int) -> Iterator[Drawn]:
         """Yield up to `n_tokens` tokens as they are drawn; a token that ends a text is not yielded.
@@ -187,7 +189,7 @@ class Decoder:
             token, weight_E = self._next
             self._next = None
             if i + 1 < n_tokens:
-                self._advance(token[None, None])
+                self._advance(token[None, None], is_drawn=True)
                 drawn = Drawn(int(token), np.asarray(weight_E))
             else:
                 drawn = Drawn(int(token), np.asarray(weight_E))
@@ -197,9 +199,9 @@ class Decoder:
                 return
             yield drawn
 
-    def _advance(self, tokens_BT: jax.Array) -> None:
+    def _advance(self, tokens_BT: jax.Array, *, is_drawn: bool) -> None:
         token, weight_E, self._state = _advance(
-            self._parts, tokens_BT, self._state, self._draw, mode=self._mode
+            self._parts, tokens_BT, self._state, self._draw, is_drawn, mode=self._mode
         )
         self._next = token, weight_E
         self._n_fed += tokens_BT.shape[1]
@@ -264,10 +266,10 @@ def _banned(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="mode", donate_argnames="state")
 def _advance(
-    parts: Parts, tokens_BT: jax.Array, state: Any, draw: _Draw, *, mode: Mode
+    parts: Parts, tokens_BT: jax.Array, state: Any, draw: _Draw, is_drawn: jax.Array, *, mode: Mode
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Return the next token, the router weights of its prediction, and the new state."""
-    logits_BTV, weight_BTE, state = _MODES[mode][0](parts, tokens_BT, state)
+    logits_BTV, weight_BTE, state = _MODES[mode][0](parts, tokens_BT, state, is_drawn)
     key = jax.random.fold_in(draw.key, state.caches.position)
     return _draw_token(draw._replace(key=key), logits_BTV[0, -1]), weight_BTE[0, -1], state
 

@@ -22,10 +22,12 @@ from composable.model.composed import (
     empty_caches,
     mix_in_scouts,
     run_trunk_and_scouts,
+    writing_state,
 )
 from composable.model.guard import Tally, empty_tally, exceeds, redistribute, tally_rows
+from composable.model.occupancy import IsDrawn
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
-from composable.model.router import Choice, RouterState, choose, dense_weights, empty_state
+from composable.model.router import Choice, RouterState, choose, dense_weights
 
 
 class MixState(NamedTuple):
@@ -45,7 +47,7 @@ def mix_state(parts: Parts, batch: int, cache_length: int | None = None) -> MixS
         batch: Sequences (B).
         cache_length: Positions to make room for when decoding; None keeps no cache.
     """
-    router = empty_state(batch, parts.bank.capacity, parts.interface.d_model)
+    router = writing_state(parts, batch, is_decoding=cache_length is not None)
     tally = empty_tally(parts.bank.capacity)
     mixture = empty_output_mixture(batch, parts.interface.n_classes)
     return MixState(router, tally, mixture, empty_caches(parts, batch, cache_length))
@@ -67,16 +69,22 @@ def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array,
 
 
 def trace_mix(
-    parts: Parts, tokens_BT: jax.Array, state: MixState
+    parts: Parts, tokens_BT: jax.Array, state: MixState, is_drawn: IsDrawn = False
 ) -> tuple[jax.Array, jax.Array, MixState]:
     """Return logits in mix mode, with the weights that produced them.
 
-    Arguments as for `mix`.
+    Args:
+        parts: The model.
+        tokens_BT: Token ids, continuing from the state.
+        state: State before the first of them; it has caches where tokens are drawn.
+        is_drawn: Whether the model drew the tokens, which are then no evidence for any expert.
 
     Returns:
         Logits, shape BTV float32, router weights, shape BTE, and the new state.
     """
-    trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
+    trunk, router, caches = run_trunk_and_scouts(
+        parts, tokens_BT, state.router, state.caches, is_drawn
+    )
     choice = choose_experts(parts, trunk.score_BTE)
     feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice)
     if state.caches is None or caches is None:
@@ -87,7 +95,7 @@ def trace_mix(
         )
         caches = caches._replace(upper=tuple(written))
     logits_BTV, mixture = mix_in_scouts(
-        parts, logits_BTV, trunk, state.router, state.output_mixture
+        parts, logits_BTV, trunk, state.router, state.output_mixture, is_drawn
     )
     tally = tally_rows(state.tally, zeroed, choice, dispatch)
     after = MixState(router, tally, mixture, caches)

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from composable.model.occupancy import IsDrawn
+
 # An expert with less weight at a token is left out; its weight goes to the backbone.
 _LEAST_WEIGHT = 1e-3
 # Bounds on divisors from below and on ratios from above, so that everything stays finite. Where a
@@ -60,6 +62,7 @@ def mix_outputs(
     order_E: jax.Array,
     started_B: jax.Array,
     state: OutputMixtureState,
+    is_drawn: IsDrawn = False,
     *,
     power: float,
     prior: float,
@@ -77,6 +80,7 @@ def mix_outputs(
         order_E: Bank entries in the order of their keys; sums over experts run in this order.
         started_B: Whether a position precedes these, so that their first token was predicted.
         state: State before the first position.
+        is_drawn: Whether the model drew these tokens, which are then no evidence for the share.
         power: Exponent on Q, in (0, 1].
         prior: Share of G at the start of a document, in (0, 1).
         rate: Probability per token that the share restarts from `prior`, in (0, 1).
@@ -96,6 +100,8 @@ def mix_outputs(
     ratio_BTC = jnp.where(has_expert_BT1, jnp.minimum(ratio_BTC / total_BT1, _LARGEST_RATIO), 1.0)
     before_BTC = jnp.concatenate([state.ratio_BC[:, None], ratio_BTC[:, :-1]], axis=1)
     gain_BT = jnp.take_along_axis(before_BTC, classes_BT[..., None], axis=-1)[..., 0]
+    if is_drawn is not False:
+        gain_BT = jnp.where(is_drawn, 1.0, gain_BT)
 
     def update_share(
         share_B: jax.Array, at: tuple[jax.Array, jax.Array]

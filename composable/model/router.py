@@ -51,6 +51,7 @@ class RouterState(NamedTuple):
     posterior_BE: jax.Array  # log weights of the switching filter
     feature_BD: jax.Array  # trunk features at the last position
     started_B: jax.Array  # whether any position was read
+    occupancy_BEO: jax.Array | None = None  # of the filter's chain; E and O in the order of keys
 
 
 class Choice(NamedTuple):

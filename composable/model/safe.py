@@ -16,11 +16,13 @@ from composable.model.composed import (
     log_prior_of,
     mix_in_scouts,
     run_trunk_and_scouts,
+    writing_state,
 )
 from composable.model.guard import Tally, empty_tally, tally_paths
 from composable.model.layers import KVCache
+from composable.model.occupancy import IsDrawn, empty_occupancy, follow_given
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
-from composable.model.router import NEVER, RouterState, choose, empty_state
+from composable.model.router import NEVER, RouterState, choose
 
 
 class SafeState(NamedTuple):
@@ -35,6 +37,7 @@ class SafeState(NamedTuple):
     posterior_BE: jax.Array  # log weights; their exponentials sum to one over the experts in use
     awake_BE: jax.Array  # paths that predicted the next token
     log_prob_EBV: jax.Array  # each path's prediction of the next token
+    occupancy_BEO: jax.Array | None = None  # of the posterior's chain
     caches: Caches | None = None
 
 
@@ -51,12 +54,13 @@ def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> Saf
         upper = jax.tree.map(lambda x: jnp.zeros((n_experts, *x.shape), x.dtype), caches.upper)
         caches = caches._replace(upper=upper)
     return SafeState(
-        empty_state(batch, n_experts, interface.d_model),
+        writing_state(parts, batch, is_decoding=caches is not None),
         empty_tally(n_experts),
         empty_output_mixture(batch, interface.n_classes),
         jnp.broadcast_to(prior_E, (batch, n_experts)),
         jnp.zeros((batch, n_experts), bool).at[:, 0].set(True),
         jnp.zeros((n_experts, batch, interface.vocab_size), jnp.float32),
+        None if caches is None else empty_occupancy(batch, n_experts),
         caches,
     )
 
@@ -88,33 +92,39 @@ def safe(parts: Parts, tokens_BT: jax.Array, state: SafeState) -> tuple[jax.Arra
 
 
 def trace_safe(
-    parts: Parts, tokens_BT: jax.Array, state: SafeState
+    parts: Parts, tokens_BT: jax.Array, state: SafeState, is_drawn: IsDrawn = False
 ) -> tuple[jax.Array, jax.Array, SafeState]:
     """Return log-probabilities in safe mode, with the weights that produced them.
 
-    Arguments as for `safe`.
+    Arguments as for `trace_mix`.
 
     Returns:
         Log-probabilities, shape BTV float32, weights of the paths, shape BTE, and the new state.
     """
-    trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
+    trunk, router, caches = run_trunk_and_scouts(
+        parts, tokens_BT, state.router, state.caches, is_drawn
+    )
     order_E = jnp.argsort(parts.bank.key_E)
     awake_BTE = _shortlist(parts, trunk.track_BTE)[..., order_E]
     log_prob_EBTV, is_finite_BTE, upper = _run_paths(
         parts, trunk.x_BTD, order_E, awake_BTE, state.caches
     )
-    weight_BTE, posterior_BE = _posterior(parts, tokens_BT, state, awake_BTE, log_prob_EBTV)
+    weight_BTE, posterior_BE, occupancy_BEO = _posterior(
+        parts, tokens_BT, state, awake_BTE, log_prob_EBTV, is_drawn
+    )
     log_weight_EBT1 = jnp.moveaxis(weight_BTE, -1, 0)[..., None]
     log_prob_BTV = jax.nn.logsumexp(log_weight_EBT1 + log_prob_EBTV, axis=0)
     log_prob_BTV, mixture = mix_in_scouts(
-        parts, log_prob_BTV, trunk, state.router, state.output_mixture
+        parts, log_prob_BTV, trunk, state.router, state.output_mixture, is_drawn
     )
     if caches is not None:
         caches = caches._replace(upper=upper)
     entry_E = jnp.argsort(order_E)
     tally = tally_paths(state.tally, awake_BTE[..., entry_E], is_finite_BTE[..., entry_E])
     awake_BE, log_prob_EBV = awake_BTE[:, -1], log_prob_EBTV[:, :, -1]
-    after = SafeState(router, tally, mixture, posterior_BE, awake_BE, log_prob_EBV, caches)
+    after = SafeState(
+        router, tally, mixture, posterior_BE, awake_BE, log_prob_EBV, occupancy_BEO, caches
+    )
     return log_prob_BTV, jnp.exp(weight_BTE)[..., entry_E], after
 
 
@@ -173,8 +183,9 @@ def _posterior(
     state: SafeState,
     awake_BTE: jax.Array,
     log_prob_EBTV: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return each path's log weight at every position, BTE, and the last log posterior, BE."""
+    is_drawn: IsDrawn,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return each path's log weight, BTE, the last log posterior, BE, and the last occupancy."""
     # The prediction of token t is the one that each path made one position earlier.
     before_EBTV = jnp.concatenate([state.log_prob_EBV[:, :, None], log_prob_EBTV[:, :, :-1]], 2)
     log_prob_EBT = jnp.take_along_axis(before_EBTV, tokens_BT[None, ..., None], axis=-1)[..., 0]
@@ -185,7 +196,7 @@ def _posterior(
 
     def step(
         posterior_BE: jax.Array, at: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, tuple[jax.Array]]:
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         log_prob_BE, predicted_BE, awake_BE, seen_B = at
         weight_BE = _normalise(posterior_BE, predicted_BE)
         mixture_B1 = jax.nn.logsumexp(weight_BE + log_prob_BE, axis=-1, keepdims=True)
@@ -193,12 +204,26 @@ def _posterior(
         if rate:
             updated_BE = jnp.logaddexp(updated_BE + jnp.log1p(-rate), jnp.log(rate) + prior_E)
         posterior_BE = jnp.where(seen_B[:, None], updated_BE, posterior_BE)
-        return posterior_BE, (_normalise(posterior_BE, awake_BE),)
+        return posterior_BE, (_normalise(posterior_BE, awake_BE), posterior_BE)
 
     per_token = (log_prob_EBT.transpose(2, 1, 0), predicted_BTE, awake_BTE, seen_BT)
     along_T = (per_token[0], *(jnp.moveaxis(x, 1, 0) for x in per_token[1:]))
-    posterior_BE, (weight_TBE,) = jax.lax.scan(step, state.posterior_BE, along_T)
-    return jnp.moveaxis(weight_TBE, 0, 1), posterior_BE
+    posterior_BE, (weight_TBE, posterior_TBE) = jax.lax.scan(step, state.posterior_BE, along_T)
+    weight_BTE = jnp.moveaxis(weight_TBE, 0, 1)
+    if state.occupancy_BEO is None:
+        return weight_BTE, posterior_BE, None
+    posterior_BTE, occupancy_BEO = follow_given(
+        jnp.moveaxis(posterior_TBE, 0, 1),
+        state.posterior_BE,
+        prior_E,
+        rate,
+        state.occupancy_BEO,
+        is_drawn,
+    )
+    if is_drawn is not False:
+        written_BTE = _normalise(posterior_BTE, awake_BTE)
+        weight_BTE = jnp.where(is_drawn, written_BTE, weight_BTE)
+    return weight_BTE, posterior_BTE[:, -1], occupancy_BEO
 
 
 def _normalise(log_weight_BE: jax.Array, mask_BE: jax.Array) -> jax.Array:

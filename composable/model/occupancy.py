@@ -1,0 +1,138 @@
+"""How many tokens of a document belong to each expert, and the posterior while the model writes.
+
+A token that the model drew is an act, not an observation: it shows what the model does, not what
+the text is about. Conditioned on acts, do(x), the chain over experts moves by its switches only.
+Where a switch goes is learnt from the tokens that were given: a document has switch targets of its
+own, with a Dirichlet prior whose mean is the interface's prior. So while the model writes,
+
+    theta = (prior + E[tokens of each expert | given tokens]) / (1 + given tokens)
+    w[t]  = (1 - rate) w[t-1] + rate theta
+
+and no expert can gain weight by what it writes itself. The expectation is over the smoothed chain
+and is computed forward, with the statistic
+
+    S[t](j, i) = E[tokens of i up to t | expert j at t]
+
+What this assumes: switches do not depend on what is written, and a document's later segments are
+of the kinds that it had so far. Text that is given later counts as evidence again.
+
+References:
+    Ortega et al. 2021, "Shaking the foundations", arXiv:2110.10819 (acts are interventions); Cappé
+    2011, "Online EM algorithm for hidden Markov models", section 2.2 (the forward recursion).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# Whether the model drew a token: a Python False where that is known when compiling.
+IsDrawn = jax.Array | bool
+# The prior counts as this many tokens.
+_PRIOR_TOKENS = 1.0
+_TINY = 1e-30
+
+
+def empty_occupancy(batch: int, n_experts: int) -> jax.Array:
+    """Return the statistic before the first token, shape BEO."""
+    return jnp.zeros((batch, n_experts, n_experts), jnp.float32)
+
+
+def update_occupancy(
+    occupancy_BEO: jax.Array,
+    posterior_BTE: jax.Array,
+    restart_BE: jax.Array,
+    rate: float,
+    is_given: jax.Array | bool = True,
+) -> jax.Array:
+    """Return the statistic after more tokens.
+
+    Args:
+        occupancy_BEO: The statistic S so far; O counts the tokens of each expert.
+        posterior_BTE: Log posterior of the chain after each token.
+        restart_BE: Log weights to which the chain restarted at these tokens.
+        rate: Probability of a restart per token, in [0, 1).
+        is_given: Whether the tokens were given; tokens that the model drew are not counted.
+
+    Returns:
+        The statistic after the last of the tokens, shape BEO.
+    """
+    restarted_BE = rate * jnp.exp(restart_BE)
+    counted_EO = jnp.where(is_given, jnp.eye(occupancy_BEO.shape[-1]), 0.0)
+
+    def step(occupancy_BEO: jax.Array, posterior_BE: jax.Array) -> tuple[jax.Array, None]:
+        weight_BE = jnp.exp(posterior_BE)
+        stayed_BE = jnp.maximum(weight_BE - restarted_BE, 0.0)
+        mean_BO = jnp.einsum("BE,BEO->BO", stayed_BE / (1 - rate), occupancy_BEO)
+        stay_BE1 = (stayed_BE / jnp.maximum(weight_BE, _TINY))[..., None]
+        occupancy_BEO = stay_BE1 * occupancy_BEO + (1 - stay_BE1) * mean_BO[:, None]
+        return occupancy_BEO + counted_EO, None
+
+    occupancy_BEO, _ = jax.lax.scan(step, occupancy_BEO, jnp.moveaxis(posterior_BTE, 1, 0))
+    return occupancy_BEO
+
+
+def switch_targets(
+    occupancy_BEO: jax.Array, posterior_BE: jax.Array, log_prior_E: jax.Array
+) -> jax.Array:
+    """Return the log of theta, the weights that a switch in this document leads to, shape BE.
+
+    Args:
+        occupancy_BEO: The statistic S.
+        posterior_BE: Log posterior of the chain.
+        log_prior_E: Log prior weights.
+    """
+    tokens_BO = jnp.einsum("BE,BEO->BO", jnp.exp(posterior_BE), occupancy_BEO)
+    weight_BE = tokens_BO + _PRIOR_TOKENS * jnp.exp(log_prior_E)
+    weight_BE = weight_BE / weight_BE.sum(-1, keepdims=True)
+    return jnp.where(jnp.exp(log_prior_E) > 0, jnp.log(jnp.maximum(weight_BE, _TINY)), log_prior_E)
+
+
+def follow_given(
+    posterior_BTE: jax.Array,
+    before_BE: jax.Array,
+    log_prior_E: jax.Array,
+    rate: float,
+    occupancy_BEO: jax.Array,
+    is_drawn: IsDrawn,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log posterior that takes tokens as given or as drawn, and the new statistic.
+
+    Args:
+        posterior_BTE: Log posterior after each token, with the tokens as evidence.
+        before_BE: Log posterior before the first.
+        log_prior_E: Log prior weights.
+        rate: Probability of a switch per token, in [0, 1).
+        occupancy_BEO: The statistic S before the first.
+        is_drawn: Whether the model drew the tokens; then there is one token.
+
+    Returns:
+        The posterior, shape BTE: unchanged if the tokens were given. The statistic, shape BEO.
+    """
+    restart_BE = jnp.broadcast_to(log_prior_E, before_BE.shape)
+    if is_drawn is not False and posterior_BTE.shape[1] == 1:
+        target_BE = switch_targets(occupancy_BEO, before_BE, log_prior_E)
+        written_BE = write_posterior(before_BE, target_BE, rate)
+        posterior_BTE = jnp.where(is_drawn, written_BE[:, None], posterior_BTE)
+        restart_BE = jnp.where(is_drawn, target_BE, restart_BE)
+    is_given = jnp.logical_not(is_drawn)
+    return posterior_BTE, update_occupancy(occupancy_BEO, posterior_BTE, restart_BE, rate, is_given)
+
+
+def write_posterior(posterior_BE: jax.Array, target_BE: jax.Array, rate: float) -> jax.Array:
+    """Return the log posterior after a token that the model drew, shape BE.
+
+    Args:
+        posterior_BE: Log posterior before it.
+        target_BE: Log weights that a switch leads to.
+        rate: Probability of a switch, in [0, 1).
+
+    Example:
+        >>> import numpy as np
+        >>> log_weight_BE = write_posterior(np.log([[0.9, 0.1]]), np.log([[0.5, 0.5]]), 0.5)
+        >>> np.exp(log_weight_BE).round(2).tolist()
+        [[0.7, 0.3]]
+    """
+    if not rate:
+        return posterior_BE
+    return jnp.logaddexp(posterior_BE + jnp.log1p(-rate), jnp.log(rate) + target_BE)
