@@ -22,7 +22,7 @@
     └── VettingError              an expert that failed vetting
 
 Warnings descend from `ComposableWarning`. `ContributionWarning` reports contributions that a
-running model counted as zero.
+running model counted as zero, `StrayWarning` a file that was ignored.
 
 A message says what was wrong (the value), where (a dotted path or a file) and what was expected,
 and ends with a hint if a remedy is known. Data that a caller may act on is an attribute. Attributes
@@ -177,6 +177,21 @@ class ComposableWarning(UserWarning):
 
     def __str__(self) -> str:
         return printable(str(self.args[0]))
+
+
+class StrayWarning(ComposableWarning):
+    """A file in a shared folder that does not belong there and was ignored.
+
+    Args:
+        name: Its name.
+        where: The folder.
+        expected: What belongs in the folder.
+    """
+
+    def __init__(self, name: str, where: str, expected: str) -> None:
+        super().__init__(f"{where}: ignored {name[:200]!r}, which is not {expected}; remove it")
+        self.name = name
+        self.where = where
 
 
 class ContributionWarning(ComposableWarning):

@@ -62,6 +62,22 @@ WRITERS = {
     "packaging.project.export": "a tar file, into a sink of files.atomic",
     "corpora.documents": "training text that the next run writes again, alike to the byte",
 }
+# Files other than `files.reading` that open a file to read it, and why nothing can go wrong there.
+READERS = {
+    "corpora.extractors": "files of an unpacked package, whose digest was checked",
+    "corpora.recipe": "a package whose digest was checked",
+    "demo.contribution": "a log of our own",
+    "demo.contributor": "checks that a file cannot be opened",
+    "demo.page": "a resource of this package",
+    "demo.sandbox": "names folders to the kernel, and reads nothing",
+    "packaging.manifests.template": "a folder of this package",
+    "packaging.project.export": "writes a tar file",
+    "packaging.registry.tar": "reads a file that files.reading has opened",
+    "workflows.capacity": "a file of the kernel",
+    "workflows.pretrain": "a file of our own",
+    "workflows.smollm2": "a package whose digest was checked",
+    "workflows.trunk_cache": "maps a file of our own cache, whose size was checked",
+}
 # Rooms that never load an array library: what starts fast, and what packaging needs.
 WITHOUT_ARRAYS = ("printable", "errors", "progress", "interface", "files", "packaging", "cli")
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
@@ -204,6 +220,24 @@ def writes_of(path):
 def test_every_write_goes_through_one_file():
     writers = {module_of(path) for path in FILES if any(writes_of(path))}
     assert writers - {"files.atomic"} == WRITERS.keys()
+
+
+def reads_of(path):
+    """Return the line of every call that opens a path or reads it whole."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        method = name.rpartition(".")[2]
+        opens = method in ("read_text", "read_bytes", "open", "ZipFile") and name != "read_bytes"
+        if opens or name in ("np.memmap", "np.load"):
+            yield node.lineno
+
+
+def test_every_read_goes_through_one_file():
+    """A named pipe would be waited for, and a device has no end: see `files.reading`."""
+    readers = {module_of(path) for path in FILES if any(reads_of(path))}
+    assert readers - {"files.reading", "files.atomic"} == READERS.keys()
 
 
 def test_tests_import_no_benchmark():

@@ -178,11 +178,12 @@ def resolve(
     import json
 
     from composable.errors import ManifestError
+    from composable.files.reading import read_bytes
     from composable.packaging.resolution.resolver import resolve as resolve_universe
     from composable.packaging.resolution.universe import Universe
 
     try:
-        data = json.loads(universe.read_bytes())
+        data = json.loads(read_bytes(universe))
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"not JSON: {error}", where=str(universe)) from error
     packages = resolve_universe(Universe.from_dict(data, universe.name)).packages

@@ -152,8 +152,10 @@ def _read_turn() -> str:
 
 def _read_prompts(path: Path) -> list[str]:
     """Return the prompts of a file."""
+    from composable.files.reading import read_bytes
+
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in read_bytes(path).decode().splitlines() if line.strip()]
         if path.suffix != ".jsonl":
             return lines
         return [str(json.loads(line)["prompt"]) for line in lines]

@@ -19,9 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from composable.errors import TextError
+from composable.files.reading import read_bytes
 
 # A UTF-8 character is at most this many bytes, so a cut moves by at most one less.
 _CHARACTER_BYTES = 4
+# Text is read whole; a larger file should be split.
+MAX_TEXT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -251,17 +254,18 @@ def _read_path(path: Path) -> Iterator[tuple[Document, str]]:
         root = path.resolve()
         for file in sorted(path.rglob("*")):
             inner = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in inner.parts):
+            if not file.is_dir() and not any(part.startswith(".") for part in inner.parts):
                 yield from _read_file(file, f"{root.name}/{inner.as_posix()}")
-    elif path.is_file():
-        yield from _read_file(path, path.name)
     else:
-        raise TextError("no such file or folder", where=str(path))
+        yield from _read_file(path, path.name)
 
 
 def _read_file(path: Path, name: str) -> Iterator[tuple[Document, str]]:
     """Yield the documents of one file; `name` is the id if the whole file is one document."""
-    data = path.read_bytes()
+    try:
+        data = read_bytes(path, MAX_TEXT_BYTES)
+    except FileNotFoundError as error:
+        raise TextError("no such file or folder", where=str(path)) from error
     if path.suffix != ".jsonl":
         yield Document(name, _checked_text(_decode(data, str(path)), str(path))), str(path)
         return

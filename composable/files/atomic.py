@@ -42,6 +42,10 @@ _HINTS: Final = {
     errno.EIO: "the disk may be failing",
     errno.ENOTDIR: "expected a folder, found a file",
     errno.EISDIR: "expected a file, found a folder",
+    errno.ELOOP: "the links of the path lead back to themselves: remove one of them",
+    errno.ENXIO: "expected a file, found a socket or a device",
+    errno.ENODEV: "expected a file, found a socket or a device",
+    errno.ESTALE: "the network file system has lost the file: run the same command again",
     errno.ENAMETOOLONG: "choose a folder with a shorter path",
 }
 _NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
@@ -387,17 +391,6 @@ def settle(path: Path) -> None:
             raise
         _SETTLED.add(found)
         folder = above
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return the bytes of a small file.
-
-    Raises:
-        FileNotFoundError: When it does not exist.
-        DiskError: When it cannot be read.
-    """
-    with explained(path, "read"):
-        return path.read_bytes()
 
 
 def list_directory(path: Path) -> list[Path]:

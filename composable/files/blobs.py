@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from composable.errors import IntegrityError
+from composable.files import atomic
+from composable.files.reading import open_file
 from composable.interface.digest import is_digest
 
 STORE_VARIABLE: Final = "COMPOSABLE_STORE"
@@ -17,9 +19,10 @@ def digest_file(path: Path) -> str:
     """Return the digest of a file's bytes, as `sha256:` and 64 hex digits, read in blocks.
 
     Raises:
-        OSError: When it cannot be read.
+        FileNotFoundError: When it does not exist.
+        DiskError: When it cannot be read, or is no regular file.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file, atomic.explained(path, "read"):
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
 from composable.errors import TensorFileError, did_you_mean
 from composable.files.atomic import Sink
+from composable.files.reading import open_file
 from composable.interface.contract import TensorSpec
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def _read_array(file: BinaryIO, info: TensorInfo, name: str, path: Path) -> np.n
 
 def _open(path: Path) -> io.BufferedReader:
     try:
-        return path.open("rb")
+        return open_file(path)
     except FileNotFoundError as error:
         raise TensorFileError("no such file", where=str(path)) from error
 

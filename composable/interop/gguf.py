@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from composable.errors import InteropError
+from composable.files.reading import open_file
 from composable.interop.gguf_tokenizer import build_tokenizer
 from composable.interop.source import CheckpointSource, StoredTensor
 
@@ -53,6 +54,7 @@ def open_gguf(path: Path) -> CheckpointSource:
         raise InteropError(
             "reading GGUF needs the `gguf` library", hint="pip install 'composable[interop]'"
         ) from error
+    open_file(path).close()  # the library would wait for a pipe
     try:
         reader = GGUFReader(path)
         metadata = {name: entry.contents() for name, entry in reader.fields.items()}
@@ -139,7 +141,7 @@ def _read_tensor(
     from gguf import GGMLQuantizationType, dequantize
 
     count = int(np.prod(shape))
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(offset)
         data = np.fromfile(file, np.dtype(dtype), count)
     if len(data) != count:

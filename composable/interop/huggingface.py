@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from composable.errors import InteropError, TensorFileError
+from composable.files.reading import read_bytes
 from composable.files.safetensors import ANY_CASE_NAME, TensorFile, read_header
 from composable.interface import TensorSpec
 from composable.interop.source import (
@@ -135,7 +136,7 @@ def _read_tokenizer(folder: Path, config: dict[str, Any]) -> SourceTokenizer | N
     if begin is None:
         raise InteropError("no token begins or ends a document", where=str(path))
     return SourceTokenizer(
-        definition=path.read_text(encoding="utf-8"),
+        definition=read_bytes(path).decode(),
         begin=begin,
         ends=all_ends,
         bos=bos,
@@ -157,7 +158,7 @@ def _read_chat_template(folder: Path, declared: Any) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return read_bytes(path).decode()
         except (OSError, ValueError) as error:
             raise InteropError(f"cannot be read: {error}", where=str(path)) from error
     if isinstance(declared, list):
@@ -193,7 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InteropError: If it is missing, or holds something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise InteropError("no such file", where=str(path)) from error
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from composable.errors import VettingError
 from composable.files import atomic
 from composable.files.blobs import digest_file
+from composable.files.reading import read_bytes
 from composable.files.records import parse_record, to_plain
 from composable.interface import RouterInterface
 from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manifest, PackageFile
@@ -155,7 +156,7 @@ def require_passed(folder: Path, interface: RouterInterface) -> Card:
     """
     where, hint = str(folder / CARD_FILE), f"run `composable check {shlex.quote(str(folder))}`"
     try:
-        card = parse_record(Card, (folder / CARD_FILE).read_bytes(), where, VettingError)
+        card = parse_record(Card, read_bytes(folder / CARD_FILE), where, VettingError)
     except FileNotFoundError as error:
         raise VettingError("the expert was not vetted", where=where, hint=hint) from error
     except VettingError as error:

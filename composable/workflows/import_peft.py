@@ -35,6 +35,7 @@ from composable.interface import (
     digest_bytes,
     scout_signature,
 )
+from composable.interop.huggingface import read_json
 from composable.interop.peft import Adapter, read_adapter
 from composable.model.scout import Scout
 from composable.model.tensors import to_tensors
@@ -307,7 +308,7 @@ def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) ->
     problem = "is neither the source of this backbone nor an export of it"
     exported = folder / EXPORT_FILE
     if exported.is_file():
-        data = json.loads(exported.read_text())
+        data = read_json(exported)
         is_same = data.get("layout") == "dense" and not data.get("experts")
         if is_same and data.get("backbone", {}).get("interface") == loaded.interface.digest:
             return True

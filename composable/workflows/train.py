@@ -29,6 +29,7 @@ from composable.corpora.documents import (
 )
 from composable.errors import TextError, TrainingError
 from composable.files import atomic
+from composable.files.reading import read_bytes
 from composable.files.records import format_record
 from composable.interface import body_signature, digest_bytes, scout_signature
 from composable.model.backbone import Backbone
@@ -371,7 +372,7 @@ def _require_same_start(work: Path, stream_M: np.ndarray, parent: str | None) ->
     """Refuse to resume a run in this folder that started from other text or another parent."""
     file = work / "text.digest"
     start = " ".join([digest_bytes(stream_M.tobytes()), *([parent] if parent else [])])
-    if file.exists() and (begun := file.read_text().strip()) != start:
+    if file.exists() and (begun := read_bytes(file).decode(errors="replace").strip()) != start:
         is_text = begun.split()[0] != start.split()[0]
         changed = "text" if is_text else "parent"
         raise TrainingError(

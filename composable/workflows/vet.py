@@ -12,6 +12,7 @@ from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import read_documents
 from composable.errors import TensorFileError, TextError, VettingError
+from composable.files.reading import read_bytes
 from composable.files.records import parse_record
 from composable.interface import RouterInterface, body_signature, digest_bytes, scout_signature
 from composable.model.model import Pluggable
@@ -153,7 +154,7 @@ def _read_training(folder: Path) -> TrainingRecord:
     file = folder / WORK / TRAINING_FILE
     if not file.exists():
         return TrainingRecord()
-    return parse_record(TrainingRecord, file.read_bytes(), str(file), VettingError)
+    return parse_record(TrainingRecord, read_bytes(file), str(file), VettingError)
 
 
 def _describe_comparison(

@@ -22,6 +22,7 @@ from typing import BinaryIO, Final, TypeVar
 
 from composable.errors import DiskError, IntegrityError, MissingBlobError, UnreachableError
 from composable.files.atomic import Sink
+from composable.files.reading import open_file
 from composable.packaging.install.store import Store
 from composable.packaging.manifests.manifest import CHUNK_BYTES, PackageFile
 from composable.packaging.registry.registry import Registry
@@ -246,8 +247,8 @@ def _download_until(
 
 def _open_partial(path: Path, stack: contextlib.ExitStack) -> BinaryIO | None:
     try:
-        return stack.enter_context(path.open("rb"))
-    except OSError:
+        return stack.enter_context(open_file(path))
+    except (OSError, DiskError):
         return None  # completed or removed by the process that wrote it, or unreadable
 
 

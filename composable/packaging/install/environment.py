@@ -21,6 +21,7 @@ from typing import Final
 from composable.errors import IntegrityError, LockError, MissingBlobError, PackagingError
 from composable.files import atomic
 from composable.files.blobs import digest_file
+from composable.files.reading import read_bytes
 from composable.packaging.install.agreement import check_manifest
 from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert
 from composable.packaging.install.store import Store
@@ -79,7 +80,7 @@ class Generation:
     def holds(self, text: str, lock: Lock) -> bool:
         """Return whether installing `lock`, whose text is `text`, would give this generation."""
         try:
-            if atomic.read_bytes(self.path / LOCK_FILE) != text.encode():
+            if read_bytes(self.path / LOCK_FILE) != text.encode():
                 return False
             for expert in lock.experts:
                 folder = self.path / "experts" / expert.name
@@ -311,7 +312,7 @@ def _hint_to_install(name: str) -> str:
 
 def _read_number(path: Path) -> int | None:
     try:
-        text = atomic.read_bytes(path).decode(errors="replace").strip()
+        text = read_bytes(path).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None

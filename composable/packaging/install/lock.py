@@ -15,6 +15,7 @@ from typing import Final, Self
 
 from composable.errors import LockError, ManifestError
 from composable.files import atomic
+from composable.files.reading import read_bytes
 from composable.interface.digest import is_digest
 from composable.packaging.manifests.manifest import EXPERT_FILE, PackageFile
 from composable.packaging.manifests.toml import Table, find_conflict, format_toml, parse_toml
@@ -149,7 +150,7 @@ class Lock:
         """
         path = path / LOCK_FILE if path.is_dir() else path
         try:
-            return cls.loads(atomic.read_bytes(path).decode(), path.name)
+            return cls.loads(read_bytes(path).decode(), path.name)
         except FileNotFoundError as error:
             raise LockError(
                 "no lock file", where=str(path), hint="run `composable lock`"
@@ -215,7 +216,7 @@ class Lock:
             Whether the file was written.
         """
         text = self.to_toml()
-        if path.exists() and atomic.read_bytes(path) == text.encode():
+        if path.exists() and read_bytes(path) == text.encode():
             atomic.settle(path)
             return False
         atomic.write_text(path, text)

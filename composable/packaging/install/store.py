@@ -15,19 +15,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from composable.files import atomic
 from composable.files.blobs import blob_path, default_store, digest_file
+from composable.files.reading import is_regular, open_file, read_bytes
+from composable.files.strays import drop_strays
 from composable.interface.digest import digest_bytes
 from composable.progress import ByteProgress
 
 # A blob is added to the store before the environment that needs it links to it.
 PRUNE_GRACE_SECONDS: Final = 3600.0
+_SHARD: Final = re.compile("[0-9a-f]{2}")
+_BLOB: Final = re.compile("[0-9a-f]{64}")
+_PARTIAL: Final = re.compile("[0-9a-f]{64}-.+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,7 @@ class CorruptBlob:
 
     Args:
         digest: The digest in its name.
-        found: The digest of its bytes.
+        found: The digest of its bytes; other words for a folder, a pipe or a device.
         quarantine: The path that it was moved to.
     """
 
@@ -88,18 +95,19 @@ class Store:
 
     def has(self, digest: str, size: int | None = None) -> bool:
         """Return whether a blob exists and, if a size is given, has that size."""
+        path = self.path(digest)
         try:
-            found = self.path(digest).stat().st_size
+            with atomic.explained(path, "read"):
+                status = path.stat()
         except FileNotFoundError:
             return False
-        return size is None or found == size
+        return stat.S_ISREG(status.st_mode) and size in (None, status.st_size)
 
     def check(self, digest: str) -> bool:
         """Return whether a blob exists and is intact; move a corrupt one to quarantine."""
         path = self.path(digest)
         try:
-            with atomic.explained(path, "read"):
-                found = digest_file(path)
+            found = _digest_blob(path)
         except FileNotFoundError:
             return False
         if found != digest:
@@ -109,9 +117,11 @@ class Store:
     def read(self, digest: str) -> bytes | None:
         """Return the bytes of a small blob; None if it is missing or corrupt."""
         path = self.path(digest)
+        if not self.has(digest):
+            return None
         try:
-            data = atomic.read_bytes(path)
-        except FileNotFoundError:
+            data = read_bytes(path)
+        except FileNotFoundError:  # pruned by another process
             return None
         if digest_bytes(data) == digest:
             return data
@@ -135,7 +145,7 @@ class Store:
         if self.has(digest, size):
             return self.path(digest)
         if isinstance(source, Path):
-            with atomic.explained(source, "read"), source.open("rb") as stream:
+            with open_file(source) as stream, atomic.explained(source, "read"):
                 return self.add(stream, digest, size)
         with self.sink(digest, size) as sink:
             if isinstance(source, bytes):
@@ -186,8 +196,12 @@ class Store:
 
     def projects(self) -> list[Path]:
         """Return the folders of the registered projects, sorted, including deleted ones."""
-        entries = atomic.list_directory(self.root / "projects")
-        lines = (atomic.read_bytes(path) for path in entries if not atomic.is_temporary(path))
+
+        def is_record(path: Path) -> bool:
+            return is_regular(path) and digest_bytes(read_bytes(path))[7:39] == path.name
+
+        kept = self._entries("projects", is_record, "the record of a project")
+        lines = map(read_bytes, kept)
         return sorted(Path(os.fsdecode(line.removesuffix(b"\n"))) for line in lines)
 
     def verify(self, progress: ByteProgress | None = None) -> list[CorruptBlob]:
@@ -205,8 +219,7 @@ class Store:
         blobs = self._blobs()
         for done, path in enumerate(blobs, 1):
             with contextlib.suppress(FileNotFoundError):  # pruned by another process
-                with atomic.explained(path, "read"):
-                    found = digest_file(path)
+                found = _digest_blob(path)
                 if found != f"sha256:{path.name}":
                     corrupt.append(self._quarantine(path, found))
             if progress is not None:
@@ -250,20 +263,47 @@ class Store:
         return sum(path.stat().st_size for path in self._blobs())
 
     def _blobs(self) -> list[Path]:
-        folders = atomic.list_directory(self.root / "blobs")
-        found = (path for folder in folders for path in atomic.list_directory(folder))
-        return [path for path in found if not path.name.startswith(".")]
+        def is_shard(path: Path) -> bool:
+            return _SHARD.fullmatch(path.name) is not None and path.is_dir()
+
+        def is_blob(path: Path) -> bool:
+            return _BLOB.fullmatch(path.name) is not None and path.name[:2] == path.parent.name
+
+        shards = self._entries("blobs", is_shard, "a folder of blobs")
+        found = (self._entries(f"blobs/{path.name}", is_blob, "a blob") for path in shards)
+        return [path for paths in found for path in paths]
 
     def _partials(self, start: str = "") -> list[Path]:
-        found = atomic.list_directory(self.root / "partial")
+        def is_partial(path: Path) -> bool:
+            return _PARTIAL.fullmatch(path.name) is not None and is_regular(path)
+
+        found = self._entries("partial", is_partial, "an incomplete download")
         return [path for path in found if path.name.startswith(start)]
+
+    def _entries(self, folder: str, belongs: Callable[[Path], bool], expected: str) -> list[Path]:
+        """Return the entries that belong in a folder, sorted; warn about the others."""
+        home = self.root / folder
+        names = [path.name for path in atomic.list_directory(home)]
+        kept = drop_strays(names, lambda name: belongs(home / name), str(home), expected)
+        return [home / name for name in kept]
 
     def _quarantine(self, path: Path, found: str) -> CorruptBlob:
         target = self.root / "quarantine" / path.name
         atomic.make_directory(target.parent)
+        if target.is_dir():  # a folder and a file do not replace each other
+            atomic.remove_directory(target)
+        elif path.is_dir():
+            atomic.remove_file(target)
         with atomic.explained(path, "moved"):
             path.replace(target)
         return CorruptBlob(digest=f"sha256:{path.name}", found=found, quarantine=target)
+
+
+def _digest_blob(path: Path) -> str:
+    """Return the digest of a blob; of what is no regular file, words that are no digest."""
+    with atomic.explained(path, "read"):
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    return digest_file(path) if is_file else "not a regular file"
 
 
 def _count_links(path: Path) -> int:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from composable.errors import IntegrityError, PackagingError
+from composable.errors import DiskError, IntegrityError, PackagingError
 from composable.files.blobs import digest_file
+from composable.files.reading import read_bytes
 from composable.interface import RouterInterface, digest_bytes
 from composable.packaging.manifests.manifest import BACKBONE_FILE, BackbonePackage, PackageFile
 
@@ -72,8 +73,8 @@ def read_listed(folder: Path, name: str) -> bytes:
     """
     listed = _listed(folder, name)
     try:
-        data = (folder / name).read_bytes()
-    except OSError as error:
+        data = read_bytes(folder / name)
+    except (OSError, DiskError) as error:
         raise IntegrityError("the file cannot be read", where=str(folder / name)) from error
     _require_listed(folder, listed, len(data), digest_bytes(data))
     return data
@@ -89,7 +90,7 @@ def check_listed(folder: Path, name: str) -> None:
     try:
         digest = digest_file(folder / name)
         size = (folder / name).stat().st_size
-    except OSError as error:
+    except (OSError, DiskError) as error:
         raise IntegrityError("the file cannot be read", where=str(folder / name)) from error
     _require_listed(folder, listed, size, digest)
 

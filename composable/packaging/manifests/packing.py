@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from composable.errors import InterfaceError, ManifestError
 from composable.files import atomic
+from composable.files.reading import is_regular, open_file
 from composable.packaging.manifests.manifest import (
     BODY_FILE,
     CHUNK_BYTES,
@@ -54,9 +56,9 @@ def pack_expert(directory: Path, *, interface: RouterInterface | None = None) ->
     files = []
     for name in EXPERT_FILES:
         path = directory / name
-        if path.is_file() and not path.is_symlink():
+        if is_regular(path):
             files.append(describe_file(path))
-        elif name in REQUIRED_FILES or path.is_symlink():
+        elif name in REQUIRED_FILES or os.path.lexists(path):
             raise ManifestError("is missing or not a regular file", where=str(path))
     packed = dataclasses.replace(manifest, files=tuple(sorted(files, key=lambda f: f.name)))
     if manifest.files and manifest.files != packed.files:
@@ -150,7 +152,7 @@ def describe_file(path: Path) -> PackageFile:
     """Return a file's name, size and digests: of the whole and, if several, of its chunks."""
     whole, size = hashlib.sha256(), 0
     chunks: list[str] = []
-    with atomic.explained(path, "read"), path.open("rb") as file:
+    with open_file(path) as file, atomic.explained(path, "read"):
         while data := file.read(CHUNK_BYTES):
             whole.update(data)
             size += len(data)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from composable.errors import PackagingError
 from composable.files import atomic
+from composable.files.reading import open_file, read_bytes
 from composable.packaging.install.lock import LOCK_FILE, Lock
 from composable.packaging.project.project import PROJECT_FILE, Project
 from composable.packaging.registry.registry import Registry
@@ -62,7 +63,7 @@ def export_project(
         for expert in lock.experts:
             folder = project.environment.expert_path(expert.name)
             registry.publish(folder, interface=interface, progress=progress)
-        atomic.write_bytes(scratch / PROJECT_FILE, atomic.read_bytes(project.path))
+        atomic.write_bytes(scratch / PROJECT_FILE, read_bytes(project.path))
         atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
         if target.suffix == SUFFIX:
             _write_tar(scratch, target)
@@ -80,7 +81,7 @@ def _write_tar(folder: Path, target: Path) -> None:
                 member = tarfile.TarInfo(path.relative_to(folder).as_posix())
                 member.size = path.stat().st_size
                 member.mode = 0o644
-                with path.open("rb") as file:
+                with open_file(path) as file:
                     tar.addfile(member, file)
 
 

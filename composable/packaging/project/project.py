@@ -13,9 +13,10 @@ from typing import Any, Final, Self
 
 from composable.errors import ManifestError, PackagingError, did_you_mean
 from composable.files import atomic
+from composable.files.reading import read_bytes
 from composable.packaging.install.environment import FOLDER, Environment
 from composable.packaging.install.lock import LOCK_FILE, Lock
-from composable.packaging.manifests.toml import Table, format_toml, parse_toml
+from composable.packaging.manifests.toml import MAX_TOML_BYTES, Table, format_toml, parse_toml
 from composable.packaging.project.project_file import edit_experts
 from composable.packaging.registry.locations import open_registry
 from composable.packaging.registry.registry import Registry
@@ -170,10 +171,10 @@ class Project:
         """
         path = path / PROJECT_FILE if path.is_dir() else path
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path, MAX_TOML_BYTES).decode()
         except FileNotFoundError as error:
             raise ManifestError("no such file", where=str(path)) from error
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ManifestError(f"cannot be read: {error}", where=str(path)) from error
         return cls._from_table(parse_toml(text, PROJECT_FILE), path.parent.absolute())
 
@@ -297,7 +298,7 @@ class Project:
             ManifestError: When the project has no registry of that name.
             PackagingError: When the file cannot be edited without changing other entries.
         """
-        text = atomic.read_bytes(self.path).decode()
+        text = read_bytes(self.path).decode()
         entries = {
             name: self._describe_entry(name, want) if want else None
             for name, want in wanted.items()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from composable.errors import IntegrityError, RegistryError, UnreachableError
 from composable.files.atomic import CHUNK
+from composable.files.reading import open_file
 from composable.packaging.manifests.manifest import PackageFile
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
 from composable.progress import ByteProgress
@@ -189,7 +190,7 @@ def _read_verified(
     import hashlib
 
     state, done = hashlib.sha256(), 0
-    with source.open("rb") as stream:
+    with open_file(source) as stream:
         while data := stream.read(CHUNK):
             state.update(data)
             done += len(data)

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from composable.errors import RegistryError, UnreachableError
+from composable.errors import DiskError, RegistryError, UnreachableError
 from composable.files import atomic
+from composable.files.reading import read_bytes
 from composable.interface.digest import digest_bytes
 from composable.packaging.registry.lines import check_document
-from composable.packaging.registry.storage import Document, Storage
+from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document, Storage
 
+# A document and the line before it.
+MAX_ENTRY_BYTES: Final = MAX_DOCUMENT_BYTES + 10_000
 _OFFLINE: Final = "not cached, and --offline is set"
 
 
@@ -118,11 +121,19 @@ class CachedStorage:
     def _read_entry(self, entry: Path, path: str) -> Document | None:
         """Return a cached document; None if it is missing or damaged."""
         try:
-            text, _, data = entry.read_bytes().partition(b"\n")
+            text, _, data = read_bytes(entry, MAX_ENTRY_BYTES).partition(b"\n")
             head = json.loads(text)
             tag, digest = head["tag"], head.get("digest")
             is_entry = (head["location"], head["path"]) == (self.location, path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (
+            OSError,
+            DiskError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             return None
         if not is_entry or digest not in (None, digest_bytes(data)):
             return None

@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from composable.errors import ManifestError, RegistryError
+from composable.errors import ManifestError, PackagingError, RegistryError
+from composable.files.strays import drop_strays, warn_about_stray
 from composable.packaging.manifests.manifest import MAX_DESCRIPTION_LENGTH, read_tags
 from composable.packaging.manifests.toml import Table
 from composable.packaging.registry.lines import format_document, parse_line
@@ -69,11 +70,31 @@ def _stem_of(version: Version) -> str:
 
 def is_index_behind(folder: Folder, name: str, indexed: Mapping[Version, Release]) -> bool:
     """Return whether the records of a package contain releases or yanks that its index lacks."""
-    names = folder.names_in(f"records/{name}")
-    recorded = {file.removesuffix(".json") for file in names if file.endswith(".json")}
-    yanked = {file.removesuffix(".yanked") for file in names if file.endswith(".yanked")}
-    known = {_stem_of(v): release.is_yanked for v, release in indexed.items()}
-    return recorded >= known.keys() and known != {v: v in yanked for v in recorded}
+    recorded = list_records(folder, name)
+    known = {version: release.is_yanked for version, release in indexed.items()}
+    return recorded.keys() >= known.keys() and recorded != known
+
+
+def list_records(storage: WritableStorage, name: str) -> dict[Version, bool]:
+    """Return the versions that have a record, each with whether it is yanked.
+
+    Files that are neither a record nor a yank marker are ignored, with a warning that names them.
+    """
+    folder = f"records/{name}"
+
+    def belongs(file: str) -> bool:
+        stem, _, suffix = file.rpartition(".")
+        with contextlib.suppress(PackagingError):
+            version = Version(stem)
+            return suffix in ("json", "yanked") and record_path(name, version, suffix) == (
+                f"{folder}/{file}"
+            )
+        return False
+
+    where = f"{storage.location}/{folder}"
+    kept = set(drop_strays(storage.names_in(folder), belongs, where, "the record of a version"))
+    stems = sorted(file.removesuffix(".json") for file in kept if file.endswith(".json"))
+    return {Version(stem): f"{stem}.yanked" in kept for stem in stems}
 
 
 def compile_index(storage: WritableStorage, name: str, current: Document | None) -> bytes:
@@ -87,23 +108,19 @@ def compile_index(storage: WritableStorage, name: str, current: Document | None)
         name: The package.
         current: Its index so far; lines of it that are damaged are read from their records.
     """
-    names = set(storage.names_in(f"records/{name}"))
-    releases = {}
+    recorded = list_records(storage, name)
+    releases: dict[Version, Release] = {}
     for line in current.data.splitlines() if current is not None else ():
         with contextlib.suppress(RegistryError):
             release = Release.from_line(line, name, index_path(name))
-            releases[_stem_of(release.version)] = release
-    for file in names:
-        stem, _, suffix = file.rpartition(".")
-        if suffix == "json" and stem not in releases:
-            recorded = read_record(storage, name, Version(stem))
-            if recorded is not None:
-                releases[stem] = recorded
+            releases[release.version] = release
+    for version in recorded.keys() - releases.keys():
+        found = read_record(storage, name, version)
+        if found is not None:
+            releases[version] = found
     # Yanks are files beside the records; a release without a record is as it is in the index.
-    for stem, release in releases.items():
-        if f"{stem}.json" in names:
-            is_yanked = f"{stem}.yanked" in names
-            releases[stem] = dataclasses.replace(release, is_yanked=is_yanked)
+    for version in recorded.keys() & releases.keys():
+        releases[version] = dataclasses.replace(releases[version], is_yanked=recorded[version])
     ordered = sorted(releases.values(), key=lambda release: release.version)
     return format_document([release.to_row() for release in ordered])
 
@@ -120,6 +137,8 @@ def is_record_of(document: Document, release: Release | None) -> bool:
 def read_record(storage: Storage, name: str, version: Version) -> Release | None:
     """Read the record of a release, or its line in the index if the record is damaged.
 
+    A record of another version, such as a copy under another name, counts as damaged.
+
     Returns:
         The release, not yanked; None if there is no record, or if a crash truncated it before the
         release was indexed.
@@ -129,7 +148,11 @@ def read_record(storage: Storage, name: str, version: Version) -> Release | None
     if document is None:
         return None
     with contextlib.suppress(RegistryError):
-        return Release.from_line(document.data, name, path)
+        release = Release.from_line(document.data, name, path)
+        if release.version == version:
+            return release
+        file = path.rpartition("/")[2]
+        warn_about_stray(file, f"{storage.location}/records/{name}", f"a record of {version}")
     index = storage.read(index_path(name))
     for line in index.data.splitlines() if index is not None else ():
         with contextlib.suppress(RegistryError):

@@ -25,6 +25,7 @@ in between, the index may lack a record; readers of a folder check for this and 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import random
@@ -42,8 +43,9 @@ from composable.errors import (
     did_you_mean,
 )
 from composable.files.blobs import blob_path
+from composable.files.strays import warn_about_stray
 from composable.interface.digest import canonical_json, digest_bytes
-from composable.packaging.manifests.manifest import Manifest
+from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.manifests.toml import MAX_TOML_BYTES
 from composable.packaging.registry.index import (
@@ -61,7 +63,7 @@ from composable.packaging.registry.index import (
 from composable.packaging.registry.lines import check_extent
 from composable.packaging.registry.release import TIME_FORMAT, Release, choose_newest
 from composable.packaging.registry.storage import Document, Folder, Storage, WritableStorage
-from composable.packaging.versions.names import check_package_name, confusable_key
+from composable.packaging.versions.names import check_package_name, confusable_key, is_package_name
 from composable.packaging.versions.version import Version
 from composable.progress import ByteProgress
 
@@ -228,15 +230,26 @@ class Registry:
         """
         storage = self.writable_storage()
         manifest = pack_expert(directory, interface=interface)
+        now = datetime.datetime.now(datetime.UTC).strftime(TIME_FORMAT)
+        release = Release.of(manifest, now)
+        _check_readable(manifest, release)
         self._create_config(storage)
         self._check_same_content(manifest, read_record(storage, manifest.name, manifest.version))
-        self._claim_name(storage, manifest.name)
+        self._check_name(storage, manifest.name)
         for file in manifest.files:
             storage.upload(blob_path(file.digest), directory / file.name, file, progress)
         _put_blob(storage, manifest.digest, manifest.to_toml().encode())
-        now = datetime.datetime.now(datetime.UTC).strftime(TIME_FORMAT)
+        with self._claim_name(storage, manifest.name):
+            self._create_record(storage, manifest, release)
+        self._write_index(storage, manifest.name)
+        return manifest
+
+    def _create_record(
+        self, storage: WritableStorage, manifest: Manifest, release: Release
+    ) -> None:
+        """Create the record of a release, unless there is one with the same content."""
         record = record_path(manifest.name, manifest.version)
-        line = Release.of(manifest, now).to_line()
+        line = release.to_line()
         while not storage.create(record, line):
             seen = storage.read(record)
             existing = read_record(storage, manifest.name, manifest.version)
@@ -246,8 +259,6 @@ class Registry:
                 line = existing.to_line()
             if seen and (is_record_of(seen, existing) or storage.replace(record, line, seen)):
                 break
-        self._write_index(storage, manifest.name)
-        return manifest
 
     def yank(self, name: str, version: Version) -> None:
         """Exclude a release from new resolutions; existing locks keep working.
@@ -321,10 +332,10 @@ class Registry:
         """Return the catalogue with the entry of one package updated and missing ones added."""
         entries = self._read_catalog(seen)
         listed = {confusable_key(known) for known in entries}
-        owners = (
-            storage.read(f"names/{key}") for key in storage.names_in("names") if key not in listed
-        )
-        for other in {name, *(_read_owner(owner) for owner in owners if owner)}:
+        owners = [
+            self._read_owner(storage, key) for key in storage.names_in("names") if key not in listed
+        ]
+        for other in {name, *filter(None, owners)}:
             releases = self.versions(other)
             if releases:
                 entries[other] = describe_newest(choose_newest(releases))
@@ -357,19 +368,53 @@ class Registry:
                 hint=f"available: {have}" if have else did_you_mean(name, self.names()),
             )
 
-    def _claim_name(self, storage: WritableStorage, name: str) -> None:
-        """Reserve a name; refuse it if it looks like the name of another package."""
-        path = f"names/{confusable_key(name)}"
-        if storage.create(path, name.encode()):
+    def _check_name(self, storage: WritableStorage, name: str) -> None:
+        """Refuse a name that looks like the name of another package."""
+        key = confusable_key(name)
+        owner = self._read_owner(storage, key)
+        if owner in (None, name):
             return
-        claimed = storage.read(path)
-        owner = _read_owner(claimed) if claimed is not None else name
-        if owner != name:
+        if storage.names_in(f"records/{owner}"):
             raise RegistryError(
-                f"{name!r} looks like {owner[:80]!r}, which is already published",
+                f"{name!r} looks like {owner!r}, which is already published",
                 where=self.location,
                 hint="choose a name that differs in more than look-alike letters or hyphens",
             )
+        raise RegistryError(
+            f"{name!r} looks like {owner!r}, which is being published, or whose publication was "
+            "interrupted",
+            where=self.location,
+            hint=f"choose another name; if nobody publishes {owner}, remove names/{key} there",
+        )
+
+    @contextlib.contextmanager
+    def _claim_name(self, storage: WritableStorage, name: str) -> Iterator[None]:
+        """Reserve a name for the block, which creates a record; release it if the block fails."""
+        path = f"names/{confusable_key(name)}"
+        is_new = storage.create(path, name.encode())
+        if not is_new:
+            self._check_name(storage, name)
+            claimed = storage.read(path)
+            if claimed is None or claimed.data != name.encode():  # a stray file is replaced
+                is_new = storage.replace(path, name.encode(), claimed)
+                self._check_name(storage, name)
+        try:
+            yield
+        except BaseException:
+            if is_new and not storage.names_in(f"records/{name}"):
+                storage.remove(path)
+            raise
+
+    def _read_owner(self, storage: WritableStorage, key: str) -> str | None:
+        """Return the name that has claimed a key; None if there is none, or for a stray file."""
+        claimed = storage.read(f"names/{key}")
+        if claimed is None:
+            return None
+        owner = claimed.data.decode(errors="replace")
+        if is_package_name(owner) and confusable_key(owner) == key:
+            return owner
+        warn_about_stray(key, f"{self.location}/names", "the claim of a package name")
+        return None
 
     def _check_same_content(self, manifest: Manifest, existing: Release | None) -> None:
         """Refuse to publish other content under a version that exists."""
@@ -431,5 +476,20 @@ def _put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:
     storage.settle(path)
 
 
-def _read_owner(document: Document) -> str:
-    return document.data.decode(errors="replace")
+def _check_readable(manifest: Manifest, release: Release) -> None:
+    """Refuse, before anything is uploaded, what clients would refuse to read.
+
+    Raises:
+        ManifestError: When the packed manifest is too large or cannot be parsed.
+        RegistryError: When the line of the index cannot be parsed.
+    """
+    text = manifest.to_toml()
+    if len(text.encode()) > MAX_TOML_BYTES:
+        raise ManifestError(
+            f"has {len(text.encode()):,} bytes when it is packed, at most {MAX_TOML_BYTES:,} are "
+            "allowed",
+            where=EXPERT_FILE,
+            hint="shorten its texts and lists",
+        )
+    Manifest.loads(text)
+    Release.from_line(release.to_line(), release.name, EXPERT_FILE)

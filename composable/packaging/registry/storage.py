@@ -7,6 +7,7 @@ object stores in `bucket.py`, exports in `tar.py`; `cache.py` caches documents o
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Final, Protocol
 
 from composable.errors import RegistryError
 from composable.files import atomic
+from composable.files.reading import is_regular, open_file, read_bytes
+from composable.files.strays import drop_strays
 from composable.interface.digest import digest_bytes
 from composable.packaging.manifests.manifest import PackageFile
 from composable.progress import ByteProgress
@@ -53,6 +56,7 @@ class Storage(Protocol):
 
         Raises:
             RegistryError: When the document is larger than 64 MiB, or access is denied.
+            DiskError: The same, of a file on this machine; or when it is no regular file.
             UnreachableError: When the storage cannot be reached.
         """
 
@@ -136,10 +140,7 @@ class Folder:
         """Return a document; `known` itself if it is unchanged; None if it does not exist."""
         file = self.root / path
         try:
-            with atomic.explained(file, "read"):
-                if file.stat().st_size > MAX_DOCUMENT_BYTES:
-                    raise RegistryError("is larger than 64 MiB", where=str(file))
-                data = file.read_bytes()
+            data = read_bytes(file, MAX_DOCUMENT_BYTES)
         except FileNotFoundError:
             return None
         if known is not None and known.data == data:
@@ -149,7 +150,7 @@ class Folder:
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from offset `start` on."""
         try:
-            with atomic.explained(self.root / path, "read"), (self.root / path).open("rb") as file:
+            with open_file(self.root / path) as file, atomic.explained(self.root / path, "read"):
                 file.seek(start)
                 while data := file.read(atomic.CHUNK):
                     yield data
@@ -159,9 +160,16 @@ class Folder:
     def names_in(self, folder: str) -> list[str]:
         """Return the names of the files directly in a folder, sorted."""
         home = self.root / folder
-        with atomic.explained(home, "read"):
-            found = home.iterdir() if home.is_dir() else ()
-            return sorted(path.name for path in found if not atomic.is_temporary(path))
+        try:
+            with atomic.explained(home, "read"), os.scandir(home) as entries:
+                found = {entry.name: entry.is_file() for entry in entries}
+        except FileNotFoundError:
+            return []
+
+        def belongs(name: str) -> bool:
+            return found[name] and not atomic.is_temporary(Path(name))
+
+        return drop_strays(sorted(found), belongs, str(home), "a regular file")
 
     def create(self, path: str, data: bytes) -> bool:
         """Create a file unless it exists; of concurrent calls exactly one succeeds."""
@@ -182,11 +190,11 @@ class Folder:
     ) -> None:
         """Copy a blob unless it exists; it becomes visible when it is complete."""
         target = self.root / path
-        if target.exists() and target.stat().st_size == file.size:
+        if is_regular(target) and target.stat().st_size == file.size:
             atomic.settle(target)
             return
         with (
-            source.open("rb") as stream,
+            open_file(source) as stream,
             atomic.Sink(target, digest=file.digest, size=file.size, is_read_only=True) as sink,
         ):
             while data := stream.read(atomic.CHUNK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,19 @@ from typing import Final
 
 from composable.errors import RegistryError
 from composable.files import atomic
+from composable.files.reading import open_file
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
+
+# What the library raises for headers that are malformed on purpose.
+_MALFORMED: Final = (
+    tarfile.TarError,
+    OSError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+)
 
 
 class TarFile:
@@ -27,11 +40,10 @@ class TarFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with tarfile.open(path, "r:") as tar:
-                members = [member for member in tar if member.isreg()]
-        except (tarfile.TarError, OSError) as error:
+            with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                self._members = dict(_list_members(tar, os.fstat(file.fileno()).st_size))
+        except _MALFORMED as error:
             raise RegistryError(f"is not an export: {error}", where=str(path)) from error
-        self._members = {member.name: (member.offset_data, member.size) for member in members}
 
     @property
     def location(self) -> str:
@@ -52,9 +64,21 @@ class TarFile:
         if path not in self._members:
             raise RegistryError("has no such file", where=f"{self._path}: {path}")
         offset, size = self._members[path]
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file, atomic.explained(self._path, "read"):
             file.seek(offset + start)
             left = size - start
-            while left > 0 and (data := file.read(min(atomic.CHUNK, left))):
+            while left > 0:
+                data = file.read(min(atomic.CHUNK, left))
+                if not data:
+                    raise RegistryError("was cut short while being read", where=str(self._path))
                 left -= len(data)
                 yield data
+
+
+def _list_members(tar: tarfile.TarFile, file_bytes: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield name, offset and size of each regular file; refuse sizes that cannot be true."""
+    for member in tar:
+        if member.size < 0 or member.offset_data + member.size > file_bytes:
+            raise ValueError(f"{member.name[:80]!r} does not lie within the file")
+        if member.isreg() and not member.issparse():
+            yield member.name, (member.offset_data, member.size)
