@@ -76,6 +76,7 @@ def gather(
         environment = install_experts(
             loaded, [Requirement.parse(text) for text in experts], registry
         )
+    environment.require_intact()
     return loaded, [environment.expert_path(m.name) for m in environment.manifests()]
 
 
@@ -98,6 +99,7 @@ def expert(
     wanted = Requirement.parse(requirement)
     loaded = load_backbone(backbone or _default_backbone())
     environment = install_experts(loaded, [wanted], registry)
+    environment.require_intact()
     return load_expert(loaded, environment.expert_path(wanted.name))
 
 

@@ -320,13 +320,15 @@ def _install(
     from composable.packaging.registry.locations import open_registry
 
     try:
-        before = project.environment.lock
+        before, installed = project.environment.lock, project.environment.current
     except PackagingError:
-        before = None  # damaged; installing repairs it
+        before, installed = None, None  # damaged; installing repairs it
     if not is_dry_run:
         export = open_registry(source) if source is not None else None
         with bars.show_bytes(is_quiet=is_quiet) as progress:
             sync_project(project, lock, interface=interface, source=export, progress=progress)
+        if before == lock and installed != project.environment.current:
+            note("damaged or missing files were installed again", is_quiet=is_quiet)
     _report(before, lock, is_dry_run, as_json=as_json, is_quiet=is_quiet)
 
 

@@ -23,35 +23,42 @@ app.add_typer(cache, name="cache")
 def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Verify the digests of all stored and installed files.
 
-    Damaged files are moved aside, so that the next `composable sync` fetches them again. Exits with
-    1 if there are any.
+    The installed files are those of every project that uses the store. Damaged files are moved
+    aside, so that the next `composable sync` fetches them again. Exits with 1 if there are any.
     """
     from composable.errors import PackagingError
     from composable.packaging.install.store import Store
-    from composable.packaging.project.edits import name_files
     from composable.packaging.project.project import Project
+    from composable.packaging.project.verification import verify_everything
 
     store = Store()
+    try:
+        here = [Project.find().root]
+    except PackagingError:
+        here = []  # not in a project
     with bars.show_counts("verify", is_quiet=is_quiet) as count:
         progress = None if count is None else lambda label, done, total: count(done, total)
-        corrupt = store.verify(progress)
-        try:
-            project = Project.find()
-        except PackagingError:
-            damaged = []  # not in a project: only the store is verified
-        else:
-            damaged = project.environment.verify(progress)
-    names = name_files(store) if corrupt else {}
-    rows = [("store", f"{names.get(b.digest, 'not in any project')} ({b.digest})") for b in corrupt]
-    rows += [("installed", str(path)) for path in damaged]
+        damage = verify_everything(store, here, progress)
+    names = {digest: uses[0].file for digest, uses in damage.uses.items() if uses}
+    rows = [
+        ("store", f"{names.get(b.digest, 'not in any project')} ({b.digest})")
+        for b in damage.corrupt
+    ]
+    rows += [("installed", str(path)) for paths in damage.installed.values() for path in paths]
+    rows += [("not verified", f"{root}: {why}") for root, why in damage.unverified.items()]
     n = len(store.digests())
     text = format_table((), rows) or f"no damage found: {n} file{'s' * (n != 1)} in the store"
-    if rows:
-        text += "\nrun `composable sync` to fetch them again"
+    if damage.projects == here:
+        text += "\nrun `composable sync` to fetch them again" * bool(here)
+    elif damage.projects:
+        text += "\nrun `composable sync` in each of these projects to fetch them again:"
+        text += "".join(f"\n  {root}" for root in damage.projects)
     data = {
-        "corrupt": [blob.digest for blob in corrupt],
-        "files": {blob.digest: names.get(blob.digest) for blob in corrupt},
-        "damaged": [str(p) for p in damaged],
+        "corrupt": [blob.digest for blob in damage.corrupt],
+        "files": {blob.digest: names.get(blob.digest) for blob in damage.corrupt},
+        "damaged": [str(path) for paths in damage.installed.values() for path in paths],
+        "projects": [str(root) for root in damage.projects],
+        "unverified": {str(root): why for root, why in damage.unverified.items()},
     }
     show(text, data, as_json=as_json, is_quiet=is_quiet and not rows)
     if rows:
@@ -62,10 +69,14 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
 def list_(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """List the files in the store."""
     from composable.packaging.install.store import Store
-    from composable.packaging.project.edits import name_files
+    from composable.packaging.project.verification import find_uses
 
     store = Store()
-    in_use, names = store.linked(), name_files(store)
+    uses = find_uses(store)
+    names = {digest: found[0].file for digest, found in uses.items()}
+    in_use = store.linked() | {
+        digest for digest, found in uses.items() if any(use.is_installed for use in found)
+    }
     files = [(digest, store.path(digest).stat().st_size) for digest in store.digests()]
     rows = [
         (d[:19] + "…", format_bytes(size), "in use" if d in in_use else "", names.get(d, ""))

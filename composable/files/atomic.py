@@ -253,31 +253,6 @@ def create_bytes(path: Path, data: bytes) -> bool:
             temporary.unlink()
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link of `source`, or a copy where links are not supported.
-
-    The directory of `target` is not synced: a caller that places many files syncs once.
-
-    Raises:
-        FileExistsError: When `target` exists.
-    """
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            with explained(target):
-                raise
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, "already exists", str(target)) from error
-        with (
-            explained(source, "read"),
-            source.open("rb") as file,
-            Sink(target, is_read_only=True) as sink,
-        ):
-            for chunk in iter(lambda: file.read(CHUNK), b""):
-                sink.write(chunk)
-
-
 def make_directory(path: Path) -> None:
     """Create `path` and its parents, each one synced into its parent."""
     if path.is_dir():

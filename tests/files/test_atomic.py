@@ -14,6 +14,7 @@ import pytest
 
 from composable.errors import DiskError, IntegrityError
 from composable.files import atomic
+from composable.files.cloning import place_file
 from composable.interface import digest_bytes
 
 
@@ -93,10 +94,10 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cod
 
     monkeypatch.setattr(os, "link", no_links)
     atomic.write_bytes(tmp_path / "source", b"data")
-    atomic.link_or_copy(tmp_path / "source", tmp_path / "copy")
+    place_file(tmp_path / "source", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"data"
     with pytest.raises(FileExistsError):
-        atomic.link_or_copy(tmp_path / "source", tmp_path / "copy")
+        place_file(tmp_path / "source", tmp_path / "copy")
     assert atomic.create_bytes(tmp_path / "new", b"1")
     assert not atomic.create_bytes(tmp_path / "new", b"2")
     assert (tmp_path / "new").read_bytes() == b"1"
@@ -104,7 +105,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cod
 
 def test_links_share_bytes(tmp_path: Path) -> None:
     atomic.write_bytes(tmp_path / "source", b"data")
-    atomic.link_or_copy(tmp_path / "source", tmp_path / "link")
+    place_file(tmp_path / "source", tmp_path / "link")
     assert (tmp_path / "link").samefile(tmp_path / "source")
 
 

@@ -3,7 +3,8 @@
     .composable/current                           the number of the current generation
     .composable/generations/7/composable.lock     the lock that it was installed from
     .composable/generations/7/previous            the number of the generation before it
-    .composable/generations/7/experts/<name>/     the expert's files, linked from the store
+    .composable/generations/7/snapshot.json       the state of its files, see `snapshot.py`
+    .composable/generations/7/experts/<name>/     the expert's files, placed from the store
 
 A generation is built under a temporary name, synced to disk and renamed; then `current` is
 replaced. If the process is killed at any point, the old generation stays current, and the next
@@ -13,7 +14,9 @@ install removes the leftovers. A few older generations are kept for rollback.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,9 +24,11 @@ from typing import Final
 from composable.errors import IntegrityError, LockError, MissingBlobError, PackagingError
 from composable.files import atomic
 from composable.files.blobs import digest_file
+from composable.files.cloning import place_file
 from composable.files.reading import read_bytes
 from composable.packaging.install.agreement import check_manifest
 from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert
+from composable.packaging.install.snapshot import Inspection, inspect_files, record_files
 from composable.packaging.install.store import Store
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.progress import ByteProgress
@@ -82,17 +87,34 @@ class Generation:
         try:
             if read_bytes(self.path / LOCK_FILE) != text.encode():
                 return False
-            for expert in lock.experts:
-                folder = self.path / "experts" / expert.name
-                if expert.is_editable:
-                    folder = self._folder_of(expert)
-                (folder / EXPERT_FILE).stat()
-                for file in expert.files:
-                    if (folder / file.name).stat().st_size != file.size:
-                        return False
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return False
-        return True
+        folders = [self._folder_of(expert) for expert in lock.experts if expert.is_editable]
+        if not all((folder / EXPERT_FILE).is_file() for folder in folders):
+            return False
+        return not self.inspect().damaged
+
+    def inspect(
+        self, *, is_thorough: bool = False, find_digest: Callable[[Path], str] = digest_file
+    ) -> Inspection:
+        """Compare the installed files with the lock; see `inspect_files`.
+
+        Args:
+            is_thorough: Whether to read also the files whose recorded state has not changed.
+            find_digest: Returns the digest of a file.
+        """
+        return inspect_files(
+            self.path, self.digests, is_thorough=is_thorough, find_digest=find_digest
+        )
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests of all installed files, by path relative to the generation."""
+        return {
+            f"experts/{expert.name}/{name}": digest
+            for expert in self.lock.experts
+            for name, digest in expert.digests.items()
+        }
 
     def _folder_of(self, expert: LockedExpert) -> Path:
         """Return the folder of an editable expert; its path is relative to the project."""
@@ -208,13 +230,27 @@ class Environment:
             self._remove_old_generations(number)
         return self._generation(number)
 
-    def verify(self, progress: ByteProgress | None = None) -> list[Path]:
+    def intact_files(self) -> Mapping[str, Path]:
+        """Return a path of each installed file that is as it was installed, by its digest."""
+        try:
+            current = self.current
+            return {} if current is None else current.inspect().intact
+        except PackagingError:
+            return {}  # a damaged pointer or lock, which the next install replaces
+
+    def verify(
+        self,
+        progress: ByteProgress | None = None,
+        *,
+        find_digest: Callable[[Path], str] = digest_file,
+    ) -> list[Path]:
         """Verify the digest of every installed file and remove damaged files.
 
         The next install restores them.
 
         Args:
-            progress: Called with `verify`, experts done and total experts.
+            progress: Called with `verify`, files done and total files.
+            find_digest: Returns the digest of a file.
 
         Returns:
             The files that were damaged or missing.
@@ -222,17 +258,35 @@ class Environment:
         current = self.current
         if current is None:
             return []
-        experts = current.lock.experts
-        damaged = []
-        for done, expert in enumerate(experts, 1):
-            folder = current.path / "experts" / expert.name
-            for name, digest in expert.digests.items():
-                if not _has_digest(folder / name, digest):
-                    atomic.remove_file(folder / name)
-                    damaged.append(folder / name)
+        done, total = itertools.count(1), len(current.digests)
+
+        def find_and_report(path: Path) -> str:
+            digest = find_digest(path)
             if progress is not None:
-                progress("verify", done, len(experts))
-        return damaged
+                progress("verify", next(done), total)
+            return digest
+
+        damaged = current.inspect(is_thorough=True, find_digest=find_and_report).damaged
+        for path in damaged:
+            if path.is_dir() and not path.is_symlink():
+                atomic.remove_directory(path)
+            else:
+                atomic.remove_file(path)
+        return list(damaged)
+
+    def require_intact(self) -> None:
+        """Verify every installed file, as before a load, and remove damaged files.
+
+        Raises:
+            IntegrityError: When a file is damaged or missing.
+        """
+        if damaged := self.verify():
+            more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise IntegrityError(
+                f"is damaged or missing{more}",
+                where=str(damaged[0]),
+                hint="run `composable sync`, which fetches damaged files again",
+            )
 
     def rollback(self) -> Generation:
         """Make the generation that was current before this one current again.
@@ -251,26 +305,27 @@ class Environment:
         if number is None or not self._generation(number).path.is_dir():
             raise PackagingError("no previous generation", where=str(self.root))
         older = self._generation(number)
-        for expert in older.lock.experts:
-            for name, digest in expert.digests.items():
-                path = older.path / "experts" / expert.name / name
-                if not _has_digest(path, digest):
-                    raise IntegrityError(
-                        "is damaged or missing", where=str(path), hint="nothing was changed"
-                    )
+        for path in older.inspect(is_thorough=True).damaged:
+            raise IntegrityError(
+                "is damaged or missing", where=str(path), hint="nothing was changed"
+            )
         self._set_current(number)
         return older
 
     def _build_generation(self, lock: Lock, store: Store, progress: ByteProgress | None) -> int:
         """Write a lock as a new generation, but do not make it current; return its number."""
+        intact = self.intact_files()
         scratch = atomic.make_scratch_directory(self.root / "generations")
         try:
             for done, expert in enumerate(lock.experts, 1):
                 if not expert.is_editable:
-                    _link_expert(expert, scratch / "experts" / expert.name, store, lock)
+                    _place_expert(expert, scratch / "experts" / expert.name, store, lock, intact)
                 if progress is not None:
                     progress("install", done, len(lock.experts))
             atomic.write_text(scratch / LOCK_FILE, lock.to_toml())
+            record_files(
+                scratch, [f"experts/{e.name}/{n}" for e in lock.experts for n in e.digests]
+            )
             if (before := self._read_current()) is not None:
                 atomic.write_text(scratch / PREVIOUS_FILE, f"{before}\n")
             number = max((g.number for g in self.generations()), default=0) + 1
@@ -318,20 +373,22 @@ def _read_number(path: Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
-def _has_digest(path: Path, digest: str) -> bool:
-    try:
-        with atomic.explained(path, "read"):
-            return digest_file(path) == digest
-    except FileNotFoundError:
-        return False
+def _place_expert(
+    expert: LockedExpert, folder: Path, store: Store, lock: Lock, intact: Mapping[str, Path]
+) -> None:
+    """Place the files of one expert, and check that its manifest matches the lock.
 
-
-def _link_expert(expert: LockedExpert, folder: Path, store: Store, lock: Lock) -> None:
-    """Link the files of one expert and check that its manifest matches the lock."""
+    Args:
+        expert: The expert.
+        folder: Where its files are placed.
+        store: The store, for the files that are not installed yet.
+        lock: The lock that it is part of.
+        intact: A path of each file that is installed and intact, by digest.
+    """
     atomic.make_directory(folder)
     for name, digest in expert.digests.items():
         try:
-            atomic.link_or_copy(store.path(digest), folder / name)
+            place_file(intact.get(digest) or store.path(digest), folder / name)
         except FileNotFoundError as error:
             raise MissingBlobError(
                 f"the store has no {name} of {expert.name} {expert.version} ({digest})",

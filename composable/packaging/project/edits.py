@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shlex
@@ -18,6 +17,7 @@ from composable.packaging.install.store import PRUNE_GRACE_SECONDS, Pruned, Stor
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.project.locking import check_lock, lock_project
 from composable.packaging.project.project import Project, Wanted
+from composable.packaging.project.verification import find_uses
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
 
@@ -183,31 +183,16 @@ def roll_back_project(project: Project) -> Generation:
     return generation
 
 
-def name_files(store: Store) -> dict[str, str]:
-    """Return readable names for the files in a store, from the locks of its projects.
-
-    Returns:
-        For example `german 1.2.0 body.safetensors`, by digest; files in no lock are left out.
-    """
-    names = {}
-    for root in store.projects():
-        with contextlib.suppress(LockError):
-            for expert in Lock.read(root / LOCK_FILE).experts:
-                for file, digest in expert.digests.items():
-                    names[digest] = f"{expert.name} {expert.version} {file}"
-    return names
-
-
 def prune_store(store: Store, older_than_seconds: float = PRUNE_GRACE_SECONDS) -> Pruned:
     """Remove files that no registered project needs from the store.
 
-    Files that a project's lock lists are kept, installed or not, and so are files that an
-    environment links to. A project without a lock file needs only the latter.
+    Files that a project's lock lists are kept, installed or not, and so are the files of its
+    installed generations. A project without a lock file needs only the latter.
 
     Raises:
         LockError: When a project's lock cannot be read; nothing is removed then.
     """
-    needed = store.linked()
+    needed = store.linked() | find_uses(store).keys()
     for root in store.projects():
         try:
             needed |= Lock.read(root / LOCK_FILE).digests()

@@ -56,6 +56,7 @@ def export_project(
                 f"{expert.name} comes from the folder {expert.path}, which cannot be exported",
                 hint=f"publish it, then add {expert.name} from that registry",
             )
+    project.environment.require_intact()
     target = target.absolute()
     scratch = atomic.make_scratch_directory(target.parent)
     try:

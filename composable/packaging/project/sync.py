@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from composable.errors import MissingBlobError, PackagingError
+from composable.errors import MissingBlobError
 from composable.packaging.install.agreement import check_manifest
 from composable.packaging.install.download import (
     MAX_THREADS,
@@ -106,8 +106,8 @@ def fetch_missing(
 ) -> None:
     """Put the missing files of a lock into the store: manifests first, then the rest.
 
-    Files that are stored but not yet used by the project are verified first, and damaged ones are
-    fetched again.
+    Files that the project has installed and that are intact are not missing. Stored files are
+    verified before they are used, and damaged ones are fetched again.
 
     Args:
         project: The project.
@@ -120,14 +120,13 @@ def fetch_missing(
         IntegrityError: When a downloaded file does not match its digest in the lock.
         RegistryError: When a registry cannot be read.
     """
-    for digest in lock.digests() - _digests_in_use(project):
+    intact = project.environment.intact_files()
+    for digest in lock.digests() - intact.keys():
         store.check(digest)
     registries: dict[str, Registry] = {}
     missing: list[tuple[LockedExpert, Registry]] = []
     for expert in lock.experts:
-        if all(store.has(digest) for digest in expert.digests.values()) and all(
-            store.has(file.digest, file.size) for file in expert.files
-        ):
+        if all(digest in intact or store.has(digest) for digest in expert.digests.values()):
             continue
         folder = project.folder_of(expert.name)
         if folder is not None and source is None:
@@ -137,16 +136,13 @@ def fetch_missing(
         if source is None and name not in registries:
             registries[name] = project.open_registry(name)
         missing.append((expert, source or registries[name]))
-    requests = _fetch_manifests(missing, store, lock)
+    requests = [
+        request
+        for request in _fetch_manifests(missing, store, lock)
+        if request[1].digest not in intact
+    ]
     require_space(store, [file for _, file, _ in requests])
     download_files(requests, store, progress)
-
-
-def _digests_in_use(project: Project) -> set[str]:
-    try:
-        return project.environment.lock.digests()
-    except PackagingError:
-        return set()  # a damaged pointer, which the install replaces
 
 
 def _fetch_manifests(

@@ -21,6 +21,7 @@ from composable.packaging import (
     lock_project,
     sync_project,
 )
+from composable.packaging.install.snapshot import SNAPSHOT_FILE
 from composable.packaging.registry.lines import format_line
 
 MakeExpert = Callable[..., Path]
@@ -208,3 +209,134 @@ def test_a_registry_whose_index_lies_about_a_manifest(
     with pytest.raises(LockError, match="does not match the registry"):
         sync_project(world, lock, store)
     assert world.environment.current is None
+
+
+def edit_in_place(path: Path, *, keep_time: bool = False) -> None:
+    """Flip a bit of a file, as an editor does, or as a disk does if it keeps the time."""
+    before = path.stat()
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace(path: Path) -> None:
+    """Put other bytes of the same size and time under a name."""
+    before = path.stat()
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = [edit_in_place, replace, put_pipe, put_folder, Path.unlink]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["expert.toml", "README.md", "body.safetensors"])
+def test_sync_notices_and_mends(
+    world: Project,
+    interface: RouterInterface,
+    store: Store,
+    name: str,
+    damage: Callable[[Path], object],
+) -> None:
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
+    whole = (environment.expert_path("german") / name).read_bytes()
+    damage(environment.expert_path("german") / name)
+    assert not environment.holds(lock)
+    sync_project(world, lock, store)
+    assert (environment.expert_path("german") / name).read_bytes() == whole
+    assert environment.verify() == []
+    assert store.verify() == []
+
+
+def test_other_projects_notice_an_edit(
+    world: Project, interface: RouterInterface, store: Store, tmp_path: Path
+) -> None:
+    lock = lock_project(world, interface)
+    sync_project(world, lock, store)
+    shutil.copytree(world.root, tmp_path / "other", ignore=shutil.ignore_patterns(".composable"))
+    other = Project.read(tmp_path / "other")
+    sync_project(other, store=store)
+    path = other.environment.expert_path("german") / "body.safetensors"
+    whole = path.read_bytes()
+    edit_in_place(world.environment.expert_path("german") / "body.safetensors")
+    sync_project(other, store=store)
+    path = other.environment.expert_path("german") / "body.safetensors"
+    assert path.read_bytes() == whole
+    assert other.environment.verify() == []
+
+
+def test_a_flipped_bit_is_found_before_a_load_and_the_hint_cures(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
+    edit_in_place(environment.expert_path("german") / "scout.safetensors", keep_time=True)
+    assert environment.holds(lock)  # the cheap check cannot know
+    with pytest.raises(IntegrityError, match="damaged or missing") as caught:
+        environment.require_intact()
+    assert "composable sync" in str(caught.value.hint)
+    sync_project(world, lock, store)
+    environment.require_intact()
+
+
+def test_an_unchanged_file_is_not_read(
+    world: Project, interface: RouterInterface, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
+    read: list[Path] = []
+    current = environment.current
+    assert current is not None
+    found = current.inspect(find_digest=lambda path: (read.append(path), "")[1])
+    assert read == []
+    assert found.damaged == ()
+    touched = environment.expert_path("german") / "README.md"
+    os.utime(touched)  # another time, the same bytes: read once, then recorded again
+    assert environment.holds(lock)
+    current.inspect(find_digest=lambda path: (read.append(path), "")[1])
+    assert read == []
+
+
+def test_an_environment_of_an_older_version_has_no_snapshot(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
+    current = environment.current
+    assert current is not None
+    for content in (None, b"", b"[]", b'{"experts/german/README.md": 7}', b"\xff"):
+        (current.path / SNAPSHOT_FILE).unlink()
+        if content is not None:
+            (current.path / SNAPSHOT_FILE).write_bytes(content)
+        assert environment.holds(lock)
+        assert json.loads((current.path / SNAPSHOT_FILE).read_bytes())
+
+
+def test_what_is_installed_is_neither_read_nor_fetched_again(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
+    shutil.rmtree(store.root / "blobs")
+    (environment.expert_path("french") / "README.md").unlink()
+    sync_project(world, lock, store)
+    assert environment.verify() == []
+    french = lock["french"].digests
+    assert store.digests() == sorted([french["README.md"], french["expert.toml"]])

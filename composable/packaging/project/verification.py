@@ -1,0 +1,118 @@
+"""Verify the store, and every project that uses it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from composable.errors import PackagingError
+from composable.files.blobs import digest_file
+from composable.packaging.install.environment import FOLDER, Environment
+from composable.packaging.install.lock import LOCK_FILE, Lock
+from composable.packaging.install.store import CorruptBlob, Store
+from composable.progress import ByteProgress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A file in the store that a project needs.
+
+    Args:
+        project: The folder of the project.
+        file: For example `german 1.2.0 body.safetensors`.
+        is_installed: Whether an installed generation has it, or else only the lock.
+    """
+
+    project: Path
+    file: str
+    is_installed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """What `verify_everything` found; empty if nothing is damaged.
+
+    Args:
+        corrupt: The corrupt files of the store, now in quarantine.
+        uses: For each digest of them, the projects whose locks list it.
+        installed: The installed files that were damaged or missing, by project; now removed.
+        unverified: Projects that could not be verified, with the reason.
+    """
+
+    corrupt: tuple[CorruptBlob, ...]
+    uses: dict[str, list[Use]]
+    installed: dict[Path, list[Path]]
+    unverified: dict[Path, str]
+
+    @property
+    def projects(self) -> list[Path]:
+        """The projects that need a sync, sorted."""
+        used = {use.project for uses in self.uses.values() for use in uses}
+        return sorted(used | self.installed.keys())
+
+
+def verify_everything(
+    store: Store, projects: Sequence[Path] = (), progress: ByteProgress | None = None
+) -> Damage:
+    """Verify every file of the store and of every project that uses it.
+
+    Corrupt files of the store are moved to quarantine and damaged installed files are removed, so
+    that the next sync of each project fetches them again. A file with several names is read once.
+
+    Args:
+        store: The store.
+        projects: Further projects to verify.
+        progress: Called with `verify`, files done and total files of the store or of a project.
+
+    Raises:
+        DiskError: When a file of the store cannot be read.
+    """
+    digests: dict[tuple[int, int], str] = {}
+
+    def find_digest(path: Path) -> str:
+        status = path.stat()
+        key = status.st_dev, status.st_ino
+        if key not in digests:
+            digests[key] = digest_file(path)
+        return digests[key]
+
+    corrupt = store.verify(progress)
+    installed: dict[Path, list[Path]] = {}
+    unverified: dict[Path, str] = {}
+    for root in sorted({*store.projects(), *projects}):
+        try:
+            damaged = Environment(root / FOLDER).verify(progress, find_digest=find_digest)
+        except PackagingError as error:
+            unverified[root] = str(error).split("\n")[0]
+        else:
+            if damaged:
+                installed[root] = damaged
+    uses = find_uses(store)
+    return Damage(
+        corrupt=tuple(corrupt),
+        uses={blob.digest: uses.get(blob.digest, []) for blob in corrupt},
+        installed=installed,
+        unverified=unverified,
+    )
+
+
+def find_uses(store: Store) -> dict[str, list[Use]]:
+    """Return which projects need the files of a store, by digest.
+
+    A project needs the files that its lock lists, and those of its installed generations.
+    """
+    uses: dict[str, list[Use]] = {}
+    for root in store.projects():
+        generations = [g.path for g in Environment(root / FOLDER).generations()]
+        of_project: dict[str, Use] = {}
+        for path in (root, *generations):
+            with contextlib.suppress(PackagingError):
+                for expert in Lock.read(path / LOCK_FILE).experts:
+                    for file, digest in expert.digests.items():
+                        name = f"{expert.name} {expert.version} {file}"
+                        of_project[digest] = Use(project=root, file=name, is_installed=path != root)
+        for digest, use in of_project.items():
+            uses.setdefault(digest, []).append(use)
+    return uses
