@@ -70,6 +70,7 @@ READERS = {
     "demo.contributor": "checks that a file cannot be opened",
     "demo.page": "a resource of this package",
     "demo.sandbox": "names folders to the kernel, and reads nothing",
+    "files.cloning": "makes a file",
     "packaging.manifests.template": "a folder of this package",
     "packaging.project.export": "writes a tar file",
     "packaging.registry.tar": "reads a file that files.reading has opened",

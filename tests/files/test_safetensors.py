@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from composable.errors import TensorFileError
+from composable.files import safetensors as checked
 from composable.files.safetensors import (
     MAX_HEADER_BYTES,
     MAX_TENSORS,
@@ -296,12 +297,12 @@ def test_an_empty_tensor_and_scalar(tmp_path: Path) -> None:
 def test_what_is_read_is_what_was_checked(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is opened once: swapping it after the check cannot change what is loaded."""
     opened: list[Path] = []
-    real: Callable[..., Any] = Path.open
+    real: Callable[..., Any] = checked.open_file
 
-    def counting(self: Path, *args: Any, **kwargs: Any) -> Any:
-        opened.append(self)
-        return real(self, *args, **kwargs)
+    def counting(path: Path) -> Any:
+        opened.append(path)
+        return real(path)
 
-    monkeypatch.setattr(Path, "open", counting)
+    monkeypatch.setattr(checked, "open_file", counting)
     read_tensors(good, SPECS)
     assert opened == [good]

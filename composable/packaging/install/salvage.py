@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from composable.errors import ComposableWarning, LockError, ManifestError
+from composable.files.reading import read_bytes
 from composable.packaging.install.lock import Lock, LockedExpert, read_entries
 from composable.packaging.manifests.toml import find_conflict
 
@@ -30,7 +31,7 @@ def read_lock_to_keep(path: Path) -> Lock | None:
             return None
         if error.is_newer:
             raise
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_bytes(path).decode(errors="replace")
         kept = _keep_agreed(text, path.name)
         n = len(kept.experts)
         what = f"the {n} expert{'s' * (n != 1)} that its sides agree on" if n else "nothing of it"

@@ -275,7 +275,7 @@ class Store:
 
     def _partials(self, start: str = "") -> list[Path]:
         def is_partial(path: Path) -> bool:
-            return _PARTIAL.fullmatch(path.name) is not None and is_regular(path)
+            return _PARTIAL.fullmatch(path.name) is not None and not path.is_dir()
 
         found = self._entries("partial", is_partial, "an incomplete download")
         return [path for path in found if path.name.startswith(start)]
