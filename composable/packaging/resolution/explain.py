@@ -9,17 +9,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from composable.errors import did_you_mean
+from composable.packaging.resolution.long_stories import fold_chains, shorten_list
+from composable.packaging.resolution.meetings import explain_meetings
 from composable.packaging.resolution.problem import ResolutionProblem
 from composable.packaging.resolution.solver import ChoiceSet, Fact, Proof, Solver
 from composable.packaging.resolution.universe import INTERFACE_PREFIX, Candidate
-from composable.packaging.resolution.wording import list_in_words, requirements_behind
+from composable.packaging.resolution.wording import (
+    list_available,
+    list_in_words,
+    requirements_behind,
+)
 from composable.packaging.versions.constraint import ANY, Constraint, split_extra
+from composable.printable import printable
 
 MAX_REFUSALS: Final = 3
+MAX_SENTENCES: Final = 16
 _ORDER: Final = {"root": 0, "need": 1, "conflict": 2, "none": 3}
 _AFTER_ALL: Final = sys.maxsize  # the sort key of a name that the user does not require
 _Ranges = Callable[[Candidate], Mapping[str, Constraint]]
@@ -33,22 +41,45 @@ def explain_failure(problem: ResolutionProblem, proof: Proof, solver: Solver) ->
         proof: Why it has no solution.
         solver: The solver that tries the suggestions.
     """
-    facts = _join_facts(proof.facts)
-    order = _reading_order(problem, facts)
-    explainer = _Explainer(problem, facts)
-    sentences: dict[str, None] = {}
-    for fact in sorted(facts, key=lambda fact: (_ORDER[fact.kind], order[fact.name])):
-        sentences |= dict.fromkeys(explainer.explain_fact(fact))
     from composable.packaging.resolution.suggestions import find_suggestions
 
     suggestions = find_suggestions(problem, proof, solver)
-    reasons = "".join(f"\n  {sentence}" for sentence in sentences)
+    facts = _join_facts([*proof.facts, *(fact for s in suggestions for fact in s.facts)])
+    changed = {name for suggestion in suggestions for name in suggestion.changed}
+    reasons = "".join(
+        f"\n  {printable(sentence)}" for sentence in _tell_story(problem, facts, changed)
+    )
     explanation = f"your requirements cannot be satisfied together:\n{reasons}"
     if not suggestions:
         return explanation
     intro = "Any one of these changes" if len(suggestions) > 1 else "This change"
-    listed = "".join(f"\n  - {suggestion}" for suggestion in suggestions)
+    listed = "".join(f"\n  - {printable(suggestion.text)}" for suggestion in suggestions)
     return f"{explanation}\n\n{intro} would solve it:\n{listed}"
+
+
+def _tell_story(
+    problem: ResolutionProblem, facts: Sequence[Fact], changed: Collection[str]
+) -> Iterator[str]:
+    """Yield the sentences: requirements, what they lead to, and what cannot be had.
+
+    Args:
+        problem: The problem.
+        facts: What rules it out.
+        changed: Packages whose requirements suggestions change; their sentences are kept.
+    """
+    order = _reading_order(problem, facts)
+    explainer = _Explainer(problem, facts)
+    links = fold_chains(facts)
+    parts: dict[str, dict[str, bool]] = {kind: {} for kind in (*_ORDER, "meeting")}
+    for fact in sorted(facts, key=lambda fact: (_ORDER[fact.kind], order[fact.name])):
+        link = links.get((fact.name, fact.other)) if fact.kind == "need" else None
+        is_kept = fact.kind == "root" and split_extra(fact.name)[0] in changed
+        for sentence in explainer.explain_fact(fact) if link is None else (link,):
+            parts[fact.kind].setdefault(sentence, is_kept or link is not None)
+    parts["meeting"] = dict.fromkeys(explain_meetings(problem, facts, explainer.ranges_of), False)
+    is_long = sum(map(len, parts.values())) > MAX_SENTENCES
+    for sentences in parts.values():
+        yield from shorten_list(sentences) if is_long else sentences
 
 
 def _join_facts(facts: Iterable[Fact]) -> list[Fact]:
@@ -157,10 +188,7 @@ class _Explainer:
             for range_ in self._problem.table(fact.name).ranges_of(fact.choices)
         }
         matches = f"matches {list_in_words(sorted(required), 'or')}" if required else "matches"
-        rule = ""
-        if any(candidate.version.is_prerelease for candidate in candidates):
-            rule = "; a prerelease matches only a range that names one"
-        return f"No version of {package} {matches} (available: {available}{rule})."
+        return f"No version of {package} {matches} ({list_available(candidates)})."
 
     def _explain_not_selectable(self, fact: Fact, package: str) -> Iterator[str]:
         """Yield why versions cannot be chosen, one sentence for each reason."""
@@ -251,13 +279,25 @@ class _Explainer:
         return f"{package} {list_in_words([str(v) for v in versions])}{suffix}", plural
 
     def _ranges(self, fact: Fact, ranges_of: _Ranges) -> str:
+        """Return the ranges on the other package in words."""
+        written = list(dict.fromkeys(map(str, self._written(fact, ranges_of))))
+        return "" if not written or str(ANY) in written else f" {' or '.join(written)}"
+
+    def ranges_of(self, fact: Fact) -> list[Constraint]:
+        """Return the ranges behind a fact on a package, as the user or the authors wrote them."""
+        if fact.kind == "root":
+            return [r.constraint for r in requirements_behind(self._problem, fact)]
+        if fact.kind == "conflict":
+            return self._written(fact, lambda candidate: candidate.conflicts)
+        return self._written(fact, lambda candidate: candidate.requires)
+
+    def _written(self, fact: Fact, ranges_of: _Ranges) -> list[Constraint]:
         """Return the ranges on the other package as the authors wrote them."""
         table, other = self._problem.table(fact.name), self._problem.table(fact.other)
-        written = {
-            str(range_): None
+        return [
+            range_
             for index, candidate in enumerate(table.candidates)
             if index in fact.choices
             if (range_ := ranges_of(candidate).get(fact.other)) is not None
             if other.within(range_) == fact.allowed
-        }
-        return "" if not written or str(ANY) in written else f" {' or '.join(written)}"
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from composable.packaging.resolution.problem import ResolutionProblem
@@ -24,7 +25,22 @@ MAX_SUSPECTS: Final = 8
 MAX_LEFT_OUT: Final = 6
 
 
-def find_suggestions(problem: ResolutionProblem, proof: Proof, solver: Solver) -> list[str]:
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that would make a problem solvable.
+
+    Args:
+        text: The change, as told to the user.
+        changed: Names of the packages whose requirements it changes.
+        facts: What else rules the requirements out, beyond the proof of the problem itself.
+    """
+
+    text: str
+    changed: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()
+
+
+def find_suggestions(problem: ResolutionProblem, proof: Proof, solver: Solver) -> list[Suggestion]:
     """Return changes that work, the least invasive first; empty if none that is tried works.
 
     Args:
@@ -47,7 +63,7 @@ class _Suggestions:
         ]
         self._blamed = list(dict.fromkeys(blamed))[:MAX_SUSPECTS]
 
-    def find(self) -> list[str]:
+    def find(self) -> list[Suggestion]:
         """Return the suggestions that work, the least invasive first."""
         suggestions = [
             *self._try_prereleases(in_range=True),
@@ -82,7 +98,7 @@ class _Suggestions:
     def _replace(self, old: Requirement, *new: Requirement) -> list[Requirement]:
         return [r for each in self._problem.requires for r in (new if each == old else (each,))]
 
-    def _try_relaxing(self, requirement: Requirement) -> str | None:
+    def _try_relaxing(self, requirement: Requirement) -> Suggestion | None:
         if requirement.constraint == ANY:
             return None
         relaxed = dataclasses.replace(requirement, constraint=ANY)
@@ -93,9 +109,12 @@ class _Suggestions:
         if requirement.constraint.contains(version):
             # Only an exact pin does more than restrict versions: it allows a yanked one.
             return None
-        return f"require {requirement.target} {version} instead of {requirement.constraint}"
+        return Suggestion(
+            f"require {requirement.target} {version} instead of {requirement.constraint}",
+            (requirement.name,),
+        )
 
-    def _try_without_extras(self, requirement: Requirement) -> Iterator[str]:
+    def _try_without_extras(self, requirement: Requirement) -> Iterator[Suggestion]:
         blamed = [
             extra
             for fact in self._proof.facts
@@ -106,9 +125,11 @@ class _Suggestions:
             fewer = tuple(other for other in requirement.extras if other != extra)
             without = dataclasses.replace(requirement, extras=fewer)
             if self._solve(self._replace(requirement, without)) is not None:
-                yield f"require {without.target} without its extra {extra}"
+                yield Suggestion(
+                    f"require {without.target} without its extra {extra}", (without.name,)
+                )
 
-    def _try_another_interface(self) -> Iterator[str]:
+    def _try_another_interface(self) -> Iterator[Suggestion]:
         interface = self._problem.interface
         if not interface:
             return
@@ -124,9 +145,11 @@ class _Suggestions:
             if len(needs) == 1 and have_common_version(releases):
                 ranges = ", ".join(str(range_) for range_ in releases if range_ != ANY)
                 named = list_in_words(list(releases.values()))
-                yield f"use a backbone whose router interface is {needed} {ranges}, for {named}"
+                yield Suggestion(
+                    f"use a backbone whose router interface is {needed} {ranges}, for {named}"
+                )
 
-    def _try_yanked(self) -> Iterator[str]:
+    def _try_yanked(self) -> Iterator[Suggestion]:
         names = [
             split_extra(fact.name)[0]
             for fact in self._proof.facts
@@ -141,16 +164,21 @@ class _Suggestions:
         alone = [pin for pin in pins if self._solve([*self._problem.requires, pin]) is not None]
         if alone:
             for pin in alone:
-                yield f"require {_write_pin(pin)} exactly to accept the yanked version"
+                yield Suggestion(
+                    f"require {_write_pin(pin)} exactly to accept the yanked version", (pin.name,)
+                )
         elif pins and self._solve([*self._problem.requires, *pins]) is not None:
             all_pins = list_in_words([_write_pin(pin) for pin in pins])
-            yield f"require {all_pins} exactly to accept the yanked versions"
+            yield Suggestion(
+                f"require {all_pins} exactly to accept the yanked versions",
+                tuple(pin.name for pin in pins),
+            )
 
     def _candidates(self, fact: Fact) -> list[Candidate]:
         table = self._problem.table(fact.name)
         return [c for i, c in enumerate(table.candidates) if i in fact.choices]
 
-    def _try_prereleases(self, *, in_range: bool) -> Iterator[str]:
+    def _try_prereleases(self, *, in_range: bool) -> Iterator[Suggestion]:
         """Try the newest prereleases, either those whose release is in the range or the others."""
         for requirement in self._blamed:
             table = self._problem.table(requirement.name)
@@ -163,23 +191,30 @@ class _Suggestions:
             for version in reversed(early[-3:]):
                 exact = dataclasses.replace(requirement, constraint=Constraint.exactly(version))
                 if self._solve(self._replace(requirement, exact)) is not None:
-                    yield f"require the prerelease {requirement.target}=={version}"
+                    yield Suggestion(
+                        f"require the prerelease {requirement.target}=={version}",
+                        (requirement.name,),
+                    )
                     break
 
-    def _try_leaving_out(self) -> Iterator[str]:
+    def _try_leaving_out(self) -> Iterator[Suggestion]:
         alone = [r for r in self._blamed if self._solve(self._replace(r)) is not None]
         if alone:
             for requirement in alone:
-                yield f"leave out {requirement.target}"
+                yield Suggestion(f"leave out {requirement.target}", (requirement.name,))
             return
         yield from self._try_leaving_out_several()
 
-    def _try_leaving_out_several(self) -> Iterator[str]:
-        """Leave out the last requirement of each proof in turn, until there is a solution."""
+    def _try_leaving_out_several(self) -> Iterator[Suggestion]:
+        """Leave out the last requirement of each proof in turn, until there is a solution.
+
+        Each proof rules out other requirements, so the suggestion brings the facts of all.
+        """
         problem, proof, dropped = self._problem, self._proof, list[Requirement]()
+        facts: list[Fact] = []
         while True:
-            facts = [fact for fact in proof.facts if fact.kind == "root"]
-            blamed = [r for fact in facts for r in requirements_behind(problem, fact)]
+            roots = [fact for fact in proof.facts if fact.kind == "root"]
+            blamed = [r for fact in roots for r in requirements_behind(problem, fact)]
             if not blamed or len(dropped) == MAX_LEFT_OUT:
                 return
             latest = max(blamed, key=problem.requires.index)
@@ -190,8 +225,13 @@ class _Suggestions:
             if not isinstance(answer, Proof):
                 break
             proof = answer
+            facts += proof.facts
         targets = [requirement.target for requirement in reversed(dropped)]
-        yield f"leave out {list_in_words(list(dict.fromkeys(targets)))}"
+        yield Suggestion(
+            f"leave out {list_in_words(list(dict.fromkeys(targets)))}",
+            tuple(requirement.name for requirement in dropped),
+            tuple(facts),
+        )
 
 
 def _release_of(version: Version) -> Version:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from composable.packaging.resolution.problem import ResolutionProblem
 from composable.packaging.resolution.solver import Fact
+from composable.packaging.resolution.universe import Candidate
 from composable.packaging.versions.constraint import Requirement, split_extra
 
 
@@ -19,6 +20,15 @@ def requirements_behind(problem: ResolutionProblem, fact: Fact) -> list[Requirem
         if requirement.name == package and (extra is None or extra in requirement.extras)
         if table.within(requirement.constraint) == fact.choices
     ]
+
+
+def list_available(candidates: Sequence[Candidate]) -> str:
+    """Return which versions there are, and the rule of prereleases if it applies."""
+    versions = list_in_words([str(candidate.version) for candidate in candidates])
+    rule = ""
+    if any(candidate.version.is_prerelease for candidate in candidates):
+        rule = "; a prerelease matches only a range that names one"
+    return f"available: {versions}{rule}"
 
 
 def list_in_words(items: Sequence[str], conjunction: str = "and") -> str:

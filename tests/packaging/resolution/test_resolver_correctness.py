@@ -52,7 +52,9 @@ def test_a_solution_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_suggestion_that_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suggestions, "find_suggestions", lambda *_: ["leave out b"])
+    monkeypatch.setattr(
+        suggestions, "find_suggestions", lambda *_: [suggestions.Suggestion("leave out b")]
+    )
     found = mistakes(requires={"a": "=3.0.0", "b": "*"})
     assert found == ["'leave out b' does not help"]
 
