@@ -149,8 +149,10 @@ class Release:
             raise ManifestError(
                 f"a release of {found[:80]!r}, expected {name!r}", where=table.where("name")
             )
-        for field in ("requires", "conflicts"):
-            table.table(field)  # a line without them is damaged, not a release that needs nothing
+        # A line without one of these is damaged, not a release without files or requirements.
+        for field in ("files", "requires", "conflicts"):
+            if field not in table:
+                raise ManifestError("missing", where=table.where(field))
         interface = table.table("interface")
         return cls(
             name=name,

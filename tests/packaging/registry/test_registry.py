@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -360,3 +361,151 @@ def test_published_tensors_load(
     )
     text = (registry.storage.root / blob_path(manifest.digest)).read_text()
     assert Manifest.loads(text) == manifest
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"published": ""}, {"published": "yesterday"}, {"published": "2026-11-24"},
+        {"published": "2026-11-24T12:00:00"}, {"published": "2026-11-24T12:00:00+02:00"},
+        {"published": "2026-13-24T12:00:00Z"}, {"published": "2026-11-24T12:00:00.5Z"},
+        {"published": "٢٠٢٦-11-24T12:00:00Z"}, {"published": 20261124}, {"published": None},
+        {"description": "x" * 501}, {"description": 3}, {"description": None},
+        {"tags": "news"}, {"tags": ["x" * 257]}, {"tags": ["\x1b[31m"]}, {"tags": [None]},
+        {"files": [{"name": "a", "size": 1 << 63, "digest": "sha256:" + "0" * 64}]},
+        {"files": [{"name": "a", "size": True, "digest": "sha256:" + "0" * 64}]},
+        {"files": [{"name": n, "size": 1, "digest": "sha256:" + "0" * 64} for n in "aA"]},
+        {"files": [{"name": f"a{n}", "size": 1, "digest": "sha256:" + "0" * 64}
+                   for n in range(257)]},
+        {"files": [{"name": "expert.toml", "size": 1, "digest": "sha256:" + "0" * 64}]},
+        {"conflicts": None}, {"conflicts": {"x": 3}}, {"requires": {"x" * 65: "*"}},
+        {"extras": []}, {"extras": {"../x": {"a": "*"}}}, {"extras": {"law": {}}},
+        {"extras": {"law": "*"}}, {"yanked": None}, {"yanked": "no"}, {"version": 1},
+        {"interface": {"name": "a", "requires": "*", "digest": None}},
+        {"interface": {"name": "a/b", "requires": "*", "digest": "sha256:" + "0" * 64}},
+        {"interface": "tiny-bytes"}, {"manifest": None},
+    ],
+    ids=lambda fields: str(fields)[:60],
+)  # fmt: skip
+def test_every_field_of_an_index_line_has_a_type_a_range_and_a_size(
+    registry: Registry,
+    make_expert: MakeExpert,
+    interface: RouterInterface,
+    fields: dict[str, object],
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    honest = json.loads(index.read_text())
+    del honest["check"]
+    index.write_bytes(format_line({**honest, **fields}) + b"\n")
+    (field,) = fields
+    with pytest.raises(RegistryError) as caught:
+        registry.versions("german")
+    assert str(caught.value.where).startswith(f"{index}:1: {field}")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_line_without_a_field_is_not_a_release(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    honest = json.loads(index.read_text())
+    del honest["check"]
+    for field in honest.keys() - {"extras", "description", "tags", "whole"}:
+        rest = {key: value for key, value in honest.items() if key != field}
+        index.write_bytes(format_line(rest) + b"\n")
+        with pytest.raises(RegistryError):
+            registry.versions("german")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"description": "x" * 501}, {"interface": 3}, {"tags": {}}, {"version": None},
+        {"name": "../x"}, {"description": None},
+    ],
+    ids=lambda fields: str(fields)[:60],
+)  # fmt: skip
+def test_every_field_of_the_catalogue_has_a_type_and_a_size(
+    registry: Registry,
+    make_expert: MakeExpert,
+    interface: RouterInterface,
+    fields: dict[str, object],
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    catalog = registry.storage.root / "catalog.jsonl"
+    row = json.loads(catalog.read_text())
+    del row["check"]
+    catalog.write_bytes(format_line({**row, **fields}) + b"\n")
+    with pytest.raises(RegistryError):
+        registry.entries()
+
+
+def test_an_index_that_was_cut_is_read_from_the_records_or_refused(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    """In the folder that is published to nothing is lost; a copy without records is refused."""
+    for minor in range(3):
+        folder = make_expert("german", f"1.{minor}.0", seed=minor)
+        registry.publish(folder, interface=interface)
+    registry.publish(make_expert("french"), interface=interface)
+    index = registry.storage.root / "index" / "ge" / "german.jsonl"
+    whole = index.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    cuts = [lines[:2], lines[1:], [lines[0], lines[2]], []]
+    before = registry.versions("german")
+    for cut in cuts:
+        index.write_bytes(b"".join(cut))
+        assert registry.versions("german") == before
+    registry.yank("german", Version("1.1.0"))
+    registry.unyank("german", Version("1.1.0"))
+    assert index.read_bytes() == whole
+    shutil.rmtree(registry.storage.root / "records")
+    for cut in cuts:
+        index.write_bytes(b"".join(cut))
+        with pytest.raises(RegistryError, match=r"truncated|empty"):
+            registry.versions("german")
+    catalog = registry.storage.root / "catalog.jsonl"
+    for lines in ([b""], catalog.read_bytes().splitlines(keepends=True)[:1]):
+        catalog.write_bytes(b"".join(lines))
+        with pytest.raises(RegistryError, match=r"truncated|empty"):
+            registry.names()
+
+
+def count_opened_files(action: Callable[[], object]) -> int:
+    """Return how many files an action opens, created ones and folders included."""
+    opened = 0
+    is_counting = True
+
+    def count(event: str, arguments: object) -> None:
+        nonlocal opened
+        if is_counting and event == "open":
+            opened += 1
+
+    sys.addaudithook(count)
+    try:
+        action()
+    finally:
+        is_counting = False
+    return opened
+
+
+def test_publishing_and_yanking_open_the_same_number_of_files_however_many_there_are(
+    registry: Registry, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    counts = []
+    for minor in range(12):
+        version = f"1.{minor}.0"
+        folder = make_expert("german", version, seed=minor)
+        counts.append(
+            (
+                count_opened_files(lambda: registry.publish(folder, interface=interface)),  # noqa: B023
+                count_opened_files(lambda: registry.yank("german", Version(version))),  # noqa: B023
+                count_opened_files(lambda: registry.unyank("german", Version(version))),  # noqa: B023
+            )
+        )
+    # The first creates the registry; two blobs may happen to share a folder.
+    for of_one_command in zip(*counts[1:], strict=True):
+        assert max(of_one_command) - min(of_one_command) <= 2, counts
+    assert len(registry.versions("german")) == 12
