@@ -300,3 +300,43 @@ def test_a_name_that_the_catalogue_alone_has(cli, project, works, tmp_path):
     told = fails(cli, "install", "german")
     assert "did you mean" not in told
     assert "catalogue lists that name" in told
+
+
+def replace_content(fakes, *names):
+    """Make the registry anew; the releases of some experts have other content."""
+    shutil.rmtree(fakes.registry.location)
+    for seed, name in enumerate(("german", "physics")):
+        fakes.publish(name, seed=90 if name in names else seed)
+    fakes.publish("french", seed=7)
+
+
+@pytest.mark.parametrize("names", [("german",), ("physics",), ("german", "physics")])
+@pytest.mark.parametrize(
+    "command", ["lock", "lock --upgrade", "upgrade", "install french", "outdated"]
+)
+def test_other_content_under_a_locked_version(cli, works, cure, project, tmp_path, command, names):
+    replace_content(project, *names)
+    told = fails(cli, *command.split())
+    assert told.count("sha256:") == 2 * len(names)
+    cure(told)
+    works(*command.split())
+    lock = Lock.read(tmp_path)
+    for name in names:
+        assert lock[name].manifest == project.registry.versions(name)[0].manifest
+
+
+def test_other_content_is_reported(works, project):
+    replace_content(project, "german")
+    told = works("lock", "--forget", "german")
+    assert told.out.startswith("~ german 1.0.0, other content: sha256:")
+    assert works("sync").out == told.out
+
+
+def test_a_release_that_its_registry_lost(cli, works, cure, project):
+    project.publish("german", "1.1.0", seed=5)
+    works("upgrade")
+    replace_content(project)
+    told = fails(cli, "upgrade")
+    assert "german 1.1.0 is locked, but its registry no longer lists it" in told
+    cure(told)
+    assert works("upgrade").out == "~ german 1.1.0 -> 1.0.0\n"
