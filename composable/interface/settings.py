@@ -1,7 +1,6 @@
 """The router's settings in an interface: how experts are weighed and how scouts are mixed in.
 
-Each value checks its own ranges. Errors name the field only; whoever holds the value adds where it
-is held.
+Each value checks its own ranges. Errors name the field only; the caller adds where it is held.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ MIN_GAIN: Final = 0.01
 # ... and, as the only expert in mix mode, may raise those of the anchor by at most this share.
 MAX_ANCHOR_LOSS: Final = 0.01
 # Largest share of public text that may be routed to it, with confidence, unless that text gains ...
-MAX_TAKEN: Final = 0.5
+MAX_ROUTED: Final = 0.5
 # ... if there are at least this many documents; with fewer, the measured share itself is compared.
 MIN_DOCUMENTS: Final = 6
 # Largest share of its outputs that may exceed the slots' bounds, and count as zero.
@@ -142,7 +142,9 @@ def vet(
         _check_norms(norms),
         _check_gain(evidence.bits_per_byte, evidence.gain),
         _check_anchor(evidence.bits_per_byte, evidence.anchor_loss),
-        _check_taken(evidence.taken_B, evidence.taken_bound, evidence.anchor_loss),
+        _check_routed_share(
+            evidence.routed_share_B, evidence.routed_share_bound, evidence.anchor_loss
+        ),
     )
     documents = {"own": len(heldout), "anchor": len(anchor), "max_bytes": MAX_BYTES}
     measured = {**_list_figures(evidence, norms, classes), "documents": documents}
@@ -182,8 +184,8 @@ def _list_figures(evidence: Evidence, norms: BoundedNorms, classes: ClassBits) -
         "class_bits_per_byte": {"body": figure(classes.body), "scout": figure(classes.scout)},
         "gain": figure(evidence.gain),
         "anchor_loss": figure(evidence.anchor_loss),
-        "anchor_taken": figure(float(evidence.taken_B.mean())),
-        "anchor_taken_bound": figure(evidence.taken_bound),
+        "anchor_taken": figure(float(evidence.routed_share_B.mean())),
+        "anchor_taken_bound": figure(evidence.routed_share_bound),
         "recovery": figure(recovery(bits["own_backbone"], bits["own_expert"], bits["own_mix"])),
         "norms": {
             "largest": [figure(float(norm)) for norm in norms.largest_L],
@@ -248,17 +250,17 @@ def _check_anchor(bits: Mapping[str, float], loss: float) -> Check:
     )
 
 
-def _check_taken(taken_B: np.ndarray, bound: float, loss: float) -> Check:
+def _check_routed_share(routed_share_B: np.ndarray, bound: float, loss: float) -> Check:
     """Check that public text stays mostly routed to the backbone, or gains where it is not."""
-    n, mean = len(taken_B), float(taken_B.mean())
+    n, mean = len(routed_share_B), float(routed_share_B.mean())
     has_bound = n >= MIN_DOCUMENTS
     bounded = f"with {CONFIDENCE:.0%} confidence at most {bound:.1%} of such text"
     found = bounded if has_bound else f"{n} documents are too few to bound the share of other text"
     return Check(
         name="taken",
-        passed=(bound if has_bound else mean) <= MAX_TAKEN or loss <= 0,
+        passed=(bound if has_bound else mean) <= MAX_ROUTED or loss <= 0,
         found=f"{mean:.2%} of the tokens of public text routed to the expert; {found}",
-        expected=f"at most {MAX_TAKEN:.0%}, unless it predicts it better than the backbone",
+        expected=f"at most {MAX_ROUTED:.0%}, unless it predicts it better than the backbone",
     )
 
 

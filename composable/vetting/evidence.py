@@ -37,11 +37,11 @@ class Evidence:
 
     Args:
         scores: By run: `own_backbone`, `own_expert`, `own_mix`, `anchor_backbone`, `anchor_mix`.
-        taken_B: Share of the tokens of each anchor document that is routed to the expert.
+        routed_share_B: Share of the tokens of each anchor document that is routed to the expert.
     """
 
     scores: Mapping[str, Score]
-    taken_B: np.ndarray
+    routed_share_B: np.ndarray
 
     @property
     def bits_per_byte(self) -> dict[str, float]:
@@ -61,9 +61,9 @@ class Evidence:
         return bits["anchor_mix"] / bits["anchor_backbone"] - 1
 
     @property
-    def taken_bound(self) -> float:
+    def routed_share_bound(self) -> float:
         """Upper confidence bound on the share of public text that is routed to the expert."""
-        return upper_mean(self.taken_B)
+        return upper_mean(self.routed_share_B)
 
 
 @dataclass(frozen=True, kw_only=True)

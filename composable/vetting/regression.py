@@ -17,7 +17,7 @@ from composable.vetting.statistics import CONFIDENCE, is_above
 # An increase below this share of the previous release's bits per byte does not matter ...
 MAX_REGRESSION: Final = 0.005
 # ... and neither does an increase below this share of the anchor's tokens.
-MAX_MORE_TAKEN: Final = 0.01
+MAX_MORE_ROUTED: Final = 0.01
 _RUNS: Final = {
     "own_expert": "its own text, always on",
     "own_mix": "its own text, in mix mode",
@@ -58,10 +58,11 @@ def compare_evidence(previous: Evidence, new: Evidence) -> list[str]:
                 f"{before.bits_per_byte:.3f} to {after.bits_per_byte:.3f} bits per byte on {what} "
                 f"({len(after.nats_B)} documents, more at {CONFIDENCE:.0%} confidence)"
             )
-    if is_above(new.taken_B - previous.taken_B, MAX_MORE_TAKEN):
+    before_B, after_B = previous.routed_share_B, new.routed_share_B
+    if is_above(after_B - before_B, MAX_MORE_ROUTED):
         found.append(
-            f"{previous.taken_B.mean():.1%} to {new.taken_B.mean():.1%} of public text routed to "
-            f"it ({len(new.taken_B)} documents, more at {CONFIDENCE:.0%} confidence)"
+            f"{before_B.mean():.1%} to {after_B.mean():.1%} of public text routed to it "
+            f"({len(after_B)} documents, more at {CONFIDENCE:.0%} confidence)"
         )
     return found
 

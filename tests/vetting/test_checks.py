@@ -8,7 +8,7 @@ from flax import nnx
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import read_documents
 from composable.errors import TextError
-from composable.vetting.checks import Check, Verdict, _check_taken, recovery, vet
+from composable.vetting.checks import Check, Verdict, _check_routed_share, recovery, vet
 from composable.vetting.statistics import upper_mean
 from composable.workflows.workspace import vetted_texts
 
@@ -145,14 +145,16 @@ def test_an_overconfident_scout_gets_no_tokens(loaded, good, texts):
 
 def test_the_share_of_public_text_is_bounded_by_the_number_of_documents():
     few = np.array([0.1, 0.2])
-    assert _check_taken(few, upper_mean(few), 0.002).passed, "two documents give no bound"
+    assert _check_routed_share(few, upper_mean(few), 0.002).passed, "two documents give no bound"
     many = np.full(40, 0.1)
-    assert _check_taken(many, upper_mean(many), 0.002).passed
-    assert not _check_taken(few + 0.5, 1.0, 0.002).passed
-    assert not _check_taken(many + 0.5, upper_mean(many + 0.5), 0.002).passed
-    assert _check_taken(many + 0.5, upper_mean(many + 0.5), -0.002).passed, "the text gains"
+    assert _check_routed_share(many, upper_mean(many), 0.002).passed
+    assert not _check_routed_share(few + 0.5, 1.0, 0.002).passed
+    assert not _check_routed_share(many + 0.5, upper_mean(many + 0.5), 0.002).passed
+    assert _check_routed_share(many + 0.5, upper_mean(many + 0.5), -0.002).passed, "the text gains"
     unsure = np.tile([0.0, 0.0, 0.9], 3)
-    assert not _check_taken(unsure, upper_mean(unsure), 0.002).passed, "a third, but it may be more"
+    assert not _check_routed_share(unsure, upper_mean(unsure), 0.002).passed, (
+        "a third, but it may be more"
+    )
 
 
 def test_a_body_that_overflows_fails(loaded, tiny, good, texts):

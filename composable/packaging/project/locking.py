@@ -38,7 +38,7 @@ def lock_project(
     Args:
         project: The project.
         interface: The backbone's router interface. With None, the experts' interfaces are recorded
-            but not checked; whoever uses the lock must check them.
+            but not checked; callers that use the lock must check them.
         upgrade: Whether to ignore the versions in the current lock: of all packages, or of those
             named. A version that is chosen again keeps its digests.
         forget: Names whose entries in the current lock are ignored: versions and digests.
