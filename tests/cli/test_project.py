@@ -242,3 +242,37 @@ def test_the_shell_is_offered_commands_options_and_names(works, project):
     assert complete("composable sync --f") == ["--frozen", "--from"]
     assert complete("composable why ") == ["german", "physics"]
     assert complete("composable remove p") == ["physics"]
+
+
+def test_links_to_shared_files_stay_links(works, make_fakes, tmp_path):
+    """Two folders share a project file and a lock by links; the shared ones are written."""
+    fakes = make_fakes("registry")
+    fakes.publish("german")
+    fakes.publish("physics", seed=1)
+    works("init", "--registry", str(tmp_path / "registry"))
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "composable.toml").rename(tmp_path / "shared/composable.toml")
+    for name in ("composable.toml", "composable.lock"):
+        (tmp_path / name).symlink_to(f"shared/{name}")
+    works("install", "german")
+    works("install", "physics")
+    works("remove", "german")
+    works("sync")
+    works("rollback")
+    works("upgrade")
+    for name in ("composable.toml", "composable.lock"):
+        assert (tmp_path / name).is_symlink()
+        assert "physics" in (tmp_path / "shared" / name).read_text()
+    assert 'name = "german"' not in (tmp_path / "shared/composable.lock").read_text()
+
+
+def test_a_file_in_another_encoding_says_so(cli, works, tmp_path):
+    works("init")
+    file = tmp_path / "composable.toml"
+    text = file.read_text()
+    file.write_bytes(text.encode("utf-16"))
+    told = cli("lock").err
+    assert "byte 0xff at offset 0 is not UTF-8 text" in told
+    assert "hint: save it in the encoding UTF-8" in told
+    file.write_text(text, encoding="utf-8-sig")
+    works("lock")

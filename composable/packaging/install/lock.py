@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from composable.errors import LockError, ManifestError
-from composable.files import atomic
 from composable.files.reading import read_bytes
+from composable.files.user_files import replace_text
 from composable.interface.digest import is_digest
 from composable.packaging.manifests.manifest import EXPERT_FILE, PackageFile
 from composable.packaging.manifests.toml import Table, find_conflict, format_toml, parse_toml
@@ -210,17 +210,12 @@ class Lock:
         )
 
     def write(self, path: Path) -> bool:
-        """Write the lock unless the file already holds it.
+        """Write the lock unless the file already holds it, with whatever line endings.
 
         Returns:
             Whether the file was written.
         """
-        text = self.to_toml()
-        if path.exists() and read_bytes(path) == text.encode():
-            atomic.settle(path)
-            return False
-        atomic.write_text(path, text)
-        return True
+        return replace_text(path, self.to_toml())
 
 
 def read_entries(text: str, where: str) -> tuple[dict[str, str], list[LockedExpert]]:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from composable.errors import ManifestError, did_you_mean
-from composable.files.reading import read_bytes
 from composable.interface.contract import BODY_KINDS, DTYPES, BodyKind
 from composable.interface.digest import digest_bytes, is_digest
-from composable.packaging.manifests.toml import MAX_TOML_BYTES, Table, format_toml, parse_toml
+from composable.packaging.manifests.toml import Table, format_toml, parse_toml, read_toml_text
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.names import check_file_name, check_package_name
 from composable.packaging.versions.version import Version
@@ -344,12 +343,7 @@ class BackbonePackage:
 def _read_text(path: Path, name: str) -> tuple[str, str]:
     """Return the text of a manifest and the name of its file."""
     path = path / name if path.is_dir() else path
-    try:
-        return read_bytes(path, MAX_TOML_BYTES).decode(), path.name
-    except FileNotFoundError as error:
-        raise ManifestError("no such file", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"cannot be read: {error}", where=str(path)) from error
+    return read_toml_text(path), path.name
 
 
 def _read_head(table: Table) -> dict[str, Any]:

@@ -10,16 +10,18 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from composable.errors import ManifestError, PackagingError, did_you_mean
+from composable.files.reading import read_bytes
+from composable.files.user_files import BYTE_ORDER_MARK
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.names import check_package_name
 from composable.packaging.versions.version import Version
 
 # Enough for the chunk digests of 100 GB, or for a lock of 1,000 experts.
 MAX_TOML_BYTES: Final = 1 << 20
-BYTE_ORDER_MARK: Final = "\ufeff"
 # Time and memory of the standard library's reader grow with the square of the number of parts of a
 # key. This finds such keys, and text that looks like one; possessive, so in linear time.
 MAX_KEY_PARTS: Final = 32
@@ -33,6 +35,26 @@ _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 MAX_SHOWN: Final = 100
 _REQUIRED: Final = object()
 T = TypeVar("T")
+
+
+def read_toml_text(path: Path) -> str:
+    """Return the text of a TOML file.
+
+    Raises:
+        ManifestError: When it does not exist, or is not UTF-8 text.
+        DiskError: When it cannot be read.
+    """
+    try:
+        return read_bytes(path, MAX_TOML_BYTES).decode()
+    except FileNotFoundError as error:
+        raise ManifestError("no such file", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"cannot be read: byte {error.object[error.start]:#04x} at offset {error.start} is not "
+            "UTF-8 text",
+            where=str(path),
+            hint="save it in the encoding UTF-8",
+        ) from error
 
 
 def parse_toml(text: str, where: str) -> Table:

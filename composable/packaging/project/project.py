@@ -13,10 +13,10 @@ from typing import Any, Final, Self
 
 from composable.errors import ManifestError, PackagingError, did_you_mean
 from composable.files import atomic
-from composable.files.reading import read_bytes
+from composable.files.user_files import replace_text
 from composable.packaging.install.environment import FOLDER, Environment
 from composable.packaging.install.lock import LOCK_FILE, Lock
-from composable.packaging.manifests.toml import MAX_TOML_BYTES, Table, format_toml, parse_toml
+from composable.packaging.manifests.toml import Table, format_toml, parse_toml, read_toml_text
 from composable.packaging.project.project_file import edit_experts
 from composable.packaging.registry.locations import open_registry
 from composable.packaging.registry.registry import Registry
@@ -170,13 +170,8 @@ class Project:
             ManifestError: When it is missing or invalid; `where` is the path of the bad field.
         """
         path = path / PROJECT_FILE if path.is_dir() else path
-        try:
-            text = read_bytes(path, MAX_TOML_BYTES).decode()
-        except FileNotFoundError as error:
-            raise ManifestError("no such file", where=str(path)) from error
-        except UnicodeDecodeError as error:
-            raise ManifestError(f"cannot be read: {error}", where=str(path)) from error
-        return cls._from_table(parse_toml(text, PROJECT_FILE), path.parent.absolute())
+        table = parse_toml(read_toml_text(path), PROJECT_FILE)
+        return cls._from_table(table, path.parent.absolute())
 
     @classmethod
     def create(cls, root: Path, backbone: str, registries: Mapping[str, str] | None = None) -> Self:
@@ -298,7 +293,7 @@ class Project:
             ManifestError: When the project has no registry of that name.
             PackagingError: When the file cannot be edited without changing other entries.
         """
-        text = read_bytes(self.path).decode()
+        text = read_toml_text(self.path)
         entries = {
             name: self._describe_entry(name, want) if want else None
             for name, want in wanted.items()
@@ -311,7 +306,7 @@ class Project:
                 where=str(self.path),
                 hint=f"edit the entries of {names} under [experts] by hand",
             )
-        atomic.write_text(self.path, edited)
+        replace_text(self.path, edited)
         return type(self).read(self.root)
 
     def _describe_entry(self, name: str, want: Wanted) -> Any:

@@ -6,11 +6,11 @@ and whether an edit is allowed is decided in `project.py`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from composable.errors import PackagingError
+from composable.files.user_files import BYTE_ORDER_MARK, match_style
 from composable.packaging.manifests.toml import format_value
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     # lines have none. Edits change these lists, which is all that rendering reads: the mapping
     # interface of tomlkit can neither choose a place nor edit a split table.
     Body = list[tuple[Key | None, Item]]
-
-_LONE_NEWLINE = re.compile(r"(?<!\r)\n")
 
 
 def edit_experts(text: str, entries: Mapping[str, str | Mapping[str, Any] | None]) -> str:
@@ -44,15 +42,14 @@ def edit_experts(text: str, entries: Mapping[str, str | Mapping[str, Any] | None
     """
     from tomlkit.exceptions import TOMLKitError  # here: reading a project does not need it
 
-    edited = text if text.endswith("\n") else f"{text}\n"
+    edited = text.removeprefix(BYTE_ORDER_MARK)
+    edited = edited if edited.endswith("\n") else f"{edited}\n"
     for name, entry in entries.items():
         try:
             edited = _edit_expert(edited, name, entry)
         except TOMLKitError as error:
             raise PackagingError(f"cannot edit {name!r}: {error}") from error
-    if "\r\n" in text and not _LONE_NEWLINE.search(text):
-        edited = _LONE_NEWLINE.sub("\r\n", edited)
-    return edited
+    return match_style(edited, text)
 
 
 def _edit_expert(text: str, name: str, entry: str | Mapping[str, Any] | None) -> str:

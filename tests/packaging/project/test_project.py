@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from composable.errors import ManifestError, PackagingError
-from composable.files import atomic
+from composable.files.user_files import replace_text
 from composable.packaging import Constraint, Project, Requirement
+from composable.packaging.project import project as project_module
 from composable.packaging.project.project import Wanted
 
 TEXT = """\
@@ -248,9 +249,10 @@ def test_several_registries_need_a_default(tmp_path: Path) -> None:
 
 def test_several_changes_are_one_write(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    write_text = atomic.write_text
     monkeypatch.setattr(
-        atomic, "write_text", lambda path, text: (written.append(text), write_text(path, text))
+        project_module,
+        "replace_text",
+        lambda path, text: (written.append(text), replace_text(path, text)),
     )
     wanted = {name: Wanted(constraint=Constraint("^1")) for name in ("german", "french")}
     project = project.change(wanted)
