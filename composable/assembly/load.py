@@ -50,6 +50,11 @@ def load(
 
     Raises:
         PackagingError: If something does not exist, does not resolve, or is damaged.
+
+    Example:
+        >>> model = load("tiny-bytes", experts=[])
+        >>> model.names
+        ('backbone',)
     """
     loaded, folders = gather(backbone, experts, registry=registry)
     return loaded.plug([load_expert(loaded, folder) for folder in folders], capacity=capacity)
@@ -95,6 +100,10 @@ def expert(
 
     Raises:
         PackagingError: If it does not exist, does not resolve, or is damaged.
+
+    Example:
+        With a registry that has the release, `expert("set-mm@1.0.0", registry="registry").scout`
+        is a flax module.
     """
     wanted = Requirement.parse(requirement)
     loaded = load_backbone(backbone or _default_backbone())

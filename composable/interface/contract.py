@@ -84,6 +84,15 @@ class RouterInterface:
 
     Raises:
         InterfaceError: For a value out of its range; `where` names the field.
+
+    Example:
+        >>> import dataclasses, composable as cx
+        >>> interface = cx.load("tiny-bytes", experts=[]).interface
+        >>> interface.name, interface.n_mixed
+        ('tiny-bytes', 4)
+        >>> stricter = dataclasses.replace(interface, mix=DiscountedRecord(top_k=1))
+        >>> stricter.honours_digest(interface.digest)
+        False
     """
 
     name: str

@@ -25,6 +25,13 @@ def body_signature(
 
     Raises:
         InterfaceError: For an unknown kind, or a rank that is missing or out of bounds.
+
+    Example:
+        >>> from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+        >>> interface = read_interface(find_backbone("tiny-bytes"))
+        >>> specs = body_signature(interface, "lora", rank=4)
+        >>> next(name for name in specs if name.endswith("w_up.a"))
+        'slots.2.w_up.a'
     """
     sizes = {"D": interface.d_model, "F": interface.d_ff}
     if kind == "ffn":
@@ -57,6 +64,12 @@ def scout_signature(interface: RouterInterface, width: int) -> dict[str, TensorS
 
     Raises:
         InterfaceError: For a width that the interface does not allow.
+
+    Example:
+        >>> from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+        >>> interface = read_interface(find_backbone("tiny-bytes"))
+        >>> scout_signature(interface, 32)["b_in"].shape
+        (32,)
     """
     if not 1 <= width <= interface.scout_max_width:
         raise InterfaceError(

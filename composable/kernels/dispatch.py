@@ -130,6 +130,12 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
 
     Raises:
         ModelError: If there is no token, no choice, no expert, or no row in a block.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dispatch = make_dispatch(jnp.array([[1], [0], [1]]), n_experts=2, block=2)
+        >>> dispatch.expert_of_block[: int(dispatch.n_blocks_used)].tolist()
+        [0, 1]
     """
     _check_routing(expert_MJ, n_experts, block)
     n_tokens, n_choices = expert_MJ.shape
@@ -195,6 +201,12 @@ def gather_rows(x_MD: Array, dispatch: Dispatch) -> Array:
 
     Returns:
         x_PD: Rows, in the type of x_MD; padding rows are zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dispatch = make_dispatch(jnp.array([[1], [0], [1]]), n_experts=2, block=2)
+        >>> gather_rows(jnp.array([[1.0], [2.0], [3.0]]), dispatch)[:4, 0].tolist()
+        [2.0, 0.0, 1.0, 3.0]
     """
     chex.assert_rank(x_MD, 2)
     chex.assert_axis_dimension(x_MD, 0, dispatch.position_MJ.shape[0])
@@ -214,6 +226,13 @@ def combine_rows(y_PD: Array, weights_MJ: Array, dispatch: Dispatch) -> Array:
 
     Returns:
         y_MD: Tokens, in the type of y_PD.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dispatch = make_dispatch(jnp.array([[1], [0], [1]]), n_experts=2, block=2)
+        >>> x_PD = gather_rows(jnp.array([[1.0], [2.0], [3.0]]), dispatch)
+        >>> combine_rows(x_PD, jnp.full((3, 1), 0.5), dispatch)[:, 0].tolist()
+        [0.5, 1.0, 1.5]
     """
     chex.assert_rank(y_PD, 2)
     chex.assert_axis_dimension(y_PD, 0, dispatch.choice_P.shape[0])

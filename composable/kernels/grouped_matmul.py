@@ -31,6 +31,14 @@ def grouped_matmul(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
 
     Returns:
         y_PF: Products, in the type of x_PD; rows of blocks not in use are zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from composable.kernels import gather_rows, make_dispatch
+        >>> dispatch = make_dispatch(jnp.array([[1], [0]]), n_experts=2, block=1)
+        >>> x_PD = gather_rows(jnp.array([[1.0], [2.0]]), dispatch)
+        >>> grouped_matmul(x_PD, jnp.array([[[10.0]], [[100.0]]]), dispatch)[:2, 0].tolist()
+        [20.0, 100.0]
     """
     chex.assert_rank([x_PD, w_EDF], [2, 3])
     chex.assert_shape(w_EDF, (dispatch.n_experts, x_PD.shape[1], None))

@@ -45,6 +45,16 @@ def grouped_swiglu(
 
     References:
         Shazeer, 2020, arXiv:2002.05202, equation 6.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from composable.kernels import gather_rows, make_dispatch
+        >>> dispatch = make_dispatch(jnp.array([[1], [0]]), n_experts=2, block=1)
+        >>> x_PD = gather_rows(jnp.array([[1.0], [2.0]]), dispatch)
+        >>> w_E11 = jnp.ones((2, 1, 1))
+        >>> y_PD = grouped_swiglu(x_PD, w_E11, w_E11, w_E11, dispatch)
+        >>> [round(y, 2) for y in y_PD[:2, 0].tolist()]
+        [3.52, 0.73]
     """
     chex.assert_rank([x_PD, w_gate_EDF, w_up_EDF, w_down_EFD], [2, 3, 3, 3])
     chex.assert_equal_shape([w_gate_EDF, w_up_EDF])

@@ -64,6 +64,12 @@ class Model:
     Raises:
         ModelError: If two experts have one name.
         InterfaceError: If the tokenizer is not the interface's.
+
+    Example:
+        >>> import composable as cx
+        >>> model = cx.load("tiny-bytes", experts=[])  # a Model, with the backbone alone
+        >>> model.names, model.context
+        (('backbone',), 512)
     """
 
     def __init__(
@@ -298,6 +304,12 @@ def generate(
     Raises:
         TextError: If the prompt is empty, or prompt and continuation do not fit the context.
         ModelError: For a setting out of its range.
+
+    Example:
+        >>> import composable as cx
+        >>> model = cx.load("tiny-bytes", experts=[])
+        >>> len(generate(model, "The President of the ", max_tokens=4))
+        4
     """
     pieces = model.stream(
         prompt,

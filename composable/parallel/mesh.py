@@ -28,6 +28,9 @@ def start_processes() -> None:
 
     Raises:
         TrainingError: If only some of the three variables are set.
+
+    Example:
+        >>> start_processes()  # one process: nothing to join
     """
     names = ("COMPOSABLE_COORDINATOR", "COMPOSABLE_PROCESSES", "COMPOSABLE_PROCESS")
     values = [os.environ.get(name) for name in names]
@@ -51,6 +54,11 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
     Raises:
         TrainingError: If the devices do not divide evenly.
+
+    Example:
+        >>> mesh = make_mesh()
+        >>> mesh.axis_names
+        ('data', 'fsdp', 'tensor')
     """
     n_devices = jax.device_count()
     if min(fsdp, tensor) < 1 or n_devices % (fsdp * tensor):

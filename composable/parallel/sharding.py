@@ -38,6 +38,11 @@ def spec_of(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
     Raises:
         ModelError: For letters that do not fit the shape or are not in the key.
+
+    Example:
+        >>> from composable.parallel import make_mesh
+        >>> spec_of("DF", (64, 256), make_mesh())
+        P('fsdp', 'tensor')
     """
     if len(dims) != len(shape) or not set(dims) <= DIMS.keys():
         raise ModelError(f"dimension letters {dims!r} do not name the shape {shape}")
@@ -59,6 +64,12 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 
     Returns:
         The same tree, with a sharding in the place of every array.
+
+    Example:
+        >>> import numpy as np
+        >>> from composable.parallel import make_mesh
+        >>> shardings_of({"scale": np.ones(3)}, make_mesh())["scale"].spec
+        P()
     """
 
     def place(leaf: Any) -> Any:
@@ -82,6 +93,12 @@ def shard_tree(tree: Any, mesh: Mesh) -> Any:
 
     Returns:
         The same tree, its arrays on the mesh.
+
+    Example:
+        >>> import numpy as np
+        >>> from composable.parallel import make_mesh
+        >>> shard_tree({"scale": np.ones(3)}, make_mesh())["scale"].sharding.spec
+        P()
     """
     return jax.tree.map(_put, tree, shardings_of(tree, mesh))
 
@@ -102,6 +119,12 @@ def place_batch(local: Any, mesh: Mesh) -> Any:
     Returns:
         The same tree of arrays whose first dimension is the sum over processes, split by
         `BATCH_SPEC`.
+
+    Example:
+        >>> import numpy as np
+        >>> from composable.parallel import make_mesh
+        >>> place_batch(np.zeros((4, 9), np.int32), make_mesh()).shape
+        (4, 9)
     """
     sharding = NamedSharding(mesh, BATCH_SPEC)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
