@@ -114,7 +114,25 @@ class RegistryError(PackagingError):
 
 
 class UnreachableError(RegistryError):
-    """A registry that is unreachable, or whose response was truncated; a retry may succeed."""
+    """A registry that is unreachable, or whose response was truncated; a retry may succeed.
+
+    Args:
+        message: What was wrong.
+        where: What was asked for.
+        hint: How to fix it, if known.
+        retry_after: Seconds that the server asks to wait, if it does; may be infinite.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.retry_after = retry_after
 
 
 class UnknownExpertError(PackagingError):

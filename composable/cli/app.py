@@ -40,8 +40,10 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; print warnings, and exit with 1 after a deliberate error."""
+        from composable.packaging.registry.budget import share_budget
+
         try:
-            with note_warnings():
+            with note_warnings(), share_budget():
                 return super().invoke(ctx)
         except ComposableError as error:
             show_error(error, ctx)

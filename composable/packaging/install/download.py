@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import random
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,9 +27,9 @@ from composable.packaging.registry.registry import Registry
 from composable.progress import ByteProgress
 
 MAX_THREADS: Final = 8
-# How many attempts in a row may fail without any new bytes.
-MAX_FAILURES: Final = 5
-FIRST_WAIT_SECONDS: Final = 0.2
+# How many responses in a row may end too early, each with fewer bytes than this.
+MAX_SHORT_RESPONSES: Final = 5
+_LONG_RESPONSE_BYTES: Final = 1 << 16
 # The registry that a file comes from, the file, and its label in errors and progress.
 BlobRequest = tuple[Registry, PackageFile, str]
 T = TypeVar("T")
@@ -223,26 +221,25 @@ def _write_file(
 def _download_until(
     sink: Sink, registry: Registry, file: PackageFile, stop: int, report: Callable[[], None]
 ) -> None:
-    """Download the bytes from the end of `sink` to offset `stop`; retry after interruptions."""
-    failures = 0
+    """Download the bytes from the end of `sink` to offset `stop`.
+
+    The storage resumes interrupted responses, but it does not know the size of the file. A response
+    that ends too early without an error is noticed here, and the rest is requested.
+    """
+    n_short = 0
     while sink.size < stop:
         before = sink.size
-        try:
-            for data in registry.stream(file.digest, sink.size):
-                # At the end of the file, the sink refuses bytes beyond the expected size.
-                sink.write(data if stop == file.size else data[: stop - sink.size])
-                report()
-                if sink.size == stop < file.size:
-                    return
-            if sink.size < stop:
-                if sink.size == before:
-                    raise IntegrityError(f"only {sink.size:,} of {file.size:,} bytes arrived")
-                raise UnreachableError("response truncated", where=registry.location)
-        except UnreachableError:
-            failures = 0 if sink.size > before else failures + 1
-            if failures == MAX_FAILURES:
-                raise
-            time.sleep(FIRST_WAIT_SECONDS * 2**failures * random.uniform(0.5, 1.0))
+        for data in registry.stream(file.digest, sink.size):
+            # At the end of the file, the sink refuses bytes beyond the expected size.
+            sink.write(data if stop == file.size else data[: stop - sink.size])
+            report()
+            if sink.size == stop < file.size:
+                return
+        if sink.size == before:
+            raise IntegrityError(f"only {sink.size:,} of {file.size:,} bytes arrived")
+        n_short = 0 if sink.size - before >= _LONG_RESPONSE_BYTES else n_short + 1
+        if n_short > MAX_SHORT_RESPONSES and sink.size < stop:
+            raise UnreachableError("responses end too early", where=registry.location)
 
 
 def _open_partial(path: Path, stack: contextlib.ExitStack) -> BinaryIO | None:

@@ -43,6 +43,7 @@ class ProjectSource:
         self._exclude_newer = exclude_newer
         self._registries: dict[str, Registry] = {}
         self._releases: dict[str, tuple[Release, ...]] = {}
+        self._failures: dict[str, PackagingError] = {}
 
     def releases(self, name: str) -> tuple[Release, ...]:
         """Return all releases of a package, oldest first; none for an unknown name.
@@ -51,6 +52,8 @@ class ProjectSource:
             RegistryError: When its registry cannot be read.
             ManifestError: When its folder holds another expert, or none.
         """
+        if name in self._failures:
+            raise self._failures[name]
         if name not in self._releases:
             self._releases[name] = self._read_releases(name)
         return self._releases[name]
@@ -115,7 +118,7 @@ class ProjectSource:
 
         The resolver reads one index at a time, and each costs a round trip to the registry. Only
         the dependencies of the newest releases are followed. Indexes that cannot be read are
-        skipped; the resolver reports the error if it needs one of them.
+        not requested again; their errors are raised if the resolver needs one of them.
         """
         names = sorted({name for name in names if self._is_remote(name)} - self._releases.keys())
         while names:
@@ -133,9 +136,11 @@ class ProjectSource:
         return False
 
     def _try_to_read_releases(self, name: str) -> tuple[Release, ...] | None:
-        with contextlib.suppress(PackagingError):
+        try:
             return self._read_releases(name)
-        return None
+        except PackagingError as error:
+            self._failures[name] = error
+            return None
 
     def _read_releases(self, name: str) -> tuple[Release, ...]:
         origin = self._open_origin(name)

@@ -1,8 +1,8 @@
-"""Registries in object stores: S3, Google Cloud Storage and Azure.
+"""A registry's files in an object store: S3, Google Cloud Storage or Azure.
 
-Writes that two publishers may race for are conditional: a record or a claim on a name is created
-only if it does not exist, and an index is replaced only if it is still the one that was read.
-Credentials are those of the platform (environment, profile, instance role) and are never stored.
+Writes are conditional where the order of two publishers matters: a record or a claim on a name is
+created only where there is none, and an index replaces only the state that it was made from.
+Credentials are the platform's own (environment, profile, instance role); none is ours to keep.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from composable.errors import IntegrityError, RegistryError, UnreachableError
 from composable.files.atomic import CHUNK
 from composable.files.reading import open_file
 from composable.packaging.manifests.manifest import PackageFile
-from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
+from composable.packaging.registry.budget import TimeBudget
+from composable.packaging.registry.remote import Answer, RemoteStorage
+from composable.packaging.registry.storage import Document
 from composable.progress import ByteProgress
 
 if TYPE_CHECKING:
-    from obstore import UpdateVersion
-    from obstore.store import ObjectStore
+    from obstore import GetResult, UpdateVersion
+    from obstore.store import ObjectStore, RetryConfig
 
 MAX_RETRIES: Final = 4
 RETRY_TIME: Final = datetime.timedelta(seconds=60)
+PIECE_BYTES: Final = 1 << 16
 SCHEMES: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 
 
-class BucketStorage:
+class BucketStorage(RemoteStorage):
     """A bucket, or a folder in one. It can be published to.
 
     Args:
         url: For example `s3://bucket/registry`.
+        budget: Limits of waiting; by default those of the command, or else new ones.
 
     Raises:
         RegistryError: When obstore is not installed, or the URL is not that of a bucket.
     """
 
-    is_remote: Final = True
-
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, budget: TimeBudget | None = None) -> None:
         try:
             from obstore.exceptions import BaseError
             from obstore.store import from_url
@@ -51,76 +53,78 @@ class BucketStorage:
                 where=url,
                 hint="pip install 'composable[cloud]'",
             ) from error
-        self._url = url.rstrip("/")
+        super().__init__(url, budget)
+        # `RemoteStorage` retries reads; the library retries writes and the parts of uploads.
+        once: RetryConfig = {"max_retries": 0, "retry_timeout": RETRY_TIME}
+        again: RetryConfig = {"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIME}
         try:
-            self._store: ObjectStore = from_url(
-                self._url,
-                retry_config={"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIME},
-            )
+            self._reading: ObjectStore = from_url(self._url, retry_config=once)
+            self._store: ObjectStore = from_url(self._url, retry_config=again)
         except (BaseError, ValueError) as error:
             raise RegistryError(
                 f"cannot be opened: {_shorten_error(error)}", where=self._url
             ) from error
 
-    @property
-    def location(self) -> str:
-        """The URL."""
-        return self._url
-
-    def read(self, path: str, known: Document | None = None) -> Document | None:
-        """Return a document; `known` itself if it is unchanged; None if it does not exist."""
+    def _open_document(self, path: str, tag: str | None) -> Answer | None:
         import obstore
         from obstore.exceptions import NotModifiedError
 
         options: Any = {}
-        if known is not None and known.tag is not None:
-            options["if_none_match"] = known.tag.split("\n")[0]
+        if tag is not None:
+            options["if_none_match"] = tag.split("\n")[0]
         with _translate_errors(self._at(path)):
             try:
-                found = obstore.get(self._store, path, options=options)
+                found = obstore.get(self._reading, path, options=options)
             except NotModifiedError:
-                return known
+                return Answer(iter(()), tag, is_unchanged=True)
             except FileNotFoundError:
                 return None
-            if found.meta["size"] > MAX_DOCUMENT_BYTES:
-                raise RegistryError("is larger than 64 MiB", where=self._at(path))
-            return Document(bytes(found.bytes()), _to_tag(found.meta))
+        return Answer(self._pieces(found, path), _to_tag(found.meta))
 
-    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """Yield the bytes of a file from offset `start` on."""
+    def _open_file(self, path: str, start: int) -> Answer | None:
         import obstore
 
         with _translate_errors(self._at(path)):
             try:
-                size = obstore.head(self._store, path)["size"] if start else None
+                size = obstore.head(self._reading, path)["size"] if start else None
                 if size is not None and start >= size:
-                    return
+                    return Answer(iter(()))
                 options: Any = {"range": {"offset": start}} if start else {}
-                response = obstore.get(self._store, path, options=options)
-            except FileNotFoundError as error:
-                raise RegistryError("has no such file", where=self._at(path)) from error
-            for piece in response.stream(min_chunk_size=CHUNK):
+                found = obstore.get(self._reading, path, options=options)
+            except FileNotFoundError:
+                return None
+        return Answer(self._pieces(found, path))
+
+    def _pieces(self, found: GetResult, path: str) -> Iterator[bytes]:
+        with _translate_errors(self._at(path)):
+            for piece in found.stream(min_chunk_size=PIECE_BYTES):
                 yield bytes(piece)
 
     def names_in(self, folder: str) -> list[str]:
         """Return the names of the files directly in a folder, sorted."""
         import obstore
 
-        with _translate_errors(self._at(folder)):
-            found = obstore.list_with_delimiter(self._store, f"{folder}/")
-            return sorted(entry["path"].rpartition("/")[2] for entry in found["objects"])
+        def ask() -> list[str]:
+            with _translate_errors(self._at(folder)):
+                found = obstore.list_with_delimiter(self._store, f"{folder}/")
+                return sorted(entry["path"].rpartition("/")[2] for entry in found["objects"])
+
+        return self._call(folder, ask)
 
     def create(self, path: str, data: bytes) -> bool:
         """Create a file unless it exists; of concurrent calls exactly one succeeds."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        with _translate_errors(self._at(path)):
-            try:
-                obstore.put(self._store, path, data, mode="create")
-            except (AlreadyExistsError, PreconditionError):
-                return False
-            return True
+        def ask() -> bool:
+            with _translate_errors(self._at(path)):
+                try:
+                    obstore.put(self._store, path, data, mode="create")
+                except (AlreadyExistsError, PreconditionError):
+                    return False
+                return True
+
+        return self._call(path, ask)
 
     def replace(self, path: str, data: bytes, seen: Document | None) -> bool:
         """Write a document if it has not changed since it was read as `seen`."""
@@ -129,12 +133,17 @@ class BucketStorage:
 
         if seen is None or seen.tag is None:
             return self.create(path, data)
-        with _translate_errors(self._at(path)):
-            try:
-                obstore.put(self._store, path, data, mode=_to_version(seen.tag))
-            except (PreconditionError, FileNotFoundError):
-                return False
-            return True
+        version = _to_version(seen.tag)
+
+        def ask() -> bool:
+            with _translate_errors(self._at(path)):
+                try:
+                    obstore.put(self._store, path, data, mode=version)
+                except (PreconditionError, FileNotFoundError):
+                    return False
+                return True
+
+        return self._call(path, ask)
 
     def upload(
         self, path: str, source: Path, file: PackageFile, progress: ByteProgress | None
@@ -154,14 +163,14 @@ class BucketStorage:
         """Remove a file if it exists."""
         import obstore
 
-        with _translate_errors(self._at(path)):
-            obstore.delete(self._store, path)
+        def ask() -> None:
+            with _translate_errors(self._at(path)):
+                obstore.delete(self._store, path)
+
+        self._call(path, ask)
 
     def settle(self, path: str) -> None:
         """Do nothing: what can be read from a bucket is durable."""
-
-    def _at(self, path: str) -> str:
-        return f"{self._url}/{path}"
 
 
 @contextlib.contextmanager
@@ -175,7 +184,8 @@ def _translate_errors(where: str) -> Iterator[None]:
         raise RegistryError(
             "permission denied with the current credentials",
             where=where,
-            hint="set the object store's credentials, for example AWS_PROFILE",
+            hint="set the object store's credentials, for example AWS_PROFILE; without permission "
+            "to list the bucket, missing files are denied as well",
         ) from error
     except exceptions.BaseError as error:
         raise UnreachableError(

@@ -1,61 +1,69 @@
 """Registries on web servers: any static host works. Read only.
 
-A document costs one conditional GET; interrupted blobs are resumed with range requests. The size of
-documents is bounded here, and the caller verifies blobs.
+A document costs one conditional GET; interrupted blobs are resumed with range requests. Every call
+here is one attempt: `remote.py` retries. The caller verifies blobs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import email.utils
+import math
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from composable.errors import RegistryError, UnreachableError
 from composable.files.atomic import CHUNK
-from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
+from composable.packaging.registry.budget import TimeBudget
+from composable.packaging.registry.proxy import Proxy, find_proxy
+from composable.packaging.registry.remote import Answer, DeniedError, RemoteStorage
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
 
 CONNECT_SECONDS: Final = 10.0
-READ_SECONDS: Final = 30.0
-MAX_RETRIES: Final = 4
+MAX_REDIRECTS: Final = 5
 MAX_CONNECTIONS: Final = 8
-# The HTTP library retries failed requests; these attempts are for truncated responses.
-DOCUMENT_ATTEMPTS: Final = 2
-_RETRYABLE_STATUSES: Final = (429, 500, 502, 503, 504)
+_RETRYABLE_STATUSES: Final = (408, 425, 429, 500, 502, 503, 504)
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+# What servers compress responses with, even if they were asked not to.
+_ENCODINGS: Final = ("gzip", "x-gzip", "deflate", "identity")
+_TOKEN_HINT: Final = "set its token: see docs/guides/use.md"
 
 
-class WebStorage:
+class WebStorage(RemoteStorage):
     """A static web server.
 
     Args:
         url: The `http:` or `https:` URL of the folder that holds `config.json`.
         token: A bearer token. It is sent to this server only, and never unencrypted except to
-            this machine.
+            this machine, without a proxy.
+        budget: Limits of waiting; by default those of the command, or else new ones.
 
     Raises:
         RegistryError: When the URL contains a user name, a password or a query, or when the token
             would be sent unencrypted.
     """
 
-    is_remote: Final = True
+    # A bucket behind a web server sends 403 for missing files unless it may be listed.
+    hides_missing = True
 
-    def __init__(self, url: str, token: str | None = None) -> None:
+    def __init__(
+        self, url: str, token: str | None = None, *, budget: TimeBudget | None = None
+    ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.username or parts.password:
             bare = parts.hostname or ""
             raise RegistryError(
                 "the location of a registry must not contain a user name or a password",
                 where=f"{parts.scheme}://{bare}{parts.path}",
-                hint="set the token in the environment or keyring: see docs/concepts/packaging.md",
+                hint="set the token in the environment or keyring: see docs/guides/use.md",
             )
         if not parts.hostname or parts.query or parts.fragment:
             raise RegistryError(
-                "is not the URL of a folder on a web server",
+                "is not the URL of a folder on a server",
                 where=f"{parts.scheme}://{parts.netloc}{parts.path}",
                 hint="expected for example https://example.org/registry",
             )
@@ -65,150 +73,198 @@ class WebStorage:
                 where=url,
                 hint="use https, or unset the token",
             )
-        self._url = url.rstrip("/")
+        super().__init__(url, budget)
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        is_direct = token is not None and parts.scheme != "https"
+        self._proxy = None if is_direct else find_proxy(self._url)
         self._pool: PoolManager | None = None
 
-    @property
-    def location(self) -> str:
-        """The URL."""
-        return self._url
-
-    def read(self, path: str, known: Document | None = None) -> Document | None:
-        """Return a document; `known` itself if it is unchanged; None if it does not exist."""
-        for attempt in range(DOCUMENT_ATTEMPTS):
-            try:
-                return self._read_once(path, known)
-            except UnreachableError:
-                if attempt == DOCUMENT_ATTEMPTS - 1:
-                    raise
-        raise AssertionError  # the last attempt returns or raises
-
-    def _read_once(self, path: str, known: Document | None) -> Document | None:
+    def _open_document(self, path: str, tag: str | None) -> Answer | None:
         headers = {"Accept-Encoding": "gzip"}
-        if known is not None and known.tag is not None:
-            headers["If-None-Match"] = known.tag
-        with _translate_errors(self._at(path)):
-            response = self._get(path, headers)
-            try:
-                if response.status == 304 and known is not None:
-                    return known
-                if response.status in (404, 410):
-                    return None
-                self._check_status(response, path, 200)
-                data = bytearray()
-                while piece := response.read(CHUNK, decode_content=True):
-                    data += piece
-                    if len(data) > MAX_DOCUMENT_BYTES:
-                        raise RegistryError("is larger than 64 MiB", where=self._at(path))
-                return Document(bytes(data), response.headers.get("ETag"))
-            finally:
-                _release_connection(response)
-
-    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """Yield the bytes of a file from offset `start` on."""
-        headers = {"Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        with _translate_errors(self._at(path)):
-            response = self._get(path, headers)
-            try:
-                if response.status in (404, 410):
-                    raise RegistryError("has no such file", where=self._at(path))
-                if response.status == 416:
-                    return  # the offset is at the end of the file
-                self._check_status(response, path, 200, 206)
-                skip = 0
-                if start and response.status == 206:
-                    self._check_range(response, path, start)
-                elif start:
-                    skip = start  # a server without range requests sends the whole file
-                while piece := response.read(CHUNK, decode_content=False):
-                    if skip >= len(piece):
-                        skip -= len(piece)
-                        continue
-                    yield piece[skip:] if skip else piece
-                    skip = 0
-            finally:
-                _release_connection(response)
-
-    def _get(self, path: str, headers: Mapping[str, str]) -> BaseHTTPResponse:
-        if self._pool is None:
-            self._pool = _make_pool(self._url)
-        return self._pool.request(
-            "GET",
-            f"{self._url}/{urllib.parse.quote(path)}",
-            headers={**headers, **self._headers},
-            preload_content=False,
+        if tag is not None:
+            headers["If-None-Match"] = tag
+        response = self._request(path, headers, 200, *([] if tag is None else [304]))
+        if response is None:
+            return None
+        if response.status == 304:
+            _release_connection(response)
+            return Answer(iter(()), tag, is_unchanged=True)
+        # Without a length, a response that is cut off looks complete.
+        is_length_known = "Content-Length" in response.headers or "chunked" in (
+            response.headers.get("Transfer-Encoding", "").lower()
         )
+        tag = response.headers.get("ETag")
+        return Answer(self._pieces(response, path), tag, is_length_known=is_length_known)
 
-    def _at(self, path: str) -> str:
-        return f"{self._url}/{path}"
+    def _open_file(self, path: str, start: int) -> Answer | None:
+        headers = {"Accept-Encoding": "identity"}
+        if not start:
+            response = self._request(path, headers, 200)
+            return None if response is None else Answer(self._pieces(response, path))
+        response = self._request(path, {**headers, "Range": f"bytes={start}-"}, 200, 206, 416)
+        if response is not None and (
+            response.status == 416 or (response.status == 206 and _is_compressed(response))
+        ):
+            # The range may be one of the compressed bytes, which cannot be decompressed.
+            _release_connection(response)
+            response = self._request(path, headers, 200)
+        if response is None:
+            return None
+        if response.status == 206:
+            self._check_range(response, path, start)
+            return Answer(self._pieces(response, path))
+        # A server without range requests sends the whole file.
+        return Answer(self._pieces(response, path, skip=start))
 
-    def _check_status(self, response: BaseHTTPResponse, path: str, *expected: int) -> None:
-        status = response.status
-        if status in expected:
-            return
+    def _pieces(self, response: BaseHTTPResponse, path: str, skip: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of a response, decompressed, without the first `skip`."""
+        with _translate_errors(self._at(path), self._proxy):
+            try:
+                while piece := response.read1(CHUNK, decode_content=True):
+                    if skip < len(piece):
+                        yield piece[skip:] if skip else piece
+                    skip = max(skip - len(piece), 0)
+            finally:
+                _release_connection(response)
+
+    def _request(
+        self, path: str, headers: Mapping[str, str], *expected: int
+    ) -> BaseHTTPResponse | None:
+        """Return the response if its status is one of those expected; None if there is no file."""
+        with _translate_errors(self._at(path), self._proxy):
+            if self._pool is None:
+                self._pool = _make_pool(self._proxy, self._budget.silent_seconds)
+            response = self._pool.request(
+                "GET",
+                f"{self._url}/{urllib.parse.quote(path)}",
+                headers={**headers, **self._headers},
+                preload_content=False,
+            )
+            if response.status in expected:
+                _check_encoding(response, self._at(path))
+                return response
+            _release_connection(response)
+            if response.status in (404, 410):
+                return None
+            raise self._make_error(response, path)
+
+    def _make_error(self, response: BaseHTTPResponse, path: str) -> RegistryError:
+        """Return the error for a status that was not expected."""
+        status, where = response.status, self._at(path)
+        message = f"HTTP status {status} {response.reason}"
         if status in _RETRYABLE_STATUSES:
-            raise UnreachableError(f"HTTP status {status} {response.reason}", where=self._at(path))
+            pause = parse_retry_after(response.headers.get("Retry-After"))
+            return UnreachableError(message, where=where, retry_after=pause)
+        if status == 407 and self._proxy is not None:
+            return self._proxy.refuse()
         hint = None
         if status in (401, 403):
-            hint = "set its token in the environment or the keyring: see docs/concepts/packaging.md"
-            if self._headers:
-                hint = "the token in use does not give access"
-        raise RegistryError(
-            f"HTTP status {status} {response.reason}", where=self._at(path), hint=hint
-        )
+            hint = "the token in use does not give access" if self._headers else _TOKEN_HINT
+        if status == 403:
+            hint = f"{hint}; or check the URL: some servers send 403 for files that do not exist"
+            return DeniedError(message, where=where, hint=hint)
+        return RegistryError(message, where=where, hint=hint)
 
     def _check_range(self, response: BaseHTTPResponse, path: str, start: int) -> None:
         found = response.headers.get("Content-Range", "")
         if not found.startswith(f"bytes {start}-"):
+            _release_connection(response)
             raise UnreachableError(
                 f"sent the range {found[:60]!r}, expected one from byte {start}",
                 where=self._at(path),
             )
 
 
+def parse_retry_after(text: str | None) -> float | None:
+    """Return the seconds that a `Retry-After` header asks to wait; None if it is malformed.
+
+    References:
+        RFC 9110, section 10.2.3: a number of seconds, or a date.
+
+    Example:
+        >>> parse_retry_after("120")
+        120.0
+        >>> parse_retry_after("9" * 400)
+        inf
+        >>> parse_retry_after("Thu, 01 Jan 1970 00:00:00 GMT")
+        0.0
+        >>> parse_retry_after("soon")
+    """
+    text = (text or "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text) if len(text) < 10 else math.inf
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+        now = datetime.datetime.now(datetime.UTC if date.tzinfo else None)
+        return max((date - now).total_seconds(), 0.0)
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+
+
+def _check_encoding(response: BaseHTTPResponse, where: str) -> None:
+    """Raise an error for a response whose compression is not supported."""
+    for encoding in _encodings_of(response):
+        if encoding not in _ENCODINGS:
+            _release_connection(response)
+            raise RegistryError(
+                f"is compressed with {encoding[:40]!r}, which was not requested",
+                where=where,
+                hint="the server must be configured not to compress the files of the registry",
+            )
+
+
+def _encodings_of(response: BaseHTTPResponse) -> list[str]:
+    header = response.headers.get("Content-Encoding", "")
+    return [name for text in header.lower().split(",") if (name := text.strip())]
+
+
+def _is_compressed(response: BaseHTTPResponse) -> bool:
+    return any(encoding != "identity" for encoding in _encodings_of(response))
+
+
 @contextlib.contextmanager
-def _translate_errors(where: str) -> Iterator[None]:
+def _translate_errors(where: str, proxy: Proxy | None) -> Iterator[None]:
     """Raise our own errors instead of those of the HTTP library."""
-    from urllib3.exceptions import HTTPError
+    from urllib3.exceptions import HTTPError, ProxyError
 
     try:
         yield
     except HTTPError as error:
         reason = getattr(error, "reason", None) or error
-        raise UnreachableError(
-            f"cannot be reached, or the connection was lost: {str(reason)[:300]}",
-            where=where,
-            hint="run the same command again; downloads are resumed",
-        ) from error
+        message = "cannot be reached, or the connection was lost"
+        if proxy is not None and isinstance(reason, ProxyError):
+            reason = reason.original_error
+            if " 407 " in f"{reason} ":
+                raise proxy.refuse() from error
+            message = f"cannot be reached through the proxy {proxy.url} ({proxy.variable})"
+        raise UnreachableError(f"{message}: {str(reason)[:300]}", where=where) from error
 
 
-def _make_pool(url: str) -> PoolManager:
-    """Return a connection pool for a server, through a proxy if the environment sets one."""
+def _make_pool(proxy: Proxy | None, silent_seconds: float) -> PoolManager:
+    """Return a connection pool that follows redirects and does not retry."""
     import urllib3
 
-    parts = urllib.parse.urlsplit(url)
     retries = urllib3.Retry(
-        total=MAX_RETRIES,
-        backoff_factor=0.2,
-        status_forcelist=_RETRYABLE_STATUSES,
-        raise_on_status=False,
-        respect_retry_after_header=True,
+        total=None,
+        connect=0,
+        read=0,
+        status=0,
+        other=0,
+        redirect=MAX_REDIRECTS,
+        respect_retry_after_header=False,
     )
-    timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if proxy and not urllib.request.proxy_bypass(parts.netloc):
-        return urllib3.ProxyManager(
-            proxy, retries=retries, timeout=timeout, maxsize=MAX_CONNECTIONS
-        )
-    return urllib3.PoolManager(retries=retries, timeout=timeout, maxsize=MAX_CONNECTIONS)
+    # Slightly more than the limit of an attempt, so that its thread ends too.
+    timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=silent_seconds + 5)
+    settings: dict[str, Any] = {"retries": retries, "timeout": timeout, "maxsize": MAX_CONNECTIONS}
+    if proxy is not None:
+        return proxy.make_pool(**settings)
+    return urllib3.PoolManager(**settings)
 
 
 def _release_connection(response: BaseHTTPResponse) -> None:
     """Return the connection to the pool if the response was read to its end, or else close it."""
     if getattr(response, "length_remaining", None) == 0:
+        response.drain_conn()  # closes the socket where the server does
         response.release_conn()
     else:
         response.close()

@@ -39,7 +39,6 @@ from composable.errors import (
     ManifestError,
     RegistryError,
     UnknownExpertError,
-    UnreachableError,
     did_you_mean,
 )
 from composable.files.blobs import blob_path
@@ -162,19 +161,14 @@ class Registry:
             RegistryError: When there is no such blob.
             IntegrityError: When it is too large or does not match its digest.
         """
-        for attempt in range(SMALL_BLOB_ATTEMPTS):
+        for _ in range(SMALL_BLOB_ATTEMPTS):
             data = bytearray()
-            try:
-                for piece in self.stream(digest):
-                    data += piece
-                    if len(data) > limit:
-                        raise IntegrityError(
-                            f"{label} from {self.location} is larger than {limit:,} bytes"
-                        )
-            except UnreachableError:
-                if attempt == SMALL_BLOB_ATTEMPTS - 1:
-                    raise
-                continue
+            for piece in self.stream(digest):
+                data += piece
+                if len(data) > limit:
+                    raise IntegrityError(
+                        f"{label} from {self.location} is larger than {limit:,} bytes"
+                    )
             if digest_bytes(bytes(data)) == digest:
                 return bytes(data)
         raise IntegrityError(

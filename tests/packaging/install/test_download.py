@@ -15,12 +15,15 @@ from composable.packaging import Registry, Store
 from composable.packaging.install import download
 from composable.packaging.install.download import download_file, download_files, require_space
 from composable.packaging.manifests.manifest import PackageFile
-from composable.packaging.registry.storage import Document
+from composable.packaging.registry.budget import MAX_RETRIES, TimeBudget
+from composable.packaging.registry.remote import Answer, RemoteStorage
 
 CHUNK = 1000
+# What an answer may bring before it is known that no more is wanted: three pieces.
+READ_AHEAD = 900
 
 
-class Wire:
+class Wire(RemoteStorage):
     """A remote storage with one file, which breaks off and lies as it is told.
 
     Args:
@@ -29,20 +32,21 @@ class Wire:
         spoil: Offsets that arrive changed in each further answer; then none do.
     """
 
-    is_remote = True
-    location = "wire://"
-
     def __init__(self, data: bytes, cuts: list[int] | None = None, spoil: list[int] | None = None):
+        super().__init__("wire://x", TimeBudget(first_pause_seconds=0.0))
         self.data = data
         self.cuts = cuts or []
         self.spoil = spoil or []
         self.sent = 0
         self.starts: list[int] = []
 
-    def read(self, path: str, known: Document | None = None) -> Document | None:
+    def _open_document(self, path: str, tag: str | None) -> Answer | None:
         return None
 
-    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
+    def _open_file(self, path: str, start: int) -> Answer | None:
+        return Answer(self._send(start))
+
+    def _send(self, start: int) -> Iterator[bytes]:
         self.starts.append(start)
         data = bytearray(self.data)
         if self.spoil:
@@ -67,7 +71,6 @@ def describe(data: bytes, *, is_chunked: bool = True) -> PackageFile:
 @pytest.fixture(autouse=True)
 def small_chunks_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -100,7 +103,7 @@ def test_in_one_pass(store: Store, data: bytes) -> None:
 def test_a_wire_that_breaks_is_asked_for_the_rest(
     store: Store, data: bytes, is_chunked: bool
 ) -> None:
-    wire = Wire(data, cuts=[0, 1, CHUNK - 1, CHUNK, CHUNK + 1, len(data) - 5000])
+    wire = Wire(data, cuts=[0, CHUNK - 1, CHUNK + 1, len(data) - 5000])
     assert fetch(wire, store, describe(data, is_chunked=is_chunked)) == data
     assert wire.sent == len(data), "nothing came twice"
 
@@ -109,7 +112,7 @@ def test_a_wire_that_sends_nothing_new_is_given_up_and_what_came_is_kept(
     store: Store, data: bytes
 ) -> None:
     file = describe(data)
-    wire = Wire(data, cuts=[3 * CHUNK + 10] + [0] * download.MAX_FAILURES)
+    wire = Wire(data, cuts=[3 * CHUNK + 10] + [0] * (MAX_RETRIES + 1))
     with pytest.raises(UnreachableError):
         download_file(Registry(wire), store, file, label="body")
     (partial,) = left_over(store)
@@ -121,7 +124,7 @@ def test_a_wire_that_sends_nothing_new_is_given_up_and_what_came_is_kept(
 
 def test_a_file_of_one_chunk_starts_again(store: Store) -> None:
     data = b"x" * 500
-    wire = Wire(data, cuts=[100] + [0] * download.MAX_FAILURES)
+    wire = Wire(data, cuts=[100] + [0] * (MAX_RETRIES + 1))
     with pytest.raises(UnreachableError):
         download_file(Registry(wire), store, describe(data), label="body")
     assert left_over(store) == []
@@ -147,14 +150,16 @@ def test_whatever_is_left_over_is_verified(store: Store, data: bytes, seed: int)
     wire = Wire(data)
     assert fetch(wire, store, file) == data
     n_missing = sum(len(data[i * CHUNK : (i + 1) * CHUNK]) for i in range(11) if i not in right)
-    assert wire.sent <= n_missing + 300 * len(wire.starts), "right chunks are not asked for again"
+    assert wire.sent <= n_missing + READ_AHEAD * len(wire.starts), (
+        "right chunks are not asked for again"
+    )
 
 
 def test_bytes_that_arrive_wrong_cost_one_chunk(store: Store, data: bytes) -> None:
     wire = Wire(data, spoil=[4 * CHUNK + 7])
     assert fetch(wire, store, describe(data)) == data
     assert wire.starts == [0, 4 * CHUNK]
-    assert wire.sent <= len(data) + CHUNK + 300
+    assert wire.sent <= len(data) + CHUNK + READ_AHEAD
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])
@@ -182,7 +187,7 @@ def test_chunk_digests_that_lie_do_no_harm(store: Store, data: bytes) -> None:
     liar = PackageFile(name="body", size=file.size, digest=file.digest, chunks=("0" * 64,) * 11)
     with pytest.raises(UnreachableError):
         download_file(
-            Registry(Wire(data, cuts=[5000] + [0] * download.MAX_FAILURES)), store, liar, label="b"
+            Registry(Wire(data, cuts=[5000] + [0] * (MAX_RETRIES + 1))), store, liar, label="b"
         )
     assert fetch(Wire(data), store, liar) == data
 

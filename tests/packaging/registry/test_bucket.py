@@ -205,7 +205,7 @@ def test_an_index_is_never_set_back(
 
 def test_nobody_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr("composable.packaging.registry.bucket.MAX_RETRIES", 0)
+    monkeypatch.setattr("composable.packaging.registry.budget.MAX_RETRIES", 0)
     with pytest.raises(UnreachableError, match="cannot be reached"):
         BucketStorage(url).read("config.json")
 

@@ -26,6 +26,7 @@ from composable.packaging import (
     write_tensors,
 )
 from composable.packaging.install import download
+from composable.packaging.registry.budget import TimeBudget
 from composable.packaging.registry.credentials import find_token
 from composable.packaging.registry.http import WebStorage
 from composable.packaging.registry.index import index_path
@@ -143,7 +144,6 @@ def big(
 
     for module in (manifest, packing, download):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 12)
-    monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.0)
     folder = make_expert("german", "2.0.0")
     wide = dataclasses.replace(interface, d_model=512, d_ff=1024, lora_max_rank=4)
     text = (folder / "expert.toml").read_text()
@@ -179,15 +179,16 @@ def test_downloads_that_break_off_resume_by_range(
 
 
 def test_what_came_before_a_failure_is_not_asked_for_again(
-    big: str, registry: Registry, nginx: Nginx, store: Store, monkeypatch: pytest.MonkeyPatch
+    big: str, registry: Registry, nginx: Nginx, store: Store
 ) -> None:
     manifest = registry.read_manifest(registry.versions("german")[0])
     (body,) = (file for file in manifest.files if file.digest == big)
-    # The client library asks again by itself when no answer begins: cut those attempts as well.
     wire = BreakingWire(int(nginx.url.rpartition(":")[2]), [20_000] + [1] * 1000)
-    monkeypatch.setattr("composable.packaging.registry.http.MAX_RETRIES", 0)
+    hasty = TimeBudget(max_retries=0)
     with pytest.raises(UnreachableError, match="cannot be reached"):
-        download.download_file(Registry(WebStorage(wire.url)), store, body, label="body")
+        download.download_file(
+            Registry(WebStorage(wire.url, budget=hasty)), store, body, label="body"
+        )
     wire.close()
     nginx.forget()
     download.download_file(Registry(WebStorage(nginx.url)), store, body, label="body")
@@ -217,6 +218,7 @@ def test_tokens(nginx: Nginx, published: None, monkeypatch: pytest.MonkeyPatch) 
         open_registry(url, name="our-team").versions("german")
     assert "set its token" in str(caught.value)
     monkeypatch.setenv("COMPOSABLE_TOKEN_OUR_TEAM", "wrong")
+    monkeypatch.setenv("COMPOSABLE_ORIGIN_OUR_TEAM", nginx.url)
     with pytest.raises(RegistryError, match="HTTP status 401") as caught:
         open_registry(url, name="our-team").versions("german")
     assert "wrong" not in str(caught.value)
@@ -232,6 +234,7 @@ def test_a_token_does_not_follow_to_another_host(
     nginx: Nginx, published: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMPOSABLE_TOKEN_TEAM", "open-sesame")
+    monkeypatch.setenv("COMPOSABLE_ORIGIN_TEAM", nginx.url)
     with pytest.raises(RegistryError, match="HTTP status 401"):
         open_registry(f"{nginx.url}/moved", name="team").versions("german")
 
@@ -258,6 +261,7 @@ def test_tokens_from_the_keyring(monkeypatch: pytest.MonkeyPatch) -> None:
         assert find_token("team", "https://x.org/r") == "from-keyring"
         assert find_token("team", "https://y.org/r") is None
         monkeypatch.setenv("COMPOSABLE_TOKEN_TEAM", "from-environment")
+        monkeypatch.setenv("COMPOSABLE_ORIGIN_TEAM", "https://x.org")
         assert find_token("team", "https://x.org/r") == "from-environment"
         monkeypatch.setenv("COMPOSABLE_TOKEN_TEAM", "two\nlines")
         with pytest.raises(RegistryError, match="one word of ASCII text") as caught:
@@ -283,18 +287,19 @@ def test_locations_that_hold_secrets_are_refused(url: str, message: str) -> None
 
 def test_a_token_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPOSABLE_TOKEN_TEAM", "x")
+    monkeypatch.setenv("COMPOSABLE_ORIGIN_TEAM", "http://example.org")
     with pytest.raises(RegistryError, match="sent unencrypted"):
         open_registry("http://example.org/r", name="team")
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("composable.packaging.registry.http.MAX_RETRIES", 1)
+    monkeypatch.setattr("composable.packaging.registry.budget.MAX_RETRIES", 1)
     with pytest.raises(UnreachableError, match="cannot be reached"):
         open_registry(f"http://127.0.0.1:{free_port()}/r").versions("german")
 
 
 def test_a_server_that_stays_busy(nginx: Nginx, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("composable.packaging.registry.http.MAX_RETRIES", 1)
+    monkeypatch.setattr("composable.packaging.registry.budget.MAX_RETRIES", 1)
     with pytest.raises(UnreachableError, match="HTTP status 503"):
         open_registry(f"{nginx.url}/busy").versions("german")
 
@@ -329,14 +334,14 @@ def test_a_server_without_ranges_is_read_from_the_beginning() -> None:
 def test_a_server_that_sends_another_range_is_not_believed() -> None:
     head = b"HTTP/1.1 206 Partial\r\nContent-Length: 2\r\nContent-Range: bytes 0-1/200\r\n\r\nxx"
     with pytest.raises(UnreachableError, match="sent the range"):
-        list(WebStorage(serve_once(head, 1)).stream("x", 150))
+        list(WebStorage(serve_once(head, 1), budget=TimeBudget(max_retries=0)).stream("x", 150))
 
 
 def test_a_document_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small answer that unpacks to far more than a document may have."""
     import gzip
 
-    monkeypatch.setattr("composable.packaging.registry.http.MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr("composable.packaging.registry.remote.MAX_DOCUMENT_BYTES", 1 << 20)
     bomb = gzip.compress(b"\0" * (32 << 20))
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb)
     with pytest.raises(RegistryError, match="larger than"):

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from composable.packaging.install import download
 from composable.packaging.manifests.manifest import CHUNK_BYTES
+from composable.packaging.registry import budget
 from tests.support.faults.processes import Ending, run_forked
 from tests.support.faults.scenarios import Scenario, publish
 from tests.support.faults.worlds import CorruptionError, Inputs, State, World, inspect
@@ -342,7 +342,7 @@ def serve(root: Path) -> Iterator[TrickyServer]:
 
 def _run(world: World, *arguments: str) -> Ending:
     def run() -> int:
-        download.FIRST_WAIT_SECONDS = 0.001  # type: ignore[misc]
+        budget.FIRST_PAUSE_SECONDS = 0.001  # type: ignore[misc]
         return world.run(*arguments)
 
     return run_forked(run)
