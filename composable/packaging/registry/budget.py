@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from composable.errors import RegistryError
+from composable.printable import printable
 
 WAIT_VARIABLE: Final = "COMPOSABLE_MAX_WAIT"
 REQUEST_SECONDS: Final = 45.0
@@ -90,8 +91,6 @@ class TimeBudget:
     def notify(self, text: str) -> None:
         """Report what is waited for, unless another wait was reported just now."""
         import logging
-
-        from composable.printable import printable
 
         with self._lock:
             now = time.monotonic()
