@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from composable.errors import ManifestError, PackagingError, RegistryError
 from composable.files.strays import drop_strays, warn_about_stray
@@ -109,20 +109,26 @@ def compile_index(storage: WritableStorage, name: str, current: Document | None)
         current: Its index so far; lines of it that are damaged are read from their records.
     """
     recorded = list_records(storage, name)
-    releases: dict[Version, Release] = {}
-    for line in current.data.splitlines() if current is not None else ():
-        with contextlib.suppress(RegistryError):
-            release = Release.from_line(line, name, index_path(name))
-            releases[release.version] = release
-    for version in recorded.keys() - releases.keys():
+    rows = {} if current is None else _read_rows(current, name)
+    for version in recorded.keys() - rows.keys():
         found = read_record(storage, name, version)
         if found is not None:
-            releases[version] = found
+            rows[version] = found.to_row()
     # Yanks are files beside the records; a release without a record is as it is in the index.
-    for version in recorded.keys() & releases.keys():
-        releases[version] = dataclasses.replace(releases[version], is_yanked=recorded[version])
-    ordered = sorted(releases.values(), key=lambda release: release.version)
-    return format_document([release.to_row() for release in ordered])
+    for version in recorded.keys() & rows.keys():
+        rows[version] = {**rows[version], "yanked": recorded[version]}
+    return format_document([rows[version] for version in sorted(rows)])
+
+
+def _read_rows(index: Document, name: str) -> dict[Version, dict[str, Any]]:
+    """Return the undamaged lines of an index by version."""
+    rows = {}
+    for line in index.data.splitlines():
+        with contextlib.suppress(PackagingError):
+            row = parse_line(line, index_path(name), needs_checksum=True)
+            if row.get("name") == name:
+                rows[Version(row.get("version", ""))] = row
+    return rows
 
 
 def is_record_of(document: Document, release: Release | None) -> bool:

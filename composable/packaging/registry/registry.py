@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, cast
 
 from composable.errors import (
@@ -131,13 +133,14 @@ class Registry:
         """
         path = index_path(name)
         self._check_config()
+        where = f"{self.location}/{path}"
         document = self.storage.read(path)
-        indexed = self._parse_index(document, name)
+        indexed = _parse_index(document.data if document is not None else b"", name, where)
         if isinstance(self.storage, Folder) and is_index_behind(self.storage, name, indexed):
             document = Document(compile_index(self.storage, name, document), None)
-            indexed = self._parse_index(document, name)
+            indexed = _parse_index(document.data, name, where)
         if document is not None:
-            check_extent(document, f"{self.location}/{path}")
+            check_extent(document, where)
         return tuple(indexed[version] for version in sorted(indexed))
 
     def stream(self, digest: str, start: int = 0) -> Iterator[bytes]:
@@ -343,16 +346,6 @@ class Registry:
             entries[entry.name] = entry
         return entries
 
-    def _parse_index(self, index: Document | None, name: str) -> dict[Version, Release]:
-        releases: dict[Version, Release] = {}
-        for number, line in enumerate(index.data.splitlines() if index is not None else (), 1):
-            where = f"{self.location}/{index_path(name)}:{number}"
-            release = Release.from_line(line, name, where)
-            if release.version in releases:
-                raise RegistryError(f"{release.version} is listed twice", where=where)
-            releases[release.version] = release
-        return releases
-
     def _check_release(self, storage: WritableStorage, name: str, version: Version) -> None:
         if read_record(storage, check_package_name(name), version) is None:
             have = ", ".join(str(release.version) for release in self.versions(name))
@@ -445,6 +438,17 @@ class Registry:
                 f"layout {schema!r} is not supported, expected {SCHEMA}", where=self.location
             )
         self._is_checked = True
+
+
+@functools.lru_cache(maxsize=4)  # publishing reads what it wrote, and a project may ask repeatedly
+def _parse_index(data: bytes, name: str, where: str) -> Mapping[Version, Release]:
+    releases: dict[Version, Release] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        release = Release.from_line(line, name, f"{where}:{number}")
+        if release.version in releases:
+            raise RegistryError(f"{release.version} is listed twice", where=f"{where}:{number}")
+        releases[release.version] = release
+    return MappingProxyType(releases)
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
