@@ -188,10 +188,10 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         Version,
         resolve,
     )
-    from composable.packaging.registry.lines import format_line
+    from composable.packaging.registry.lines import check_document, format_document, format_line
     from composable.packaging.registry.registry import Registry
     from composable.packaging.registry.release import Release
-    from composable.packaging.registry.storage import Folder
+    from composable.packaging.registry.storage import Document, Folder
     from composable.packaging.registry.tar import TarFile
     from composable.packaging.versions.names import (
         check_file_name,
@@ -273,6 +273,18 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         interface = RouterInterface.from_json(text_of(data))
         assert RouterInterface.from_json(interface.to_json()) == interface
 
+    def read_index(data: bytes) -> None:
+        try:
+            check_document("index/ge/german.jsonl", Document(data, None), "index")
+        except ComposableError:
+            # A row of what could be read is a document of its own that is whole.
+            row = {"name": "german", "data": data.decode(errors="replace")}
+            data = format_document([row, row])
+            check_document("index/ge/german.jsonl", Document(data, None), "index")
+        (scratch / "index" / "ge").mkdir(parents=True, exist_ok=True)
+        (scratch / "index" / "ge" / "german.jsonl").write_bytes(data)
+        Registry(Folder(scratch)).versions("german")
+
     def read_catalog(data: bytes) -> None:
         (scratch / "catalog.jsonl").write_bytes(data)
         Registry(Folder(scratch)).entries()
@@ -315,6 +327,10 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         "project": Target(read=read_project, seeds=(PROJECT.encode(),)),
         "lock": Target(read=read_lock, seeds=(LOCK.encode(),)),
         "index-line": Target(read=read_index_line, seeds=(index_line,)),
+        "index": Target(
+            read=read_index,
+            seeds=(format_document([INDEX_LINE, {**INDEX_LINE, "version": "1.1.0"}]),),
+        ),
         "catalog": Target(read=read_catalog, seeds=(catalog_line + b"\n",)),
         "export": Target(read=read_export, seeds=(_make_tar(),)),
         "universe": Target(read=read_universe, seeds=(json.dumps(UNIVERSE).encode(),)),
@@ -325,7 +341,7 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
 
 TARGET_NAMES = (
     "version", "constraint", "requirement", "names", "manifest", "backbone", "project", "lock",
-    "index-line", "catalog", "export", "universe", "interface", "tensors",
+    "index-line", "index", "catalog", "export", "universe", "interface", "tensors",
 )  # fmt: skip
 
 
