@@ -18,9 +18,9 @@ FILES = sorted(
 DIMENSIONS = re.compile(r"(?:.*[a-z0-9])?_([A-Z][A-Z0-9]*)")
 # Arrays without letters: scalars, and arrays of any shape.
 SCALARS = {"e", "is_drawn", "i", "index", "key", "position", "temperature", "top_p", "width", "_"}
-ANY_SHAPE = {"array", "log_prob", "stack", "w", "x"}
+ANY_SHAPE = {"array", "left", "right", "log_prob", "stack", "w", "x"}
 EINSUM = re.compile(r"[A-Za-z]+(,[A-Za-z]+)*->[A-Za-z]*")
-ARRAYS = {"jax.Array", "np.ndarray", "jax.Array | None", "np.ndarray | None"}
+ARRAYS = {"Array", "jax.Array", "np.ndarray", "jax.Array | None", "np.ndarray | None"}
 
 
 def names_in(tree):

@@ -92,14 +92,14 @@ def loop_blocks(
         See `run_blocks`.
     """
     block = dispatch.block
-    n_rows = dispatch.expert_of_block.shape[0] * block
+    n_rows = dispatch.expert_Y.shape[0] * block
     out_shapes, sum_shapes = _shapes_of_one_block(fn, rows, weights, block)
 
     def run_group(
         state: tuple[Array, Arrays, Arrays],
     ) -> tuple[Array, Arrays, Arrays]:
         first, outs, sums = state
-        expert = dispatch.expert_of_block[first]
+        expert = dispatch.expert_Y[first]
         end = dispatch.end_block_E[expert]
         own_weights = tuple(lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in weights)
 
@@ -147,7 +147,7 @@ def batch_blocks(
         See `run_blocks`.
     """
     block = dispatch.block
-    n_blocks = dispatch.expert_of_block.shape[0]
+    n_blocks = dispatch.expert_Y.shape[0]
     out_shapes, sum_shapes = _shapes_of_one_block(fn, rows, weights, block)
     bytes_per_block = sum(w[0].size * w.dtype.itemsize for w in weights) + sum(
         s.size * s.dtype.itemsize for s in sum_shapes
@@ -157,7 +157,7 @@ def batch_blocks(
     n_chunks = -(-n_blocks // chunk)
     n_missing = n_chunks * chunk - n_blocks
     rows = tuple(jnp.pad(row, [(0, n_missing * block), *[(0, 0)] * (row.ndim - 1)]) for row in rows)
-    expert_of_block = jnp.pad(dispatch.expert_of_block, (0, n_missing))
+    expert_Y = jnp.pad(dispatch.expert_Y, (0, n_missing))
 
     def run_chunk(index: Array, state: BlockOutputs) -> BlockOutputs:
         outs, sums = state
@@ -169,7 +169,7 @@ def batch_blocks(
             )
             for row in rows
         )
-        experts = lax.dynamic_slice_in_dim(expert_of_block, first, chunk)
+        experts = lax.dynamic_slice_in_dim(expert_Y, first, chunk)
         is_used = first + jnp.arange(chunk) < dispatch.n_blocks_used
 
         def keep_used(array: Array) -> Array:

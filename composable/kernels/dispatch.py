@@ -38,16 +38,22 @@ class Dispatch:
     Attributes:
         choice_P: int32, the flat choice (token * J + j) that a row holds; M * J for padding.
         position_MJ: int32, the row that holds a choice; P for a choice of no expert.
-        expert_of_block: int32 of length P / block, the expert whose group the block belongs to.
+        expert_Y: int32 of length P / block, the expert whose group the block belongs to.
             For blocks past `n_blocks_used` it is an arbitrary valid index.
         end_block_E: int32, one past the last block of each expert's group. An expert without
             tokens has an empty group.
         block: Rows per block; static.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dispatch = make_dispatch(jnp.array([[1], [0], [1]]), n_experts=2, block=2)
+        >>> dispatch.expert_Y[: int(dispatch.n_blocks_used)].tolist()
+        [0, 1]
     """
 
     choice_P: Array
     position_MJ: Array
-    expert_of_block: Array
+    expert_Y: Array
     end_block_E: Array
     block: int = dataclasses.field(metadata={"static": True})
 
@@ -134,7 +140,7 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
     Example:
         >>> import jax.numpy as jnp
         >>> dispatch = make_dispatch(jnp.array([[1], [0], [1]]), n_experts=2, block=2)
-        >>> dispatch.expert_of_block[: int(dispatch.n_blocks_used)].tolist()
+        >>> dispatch.expert_Y[: int(dispatch.n_blocks_used)].tolist()
         [0, 1]
     """
     _check_routing(expert_MJ, n_experts, block)
@@ -154,12 +160,12 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
 
     n_blocks = count_blocks(n, n_experts, block)
     n_rows = n_blocks * block
-    expert_of_block = jnp.searchsorted(end_block_E, jnp.arange(n_blocks), side="right")
-    expert_of_block = jnp.minimum(expert_of_block, n_experts - 1).astype(jnp.int32)
+    expert_Y = jnp.searchsorted(end_block_E, jnp.arange(n_blocks), side="right")
+    expert_Y = jnp.minimum(expert_Y, n_experts - 1).astype(jnp.int32)
 
     # Row p of expert e's group holds the sorted choice begin_E[e] + (p - first row of the group).
     shift_E = begin_E - begin_block_E * block
-    expert_P = jnp.repeat(expert_of_block, block, total_repeat_length=n_rows)
+    expert_P = jnp.repeat(expert_Y, block, total_repeat_length=n_rows)
     sorted_P = jnp.arange(n_rows, dtype=jnp.int32) + shift_E[expert_P]
     choice_P = jnp.where(sorted_P < end_E[expert_P], order[jnp.minimum(sorted_P, n - 1)], n)
 
@@ -172,7 +178,7 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
     return Dispatch(
         choice_P=choice_P,
         position_MJ=position.reshape(n_tokens, n_choices),
-        expert_of_block=expert_of_block,
+        expert_Y=expert_Y,
         end_block_E=end_block_E,
         block=block,
     )

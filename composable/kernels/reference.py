@@ -85,9 +85,9 @@ def grouped_swiglu(
 
 def _expert_mask(dispatch: Dispatch) -> Array:
     """1 where a row's block belongs to the expert and is in use."""
-    n_blocks = dispatch.expert_of_block.shape[0]
+    n_blocks = dispatch.expert_Y.shape[0]
     expert_P = jnp.repeat(
-        dispatch.expert_of_block, dispatch.block, total_repeat_length=n_blocks * dispatch.block
+        dispatch.expert_Y, dispatch.block, total_repeat_length=n_blocks * dispatch.block
     )
     used_P = jnp.arange(n_blocks * dispatch.block) < dispatch.n_blocks_used * dispatch.block
     return jax.nn.one_hot(expert_P, dispatch.n_experts, dtype=jnp.float32) * used_P[:, None]

@@ -147,7 +147,7 @@ def _mixed_feed_forward(
     block = default_block(batch * n_tokens, n_choices)
     dispatch = make_dispatch(expert_MJ, capacity, block)
 
-    is_expert_P = jnp.repeat(dispatch.expert_of_block, block) != 0
+    is_expert_P = jnp.repeat(dispatch.expert_Y, block) != 0
     zeroed: list[jax.Array] = []
 
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:

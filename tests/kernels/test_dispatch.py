@@ -39,7 +39,7 @@ def test_table_of_two_choices() -> None:
     np.testing.assert_array_equal(dispatch.choice_P, [1, 2, 5, 6, 3, 8, 0, 4, 7, 8])
     np.testing.assert_array_equal(dispatch.token_P, [0, 1, 2, 3, 1, 4, 0, 2, 3, 4])
     np.testing.assert_array_equal(dispatch.position_MJ, [[6, 0], [1, 4], [7, 2], [3, 8]])
-    np.testing.assert_array_equal(dispatch.expert_of_block, [0, 0, 1, 2, 2])
+    np.testing.assert_array_equal(dispatch.expert_Y, [0, 0, 1, 2, 2])
     np.testing.assert_array_equal(dispatch.end_block_E, [2, 3, 5])
     assert dispatch.n_blocks_used == 5
     assert dispatch.n_experts == 3
@@ -58,7 +58,7 @@ def test_table_of_one_token() -> None:
     dispatch = dispatch_of([[3, 0]], n_experts=4, block=1)
     np.testing.assert_array_equal(dispatch.choice_P, [1, 0])
     np.testing.assert_array_equal(dispatch.position_MJ, [[1, 0]])
-    np.testing.assert_array_equal(dispatch.expert_of_block, [0, 3])
+    np.testing.assert_array_equal(dispatch.expert_Y, [0, 3])
 
 
 def test_choices_of_no_expert_take_no_row() -> None:
@@ -90,7 +90,7 @@ def test_tables_hold_every_choice_once_in_order(routing: tuple[np.ndarray, int, 
     dispatch = dispatch_of(expert_MJ, n_experts, block)
     choice_P = np.asarray(dispatch.choice_P)
     flat_expert, n = expert_MJ.reshape(-1), expert_MJ.size
-    expert_P = np.repeat(dispatch.expert_of_block, block)
+    expert_P = np.repeat(dispatch.expert_Y, block)
 
     is_routed = (flat_expert >= 0) & (flat_expert < n_experts)
     held = choice_P[choice_P < n]
