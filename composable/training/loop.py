@@ -6,22 +6,23 @@ gradient and no optimiser state. The loop depends on no model: it sees trees and
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from composable.errors import TrainingError
 from composable.parallel import make_mesh, place_batch, shard_tree, shardings_of
 from composable.progress import StepProgress
-from composable.training.checkpoints import Checkpoints
+from composable.training.checkpoints import Checkpoints, is_finite
 from composable.training.config import TrainConfig
 from composable.training.optimizers import adamw
 
@@ -88,7 +89,8 @@ def fit(
         The trained tree and the logged figures; each loss is that of its own batch.
 
     Raises:
-        TrainingError: If the loss is not finite, or the checkpoint belongs to another run.
+        TrainingError: If the loss or a weight is not finite, the checkpoint belongs to another run,
+            or checkpoints cannot be read or written.
     """
     mesh = mesh or make_mesh()
     optimizer = optimizer or adamw(cfg)
@@ -97,28 +99,48 @@ def fit(
     run_step = _compile_step(objective, optimizer)
     # The step's outputs are donated inputs of the next; a copy keeps the caller's arrays alive.
     trained = jax.tree.map(jnp.copy, trained)
-    done = 0
-    checkpoints = Checkpoints(directory / "checkpoints", cfg) if directory else None
-    if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
-        done, trained, opt_state, data_state = restored
-        data.set_state(data_state)
-    log = _Log(cfg, directory, done)
-    start = time.perf_counter()
-    for step in range(done + 1, cfg.steps + 1):
-        batch = place_batch(next(data), mesh)
-        trained, opt_state, figures = run_step(trained, opt_state, frozen, batch)
-        if step % cfg.log_every == 0 or step in (1, cfg.steps):
-            log.add(step, figures)
-        if progress:
-            progress(step, cfg.steps, log.history[-1] if log.history else {})
-        if checkpoints and (step % cfg.checkpoint_every == 0 or step == cfg.steps):
-            checkpoints.save(step, trained, opt_state, data.get_state())
-    jax.block_until_ready(trained)
-    seconds = time.perf_counter() - start
-    if checkpoints:
-        checkpoints.close()
-    log.close()
+    with Checkpoints(directory / "checkpoints", cfg) if directory else nullcontext() as checkpoints:
+        done = 0
+        if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
+            done, trained, opt_state, data_state = restored
+            data.set_state(data_state)
+        with _Log(cfg, directory, done) as log:
+            start = time.perf_counter()
+            for step in range(done + 1, cfg.steps + 1):
+                batch = place_batch(next(data), mesh)
+                trained, opt_state, figures = run_step(trained, opt_state, frozen, batch)
+                is_last = step == cfg.steps
+                is_kept = is_last or bool(checkpoints and step % cfg.checkpoint_every == 0)
+                if is_kept or step % cfg.log_every == 0 or step == 1:
+                    _require_finite(step, figures, trained if is_kept else (), checkpoints)
+                if is_last or step % cfg.log_every == 0 or step == 1:
+                    log.add(step, figures)
+                if progress:
+                    progress(step, cfg.steps, log.history[-1] if log.history else {})
+                if checkpoints and is_kept:
+                    checkpoints.save(step, trained, opt_state, data.get_state())
+            jax.block_until_ready(trained)
+            seconds = time.perf_counter() - start
     return Fitted(trained=trained, history=log.history, seconds=seconds)
+
+
+def _require_finite(
+    step: int, figures: Mapping[str, jax.Array], trained: Any, checkpoints: Checkpoints | None
+) -> None:
+    """Refuse to log, keep or return what is not finite.
+
+    Raises:
+        TrainingError: If the loss or a weight is not finite.
+    """
+    loss = float(figures["loss"])
+    if not math.isfinite(loss):
+        found = f"the loss is {loss} at step {step}"
+    elif not is_finite(trained):
+        found = f"the weights are not finite after step {step}"
+    else:
+        return
+    hint = "lower the learning rate, or look for broken text"
+    raise TrainingError(found, hint=checkpoints.hint if checkpoints else hint)
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh) -> Any:
@@ -168,29 +190,23 @@ class _Log:
         self._last_step, self._last_time = done, time.perf_counter()
 
     def add(self, step: int, figures: Mapping[str, jax.Array]) -> None:
-        """Log the figures of a step, and the speed since the last logged one.
-
-        Raises:
-            TrainingError: If the loss is not finite.
-        """
+        """Log the figures of a step, and the speed since the last logged one."""
         # The conversion waits for the step, so the time is taken after it.
         row = {name: float(value) for name, value in figures.items()}
         now = time.perf_counter()
         n_tokens = (step - self._last_step) * self._cfg.batch_size * self._cfg.window
         row |= {"step": step, "tokens_per_second": n_tokens / (now - self._last_time)}
         self._last_step, self._last_time = step, now
-        if not np.isfinite(row["loss"]):
-            raise TrainingError(
-                f"the loss is {row['loss']} at step {step}",
-                hint="lower the learning rate, or look for broken text",
-            )
         self.history.append(row)
         if self._curves is not None:
             for name, value in row.items():
                 if name != "step":
                     self._curves.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Write the last points of the curves."""
         if self._curves is not None:
             self._curves.close()

@@ -1,4 +1,10 @@
+import contextlib
 import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from composable.errors import TrainingError
+from composable.errors import ComposableWarning, TrainingError
 from composable.training.checkpoints import Checkpoints
 from composable.training.config import TrainConfig
 
@@ -64,3 +70,170 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
     with pytest.raises(TrainingError, match="another learning_rate, seed") as caught:
         restore(tmp_path, dataclasses.replace(CFG, learning_rate=2.0, seed=5))
     assert caught.value.where == str(tmp_path)
+
+
+def damage(directory, step, how):
+    """Spoil a checkpoint; `how` changes the bytes of one file."""
+    for file in sorted((directory / str(step)).rglob("*"), key=lambda file: file.stat().st_size):
+        if file.is_file() and file.stat().st_size:
+            largest = file
+    data = bytearray(largest.read_bytes())
+    largest.write_bytes(how(data))
+
+
+def flip(data):
+    data[len(data) // 2] ^= 1
+    return data
+
+
+DAMAGE = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "flipped": flip,
+    "zeros": lambda data: bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, how):
+    save(tmp_path, 1, 2)
+    damage(tmp_path, 2, DAMAGE[how])
+    with pytest.warns(ComposableWarning, match="step 2 is damaged .*; resuming from step 1"):
+        found = restore(tmp_path)
+    assert (found.step, found.data_state) == (1, {"position": 1})
+    np.testing.assert_array_equal(found.trained["w"][...], state_of(1)[0]["w"][...])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda step: shutil.rmtree(step / "arrays"),
+        lambda step: shutil.rmtree(step / "run"),
+        lambda step: (step / "run" / "metadata").write_text("[1]"),
+        lambda step: (step / "run" / "metadata").write_text('{"data": {}, "settings": 3}'),
+        lambda step: (shutil.rmtree(step), step.mkdir()),
+    ],
+    ids=["no arrays", "no record", "a list", "another type", "an empty folder"],
+)
+def test_a_checkpoint_that_lacks_parts_is_passed_over(tmp_path, spoil):
+    save(tmp_path, 1, 2)
+    spoil(tmp_path / "2")
+    with pytest.warns(ComposableWarning, match="step 2 is damaged"):
+        assert restore(tmp_path).step == 1
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """Whatever file it is in: restored is what was saved, or nothing."""
+    save(tmp_path, 1)
+    expected = jax.tree.leaves(state_of(1))
+    rng = np.random.default_rng(0)
+    refused = 0
+    for file in sorted(file for file in tmp_path.rglob("*") if file.is_file()):
+        data = file.read_bytes()
+        changed = bytearray(data)
+        changed[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        file.write_bytes(changed)
+        try:
+            found = restore(tmp_path)
+        except TrainingError:
+            refused += 1
+        else:
+            leaves = jax.tree.leaves((found.trained, found.opt_state))
+            assert all((a == b).all() for a, b in zip(leaves, expected, strict=True)), file
+            assert found.data_state == {"position": 1}
+        file.write_bytes(data)
+    assert refused >= 3
+
+
+def test_if_all_are_damaged_the_error_says_so_and_its_hint_cures(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in (1, 2):
+        damage(tmp_path, step, flip)
+    with pytest.raises(
+        TrainingError, match=r"no checkpoint can be read: .*step 2.*step 1"
+    ) as caught:
+        restore(tmp_path)
+    assert caught.value.hint == f"remove {tmp_path} to start again"
+    shutil.rmtree(tmp_path)
+    assert restore(tmp_path) is None
+
+
+def test_damaged_checkpoints_are_replaced_by_the_next_ones(tmp_path):
+    save(tmp_path, 1, 2)
+    damage(tmp_path, 2, flip)
+    with Checkpoints(tmp_path, CFG) as checkpoints:
+        with pytest.warns(ComposableWarning):
+            checkpoints.restore(*state_of(99))
+        checkpoints.save(2, *state_of(5), {"position": 5})
+    assert restore(tmp_path).data_state == {"position": 5}
+
+
+def test_a_checkpoint_with_broken_weights_is_passed_over(tmp_path):
+    """Those before 0.3 were saved without being looked at."""
+    save(tmp_path, 1)
+    trained, opt_state = state_of(2)
+    with Checkpoints(tmp_path, CFG) as checkpoints:
+        broken = jax.tree.map(lambda x: x.at[0, 0].set(jnp.nan), trained)
+        checkpoints.save(2, broken, opt_state, {"position": 2})
+    with pytest.warns(ComposableWarning, match="its weights are not finite"):
+        assert restore(tmp_path).step == 1
+
+
+def test_checkpoints_without_digests_are_read(tmp_path):
+    save(tmp_path, 1)
+    record = tmp_path / "1" / "run" / "metadata"
+    run = json.loads(record.read_text())
+    record.write_text(json.dumps({"data": run["data"], "settings": run["settings"]}))
+    assert restore(tmp_path).step == 1
+
+
+def test_a_save_while_another_is_written_is_not_left_out(tmp_path):
+    save(tmp_path, *range(1, 8))
+    assert restore(tmp_path).step == 7
+
+
+def test_a_write_that_fails_is_reported_in_our_words(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", CFG)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("a file where the folder was")
+    with pytest.raises(TrainingError, match="of step 1 cannot be written") as caught:
+        checkpoints.save(1, *state_of(1), {})
+        checkpoints.close()
+    assert caught.value.where == str(tmp_path / "run")
+    with pytest.raises(TrainingError, match="cannot be used"):
+        Checkpoints(tmp_path / "run", CFG)
+
+
+def test_an_error_in_the_block_is_not_replaced_by_one_of_the_write(tmp_path):
+    with (
+        pytest.warns(ComposableWarning, match="of step 1 cannot be written"),
+        pytest.raises(ZeroDivisionError),
+        Checkpoints(tmp_path / "run", CFG) as checkpoints,
+    ):
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").write_text("a file where the folder was")
+        with contextlib.suppress(TrainingError):
+            checkpoints.save(1, *state_of(1), {})
+        checkpoints._newest = 1
+        raise ZeroDivisionError
+
+
+@pytest.mark.filterwarnings("ignore::composable.errors.ComposableWarning")
+@pytest.mark.parametrize("seconds", [0.0, 0.002, 0.01, 0.03, 0.1])
+def test_ctrl_c_does_not_tear_a_write(tmp_path, seconds):
+    """Whenever it comes, it takes effect, and what was started is whole."""
+    saved = []
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Checkpoints(tmp_path, CFG) as checkpoints,
+    ):
+        timer.start()
+        for step in range(1, 1000):
+            checkpoints.save(step, *state_of(step), {"position": step})
+            saved.append(step)
+    timer.join()
+    found = restore(tmp_path)
+    # A step is counted after it was saved, so one more may be on disk.
+    assert (found.step if found else 0) - len(saved) in (0, 1)
+    assert not list(tmp_path.glob("*tmp*"))

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,125 @@ def test_a_loss_that_is_not_finite_ends_the_run():
 
     with pytest.raises(TrainingError, match="the loss is nan at step"):
         fit(broken, *LINE["parts"](), CFG)
+
+
+BROKEN = 5  # the step whose batch makes the loss or the gradient NaN
+
+
+class OneBadBatch:
+    """Data whose batch of one step is marked."""
+
+    def __init__(self, bad=BROKEN):
+        self.bad, self.step = bad, 0
+
+    def __next__(self):
+        self.step += 1
+        return np.full((4, 8), 7 if self.step == self.bad else 1, np.int32)
+
+    def get_state(self):
+        return {"step": self.step}
+
+    def set_state(self, state):
+        self.step = state["step"]
+
+
+def nan_loss(w, bad):
+    return jnp.square(w - 1).sum() * jnp.where(bad, jnp.nan, 1.0)
+
+
+def nan_gradient(w, bad):
+    """Return a finite loss with a gradient that is NaN: sqrt at zero, times zero."""
+    return jnp.square(w - 1).sum() + jnp.sqrt(jnp.where(bad, jnp.abs(w) * 0, 1.0)).sum()
+
+
+@pytest.mark.parametrize("loss", [nan_loss, nan_gradient])
+@pytest.mark.parametrize("every", [1, 2, 5, 6])
+def test_nothing_that_is_not_finite_is_kept(tmp_path, loss, every):
+    """Wherever checkpoints fall: they are finite, and a run without the bad batch goes on."""
+
+    def objective(params, _, batch_BU):
+        return loss(params["w"], batch_BU[0, 0] == 7), {}
+
+    cfg = dataclasses.replace(CFG, steps=12, checkpoint_every=every, log_every=100)
+    start = {"w": jnp.full((2, 2), 0.5)}
+    with pytest.raises(TrainingError, match=r"not finite|the loss is nan") as caught:
+        fit(objective, start, {}, OneBadBatch(), cfg, directory=tmp_path)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert all(step < BROKEN for step in kept)
+    if kept:
+        assert f"run again to resume from step {kept[-1]}" in caught.value.hint
+    again = fit(objective, start, {}, OneBadBatch(bad=None), cfg, directory=tmp_path)
+    assert np.isfinite(again.trained["w"]).all()
+
+
+def test_what_is_returned_is_finite_without_a_directory_too():
+    def objective(params, _, batch_BU):
+        return nan_gradient(params["w"], batch_BU[0, 0] == 7), {}
+
+    cfg = dataclasses.replace(CFG, steps=BROKEN, log_every=1)
+    with pytest.raises(TrainingError, match="the weights are not finite after step 5"):
+        fit(objective, {"w": jnp.full((2, 2), 0.5)}, {}, OneBadBatch(), cfg)
+
+
+def test_the_cure_of_a_loss_that_stays_broken_works(tmp_path):
+    """As the hint says: remove the folder, and start with other settings."""
+
+    def objective(params, _, batch_BU):
+        return nan_loss(params["w"], batch_BU[0, 0] == 7), {}
+
+    start = {"w": jnp.zeros(2)}
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="the loss is nan") as caught:
+            fit(objective, start, {}, OneBadBatch(), CFG, directory=tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert f"remove {folder} and start with other text or settings" in caught.value.hint
+    shutil.rmtree(folder)
+    other = dataclasses.replace(CFG, learning_rate=1e-3)
+    fit(objective, start, {}, OneBadBatch(bad=None), other, directory=tmp_path)
+
+
+INTERRUPTED = """
+import signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import jax.numpy as jnp, numpy as np
+from pathlib import Path
+from composable.training.config import TrainConfig
+from composable.training.loop import fit
+
+class Data:
+    def __next__(self): return np.ones((4, 8), np.int32)
+    def get_state(self): return {}
+    def set_state(self, state): pass
+
+def progress(step, steps, figures):
+    if step == 4:
+        print("now", flush=True)
+    if step == 5 and sys.argv[2] == "error":
+        raise ZeroDivisionError
+
+cfg = TrainConfig(steps=100_000, batch_size=4, window=7, learning_rate=1e-2, checkpoint_every=1)
+start = {"w": jnp.zeros((512, 512))}
+fit(lambda p, _, x: (jnp.square(p["w"] - 1).mean(), {}), start, {}, Data(), cfg,
+    directory=Path(sys.argv[1]), progress=progress)
+"""
+
+
+@pytest.mark.parametrize("how", ["interrupt", "error"])
+def test_a_process_that_ends_during_a_save_leaves_it_whole_and_no_foreign_traceback(tmp_path, how):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), how]
+    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])}
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "now\n"
+        if how == "interrupt":
+            process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=120)[1]
+    assert printed.count("Traceback") == 1
+    assert printed.splitlines()[-1] in ("KeyboardInterrupt", "ZeroDivisionError")
+    assert "futures" not in printed
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names and all(name.isdigit() for name in names)
 
 
 @pytest.mark.parametrize("field", ["steps", "batch_size", "window", "learning_rate", "clip_norm"])
