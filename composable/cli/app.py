@@ -8,15 +8,18 @@ traceback.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Annotated, Any
 
+import click
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from composable.cli.commands import COMMANDS, format_help
 from composable.cli.output import note_warnings, show_error
-from composable.errors import ComposableError
+from composable.errors import ComposableError, TextError
+from composable.files.text import check_text
 
 
 class Commands(TyperGroup):
@@ -31,7 +34,9 @@ class Commands(TyperGroup):
         for panel in COMMANDS.values():
             if name in panel:
                 home = importlib.import_module(f"composable.cli.{panel[name][0]}")
-                return get_command(home.app).commands[name]  # type: ignore[attr-defined]
+                command = get_command(home.app).commands[name]  # type: ignore[attr-defined]
+                _check_arguments(command)
+                return command
         return None
 
     def get_help(self, ctx: Any) -> str:
@@ -48,6 +53,33 @@ class Commands(TyperGroup):
         except ComposableError as error:
             show_error(error, ctx)
             raise typer.Exit(1) from error
+
+
+class _Text(click.types.StringParamType):
+    """Text of an argument: UTF-8, unless it names a file, whose name may have any bytes."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the text.
+
+        Raises:
+            TextError: For bytes that are not UTF-8.
+        """
+        text = super().convert(value, param, ctx)
+        try:
+            return check_text(text, f"argument {param.human_readable_name}")
+        except TextError:
+            if os.path.exists(text):  # noqa: PTH110  Path.exists raises for a long text
+                return text
+            raise
+
+
+def _check_arguments(command: Any) -> None:
+    """Let every argument of a command that is text be checked."""
+    for subcommand in getattr(command, "commands", {}).values():
+        _check_arguments(subcommand)
+    for parameter in command.params:
+        if parameter.type is click.STRING:
+            parameter.type = _Text()
 
 
 app = typer.Typer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +24,9 @@ from composable.cli.options import (
 )
 from composable.cli.output import show
 from composable.cli.routing import PieceFormat, choose_format
-from composable.errors import ComposableError
+from composable.errors import TextError
+from composable.files.reading import read_bytes
+from composable.files.text import decode_text, has_json_lines, parse_json_lines, parse_plain_text
 from composable.printable import printable, printable_json
 
 if TYPE_CHECKING:
@@ -147,24 +148,24 @@ def _read_turn() -> str:
     """Return the user's next line; an empty string at end of input."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().rstrip("\n")
+    return decode_text(sys.stdin.buffer.readline(), "standard input").rstrip("\r\n")
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file."""
-    from composable.files.reading import read_bytes
+    """Return the prompts of a file.
 
+    Raises:
+        TextError: If it is missing, or holds something else.
+    """
     try:
-        lines = [line for line in read_bytes(path).decode().splitlines() if line.strip()]
-        if path.suffix != ".jsonl":
-            return lines
-        return [str(json.loads(line)["prompt"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ComposableError(
-            f"cannot read prompts: {error!r}",
-            where=str(path),
-            hint='expected one prompt per line, or a .jsonl file of {"prompt": "..."}',
-        ) from error
+        data = read_bytes(path)
+    except FileNotFoundError as error:
+        raise TextError("no such file of prompts", where=str(path)) from error
+    if has_json_lines(path):
+        return [record["prompt"] for record, _ in parse_json_lines(data, str(path), ["prompt"])]
+    text = parse_plain_text(data, str(path), ["prompt"])
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [line for line in lines if line.strip()]
 
 
 def _weights(model: Model, weight_E: Any) -> dict[str, float]:

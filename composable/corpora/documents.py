@@ -20,6 +20,7 @@ import numpy as np
 
 from composable.errors import TextError
 from composable.files.reading import read_bytes
+from composable.files.text import has_json_lines, parse_json_lines, parse_plain_text
 
 # A UTF-8 character is at most this many bytes, so a cut moves by at most one less.
 _CHARACTER_BYTES = 4
@@ -64,9 +65,10 @@ class Spliced:
 def read_documents(paths: Iterable[str | Path]) -> list[Document]:
     """Read the documents of files and folders.
 
-    A `.jsonl` file holds one document per line, an object with the fields `id` and `text`. Any
-    other file is one document, named by its file name. A folder is read recursively in sorted
-    order, without hidden files; its documents are named by their path from the folder's own name.
+    A `.jsonl` or `.ndjson` file holds one document per line, an object with the fields `id` and
+    `text`. Any other file is one document, named by its file name. A folder is read recursively in
+    sorted order, without hidden files; its documents are named by their path from the folder's own
+    name.
 
     Args:
         paths: Files and folders.
@@ -76,8 +78,9 @@ def read_documents(paths: Iterable[str | Path]) -> list[Document]:
 
     Raises:
         TextError: A path that is missing, a file that is not UTF-8, a line that is not such an
-            object, a text that is empty or holds a NUL byte, an id that occurs twice, or no
-            document at all. The error's `where` is the file and the line.
+            object, such lines in a file of another name, a text that is empty or holds a NUL byte,
+            an id that occurs twice, or no document at all. The error's `where` is the file and
+            the line.
     """
     documents: dict[str, Document] = {}
     for path in map(Path, paths):
@@ -266,39 +269,14 @@ def _read_file(path: Path, name: str) -> Iterator[tuple[Document, str]]:
         data = read_bytes(path, MAX_TEXT_BYTES)
     except FileNotFoundError as error:
         raise TextError("no such file or folder", where=str(path)) from error
-    if path.suffix != ".jsonl":
-        yield Document(name, _checked_text(_decode(data, str(path)), str(path))), str(path)
+    if not has_json_lines(path):
+        text = parse_plain_text(data, str(path), ("id", "text"))
+        yield Document(name, _checked_text(text, str(path))), str(path)
         return
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _parse_line(_decode(line, where), where), where
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise TextError(f"not UTF-8 at byte {error.start}", where=where) from error
-
-
-def _parse_line(line: str, where: str) -> Document:
-    """Return the document that one JSON line holds."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TextError(f"not JSON: {error}", where=where) from error
-    if not isinstance(record, dict):
-        raise TextError(f"a {type(record).__name__}, expected an object", where=where)
-    for field in ("id", "text"):
-        if field not in record:
-            raise TextError(f"no field {field!r}, found {sorted(record)}", where=where)
-        if not isinstance(record[field], str):
-            kind = type(record[field]).__name__
-            raise TextError(f"the field {field!r} is a {kind}, expected a string", where=where)
-    if not record["id"]:
-        raise TextError("the id is empty", where=where)
-    return Document(record["id"], _checked_text(record["text"], where))
+    for record, where in parse_json_lines(data, str(path), ("id", "text")):
+        if not record["id"]:
+            raise TextError("the id is empty", where=where)
+        yield Document(record["id"], _checked_text(record["text"], where)), where
 
 
 def _checked_text(text: str, where: str) -> str:
@@ -311,9 +289,4 @@ def _checked_text(text: str, where: str) -> str:
             where=where,
             hint="byte 0 is reserved as begin-of-document; remove it from the text",
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        message = f"half of a surrogate pair at character {error.start}, which UTF-8 cannot say"
-        raise TextError(message, where=where) from error
     return text

@@ -17,7 +17,7 @@ from pathlib import Path
 from composable.corpora.documents import Document
 from composable.corpora.html import strip_html
 from composable.corpora.roff import strip_roff
-from composable.errors import TextError
+from composable.files.text import decode_text
 
 # What a text cannot use: control characters other than tab and newline, and byte order marks.
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f\ufeff]")
@@ -92,10 +92,7 @@ def clean_text(data: bytes, where: str) -> str:
     Raises:
         TextError: `data` is not UTF-8.
     """
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise TextError(f"not UTF-8 at byte {error.start}", where=where) from error
+    text = decode_text(data, where)
     text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text.strip("\n") + "\n"
 

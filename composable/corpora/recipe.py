@@ -42,6 +42,7 @@ from composable.corpora.near_duplicates import find_families
 from composable.errors import ComposableError, IntegrityError, TextError
 from composable.files.blobs import digest_file
 from composable.files.reading import read_bytes
+from composable.files.text import decode_text
 from composable.interface.digest import is_digest
 
 # How each kind of package is downloaded into the working directory, by its own client.
@@ -180,7 +181,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path) / "recipe.toml" if Path(path).is_dir() else Path(path)
     try:
-        table = tomllib.loads(read_bytes(path).decode())
+        table = tomllib.loads(decode_text(read_bytes(path), str(path)))
     except (OSError, ValueError) as error:
         raise TextError(f"cannot be read as a recipe: {error}", where=str(path)) from error
     try:

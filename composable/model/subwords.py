@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from composable.errors import ModelError, TextError
+from composable.files.text import check_text
 from composable.interface import canonical_json, digest_bytes
 from composable.model.tokenizer import ChatFormat, TextStream
 
@@ -113,7 +114,7 @@ class SubwordTokenizer:
         """Return tokens_T, the start token first.
 
         Raises:
-            TextError: For text that is empty or not UTF-8.
+            TextError: For text that is empty, not UTF-8, or contains half of a character.
         """
         if isinstance(text, bytes):
             try:
@@ -122,7 +123,7 @@ class SubwordTokenizer:
                 raise TextError(f"the text is not UTF-8 at byte {error.start}") from error
         if not text:
             raise TextError("the text is empty", hint="give at least one character")
-        ids = self._text.encode(text, add_special_tokens=False).ids
+        ids = self._text.encode(check_text(text), add_special_tokens=False).ids
         return np.array([self.begin, *ids], np.int32)
 
     def encode_markup(self, text: str) -> list[int]:

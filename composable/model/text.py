@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from composable.errors import ModelError
+from composable.files.text import check_text
 from composable.model.composed import Parts
 from composable.model.decoding import Decoder, Drawn, Mode, Sampling
 from composable.model.guard import Tally
@@ -50,7 +51,10 @@ def stop_before(pieces: Iterable[Piece], stops: Sequence[str]) -> Iterator[Piece
 
     Raises:
         ModelError: For an empty string.
+        TextError: For one with half of a character.
     """
+    for stop in stops:
+        check_text(stop, "stop")
     if not all(stops):
         raise ModelError("an empty string ends every text", where="stop")
     held: list[Piece] = []

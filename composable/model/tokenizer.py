@@ -13,6 +13,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from composable.errors import TextError
+from composable.files.text import check_text
 from composable.interface import canonical_json, digest_bytes
 
 BEGIN: Final = 0
@@ -120,9 +121,9 @@ class ByteTokenizer:
         """Return tokens_T, the start token first.
 
         Raises:
-            TextError: For text that is empty or contains byte 0.
+            TextError: For text that is empty, or contains byte 0 or half of a character.
         """
-        data = text.encode() if isinstance(text, str) else text
+        data = check_text(text).encode() if isinstance(text, str) else text
         if not data:
             raise TextError("the text is empty", hint="give at least one character")
         if 0 in data:

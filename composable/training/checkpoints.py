@@ -12,11 +12,12 @@ import logging
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ from composable.interface import canonical_json, digest_bytes, digest_tensors
 
 if TYPE_CHECKING:
     from composable.training.config import TrainConfig
+
+_LATE_READS_SECONDS: Final = 0.3
 
 
 class Restored(NamedTuple):
@@ -130,16 +133,15 @@ class Checkpoints:
         """
         reasons: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            with _quiet_failure():
-                try:
+            try:
+                with _quiet_failure():
                     found = self._read(step, trained, opt_state)
-                except TrainingError:
-                    raise
-                except Exception as error:  # damaged bytes fail anywhere in orbax
-                    reason = f"the checkpoint of step {step} is damaged ({_first_line(error)})"
-                    reasons.append(reason)
-                    self._damaged.append(step)
-                    continue
+            except TrainingError:
+                raise
+            except Exception as error:  # damaged bytes fail anywhere in orbax
+                reasons.append(f"the checkpoint of step {step} is damaged ({_first_line(error)})")
+                self._damaged.append(step)
+                continue
             for reason in reasons:
                 warnings.warn(
                     ComposableWarning(f"{self.directory}: {reason}; resuming from step {step}"),
@@ -297,8 +299,12 @@ def _quiet_failure() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     try:
         yield
-    finally:
+    except Exception:
+        # Reads that were under way find their event loop closed; nothing tells when the last did.
+        time.sleep(_LATE_READS_SECONDS)
         gc.collect()
+        raise
+    finally:
         sys.unraisablehook = hook
 
 

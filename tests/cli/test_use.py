@@ -67,7 +67,7 @@ def test_generate_continues_every_prompt_of_a_file(cli, works, project_of_noise,
     (tmp_path / "prompts.jsonl").write_text('{"text": "It was"}\n')
     outcome = cli("generate", "--prompts", "prompts.jsonl")
     assert outcome.code == 1
-    assert "prompts.jsonl: cannot read prompts" in outcome.err
+    assert "prompts.jsonl:1: no field 'prompt'" in outcome.err
     assert cli("generate").code == 2
     assert cli("generate", "It was", "--prompts", "prompts.txt").code == 2
 
@@ -76,3 +76,84 @@ def test_chat_needs_a_backbone_that_converses(cli, project_of_noise):
     outcome = cli("chat")
     assert outcome.code == 1
     assert "no chat markup" in outcome.err
+
+
+MARK = b"\xef\xbb\xbf"
+HALF = "\ud83e"  # of an emoji
+ESCAPED = b"\xef".decode(errors="surrogateescape")  # how Python keeps a Latin-1 byte
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("p.txt", MARK + b"The river\r\nThe stone\r\n"),
+        ("p.txt", b"The river\rThe stone"),
+        ("p.NDJSON", MARK + b'{"prompt": "The river"}\r\n{"prompt": "The stone"}\r\n'),
+        ("p.JSONL", b'{"prompt": "The river"}\n\n{"prompt": "The stone"}'),
+    ],
+)
+def test_prompts_are_read_as_they_are_meant(works, tiny_backbone, tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    settings = ("--backbone", tiny_backbone, "--alone", "--max-tokens", 1)
+    lines = works("generate", "--prompts", name, *settings).out.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["The river", "The stone"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.jsonl", b'{"prompt": "The \\ud83e"}', "half of a surrogate pair"),
+        ("p.jsonl", b'{"prompt": null}', "expected a string"),
+        ("p.txt", b'{"prompt": "The river"}', "JSON with the field 'prompt'"),
+        ("p.txt", b"na\xefve", "not UTF-8 at byte 2"),
+        ("p.txt", "The river".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_prompts_that_are_something_else_are_refused(
+    cli, tiny_backbone, tmp_path, name, data, message
+):
+    (tmp_path / name).write_bytes(data)
+    outcome = cli("generate", "--prompts", name, "--backbone", tiny_backbone, "--alone")
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert name in outcome.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", f"Stra{ESCAPED}e"),
+        ("generate", f"The {HALF}"),
+        ("generate", "It was", "--stop", f"a{ESCAPED}"),
+        ("chat", "--system", f"Be {ESCAPED}"),
+        ("search", f"na{ESCAPED}ve"),
+        ("new", "mine", "--backbone", f"na{ESCAPED}ve"),
+        ("backbone", "import", "folder", "--name", "mine", "--license", f"{ESCAPED}"),
+    ],
+)
+def test_arguments_that_are_not_text_are_refused(cli, arguments):
+    outcome = cli(*arguments)
+    assert outcome.code == 1
+    assert "UTF-8" in outcome.err
+    assert "argument" in outcome.err
+
+
+def test_a_file_may_have_a_name_that_is_not_text(works, tiny_backbone, tmp_path):
+    folder = (tmp_path / tiny_backbone).rename(tmp_path / f"na{ESCAPED}ve")
+    works("generate", "It was", "--backbone", folder, "--alone", "--max-tokens", 1)
+
+
+def test_a_line_of_chat_that_is_not_text_is_refused(tiny_backbone, monkeypatch):
+    import io
+    import sys
+
+    from composable.cli.use import _read_turn
+    from composable.errors import TextError
+
+    data = MARK + "größer\r\nna".encode() + b"\xefve\n\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert _read_turn() == "größer"
+    with pytest.raises(TextError, match="not UTF-8 at byte 2") as caught:
+        _read_turn()
+    assert caught.value.where == "standard input"
+    assert _read_turn() == ""

@@ -189,3 +189,30 @@ def test_lines_are_plain_json(tmp_path):
     data = (tmp_path / "a.jsonl").read_bytes()
     assert data == '{"id": "é", "text": "☃\\n"}\n'.encode()
     assert json.loads(data) == {"id": "é", "text": "☃\n"}
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.ndjson", "A.NDJSON"])
+def test_json_lines_are_known_by_their_name_in_any_case(tmp_path, name):
+    (tmp_path / name).write_bytes(
+        MARK + b'{"id": "x", "text": "one"}\r\n{"id": "y", "text": "two"}'
+    )
+    assert read_documents([tmp_path]) == [Document("x", "one"), Document("y", "two")]
+
+
+def test_a_byte_order_mark_is_not_trained_on(tmp_path):
+    (tmp_path / "a.txt").write_bytes(MARK + b"one")
+    assert read_documents([tmp_path / "a.txt"]) == [Document("a.txt", "one")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a"])
+def test_json_lines_under_another_name_are_not_one_document(tmp_path, name):
+    (tmp_path / name).write_text('{"id": "x", "text": "one"}\n{"id": "y", "text": "two"}\n')
+    with pytest.raises(TextError, match="JSON with the field 'text'") as caught:
+        read_documents([tmp_path])
+    assert caught.value.where == str(tmp_path / name)
+    # Its hint cures.
+    (tmp_path / name).rename(tmp_path / "a.jsonl")
+    assert len(read_documents([tmp_path])) == 2

@@ -97,6 +97,8 @@ def test_what_cannot_be_read_is_refused(subwords):
         subwords.encode("")
     with pytest.raises(TextError, match="UTF-8 at byte 1"):
         subwords.encode(b"a\xff")
+    with pytest.raises(TextError, match="half of a surrogate pair"):
+        subwords.encode("The \ud83e")
     with pytest.raises(ModelError, match="'<s>' is not a token"):
         SubwordTokenizer(definition, begin="<s>")
     with pytest.raises(ModelError, match=r"tokenizer\.json: not a tokenizer"):

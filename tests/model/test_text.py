@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from composable.errors import ModelError
+from composable.errors import ModelError, TextError
 from composable.model.decoding import Decoder, continue_tokens
 from composable.model.text import Conversation, Piece, stop_before, to_pieces
 from composable.model.tokenizer import ByteTokenizer, ChatFormat
@@ -117,3 +117,12 @@ def continue_text(model, tokenizer, text, n_tokens):
 def test_a_backbone_that_was_not_taught_to_converse_says_so(model):
     with pytest.raises(ModelError, match="no chat markup"):
         model.converse()
+
+
+@pytest.mark.parametrize("half", ["\ud83e", "\udd8a", "\udcef"])
+def test_half_a_character_is_neither_encoded_nor_waited_for(half):
+    with pytest.raises(TextError):
+        ByteTokenizer().encode(f"The {half}")
+    with pytest.raises(TextError) as caught:
+        list(stop_before([], [".", half]))
+    assert caught.value.where == "stop"

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar, cast
 
 from composable.errors import ManifestError, PackagingError, did_you_mean
 from composable.files.reading import read_bytes
+from composable.files.text import decode_text
 from composable.files.user_files import BYTE_ORDER_MARK
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.names import check_package_name
@@ -45,16 +46,10 @@ def read_toml_text(path: Path) -> str:
         DiskError: When it cannot be read.
     """
     try:
-        return read_bytes(path, MAX_TOML_BYTES).decode()
+        data = read_bytes(path, MAX_TOML_BYTES)
     except FileNotFoundError as error:
         raise ManifestError("no such file", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise ManifestError(
-            f"cannot be read: byte {error.object[error.start]:#04x} at offset {error.start} is not "
-            "UTF-8 text",
-            where=str(path),
-            hint="save it in the encoding UTF-8",
-        ) from error
+    return decode_text(data, str(path), ManifestError)
 
 
 def parse_toml(text: str, where: str) -> Table:
