@@ -272,7 +272,7 @@ def test_a_file_in_another_encoding_says_so(cli, works, tmp_path):
     text = file.read_text()
     file.write_bytes(text.encode("utf-16"))
     told = cli("lock").err
-    assert "not UTF-8 at byte 0" in told
-    assert "hint: save it in the encoding UTF-8" in told
+    assert "the text is UTF-16, expected UTF-8" in told
+    assert "convert it with `iconv -f UTF-16 -t UTF-8`" in told
     file.write_text(text, encoding="utf-8-sig")
     works("lock")
