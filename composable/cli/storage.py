@@ -9,6 +9,7 @@ import typer
 from composable.cli import bars
 from composable.cli.options import Json, Quiet
 from composable.cli.output import format_bytes, format_table, show
+from composable.printable import printable
 
 app = typer.Typer(rich_markup_mode=None)
 cache = typer.Typer(
@@ -52,7 +53,7 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
         text += "\nrun `composable sync` to fetch them again" * bool(here)
     elif damage.projects:
         text += "\nrun `composable sync` in each of these projects to fetch them again:"
-        text += "".join(f"\n  {root}" for root in damage.projects)
+        text += "".join(f"\n  {printable(str(root))}" for root in damage.projects)
     data = {
         "corrupt": [blob.digest for blob in damage.corrupt],
         "files": {blob.digest: names.get(blob.digest) for blob in damage.corrupt},

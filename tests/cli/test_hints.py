@@ -1,11 +1,17 @@
 """Every hint that is a command is run in the state that printed it, and cures it."""
 
+import ast
 import re
 import shlex
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+import composable
 from composable.assembly.experts import load_expert
 from composable.errors import ComposableError
 from composable.files.blobs import digest_file
@@ -340,3 +346,117 @@ def test_a_release_that_its_registry_lost(cli, works, cure, project):
     assert "german 1.1.0 is locked, but its registry no longer lists it" in told
     cure(told)
     assert works("upgrade").out == "~ german 1.1.0 -> 1.0.0\n"
+
+
+@pytest.fixture
+def url(project, tmp_path):
+    """Serve the registry of the project by HTTP; return its address."""
+    handler = partial(QuietHandler, directory=tmp_path / "registry")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_offline(cli, works, url, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPOSABLE_STORE", str(tmp_path / "another store"))
+    (tmp_path / "web").mkdir()
+    monkeypatch.chdir(tmp_path / "web")
+    works("init", "--registry", url)
+    told = fails(cli, "install", "german", "--offline")
+    assert "hint: run this once without --offline" in told
+    works("install", "german")
+    works("install", "german", "--offline")
+
+
+def test_what_verify_says(cli, works, project, tmp_path):
+    body = Project.read(tmp_path).environment.expert_path("german") / "body.safetensors"
+    data = bytearray(body.read_bytes())
+    data[-1] ^= 1
+    body.chmod(0o644)
+    body.write_bytes(data)
+    outcome = cli("verify")
+    assert outcome.code == 1
+    assert "`composable sync`" in outcome.out
+    works("sync")
+    works("verify")
+
+
+@pytest.mark.parametrize("place", ["a folder of mine", "plain", "it's"])
+def test_a_command_with_a_path_can_be_pasted(cli, project, tmp_path, place):
+    folder = tmp_path / place / "expert"
+    shutil.copytree(project.write("norse"), folder)
+    (folder / "card.json").unlink()
+    hint = fails(cli, "publish", folder, "--registry", "registry").partition("hint: ")[2]
+    assert shlex.split(COMMAND.search(hint)[2]) == ["composable", "check", str(folder)]
+    (folder / "body.safetensors").unlink()
+    hint = fails(cli, "check", folder).partition("hint: ")[2]
+    command = shlex.split(COMMAND.search(hint)[2])
+    assert command == ["composable", "train", str(folder), "--data", "FILES"]
+
+
+def test_a_step_that_is_too_small(cli, works, project):
+    folder = project.write("german", "1.0.1", seed=9)
+    hint = fails(cli, "publish", folder, "--registry", "registry").partition("hint: ")[2]
+    command = shlex.split(COMMAND.search(hint)[2])
+    assert command[1:3] == ["check", str(folder)]
+    assert command[3:] == ["--against", "german@1.0.0", "--registry", "registry"]
+    version = re.search(r'write version = "(.*)"', hint)[1]
+    file = folder / "expert.toml"
+    file.write_text(file.read_text().replace('version = "1.0.1"', f'version = "{version}"'))
+    project.vet(folder)
+    works("publish", folder, "--registry", "registry")
+
+
+# Every hint that is a command: the file that has it, the command, and the test that runs it.
+COVERED = {
+    ("assembly.experts", "verify"): "test_a_damaged_file_of_an_installed_expert",
+    ("assembly.experts", "sync"): "test_a_damaged_file_of_an_installed_expert",
+    ("cli.storage", "sync"): "test_what_verify_says",
+    ("packaging.install.environment", "sync"): "test_a_damaged_environment",
+    ("packaging.install.environment", "install"): "test_nothing_is_installed",
+    ("packaging.install.lock", "lock"): "test_a_damaged_lock",
+    ("packaging.project.edits", "lock"): "test_the_lock_of_another_project_when_pruning",
+    ("packaging.project.locking", "lock"): "test_a_lock_out_of_date",
+    ("packaging.project.project", "init"): "test_no_project",
+    ("packaging.project.sources", "add"): "test_a_name_that_another_registry_has",
+    ("vetting.card", "check"): "test_a_command_with_a_path_can_be_pasted",
+    ("workflows.vet", "train"): "test_a_command_with_a_path_can_be_pasted",
+}
+# Commands that a message names without offering them as the cure of an error.
+NAMED = {
+    ("cli.project", "export"),  # the page of help that explains `sync --from`
+    ("model.text", "generate"),  # what else there is for a model that cannot chat
+    ("packaging.registry.cache", "export"),
+    ("packaging.registry.registry", "publish"),  # how an empty folder becomes a registry
+}
+
+
+def find_commands():
+    """Yield the file and the name of each command in backticks in a message of the source."""
+    package = Path(composable.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        holders = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        bodies = [node.body for node in ast.walk(tree) if isinstance(node, holders) and node.body]
+        docs = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+                continue
+            if id(node) not in docs and "demo" not in path.parts:
+                module = ".".join(path.relative_to(package).with_suffix("").parts)
+                for command in re.findall(r"(?:`|&& )composable ([a-z-]+)", node.value):
+                    yield module, command
+
+
+def test_each_hint_that_is_a_command_has_a_test():
+    found = {*find_commands()}
+    assert found - NAMED == COVERED.keys()
+    assert {*COVERED.values()} <= globals().keys()
