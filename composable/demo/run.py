@@ -147,7 +147,8 @@ def print_result(console: Console, result: DemoResult, report: Path, project: Pa
             text = Text.assemble(("does not hold: ", "red"), f"{claim.claim}: {claim.found}")
             console.print(text, highlight=False)
     seconds = sum(result.seconds.values())
-    continued = f"cd {shlex.quote(str(project))} && composable generate 'def main('"
+    command = "composable generate 'def main(' --temperature 0.7"
+    continued = f"cd {shlex.quote(str(project))} && {command}"
     for line in (
         f"\n{seconds:.0f} s, {result.peak_rss_bytes / 1e9:.1f} GB at most",
         f"Report: {report}",
