@@ -73,7 +73,6 @@ READERS = {
     "files.cloning": "makes a file",
     "packaging.manifests.template": "a folder of this package",
     "packaging.project.export": "writes a tar file",
-    "packaging.registry.tar": "reads a file that files.reading has opened",
     "workflows.capacity": "a file of the kernel",
     "workflows.pretrain": "a file of our own",
     "workflows.smollm2": "a package whose digest was checked",
