@@ -67,8 +67,9 @@ def _clone(file: BinaryIO, target: Path) -> bool:
         fcntl.ioctl(descriptor, _FICLONE, file.fileno())
         os.fchmod(descriptor, atomic.READ_ONLY)
         os.fsync(descriptor)
-    except OSError:
-        _CANNOT_CLONE.add(device)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # another source may be on the same file system
+            _CANNOT_CLONE.add(device)
         with contextlib.suppress(OSError):
             target.unlink()
         return False
