@@ -12,9 +12,10 @@ The layout consists of plain files, so that any static host can serve it:
 
 Clients read the first four. Publishers coordinate through `records/` and `names/`, whose files are
 created exclusively: of two publishers of the same version, or of look-alike names, exactly one
-succeeds. A name is claimed after the uploads and released if its record cannot be created. The index is derived from the records, and the catalogue from the indexes. A publisher
-creates its record, writes the index from all records, then reads both again, and repeats while the
-index lacks a record.
+succeeds. A name is claimed after the uploads, and released if its record cannot be created. The
+index is derived from the records, and the catalogue from the indexes. A publisher creates its
+record, writes the index from all records, then reads both again, and repeats while the index lacks
+a record.
 
 An object store replaces the index only if it is still the one that the publisher read, so no
 acknowledged release is lost. A folder has no such operation without relying on locks. There, the
