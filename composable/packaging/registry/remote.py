@@ -1,9 +1,9 @@
-"""Storages behind a network: what fails is asked for again, and no wait is unbounded or silent.
+"""Storages behind a network: requests are retried, and no wait is unbounded or silent.
 
-Only this layer tries again. Web servers (`http`) and object stores (`bucket`) say how a single
-attempt is made; callers get the result of all attempts, or the last error. Each attempt runs on a
-thread of its own, so that it can be given up wherever it hangs: a name that is being looked up, a
-handshake, or a server that sends one byte now and then.
+Only this layer retries. Web servers (`http.py`) and object stores (`bucket.py`) implement a single
+attempt; callers get the result of all attempts, or the last error. Each attempt runs on its own
+thread, so that it can be abandoned wherever it hangs: in a name lookup, a handshake, or a server
+that sends a byte now and then.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from composable.errors import RegistryError, UnreachableError
 from composable.packaging.registry.budget import WAIT_VARIABLE, TimeBudget, current_budget
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
 
-# Below this rate the time that bytes take counts as waiting.
+# Below this rate, the time that bytes take counts as waiting.
 BYTES_PER_SECOND: Final = 4096
 _DAY_SECONDS: Final = 86_400.0
 _NOTICE_EVERY_SECONDS: Final = 30.0
@@ -163,6 +163,8 @@ class _Request:
 
     def begin(self, ask: Callable[[], Answer | None]) -> Answer | None:
         """Make an attempt; return how it is answered."""
+        if self._budget.left <= 0:
+            raise UnreachableError("not asked: the command has waited too long", where=self._where)
         self._silent_limit = self._budget.silent_seconds
         items, stop = self._start(ask)
         answer: Answer | None = self._first(items, stop)

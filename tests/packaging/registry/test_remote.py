@@ -271,6 +271,31 @@ def test_a_caller_that_wants_no_more_ends_the_attempt() -> None:
     assert threading.active_count() <= before
 
 
+@pytest.mark.parametrize(
+    ("head", "body", "is_known"),
+    [
+        (b"Content-Length: 4\r\n", b"text", True),
+        (b"Transfer-Encoding: chunked\r\n", b"4\r\ntext\r\n0\r\n\r\n", True),
+        (b"", b"text", False),
+    ],
+)
+def test_whether_a_document_may_be_truncated(head: bytes, body: bytes, is_known: bool) -> None:
+    with serve(lambda c, _: c.sendall(HEAD + head + b"\r\n" + body)) as (url, _):
+        document = WebStorage(url, budget=hurried(5.0)).read("index")
+    assert document is not None
+    assert (document.data, document.is_length_known) == (b"text", is_known)
+
+
+def test_a_command_that_has_waited_too_long_asks_no_more() -> None:
+    budget = hurried(0.1)
+    time.sleep(0.3)
+    budget.charge(0.3)
+    with serve(lambda c, _: c.sendall(reply("200 OK"))) as (url, requests):
+        with pytest.raises(UnreachableError, match="waited too long"):
+            WebStorage(url, budget=budget).read("index")
+        assert requests == []
+
+
 def test_a_quiet_logger_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="composable")
     TimeBudget().notify("text")
