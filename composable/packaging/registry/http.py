@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from composable.errors import RegistryError, UnreachableError
 from composable.files.atomic import CHUNK
 from composable.packaging.registry.budget import TimeBudget
+from composable.packaging.registry.compression import decompress
 from composable.packaging.registry.proxy import Proxy, find_proxy
 from composable.packaging.registry.remote import Answer, DeniedError, RemoteStorage
 
@@ -120,7 +121,13 @@ class WebStorage(RemoteStorage):
         """Yield the bytes of a response, decompressed, without the first `skip`."""
         with _translate_errors(self._at(path), self._proxy):
             try:
-                while piece := response.read1(CHUNK, decode_content=True):
+                pieces: Iterator[bytes] = iter(
+                    lambda: response.read1(CHUNK, decode_content=False), b""
+                )
+                for encoding in reversed(_encodings_of(response)):
+                    if encoding != "identity":
+                        pieces = decompress(pieces, self._at(path))
+                for piece in pieces:
                     if skip < len(piece):
                         yield piece[skip:] if skip else piece
                     skip = max(skip - len(piece), 0)

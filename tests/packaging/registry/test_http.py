@@ -6,6 +6,7 @@ import dataclasses
 import json
 import socket
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,13 @@ from composable.packaging import (
 )
 from composable.packaging.install import download
 from composable.packaging.registry.budget import TimeBudget
+from composable.packaging.registry.cache import CachedStorage
 from composable.packaging.registry.credentials import find_token
 from composable.packaging.registry.http import WebStorage
 from composable.packaging.registry.index import index_path
+from composable.packaging.registry.lines import format_document, format_line
 from composable.packaging.registry.locations import open_for_publishing
+from composable.packaging.registry.storage import Document
 from tests.support.servers import BreakingWire, Nginx, free_port, run_nginx
 
 if TYPE_CHECKING:
@@ -353,3 +357,52 @@ def test_a_half_document_is_asked_for_again() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + text
     with pytest.raises(UnreachableError, match="connection was lost"):
         WebStorage(serve_once(answer, 5)).read("index")
+
+
+def answer_of(body: bytes, *headers: str) -> bytes:
+    return "\r\n".join(("HTTP/1.1 200 OK", "Connection: close", *headers, "", "")).encode() + body
+
+
+def compress_by_line(lines: list[bytes], n_sent: int) -> bytes:
+    """Return what a server has sent of a response that it compresses line by line."""
+    stream = zlib.compressobj(wbits=31)
+    sent = [stream.compress(line) + stream.flush(zlib.Z_SYNC_FLUSH) for line in lines]
+    return b"".join(sent[:n_sent])
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+@pytest.mark.parametrize("way", ["no length", "short length", "gzip without trailer"])
+def test_an_index_cut_at_the_end_of_a_line_is_no_older_version(
+    tmp_path: Path, is_older: bool, way: str
+) -> None:
+    """Indexes of before 0.3 do not state their extent; of these a short length goes unnoticed."""
+    rows = [{"name": "german", "version": f"1.{minor}.0"} for minor in range(3)]
+    data = format_document(rows)
+    if is_older:
+        data = b"".join(format_line(row) + b"\n" for row in rows)
+    lines = data.splitlines(keepends=True)
+    cut = b"".join(lines[:2])
+    packed = compress_by_line(lines, 2)
+    answer = {
+        "no length": answer_of(cut),
+        "short length": answer_of(cut, f"Content-Length: {len(cut)}"),
+        "gzip without trailer": answer_of(
+            packed, f"Content-Length: {len(packed)}", "Content-Encoding: gzip"
+        ),
+    }[way]
+    storage = CachedStorage(
+        WebStorage(serve_once(answer, 9), budget=TimeBudget(5, max_retries=1)), tmp_path / "cache"
+    )
+    if is_older and way == "short length":
+        assert storage.read(index_path("german")) == Document(cut, None)
+        return
+    with pytest.raises(UnreachableError, match="truncated"):
+        storage.read(index_path("german"))
+    assert not (tmp_path / "cache").exists() or list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_whole_index_needs_no_length(tmp_path: Path) -> None:
+    data = format_document([{"name": "german", "version": "1.0.0"}])
+    storage = CachedStorage(WebStorage(serve_once(answer_of(data), 1)), tmp_path)
+    document = storage.read(index_path("german"))
+    assert document is not None and document.data == data

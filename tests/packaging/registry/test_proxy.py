@@ -277,5 +277,5 @@ def test_a_compression_that_is_not_known_is_named(
 
 def test_bytes_that_are_not_packed_as_they_claim(serve: Callable[..., Server]) -> None:
     server = serve(lambda _: (200, b"plain text", {"Content-Encoding": "gzip"}))
-    with pytest.raises(UnreachableError, match="connection was lost"):
+    with pytest.raises(UnreachableError, match="response is damaged"):
         WebStorage(server.url, budget=TimeBudget(max_retries=0)).read("index")
