@@ -39,7 +39,7 @@ from composable.corpora.documents import (
 )
 from composable.corpora.extractors import EXTRACTORS
 from composable.corpora.near_duplicates import find_families
-from composable.errors import ComposableError, IntegrityError, TextError
+from composable.errors import ComposableError, ComposableWarning, IntegrityError, TextError
 from composable.files.blobs import digest_file
 from composable.files.reading import read_bytes
 from composable.files.text import decode_text
@@ -227,8 +227,11 @@ def make_texts(
         if recipe.source.kind != "stdlib" or recipe.source.version == python_version():
             raise
         warnings.warn(
-            f"{error}\n  the recipe is for Python {recipe.source.version}, this is"
-            f" {python_version()}: the text is as good, but figures on it do not compare",
+            ComposableWarning(
+                f"{error.where}: {error.message}; the recipe is for Python "
+                f"{recipe.source.version}, this is {python_version()}: the text is as good, but "
+                "figures on it do not compare"
+            ),
             stacklevel=2,
         )
     return texts
