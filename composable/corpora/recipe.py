@@ -320,7 +320,7 @@ def fetch_package(source: TextPackage, cache: str | Path | None = None) -> Path:
     """
     cache = Path(cache) if cache else user_cache_path("composable") / "packages"
     folder = cache / str(source.digest).replace(":", "-")
-    for file in sorted(folder.glob("*")):
+    for file in sorted(folder.glob("[!.]*")):
         _check_package(file, source)
         return file
     names = {"package": source.package, "version": source.version}

@@ -259,7 +259,16 @@ def make_directory(path: Path) -> None:
         return
     make_directory(path.parent)
     with explained(path):
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:
+            is_file = isinstance(error, FileExistsError)
+            reason = "is not a folder" if is_file else "no folder can be created there"
+            raise DiskError(
+                f"cannot be created: {reason}",
+                where=str(path),
+                hint="choose another folder, for the store with COMPOSABLE_STORE",
+            ) from error
     sync_directory(path.parent)
     if _identify(path.parent) in _SETTLED:
         _SETTLED.add(_identify(path))
@@ -429,7 +438,7 @@ def advisory_lock(path: Path) -> Iterator[None]:
 
     lock = filelock.FileLock(path, timeout=10)
     held = False
-    with contextlib.suppress(OSError, filelock.Timeout, NotImplementedError):
+    with contextlib.suppress(OSError, DiskError, filelock.Timeout, NotImplementedError):
         make_directory(path.parent)
         lock.acquire()
         held = True

@@ -316,7 +316,7 @@ def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) ->
     elif lists_file(loaded.folder, CARD_FILE):
         card = json.loads(read_listed(loaded.folder, CARD_FILE))
         digests = (card.get("source") or {}).get("digests")
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("[!.]*.safetensors"))
         if digests is None or not files:
             return False
         if digests == {file.name: digest_file(file) for file in files}:

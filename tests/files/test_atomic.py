@@ -190,3 +190,17 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     assert done.returncode < 0
     assert path.read_bytes() == b"old"
     assert atomic.sweep(tmp_path, older_than_seconds=0) == 1
+
+
+@pytest.mark.parametrize("place", ["file", "pipe", "/dev/null", "/proc/nowhere"])
+def test_where_no_folder_can_be_made(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DiskError, match=r"cannot be (created|written)"):
+        atomic.write_bytes(tmp_path / place / "deeper" / "file", b"x")
+
+
+def test_a_lock_is_only_advice(tmp_path: Path) -> None:
+    (tmp_path / "locks").write_bytes(b"")
+    with atomic.advisory_lock(tmp_path / "locks" / "one"):
+        pass

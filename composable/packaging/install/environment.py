@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from composable.progress import ByteProgress
 
 FOLDER: Final = ".composable"
 PREVIOUS_FILE: Final = "previous"
+_GENERATION: Final = re.compile("[1-9][0-9]{0,17}")
 KEPT_GENERATIONS: Final = 5
 # Another process may be about to make a younger generation the current one.
 _SETTLED_SECONDS: Final = 3600.0
@@ -173,8 +175,9 @@ class Environment:
     def generations(self) -> list[Generation]:
         """Return all stored generations, oldest first."""
         folder = self.root / "generations"
-        names = (path.name for path in atomic.list_directory(folder))
-        numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        found = [path for path in atomic.list_directory(folder) if path.is_dir()]
+        names = (path.name for path in found if _GENERATION.fullmatch(path.name))
+        numbers = sorted(int(name) for name in names)
         return [self._generation(number) for number in numbers]
 
     def expert_path(self, name: str) -> Path:

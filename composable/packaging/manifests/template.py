@@ -57,7 +57,7 @@ def create_expert(folder: Path, name: str, backbone: str, interface: RouterInter
         "width = 128": f"width = {min(128, interface.scout_max_width)}",
     }
     atomic.make_directory(folder)
-    for source in sorted(find_template().iterdir()):
+    for source in sorted(find_template().glob("[!.]*")):
         text = source.read_text(encoding="utf-8")
         for old, new in values.items():
             text = re.sub(rf"^{re.escape(old)}$", new, text, flags=re.MULTILINE)

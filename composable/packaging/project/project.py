@@ -6,6 +6,7 @@ The text edits themselves are in `project_file.py`; resolving is in `locking.py`
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ class Project:
         """
         start = (start or Path.cwd()).resolve()
         for folder in (start, *start.parents):
-            if (folder / PROJECT_FILE).is_file():
+            if os.path.lexists(folder / PROJECT_FILE):  # whatever it is: `read` says what is wrong
                 return cls.read(folder)
         raise PackagingError(
             f"no {PROJECT_FILE} in this directory or above",

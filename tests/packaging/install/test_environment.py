@@ -340,3 +340,19 @@ def test_what_is_installed_is_neither_read_nor_fetched_again(
     assert environment.verify() == []
     french = lock["french"].digests
     assert store.digests() == sorted([french["README.md"], french["expert.toml"]])
+
+
+def test_strays_among_the_generations(
+    world: Project, interface: RouterInterface, store: Store
+) -> None:
+    lock = lock_project(world, interface)
+    environment = sync_project(world, lock, store)
+    folder = environment.root / "generations"
+    (folder / "9").write_bytes(b"")
+    (folder / ".DS_Store").write_bytes(b"")
+    for name in ("007", "1 (copy)", "²"):
+        (folder / name).mkdir()
+    assert [generation.number for generation in environment.generations()] == [1]
+    world = world.add(Requirement.parse("german<1.1"))
+    sync_project(world, lock_project(world, interface), store)
+    assert environment.verify() == []

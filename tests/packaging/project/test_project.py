@@ -262,3 +262,13 @@ def test_several_changes_are_one_write(project: Project, monkeypatch: pytest.Mon
     assert Project.read(project.root) == project, "all or nothing"
     assert project.remove("german", "french").experts == {}
     assert len(written) == 2
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/null", "composable.toml", "."])
+def test_a_project_file_that_is_none_hides_no_project_above(tmp_path: Path, target: str) -> None:
+    Project.create(tmp_path, "tiny-bytes")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "composable.toml").symlink_to(target)
+    with pytest.raises(PackagingError, match=r"inner.composable\.toml"):
+        Project.find(inner)
