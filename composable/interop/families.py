@@ -15,6 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from composable.errors import InteropError, ModelError
+from composable.interop.tables import (
+    DELETE_IT,
+    Count,
+    Positive,
+    Schema,
+    convert,
+    require_agreement,
+)
 from composable.model.config import BackboneConfig, RopeScaling
 
 _REQUIRED: Final = object()
@@ -46,10 +54,13 @@ class Field:
 
     Args:
         theirs: Its name.
-        default: Its value if it is missing; computed from the config if callable.
+        kind: Its type.
+        default: The value that the family itself has if it is missing; computed from the config if
+            callable.
     """
 
     theirs: str
+    kind: Any = Count
     default: Any = _REQUIRED
 
     def read(self, config: Config) -> Any:
@@ -101,26 +112,59 @@ FIELDS: Final[dict[str, Field]] = {
     "d_head": Field(theirs="head_dim", default=_divide),
     "d_ff": Field(theirs="intermediate_size"),
     "context": Field(theirs="max_position_embeddings"),
-    "norm_eps": Field(theirs="rms_norm_eps"),
-    "is_tied": Field(theirs="tie_word_embeddings", default=False),
+    "norm_eps": Field(theirs="rms_norm_eps", kind=Positive),
+    "is_tied": Field(theirs="tie_word_embeddings", kind=bool, default=False),
 }
 ONLY: Final[dict[str, tuple[Any, ...]]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1,),
-    "is_encoder_decoder": (False,),
+    "hidden_act": (None, "silu", "swish"),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "is_encoder_decoder": (None, False),
+    "partial_rotary_factor": (None, 1.0),
 }
+# The rest of what tools leave in a config. None of it changes logits: names and versions, choices
+# of implementation, generation settings of old versions, labels of other tasks, and switches of
+# other kinds of models.
 IGNORED: Final = frozenset(
     {
-        *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype"),
-        *("use_cache", "initializer_range", "attention_dropout", "_name_or_path"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
-        *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-        *("id2label", "label2id", "problem_type"),
-        *("rope_theta", "rope_scaling", "rope_parameters"),  # `_read_rope` reads these
+        *("transformers_version", "torch_dtype", "dtype", "auto_map", "tokenizer_class"),
+        *("pretraining_tp",),  # the same sums in parts
+        *("attn_implementation", "use_cache", "use_flash_attention_2", "gradient_checkpointing"),
+        *("initializer_range", "attention_dropout", "hidden_dropout", "neftune_noise_alpha"),
+        *("classifier_dropout", "transformers.js_config", "torchscript", "use_bfloat16"),
+        *("return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states"),
+        *("output_scores", "output_router_logits", "chunk_size_feed_forward", "prefix"),
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"),
+        *("task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "is_decoder"),
+        *("add_cross_attention", "cross_attention_hidden_size", "pad_token_id", "unk_token_id"),
+        *("sep_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+        *("max_length", "min_length", "max_new_tokens", "min_new_tokens", "do_sample"),
+        *("temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams", "num_beam_groups"),
+        *("early_stopping", "diversity_penalty", "repetition_penalty", "length_penalty"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+        *("num_return_sequences", "remove_invalid_values", "exponential_decay_length_penalty"),
+        *("suppress_tokens", "begin_suppress_tokens", "penalty_alpha", "generation_config"),
     }
 )
+IGNORED_PREFIXES: Final = ("_", "unsloth_")
+_TOKENS = int | list[int] | None
+# Fields that are read beside those of the tables.
+_OTHER_TYPES: Final[dict[str, Any]] = {
+    "model_type": str,
+    "architectures": list[str] | None,
+    "bos_token_id": _TOKENS,
+    "eos_token_id": _TOKENS,
+    "rope_theta": Positive | None,
+    "rope_scaling": dict[str, Any] | None,
+    "rope_parameters": dict[str, Any] | None,
+    "layer_types": list[str] | None,
+    "pruned_heads": dict[str, list[int]] | None,
+}
+_HINTS: Final = {
+    "quantization_config": "import the model that it was quantised from, or a GGUF file of it",
+    "partial_rotary_factor": DELETE_IT,
+    "use_sliding_window": "if the window is never shorter than a text, set it to false",
+}
 # Buffers in old checkpoints that follow from the config.
 IGNORED_TENSORS: Final = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -131,6 +175,16 @@ _ROPE_FIELDS: Final = {
     "high_frequency": "high_freq_factor",
     "original_context": "original_max_position_embeddings",
 }
+_ROPE_TYPES: Final = {
+    "rope_theta": Positive | None,
+    "rope_type": str | None,
+    "type": str | None,
+    "factor": Positive | None,
+    "low_freq_factor": Positive | None,
+    "high_freq_factor": Positive | None,
+    "original_max_position_embeddings": Count | None,
+}
+_DEFAULT_THETA: Final = 10_000.0  # that of transformers for all of these families
 # Fields that distinguish families, with their values where a family implies nothing else.
 STRUCTURE: Final = {"norm_placement": "before", "qk_norm": "none"}
 _HF: Final = "model.layers.{i}."
@@ -193,8 +247,7 @@ LLAMA: Final = Family(
         *(*_PERMUTED_QUERY_AND_KEY, *_VALUE_AND_OUTPUT, *_FEED_FORWARD),
     ),
     # SmolLM is a Llama with tied embeddings, as its config states.
-    only={"rope_interleaved": (False,), "is_llama_config": (True,)},
-    ignored=frozenset({"transformers.js_config"}),
+    only={"rope_interleaved": (None, False), "is_llama_config": (None, True)},
 )
 QWEN3: Final = Family(
     name="qwen3",
@@ -207,7 +260,7 @@ QWEN3: Final = Family(
     ),
     fields={"d_head": Field(theirs="head_dim", default=128)},
     implied={"qk_norm": "head"},
-    only={"use_sliding_window": (False,), "layer_types": ("full_attention",)},
+    only={"use_sliding_window": (None, False)},
     ignored=frozenset({"sliding_window", "max_window_layers"}),  # not without use_sliding_window
 )
 OLMO2: Final = Family(
@@ -233,7 +286,7 @@ def find_family(name: Any) -> Family:
     Raises:
         InteropError: If the name is unknown.
     """
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InteropError(
             f"{name!r} is not a family that can be imported ({', '.join(sorted(FAMILIES))})",
             where="config.model_type",
@@ -274,33 +327,63 @@ def read_config(
             is computed; `where` names it.
     """
     fields = {**FIELDS, **family.fields}
-    only = {**ONLY, **family.only}
-    known = {f.theirs for f in fields.values()} | only.keys() | IGNORED | family.ignored
-    for name in sorted(config.keys() - known):
-        raise InteropError(
-            f"unknown field with value {config[name]!r}; it may change what the model computes",
-            where=f"config.{name}",
-        )
-    for name, allowed in only.items():
-        values = config.get(name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and value not in allowed:
-                expected = " or ".join(map(repr, allowed))
-                raise InteropError(
-                    f"{value!r} is not implemented, expected {expected}", where=f"config.{name}"
-                )
+    _schema(family, fields).check(config, "config.")
+    _require_architecture(family, config)
+    _require_full_attention(config)
+    if config.get("pruned_heads"):
+        raise InteropError("heads were removed", where="config.pruned_heads")
     read = {name: entry.read(config) for name, entry in fields.items()}
     theta, scaling = _read_rope(config)
     try:
         return BackboneConfig(
             **{**read, **family.implied},
-            tap=tap or math.ceil(int(read["n_layers"]) / 4),
+            tap=tap or math.ceil(read["n_layers"] / 4),
             scout_width=scout_width,
             rope_theta=theta,
             rope_scaling=scaling,
         )
-    except (ModelError, TypeError) as error:
+    except ModelError as error:
         raise InteropError(f"no backbone: {error}", where="config") from error
+
+
+def _schema(family: Family, fields: Mapping[str, Field]) -> Schema:
+    """Return what a config of a family may hold."""
+    return Schema(
+        types=_OTHER_TYPES | {entry.theirs: entry.kind | None for entry in fields.values()},
+        only={**ONLY, **family.only},
+        ignored=IGNORED | family.ignored,
+        ignored_prefixes=IGNORED_PREFIXES,
+        changes="what the model computes",
+        hints=_HINTS,
+    )
+
+
+def _require_architecture(family: Family, config: Config) -> None:
+    """Require that the class which is named is the one that the family's name means."""
+    named = config.get("architectures")
+    if named and family.architecture.lower() not in [name.lower() for name in named]:
+        raise InteropError(
+            f"{named!r} contradicts config.model_type, which is {family.name!r}, expected "
+            f"[{family.architecture!r}]",
+            where="config.architectures",
+            hint=f"transformers follows model_type; if the model is a {family.architecture}, set "
+            f'architectures to ["{family.architecture}"]',
+        )
+
+
+def _require_full_attention(config: Config) -> None:
+    """Require that the list of layers has all layers, and that each attends to all positions."""
+    layers, place = config.get("layer_types"), "config.layer_types"
+    if layers is None:
+        return
+    for name in layers:
+        if name != "full_attention":
+            raise InteropError(
+                f"{name!r} is not implemented, expected 'full_attention'", where=place
+            )
+    require_agreement(
+        {"config.num_hidden_layers": config.get("num_hidden_layers"), place: len(layers)}
+    )
 
 
 def write_config(family: Family, cfg: BackboneConfig) -> dict[str, Any]:
@@ -327,31 +410,65 @@ def write_config(family: Family, cfg: BackboneConfig) -> dict[str, Any]:
 
 
 def _read_rope(config: Config) -> tuple[float, RopeScaling | None]:
-    """Return base and scaling of the rotary frequencies, from the old spelling or the new."""
-    place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = dict(config.get(place) or {})
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if kind == "default" and not rope:
+    """Return base and scaling of the rotary frequencies, from the old spelling or the new.
+
+    Where a config has both, transformers follows the old one, and its older versions know no other.
+    """
+    places = [name for name in ("rope_scaling", "rope_parameters") if config.get(name)]
+    read = [_read_rope_table(config[place], config, f"config.{place}.") for place in places]
+    if len(set(read)) > 1:
+        require_agreement(
+            {f"config.{place}": config[place] for place in places},
+            hint="transformers follows rope_scaling; delete the other field",
+        )
+    return read[0] if read else (config.get("rope_theta") or _DEFAULT_THETA, None)
+
+
+def _read_rope_table(table: Config, config: Config, place: str) -> tuple[float, RopeScaling | None]:
+    """Return base and scaling that one of the two spellings states."""
+    theta, kind = _read_rope_names(table, config, place)
+    if kind not in ("default", "llama3"):
+        raise InteropError(
+            f"{kind!r} is not implemented, expected 'default' or 'llama3'",
+            where=f"{place}rope_type",
+        )
+    own = ("rope_theta", "rope_type", "type")
+    Schema(
+        types=_ROPE_TYPES if kind == "llama3" else {name: _ROPE_TYPES[name] for name in own},
+        only={"partial_rotary_factor": (None, 1.0)},
+        changes="what the model computes",
+    ).check(table, place)
+    if kind == "default":
         return theta, None
-    fields = _ROPE_FIELDS
-    if kind != "llama3":
-        raise InteropError(
-            f"{kind!r} with {rope} is not implemented, expected 'default' or 'llama3'",
-            where=f"config.{place}.rope_type",
-        )
-    for name in fields.values():
-        if name not in rope:
-            raise InteropError("missing field", where=f"config.{place}.{name}")
-    for name in rope.keys() - set(fields.values()):
-        raise InteropError(
-            f"unknown field with value {rope[name]!r}", where=f"config.{place}.{name}"
-        )
+    for name in _ROPE_FIELDS.values():
+        if table.get(name) is None:
+            raise InteropError("missing field", where=f"{place}{name}")
     try:
-        return theta, RopeScaling(**{ours: rope[theirs] for ours, theirs in fields.items()})
-    except (ModelError, TypeError) as error:
-        raise InteropError(str(error), where=f"config.{place}") from error
+        return theta, RopeScaling(**{ours: table[theirs] for ours, theirs in _ROPE_FIELDS.items()})
+    except ModelError as error:
+        raise InteropError(str(error), where=place.removesuffix(".")) from error
+
+
+def _read_rope_names(table: Config, config: Config, place: str) -> tuple[float, str]:
+    """Return base and kind, each of which may be stated in two places."""
+    names = {
+        f"{place}{name}": convert(table[name], str, f"{place}{name}")
+        for name in ("rope_type", "type")
+        if table.get(name) is not None
+    }
+    require_agreement(names, hint="transformers follows rope_type; delete the other field")
+    thetas = {
+        where: convert(value, Positive, where)
+        for where, value in (
+            (f"{place}rope_theta", table.get("rope_theta")),
+            ("config.rope_theta", config.get("rope_theta")),
+        )
+        if value is not None
+    }
+    require_agreement(
+        thetas, hint=f"transformers follows {place}rope_theta; delete the other field"
+    )
+    return next(iter(thetas.values()), _DEFAULT_THETA), next(iter(names.values()), "default")
 
 
 def rows_of(family: Family, cfg: BackboneConfig) -> list[Row]:

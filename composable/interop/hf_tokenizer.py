@@ -10,7 +10,7 @@ import json
 from typing import Any, Final
 
 from composable.errors import InteropError
-from composable.model.subwords import SubwordTokenizer
+from composable.model.subwords import SubwordTokenizer, load_definition
 from composable.model.tokenizer import BEGIN, ByteTokenizer, ChatFormat, Tokenizer
 
 _BYTE_BEGIN: Final = "<|begin|>"
@@ -47,12 +47,13 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 def _begin_with(begin: str, index: int, definition: str) -> str:
     """Return a definition that puts a token before every text; unchanged if it does already."""
+    tokenizer = load_definition(definition)
+    whole, bare = (tokenizer.encode("a", add_special_tokens=adds).ids for adds in (True, False))
+    if whole == [index, *bare]:
+        return definition
     data = json.loads(definition)
     own = data.get("post_processor") or {}
     parts = own.get("processors", []) if own.get("type") == "Sequence" else [own] if own else []
-    singles = [part["single"] for part in parts if part.get("single")]
-    if [entry[0].get("SpecialToken", {}).get("id") for entry in singles] == [begin]:
-        return definition
     kept = [part for part in parts if part.get("type") == "ByteLevel"]  # these only move offsets
     special = {"SpecialToken": {"id": begin, "type_id": 0}}
     text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]

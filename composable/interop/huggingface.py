@@ -5,7 +5,6 @@ Pickled checkpoints are never opened. Tensor files go through the same checks as
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,22 @@ from composable.interop.source import (
     StoredTensor,
     choose_special_tokens,
 )
+from composable.interop.tables import convert, read_json, require_agreement
+from composable.model.subwords import load_definition
 
 _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
+_TOKENIZER_FILE: Final = "tokenizer.json"
+_TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_SPECIAL_TOKENS: Final = "special_tokens_map.json"  # of older versions
+_GENERATION: Final = "generation_config.json"
+_TOKEN = str | dict[str, Any] | None
+_IDS = int | list[int] | None
+# What a token of the tokenizer's config states again, which decides how markup is encoded.
+_FLAGS: Final = ("content", "special", "lstrip", "rstrip", "single_word")
+_SAVE_AGAIN: Final = (
+    "load the folder with transformers.AutoTokenizer and save it again with save_pretrained"
+)
 
 
 def open_folder(folder: Path) -> CheckpointSource:
@@ -63,9 +75,16 @@ def _find_files(folder: Path) -> dict[Path, set[str] | None]:
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InteropError("no table of files", where=f"{folder / _INDEX}: weight_map")
+        if (folder / _WEIGHTS).is_file() and set(weight_map.values()) != {_WEIGHTS}:
+            raise InteropError(
+                f"the weights are there twice: {_WEIGHTS}, which transformers reads, and the files "
+                f"of {_INDEX}",
+                where=str(folder),
+                hint=f"delete {_INDEX} and its files if {_WEIGHTS} is right, or else {_WEIGHTS}",
+            )
         files: dict[Path, set[str] | None] = {}
         for name, file in sorted(weight_map.items(), key=lambda item: str(item[1])):
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or not file or Path(file).name != file:
                 raise InteropError(
                     f"{file!r} is not a file name", where=f"{folder / _INDEX}: {name}"
                 )
@@ -111,38 +130,103 @@ def open_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _read_tokenizer(folder: Path, config: dict[str, Any]) -> SourceTokenizer | None:
-    path = folder / "tokenizer.json"
+    """Return the tokenizer of a folder; what its config states again is compared with it."""
+    path = folder / _TOKENIZER_FILE
     if not path.is_file():
         return None
-    definition = read_json(path)
-    said = _read_optional(folder / "tokenizer_config.json")
-    generation = _read_optional(folder / "generation_config.json")
-    added = [entry for entry in definition.get("added_tokens", []) if isinstance(entry, dict)]
-    tokens = {
-        **definition.get("model", {}).get("vocab", {}),
-        **{entry["content"]: entry["id"] for entry in added},
-    }
-    names = {index: token for token, index in tokens.items()}
-    bos, eos = _content(said.get("bos_token")), _content(said.get("eos_token"))
-    ids = [generation.get("eos_token_id"), config.get("eos_token_id")]
-    flat = [i for entry in ids for i in (entry if isinstance(entry, list) else [entry])]
-    ends = [eos, *(names[i] for i in flat if i in names)]
+    definition = _read_text(path)
+    tokenizer = load_definition(definition)
+    declared = _read_optional(folder / _TOKENIZER_CONFIG)
+    _compare_added_tokens(tokenizer, declared, str(folder / _TOKENIZER_CONFIG))
+    bos, eos = (_read_token(folder, declared, name, tokenizer) for name in ("bos", "eos"))
+    begin = _token_before(tokenizer)
+    adds_bos = convert(
+        declared.get("add_bos_token"), bool | None, f"{folder / _TOKENIZER_CONFIG}: add_bos_token"
+    )
+    if adds_bos is not None:  # transformers changes the tokenizer accordingly
+        begin = bos if adds_bos else None
+    names = [tokenizer.id_to_token(index) for index in _end_ids(folder, config)]
+    ends = tuple(token for token in (eos, *names) if token is not None)
     begin, all_ends = choose_special_tokens(
-        tokens,
-        bos,
-        bool(said.get("add_bos_token")) or _adds(definition.get("post_processor"), bos),
-        tuple(token for token in ends if token is not None),
+        tokenizer.get_vocab(with_added_tokens=True), begin or bos, begin is not None, ends
     )
     if begin is None:
-        raise InteropError("no token begins or ends a document", where=str(path))
+        raise InteropError(
+            "no token begins or ends a document",
+            where=str(path),
+            hint=f"state bos_token or eos_token in {_TOKENIZER_CONFIG}",
+        )
     return SourceTokenizer(
-        definition=read_bytes(path).decode(),
+        definition=definition,
         begin=begin,
         ends=all_ends,
         bos=bos,
         eos=eos,
-        chat_template=_read_chat_template(folder, said.get("chat_template")),
+        chat_template=_read_chat_template(folder, declared.get("chat_template")),
     )
+
+
+def _token_before(tokenizer: Any) -> str | None:
+    """Return the token that a tokenizer itself puts before every text, if it does."""
+    encoded = tokenizer.encode("a", add_special_tokens=True)
+    return encoded.tokens[0] if encoded.special_tokens_mask[:1] == [1] else None
+
+
+def _end_ids(folder: Path, config: dict[str, Any]) -> list[int]:
+    """Return the ids that end a text: those of the generation config, or else of the config."""
+    name = "eos_token_id"
+    generation = _read_optional(folder / _GENERATION).get(name)
+    stated = {
+        f"{folder / _GENERATION}: {name}": generation,
+        f"config.{name}": config.get(name),
+    }
+    ids: list[int] = []
+    for where, value in stated.items():
+        found = convert(value, _IDS, where)
+        ids = ids or ([found] if isinstance(found, int) else found or [])
+    return [index for index in ids if 0 <= index < 1 << 32]
+
+
+def _read_token(folder: Path, declared: dict[str, Any], name: str, tokenizer: Any) -> str | None:
+    """Return a special token that is declared, which must be one of the tokenizer."""
+    field = f"{name}_token"
+    stated = {}
+    for file, table in (
+        (_TOKENIZER_CONFIG, declared),
+        (_SPECIAL_TOKENS, _read_optional(folder / _SPECIAL_TOKENS)),
+    ):
+        where = f"{folder / file}: {field}"
+        token = convert(table.get(field), _TOKEN, where)
+        if isinstance(token, dict):
+            token = convert(token.get("content"), str, where)
+        if token:
+            stated[where] = token
+    require_agreement(
+        stated, hint=f"transformers follows {_TOKENIZER_CONFIG}; delete {_SPECIAL_TOKENS}"
+    )
+    for where, token in stated.items():
+        if tokenizer.token_to_id(token) is None:
+            raise InteropError(
+                f"{token!r} is not a token of {_TOKENIZER_FILE}", where=where, hint=_SAVE_AGAIN
+            )
+    return next(iter(stated.values()), None)
+
+
+def _compare_added_tokens(tokenizer: Any, declared: dict[str, Any], where: str) -> None:
+    """Compare the tokens that the tokenizer's config repeats with those of the tokenizer."""
+    field = "added_tokens_decoder"
+    repeated = convert(declared.get(field) or {}, dict[str, dict[str, Any]], f"{where}: {field}")
+    added = tokenizer.get_added_tokens_decoder()
+    for index, token in repeated.items():
+        own = added.get(int(index)) if index.isdecimal() else None
+        for flag in (flag for flag in _FLAGS if flag in token):
+            require_agreement(
+                {
+                    f"{_TOKENIZER_FILE}: added_tokens": getattr(own, flag, None),
+                    f"{where}: {field}.{index}.{flag}": token[flag],
+                },
+                hint=_SAVE_AGAIN,
+            )
 
 
 def _read_chat_template(folder: Path, declared: Any) -> str | None:
@@ -157,10 +241,7 @@ def _read_chat_template(folder: Path, declared: Any) -> str | None:
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return read_bytes(path).decode()
-        except (OSError, ValueError) as error:
-            raise InteropError(f"cannot be read: {error}", where=str(path)) from error
+        return _read_text(path)
     if isinstance(declared, list):
         tables = [entry for entry in declared if isinstance(entry, dict)]
         named = {str(table.get("name")): table.get("template") for table in tables}
@@ -168,37 +249,12 @@ def _read_chat_template(folder: Path, declared: Any) -> str | None:
     return declared if isinstance(declared, str) else None
 
 
-def _adds(post_processor: Any, token: str | None) -> bool:
-    """Return whether a post-processor puts a token before every text."""
-    if not isinstance(post_processor, dict) or token is None:
-        return False
-    parts = [post_processor, *(post_processor.get("processors") or [])]
-    single = [piece for part in parts for piece in (part.get("single") or [])]
-    return bool(single) and single[0].get("SpecialToken", {}).get("id") == token
-
-
-def _content(token: Any) -> str | None:
-    """Return the text of a token, given as text or as a table."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+def _read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode()
+    except (OSError, ValueError) as error:
+        raise InteropError(f"cannot be read: {error}", where=str(path)) from error
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the table of fields that a JSON file holds.
-
-    Raises:
-        InteropError: If it is missing, or holds something else.
-    """
-    try:
-        data = json.loads(read_bytes(path))
-    except FileNotFoundError as error:
-        raise InteropError("no such file", where=str(path)) from error
-    except (OSError, ValueError) as error:
-        raise InteropError(f"cannot be read as JSON: {error}", where=str(path)) from error
-    if not isinstance(data, dict):
-        raise InteropError("expected a table of fields", where=str(path))
-    return data

@@ -138,16 +138,17 @@ class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
             raise InteropError(f"{value!r} is not implemented", where=f"generation_kwargs.{name}")
         max_tokens = min(max_tokens, self.model.context - 1)
         tokens_T = self.model.encode(context) if context else np.array([self.model.tokenizer.begin])
+        tokens_T = self._fit(tokens_T, self.model.context - max_tokens)
         drawn = continue_tokens(
             self.model.parts,
             self.model.tokenizer,
-            self._fit(tokens_T, self.model.context - max_tokens),
+            tokens_T,
             max_tokens,
             sampling=Sampling(temperature=temperature if is_sampled else 0.0, top_p=top_p),
             mode=self.mode,
         )
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        for piece in stop_before(to_pieces(drawn, self.model.tokenizer), stops):
+        for piece in stop_before(to_pieces(drawn, self.model.tokenizer, tokens_T), stops):
             yield piece.text
 
 

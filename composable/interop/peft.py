@@ -20,8 +20,9 @@ from composable.errors import InteropError
 from composable.files.blobs import digest_file
 from composable.interface.contract import SLOT_DIMS
 from composable.interop.families import family_of, rows_of
-from composable.interop.huggingface import open_tensors, read_json
+from composable.interop.huggingface import open_tensors
 from composable.interop.source import StoredTensor
+from composable.interop.tables import Count, Index, Schema, read_json
 from composable.model.config import BackboneConfig
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -60,14 +61,22 @@ _HINTS: Final = {
     "save_pretrained is given path_initial_model_for_weight_conversion",
     "modules_to_save": "train without them: an expert carries no modules but its bodies",
 }
+_NAMES = str | list[str] | None
 # Fields that `read_adapter` follows.
-_READ: Final = frozenset(
-    {
-        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("base_model_name_or_path", "revision", "peft_version"),
-    }
-)
+_TYPES: Final[dict[str, Any]] = {
+    "r": Count,
+    "lora_alpha": float,
+    "use_rslora": bool | None,
+    "rank_pattern": dict[str, Count] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "target_modules": str | list[str],
+    "exclude_modules": _NAMES,
+    "layers_to_transform": Index | list[Index] | None,
+    "layers_pattern": _NAMES,
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "peft_version": str | None,
+}
 # Fields that matter to training, or only together with a field above. `fan_in_fan_out` is about
 # layers that store their matrix the other way round; PEFT itself ignores it for those of Llama.
 _IGNORED: Final = frozenset(
@@ -77,7 +86,26 @@ _IGNORED: Final = frozenset(
         *("loftq_config", "eva_config", "corda_config"),
     }
 )
+_SCHEMA: Final = Schema(
+    types=_TYPES,
+    only=_ONLY,
+    ignored=_IGNORED,
+    # Newer versions write their new fields into every config, switched off.
+    is_off=lambda value: value in (None, False, {}, [], ""),
+    changes="what the adapter computes",
+    hints=_HINTS,
+)
 _TENSOR: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+# Parts that a wrapper around a model puts into the names of its tensors.
+_WRAPPERS: Final = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "module": "data parallelism",
+}
+# The name of the adapter, which a model's own `state_dict` has before the last part.
+_NAMED: Final = re.compile(r"(?<=\.lora_[AB])\.\w+(?=\.weight$)")
+_SAVE: Final = "load it with PEFT where it was trained, and save it with save_pretrained"
 # Length limit of a regular expression in a config.
 _MAX_PATTERN: Final = 500
 
@@ -181,32 +209,9 @@ def read_adapter(folder: Path, cfg: BackboneConfig) -> Adapter:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    """Reject fields that are unknown or require what a body cannot do."""
-    for name in sorted({*config, "peft_type"}):
-        value, place = config.get(name), f"{CONFIG_FILE}: {name}"
-        if name in _ONLY:
-            # By identity of type too: 1 is not True, and a config with the other is malformed.
-            if not any(value == one and type(value) is type(one) for one in _ONLY[name]):
-                expected = " or ".join(repr(one) for one in _ONLY[name])
-                raise InteropError(
-                    f"{value!r} is not implemented, expected {expected}",
-                    where=place,
-                    hint=_HINTS.get(name),
-                )
-        elif name not in _READ | _IGNORED and value not in (None, False, {}, [], ""):
-            raise InteropError(
-                f"unknown field with value {value!r}; it may change what the adapter computes",
-                where=place,
-            )
-    kinds: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
-    for name, kind in kinds.items():
-        value = config.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            problem = "missing field" if value is None else f"{value!r} has the wrong type"
-            raise InteropError(problem, where=f"{CONFIG_FILE}: {name}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise InteropError(f"{config[name]!r} is not a table", where=f"{CONFIG_FILE}: {name}")
+    """Reject fields that are unknown, of another type, or require what a body cannot do."""
+    required = {name: config.get(name) for name in ("peft_type", "r", "lora_alpha")}
+    _SCHEMA.check({**config, **required}, f"{CONFIG_FILE}: ")
 
 
 def _modules(cfg: BackboneConfig) -> dict[str, str]:
@@ -225,11 +230,19 @@ def _pair(
     parts: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in tensors.items():
         match = _TENSOR.fullmatch(name)
-        if match is None:
+        if match is None or set(match["module"].split(".")) & _WRAPPERS.keys():
             raise InteropError(
                 f"tensor {name!r} of shape {list(stored.shape)} is none of a plain LoRA, expected "
                 "base_model.model.MODULE.lora_A.weight and lora_B.weight",
                 where=str(path),
+                hint=_explain_name(name),
+            )
+        if 0 in stored.shape:
+            raise InteropError(
+                f"tensor {name!r} is empty, of shape {list(stored.shape)}",
+                where=str(path),
+                hint="DeepSpeed ZeRO-3 leaves this where the weights are in parts: gather them "
+                "(stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py) and save again",
             )
         parts.setdefault(match["module"], {})[match["part"]] = stored
     for module, found in parts.items():
@@ -240,8 +253,33 @@ def _pair(
                     where=str(path),
                 )
     if not parts:
-        raise InteropError("there are no tensors", where=str(path))
+        raise InteropError(
+            "there are no tensors",
+            where=str(path),
+            hint=f"the adapter was saved without its weights; {_SAVE}",
+        )
     return {module: (found["A"], found["B"]) for module, found in parts.items()}
+
+
+def _explain_name(name: str) -> str | None:
+    """Return how to come by a tensor's proper name, if it is known what changed it."""
+    parts = name.split(".")
+    found = [part for part in parts if part in _WRAPPERS]
+    plain = ".".join(part for part in parts if part not in _WRAPPERS)
+    if found:
+        return (
+            f"{found[0]!r} was added by {_WRAPPERS[found[0]]}, and PEFT would ignore such tensors: "
+            f"remove it from the names, or save the adapter from the model inside"
+        )
+    plain = _NAMED.sub("", plain)
+    if plain != name:
+        return (
+            "these are names of a state_dict, which PEFT would ignore: rename them like "
+            f"{plain!r}, or save the adapter with save_pretrained"
+        )
+    if ".lora_" in name and not name.startswith("base_model.model."):
+        return f"the names have lost their beginning, base_model.model.; {_SAVE}"
+    return None
 
 
 def _require_slots(
@@ -326,8 +364,6 @@ def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]
     """Return rank and scale of one module's change."""
     rank = _by_pattern(config, "rank_pattern", module, config["r"])
     alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
-    if not isinstance(rank, int) or rank < 1:
-        raise InteropError(f"{rank!r} is not a rank", where=f"{CONFIG_FILE}: r")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

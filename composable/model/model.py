@@ -224,16 +224,17 @@ class Model:
         expert whose contributions counted as zero is reported in a `ContributionWarning`.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        tokens_T = self.encode(prompt)
         drawn = continue_tokens(
             self.parts,
             self.tokenizer,
-            self.encode(prompt),
+            tokens_T,
             max_tokens,
             sampling=sampling,
             mode=mode,
             report=make_reporter(self.names),
         )
-        return stop_before(to_pieces(drawn, self.tokenizer), stop)
+        return stop_before(to_pieces(drawn, self.tokenizer, tokens_T), stop)
 
     def converse(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from composable.errors import ModelError, TextError
 from composable.files.text import check_text
 from composable.interface import canonical_json, digest_bytes
 from composable.model.tokenizer import ChatFormat, TextStream
+
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 class SubwordTokenizer:
@@ -42,7 +44,7 @@ class SubwordTokenizer:
         chat: ChatFormat | None = None,
     ) -> None:
         self._definition = definition
-        self._text, self._markup = _load(definition), _load(definition)
+        self._text, self._markup = load_definition(definition), load_definition(definition)
         self._text.encode_special_tokens = True
         self._begin, self._ends = begin, tuple(ends)
         self.chat = chat
@@ -105,11 +107,6 @@ class SubwordTokenizer:
                 f"not a table of special tokens: {error!r}", where="special_tokens"
             ) from error
 
-    def normalise(self, text: str) -> str:
-        """Return the text that decoding gives back: the tokenizer's own normal form, if any."""
-        normalizer = self._text.normalizer
-        return text if normalizer is None else str(normalizer.normalize_str(text))
-
     def encode(self, text: str | bytes) -> np.ndarray:
         """Return tokens_T, the start token first.
 
@@ -135,36 +132,50 @@ class SubwordTokenizer:
         """Return text, special tokens left out."""
         return str(self._text.decode([int(token) for token in tokens_T], skip_special_tokens=True))
 
-    def stream(self) -> TextStream:
-        """Return a fresh stream."""
-        return _SubwordStream(self._text)
+    def stream(self, after: Sequence[int] | np.ndarray = ()) -> TextStream:
+        """Return a fresh stream that continues some tokens."""
+        return _SubwordStream(self._text, [int(token) for token in after])
 
 
 class _SubwordStream:
-    """Decodes the tokens since the last whole character, with one earlier token as context."""
+    """Decodes the tokens since the last whole character, with those before it as context.
 
-    def __init__(self, tokenizer: Any) -> None:
+    The context matters: decoders drop the blank before a first word, or join the bytes of several
+    tokens. It is the last tokens that have text, whole characters of it.
+
+    Args:
+        tokenizer: Of the `tokenizers` library.
+        after: The tokens before the first of the stream.
+    """
+
+    def __init__(self, tokenizer: Any, after: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown = 0  # tokens whose text is out
+        starts = range(len(after) - 1, -1, -1)
+        self._context = next((after[i:] for i in starts if self._is_whole(after[i:])), after)
+        self._held: list[int] = []
 
     def push(self, token: int) -> str:
-        self._tokens.append(token)
+        self._held.append(token)
         return self._advance(is_last=False)
 
     def finish(self) -> str:
         return self._advance(is_last=True)
 
     def _advance(self, is_last: bool) -> str:
-        # One token of context, because some decoders treat the first token differently.
-        context = self._tokens[max(0, self._shown - 1) : self._shown]
-        decode = self._tokenizer.decode
-        before = decode(context, skip_special_tokens=True)
-        text = decode(context + self._tokens[self._shown :], skip_special_tokens=True)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last:
+        before, text = self._decode(self._context), self._decode([*self._context, *self._held])
+        if text.endswith(_REPLACEMENT) and not is_last:
             return ""
-        self._shown = len(self._tokens)
-        return str(text[len(before) :])
+        added = self._held if self._is_whole(self._held) else [*self._context, *self._held]
+        self._context, self._held = added, []
+        return text[len(before) :]
+
+    def _is_whole(self, tokens: list[int]) -> bool:
+        """Return whether tokens have text by themselves that begins with a whole character."""
+        text = self._decode(tokens)
+        return bool(text) and not text.startswith(_REPLACEMENT)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _chat_to_json(chat: ChatFormat) -> dict[str, Any]:
@@ -185,7 +196,17 @@ def _chat_from_json(fields: dict[str, Any]) -> ChatFormat:
     return ChatFormat(**pairs, preamble=preamble)
 
 
-def _load(definition: str) -> Any:
+def load_definition(definition: str) -> Any:
+    """Return a tokenizer of the `tokenizers` library that encodes every text whole, and alike.
+
+    Settings of training that a definition may hold, truncation, padding and dropout, are reset.
+
+    Args:
+        definition: Its JSON, the content of `tokenizer.json`.
+
+    Raises:
+        ModelError: If the library is missing or cannot read the definition.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -194,6 +215,14 @@ def _load(definition: str) -> Any:
             hint="pip install 'composable[interop]'",
         ) from error
     try:
-        return Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises nothing narrower
+        tokenizer = Tokenizer.from_str(definition)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if hasattr(tokenizer.model, "dropout"):
+            tokenizer.model.dropout = None
+        tokenizer.encode("a")  # some definitions are read and fail on the first text
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and its panics are wider
         raise ModelError(f"not a tokenizer: {error}", where="tokenizer.json") from error
+    return tokenizer

@@ -25,14 +25,17 @@ class Piece(NamedTuple):
     weight_E: np.ndarray
 
 
-def to_pieces(drawn: Iterable[Drawn], tokenizer: Tokenizer) -> Iterator[Piece]:
+def to_pieces(
+    drawn: Iterable[Drawn], tokenizer: Tokenizer, after: Sequence[int] | np.ndarray = ()
+) -> Iterator[Piece]:
     """Yield text as its characters become complete.
 
     Args:
         drawn: Tokens with their router weights.
         tokenizer: The tokenizer that made them.
+        after: The tokens that they continue.
     """
-    stream, weight_E = tokenizer.stream(), np.zeros(0)
+    stream, weight_E = tokenizer.stream(after), np.zeros(0)
     for token, weight_E in drawn:
         if text := stream.push(token):
             yield Piece(text, weight_E)
@@ -169,11 +172,12 @@ class Conversation:
             self._last = self._decoder.last
         opening = self._markup(self._open + chat.user[0])
         prompt = self._tokenizer.encode_markup(chat.user[1] + chat.assistant[0])
-        self._decoder.feed([*opening, *self._encode(text), *prompt])
+        turn = [*opening, *self._encode(text), *prompt]
+        self._decoder.feed(turn)
         self._n_replies += 1
         self._open = chat.assistant[1]
         yield from to_pieces(
-            self._decoder.draw(min(max_tokens, self._decoder.room)), self._tokenizer
+            self._decoder.draw(min(max_tokens, self._decoder.room)), self._tokenizer, turn
         )
 
     def _markup(self, text: str) -> list[int]:

@@ -85,8 +85,12 @@ class Tokenizer(Protocol):
     def decode(self, tokens_T: Sequence[int] | np.ndarray) -> str:
         """Return text; bytes that are not valid UTF-8 become the replacement character."""
 
-    def stream(self) -> TextStream:
-        """Return a fresh stream."""
+    def stream(self, after: Sequence[int] | np.ndarray = ()) -> TextStream:
+        """Return a fresh stream.
+
+        Args:
+            after: The tokens that it continues: what a token stands for may depend on them.
+        """
 
 
 class ByteTokenizer:
@@ -142,8 +146,8 @@ class ByteTokenizer:
         data = bytes(int(token) for token in tokens_T if token != BEGIN)
         return data.decode(errors="replace")
 
-    def stream(self) -> TextStream:
-        """Return a fresh stream."""
+    def stream(self, after: Sequence[int] | np.ndarray = ()) -> TextStream:
+        """Return a fresh stream; what is before it makes no difference to bytes."""
         return _ByteStream()
 
 

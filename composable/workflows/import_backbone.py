@@ -164,6 +164,8 @@ def _read_tokenizer(
         raise InteropError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {vocab_size}",
             where=source.name,
+            hint="use the tokenizer.json that the model was trained with; if tokens were added to "
+            "it that have no embeddings, such as one for padding, remove them from added_tokens",
         )
     return tokenizer, {"is_recorded": not reasons, "reason": reasons[0] if reasons else None}
 

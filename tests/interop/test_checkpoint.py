@@ -129,7 +129,7 @@ def test_the_config_is_taken_over(write_checkpoint):
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "config.rope_parameters.rope_type",
+            "config.rope_parameters.partial_rotary_factor",
         ),
         (
             "llama",
