@@ -6,6 +6,7 @@ at a time and never mapped whole.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from composable.errors import InteropError
 from composable.files.reading import open_file
 from composable.interop.gguf_tokenizer import build_tokenizer
 from composable.interop.source import CheckpointSource, StoredTensor
+from composable.interop.tables import Count, Index, Positive, Schema, convert
 
 # Key after the architecture's name -> field of a Hugging Face config.
 FIELDS: Final = {
@@ -32,14 +34,36 @@ FIELDS: Final = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-# Keys that must have a value that this project computes, for what the config says.
+# Keys that must have the value of the width of a head.
 _SAME_AS_HEAD: Final = ("rope.dimension_count", "attention.value_length")
-_ONLY: Final[dict[str, tuple[Any, ...]]] = {
-    "rope.scaling.type": ("none",),
-    "attention.sliding_window": (0,),
-    "attention.causal": (True,),
-    "expert_count": (0,),
+_SCHEMA: Final = Schema(
+    types={
+        **dict.fromkeys((*FIELDS, *_SAME_AS_HEAD), Count),
+        **dict.fromkeys(("attention.layer_norm_rms_epsilon", "rope.freq_base"), Positive),
+    },
+    only={
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (1.0,),
+        "rope.scale_linear": (1.0,),
+        "attention.sliding_window": (0,),
+        "attention.causal": (True,),
+        "expert_count": (0,),
+        "expert_used_count": (0,),
+    },
+    changes="what the model computes",
+    cure="if it changes nothing, delete the key with `gguf-new-metadata --remove-metadata KEY`",
+)
+_ROPE_FACTORS: Final = "rope_freqs.weight"
+# Llama 3.1 and later were stretched with these; converters write what follows from them.
+_LLAMA3_ROPE: Final = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
+_DEFAULT_THETA: Final = 10_000.0  # that of the format
+_SAME_FACTORS: Final = 1e-4  # relative; they were computed in float32
+_SPDX: Final = re.compile(r"[\w.+-]+( (AND|OR|WITH) [\w.+-]+)*")
+_LICENSES: Final = {"apache-2.0": "Apache-2.0", "mit": "MIT", "other": "", "unknown": ""}
 
 
 def open_gguf(path: Path) -> CheckpointSource:
@@ -60,8 +84,12 @@ def open_gguf(path: Path) -> CheckpointSource:
         metadata = {name: entry.contents() for name, entry in reader.fields.items()}
     except Exception as error:  # the library raises nothing narrower
         raise InteropError(f"not a GGUF file: {error}", where=str(path)) from error
-    if metadata.get("split.count", 1) > 1:
-        raise InteropError("one part of a split file; join the parts first", where=str(path))
+    if convert(metadata.get("split.count", 1), Index, f"{path}: split.count") > 1:
+        raise InteropError(
+            "one part of a split file",
+            where=str(path),
+            hint="join the parts with `llama-gguf-split --merge FIRST_PART WHOLE`",
+        )
     tensors = {}
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
@@ -82,7 +110,9 @@ def open_gguf(path: Path) -> CheckpointSource:
     config["tie_word_embeddings"] = "output.weight" not in tensors
     if "token_embd.weight" in tensors:
         config.setdefault("vocab_size", tensors["token_embd.weight"].shape[0])
-    license_ = metadata.get("general.license", "")
+    if _ROPE_FACTORS in tensors:
+        factors = np.asarray(tensors.pop(_ROPE_FACTORS).read(), np.float64)
+        config["rope_scaling"] = _explain_rope_factors(factors, config, str(path))
     return CheckpointSource(
         name=str(path),
         files=(path,),
@@ -90,7 +120,40 @@ def open_gguf(path: Path) -> CheckpointSource:
         config=config,
         tensors=tensors,
         tokenizer=build_tokenizer(metadata, str(path)),
-        license={"apache-2.0": "Apache-2.0", "mit": "MIT"}.get(license_, license_),
+        license=_read_license(metadata.get("general.license")),
+    )
+
+
+def _read_license(stated: Any) -> str:
+    """Return a licence as an SPDX expression; empty if what is stated is none, such as its text."""
+    if not isinstance(stated, str) or _SPDX.fullmatch(stated) is None:
+        return ""
+    return _LICENSES.get(stated, stated)
+
+
+def _explain_rope_factors(
+    factors: np.ndarray, config: Mapping[str, Any], where: str
+) -> dict[str, Any] | None:
+    """Return the scaling by which all rotary frequencies are divided by these factors.
+
+    Raises:
+        InteropError: If there is no such scaling.
+    """
+    d_head = config.get("head_dim", 0)
+    if factors.shape == (d_head // 2,) and (factors > 0).all():
+        if (factors == 1).all():
+            return None
+        frequency = config.get("rope_theta", _DEFAULT_THETA) ** -(np.arange(0, d_head, 2) / d_head)
+        low, high, length = _LLAMA3_ROPE.values()
+        kept = np.clip((frequency * length / (2 * np.pi) - low) / (high - low), 0, 1)
+        # 1 / factors = kept + stretched * (1 - kept), of which the last frequency keeps least.
+        stretched = (1 / factors[-1] - kept[-1]) / max(1 - kept[-1], _SAME_FACTORS)
+        if stretched > 0 and np.allclose(1 / factors, kept + stretched * (1 - kept), _SAME_FACTORS):
+            return {"rope_type": "llama3", "factor": round(float(1 / stretched), 3), **_LLAMA3_ROPE}
+    raise InteropError(
+        f"tensor {_ROPE_FACTORS!r} stretches the rotary frequencies as no known model does",
+        where=where,
+        hint="import the Hugging Face folder, whose config.json states the scaling",
     )
 
 
@@ -101,27 +164,16 @@ def read_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         InteropError: For a key of the architecture that is unknown, or has a value that would
             change what is computed; `where` names it.
     """
-    family = metadata.get("general.architecture")
+    family = convert(metadata.get("general.architecture"), str, "general.architecture")
     prefix = f"{family}."
     own = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
-    config: dict[str, Any] = {"model_type": family}
-    for key, value in own.items():
-        if key in FIELDS:
-            # Shortest decimal of the stored float32: 1e-05, not 9.999999747378752e-06.
-            config[FIELDS[key]] = (
-                float(str(np.float32(value))) if isinstance(value, float) else value
-            )
-        elif key in _ONLY:
-            if value not in _ONLY[key]:
-                expected = " or ".join(map(repr, _ONLY[key]))
-                raise InteropError(
-                    f"{value!r} is not implemented, expected {expected}", where=prefix + key
-                )
-        elif key not in _SAME_AS_HEAD:
-            raise InteropError(
-                f"unknown key with value {value!r}; it may change what the model computes",
-                where=prefix + key,
-            )
+    _SCHEMA.check(own, prefix)
+    # Shortest decimal of the stored float32: 1e-05, not 9.999999747378752e-06.
+    config = {"model_type": family} | {
+        FIELDS[key]: float(str(np.float32(value))) if isinstance(value, float) else value
+        for key, value in own.items()
+        if key in FIELDS
+    }
     if "head_dim" not in config and {"hidden_size", "num_attention_heads"} <= config.keys():
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     for key in _SAME_AS_HEAD:

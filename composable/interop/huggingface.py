@@ -139,12 +139,10 @@ def _read_tokenizer(folder: Path, config: dict[str, Any]) -> SourceTokenizer | N
     declared = _read_optional(folder / _TOKENIZER_CONFIG)
     _compare_added_tokens(tokenizer, declared, str(folder / _TOKENIZER_CONFIG))
     bos, eos = (_read_token(folder, declared, name, tokenizer) for name in ("bos", "eos"))
-    begin = _token_before(tokenizer)
     adds_bos = convert(
         declared.get("add_bos_token"), bool | None, f"{folder / _TOKENIZER_CONFIG}: add_bos_token"
     )
-    if adds_bos is not None:  # transformers changes the tokenizer accordingly
-        begin = bos if adds_bos else None
+    begin = _token_before(tokenizer) or (bos if adds_bos else None)
     names = [tokenizer.id_to_token(index) for index in _end_ids(folder, config)]
     ends = tuple(token for token in (eos, *names) if token is not None)
     begin, all_ends = choose_special_tokens(

@@ -22,7 +22,7 @@ from composable.interface.contract import SLOT_DIMS
 from composable.interop.families import family_of, rows_of
 from composable.interop.huggingface import open_tensors
 from composable.interop.source import StoredTensor
-from composable.interop.tables import Count, Index, Schema, read_json
+from composable.interop.tables import Count, Finite, Index, Schema, read_json
 from composable.model.config import BackboneConfig
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -65,10 +65,10 @@ _NAMES = str | list[str] | None
 # Fields that `read_adapter` follows.
 _TYPES: Final[dict[str, Any]] = {
     "r": Count,
-    "lora_alpha": float,
+    "lora_alpha": Finite,
     "use_rslora": bool | None,
     "rank_pattern": dict[str, Count] | None,
-    "alpha_pattern": dict[str, float] | None,
+    "alpha_pattern": dict[str, Finite] | None,
     "target_modules": str | list[str],
     "exclude_modules": _NAMES,
     "layers_to_transform": Index | list[Index] | None,

@@ -12,16 +12,16 @@ import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 import msgspec
 
 from composable.errors import InteropError
 from composable.files.reading import read_bytes
 
-T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Finite = Annotated[float, msgspec.Meta(gt=-1e30, lt=1e30)]
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e30)]
 
 DELETE_IT: Final = "if it changes nothing, delete the field"
@@ -39,6 +39,7 @@ class Schema:
         is_off: Whether a value of an unknown field says that the field does nothing.
         changes: What an unknown field may change.
         hints: Cures by the name of the field, for those that have one of their own.
+        cure: The cure for other unknown fields.
 
     Example:
         >>> schema = Schema(types={"r": Count}, only={"bias": ("none",)}, changes="the adapter")
@@ -56,6 +57,7 @@ got `str`
     ignored_prefixes: tuple[str, ...] = ()
     is_off: Callable[[Any], bool] = lambda value: value is None
     hints: Mapping[str, str] = field(default_factory=dict)
+    cure: str = DELETE_IT
 
     def check(self, table: Mapping[str, Any], place: str) -> None:
         """Check every field of a table; whether one is missing is left to the reader.
@@ -79,7 +81,7 @@ got `str`
                 raise InteropError(
                     f"unknown field with value {reprlib.repr(value)}; it may change {self.changes}",
                     where=where,
-                    hint=self.hints.get(name, DELETE_IT),
+                    hint=self.hints.get(name, self.cure),
                 )
 
     def _require_allowed(self, name: str, value: Any, where: str) -> None:
@@ -94,7 +96,7 @@ got `str`
             )
 
 
-def convert(value: Any, kind: type[T], where: str) -> T:
+def convert(value: Any, kind: Any, where: str) -> Any:
     """Return a value if it has a type.
 
     Args:

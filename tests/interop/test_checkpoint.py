@@ -10,6 +10,7 @@ from composable.interop.checkpoint import Checkpoint, open_source
 from composable.model.backbone import Backbone
 from composable.model.config import RopeScaling
 from composable.model.tensors import shapes_of
+from tests.support.subword_kinds import KINDS
 
 FAMILIES = ("llama", "smollm", "qwen3", "olmo2")
 
@@ -232,3 +233,189 @@ def test_special_tokens_are_found(write_checkpoint):
         open_source(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
     assert open_source(folder).tokenizer.ends == ("<|end|>",)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+def change_json(path, **changes):
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"rope_scaling": LLAMA3}, "config.rope_parameters"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "config.rope_scaling.rope_type"),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}, "config.rope_parameters"),
+        ({"rope_theta": 5e5}, "config.rope_theta"),
+        ({"rope_parameters": {**LLAMA3, "type": "default"}}, "config.rope_parameters.type"),
+        (
+            {"rope_parameters": None, "rope_scaling": {**LLAMA3, "rope_theta": 1e4}},
+            "config.rope_th",
+        ),
+        ({"architectures": ["MistralForCausalLM"]}, "config.architectures"),
+        ({"architectures": ["LlamaModel", "LlamaForTokens"]}, "config.architectures"),
+        ({"layer_types": ["full_attention"] * 2}, "config.layer_types"),
+    ],
+)
+def test_a_fact_stated_twice_and_differently_is_refused(write_checkpoint, change, where):
+    theta = {"rope_theta": 5e5} if where == "config.rope_th" else {}
+    folder, _ = write_checkpoint("llama", rope_parameters=PLAIN)
+    change_json(folder / "config.json", **change, **theta)
+    with pytest.raises(InteropError) as caught:
+        open_checkpoint(folder)
+    assert caught.value.where.startswith(where)
+
+
+@pytest.mark.parametrize(
+    ("change", "theta", "factor"),
+    [
+        ({"rope_parameters": PLAIN, "rope_theta": 1e4}, 1e4, None),
+        ({"rope_parameters": PLAIN, "rope_scaling": None}, 1e4, None),
+        ({"rope_parameters": PLAIN, "rope_scaling": {}}, 1e4, None),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5, None),
+        ({"rope_parameters": {**LLAMA3, "type": "llama3"}, "rope_scaling": LLAMA3}, 1e4, 8.0),
+        ({"rope_parameters": None}, 1e4, None),
+        ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 1.0}}, 1e4, None),
+    ],
+)
+def test_a_fact_stated_twice_alike_or_once_is_taken(write_checkpoint, change, theta, factor):
+    folder, _ = write_checkpoint("llama", **change)
+    cfg = open_checkpoint(folder).cfg
+    assert (cfg.rope_theta, cfg.rope_scaling and cfg.rope_scaling.factor) == (theta, factor)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_commit_hash": "4e20", "_attn_implementation_autoset": True, "_unheard_of": [1]},
+        {"unsloth_fixed": True, "unsloth_version": "2024.12.4", "unsloth_next": 1},
+        {"max_length": 4096, "do_sample": True, "temperature": 0.9, "repetition_penalty": 1.1},
+        {"pruned_heads": {}, "is_decoder": False, "tie_encoder_decoder": False},
+        {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}},
+        {"sliding_window": None, "anything": None},
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"hidden_act": "swish", "pretraining_tp": 2, "partial_rotary_factor": 1.0},
+    ],
+)
+def test_what_changes_nothing_is_taken(write_checkpoint, change):
+    folder, _ = write_checkpoint("llama")
+    before = open_checkpoint(folder).cfg
+    change_json(folder / "config.json", **change)
+    assert open_checkpoint(folder).cfg == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "32"},
+        {"hidden_size": 32.0},
+        {"num_hidden_layers": True},
+        {"num_attention_heads": [4, 4, 4]},
+        {"rms_norm_eps": "1e-6"},
+        {"rms_norm_eps": -1.0},
+        {"tie_word_embeddings": "false"},
+        {"attention_bias": 0},
+        {"architectures": "LlamaForCausalLM"},
+        {"rope_theta": {"a": 1}},
+        {"rope_parameters": [1]},
+        {"layer_types": {"a": 1}},
+        {"pruned_heads": {"0": [1]}},
+        {"model_type": ["llama"]},
+        {"eos_token_id": "2"},
+    ],
+)
+def test_no_field_is_used_before_its_type_is_known(write_checkpoint, change):
+    folder, _ = write_checkpoint("llama")
+    change_json(folder / "config.json", **change)
+    with pytest.raises(InteropError) as caught:
+        open_checkpoint(folder)
+    assert caught.value.where == f"config.{next(iter(change))}"
+
+
+def test_an_unknown_field_has_a_cure(write_checkpoint):
+    folder, _ = write_checkpoint("llama", unheard_of=7)
+    with pytest.raises(InteropError, match="7") as caught:
+        open_checkpoint(folder)
+    assert caught.value.hint == "if it changes nothing, delete the field"
+
+
+def test_weights_that_are_there_twice_are_refused(write_checkpoint, save):
+    folder, tensors = write_checkpoint("llama", shards=2)
+    save(folder, {name: array + 1 for name, array in tensors.items()})
+    with pytest.raises(InteropError, match="twice") as caught:
+        open_checkpoint(folder)
+    assert "model.safetensors.index.json" in caught.value.hint
+    weight_map = dict.fromkeys(tensors, "model.safetensors")
+    change_json(folder / "model.safetensors.index.json", weight_map=weight_map)
+    assert len(open_checkpoint(folder).source.files) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": [6, 7]}, [6, 7]),
+        ({"eos_token_id": 5}, {"do_sample": True}, [5]),
+        ({"eos_token_id": [5, 100_000, -1]}, {}, [5]),
+        ({}, {"eos_token_id": 6}, [6]),
+    ],
+)
+def test_a_text_ends_where_transformers_ends_it(
+    write_checkpoint, subwords, config, generation, ends
+):
+    folder, _ = write_checkpoint("llama", **config)
+    change_json(folder / "generation_config.json", **generation)
+    names = [json.loads(subwords.to_files()[0])["model"]["vocab"]]
+    by_id = {index: token for token, index in names[0].items()}
+    assert open_source(folder).tokenizer.ends == ("<|end|>", *(by_id[i] for i in ends))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "where"),
+    [
+        ("tokenizer_config.json", {"bos_token": "<s>"}, "bos_token"),
+        ("tokenizer_config.json", {"eos_token": {"content": "</s>"}}, "eos_token"),
+        ("tokenizer_config.json", {"eos_token": 2}, "eos_token"),
+        ("tokenizer_config.json", {"add_bos_token": "yes"}, "add_bos_token"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"0": {"content": "<|end|>"}}},
+            "added_tokens_decoder.0.content",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"9999": {"content": "<pad>", "special": True}}},
+            "added_tokens_decoder.9999.content",
+        ),
+        ("special_tokens_map.json", {"eos_token": "<|begin|>"}, "eos_token"),
+        ("generation_config.json", {"eos_token_id": ["<|end|>"]}, "eos_token_id"),
+    ],
+)
+def test_a_tokenizer_config_that_contradicts_is_refused(write_checkpoint, file, change, where):
+    folder, _ = write_checkpoint("llama")
+    change_json(folder / file, **change)
+    with pytest.raises(InteropError) as caught:
+        open_source(folder)
+    assert caught.value.where == f"{folder / file}: {where}"
+
+
+def test_the_tokenizer_is_asked_what_it_puts_before_a_text(write_checkpoint):
+    folder, _ = write_checkpoint("llama")
+    for name, make in KINDS.items():
+        (folder / "tokenizer.json").write_text(make())
+        (folder / "tokenizer_config.json").write_text("{}")
+        found = open_source(folder).tokenizer
+        assert (found.begin, found.bos) == ("<|begin|>", None), name
+        stated = {"bos_token": "<|end|>", "add_bos_token": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+        assert open_source(folder).tokenizer.begin == "<|begin|>"  # as transformers does

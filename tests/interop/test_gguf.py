@@ -5,7 +5,7 @@ import pytest
 
 from composable.errors import InteropError
 from composable.interop.checkpoint import Checkpoint, open_source
-from composable.interop.gguf import read_metadata
+from composable.interop.gguf import _read_license, read_metadata
 from composable.interop.gguf_tokenizer import RULES
 from composable.model.subwords import SubwordTokenizer
 
@@ -35,6 +35,8 @@ NORMS = {
 
 
 def gguf_name(name, family):
+    if name == "rope_freqs.weight":
+        return name
     name = name.replace("model.layers.", "blk.")
     names = {**GGUF_NAMES, **NORMS.get(family, NORMS["llama"])}
     for theirs, ours in sorted(names.items(), key=lambda pair: -len(pair[0])):
@@ -96,10 +98,11 @@ def write_gguf(path, family, config, tensors, subwords, quantise=None, extra=Non
 def both(write_checkpoint, subwords, tmp_path):
     """Return a function that opens one checkpoint in both formats."""
 
-    def write(family, **options):
-        folder, tensors = write_checkpoint(family)
+    def write(family, tensors=None, **options):
+        folder, own = write_checkpoint(family)
         config = json.loads((folder / "config.json").read_text())
-        path = write_gguf(tmp_path / "model.gguf", family, config, tensors, subwords, **options)
+        own |= tensors or {}
+        path = write_gguf(tmp_path / "model.gguf", family, config, own, subwords, **options)
         return Checkpoint(open_source(folder)), open_source(path)
 
     return write
@@ -163,6 +166,12 @@ def test_rules_split_text_as_they_are_known_to():
         ("rope.dimension_count", 4),
         ("attention.value_length", 4),
         ("final_logit_softcapping", 30.0),
+        ("attention.head_count_kv", [2, 2]),
+        ("feed_forward_length", [64, 64]),
+        ("attention.layer_norm_rms_epsilon", "1e-5"),
+        ("rope.freq_base", 0.0),
+        ("rope.scaling.factor", 8.0),
+        ("context_length", 64.0),
     ],
 )
 def test_a_key_that_changes_the_mathematics_is_refused_by_name(key, value):
@@ -194,9 +203,28 @@ def test_metadata_become_a_config():
 def test_a_tokenizer_that_cannot_be_rebuilt_is_refused(subwords):
     from composable.interop.gguf_tokenizer import build_tokenizer
 
-    tokens = {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "gpt2"}
+    tokens = {
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": 0,
+    }
     assert build_tokenizer({}, "x") is None
+    assert build_tokenizer(tokens, "x").begin == "a"
     for changes, field in (
+        ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre"),
+        ({"tokenizer.ggml.pre": 1}, "tokenizer.ggml.pre"),
+        ({"tokenizer.ggml.tokens": ["a", 1]}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": ["x y"]}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": ["a"]}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.token_type": [1]}, "tokenizer.ggml.token_type"),
+        ({"tokenizer.ggml.bos_token_id": 2}, "tokenizer.ggml.bos_token_id"),
+        ({"tokenizer.ggml.eos_token_id": -1}, "tokenizer.ggml.eos_token_id"),
+        ({"tokenizer.ggml.bos_token_id": None}, "tokenizer.ggml.bos_token_id"),
+        ({"tokenizer.ggml.add_bos_token": 1}, "tokenizer.ggml.add_bos_token"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model"),
         ({"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre"),
         ({"tokenizer.ggml.add_space_prefix": True}, "tokenizer.ggml.add_space_prefix"),
@@ -211,3 +239,52 @@ def test_what_is_no_gguf_file_is_refused(tmp_path):
     path.write_bytes(b"GGML" + bytes(100))
     with pytest.raises(InteropError, match="not a GGUF file"):
         open_source(path)
+
+
+def llama3_factors(theta, d_head, factor, low=1.0, high=4.0, length=8192):
+    """Return the factors by the words of the paper: a frequency at a time, by its wavelength."""
+    factors = []
+    for i in range(0, d_head, 2):
+        wavelength = 2 * np.pi * theta ** (i / d_head)
+        if wavelength < length / high:
+            factors.append(1.0)
+        elif wavelength > length / low:
+            factors.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0, 32.0])
+def test_factors_of_rotary_frequencies_are_the_scaling_that_they_follow_from(both, factor):
+    factors = llama3_factors(10_000.0, 8, factor)
+    _, source = both("llama", tensors={"rope_freqs.weight": factors})
+    scaling = Checkpoint(source).cfg.rope_scaling
+    if factor == 1.0:
+        assert scaling is None
+        return
+    assert (scaling.factor, scaling.original_context) == (factor, 8192)
+
+
+@pytest.mark.parametrize("factors", [[1, 1, 2, 8], [1, 1], [0, 0, 0, 0]])
+def test_other_factors_of_rotary_frequencies_are_refused(both, factors):
+    with pytest.raises(InteropError, match="rope_freqs") as caught:
+        both("llama", tensors={"rope_freqs.weight": np.array(factors, np.float32)})
+    assert "config.json" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("stated", "license_"),
+    [
+        ("apache-2.0", "Apache-2.0"),
+        ("llama3.1", "llama3.1"),
+        ("MIT OR Apache-2.0", "MIT OR Apache-2.0"),
+        ("other", ""),
+        ("MIT License\nCopyright (c) 2024", ""),
+        (["mit"], ""),
+        (None, ""),
+    ],
+)
+def test_a_licence_is_an_expression_or_none(stated, license_):
+    assert _read_license(stated) == license_

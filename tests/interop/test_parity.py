@@ -3,14 +3,19 @@
 Needs PyTorch and transformers, which `make test` does without: `make parity` installs them apart.
 """
 
+import json
+
 import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="PyTorch is not installed; run `make parity`")
 pytest.importorskip("transformers", reason="transformers is not installed; run `make parity`")
 
+from composable.errors import InteropError
 from composable.interop.chat import write_conversation
+from composable.interop.checkpoint import Checkpoint, open_source
 from tests.support.chat_models import MODELS, read_template
+from tests.support.subword_kinds import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's code
 
@@ -43,18 +48,106 @@ def test_bfloat16_is_as_far_from_exact_as_that_of_transformers(family, tmp_path)
     assert abs(row["kl"]) <= 1e-2
 
 
-def test_tokens_are_those_of_transformers(write_checkpoint, tmp_path):
+TEXTS = (
+    "the quick brown fox",
+    "naïve Füße ∀x ∃y φ→ψ",
+    "  \n\t x = {1: 2}",
+    " of and to",
+    "日本 \U0001f469 the",
+    "the  river. ",
+)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", *KINDS])
+def test_tokens_are_those_of_transformers(write_checkpoint, kind):
     """But for special tokens that a text spells out: there they are text, here and nowhere else."""
     import transformers
 
-    from composable.interop.checkpoint import open_source
     from composable.interop.tokenizer import make_tokenizer
 
     folder, _ = write_checkpoint("llama")
+    if kind in KINDS:
+        (folder / "tokenizer.json").write_text(KINDS[kind]())
     ours = make_tokenizer(open_source(folder))
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    for text in ("the quick brown fox", "naïve Füße ∀x ∃y φ→ψ", "  \n\t x = {1: 2}"):
-        np.testing.assert_array_equal(ours.encode(text)[1:], theirs(text)["input_ids"])
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    for text in TEXTS:
+        tokens = [ours.begin, *theirs(text, add_special_tokens=False)["input_ids"]]
+        np.testing.assert_array_equal(ours.encode(text), tokens)
+        assert ours.decode(tokens) == theirs.decode(tokens, skip_special_tokens=True)
+        for cut in range(1, len(tokens)):  # a stream adds what the whole has beyond the prompt
+            prompt = theirs.decode(tokens[:cut], skip_special_tokens=True)
+            whole = theirs.decode(tokens, skip_special_tokens=True)
+            if not whole.startswith(prompt) or prompt.endswith("\N{REPLACEMENT CHARACTER}"):
+                continue  # cut within a character
+            stream = ours.stream(tokens[:cut])
+            added = "".join(stream.push(token) for token in tokens[cut:]) + stream.finish()
+            assert prompt + added == whole
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {},
+        {"add_bos_token": True, "bos_token": "<|end|>"},
+        {"add_bos_token": True, "bos_token": "<|begin|>"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["byte-level", *KINDS])
+def test_a_document_begins_as_that_of_transformers(write_checkpoint, kind, stated):
+    import transformers
+
+    folder, _ = write_checkpoint("llama")
+    if kind in KINDS:
+        (folder / "tokenizer.json").write_text(KINDS[kind]())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", **stated}))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    bare, whole = (theirs("the", add_special_tokens=adds)["input_ids"] for adds in (False, True))
+    if whole != bare:
+        found = open_source(folder).tokenizer
+        assert whole == [theirs.convert_tokens_to_ids(found.begin), *bare]
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": LLAMA3, "rope_theta": 500_000.0},
+        {"rope_scaling": {**LLAMA3, "rope_theta": 20_000.0}},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500_000.0},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500_000.0}, "rope_scaling": LLAMA3},
+        {"rope_parameters": {"rope_theta": 500_000.0}, "rope_theta": 10_000.0},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {**LLAMA3, "type": "linear"}},
+        {"partial_rotary_factor": 1.0, "pretraining_tp": 4, "_hash": "a", "top_p": 0.5},
+        {"head_dim": None, "num_key_value_heads": 2, "is_decoder": True, "pruned_heads": {}},
+        {"hidden_act": "swish", "auto_map": {"AutoModel": "x.Y"}, "sliding_window": None},
+    ],
+)
+def test_what_a_config_says_is_followed_as_by_transformers_or_refused(tmp_path, change):
+    from tests.support.parity import compare, make_random, random_tokens
+
+    folder = tmp_path / "model"
+    make_random("smollm", folder, "float32")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps({**config, **change}))
+    try:
+        Checkpoint(open_source(folder))
+    except InteropError as error:
+        assert "rope" in error.where
+        return
+    row = compare(folder, "float32", random_tokens(config["vocab_size"]))
+    assert row["max_abs_logit_diff"] <= SAME_LOGITS
 
 
 @pytest.mark.parametrize("name", MODELS)

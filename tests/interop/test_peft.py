@@ -249,6 +249,20 @@ def test_tensors_of_other_kinds_or_shapes_are_refused(tmp_path):
         ({"rank_pattern": {"(": 2}}, "rank_pattern"),
         ({"alpha_pattern": {"a" * 501: 2}}, "alpha_pattern"),
         ({"target_modules": None}, "target_modules"),
+        ({"target_modules": ["up_proj", 1]}, "target_modules"),
+        ({"r": True}, "r"),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
+        ({"alpha_pattern": {"up_proj": "2"}}, "alpha_pattern"),
+        ({"alpha_pattern": {"up_proj": float("nan")}}, "alpha_pattern"),
+        ({"rank_pattern": {"up_proj": 0}}, "rank_pattern"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+        ({"layers_to_transform": "1"}, "layers_to_transform"),
+        ({"layers_to_transform": [1.5]}, "layers_to_transform"),
+        ({"exclude_modules": {"a": 1}}, "exclude_modules"),
+        ({"layers_pattern": [1]}, "layers_pattern"),
+        ({"revision": 7}, "revision"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path"),
+        ({"bias": ["none"]}, "bias"),
     ],
 )
 def test_a_malformed_config_is_refused_by_its_field(tmp_path, changes, field):
@@ -265,3 +279,35 @@ def test_a_pickled_adapter_is_never_opened(tmp_path):
     with pytest.raises(InteropError, match="may run code") as caught:
         read_adapter(tmp_path, CFG)
     assert "safetensors" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("rename", "cure"),
+    [
+        (lambda name: f"_orig_mod.{name}", "'_orig_mod' was added by torch.compile"),
+        (lambda name: name.replace("model.model.", "model._orig_mod.model."), "torch.compile"),
+        (lambda name: name.replace(".mlp.", ".mlp._orig_mod."), "torch.compile"),
+        (lambda name: f"module.{name}", "data parallelism"),
+        (lambda name: name.replace(".layers.", "._fsdp_wrapped_module.layers."), "FSDP"),
+        (lambda name: name.replace(".weight", ".default.weight"), "rename them like 'base_model."),
+        (lambda name: name.replace(".weight", ".my_lora.weight"), "save_pretrained"),
+        (lambda name: name.removeprefix("base_model.model."), "save_pretrained"),
+    ],
+)
+def test_names_that_peft_would_ignore_are_refused_with_the_cure(tmp_path, rename, cure):
+    tensors = write_adapter(tmp_path, adapter_config(), mlp(1, 2))
+    renamed = {rename(name): array for name, array in tensors.items()}
+    safetensors.numpy.save_file(renamed, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InteropError) as caught:
+        read_adapter(tmp_path, CFG)
+    assert cure in caught.value.hint
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 32)])
+def test_tensors_without_numbers_are_refused_with_the_cure(tmp_path, shape):
+    tensors = write_adapter(tmp_path, adapter_config(), mlp(1, 2))
+    empty = dict.fromkeys(tensors, np.zeros(shape, np.float32))
+    safetensors.numpy.save_file(empty, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InteropError, match="is empty") as caught:
+        read_adapter(tmp_path, CFG)
+    assert "gather" in caught.value.hint

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from composable.errors import ModelError, TextError
 from composable.model.subwords import SubwordTokenizer
 from composable.model.tokenizer import ByteTokenizer, ChatFormat
+from tests.support.subword_kinds import BLANK, KINDS
 
 TEXTS = (
     "The quick brown fox; 12,345 jumps.\n\n  Indented\tand tabbed.",
@@ -105,3 +106,75 @@ def test_what_cannot_be_read_is_refused(subwords):
         SubwordTokenizer("{}", begin="<|begin|>")
     with pytest.raises(ModelError, match="special_tokens"):
         SubwordTokenizer.from_files(definition, special.replace('"chat"', '"gossip"'))
+
+
+@pytest.fixture(params=["byte-level", *KINDS])
+def any_kind(request, subwords):
+    """Return a tokenizer of each kind."""
+    if request.param == "byte-level":
+        return subwords
+    return SubwordTokenizer(KINDS[request.param](), begin="<|begin|>", ends=["<|end|>"])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_exactly_whatever_the_kind(any_kind, text):
+    text = f".{text}"  # the blank before a first word is SentencePiece's own
+    tokens_T = any_kind.encode(text)
+    assert any_kind.decode(tokens_T) == text
+    assert tokens_T.max() < any_kind.vocab_size
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("\n .aé€日\U0001f469", min_size=1, max_size=30), data=st.data())
+def test_a_continuation_streams_what_it_adds_to_the_text(any_kind_of_module, text, data):
+    """Cut anywhere between whole characters, prompt and stream are the text."""
+    text = f".{text}"
+    for tokenizer in any_kind_of_module:
+        tokens_T = tokenizer.encode(text).tolist()
+        cut = data.draw(st.integers(1, len(tokens_T)))
+        prompt = tokenizer.decode(tokens_T[:cut])
+        if not text.startswith(prompt):
+            continue  # cut within a character
+        stream = tokenizer.stream(tokens_T[:cut])
+        pieces = [stream.push(token) for token in tokens_T[cut:]]
+        assert prompt + "".join(pieces) + stream.finish() == text
+
+
+@pytest.fixture(scope="module")
+def any_kind_of_module(subwords):
+    made = [SubwordTokenizer(make(), begin="<|begin|>") for make in KINDS.values()]
+    return [subwords, *made]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_blank_of_a_first_word_is_kept_after_a_prompt_only(kind):
+    tokenizer = SubwordTokenizer(KINDS[kind](), begin="<|begin|>")
+    river = tokenizer.encode("river")[1:].tolist()
+    assert tokenizer.decode(river) == "river"
+    for prompt, expected in (("the", " river"), ("€", " river"), ("", "river")):
+        after = tokenizer.encode(prompt) if prompt else [tokenizer.begin]
+        stream = tokenizer.stream(after)
+        assert "".join(stream.push(token) for token in river) + stream.finish() == expected
+
+
+def test_settings_of_training_do_not_cut_or_pad_texts(subwords):
+    data = json.loads(subwords.to_files()[0])
+    data["truncation"] = {
+        **{"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    }
+    data["padding"] = {
+        **{"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None},
+        **{"pad_id": 1, "pad_type_id": 0, "pad_token": "<|end|>"},
+    }
+    data["model"]["dropout"] = 0.9
+    tokenizer = SubwordTokenizer(json.dumps(data), begin="<|begin|>")
+    text = "the quick brown foxes and the river"
+    np.testing.assert_array_equal(tokenizer.encode(text), subwords.encode(text))
+
+
+def test_a_definition_that_fails_on_its_first_text_is_refused():
+    data = json.loads(KINDS["unigram"]())
+    data["model"] |= {"vocab": [[BLANK, -1.0]], "unk_id": None, "byte_fallback": False}
+    data["added_tokens"] = []
+    with pytest.raises(ModelError, match="not a tokenizer"):
+        SubwordTokenizer(json.dumps(data), begin=BLANK)

@@ -15,6 +15,7 @@ from composable.model.tensors import to_tensors
 from composable.workflows import capacity
 from composable.workflows.capacity import require_capacity
 from composable.workflows.import_backbone import ImportPlan, import_backbone, read_public_text
+from tests.support.subword_kinds import KINDS
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +136,13 @@ def test_a_tokenizer_that_loses_text_is_refused(subwords):
     lossy = type(subwords)(definition.to_str(), begin="<|begin|>")
     with pytest.raises(InteropError, match="came back as"):
         check_round_trips(lossy, [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_tokenizers_round_trip(subwords, kind):
+    tokenizer = type(subwords)(KINDS[kind](), begin="<|begin|>")
+    texts = [" x", "  ", "a\n b", "\n", "   x"]  # all but the blanks before a first word come back
+    assert check_round_trips(tokenizer, texts)["exact"] >= 8
 
 
 def test_a_normal_form_is_allowed_for_and_counted(subwords):
