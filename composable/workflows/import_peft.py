@@ -35,8 +35,8 @@ from composable.interface import (
     digest_bytes,
     scout_signature,
 )
-from composable.interop.huggingface import read_json
 from composable.interop.peft import Adapter, read_adapter
+from composable.interop.tables import read_json
 from composable.model.scout import Scout
 from composable.model.tensors import to_tensors
 from composable.packaging.manifests.backbone_folder import lists_file, read_listed
