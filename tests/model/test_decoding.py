@@ -16,7 +16,7 @@ from composable.model.decoding import (
     cache_length,
     continue_tokens,
 )
-from composable.model.layers import CACHE_BLOCK
+from composable.model.layers import CACHE_BLOCK, KVCache
 from composable.model.mix import mix, mix_state
 from composable.model.model import generate
 from composable.model.safe import safe, safe_state
@@ -48,60 +48,67 @@ def draw(model, tokens_T, n_tokens, **sampling):
     return [token for token, _ in drawn]
 
 
-def begin(model, mode):
+def start(model, mode):
+    """Return the state of a mode at the start of a document."""
     return MODES[mode][1](model.parts, 1, model.context)
+
+
+def run_in_pieces(model, mode, tokens_BT):
+    """Return a mode's outputs for a first chunk and single tokens after it, and its last state.
+
+    One length of text everywhere, so that tests share compiled programs.
+    """
+    state, outputs = start(model, mode), []
+    for piece_BT in np.split(tokens_BT, range(PREFILL, LENGTH), axis=1):
+        output_BTV, state = MODES[mode][0](model.parts, piece_BT, state)
+        outputs.append(np.asarray(output_BTV))
+    return np.concatenate(outputs, axis=1), state
 
 
 @pytest.mark.parametrize("mode", WHOLE)
 def test_decoding_in_pieces_equals_one_full_pass(tiny, model, mode):
     tokens_BT = tiny.tokens(batch=1, length=LENGTH)
-    state, outputs = begin(model, mode), []
-    for piece_BT in np.split(tokens_BT, range(PREFILL, LENGTH), axis=1):
-        output_BTV, state = MODES[mode][0](model.parts, piece_BT, state)
-        outputs.append(np.asarray(output_BTV))
-    expected_BTV = WHOLE[mode](model, tokens_BT)
-    np.testing.assert_allclose(np.concatenate(outputs, 1), expected_BTV, atol=REORDERED_SUMS)
+    found_BTV, state = run_in_pieces(model, mode, tokens_BT)
+    np.testing.assert_allclose(found_BTV, WHOLE[mode](model, tokens_BT), atol=REORDERED_SUMS)
     assert int(state.caches.position) == LENGTH
 
 
-def test_a_broken_body_leaves_its_tokens_to_others_in_decoding_as_in_a_full_pass(tiny):
+def test_decoding_redistributes_the_weight_of_a_broken_body_as_a_full_pass_does(tiny):
     broken = tiny.expert("b")
     w_down = broken.body.slots["2"].w_down
     w_down[...] = jnp.full_like(w_down, jnp.nan)
     for top_k in (1, 2):
         model = tiny.model(tiny.expert("a"), broken, top_k=top_k)
-        tokens_BT, (step, _) = tiny.tokens(batch=1, length=24), MODES["mix"]
+        tokens_BT = tiny.tokens(batch=1, length=LENGTH)
         assert np.asarray(model.route(tokens_BT))[..., model.names.index("b")].max() > 0.5
-        state, outputs = begin(model, "mix"), []
-        for piece_BT in np.split(tokens_BT, range(8, 24), axis=1):
-            output_BTV, state = step(model.parts, piece_BT, state)
-            outputs.append(np.asarray(output_BTV))
-        np.testing.assert_allclose(
-            np.concatenate(outputs, 1), model(tokens_BT), atol=REORDERED_SUMS
-        )
-        told = model.contributions(tokens_BT)["b"]
-        assert int(state.tally.zeroed_E[model.names.index("b")]) == told.zeroed == told.made // 2
+        found_BTV, state = run_in_pieces(model, "mix", tokens_BT)
+        np.testing.assert_allclose(found_BTV, model(tokens_BT), atol=REORDERED_SUMS)
+        counts = model.contributions(tokens_BT)["b"]
+        zeroed = int(state.tally.zeroed_E[model.names.index("b")])
+        assert zeroed == counts.zeroed == counts.made // 2
 
 
 @pytest.mark.parametrize(
     ("mode", "more"),
     [
         ("mix", {}),
-        ("mix", {"mix": dataclasses.replace(STICKY, margin=0.1, floor=0.05, top_k=3)}),
-        ("mix", {"output_mixture": OutputMixture(prior=0.3, rate=0.05)}),
+        (
+            "mix",
+            {
+                "mix": dataclasses.replace(STICKY, margin=0.1, floor=0.05, top_k=3),
+                "output_mixture": OutputMixture(prior=0.3, rate=0.05),
+            },
+        ),
         ("safe", {"output_mixture": OutputMixture(prior=0.3, rate=0.05)}),
     ],
+    ids=["filter", "floor and output mixture", "safe with output mixture"],
 )
-def test_the_switching_filter_goes_on_from_piece_to_piece(tiny, mode, more):
+def test_the_switching_filter_continues_from_piece_to_piece(tiny, mode, more):
     sticky = {"mix": STICKY, **more}
     model = tiny.model(tiny.expert("a"), tiny.expert("b"), **sticky)
     tokens_BT = tiny.tokens(batch=1, length=LENGTH)
-    state, outputs = begin(model, mode), []
-    for piece_BT in np.split(tokens_BT, range(PREFILL, LENGTH), axis=1):
-        output_BTV, state = MODES[mode][0](model.parts, piece_BT, state)
-        outputs.append(np.asarray(output_BTV))
-    whole_BTV = model(tokens_BT) if mode == "mix" else model.safe(tokens_BT)
-    np.testing.assert_allclose(np.concatenate(outputs, 1), whole_BTV, atol=REORDERED_SUMS)
+    found_BTV, _ = run_in_pieces(model, mode, tokens_BT)
+    np.testing.assert_allclose(found_BTV, WHOLE[mode](model, tokens_BT), atol=REORDERED_SUMS)
 
 
 def test_the_likeliest_continuation_is_that_of_full_passes(tiny, model):
@@ -115,7 +122,7 @@ def test_the_likeliest_continuation_is_that_of_full_passes(tiny, model):
         tokens.append(token)
 
 
-def test_sampling_hangs_on_its_seed_and_never_draws_the_begin_token(tiny, model):
+def test_sampling_depends_on_its_seed_and_never_draws_the_start_token(tiny, model):
     prompt_T = tiny.tokens(batch=1, length=3)[0]
 
     first, again, other = (
@@ -127,7 +134,7 @@ def test_sampling_hangs_on_its_seed_and_never_draws_the_begin_token(tiny, model)
 
 
 @pytest.mark.parametrize("mode", ["mix", "safe"])
-def test_no_prompt_and_no_expert_compiles_anything_new(tiny, count_compilations, mode):
+def test_new_prompts_and_new_experts_compile_nothing(tiny, count_compilations, mode):
     model = tiny.model(tiny.expert("a"))
     generate(model, "x" * 40, 3, mode=mode)  # the prefill chunk and the single step
     model.install(tiny.expert("c"))
@@ -152,13 +159,13 @@ def test_generate_joins_the_stream(model):
 
 
 def test_a_text_may_fill_the_context_and_no_more(tiny, model):
-    length = tiny.cfg.context - 2  # the begin token comes on top
+    length = tiny.cfg.context - 2  # the start token comes on top
     assert len(draw(model, model.encode("x" * length), 1)) == 1
     with pytest.raises(TextError, match="128 tokens and 1 more do not fit the context of 128"):
         generate(model, "x" * (length + 1), 1)
 
 
-def test_what_cannot_be_continued_is_refused(model):
+def test_prompts_and_settings_that_cannot_be_continued_are_refused(model):
     with pytest.raises(TextError, match="empty"):
         generate(model, "", 5)
     with pytest.raises(ModelError, match="negative"):
@@ -167,24 +174,24 @@ def test_what_cannot_be_continued_is_refused(model):
         generate(model, "a", 5, mode="fast")
 
 
-def test_asking_for_nothing_gives_nothing(model):
+def test_zero_tokens_give_an_empty_text(model):
     assert generate(model, "abc", 0) == ""
 
 
-def test_a_broken_path_leaves_decoding_in_safe_mode_sound(tiny):
+def test_decoding_in_safe_mode_stays_finite_with_a_broken_path(tiny):
     model = tiny.model(tiny.expert("broken", noise=1e30))
-    state = begin(model, "safe")
+    state = start(model, "safe")
     for token in (0, 65, 66):
-        tokens_BT = jnp.full((1, 1), token)
+        tokens_BT = np.full((1, 1), token, np.int32)
         log_prob_BTV, state = MODES["safe"][0](model.parts, tokens_BT, state)
         assert np.isfinite(np.asarray(log_prob_BTV)).all()
 
 
-def test_what_is_yielded_says_who_was_trusted(tiny, model):
-    """The weights behind the first token are those of the full pass at the prompt's end."""
-    prompt_T = tiny.tokens(batch=1, length=20)[0]
-    (first, *_) = continue_tokens(model.parts, ByteTokenizer(), prompt_T, 2)
-    expected_E = np.asarray(model.route(prompt_T[None]))[0, -1]
+def test_each_token_has_its_router_weights(tiny, model):
+    """Those of the first token are those of a full pass at the prompt's end."""
+    text_BT = tiny.tokens(batch=1, length=LENGTH)
+    (first, *_) = continue_tokens(model.parts, ByteTokenizer(), text_BT[0, :20], 2)
+    expected_E = np.asarray(model.route(text_BT))[0, 19]
     np.testing.assert_allclose(first.weight_E, expected_E, atol=1e-5)  # float32 softmaxes
 
 
@@ -231,7 +238,7 @@ def test_banned_tokens_are_never_drawn():
 
 
 def test_feeding_in_turns_equals_feeding_at_once(tiny, model):
-    """What was drawn is part of the sequence, whether or not more is fed after it."""
+    """Drawn tokens are part of the sequence, whether or not more is fed after them."""
     first_T, second_T = tiny.tokens(batch=2, length=9)
     decoder = Decoder(model.parts, ByteTokenizer(), length=64)
     decoder.feed(first_T)
@@ -243,21 +250,21 @@ def test_feeding_in_turns_equals_feeding_at_once(tiny, model):
 
 
 def test_a_cache_is_read_as_far_as_it_is_filled_and_no_further(tiny):
-    """Whatever is in the cache beyond the sequence, over several blocks, changes nothing."""
+    """Values in the cache beyond the sequence, over several blocks, change nothing."""
     cfg = tiny.cfg
     attention = tiny.backbone.layers[0].attention
+    attend = jax.jit(lambda attention, *args: attention(*args))
     n_blocks = 3
     rng = np.random.default_rng(0)
     x_BTD = rng.normal(size=(1, 2 * CACHE_BLOCK, cfg.d_model)).astype(np.float32)
     shape = (1, cfg.n_kv_heads, n_blocks * CACHE_BLOCK, cfg.d_head)
-    expected_BTD, _ = attention(x_BTD)
+    expected_BTD, _ = attend(attention, x_BTD)
     for fill in (0.0, 1e3):
-        cache = type(tiny.backbone.empty_caches(1, 8, [0])[0])(
-            jnp.full(shape, fill), jnp.full(shape, fill)
-        )
-        first_BTD, cache = attention(x_BTD[:, :-1], 0, cache)
-        last_BTD, _ = attention(x_BTD[:, -1:], x_BTD.shape[1] - 1, cache)
-        found_BTD = jnp.concatenate([first_BTD, last_BTD], axis=1)
+        filled = np.full(shape, fill, np.float32)
+        cache = KVCache(filled, filled)
+        first_BTD, cache = attend(attention, x_BTD[:, :-1], 0, cache)
+        last_BTD, _ = attend(attention, x_BTD[:, -1:], x_BTD.shape[1] - 1, cache)
+        found_BTD = np.concatenate([first_BTD, last_BTD], axis=1)
         np.testing.assert_allclose(found_BTD, expected_BTD, atol=REORDERED_SUMS)
 
 
@@ -276,7 +283,7 @@ def test_sampling_out_of_range_is_refused_by_name(field, value):
     assert caught.value.where == field
 
 
-def test_there_must_be_something_to_continue_and_room_for_it(model):
+def test_decoding_without_tokens_or_without_room_is_refused(model):
     decoder = Decoder(model.parts, ByteTokenizer(), length=8)
     with pytest.raises(TextError, match="no tokens to continue"):
         list(decoder.draw(1))
@@ -286,8 +293,8 @@ def test_there_must_be_something_to_continue_and_room_for_it(model):
         Decoder(model.parts, ByteTokenizer(), length=129)
 
 
-def test_an_expert_that_breaks_is_told_of_once_at_the_end(tiny):
-    """By name and with figures; a sound expert is not told of."""
+def test_an_expert_whose_contributions_are_zeroed_is_reported_once_at_the_end(tiny):
+    """By name and with figures; no other expert is reported."""
     model = tiny.model(tiny.expert("a"), tiny.expert("huge", noise=1e6))
     with pytest.warns(ContributionWarning, match="expert huge: ") as caught:
         text = generate(model, "some words", 8)
