@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-fast docs lint backbone smollm2 smollm2-experts parity clean
+.PHONY: setup demo test test-fast test-bits docs lint backbone smollm2 smollm2-experts parity clean
 
 setup: .venv/.ready
 
@@ -28,6 +28,10 @@ test: setup
 test-fast: setup
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/packaging
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging
+
+# Tests that results agree to the bit, with all optimisations: the other calls compile quickly.
+test-bits: setup
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m bits -n 2 tests/model tests/kernels tests/vetting
 
 docs: setup
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

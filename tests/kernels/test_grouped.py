@@ -267,6 +267,7 @@ def install(weights, slot_E, n_slots):
     ("run", "sizes"),
     [(run_slot, BATCH), (run_slot, ONE_TOKEN), (run_slot_by_matmuls, BATCH)],
 )
+@pytest.mark.bits
 def test_slot_order_and_dead_slots_change_no_bit(run, sizes) -> None:
     x_MD, weights_MJ, weights, expert_MJ, n_experts, block = bit_case(*sizes)
     run = jax.jit(run, static_argnums=(4, 5))
@@ -278,6 +279,7 @@ def test_slot_order_and_dead_slots_change_no_bit(run, sizes) -> None:
         np.testing.assert_array_equal(y_moved_MD, y_MD)
 
 
+@pytest.mark.bits
 def test_slot_order_and_dead_slots_change_no_bit_of_a_gradient() -> None:
     x_MD, weights_MJ, weights, expert_MJ, n_experts, block = bit_case(33, 3, 5, 16, 40, 4)
     evaluate = differentiate(run_slot)
@@ -289,6 +291,7 @@ def test_slot_order_and_dead_slots_change_no_bit_of_a_gradient() -> None:
     chex.assert_trees_all_equal(jax.tree.map(lambda w: w[slot_E], moved[2]), grads[2])
 
 
+@pytest.mark.bits
 def test_other_experts_tokens_change_no_bit() -> None:
     """A token's result stays when other tokens leave for a newly installed expert.
 

@@ -111,6 +111,7 @@ def _trunk_from_embeddings(backbone, x_BTD):
     return backbone._run(layers, x_BTD, backbone.own_feed_forward, 0, None)[0]
 
 
+@pytest.mark.bits
 def test_trunk_reads_the_embeddings_and_the_layers_below_the_tap_only(tiny):
     tokens_BT = jnp.asarray(tiny.tokens(length=12))
     embedded_BTD = tiny.backbone.embed[...][tokens_BT]

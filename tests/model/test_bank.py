@@ -27,6 +27,7 @@ def test_an_empty_bank_holds_the_backbone_alone(tiny):
             assert (np.asarray(slot[name][1:]) == 0).all()
 
 
+@pytest.mark.bits
 def test_installing_writes_one_entry_and_removing_clears_it(tiny, expert):
     before = banks.empty_bank(tiny.backbone, tiny.interface, 4)
     bank = banks.install(
@@ -61,6 +62,7 @@ def test_a_narrow_scout_says_the_same_when_padded(tiny, expert):
     np.testing.assert_allclose(padded_BTC, expert.scout(feature_BTD), atol=1e-5)
 
 
+@pytest.mark.bits
 def test_growing_keeps_every_bit(tiny, expert):
     bank = banks.install(
         banks.empty_bank(tiny.backbone, tiny.interface, 2), 1, entry_of(tiny, expert)

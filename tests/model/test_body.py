@@ -14,6 +14,7 @@ def fresh_expert(tiny, kind, rank=None):
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("ffn", None), ("lora", 4)])
+@pytest.mark.bits
 def test_an_untrained_body_is_the_backbones_own_to_the_bit(tiny, kind, rank):
     body = fresh_expert(tiny, kind, rank).body
     for layer in tiny.cfg.slots:
@@ -22,6 +23,7 @@ def test_an_untrained_body_is_the_backbones_own_to_the_bit(tiny, kind, rank):
             np.testing.assert_array_equal(merged[name], own[name])
 
 
+@pytest.mark.bits
 def test_an_untrained_expert_changes_no_logits(tiny):
     expert = fresh_expert(tiny, "ffn")
     pluggable = Pluggable(name="fresh", body=expert.body, scout=expert.scout, key=1)

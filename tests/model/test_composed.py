@@ -50,6 +50,7 @@ by_mode = pytest.mark.parametrize("mode", MODES)
 
 
 @by_mode
+@pytest.mark.bits
 def test_later_tokens_do_not_change_earlier_outputs(tiny, model, mode):
     tokens_BT, at = tiny.tokens(), 10
     changed_BT = tokens_BT.copy()
@@ -64,12 +65,14 @@ def test_later_tokens_do_not_change_earlier_outputs(tiny, model, mode):
     assert (before[:, at:] != after[:, at:]).any(axis=(0, 2)).all()
 
 
+@pytest.mark.bits
 def test_track_records_of_one_document_do_not_depend_on_another(tiny, model):
     together_BTE = track_records(model.parts, tiny.tokens())
     swapped_BTE = track_records(model.parts, tiny.tokens()[::-1])
     np.testing.assert_array_equal(together_BTE, swapped_BTE[::-1])
 
 
+@pytest.mark.bits
 def test_track_records_are_bit_identical_with_any_other_experts(tiny, experts):
     tokens_BT, alone = tiny.tokens(), {}
     for name, expert in experts.items():
@@ -88,6 +91,7 @@ def test_track_records_are_bit_identical_with_any_other_experts(tiny, experts):
 
 
 @by_mode
+@pytest.mark.bits
 def test_removing_restores_every_bit(tiny, experts, mode):
     tokens_BT = tiny.tokens()
     model = tiny.model(experts["a"], experts["b"])
@@ -103,6 +107,7 @@ def test_removing_restores_every_bit(tiny, experts, mode):
 
 
 @pytest.mark.parametrize("mode", ["mix", "safe"])
+@pytest.mark.bits
 def test_the_order_of_installation_changes_no_bit(tiny, experts, mode):
     tokens_BT, expected = tiny.tokens(), None
     for order in itertools.permutations(experts):
@@ -113,6 +118,7 @@ def test_the_order_of_installation_changes_no_bit(tiny, experts, mode):
 
 
 @pytest.mark.parametrize("mode", ["mix", "safe"])
+@pytest.mark.bits
 def test_the_order_of_installation_changes_no_bit_when_all_experts_tie(tiny, experts, mode):
     scout = experts["a"].scout
     twins = [dataclasses.replace(expert, scout=scout) for expert in experts.values()]
@@ -122,6 +128,7 @@ def test_the_order_of_installation_changes_no_bit_when_all_experts_tie(tiny, exp
         np.testing.assert_array_equal(logits_BTV, found[0])
 
 
+@pytest.mark.bits
 def test_spare_capacity_changes_no_bit(tiny, experts):
     tokens_BT = tiny.tokens()
     small, large = (tiny.model(*experts.values(), capacity=capacity) for capacity in (4, 8))
@@ -178,6 +185,7 @@ def test_route_by_the_switching_filter(tiny, experts):
 
 
 @pytest.mark.parametrize("settings", [SWITCHING, FLOORED, WITH_SCOUTS])
+@pytest.mark.bits
 def test_the_switching_filter_keeps_bits_as_the_discount_does(tiny, experts, settings):
     tokens_BT = tiny.tokens()
     model = tiny.model(experts["a"], experts["b"], **settings)
@@ -240,6 +248,7 @@ def test_an_expert_below_the_floor_has_no_row_and_the_others_share_its_weight(ti
     np.testing.assert_allclose(alone(tokens_BT), single(tokens_BT), atol=1e-4)
 
 
+@pytest.mark.bits
 def test_a_model_without_experts_is_its_backbone(tiny):
     model, tokens_BT = tiny.model(capacity=4), tiny.tokens()
     # The grouped kernel and the plain product sum in another order; logits are of order 5.

@@ -42,6 +42,7 @@ def test_weight_of_what_counts_as_zero_goes_to_the_other_choices(block):
     np.testing.assert_array_equal(dropped_M, [row[3] for row in TABLE])
 
 
+@pytest.mark.bits
 def test_who_lost_nothing_keeps_every_bit():
     """Weights of a softmax seldom sum to one exactly: nothing may be divided by their sum."""
     weight_MJ = jax.nn.softmax(jax.random.normal(jax.random.key(0), (64, 3)), axis=-1)

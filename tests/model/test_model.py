@@ -25,6 +25,7 @@ def test_the_constructor_sorts_and_makes_room(tiny):
     assert model.context == tiny.cfg.context
 
 
+@pytest.mark.bits
 def test_a_full_bank_grows_and_says_the_same(tiny):
     experts = [tiny.expert("a"), tiny.expert("b")]
     grown = tiny.model(*experts, capacity=2)
@@ -94,6 +95,7 @@ def test_the_counter_of_compilations_counts(count_compilations):
     assert len(compiled) == 1
 
 
+@pytest.mark.bits
 def test_a_model_goes_through_jit(tiny, model):
     tokens_BT = jnp.asarray(tiny.tokens())
     weight_BTE = jax.jit(lambda model, tokens_BT: model.route(tokens_BT))(model, tokens_BT)

@@ -92,6 +92,7 @@ def test_it_goes_on_from_piece_to_piece():
 
 
 @pytest.mark.parametrize("weight_E", [[1, 0, 0], [0.9985, 0.0009, 0.0006]])
+@pytest.mark.bits
 def test_without_an_expert_above_the_least_weight_nothing_changes(weight_E):
     logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT = draw_case()
     weight_BTE = np.broadcast_to(np.float32(weight_E), weight_BTE.shape)
@@ -139,6 +140,7 @@ def test_a_class_that_the_model_rules_out_stays_finite():
         assert all(np.isfinite(x).all() for x in state)
 
 
+@pytest.mark.bits
 def test_the_order_of_entries_changes_no_bit():
     logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT = draw_case()
     expected_BTV, _ = mixture((logits_BTV, scout_log_prob_EBTC, weight_BTE, tokens_BT))

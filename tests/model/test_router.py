@@ -42,6 +42,7 @@ def test_track_record_is_the_discounted_sum(discount):
     np.testing.assert_allclose(record_BTE, expected_BTE, rtol=1e-5)
 
 
+@pytest.mark.bits
 def test_track_record_goes_on_where_it_stopped():
     evidence_BTE = jnp.asarray(np.random.default_rng(1).normal(-3, 1, (2, 20, 3)), jnp.float32)
     whole_BTE = accumulate(evidence_BTE, jnp.zeros((2, 3)), 0.9)
@@ -61,6 +62,7 @@ def reference_trust(evidence_TE, prior_E, power, rate):
 
 
 @pytest.mark.parametrize(("power", "rate"), [(1.0, 1e-4), (0.35, 0.003), (0.5, 0.2)])
+@pytest.mark.bits
 def test_the_switching_filter_is_the_forward_recursion(power, rate):
     evidence_TE = np.random.default_rng(2).normal(-3, 2, (60, 3)).astype(np.float32)
     prior_E = np.array([0.8, 0.1, 0.1])
@@ -102,6 +104,7 @@ def test_evidence_is_what_each_scout_said_one_position_earlier():
     assert (np.asarray(found_BTE[:, 0]) == 0).all(), "nobody predicted the first token"
 
 
+@pytest.mark.bits
 def test_evidence_of_a_scout_hangs_on_its_own_width_alone():
     scouts = random_scouts(n_experts=4, width=8)
     rng = np.random.default_rng(1)

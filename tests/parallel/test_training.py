@@ -33,7 +33,8 @@ def start(out, fsdp, tensor, **environment):
 
 
 def devices(n):
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={n}"}
 
 
 def read(out):

@@ -62,6 +62,7 @@ def test_a_documents_score_is_the_sum_over_its_windows(model, documents):
         assert found == pytest.approx(expected, abs=SAME_NATS)
 
 
+@pytest.mark.bits
 def test_the_track_record_is_carried_from_window_to_window(model, documents):
     traces = trace_routing(model, documents)
     assert [trace_TE.shape for trace_TE in traces] == [(300, 2), (5, 2), (128, 2)]
@@ -101,6 +102,7 @@ def test_safe_mode_keeps_its_bound_over_windows(loaded, tiny, documents):
     assert (safe <= own + bound + SAME_NATS).all()
 
 
+@pytest.mark.bits
 def test_at_most_max_bytes_are_scored(model, documents):
     cut = score_documents(path_scorer(model), documents, context=CONTEXT, max_bytes=20)
     np.testing.assert_array_equal(cut.n_bytes_B, [20, 5, 20])
