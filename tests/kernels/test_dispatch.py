@@ -66,7 +66,7 @@ def test_choices_of_no_expert_take_no_row() -> None:
     n_rows = dispatch.choice_P.shape[0]
     np.testing.assert_array_equal(dispatch.position_MJ, [[0, n_rows], [n_rows, 2], [n_rows] * 2])
     assert dispatch.n_blocks_used == 2
-    y_MD = combine_rows(jnp.ones((n_rows, 1)), jnp.ones((3, 2)), dispatch)
+    y_MD = jax.jit(combine_rows)(np.ones((n_rows, 1)), np.ones((3, 2)), dispatch)
     np.testing.assert_array_equal(y_MD, [[1], [1], [0]])
 
 
@@ -88,7 +88,9 @@ def routings(draw) -> tuple[np.ndarray, int, int]:
 def test_tables_hold_every_choice_once_in_order(routing: tuple[np.ndarray, int, int]) -> None:
     expert_MJ, n_experts, block = routing
     dispatch = dispatch_of(expert_MJ, n_experts, block)
-    choice_P = np.asarray(dispatch.choice_P)
+    # In NumPy: every indexing of a jax array by another shape compiles a program.
+    dispatch = jax.tree.map(np.asarray, dispatch)
+    choice_P = dispatch.choice_P
     flat_expert, n = expert_MJ.reshape(-1), expert_MJ.size
     expert_P = np.repeat(dispatch.expert_Y, block)
 
@@ -97,7 +99,7 @@ def test_tables_hold_every_choice_once_in_order(routing: tuple[np.ndarray, int, 
     assert sorted(held) == list(np.flatnonzero(is_routed))
     np.testing.assert_array_equal(expert_P[choice_P < n], flat_expert[held])
     # The two tables are inverse to each other.
-    position = np.asarray(dispatch.position_MJ).reshape(-1)
+    position = dispatch.position_MJ.reshape(-1)
     np.testing.assert_array_equal(choice_P[position[is_routed]], np.flatnonzero(is_routed))
     assert (position[~is_routed] == choice_P.size).all()
     # Groups: token order, from a block boundary on, in no more blocks than needed.
@@ -193,13 +195,13 @@ def test_dispatch_sorts_once() -> None:
 
 def test_combining_never_reads_padding() -> None:
     dispatch = dispatch_of([[0, 1], [1, 2], [0, 2]], 3, 2)
-    is_padding_P = dispatch.token_P == 3
+    is_padding_P = np.asarray(dispatch.token_P) == 3
     assert is_padding_P.any()
-    y_PD = jnp.where(is_padding_P[:, None], jnp.nan, 1.0)
+    y_PD = np.where(is_padding_P[:, None], np.nan, 1.0)
 
     def total(y_PD, weights_MJ):
         return jnp.sum(combine_rows(y_PD, weights_MJ, dispatch))
 
-    value, grads = jax.value_and_grad(total, argnums=(0, 1))(y_PD, jnp.ones((3, 2)))
+    value, grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(y_PD, np.ones((3, 2)))
     assert value == 6
     chex.assert_tree_all_finite(grads)

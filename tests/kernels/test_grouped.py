@@ -253,7 +253,7 @@ def bit_case(n_tokens, n_choices, n_experts, width, hidden, block):
 
 
 def install(weights, slot_E, n_slots):
-    """Put bodies into slots of a larger bank; whoever read another slot would get NaN."""
+    """Put bodies into slots of a larger bank; all other slots hold NaN."""
 
     def put(w):
         bank = np.full((n_slots, *w.shape[1:]), np.nan, np.float32)
@@ -339,7 +339,7 @@ def test_blocks_run_follow_the_routing_not_the_number_of_experts(n_experts: int)
 
 def test_chunks_of_blocks_that_hold_nothing_are_not_run() -> None:
     expert_MJ = np.full((128, 4), -1)
-    expert_MJ[:, 0] = np.arange(128) % 2  # one choice in four is taken
+    expert_MJ[:, 0] = np.arange(128) % 2  # one choice in four has an expert
     # 65 blocks of 8 rows, of which 16 are in use, in 8 chunks of 9.
     assert count_block_runs(expert_MJ, 2, 8, batch_blocks) == 2
     assert count_block_runs(np.tile([0, 1, 0, 1], (128, 1)), 2, 8, batch_blocks) == 8
@@ -351,7 +351,7 @@ def lower(fn, *args):
 
 
 def flops_when_compiled(lowered) -> float:
-    """As above, of what is left when the compiler has dropped what nobody uses."""
+    """As above, of what is left after the compiler has removed unused values."""
     return lowered.compile().cost_analysis()["flops"]
 
 

@@ -50,7 +50,7 @@ def _leaves(bank):
     return [*slots, *bank.scouts, bank.width_E, bank.alive_E, bank.key_E]
 
 
-def test_a_narrow_scout_says_the_same_when_padded(tiny, expert):
+def test_padding_a_narrow_scout_keeps_its_log_probabilities(tiny, expert):
     from composable.model.scout import class_log_probs
 
     bank = banks.install(

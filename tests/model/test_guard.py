@@ -24,7 +24,7 @@ ZEROED_MJ = np.array([[mark == "x" for mark in row[1]] for row in TABLE])
 
 
 def rows_of(zeroed_MJ, dispatch):
-    """Return marks of choices as marks of rows; padding rows, which nobody reads, are marked."""
+    """Return marks of choices as marks of rows; padding rows, which are never read, are marked."""
     zeroed_P = np.ones(dispatch.choice_P.shape, bool)
     zeroed_P[np.asarray(dispatch.position_MJ)] = zeroed_MJ
     return jnp.asarray(zeroed_P)
@@ -43,7 +43,7 @@ def test_weight_of_what_counts_as_zero_goes_to_the_other_choices(block):
 
 
 @pytest.mark.bits
-def test_who_lost_nothing_keeps_every_bit():
+def test_tokens_without_a_zeroed_contribution_keep_every_bit():
     """Weights of a softmax seldom sum to one exactly: nothing may be divided by their sum."""
     weight_MJ = jax.nn.softmax(jax.random.normal(jax.random.key(0), (64, 3)), axis=-1)
     assert (np.asarray(weight_MJ).sum(-1) != 1).any()

@@ -5,7 +5,7 @@ import pytest
 
 from composable.model.layers import _causal_attention, rms_norm, rope, swiglu
 
-# Float32 sums of a few hundred products, taken in another order than the reference's.
+# Float32 sums of a few hundred products, in another order than the reference's.
 REORDERED_SUMS = 2e-5
 
 

@@ -26,7 +26,7 @@ def test_the_constructor_sorts_and_makes_room(tiny):
 
 
 @pytest.mark.bits
-def test_a_full_bank_grows_and_says_the_same(tiny):
+def test_a_full_bank_grows_and_keeps_every_logit(tiny):
     experts = [tiny.expert("a"), tiny.expert("b")]
     grown = tiny.model(*experts, capacity=2)
     assert grown.parts.bank.capacity == 4
@@ -119,7 +119,7 @@ def test_only_chosen_experts_have_a_gradient(tiny):
     model = tiny.model(tiny.expert("a"), mute, tiny.expert("b"))
     index = model.names.index("mute")
     tokens_BT = jnp.asarray(tiny.tokens())
-    # At the begin nobody has predicted anything and ties are settled by key: mute's is no least.
+    # At the start token all experts tie, and the smallest key wins; mute's is not the smallest.
     weight_BTE = np.asarray(model.route(tokens_BT))
     assert (weight_BTE[:, 1:, index] == 0).all()
     used = [e for e in range(4) if (weight_BTE[..., e] > 0).any()]

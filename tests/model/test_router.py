@@ -19,7 +19,7 @@ from composable.model.router import (
     track_record,
 )
 
-hear = jax.jit(evidence)
+score_tokens = jax.jit(evidence)
 accumulate = jax.jit(track_record)
 # Softmax weights are sums of a handful of float32 numbers below one.
 FLOAT32_ROUNDING = 1e-6
@@ -51,7 +51,7 @@ def test_track_record_goes_on_where_it_stopped():
     np.testing.assert_array_equal(whole_BTE, np.concatenate([first_BTE, second_BTE], axis=1))
 
 
-def reference_trust(evidence_TE, prior_E, power, rate):
+def reference_weights(evidence_TE, prior_E, power, rate):
     """Return the weights of a hidden Markov chain by its forward recursion, in float64."""
     weight_E, rows = prior_E, []
     for row_E in evidence_TE:
@@ -72,7 +72,7 @@ def test_the_switching_filter_is_the_forward_recursion(power, rate):
         return switching_posterior(evidence_BTE, before_BE, log_prior_E, power=power, rate=rate)
 
     whole_BTE = follow(evidence_TE[None], log_prior_E[None])
-    expected_TE = reference_trust(evidence_TE.astype(np.float64), prior_E, power, rate)
+    expected_TE = reference_weights(evidence_TE.astype(np.float64), prior_E, power, rate)
     np.testing.assert_allclose(np.exp(whole_BTE[0]), expected_TE, rtol=1e-4)
     # No weight falls below the rate times its prior, so that it is back soon after a switch.
     assert (expected_TE >= rate * prior_E).all()
@@ -87,25 +87,26 @@ def random_scouts(n_experts=3, d=4, width=5, n_classes=6, seed=0):
     return ScoutBank(*(jnp.asarray(rng.normal(size=(n_experts, *s)), jnp.float32) for s in shapes))
 
 
-def test_evidence_is_what_each_scout_said_one_position_earlier():
+def test_evidence_is_each_scouts_log_probability_one_position_earlier():
     scouts = random_scouts()
     rng = np.random.default_rng(1)
     feature_BTD = rng.normal(size=(2, 5, 4)).astype(np.float32)
     classes_BT = rng.integers(0, 6, (2, 5))
-    found_BTE = hear(scouts, jnp.asarray(feature_BTD), classes_BT, empty_state(2, 3, 4))
+    found_BTE = score_tokens(scouts, jnp.asarray(feature_BTD), classes_BT, empty_state(2, 3, 4))
     for e in range(3):
         w_in, b_in, w_out, b_out = (np.asarray(x[e]) for x in scouts)
         hidden = np.asarray(jax.nn.gelu(feature_BTD @ w_in + b_in))
         logits = hidden @ w_out + b_out
         log_prob = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for t in range(1, 5):
-            said = log_prob[np.arange(2), t - 1, classes_BT[:, t]]
-            np.testing.assert_allclose(found_BTE[:, t, e], said, rtol=1e-4)  # logits of order 10
-    assert (np.asarray(found_BTE[:, 0]) == 0).all(), "nobody predicted the first token"
+            expected_B = log_prob[np.arange(2), t - 1, classes_BT[:, t]]
+            # Logits of order 10.
+            np.testing.assert_allclose(found_BTE[:, t, e], expected_B, rtol=1e-4)
+    assert (np.asarray(found_BTE[:, 0]) == 0).all(), "the first token is no evidence"
 
 
 @pytest.mark.bits
-def test_evidence_of_a_scout_hangs_on_its_own_width_alone():
+def test_evidence_of_a_scout_depends_on_its_own_width_alone():
     scouts = random_scouts(n_experts=4, width=8)
     rng = np.random.default_rng(1)
     feature_BTD = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
@@ -117,8 +118,8 @@ def test_evidence_of_a_scout_hangs_on_its_own_width_alone():
         b_in_EW=jnp.where(is_padding_EW, 0, scouts.b_in_EW),
         w_out_EWC=jnp.where(is_padding_EW[..., None], 0, scouts.w_out_EWC),
     )
-    found_BTE = np.asarray(hear(padded, feature_BTD, classes_BT, state, width_E))
-    whole_BTE = hear(padded, feature_BTD, classes_BT, state)
+    found_BTE = np.asarray(score_tokens(padded, feature_BTD, classes_BT, state, width_E))
+    whole_BTE = score_tokens(padded, feature_BTD, classes_BT, state)
     # Fewer zeros are added up, perhaps in another order; logits are of order 10.
     alive = [0, 1, 3]
     np.testing.assert_allclose(found_BTE[..., alive], whole_BTE[..., alive], rtol=1e-5)
@@ -126,10 +127,10 @@ def test_evidence_of_a_scout_hangs_on_its_own_width_alone():
 
     # What is more than the program for its width needs is not read, and neither are peers.
     spoilt = padded._replace(w_out_EWC=padded.w_out_EWC.at[:, 4:].set(jnp.nan).at[1:3].set(jnp.nan))
-    again_BTE = np.asarray(hear(spoilt, feature_BTD, classes_BT, state, width_E))
+    again_BTE = np.asarray(score_tokens(spoilt, feature_BTD, classes_BT, state, width_E))
     np.testing.assert_array_equal(again_BTE[..., [0, 3]], found_BTE[..., [0, 3]])
     few = jax.tree.map(lambda x: x[3:], padded)
-    alone_BT1 = hear(few, feature_BTD, classes_BT, empty_state(2, 1, 4), width_E[3:])
+    alone_BT1 = score_tokens(few, feature_BTD, classes_BT, empty_state(2, 1, 4), width_E[3:])
     np.testing.assert_array_equal(alone_BT1[..., 0], found_BTE[..., 3])
 
 
@@ -138,7 +139,9 @@ def test_evidence_of_a_broken_scout_is_finite_and_worse_than_any_other():
     scouts = random_scouts()
     scouts = scouts._replace(w_in_EDW=jnp.stack(broken))
     feature_BTD = jnp.ones((1, 6, 4))
-    found_BTE = np.asarray(hear(scouts, feature_BTD, np.zeros((1, 6), int), empty_state(1, 3, 4)))
+    found_BTE = np.asarray(
+        score_tokens(scouts, feature_BTD, np.zeros((1, 6), int), empty_state(1, 3, 4))
+    )
     assert np.isfinite(found_BTE).all()
     assert (found_BTE[:, 1:, :2] < -1000).all()
 
@@ -147,7 +150,7 @@ def test_a_track_record_of_absurd_predictions_stays_finite():
     scouts = random_scouts(n_experts=1)
     scouts = scouts._replace(b_out_EC=jnp.full((1, 6), -1e38).at[:, 1].set(1e38))
     state = empty_state(1, 1, 4)
-    found_BTE = hear(scouts, jnp.ones((1, 50, 4)), np.zeros((1, 50), int), state)
+    found_BTE = score_tokens(scouts, jnp.ones((1, 50, 4)), np.zeros((1, 50), int), state)
     assert np.isfinite(np.asarray(accumulate(found_BTE, state.track_BE, 1.0))).all()
 
 
@@ -174,7 +177,7 @@ def test_who_has_less_weight_than_the_floor_is_not_chosen_and_the_best_always_is
     kept_E = np.array([0, 0.06, 0.6, 0.3])
     np.testing.assert_allclose(weight_BTE[0, 0], kept_E / kept_E.sum(), atol=FLOAT32_ROUNDING)
     np.testing.assert_allclose(weight_BTE[0, 1], 0.25, atol=FLOAT32_ROUNDING)
-    assert choice.expert_BTJ[0, 0].tolist() == [2, 3, 1, 4], "nobody has the number 4"
+    assert choice.expert_BTJ[0, 0].tolist() == [2, 3, 1, 4], "4 is the index of no expert"
     alone = choose(score_BTE, jnp.arange(4), k=4, floor=0.7)
     assert np.asarray(dense_weights(alone, 4))[0].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
 
@@ -187,21 +190,21 @@ def test_a_chain_that_never_switches_is_bayes():
     np.testing.assert_allclose(found_BTE, expected_BTE, rtol=1e-4, atol=1e-4)
 
 
-def test_a_margin_has_the_weight_of_a_scout_sink_that_is_no_better_than_the_backbones():
+def test_a_margin_lowers_the_weight_of_scouts_no_better_than_the_backbones():
     rng = np.random.default_rng(5)
     evidence_BTE = jnp.asarray(rng.normal(-2, 1, (16, 400, 3)), jnp.float32)
     prior_E = log_prior(jnp.ones(3, bool), 0.5)
     start_BE = jnp.broadcast_to(prior_E, (16, 3))
 
-    def trusted(evidence_BTE, margin):
+    def expert_weights(evidence_BTE, margin):
         margin_E = jnp.asarray([0.0, margin, margin])
         follow = partial(switching_posterior, power=0.35, rate=0.01, margin_E=margin_E)
         return np.exp(np.asarray(follow(evidence_BTE, start_BE, prior_E)))[..., 1:].sum(-1)
 
-    wandering, sunk = (trusted(evidence_BTE, margin) for margin in (0.0, 0.5))
+    wandering, sunk = (expert_weights(evidence_BTE, margin) for margin in (0.0, 0.5))
     assert sunk.mean() < wandering.mean() / 3
     better_BTE = evidence_BTE.at[..., 2].add(1.0)  # a nat per token better: by more than the margin
-    assert trusted(better_BTE, 0.5)[:, 100:].mean() > 0.9
+    assert expert_weights(better_BTE, 0.5)[:, 100:].mean() > 0.9
 
 
 def test_asking_for_more_experts_than_there_are_takes_all():

@@ -58,7 +58,7 @@ def test_files_bring_the_same_tokenizer_back(subwords):
     assert again != ByteTokenizer()
 
 
-def test_the_digest_hangs_on_what_decides_tokens_and_on_nothing_else(subwords):
+def test_the_digest_depends_only_on_settings_that_decide_tokens(subwords):
     definition, _ = subwords.to_files()
     spaced = json.dumps(json.loads(definition), indent=4)
     chat = ChatFormat(system=("", ""), user=("", ""), assistant=("", ""))

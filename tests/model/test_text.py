@@ -65,9 +65,9 @@ def test_a_conversation_is_the_text_of_its_turns(model):
     tokenizer = Chatty()
     talk = Conversation(model.parts, tokenizer, system="be kind")
     text = "!be kind\n"
-    for said in ("hello", "and now"):
-        text += f">{said}\n<"
-        reply = "".join(piece.text for piece in talk.reply(said, 6))
+    for message in ("hello", "and now"):
+        text += f">{message}\n<"
+        reply = "".join(piece.text for piece in talk.reply(message, 6))
         expected = "".join(piece.text for piece in continue_text(model, tokenizer, text, 6))
         assert reply == expected
         text += reply + "\n"
@@ -114,7 +114,7 @@ def continue_text(model, tokenizer, text, n_tokens):
     return to_pieces(continue_tokens(model.parts, tokenizer, tokens_T, n_tokens), tokenizer)
 
 
-def test_a_backbone_that_was_not_taught_to_converse_says_so(model):
+def test_conversing_with_a_backbone_without_a_chat_template_is_refused(model):
     with pytest.raises(ModelError, match="no chat markup"):
         model.converse()
 
