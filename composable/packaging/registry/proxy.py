@@ -7,6 +7,7 @@ Lower case or upper case, with or without a scheme, with or without a name and a
 from __future__ import annotations
 
 import base64
+import importlib.util
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -50,14 +51,14 @@ class Proxy:
                 secret = base64.b64encode(f"{self.user}:{self.password}".encode())
                 headers["Proxy-Authorization"] = f"Basic {secret.decode()}"
             return urllib3.ProxyManager(self.url, proxy_headers=headers, **settings)
-        try:
-            from urllib3.contrib.socks import SOCKSProxyManager
-        except ImportError as error:
+        if importlib.util.find_spec("socks") is None:
             raise RegistryError(
                 f"{self.url} is a SOCKS proxy, which needs the package PySocks",
                 where=self.variable,
-                hint="pip install pysocks, or name an http:// proxy",
-            ) from error
+                hint="pip install pysocks, or use an http:// proxy",
+            )
+        from urllib3.contrib.socks import SOCKSProxyManager
+
         return SOCKSProxyManager(
             self.url, username=self.user, password=self.password or None, **settings
         )

@@ -172,7 +172,7 @@ def test_downloads_that_break_off_resume_by_range(
     (body,) = (file for file in manifest.files if file.digest == big)
     wire = BreakingWire(int(nginx.url.rpartition(":")[2]), [cut] * 3)
     try:
-        remote = Registry(WebStorage(wire.url))
+        remote = Registry(WebStorage(wire.url, budget=TimeBudget(first_pause_seconds=0.0)))
         download.download_file(remote, store, body, label="body")
     finally:
         wire.close()
@@ -356,7 +356,7 @@ def test_a_half_document_is_asked_for_again() -> None:
     text = json.dumps({"a": 1}).encode()
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + text
     with pytest.raises(UnreachableError, match="connection was lost"):
-        WebStorage(serve_once(answer, 5)).read("index")
+        WebStorage(serve_once(answer, 5), budget=TimeBudget(first_pause_seconds=0.0)).read("index")
 
 
 def answer_of(body: bytes, *headers: str) -> bytes:

@@ -174,7 +174,7 @@ def test_a_socks_proxy_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setenv("all_proxy", "socks5h://me:secret@proxy.test:1080")
-    monkeypatch.setitem(sys.modules, "urllib3.contrib.socks", None)
+    monkeypatch.setitem(sys.modules, "socks", None)
     with pytest.raises(RegistryError, match="needs the package PySocks") as caught:
         WebStorage(FAR).read("index")
     assert "secret" not in str(caught.value)
