@@ -17,7 +17,10 @@ FILES = sorted(
 # `x_BTD`; a 1 is a dimension of size one, as in `weight_BT1`.
 DIMENSIONS = re.compile(r"(?:.*[a-z0-9])?_([A-Z][A-Z0-9]*)")
 # Arrays without letters: scalars, and arrays of any shape.
-SCALARS = {"e", "is_drawn", "i", "index", "key", "position", "temperature", "top_p", "width", "_"}
+SCALARS = {
+    *("e", "i", "index", "is_drawn", "k", "key", "position", "rank", "width", "_"),
+    *("condition", "min_p", "penalty", "repetition_penalty", "temperature", "top_k", "top_p"),
+}
 ANY_SHAPE = {"array", "left", "right", "log_prob", "stack", "w", "x"}
 EINSUM = re.compile(r"[A-Za-z]+(,[A-Za-z]+)*->[A-Za-z]*")
 ARRAYS = {"Array", "jax.Array", "np.ndarray", "jax.Array | None", "np.ndarray | None"}

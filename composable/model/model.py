@@ -213,7 +213,10 @@ class Model:
         max_tokens: int = 100,
         *,
         temperature: float = 0.0,
+        top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
         mode: Mode = "mix",
@@ -223,7 +226,14 @@ class Model:
         Arguments as for `generate`; entry e of the weights belongs to `names[e]`. At the end, each
         expert whose contributions counted as zero is reported in a `ContributionWarning`.
         """
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
         tokens_T = self.encode(prompt)
         drawn = continue_tokens(
             self.parts,
@@ -241,12 +251,22 @@ class Model:
         system: str = "",
         *,
         temperature: float = 0.0,
+        top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         mode: Mode = "mix",
     ) -> Conversation:
         """Return a fresh conversation with the model; arguments as for `generate`."""
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
         return Conversation(
             self.parts,
             self.tokenizer,
@@ -285,7 +305,10 @@ def generate(
     max_tokens: int = 100,
     *,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     seed: int = 0,
     mode: Mode = "mix",
@@ -297,7 +320,12 @@ def generate(
         prompt: Text to continue, not empty.
         max_tokens: Largest number of tokens to generate.
         temperature: Softmax temperature, at least 0; 0 selects the likeliest token.
+        top_k: Draw only from this many likeliest tokens; 0 is no limit.
         top_p: Draw only from the likeliest tokens whose probabilities add up to this, in (0, 1].
+        min_p: Draw only from tokens at least this many times as probable as the likeliest, in
+            [0, 1].
+        repetition_penalty: Makes tokens of the prompt or the continuation so far less likely if
+            over 1, also at temperature 0; positive. `Sampling` has the details.
         stop: Strings before which the text ends.
         seed: Seed of the draws.
         mode: "mix" or "safe".
@@ -316,7 +344,10 @@ def generate(
         prompt,
         max_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
         mode=mode,

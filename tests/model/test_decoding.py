@@ -11,8 +11,11 @@ from composable.model.decoding import (
     PREFILL,
     Decoder,
     Sampling,
-    _Draw,
     _draw_token,
+    _kth_largest,
+    _make_draw,
+    _penalize,
+    _restrict,
     cache_length,
     continue_tokens,
 )
@@ -111,13 +114,17 @@ def test_the_switching_filter_continues_from_piece_to_piece(tiny, mode, more):
     np.testing.assert_allclose(found_BTV, WHOLE[mode](model, tokens_BT), atol=REORDERED_SUMS)
 
 
-def test_the_likeliest_continuation_is_that_of_full_passes(tiny, model):
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_the_likeliest_continuation_is_that_of_full_passes(tiny, model, penalty):
+    """With a penalty on every token of the prompt and of the continuation so far."""
     prompt_T = tiny.tokens(batch=1, length=7)[0]
     tokens = list(prompt_T)
-    for token in draw(model, prompt_T, 4):
+    for token in draw(model, prompt_T, 4, repetition_penalty=penalty):
         padded_BT = np.zeros((1, LENGTH), np.int32)
         padded_BT[0, : len(tokens)] = tokens
-        logits_V = np.asarray(model(padded_BT))[0, len(tokens) - 1]
+        logits_V = np.array(model(padded_BT))[0, len(tokens) - 1]
+        for seen in set(tokens):
+            logits_V[seen] *= penalty if logits_V[seen] < 0 else 1 / penalty
         assert token == 1 + np.argmax(logits_V[1:])
         tokens.append(token)
 
@@ -143,6 +150,9 @@ def test_new_prompts_and_new_experts_compile_nothing(tiny, count_compilations, m
         generate(model, "another prompt", 3, mode=mode)
         generate(model, "y" * 70, 3, mode=mode)
         generate(model, "z" * 32, 4, mode=mode, temperature=0.7, top_p=0.9, seed=3)
+        generate(model, "z", 3, mode=mode, repetition_penalty=1.2)
+        for top_k, min_p in ((5, 0.1), (10**12, 1.0)):
+            generate(model, "z", 3, mode=mode, temperature=0.7, top_k=top_k, min_p=min_p)
         model.install(tiny.expert("b"))
         generate(model, "and another", 3, mode=mode)
         model.remove("a")
@@ -204,17 +214,27 @@ def test_weights_sum_to_one(tiny, model, mode):
 
 
 @jax.jit
-def draw_many(keys, logits_V, temperature, top_p, is_banned_V):
-    draw = _Draw(keys[0], temperature, top_p, is_banned_V)
-    return jax.vmap(lambda key: _draw_token(draw._replace(key=key), logits_V))(keys)
+def draw_many(keys, draw, seen_V, logits_V):
+    return jax.vmap(lambda key: _draw_token(draw._replace(key=key), seen_V, logits_V))(keys)
 
 
-def drawn(logits_V, n, *, temperature=1.0, top_p=1.0, banned=()):
-    is_banned_V = np.isin(np.arange(len(logits_V)), banned)
+def drawn(logits_V, n, *, banned=(), seen=(), **settings):
+    ids_V = np.arange(len(logits_V))
+    settings = Sampling(**{"temperature": 1.0, **settings})
+    draw = _make_draw(settings, np.isin(ids_V, banned))
     keys = jax.random.split(jax.random.key(0), n)
-    return np.asarray(
-        draw_many(keys, logits_V, jnp.float32(temperature), jnp.float32(top_p), is_banned_V)
-    )
+    return np.asarray(draw_many(keys, draw, np.isin(ids_V, seen), logits_V))
+
+
+def restricted(logits_V, **settings):
+    """Return the logits that a token is drawn from."""
+    settings = Sampling(**{"temperature": 1.0, **settings})
+    draw = _make_draw(settings, np.zeros(len(logits_V), bool))
+    return np.asarray(jax.jit(_restrict)(draw, logits_V))
+
+
+def kept(logits_V, **settings):
+    return np.flatnonzero(np.isfinite(restricted(logits_V, **settings))).tolist()
 
 
 def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it():
@@ -223,6 +243,79 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it():
         top_p: set(drawn(logits_V, 100, top_p=top_p).tolist()) for top_p in (0.01, 0.6, 0.8, 1.0)
     }
     assert found == {0.01: {1}, 0.6: {1, 3}, 0.8: {1, 3, 4}, 1.0: {0, 1, 2, 3, 4}}
+
+
+def test_top_k_keeps_the_likeliest_and_what_ties_with_the_last_of_them():
+    logits_V = np.array([1.0, 3.0, 0.0, 2.0, 2.0], np.float32)
+    found = [kept(logits_V, top_k=k) for k in (0, 1, 2, 3, 4, 5)]
+    everything = [0, 1, 2, 3, 4]
+    assert found == [everything, [1], [1, 3, 4], [1, 3, 4], [0, 1, 3, 4], everything]
+    assert set(drawn(logits_V, 100, top_k=2).tolist()) == {1, 3, 4}
+
+
+def test_the_kth_largest_logit_is_that_of_a_sort():
+    rng = np.random.default_rng(0)
+    special = [0.0, -0.0, np.inf, -np.inf, -np.inf, 1e-40, -1e-40, 3e38, -3e38, 1.0, -1.0]
+    logits_V = np.concatenate([rng.normal(size=50), rng.integers(-3, 3, 50), special])
+    logits_V = rng.permutation(logits_V).astype(np.float32)
+    found_V = jax.vmap(_kth_largest, (0, None))(np.arange(1, len(logits_V) + 1), logits_V)
+    np.testing.assert_array_equal(found_V, np.sort(logits_V)[::-1])
+
+
+def test_a_top_k_over_the_vocabulary_excludes_nothing():
+    logits_V = np.array([1.0, 3.0, 0.0, 2.0, 2.0], np.float32)
+    for top_k in (5, 6, 2**31, 10**12):
+        np.testing.assert_array_equal(restricted(logits_V, top_k=top_k), logits_V)
+    assert set(drawn(logits_V, 300, top_k=10**12, banned=[1]).tolist()) == {0, 2, 3, 4}
+
+
+def test_min_p_is_relative_to_the_likeliest_token():
+    logits_V = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))
+    assert kept(logits_V, min_p=0.2) == [0, 1, 3, 4]
+    assert kept(logits_V, min_p=0.7) == [1, 3]
+    np.testing.assert_array_equal(restricted(logits_V, min_p=0.0), logits_V)
+    assert kept(logits_V, min_p=1.0) == [1]
+    assert kept(np.array([2.0, 1.0, 2.0], np.float32), min_p=1.0) == [0, 2]
+
+
+def test_top_k_restricts_before_top_p_and_temperature_before_both():
+    logits_V = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    assert kept(logits_V, top_p=0.5) == [0, 1]
+    assert kept(logits_V, top_p=0.5, top_k=2) == [0]  # 4/7 of what top k keeps
+    assert kept(logits_V, top_p=0.5, temperature=0.1) == [0]
+    assert kept(logits_V, min_p=0.7, temperature=1.0) == [0, 1]
+    assert kept(logits_V, min_p=0.7, temperature=4.0) == [0, 1, 2, 3]
+
+
+def test_a_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
+    logits_V = np.array([2.0, -2.0, 0.0, 2.0, -np.inf], np.float32)
+    seen_V = np.array([True, True, True, False, True])
+    np.testing.assert_array_equal(
+        _penalize(jnp.float32(2.0), seen_V, logits_V), [1.0, -4.0, 0.0, 2.0, -np.inf]
+    )
+
+
+def test_a_repetition_penalty_of_one_changes_nothing():
+    logits_V = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    same_V = _penalize(jnp.float32(1.0), np.ones(1000, bool), logits_V)
+    np.testing.assert_array_equal(np.asarray(same_V).view(np.int32), logits_V.view(np.int32))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_decoding_with_a_large_penalty_never_repeats_a_token(tiny, model, mode):
+    prompt_T = tiny.tokens(batch=1, length=20)[0]
+    settings = {"mode": mode, "sampling": Sampling(repetition_penalty=1e4)}
+    tokens = [t for t, _ in continue_tokens(model.parts, ByteTokenizer(), prompt_T, 60, **settings)]
+    assert len({*prompt_T.tolist(), *tokens}) == len(set(prompt_T.tolist())) + len(tokens)
+    plain = draw(model, prompt_T, 60)
+    assert len(set(plain)) < len(plain)  # or the penalty would have nothing to prevent
+
+
+def test_without_a_temperature_only_the_repetition_penalty_counts():
+    logits_V = np.array([3.0, 2.0, 1.0], np.float32)
+    settings = {"temperature": 0.0, "top_k": 1, "top_p": 0.1, "min_p": 1.0}
+    assert drawn(logits_V, 1, **settings) == [0]
+    assert drawn(logits_V, 1, seen=[0], repetition_penalty=2.0, **settings) == [1]
 
 
 def test_draws_follow_the_distribution():
@@ -247,6 +340,20 @@ def test_feeding_in_turns_equals_feeding_at_once(tiny, model):
     after = [token for token, _ in decoder.draw(3)]
     assert after == draw(model, np.concatenate([first_T, between, second_T]), 3)
     assert decoder.room == 64 - 9 - 3 - 9 - 3
+
+
+def test_a_repetition_penalty_counts_every_turn(tiny):
+    """Without experts, for which text that the model drew differs from text that it was given."""
+    backbone, sampling = tiny.model(), Sampling(repetition_penalty=3.0)
+    first_T, second_T = tiny.tokens(batch=2, length=9)
+    decoder = Decoder(backbone.parts, ByteTokenizer(), length=64, sampling=sampling)
+    decoder.feed(first_T)
+    between = [token for token, _ in decoder.draw(3)]
+    decoder.feed(second_T)
+    after = [token for token, _ in decoder.draw(12)]
+    whole_T = np.concatenate([first_T, between, second_T])
+    assert after == draw(backbone, whole_T, 12, repetition_penalty=3.0)
+    assert after != draw(backbone, whole_T, 12)
 
 
 def test_a_cache_is_read_as_far_as_it_is_filled_and_no_further(tiny):
@@ -275,7 +382,20 @@ def test_caches_come_in_few_sizes():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1)]
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", np.inf),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", np.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", np.inf),
+    ],
 )
 def test_sampling_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(ModelError) as caught:
