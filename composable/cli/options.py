@@ -110,6 +110,21 @@ TopP = Annotated[
     float,
     typer.Option(help="Sample from the most likely tokens with this total probability."),
 ]
+TopK = Annotated[
+    int, typer.Option(min=0, help="Sample from this many most likely tokens; 0 for no limit.")
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        help="Sample from tokens at least this many times as probable as the most likely one."
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(
+        help="Make tokens that already occur less likely (over 1); also at temperature 0."
+    ),
+]
 SamplingSeed = Annotated[int, typer.Option(help="Random seed for sampling.")]
 Safe = Annotated[
     bool,

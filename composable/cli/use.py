@@ -16,10 +16,13 @@ from composable.cli.options import (
     ExpertsRegistry,
     Json,
     MaxTokens,
+    MinP,
+    RepetitionPenalty,
     Safe,
     SamplingSeed,
     ShowRouting,
     Temperature,
+    TopK,
     TopP,
 )
 from composable.cli.output import show
@@ -52,7 +55,10 @@ def generate(
     ] = None,
     max_tokens: MaxTokens = 100,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Stop before this text; repeatable.", show_default=False),
@@ -71,7 +77,10 @@ def generate(
     model = _load(backbone, experts, registry, is_alone)
     settings: dict[str, Any] = {
         "temperature": temperature,
+        "top_k": top_k,
         "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
         "stop": stop or (),
         "seed": seed,
         "mode": "safe" if is_safe else "mix",
@@ -104,7 +113,10 @@ def chat(
     ] = "",
     max_tokens: MaxTokens = 400,
     temperature: Temperature = 0.7,
+    top_k: TopK = 0,
     top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: SamplingSeed = 0,
     is_safe: Safe = False,
     shows_routing: ShowRouting = False,
@@ -117,7 +129,10 @@ def chat(
     conversation = model.converse(
         system,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         mode="safe" if is_safe else "mix",
     )

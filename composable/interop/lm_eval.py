@@ -47,7 +47,9 @@ class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
     """A model with the interface of the harness.
 
     Every text begins with the model's begin token. A text that does not fit the context is cut at
-    its start, as the harness expects; the begin token is kept.
+    its start, as the harness expects; the begin token is kept. Continuations take the settings
+    `until`, `max_gen_toks`, `do_sample` and those of `Sampling` except the seed; without a
+    `temperature` they are greedy.
 
     Args:
         model: The model.
@@ -133,7 +135,13 @@ class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
         max_tokens = int(settings.pop("max_gen_toks", self.max_tokens))
         is_sampled = settings.pop("do_sample", True)
         temperature = float(settings.pop("temperature", 0.0) or 0.0)
-        top_p = float(settings.pop("top_p", 1.0))
+        sampling = Sampling(
+            temperature=temperature if is_sampled else 0.0,
+            top_k=int(settings.pop("top_k", 0) or 0),
+            top_p=float(settings.pop("top_p", 1.0)),
+            min_p=float(settings.pop("min_p", 0.0) or 0.0),
+            repetition_penalty=float(settings.pop("repetition_penalty", 1.0)),
+        )
         for name, value in settings.items():
             raise InteropError(f"{value!r} is not implemented", where=f"generation_kwargs.{name}")
         max_tokens = min(max_tokens, self.model.context - 1)
@@ -144,7 +152,7 @@ class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
             self.model.tokenizer,
             tokens_T,
             max_tokens,
-            sampling=Sampling(temperature=temperature if is_sampled else 0.0, top_p=top_p),
+            sampling=sampling,
             mode=self.mode,
         )
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]

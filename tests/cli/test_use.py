@@ -42,6 +42,20 @@ def test_generate_ends_where_it_is_told(works, project_of_noise):
     assert cut == whole[: whole.index(stop)]
 
 
+def test_generate_takes_the_sampling_options(cli, works, project_of_noise):
+    def generated(*options):
+        return works("generate", "It was", "--max-tokens", 8, *options).out
+
+    greedy = generated()
+    for name, value in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1)):
+        assert generated("--temperature", 1, name, value) == greedy
+    assert generated("--repetition-penalty", 100) != greedy
+    assert cli("generate", "It was", "--top-k", -1).code == 2
+    outcome = cli("generate", "It was", "--min-p", 1.5)
+    assert outcome.code == 1
+    assert "min_p: 1.5 is not in [0, 1]" in outcome.err
+
+
 def test_generate_tells_who_was_trusted(works, project_of_noise):
     made = works("generate", "It was", "--max-tokens", 8, "--json").json
     assert made["text"] == "".join(piece["text"] for piece in made["pieces"])
@@ -73,9 +87,12 @@ def test_generate_continues_every_prompt_of_a_file(cli, works, project_of_noise,
 
 
 def test_chat_needs_a_backbone_that_converses(cli, project_of_noise):
-    outcome = cli("chat")
-    assert outcome.code == 1
-    assert "no chat markup" in outcome.err
+    options = ("--top-k", 40, "--min-p", 0.05, "--repetition-penalty", 1.1)
+    for given in ((), options):
+        outcome = cli("chat", *given)
+        assert outcome.code == 1
+        assert "no chat markup" in outcome.err
+    assert "repetition_penalty: 0.0 is not positive" in cli("chat", "--repetition-penalty", 0).err
 
 
 MARK = b"\xef\xbb\xbf"

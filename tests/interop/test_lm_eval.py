@@ -78,10 +78,21 @@ def test_generation_stops_where_it_is_told(adapter, model):
     (cut,) = lm.generate_until([ask("the of and", {**settings, "until": stop})])
     assert cut == whole[: whole.index(stop)]
     with pytest.raises(InteropError, match="5 is not implemented") as caught:
-        lm.generate_until([ask("the", {"until": ["."], "top_k": 5})])
-    assert caught.value.where == "generation_kwargs.top_k"
+        lm.generate_until([ask("the", {"until": ["."], "num_beams": 5})])
+    assert caught.value.where == "generation_kwargs.num_beams"
     (made,) = lm.generate_until([ask("the of and " * 40, {"until": [], "max_gen_toks": 4})])
     assert made
+
+
+def test_generation_takes_the_sampling_settings_of_transformers(adapter, model):
+    lm = adapter.ComposableLM(model)
+    settings = {"until": [], "max_gen_toks": 12}
+    (greedy,) = lm.generate_until([ask("the of and", settings)])
+    for more in ({"top_k": 1}, {"min_p": 1.0}, {"top_k": None, "min_p": None, "top_p": 1e-6}):
+        sampled = {**settings, "do_sample": True, "temperature": 1.0, **more}
+        assert lm.generate_until([ask("the of and", sampled)]) == [greedy]
+    penalized = {**settings, "repetition_penalty": 5.0}
+    assert lm.generate_until([ask("the of and", penalized)]) != [greedy]
 
 
 @pytest.mark.filterwarnings("ignore")  # other people's
