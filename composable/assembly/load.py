@@ -74,6 +74,7 @@ def gather(
         project = Project.find()
         loaded = load_backbone(backbone or project.backbone)
         environment = sync_project(project, interface=loaded.interface)
+        environment.require_intact()
     else:
         loaded = load_backbone(backbone or Project.find().backbone)
         if not experts:
@@ -81,7 +82,6 @@ def gather(
         environment = install_experts(
             loaded, [Requirement.parse(text) for text in experts], registry
         )
-    environment.require_intact()
     return loaded, [environment.expert_path(m.name) for m in environment.manifests()]
 
 
@@ -108,7 +108,6 @@ def expert(
     wanted = Requirement.parse(requirement)
     loaded = load_backbone(backbone or _default_backbone())
     environment = install_experts(loaded, [wanted], registry)
-    environment.require_intact()
     return load_expert(loaded, environment.expert_path(wanted.name))
 
 
@@ -156,7 +155,10 @@ def install_experts(
         experts=experts,
     )
     lock = lock_project(project, loaded.interface, upgrade=True)
-    return sync_project(project, lock, interface=loaded.interface)
+    environment = sync_project(project, lock, interface=loaded.interface)
+    if environment.verify():  # has removed damaged files
+        environment = sync_project(project, lock, interface=loaded.interface)
+    return environment
 
 
 def find_registries(registry: str | Path | None) -> Project:

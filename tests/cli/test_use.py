@@ -1,8 +1,13 @@
 """`generate` and `chat`: with a project, without one, and what they refuse."""
 
 import json
+import os
+from pathlib import Path
 
+import platformdirs
 import pytest
+
+from composable.packaging import Project
 
 
 @pytest.fixture
@@ -27,6 +32,34 @@ def test_generate_says_what_it_cannot_do(cli, works, project_of_noise):
     assert outcome.code == 1
     assert "do not fit the context of 128" in outcome.err
     assert "did you mean 'german'?" in cli("generate", "It was", "--experts", "germn").err
+
+
+def flip(path):
+    """Flip a bit of a file as a disk does: no time changes."""
+    before = path.stat()
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_flipped_bit_is_found_before_the_load(cli, works, project_of_noise):
+    text = works("generate", "It was", "--max-tokens", 8).out
+    for name in ("scout.safetensors", "expert.toml"):
+        flip(Project.find().environment.expert_path("german") / name)
+        outcome = cli("generate", "It was", "--max-tokens", 8)
+        assert outcome.code == 1
+        assert f"{name}: is damaged or missing" in outcome.err
+        assert "run `composable sync`" in outcome.err
+        works("sync")
+        assert works("generate", "It was", "--max-tokens", 8).out == text
+    # Without a project the cache mends itself.
+    works("generate", "It was", "--max-tokens", 8, "--experts", "german")
+    for folder in Path(platformdirs.user_cache_dir("composable")).rglob("experts/german"):
+        flip(folder / "scout.safetensors")
+    assert works("generate", "It was", "--max-tokens", 8, "--experts", "german").out == text
 
 
 def test_generate_outside_a_project(cli):
