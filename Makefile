@@ -22,7 +22,7 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/packaging
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging
-	@$(BIN)/python -m pytest --doctest-modules composable --ignore composable/interop/lm_eval.py
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules composable --ignore composable/interop/lm_eval.py
 
 # Tests to run while working: none that trains, compiles much, or injects faults.
 test-fast: setup
