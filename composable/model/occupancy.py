@@ -130,8 +130,8 @@ def write_posterior(posterior_BE: jax.Array, target_BE: jax.Array, rate: float) 
     Example:
         >>> import numpy as np
         >>> log_weight_BE = write_posterior(np.log([[0.9, 0.1]]), np.log([[0.5, 0.5]]), 0.5)
-        >>> np.exp(log_weight_BE).round(2).tolist()
-        [[0.7, 0.3]]
+        >>> [round(float(weight), 2) for weight in np.exp(log_weight_BE[0])]
+        [0.7, 0.3]
     """
     if not rate:
         return posterior_BE
