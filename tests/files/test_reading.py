@@ -14,7 +14,7 @@ from composable.errors import ComposableError, DiskError
 from composable.files.blobs import digest_file
 from composable.files.reading import is_regular, open_file, read_bytes
 from composable.files.safetensors import read_header
-from composable.interop.huggingface import read_json
+from composable.interop.tables import read_json
 from composable.packaging import Lock, Manifest, Project, Store
 from composable.packaging.manifests.packing import describe_file
 from composable.packaging.registry.storage import Folder

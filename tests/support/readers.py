@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support import foreign_models
+
 _DIGEST = "sha256:" + "a1" * 32
 MANIFEST = f"""[expert]
 name = "german"
@@ -336,12 +338,17 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         "universe": Target(read=read_universe, seeds=(json.dumps(UNIVERSE).encode(),)),
         "interface": Target(read=read_interface, seeds=(json.dumps(INTERFACE).encode(),)),
         "tensors": Target(read=read_tensor_file, seeds=(TENSORS,)),
+        **{
+            name: Target(read=read, seeds=seeds)
+            for name, (read, seeds) in foreign_models.make_readers(scratch).items()
+        },
     }
 
 
 TARGET_NAMES = (
     "version", "constraint", "requirement", "names", "manifest", "backbone", "project", "lock",
     "index-line", "index", "catalog", "export", "universe", "interface", "tensors",
+    *foreign_models.READER_NAMES,
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from composable.errors import ComposableError
 from composable.packaging.manifests.toml import MAX_TOML_BYTES, format_key, format_value
 from tests.support.faults.processes import run_forked
+from tests.support.foreign_models import JSON_DOCUMENTS
 from tests.support.readers import (
     CATALOG_LINE,
     INDEX_LINE,
@@ -39,6 +40,7 @@ JSON_SEEDS: dict[str, Any] = {
     "catalog": CATALOG_LINE,
     "universe": UNIVERSE,
     "interface": INTERFACE,
+    **JSON_DOCUMENTS,
 }
 QUICK = settings(
     max_examples=120,
