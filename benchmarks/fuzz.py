@@ -119,12 +119,12 @@ def main() -> int:
         fuzz_here(arguments.here, arguments.seconds, arguments.corpus, arguments.finds)
     arguments.finds.mkdir(exist_ok=True)
     rows = []
-    print(f"{'target':<12} {'seconds':>7} {'inputs':>10} {'edges':>6} {'peak MB':>8}  finds")
+    print(f"{'target':<20} {'seconds':>7} {'inputs':>10} {'edges':>6} {'peak MB':>8}  finds")
     for name in arguments.target or TARGET_NAMES:
         row = fuzz(name, arguments.seconds, arguments.finds.resolve())
         rows.append(row)
         print(
-            f"{name:<12} {row['seconds']:>7} {row['inputs']:>10,} {row['edges']:>6} "
+            f"{name:<20} {row['seconds']:>7} {row['inputs']:>10,} {row['edges']:>6} "
             f"{row['peak_mb']:>8}  {', '.join(row['finds']) or '-'}",
             flush=True,
         )

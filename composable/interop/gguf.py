@@ -17,6 +17,7 @@ import numpy as np
 
 from composable.errors import InteropError
 from composable.files.reading import open_file
+from composable.interop.gguf_header import check_lengths
 from composable.interop.gguf_tokenizer import build_tokenizer
 from composable.interop.source import CheckpointSource, StoredTensor
 from composable.interop.tables import Count, Index, Positive, Schema, convert
@@ -79,6 +80,7 @@ def open_gguf(path: Path) -> CheckpointSource:
             "reading GGUF needs the `gguf` library", hint="pip install 'composable[interop]'"
         ) from error
     open_file(path).close()  # the library would wait for a pipe
+    check_lengths(path)
     try:
         reader = GGUFReader(path)
         metadata = {name: entry.contents() for name, entry in reader.fields.items()}

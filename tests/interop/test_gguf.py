@@ -8,6 +8,7 @@ from composable.interop.checkpoint import Checkpoint, open_source
 from composable.interop.gguf import _read_license, read_metadata
 from composable.interop.gguf_tokenizer import RULES
 from composable.model.subwords import SubwordTokenizer
+from tests.support.foreign_models import make_gguf
 
 gguf = pytest.importorskip("gguf")
 
@@ -288,3 +289,13 @@ def test_other_factors_of_rotary_frequencies_are_refused(both, factors):
 )
 def test_a_licence_is_an_expression_or_none(stated, license_):
     assert _read_license(stated) == license_
+
+
+def test_false_lengths_are_refused_at_once(tmp_path):
+    good = make_gguf()
+    at = good.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    path = tmp_path / "x.gguf"
+    for length in (1 << 40, 1 << 63, (1 << 64) - 1, 6):
+        path.write_bytes(good[:at] + length.to_bytes(8, "little") + good[at + 8 :])
+        with pytest.raises(InteropError, match="not a GGUF file"):
+            open_source(path)
