@@ -1,8 +1,8 @@
-"""Hugging Face layouts of composed models: what config and tensors are called there.
+"""Hugging Face layouts of composed models: the config, and the names and shapes of the tensors.
 
 A dense model is written as the family that computes what the backbone computes, by the table that
-is read on import. A mixture is written as the mixture of that family: its tables differ in the
-feed-forward block only. Deliberately not here: numbers, and files.
+imports read. A mixture is written as the mixture of that family, which differs in the feed-forward
+block only. This file handles neither the values of tensors nor files.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Layout:
     """How a mixture of experts is laid out.
 
     Args:
-        name: What `model_type` calls it.
-        architecture: What `architectures` calls it.
-        family: The family whose tensors it has but for the feed-forward block.
+        name: Its name in `model_type`.
+        architecture: Its name in `architectures`.
+        family: The family whose tensors it has, except in the feed-forward block.
         router: Name of a layer's router, one row per expert.
         experts: Our name of a matrix: its name for layer `{i}` and expert `{e}`.
         n_experts: Field that counts the experts.
@@ -111,9 +111,9 @@ class TensorPart:
     Args:
         theirs: Its name.
         ours: Attribute path in `Backbone`, or `routers.{i}` for the router of a layer.
-        expert: Whose it is: 0 the backbone's, or the number of an expert.
-        axes: How its axes lie here and there, as einops writes them.
-        shape: Its shape there.
+        expert: Number of the expert that it belongs to; 0 is the backbone.
+        axes: Our order of axes and theirs, as einops writes them.
+        shape: Its shape in their order.
     """
 
     theirs: str
@@ -123,16 +123,16 @@ class TensorPart:
     shape: tuple[int, ...]
 
     def arrange(self, array: np.ndarray) -> np.ndarray:
-        """Return our array as it lies there."""
+        """Return our array in their order of axes."""
         return np.asarray(einops.rearrange(array, self.axes)) if "->" in self.axes else array
 
 
 def find_layout(cfg: BackboneConfig, name: str | None = None) -> Layout:
-    """Return the layout in which a mixture with this backbone is computed as it is here.
+    """Return the layout in which other runtimes compute a mixture with this backbone as we do.
 
     Args:
         cfg: Architecture.
-        name: The layout that is wanted; by default the one that fits.
+        name: Name of the layout; by default the one that fits.
 
     Raises:
         InteropError: If it does not fit, or none does; `where` names the field that differs.
@@ -150,8 +150,7 @@ def find_layout(cfg: BackboneConfig, name: str | None = None) -> Layout:
         if value != expected:
             fitting = find_layout(cfg).name
             raise InteropError(
-                f"{value!r} is not what the layout {name!r} computes, which is {expected!r}; the "
-                "model would be another",
+                f"the layout {name!r} does not compute {value!r} but {expected!r}",
                 where=f"config.{place}",
                 hint=f"leave --layout out: {fitting!r} fits",
             )
@@ -159,7 +158,7 @@ def find_layout(cfg: BackboneConfig, name: str | None = None) -> Layout:
 
 
 def dense_config(cfg: BackboneConfig) -> dict[str, Any]:
-    """Return the `config.json` of a model without a choice of experts."""
+    """Return the `config.json` of a dense model."""
     return write_config(family_of(cfg), cfg)
 
 
@@ -183,9 +182,9 @@ def mixture_config(
     """Return the `config.json` of a mixture.
 
     Args:
-        layout: How it is laid out.
+        layout: Its layout.
         cfg: Architecture.
-        n_experts: Experts, the backbone's own feed-forward included.
+        n_experts: Number of experts, the backbone's own feed-forward block included.
         top_k: Experts mixed per token.
     """
     config = {
@@ -251,7 +250,7 @@ def split_pieces(
 
 
 def _piece(theirs: str, ours: str, layout: str, cfg: BackboneConfig, expert: int) -> TensorPart:
-    """Return a piece from a row's layout, which is written for reading."""
+    """Return a part from the row of a table, whose layout is that of imports."""
     sides = layout.split(" -> ")
     return TensorPart(
         theirs=theirs,

@@ -1,7 +1,7 @@
-"""Tokenizers as the files that `AutoTokenizer` reads, the one for bytes included.
+"""Tokenizers as files that `AutoTokenizer` reads, including the one for bytes.
 
-A text becomes the same tokens as here, the one that begins a document included: where the
-definition does not add it, a post-processor does. How conversations are written becomes a template.
+A text becomes the same tokens as here, including the one that begins a document: where the
+definition does not add it, a post-processor does. Chat markup becomes a template.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the text of `tokenizer.json` and `tokenizer_config.json`.
 
     Raises:
-        InteropError: For a tokenizer that those files cannot say.
+        InteropError: For a tokenizer that those files cannot describe.
     """
     if isinstance(tokenizer, SubwordTokenizer):
         definition, special_text = tokenizer.to_files()
