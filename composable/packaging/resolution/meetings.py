@@ -55,6 +55,8 @@ def explain_meetings(
     for package, claims in wanted.items():
         if not package.startswith(INTERFACE_PREFIX):
             candidates = problem.table(package).candidates
+            if not candidates:
+                continue  # the story has it that there is no release at all
             if package in explained:  # that nothing is in a range alone is said already
                 claims = [claim for claim in claims if any(claim.choices & _known(candidates))]
             yield from _explain_common(package, candidates, claims)
