@@ -11,7 +11,7 @@ Importing this file needs the `lm_eval` library; nothing else of composable does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.errors import InteropError
+from composable.files.text import check_text
 from composable.model import mix as mix_mode
 from composable.model import safe as safe_mode
 from composable.model.composed import Parts
@@ -41,15 +42,34 @@ except ImportError as error:
 _BATCH: Final = 4
 _MIN_LENGTH: Final = 64
 _MAX_TOKENS: Final = 256
+# What tasks call the greatest number of tokens; the first one given counts, as in the harness.
+_MAX_TOKENS_NAMES: Final = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_EXPECTED: Final = {
+    "until": "a string, a list of strings or null",
+    "max_gen_toks": "a whole number of at least 1",
+    "temperature": "a number",
+    "top_k": "a whole number",
+    "top_p": "a number",
+    "min_p": "a number",
+    "repetition_penalty": "a number",
+    "do_sample": "true or false",
+}
+_NUMBERS: Final[dict[str, Any]] = {
+    "temperature": int | float,
+    "top_k": int,
+    "top_p": int | float,
+    "min_p": int | float,
+    "repetition_penalty": int | float,
+}
 
 
 class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
     """A model with the interface of the harness.
 
-    Every text begins with the model's begin token. A text that does not fit the context is cut at
-    its start, as the harness expects; the begin token is kept. Continuations take the settings
-    `until`, `max_gen_toks`, `do_sample` and those of `Sampling` except the seed; without a
-    `temperature` they are greedy.
+    It behaves as the harness's own model of transformers. Every text begins with the model's begin
+    token. A text that does not fit the context is cut at its start, with the begin token.
+    Continuations take the settings `until`, `max_gen_toks`, `do_sample` and those of `Sampling`
+    except the seed; without a `temperature` they are greedy.
 
     Args:
         model: The model.
@@ -68,6 +88,9 @@ class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
 
         Returns:
             Log-probability, and whether every token of it was the likeliest.
+
+        Raises:
+            InteropError: For a continuation that is empty or longer than the context.
         """
         pairs = [self._encode_pair(*request.args) for request in requests]
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
@@ -79,37 +102,57 @@ class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Return the log-probabilities of whole texts, in nats, measured in windows as in cards."""
+        """Return the log-probabilities of whole texts, in nats, measured in windows as in cards.
+
+        An empty text has log-probability 0.
+        """
         scorer = (safe_scorer if self.mode == "safe" else mix_scorer)(self.model)
-        texts = [request.args[0].encode() for request in requests]
-        score = score_documents(scorer, texts, context=self.model.context)
-        return [-float(nats) for nats in score.nats_B]
+        texts = [request.args[0] for request in requests]
+        scored = [check_text(text).encode() for text in texts if text]
+        if not scored:
+            return [0.0] * len(texts)
+        nats = iter(score_documents(scorer, scored, context=self.model.context).nats_B)
+        return [-float(next(nats)) if text else 0.0 for text in texts]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Return continuations up to a stop string.
 
         Raises:
-            InteropError: For a setting that is not implemented; `where` names it.
+            InteropError: For a setting that is not implemented, of another type, or that leaves no
+                room for the prompt; `where` names it.
         """
         return ["".join(self._continue(*request.args)) for request in requests]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
         """Return tokens_T of both together and how many of them are the continuation's.
 
-        Spaces between the two belong to the continuation: tokens begin with them.
+        Spaces between the two belong to the continuation: tokens begin with them. As in the
+        harness, its tokens are those of both together without as many as the context has. If none
+        are left, since a token spans both, it is encoded alone.
         """
         bare = context.rstrip()
         continuation, context = context[len(bare) :] + continuation, bare
-        whole_T = self.model.encode(context + continuation)
-        n_context = len(self.model.encode(context)) if context else 1
-        n_scored = len(whole_T) - n_context
-        return self._fit(whole_T, self.model.context + 1), min(n_scored, self.model.context)
+        if not continuation:
+            raise InteropError("the continuation is empty", where="request")
+        context_T, whole_T = self._encode(context), self._encode(context + continuation)
+        continuation_T = whole_T[len(context_T) :]
+        if not len(continuation_T):
+            continuation_T = self._encode(continuation)[1:]
+        n_scored = len(continuation_T)
+        if n_scored > self.model.context:
+            raise InteropError(
+                f"a continuation of {n_scored} tokens, expected at most {self.model.context}, the "
+                "context of the model",
+                where="request",
+            )
+        tokens_T = np.concatenate([context_T, continuation_T])
+        return tokens_T[-(self.model.context + 1) :], n_scored
 
-    def _fit(self, tokens_T: np.ndarray, length: int) -> np.ndarray:
-        """Return the begin token and the last tokens of a text that is too long."""
-        if len(tokens_T) <= length:
-            return tokens_T
-        return np.concatenate([tokens_T[:1], tokens_T[len(tokens_T) - length + 1 :]])
+    def _encode(self, text: str) -> np.ndarray:
+        """Return tokens_T of a text, which may be empty, the begin token first."""
+        if not text:
+            return np.array([self.model.tokenizer.begin], np.int32)
+        return self.model.encode(text)
 
     def _score(self, pairs: Sequence[tuple[np.ndarray, int]]) -> Iterator[tuple[float, bool]]:
         longest = max(len(tokens_T) for tokens_T, _ in pairs) - 1
@@ -130,23 +173,16 @@ class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
             )
 
     def _continue(self, context: str, settings: dict[str, Any]) -> Iterator[str]:
-        settings = dict(settings)
-        until = settings.pop("until", [])
-        max_tokens = int(settings.pop("max_gen_toks", self.max_tokens))
-        is_sampled = settings.pop("do_sample", True)
-        temperature = float(settings.pop("temperature", 0.0) or 0.0)
-        sampling = Sampling(
-            temperature=temperature if is_sampled else 0.0,
-            top_k=int(settings.pop("top_k", 0) or 0),
-            top_p=float(settings.pop("top_p", 1.0)),
-            min_p=float(settings.pop("min_p", 0.0) or 0.0),
-            repetition_penalty=float(settings.pop("repetition_penalty", 1.0)),
-        )
-        for name, value in settings.items():
-            raise InteropError(f"{value!r} is not implemented", where=f"generation_kwargs.{name}")
-        max_tokens = min(max_tokens, self.model.context - 1)
-        tokens_T = self.model.encode(context) if context else np.array([self.model.tokenizer.begin])
-        tokens_T = self._fit(tokens_T, self.model.context - max_tokens)
+        max_tokens, stops, sampling = _read_settings(settings, self.max_tokens)
+        room = self.model.context - max_tokens
+        if room <= 0:
+            raise InteropError(
+                f"{max_tokens} tokens leave no room for the prompt in the context of "
+                f"{self.model.context}",
+                where="generation_kwargs.max_gen_toks",
+                hint=f"set it below {self.model.context} in the task's generation_kwargs",
+            )
+        tokens_T = self._encode(context)[-room:]
         drawn = continue_tokens(
             self.model.parts,
             self.model.tokenizer,
@@ -155,9 +191,60 @@ class ComposableLM(LM):  # type: ignore[misc]  # lm_eval has no types
             sampling=sampling,
             mode=self.mode,
         )
-        stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         for piece in stop_before(to_pieces(drawn, self.model.tokenizer, tokens_T), stops):
             yield piece.text
+
+
+def _read_settings(settings: Mapping[str, Any], max_tokens: int) -> tuple[int, list[str], Sampling]:
+    """Return the greatest number of tokens, the stop strings and how tokens are drawn.
+
+    Args:
+        settings: The task's `generation_kwargs`.
+        max_tokens: The number of tokens where they have none.
+
+    Raises:
+        InteropError: For a setting that is not implemented or of another type.
+    """
+    left = dict(settings)
+    until = left.pop("until", None)
+    limits = [left.pop(name, None) for name in _MAX_TOKENS_NAMES]
+    max_tokens = next((limit for limit in limits if limit is not None), max_tokens)
+    numbers = {name: left.pop(name, None) for name in _NUMBERS}
+    is_sampled = left.pop("do_sample", None)
+    for name, value in left.items():
+        raise InteropError(f"{value!r} is not implemented", where=f"generation_kwargs.{name}")
+    stops = [until] if isinstance(until, str) else [] if until is None else until
+    checks = {
+        "until": (
+            isinstance(stops, list | tuple) and all(isinstance(s, str) for s in stops),
+            until,
+        ),
+        "max_gen_toks": (_is_number(max_tokens, int) and max_tokens > 0, max_tokens),
+        **{
+            name: (value is None or _is_number(value, _NUMBERS[name]), value)
+            for name, value in numbers.items()
+        },
+        "do_sample": (is_sampled in (None, True, False), is_sampled),
+    }
+    for name, (is_right, value) in checks.items():
+        if not is_right:
+            raise InteropError(
+                f"{value!r}, expected {_EXPECTED[name]}", where=f"generation_kwargs.{name}"
+            )
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if is_sampled is False:
+        given["temperature"] = 0.0
+    if is_sampled and not given.get("temperature"):
+        raise InteropError(
+            "sampling at temperature 0",
+            where="generation_kwargs.temperature",
+            hint="set temperature above 0, or do_sample to false",
+        )
+    return max_tokens, [stop for stop in stops if stop], Sampling(**given)
+
+
+def _is_number(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 _MODES: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {

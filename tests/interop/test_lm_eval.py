@@ -38,7 +38,7 @@ def test_a_continuation_is_as_likely_as_the_model_says(adapter, model):
         ask("", "is that for it"),
         ask("the of ", "and"),
         ask("as it was " * 30, "with"),  # longer than the context
-        ask("x", "y" * 200),
+        ask("x", "y" * 127),
     ]
     answers = lm.loglikelihood(requests)
     whole_T = model.encode("the of and to in")
@@ -162,3 +162,76 @@ def test_a_missing_harness_is_named(monkeypatch):
     with pytest.raises(InteropError, match="needs the `lm_eval` library") as caught:
         importlib.import_module("composable.interop.lm_eval")
     assert "composable[lm-eval]" in caught.value.hint
+
+
+def test_a_token_that_spans_context_and_continuation(adapter, loaded, tiny, monkeypatch):
+    """The continuation is encoded alone: it is never certain for nothing."""
+
+    class Pairs:
+        """Two letters a token, from the start: `ab|c` and `ab|cd` differ in their last token."""
+
+        begin = 0
+
+        def encode(self, text):
+            pieces = [text[i : i + 2] for i in range(0, len(text), 2)]
+            return np.array([0, *(sum(piece.encode()) % 200 + 1 for piece in pieces)], np.int32)
+
+    lm = adapter.ComposableLM(loaded.plug([]))
+    monkeypatch.setattr(lm.model, "tokenizer", Pairs())
+    tokens_T, n_scored = lm._encode_pair("abc", "d")
+    assert n_scored == 1
+    expected = [0, sum(b"ab") % 200 + 1, sum(b"c") % 200 + 1, sum(b"d") % 200 + 1]
+    assert tokens_T.tolist() == expected
+    nats, _ = lm.loglikelihood([ask("abc", "d")])[0]
+    assert nats < 0
+
+
+def test_continuations_without_an_answer_are_refused(adapter, model):
+    lm = adapter.ComposableLM(model)
+    with pytest.raises(InteropError, match="the continuation is empty"):
+        lm.loglikelihood([ask("the of", "")])
+    with pytest.raises(InteropError, match="expected at most 128"):
+        lm.loglikelihood([ask("the of", "y" * 129)])
+    assert np.isfinite(lm.loglikelihood([ask("the of", "y" * 128)])[0][0])
+    assert lm.loglikelihood_rolling([ask("")]) == [0.0]
+
+
+@pytest.mark.parametrize("limit", [128, 129, 32768])
+def test_a_prompt_is_never_dropped_whole(adapter, model, limit):
+    lm = adapter.ComposableLM(model)
+    with pytest.raises(InteropError, match="leave no room for the prompt") as caught:
+        lm.generate_until([ask("the of", {"until": ["@"], "max_gen_toks": limit})])
+    assert caught.value.where == "generation_kwargs.max_gen_toks"
+    with pytest.raises(InteropError, match="leave no room"):
+        adapter.ComposableLM(model, max_tokens=limit).generate_until([ask("the of", {})])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("until", 3),
+        ("until", ["a", None]),
+        ("until", {"a": 1}),
+        ("max_gen_toks", "many"),
+        ("max_gen_toks", 0),
+        ("max_gen_toks", True),
+        ("temperature", "hot"),
+        ("do_sample", "no"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(adapter, model, name, value):
+    lm = adapter.ComposableLM(model)
+    with pytest.raises(InteropError, match="expected") as caught:
+        lm.generate_until([ask("the", {"max_gen_toks": 2, name: value})])
+    assert caught.value.where == f"generation_kwargs.{name}"
+
+
+def test_settings_mean_what_they_mean_in_the_harness(adapter, model):
+    lm = adapter.ComposableLM(model)
+    greedy = {"max_gen_toks": 6, "do_sample": False}
+    (whole,) = lm.generate_until([ask("the of", {**greedy, "until": None})])
+    assert lm.generate_until([ask("the of", {**greedy, "until": []})]) == [whole]
+    assert lm.generate_until([ask("the of", {**greedy, "until": [""]})]) == [whole]
+    assert lm.generate_until([ask("the of", {"max_new_tokens": 6, "temperature": 0.0})]) == [whole]
+    with pytest.raises(InteropError, match="sampling at temperature 0"):
+        lm.generate_until([ask("the", {"do_sample": True})])

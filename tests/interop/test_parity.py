@@ -175,3 +175,116 @@ def test_conversations_are_those_of_transformers(name, write_checkpoint):
             )
             written = write_conversation(chat, texts[:n], system=system)
             assert rendered in (written, begin + written)
+
+
+WORDS = [
+    *["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with"],
+    "naïve",
+    "Füße",
+    "🦊",
+    "jumps\n",
+    "",
+]
+SAME_NATS = 2e-3  # float32 sums of up to 256 log-probabilities in another order
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory, subwords):
+    """Return one random model as that of the harness and as ours."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    import tokenizers
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    from composable.interop.checkpoint import Checkpoint, open_source
+    from composable.interop.lm_eval import ComposableLM
+    from composable.model.model import Model
+    from composable.model.subwords import SubwordTokenizer
+    from composable.workflows.import_backbone import load_checkpoint
+    from tests.support.parity import make_random, parts_of
+
+    folder = tmp_path_factory.mktemp("harness") / "smollm"
+    make_random("smollm", folder, "float32")
+    definition = tokenizers.Tokenizer.from_str(subwords.to_files()[0])
+    definition.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", subwords.begin)]
+    )
+    definition.save(str(folder / "tokenizer.json"))
+    theirs = HFLM(
+        pretrained=transformers.AutoModelForCausalLM.from_pretrained(folder),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / "tokenizer.json"),
+            bos_token="<|begin|>",
+            eos_token="<|end|>",
+            pad_token="<|end|>",
+        ),
+        batch_size=1,
+        logits_cache=False,  # with it, an answer depends on what else is asked
+    )
+    parts = parts_of(load_checkpoint(Checkpoint(open_source(folder)), "F32"))
+    model = object.__new__(Model)
+    model.parts, model.names = parts, ("backbone",)
+    model.tokenizer = SubwordTokenizer(subwords.to_files()[0], begin="<|begin|>", ends=["<|end|>"])
+    return theirs, ComposableLM(model)
+
+
+def draw_text(rng, longest):
+    """Return some words, cut anywhere."""
+    text = " ".join(rng.choice(WORDS, rng.integers(longest)))
+    return text[: rng.integers(len(text) + 1)]
+
+
+def test_200_requests_are_answered_as_the_harness_answers_them(harness):
+    """Cut inside words, longer than the context, with spaces at the ends, and empty contexts."""
+    from types import SimpleNamespace
+
+    theirs, ours = harness
+    rng = np.random.default_rng(0)
+    requests, n_spanning = [], 0
+    while len(requests) < 200:
+        # One in eight fills or exceeds the context of 256.
+        context = draw_text(rng, 250 if rng.random() < 1 / 8 else 12)
+        continuation = draw_text(rng, 6)
+        if not continuation:
+            continue
+        alone = context.rstrip() and theirs._encode_pair(context, continuation)[1]
+        if alone == []:  # their own model fails; ours encodes the continuation alone
+            n_spanning += 1
+            continue
+        requests.append(SimpleNamespace(args=(context, continuation)))
+    assert n_spanning > 0
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    found = ours.loglikelihood(requests)
+    for request, (nats, is_greedy), (our_nats, our_greedy) in zip(
+        requests, expected, found, strict=True
+    ):
+        assert our_nats == pytest.approx(nats, abs=SAME_NATS), request.args
+        assert our_greedy == is_greedy, request.args
+
+
+@pytest.mark.parametrize("until", [None, [], "e", ["\n\n", "t", ""]])
+@pytest.mark.parametrize("limit", [1, 8, 200])
+def test_continuations_are_those_of_the_harness(harness, until, limit):
+    from types import SimpleNamespace
+
+    theirs, ours = harness
+    rng = np.random.default_rng(limit)
+    settings = {"until": until, "max_gen_toks": limit, "do_sample": False}
+    contexts = ["the of and to", draw_text(rng, 8) or "as", "the quick fox " * 60]
+    requests = [SimpleNamespace(args=(context, dict(settings))) for context in contexts]
+    assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("limit", [256, 257, 32768])
+def test_no_room_for_the_prompt_is_refused_as_in_the_harness(harness, limit):
+    from types import SimpleNamespace
+
+    from composable.errors import InteropError
+
+    theirs, ours = harness
+    request = SimpleNamespace(args=("the of", {"until": ["@"], "max_gen_toks": limit}))
+    with pytest.raises(AssertionError, match="must be less than"):
+        theirs.generate_until([request], disable_tqdm=True)
+    with pytest.raises(InteropError, match="leave no room for the prompt") as caught:
+        ours.generate_until([request])
+    assert caught.value.where == "generation_kwargs.max_gen_toks"
