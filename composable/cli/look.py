@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,8 @@ import typer
 from composable.cli.options import Json, LookupRegistry, Offline, Quiet, complete_names
 from composable.cli.output import format_bytes, format_table, show
 from composable.cli.project import open_project
+from composable.errors import ComposableError
+from composable.files.records import parse_record
 
 if TYPE_CHECKING:
     from composable.packaging.project.project import Project
@@ -175,7 +179,6 @@ def resolve(
 
     Prints {"packages": {NAME: VERSION}}. If there is no solution, prints why and exits with 1.
     """
-    import json
 
     from composable.errors import ManifestError
     from composable.files.reading import read_bytes
@@ -275,6 +278,26 @@ def _all_facts(details: Details) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Bits:
+    own_backbone: float
+    own_expert: float
+    own_mix: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    bits_per_byte: _Bits
+    anchor_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Figures:
+    """The figures of a card that are shown; cards are what others wrote."""
+
+    measured: _Measured
+
+
 def format_measured(card: dict[str, Any]) -> str:
     """Return the figures of a card in a line; an empty string if it has none.
 
@@ -283,13 +306,13 @@ def format_measured(card: dict[str, Any]) -> str:
         >>> format_measured({"measured": {"bits_per_byte": bits, "anchor_loss": 0.0}}).split(";")[0]
         '6.320 to 2.460 bits per byte on its own held-out text, 2.500 in mix mode'
     """
-    measured = card.get("measured", {})
-    bits = measured.get("bits_per_byte", {})
     try:
-        mix = f", {bits['own_mix']:.3f} in mix mode" if "own_mix" in bits else ""
-        return (
-            f"{bits['own_backbone']:.3f} to {bits['own_expert']:.3f} bits per byte on its own "
-            f"held-out text{mix}; public text {measured['anchor_loss']:+.2%}"
-        )
-    except (KeyError, TypeError, ValueError):
+        measured = parse_record(_Figures, json.dumps(card), "card.json").measured
+    except ComposableError:
         return ""
+    bits = measured.bits_per_byte
+    mix = "" if bits.own_mix is None else f", {bits.own_mix:.3f} in mix mode"
+    return (
+        f"{bits.own_backbone:.3f} to {bits.own_expert:.3f} bits per byte on its own "
+        f"held-out text{mix}; public text {measured.anchor_loss:+.2%}"
+    )

@@ -112,3 +112,19 @@ def test_resolve_explains(cli, tmp_path):
 def test_resolve_refuses_a_bad_universe(cli, tmp_path, text):
     Path("universe.json").write_text(text)
     assert "error: universe.json" in cli("resolve", "--universe", "universe.json").err
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        None, 3, [], "text", {"bits_per_byte": []}, {"bits_per_byte": {}, "anchor_loss": 0.0},
+        {"bits_per_byte": {"own_backbone": "6", "own_expert": 2.0}, "anchor_loss": 0.0},
+        {"bits_per_byte": {"own_backbone": 6.0, "own_expert": True}, "anchor_loss": 0.0},
+        {"bits_per_byte": {"own_backbone": 6.0, "own_expert": 10**400}, "anchor_loss": 0.0},
+        {"bits_per_byte": {"own_backbone": 6.0, "own_expert": 2.0}, "anchor_loss": float("nan")},
+    ],
+)  # fmt: skip
+def test_figures_of_another_type_are_not_shown(measured):
+    from composable.cli.look import format_measured
+
+    assert format_measured({"measured": measured}) == ""
