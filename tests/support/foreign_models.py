@@ -38,7 +38,6 @@ ADAPTER = {
 }
 JSON_DOCUMENTS = {
     "hf-config": CONFIG,
-    "hf-tokenizer-config": TOKENIZER_CONFIG,
     "hf-generation": GENERATION,
     "hf-adapter": ADAPTER,
 }
