@@ -69,7 +69,8 @@ def test_the_printed_command_can_be_copied(tmp_path: Path) -> None:
     lines = out.getvalue().splitlines()
     assert f"Report: {tmp_path / 'report.html'}" in lines
     command = lines[-1].removeprefix("Continue: ")
-    assert shlex.split(command) == ["cd", str(project), "&&", "composable", "generate", "def main("]
+    assert shlex.split(command)[:4] == ["cd", str(project), "&&", "composable"]
+    assert shlex.split(command)[4:] == ["generate", "def main(", "--temperature", "0.7"]
     for item in result.properties:
         assert any(line.startswith(f"✓ {item.name}  ") for line in lines)
     assert "does not hold" not in out.getvalue()

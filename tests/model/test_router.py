@@ -282,4 +282,5 @@ def test_an_empty_state_has_seen_nothing():
     state = empty_state(2, 3, 4)
     assert isinstance(state, RouterState)
     assert not np.asarray(state.started_B).any()
-    assert all((np.asarray(x) == 0).all() for x in state)
+    assert state.occupancy_BEO is None
+    assert all((np.asarray(x) == 0).all() for x in state[:-1])
