@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def adapter(tmp_path):

@@ -120,6 +120,7 @@ def test_what_markup_cannot_express_is_refused_with_the_reason(template, match):
     refused(template, match)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "match"),
     [

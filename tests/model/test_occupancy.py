@@ -16,6 +16,8 @@ from composable.model.router import switching_posterior
 from composable.model.safe import safe_state, trace_safe
 from composable.model.tokenizer import ByteTokenizer
 
+pytestmark = pytest.mark.slow
+
 FILTER = SwitchingFilter(power=0.5, backbone_prior=0.6, switch_rate=0.05)
 MODES = {"mix": (trace_mix, mix_state), "safe": (trace_safe, safe_state)}
 # Sums of probabilities in float32.

@@ -13,6 +13,8 @@ from composable.packaging.manifests.manifest import Manifest
 from composable.workflows.import_peft import AdapterPlan, import_adapter, split_sample
 from composable.workflows.vet import check_expert
 
+pytestmark = pytest.mark.slow
+
 # Two float32 implementations of three small layers add in other orders: a few units in the last
 # place of logits near 1. An adapter that is off by its scale, or left out, differs by 0.1 and more.
 FLOAT32_TOLERANCE = 2e-5

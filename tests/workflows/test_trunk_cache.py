@@ -29,6 +29,8 @@ from composable.workflows.trunk_cache import (
     scout_features,
 )
 
+pytestmark = pytest.mark.slow
+
 # Two programs that sum in another order, in float32, over a few steps of an optimiser.
 SAME_MATHS = 1e-4
 CFG = TrainConfig(steps=3, batch_size=2, window=16, learning_rate=1e-2, checkpoint_every=1)

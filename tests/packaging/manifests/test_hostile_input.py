@@ -31,6 +31,8 @@ from tests.support.readers import (
     make_targets,
 )
 
+pytestmark = pytest.mark.slow
+
 FINDS = Path(__file__).parents[1] / "finds"
 MAX_SECONDS = 20.0  # of a slow and busy machine; what grows with the square takes minutes
 MAX_MEMORY_BYTES = 128 << 20

@@ -20,6 +20,8 @@ from composable.packaging.registry.http import WebStorage
 from composable.packaging.registry.remote import BYTES_PER_SECOND
 from composable.packaging.registry.storage import Document
 
+pytestmark = pytest.mark.slow
+
 # Far above what any of these may take, far below what they took without a budget.
 SLACK_SECONDS = 3.0
 Talk = Callable[[socket.socket, bytes], None]
