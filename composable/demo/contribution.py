@@ -128,7 +128,7 @@ def _describe_confinement(event: dict[str, Any], contribution: Contribution) -> 
             f"the process could read {contribution.unreadable}, another contributor's text",
             where=contribution.folder.name,
         )
-    return f"{event['mechanism']} ({event['refused']} on another contributor's text)"
+    return f"{event['mechanism']}; reading another contributor's text gave {event['refused']}"
 
 
 def _show_progress(update: UpdateBar, name: str, event: dict[str, Any]) -> None:
