@@ -330,8 +330,12 @@ def test_banned_tokens_are_never_drawn():
     assert set(drawn(logits_V, 100, banned=[0, 1, 3, 4])) == {2}
 
 
-def test_feeding_in_turns_equals_feeding_at_once(tiny, model):
-    """Drawn tokens are part of the sequence, whether or not more is fed after them."""
+def test_feeding_in_turns_equals_feeding_at_once(tiny):
+    """Drawn tokens are part of the sequence, whether or not more is fed after them.
+
+    Without experts, for which text that the model drew differs from text that it was given.
+    """
+    model = tiny.model()
     first_T, second_T = tiny.tokens(batch=2, length=9)
     decoder = Decoder(model.parts, ByteTokenizer(), length=64)
     decoder.feed(first_T)
