@@ -31,8 +31,9 @@ from composable.corpora.documents import read_documents
 from composable.corpora.recipe import load_recipe, make_texts, shipped_folder
 from composable.files import atomic
 from composable.model.body import MATRICES
-from composable.model.decoding import Mode, Sampling, continue_tokens
+from composable.model.decoding import Mode, continue_tokens
 from composable.model.model import Model, Pluggable
+from composable.model.sampling import Sampling
 from composable.packaging.manifests.template import create_expert
 from composable.workflows.train import expert_config, train_expert
 

@@ -39,7 +39,8 @@ from composable.interop.tokenizer import check_round_trips, make_tokenizer
 from composable.model.bank import BankEntry, empty_bank, install
 from composable.model.body import backbone_slot
 from composable.model.composed import Parts
-from composable.model.decoding import Sampling, continue_tokens
+from composable.model.decoding import continue_tokens
+from composable.model.sampling import Sampling
 from composable.workflows.import_backbone import (
     load_checkpoint,
     read_public_text,

@@ -24,8 +24,9 @@ from composable.files.text import check_text
 from composable.model import mix as mix_mode
 from composable.model import safe as safe_mode
 from composable.model.composed import Parts
-from composable.model.decoding import Mode, Sampling, continue_tokens
+from composable.model.decoding import Mode, continue_tokens
 from composable.model.model import Model
+from composable.model.sampling import Sampling
 from composable.model.text import stop_before, to_pieces
 from composable.vetting.evaluation import mix_scorer, safe_scorer, score_documents
 

@@ -23,8 +23,9 @@ from composable.model import safe as safe_mode
 from composable.model.backbone import Backbone
 from composable.model.body import Body, SlotMatrices
 from composable.model.composed import Parts
-from composable.model.decoding import Mode, Sampling, continue_tokens
+from composable.model.decoding import Mode, continue_tokens
 from composable.model.guard import Contributions, Tally, make_reporter, read_tally
+from composable.model.sampling import Sampling
 from composable.model.scout import Scout
 from composable.model.text import Conversation, Piece, stop_before, to_pieces
 from composable.model.tokenizer import ByteTokenizer, Tokenizer

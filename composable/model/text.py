@@ -10,8 +10,9 @@ import numpy as np
 from composable.errors import ModelError
 from composable.files.text import check_text
 from composable.model.composed import Parts
-from composable.model.decoding import Decoder, Drawn, Mode, Sampling
+from composable.model.decoding import Decoder, Drawn, Mode
 from composable.model.guard import Tally
+from composable.model.sampling import Sampling
 from composable.model.tokenizer import ChatFormat, Tokenizer
 
 # Largest number of positions in a conversation, unless the context is shorter.

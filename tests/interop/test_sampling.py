@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("torch", reason="PyTorch is not installed; run `make parity`")
 pytest.importorskip("transformers", reason="transformers is not installed; run `make parity`")
 
-from composable.model.decoding import Sampling, _make_draw, _penalize, _restrict, continue_tokens
+from composable.model.decoding import continue_tokens
+from composable.model.sampling import Sampling, make_draw, penalize_seen, restrict_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's code
 
@@ -50,14 +51,14 @@ def run_theirs(settings, seen_T, logits_V):
 
 @jax.jit
 def run_ours(draw, seen_V, logits_V):
-    return _restrict(draw, _penalize(draw.repetition_penalty, seen_V, logits_V))
+    return restrict_logits(draw, penalize_seen(draw.repetition_penalty, seen_V, logits_V))
 
 
 def compare(settings, seen_T, logits_V):
     """Check that both give the same logits, and exclude the same tokens; return them."""
     settings = {**NEUTRAL, **settings}
     theirs_V = run_theirs(settings, seen_T, logits_V)
-    draw = _make_draw(Sampling(**settings), np.zeros(N_TOKENS, bool))
+    draw = make_draw(Sampling(**settings), np.zeros(N_TOKENS, bool))
     ours_V = run_ours(draw, np.isin(np.arange(N_TOKENS), seen_T), logits_V)
     np.testing.assert_allclose(ours_V, theirs_V, rtol=1e-6)  # a rounding of each division
     return theirs_V

@@ -10,12 +10,6 @@ from composable.interface import OutputMixture, SwitchingFilter
 from composable.model.decoding import (
     PREFILL,
     Decoder,
-    Sampling,
-    _draw_token,
-    _kth_largest,
-    _make_draw,
-    _penalize,
-    _restrict,
     cache_length,
     continue_tokens,
 )
@@ -23,6 +17,14 @@ from composable.model.layers import CACHE_BLOCK, KVCache
 from composable.model.mix import mix, mix_state
 from composable.model.model import generate
 from composable.model.safe import safe, safe_state
+from composable.model.sampling import (
+    Sampling,
+    draw_token,
+    kth_largest,
+    make_draw,
+    penalize_seen,
+    restrict_logits,
+)
 from composable.model.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.slow
@@ -215,13 +217,13 @@ def test_weights_sum_to_one(tiny, model, mode):
 
 @jax.jit
 def draw_many(keys, draw, seen_V, logits_V):
-    return jax.vmap(lambda key: _draw_token(draw._replace(key=key), seen_V, logits_V))(keys)
+    return jax.vmap(lambda key: draw_token(draw._replace(key=key), seen_V, logits_V))(keys)
 
 
 def drawn(logits_V, n, *, banned=(), seen=(), **settings):
     ids_V = np.arange(len(logits_V))
     settings = Sampling(**{"temperature": 1.0, **settings})
-    draw = _make_draw(settings, np.isin(ids_V, banned))
+    draw = make_draw(settings, np.isin(ids_V, banned))
     keys = jax.random.split(jax.random.key(0), n)
     return np.asarray(draw_many(keys, draw, np.isin(ids_V, seen), logits_V))
 
@@ -229,8 +231,8 @@ def drawn(logits_V, n, *, banned=(), seen=(), **settings):
 def restricted(logits_V, **settings):
     """Return the logits that a token is drawn from."""
     settings = Sampling(**{"temperature": 1.0, **settings})
-    draw = _make_draw(settings, np.zeros(len(logits_V), bool))
-    return np.asarray(jax.jit(_restrict)(draw, logits_V))
+    draw = make_draw(settings, np.zeros(len(logits_V), bool))
+    return np.asarray(jax.jit(restrict_logits)(draw, logits_V))
 
 
 def kept(logits_V, **settings):
@@ -258,7 +260,7 @@ def test_the_kth_largest_logit_is_that_of_a_sort():
     special = [0.0, -0.0, np.inf, -np.inf, -np.inf, 1e-40, -1e-40, 3e38, -3e38, 1.0, -1.0]
     logits_V = np.concatenate([rng.normal(size=50), rng.integers(-3, 3, 50), special])
     logits_V = rng.permutation(logits_V).astype(np.float32)
-    found_V = jax.vmap(_kth_largest, (0, None))(np.arange(1, len(logits_V) + 1), logits_V)
+    found_V = jax.vmap(kth_largest, (0, None))(np.arange(1, len(logits_V) + 1), logits_V)
     np.testing.assert_array_equal(found_V, np.sort(logits_V)[::-1])
 
 
@@ -291,13 +293,13 @@ def test_a_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign(
     logits_V = np.array([2.0, -2.0, 0.0, 2.0, -np.inf], np.float32)
     seen_V = np.array([True, True, True, False, True])
     np.testing.assert_array_equal(
-        _penalize(jnp.float32(2.0), seen_V, logits_V), [1.0, -4.0, 0.0, 2.0, -np.inf]
+        penalize_seen(jnp.float32(2.0), seen_V, logits_V), [1.0, -4.0, 0.0, 2.0, -np.inf]
     )
 
 
 def test_a_repetition_penalty_of_one_changes_nothing():
     logits_V = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    same_V = _penalize(jnp.float32(1.0), np.ones(1000, bool), logits_V)
+    same_V = penalize_seen(jnp.float32(1.0), np.ones(1000, bool), logits_V)
     np.testing.assert_array_equal(np.asarray(same_V).view(np.int32), logits_V.view(np.int32))
 
 

@@ -9,11 +9,12 @@ import pytest
 
 from composable.interface import OutputMixture, SwitchingFilter
 from composable.model import composed
-from composable.model.decoding import Decoder, Sampling
+from composable.model.decoding import Decoder
 from composable.model.mix import mix_state, trace_mix
 from composable.model.occupancy import empty_occupancy, switch_targets, update_occupancy
 from composable.model.router import switching_posterior
 from composable.model.safe import safe_state, trace_safe
+from composable.model.sampling import Sampling
 from composable.model.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.slow
