@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from composable.model.guard import Tally, empty_tally, exceeds, redistribute, ta
 from composable.model.occupancy import IsDrawn
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
 from composable.model.router import Choice, RouterState, choose, dense_weights
+from composable.parallel import split_batch, sum_over_batch
 
 
 class MixState(NamedTuple):
@@ -82,6 +84,13 @@ def trace_mix(
     Returns:
         Logits, shape BTV float32, router weights, shape BTE, and the new state.
     """
+    return split_batch(partial(_trace_mix, is_drawn=is_drawn), parts, tokens_BT, state)
+
+
+def _trace_mix(
+    parts: Parts, tokens_BT: jax.Array, state: MixState, is_drawn: IsDrawn
+) -> tuple[jax.Array, jax.Array, MixState]:
+    """Do the work of `trace_mix` on the rows of one device."""
     trunk, router, caches = run_trunk_and_scouts(
         parts, tokens_BT, state.router, state.caches, is_drawn
     )
@@ -97,7 +106,8 @@ def trace_mix(
     logits_BTV, mixture = mix_in_scouts(
         parts, logits_BTV, trunk, state.router, state.output_mixture, is_drawn
     )
-    tally = tally_rows(state.tally, zeroed, choice, dispatch)
+    counted = tally_rows(empty_tally(parts.bank.capacity), zeroed, choice, dispatch)
+    tally = jax.tree.map(jnp.add, state.tally, sum_over_batch(counted))
     after = MixState(router, tally, mixture, caches)
     return logits_BTV, dense_weights(choice, parts.bank.capacity), after
 
@@ -111,6 +121,11 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
         Router weights for predicting the next token at every position, shape BTE, and the new
         state.
     """
+    return split_batch(_route, parts, tokens_BT, state)
+
+
+def _route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
+    """Do the work of `route` on the rows of one device."""
     trunk, router, caches = run_trunk_and_scouts(parts, tokens_BT, state.router, state.caches)
     weight_BTE = dense_weights(choose_experts(parts, trunk.score_BTE), parts.bank.capacity)
     return weight_BTE, state._replace(router=router, caches=caches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from composable.model.layers import KVCache
 from composable.model.occupancy import IsDrawn, empty_occupancy, follow_given
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
 from composable.model.router import NEVER, RouterState, choose
+from composable.parallel import split_batch, sum_over_batch
 
 
 class SafeState(NamedTuple):
@@ -101,6 +103,13 @@ def trace_safe(
     Returns:
         Log-probabilities, shape BTV float32, weights of the paths, shape BTE, and the new state.
     """
+    return split_batch(partial(_trace_safe, is_drawn=is_drawn), parts, tokens_BT, state)
+
+
+def _trace_safe(
+    parts: Parts, tokens_BT: jax.Array, state: SafeState, is_drawn: IsDrawn
+) -> tuple[jax.Array, jax.Array, SafeState]:
+    """Do the work of `trace_safe` on the rows of one device."""
     trunk, router, caches = run_trunk_and_scouts(
         parts, tokens_BT, state.router, state.caches, is_drawn
     )
@@ -120,7 +129,10 @@ def trace_safe(
     if caches is not None:
         caches = caches._replace(upper=upper)
     entry_E = jnp.argsort(order_E)
-    tally = tally_paths(state.tally, awake_BTE[..., entry_E], is_finite_BTE[..., entry_E])
+    counted = tally_paths(
+        empty_tally(parts.bank.capacity), awake_BTE[..., entry_E], is_finite_BTE[..., entry_E]
+    )
+    tally = jax.tree.map(jnp.add, state.tally, sum_over_batch(counted))
     awake_BE, log_prob_EBV = awake_BTE[:, -1], log_prob_EBTV[:, :, -1]
     after = SafeState(
         router, tally, mixture, posterior_BE, awake_BE, log_prob_EBV, occupancy_BEO, caches

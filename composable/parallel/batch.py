@@ -1,0 +1,114 @@
+"""Run a function on every device's own rows of the batch, with no device waiting for another.
+
+Left to itself the compiler splits each operation on its own. It gathers the rows of all devices to
+sort them by expert, and asks all devices before every branch. Documents do not depend on each
+other, so a function of whole documents needs none of that: each device runs it on its own rows.
+
+It splits over the axes of `BATCH_SPEC`. Parameters must be whole along these axes, and are gathered
+if they are not; along other axes (`tensor`) they stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from composable.parallel.sharding import BATCH_SPEC
+
+_T = TypeVar("_T")
+_BATCH_AXES: Final[tuple[str, ...]] = BATCH_SPEC[0]
+# The letters at the end of a field's name: `posterior_BE`.
+_LETTERS: Final = re.compile(r".*_([A-Z]+)")
+
+
+def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any) -> _T:
+    """Return `fn(shared, *rows)`, computed by every device on its own rows.
+
+    The devices are those of the mesh in use (`jax.set_mesh`). Without one, with a single device
+    along the axes of the batch, or if the batch does not divide by their number, this is a plain
+    call.
+
+    Args:
+        fn: Function of (shared, *rows). Its results depend on rows of the batch one by one, except
+            for sums that it passes through `sum_over_batch`.
+        shared: Tree that every device needs whole, such as parameters.
+        rows: Trees of arrays. In a named tuple, the letters at the end of a field's name say which
+            dimension is the batch, B; a field without B is whole on every device. An array outside
+            of named tuples has the batch first.
+
+    Returns:
+        The result of `fn`, its arrays split like `rows`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from composable.parallel import make_mesh
+        >>> with jax.set_mesh(make_mesh()):
+        ...     split_batch(lambda scale, x_BT: scale * x_BT, 2, jnp.ones((4, 1))).shape
+        (4, 1)
+    """
+    axes = _axes_of_batch(jax.tree.leaves(rows[0])[0].shape[0])
+    if not axes:
+        return fn(shared, *rows)
+    whole = jax.tree.map(lambda _: PartitionSpec(), shared)
+    results = jax.eval_shape(fn, shared, *rows)
+    run = jax.shard_map(
+        fn,
+        in_specs=(whole, *(_specs_of(tree, axes) for tree in rows)),
+        out_specs=_specs_of(results, axes),
+        axis_names=set(axes),
+        # Loops and kernels would have to declare over which axes each value varies.
+        check_vma=False,
+    )
+    result: _T = run(shared, *rows)
+    return result
+
+
+def sum_over_batch(tree: _T) -> _T:
+    """Return a tree of sums over this device's rows as sums over all rows of the batch.
+
+    Args:
+        tree: Arrays without a batch dimension. Outside of `split_batch` they are returned as they
+            are.
+
+    Example:
+        >>> sum_over_batch(3)
+        3
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = tuple(axis for axis in _BATCH_AXES if axis in manual)
+    total: _T = jax.lax.psum(tree, axes) if axes else tree
+    return total
+
+
+def _axes_of_batch(n_rows: int) -> tuple[str, ...]:
+    """Return the axes of the mesh in use to split that many rows over; none for a plain call."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if axis in _BATCH_AXES and kind != AxisType.Manual
+    )
+    n_shards = math.prod(mesh.shape[axis] for axis in axes)
+    return axes if n_shards > 1 and n_rows % n_shards == 0 else ()
+
+
+def _specs_of(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Return the partition spec of every array of a tree, by the letters of its field's name."""
+
+    def spec_of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        if not fields:
+            return PartitionSpec(axes)
+        named = _LETTERS.fullmatch(fields[-1])
+        if not named or "B" not in named[1]:
+            return PartitionSpec()
+        # From the right: arrays stacked over experts or layers have more dimensions in front.
+        place = leaf.ndim - len(named[1]) + named[1].index("B")
+        return PartitionSpec(*[None] * place, axes)
+
+    return jax.tree_util.tree_map_with_path(spec_of, tree)
