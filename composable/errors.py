@@ -6,6 +6,7 @@
     │   ├── VersionError          not a semantic version
     │   ├── ConstraintError       not a version range
     │   ├── ManifestError         a bad expert.toml, backbone.toml or composable.toml
+    │   ├── MissingProjectError   no composable.toml here or above
     │   ├── LockError             a bad or stale composable.lock
     │   ├── RegistryError         a registry that fails, or rejects a request
     │   │   └── UnreachableError  an unreachable registry, or a truncated response; retry
@@ -85,6 +86,10 @@ class ConstraintError(PackagingError):
 
 class ManifestError(PackagingError):
     """A manifest with a missing, unknown or invalid field; `where` is its dotted path."""
+
+
+class MissingProjectError(PackagingError):
+    """No project in a folder, nor above it."""
 
 
 class LockError(PackagingError):

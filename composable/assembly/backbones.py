@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from composable.assembly.compile_cache import use_compile_cache
 from composable.corpora.documents import Document, read_documents
 from composable.errors import IntegrityError
 from composable.files import atomic
@@ -82,6 +83,8 @@ class LoadedBackbone:
 def load_backbone(name: str) -> LoadedBackbone:
     """Load a backbone package and check it against the digests of its interface.
 
+    What is compiled afterwards is kept on disk; see `compile_cache.py`.
+
     Args:
         name: Name of a shipped backbone, or a folder.
 
@@ -89,6 +92,7 @@ def load_backbone(name: str) -> LoadedBackbone:
         PackagingError: If there is no such backbone, or its files are damaged.
         IntegrityError: If weights, tokenizer and interface do not belong together.
     """
+    use_compile_cache()
     folder = find_backbone(name)
     interface = read_interface(folder)
     cfg = BackboneConfig.from_dict(json.loads(read_listed(folder, CONFIG_FILE)))

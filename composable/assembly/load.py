@@ -12,7 +12,7 @@ import platformdirs
 
 from composable.assembly.backbones import LoadedBackbone, load_backbone
 from composable.assembly.experts import load_expert
-from composable.errors import PackagingError
+from composable.errors import MissingProjectError, PackagingError
 from composable.interface import canonical_json, digest_bytes
 from composable.model.model import Model, Pluggable
 from composable.packaging.install.environment import Environment
@@ -33,13 +33,14 @@ def load(
 ) -> Model:
     """Return a model: a backbone with experts plugged in.
 
-    Without `experts`, the experts installed in the project of the working directory. With them, the
-    newest compatible releases from `registry`, or else from the project's registries, or else from
-    the one in COMPOSABLE_REGISTRY; they are installed once and reused afterwards.
+    Without `experts`, the experts installed in the project of the working directory; outside a
+    project, the backbone alone. With them, the newest compatible releases from `registry`, or else
+    from the project's registries, or else from the one in COMPOSABLE_REGISTRY; they are installed
+    once and reused afterwards.
 
     Args:
         backbone: Name of a backbone that ships with composable, or the folder of one; by default
-            the project's.
+            the project's, which must exist then.
         experts: Requirements such as "python-code>=1.0" or "set-mm"; an empty list gives the
             backbone alone.
         registry: The registry to install from: a folder, an export, or a URL.
@@ -49,6 +50,7 @@ def load(
         The model, on the default device.
 
     Raises:
+        MissingProjectError: If no backbone is named outside a project.
         PackagingError: If something does not exist, does not resolve, or is damaged.
 
     Example:
@@ -70,6 +72,8 @@ def gather(
 
     Arguments and errors as for `load`.
     """
+    if experts is None and backbone is not None and _find_project() is None:
+        experts = []
     if experts is None:
         project = Project.find()
         loaded = load_backbone(backbone or project.backbone)
@@ -112,10 +116,16 @@ def expert(
 
 
 def _default_backbone() -> str:
+    project = _find_project()
+    return "tiny-bytes" if project is None else project.backbone
+
+
+def _find_project() -> Project | None:
+    """Return the project of the working directory, or None if there is none."""
     try:
-        return Project.find().backbone
-    except PackagingError:
-        return "tiny-bytes"
+        return Project.find()
+    except MissingProjectError:
+        return None
 
 
 def install_experts(
@@ -172,10 +182,7 @@ def find_registries(registry: str | Path | None) -> Project:
     """
     location = registry or os.environ.get(REGISTRY_VARIABLE)
     if registry is None:
-        try:
-            project = Project.find()
-        except PackagingError:
-            project = None
+        project = _find_project()
         if project is not None:
             experts = {
                 name: dataclasses.replace(want, path=str(project.folder_of(name)))

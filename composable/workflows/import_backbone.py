@@ -28,6 +28,7 @@ from composable.assembly.backbones import (
     load_backbone,
     make_interface,
 )
+from composable.assembly.compile_cache import use_compile_cache
 from composable.corpora.documents import Document, read_documents, split_documents
 from composable.corpora.recipe import cut_text, load_recipe, make_texts, shipped_folder
 from composable.errors import InteropError
@@ -122,6 +123,7 @@ def import_backbone(
             on disk.
         TextError: If there is too little text.
     """
+    use_compile_cache()
     show = progress or (lambda label, done, total: None)
     source = open_source(path)
     checkpoint = Checkpoint(source, tap=plan.tap, scout_width=plan.scout_width, dtype=plan.dtype)

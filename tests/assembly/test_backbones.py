@@ -9,7 +9,13 @@ from flax import nnx
 
 import composable as cx
 from composable.assembly.backbones import load_backbone, save_backbone
-from composable.errors import ComposableError, IntegrityError, InterfaceError, PackagingError
+from composable.errors import (
+    ComposableError,
+    IntegrityError,
+    InterfaceError,
+    MissingProjectError,
+    PackagingError,
+)
 from composable.interface import digest_bytes, hash_classes
 from composable.model.backbone import Backbone
 from composable.model.model import Model
@@ -197,3 +203,10 @@ def replace(folder, name, text):
 def test_an_unknown_backbone_is_refused_with_what_there_is():
     with pytest.raises(PackagingError, match="no backbone 'nothing-here'"):
         load_backbone("nothing-here")
+
+
+def test_outside_a_project_a_named_backbone_is_loaded_alone(loaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cx.load(str(loaded.folder)).names == ("backbone",)
+    with pytest.raises(MissingProjectError, match=r"no composable\.toml"):
+        cx.load()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from composable.errors import ManifestError, PackagingError, did_you_mean
+from composable.errors import ManifestError, MissingProjectError, PackagingError, did_you_mean
 from composable.files import atomic
 from composable.files.user_files import replace_text
 from composable.packaging.install.environment import FOLDER, Environment
@@ -151,13 +151,13 @@ class Project:
         """Read the project file in `start`, by default the working directory, or above it.
 
         Raises:
-            PackagingError: When there is none up to the root of the file system.
+            MissingProjectError: When there is none up to the root of the file system.
         """
         start = (start or Path.cwd()).resolve()
         for folder in (start, *start.parents):
             if os.path.lexists(folder / PROJECT_FILE):  # whatever it is: `read` says what is wrong
                 return cls.read(folder)
-        raise PackagingError(
+        raise MissingProjectError(
             f"no {PROJECT_FILE} in this directory or above",
             where=str(start),
             hint="run `composable init` to make this directory a project",
