@@ -33,9 +33,10 @@ def use_compile_cache() -> Path | None:
         >>> use_compile_cache() == folder
         True
     """
-    if not jax.config.jax_enable_compilation_cache:
+    settings = jax.config.values
+    if not settings["jax_enable_compilation_cache"]:
         return None
-    if (configured := jax.config.jax_compilation_cache_dir) is not None:
+    if (configured := settings["jax_compilation_cache_dir"]) is not None:
         return Path(configured)
     folder = Path(platformdirs.user_cache_dir("composable", appauthor=False)) / "programs"
     try:
