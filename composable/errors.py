@@ -27,15 +27,20 @@ running model counted as zero, `StrayWarning` a file that was ignored.
 
 A message says what was wrong (the value), where (a dotted path or a file) and what was expected,
 and ends with a hint if a remedy is known. Data that a caller may act on is an attribute. Attributes
-are exact; as text (`str`), an error is safe to print whoever wrote what it quotes.
+are exact; as text (`str`), an error is safe to print whoever wrote what it quotes, and short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from composable.printable import printable
+
+# Characters of each part that are printed: a foreign file may hold a name of any length.
+_MAX_WHERE: Final = 500
+_MAX_MESSAGE: Final = 3000
+_MAX_HINT: Final = 1000
 
 
 class ComposableError(Exception):
@@ -57,15 +62,24 @@ class ComposableError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        text = printable(self.message, keep="\n" if self.has_lines else "")
+        if self.has_lines:
+            text = printable(self.message, keep="\n")
+        else:
+            text = _shorten(printable(self.message), _MAX_MESSAGE)
         if self.where:
-            text = f"{printable(self.where)}: {text}"
-        return f"{text}\n  hint: {printable(self.hint)}" if self.hint else text
+            text = f"{_shorten(printable(self.where), _MAX_WHERE)}: {text}"
+        return f"{text}\n  hint: {_shorten(printable(self.hint), _MAX_HINT)}" if self.hint else text
 
     def within(self, prefix: str) -> ComposableError:
         """Return this error with `prefix` prepended to its location, on the way out of a table."""
         self.where = f"{prefix}.{self.where}" if self.where else prefix
         return self
+
+
+def _shorten(text: str, size: int) -> str:
+    """Return a text without its middle if it has more characters than `size`."""
+    end = size // 4
+    return text if len(text) <= size else f"{text[: size - end]} … {text[-end:]}"
 
 
 class InterfaceError(ComposableError):

@@ -50,6 +50,16 @@ def test_text_of_all_scripts_stays(text):
     assert printable(text) == text
 
 
+def test_an_error_that_quotes_a_long_text_is_short_as_text_and_exact_as_data():
+    long = "a" * 20_000
+    error = ComposableError(f"{long!r} is not a token", where=f"/x/{long}", hint=f"delete {long}")
+    assert len(str(error)) < 5000
+    assert str(error).startswith("/x/aaa")
+    assert "aaa' is not a token\n  hint: delete aaa" in str(error)
+    assert error.message == f"{long!r} is not a token"
+    assert len(str(ResolutionError("a line\n" * 1000))) == 7000
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_json_is_safe_and_exact(text):
     data = {text: [text, {"deep": text}]}

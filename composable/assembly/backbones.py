@@ -15,10 +15,12 @@ from flax import nnx
 
 from composable.assembly.compile_cache import use_compile_cache
 from composable.corpora.documents import Document, read_documents
-from composable.errors import IntegrityError
+from composable.errors import IntegrityError, ModelError
 from composable.files import atomic
 from composable.files.blobs import digest_file
+from composable.files.records import parse_table
 from composable.files.safetensors import TensorFile, write_tensors
+from composable.files.text import decode_text
 from composable.interface import (
     RouterInterface,
     RouterSettings,
@@ -95,7 +97,8 @@ def load_backbone(name: str) -> LoadedBackbone:
     use_compile_cache()
     folder = find_backbone(name)
     interface = read_interface(folder)
-    cfg = BackboneConfig.from_dict(json.loads(read_listed(folder, CONFIG_FILE)))
+    config = parse_table(read_listed(folder, CONFIG_FILE), str(folder / CONFIG_FILE), ModelError)
+    cfg = BackboneConfig.from_dict(config)
     check_listed(folder, WEIGHTS_FILE)
     make = partial(_make, cfg, interface.n_classes)
     expected = {name: _spec(name, shape) for name, shape in shapes_of(make).items()}
@@ -292,8 +295,11 @@ class _Selection(Mapping[str, np.ndarray]):
 def _read_tokenizer(folder: Path) -> Tokenizer:
     if not lists_file(folder, TOKENIZER_FILE):
         return ByteTokenizer()
-    files = (read_listed(folder, file).decode() for file in (TOKENIZER_FILE, SPECIAL_TOKENS_FILE))
-    return SubwordTokenizer.from_files(*files)
+    definition, special = (
+        decode_text(read_listed(folder, file), str(folder / file), ModelError)
+        for file in (TOKENIZER_FILE, SPECIAL_TOKENS_FILE)
+    )
+    return SubwordTokenizer.from_files(definition, special)
 
 
 def _describe(path: Path) -> PackageFile:

@@ -15,7 +15,7 @@ from composable.cli.options import Json, LookupRegistry, Offline, Quiet, complet
 from composable.cli.output import format_bytes, format_table, show
 from composable.cli.project import open_project
 from composable.errors import ComposableError
-from composable.files.records import parse_record
+from composable.files.records import parse_record, parse_table
 
 if TYPE_CHECKING:
     from composable.packaging.project.project import Project
@@ -185,10 +185,7 @@ def resolve(
     from composable.packaging.resolution.resolver import resolve as resolve_universe
     from composable.packaging.resolution.universe import Universe
 
-    try:
-        data = json.loads(read_bytes(universe))
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"not JSON: {error}", where=str(universe)) from error
+    data = parse_table(read_bytes(universe), str(universe), ManifestError)
     packages = resolve_universe(Universe.from_dict(data, universe.name)).packages
     chosen = {name: str(version) for name, version in packages.items()}
     show("", {"packages": chosen}, as_json=True)

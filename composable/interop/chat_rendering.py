@@ -1,32 +1,25 @@
 """Render chat templates, which are programs of other people, in a process with limits.
 
-Run as a program, this file reads a job from standard input and writes renderings to standard
-output; `render_template` starts it so. The template runs in Jinja2's sandbox, without access to
-files or to attributes that lead out of it, with the settings that transformers uses. What a sandbox
-does not bound, the process does: processor time and memory where the system has such limits (not
-on Windows), and time on the clock everywhere. The length of templates and of renderings is bounded
-here. Nothing bounds what a rendering says; `interop.chat` checks that.
-
-Imports nothing of this project and no array library, so that the process starts fast.
+The template runs in Jinja2's sandbox, without access to files or to attributes that lead out of it,
+with the settings that transformers uses. `limited_process` bounds time and memory, which a sandbox
+does not. The length of templates and of renderings is bounded here. Nothing bounds what a rendering
+says; `interop.chat` checks that.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from composable.interop.limited_process import MAX_BYTES, StoppedError, run_limited
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
 MAX_TEMPLATE: Final = 1 << 16  # characters; long templates of known models have about 2 ** 14
 MAX_RENDERING: Final = 1 << 16  # characters
-MAX_SECONDS: Final = 3  # of processor time, for all renderings together
-MAX_CLOCK_SECONDS: Final = 60.0  # also for the start of the process, on a busy machine
-MAX_BYTES: Final = 1 << 29  # of address space
 _MAX_MESSAGE: Final = 200  # characters of an error that a template raises
 
 
@@ -73,63 +66,28 @@ def render_template(
         return fail(f"it has {len(template):,} characters, at most {MAX_TEMPLATE:,} are rendered")
     job = {"template": template, "conversations": conversations, "variables": variables}
     try:
-        # -P: a file in the current folder is not imported in place of a library.
-        done = subprocess.run(
-            [sys.executable, "-P", __file__],
-            input=json.dumps(job).encode(),
-            capture_output=True,
-            timeout=MAX_CLOCK_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return fail(f"it was stopped after {MAX_CLOCK_SECONDS:.0f} s")
-    if done.returncode != 0:
-        return fail(
-            f"it was stopped (exit status {done.returncode}); it may use {MAX_SECONDS} s of "
-            f"processor time and {MAX_BYTES >> 20} MiB of memory"
-        )
-    return [Rendering(*entry) for entry in json.loads(done.stdout)]
+        return [Rendering(*entry) for entry in run_limited(render_all, job)]
+    except StoppedError as error:
+        return fail(f"it was {error}")
 
 
-def _main() -> None:
-    _limit_process()
-    job = json.loads(sys.stdin.buffer.read())
-    entries = _render_all(job["template"], job["conversations"], job["variables"])
-    sys.stdout.write(json.dumps(entries))
-
-
-def _limit_process() -> None:
-    """Limit processor time and memory of this process, where the system can."""
-    try:
-        import resource
-    except ImportError:
-        return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    except (ValueError, OSError):  # macOS has the name but not the limit
-        return
-
-
-def _render_all(
-    source: str, conversations: Sequence[dict[str, Any]], variables: dict[str, Any]
-) -> list[Rendering]:
+def render_all(job: dict[str, Any]) -> list[Rendering]:
+    """Return the renderings of a job: its `template`, `conversations` and `variables`."""
     template: Template | None = None
 
     def render(conversation: dict[str, Any]) -> str:
         nonlocal template
         if template is None:
-            template = _environment().from_string(source)
+            template = _environment().from_string(job["template"])
         text = ""
-        for part in template.generate(**variables, **conversation):
+        for part in template.generate(**job["variables"], **conversation):
             text += part
             if len(text) > MAX_RENDERING:
                 raise ValueError(f"it writes more than {MAX_RENDERING:,} characters")
         text.encode()  # raises for half a character, which no file can hold
         return text
 
-    return [_attempt(partial(render, conversation)) for conversation in conversations]
+    return [_attempt(partial(render, conversation)) for conversation in job["conversations"]]
 
 
 def _attempt(render: Callable[[], str]) -> Rendering:
@@ -177,7 +135,3 @@ def _environment() -> Environment:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     return environment
-
-
-if __name__ == "__main__":
-    _main()

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
+import msgspec
 import numpy as np
 
 from composable.errors import InteropError
 from composable.files.blobs import digest_file
+from composable.files.safetensors import MAX_TENSORS
 from composable.interface.contract import SLOT_DIMS
 from composable.interop.families import family_of, rows_of
 from composable.interop.huggingface import open_tensors
+from composable.interop.limited_process import StoppedError
+from composable.interop.patterns import Groups, match_patterns
 from composable.interop.source import StoredTensor
 from composable.interop.tables import Count, Finite, Index, Schema, read_json
 from composable.model.config import BackboneConfig
@@ -32,7 +36,6 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 _ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",),
     "task_type": (None, "CAUSAL_LM"),
-    "bias": (None, "none"),
     "use_dora": (None, False),
     "lora_bias": (None, False),
     "use_qalora": (None, False),
@@ -59,13 +62,18 @@ _ONLY: Final[dict[str, tuple[Any, ...]]] = {
 _HINTS: Final = {
     "init_lora_weights": "PEFT writes a plain adapter of pissa, olora and corda if "
     "save_pretrained is given path_initial_model_for_weight_conversion",
+    "lora_bias": "train the adapter with lora_bias=False: an expert carries no biases",
     "modules_to_save": "train without them: an expert carries no modules but its bodies",
 }
+# A manifest records the base model with its revision, in 500 characters.
+_SHORT = Annotated[str, msgspec.Meta(max_length=99)] | None
 _NAMES = str | list[str] | None
 # Fields that `read_adapter` follows.
 _TYPES: Final[dict[str, Any]] = {
     "r": Count,
     "lora_alpha": Finite,
+    # Which biases of the model were trained; whether it has any, the tensors say.
+    "bias": Literal["none", "all", "lora_only"] | None,
     "use_rslora": bool | None,
     "rank_pattern": dict[str, Count] | None,
     "alpha_pattern": dict[str, Finite] | None,
@@ -73,9 +81,9 @@ _TYPES: Final[dict[str, Any]] = {
     "exclude_modules": _NAMES,
     "layers_to_transform": Index | list[Index] | None,
     "layers_pattern": _NAMES,
-    "base_model_name_or_path": str | None,
-    "revision": str | None,
-    "peft_version": str | None,
+    "base_model_name_or_path": Annotated[str, msgspec.Meta(max_length=400)] | None,
+    "revision": _SHORT,
+    "peft_version": _SHORT,
 }
 # Fields that matter to training, or only together with a field above. `fan_in_fan_out` is about
 # layers that store their matrix the other way round; PEFT itself ignores it for those of Llama.
@@ -108,6 +116,17 @@ _NAMED: Final = re.compile(r"(?<=\.lora_[AB])\.\w+(?=\.weight$)")
 _SAVE: Final = "load it with PEFT where it was trained, and save it with save_pretrained"
 # Length limit of a regular expression in a config.
 _MAX_PATTERN: Final = 500
+_ALL_LINEAR: Final = "all-linear"
+# Fields that hold regular expressions, each with what PEFT puts around one.
+_IN_LAYER: Final = r"(?:^|.*?\.){}\.(?P<index>\d+)\..*"
+_WITHIN: Final = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "layers_pattern": _IN_LAYER,
+    "rank_pattern": r"(.*\.)?({})",
+    "alpha_pattern": r"(.*\.)?({})",
+}
+_LAYER: Final = re.compile(_IN_LAYER.replace("{}", "[^.]*"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +197,11 @@ def read_adapter(folder: Path, cfg: BackboneConfig) -> Adapter:
     modules = _modules(cfg)
     pairs = _pair(tensors, weights_path)
     _require_slots(pairs, modules, cfg, weights_path)
-    _require_what_config_says(pairs, modules, config, weights_path)
+    patterns = _Patterns(config, sorted(modules))
+    _require_what_config_says(pairs, modules, config, patterns, weights_path)
     changes = {}
     for module, (stored_a, stored_b) in sorted(pairs.items()):
-        rank, scale = _rank_and_scale(config, module)
+        rank, scale = _rank_and_scale(config, patterns, module)
         _, *place = modules[module].split(".")  # layers.{i}.ffn.{matrix}
         layer, matrix = int(place[0]), place[2]
         sizes = {"D": cfg.d_model, "F": cfg.d_ff}
@@ -271,6 +291,8 @@ def _explain_name(name: str) -> str | None:
             f"{found[0]!r} was added by {_WRAPPERS[found[0]]}, and PEFT would ignore such tensors: "
             f"remove it from the names, or save the adapter from the model inside"
         )
+    if name.endswith(".bias"):
+        return "train the adapter with bias='none' and lora_bias=False: an expert carries no biases"
     plain = _NAMED.sub("", plain)
     if plain != name:
         return (
@@ -303,8 +325,65 @@ def _require_slots(
     )
 
 
+class _Patterns:
+    """The regular expressions of a config, matched against all modules.
+
+    Args:
+        config: The config, its types checked.
+        modules: The names of all modules.
+
+    Raises:
+        InteropError: For one that is malformed, too long or too slow; `where` names the field.
+    """
+
+    def __init__(self, config: Mapping[str, Any], modules: Sequence[str]) -> None:
+        self._found: dict[tuple[str, str], Mapping[str, Groups]] = {}
+        for field, within in _WITHIN.items():
+            value = config.get(field) or ()
+            is_list = isinstance(value, list) and field.endswith("_modules")
+            if is_list or value == _ALL_LINEAR:
+                continue
+            patterns = [value] if isinstance(value, str) else list(value)
+            for pattern, found in zip(
+                patterns, _match_all(field, patterns, modules, within), strict=True
+            ):
+                self._found[field, pattern] = found
+
+    def match(self, field: str, pattern: str, module: str) -> Groups | None:
+        """Return the groups of a module's match with a pattern of a field; None without one."""
+        return self._found[field, pattern].get(module)
+
+
+def _match_all(
+    field: str, patterns: Sequence[str], modules: Sequence[str], within: str
+) -> list[dict[str, Groups]]:
+    """Return the modules that match each expression of a field."""
+    where = f"{CONFIG_FILE}: {field}"
+    longest = max(map(len, patterns), default=0)
+    if longest > _MAX_PATTERN or len(patterns) > MAX_TENSORS:
+        raise InteropError(
+            f"{len(patterns):,} patterns of up to {longest:,} characters, expected at most "
+            f"{MAX_TENSORS:,} of {_MAX_PATTERN}",
+            where=where,
+        )
+    try:
+        return match_patterns(patterns, modules, within)
+    except ValueError as error:
+        raise InteropError(str(error), where=where) from error
+    except StoppedError as error:
+        raise InteropError(
+            f"matching this regular expression was {error}",
+            where=where,
+            hint="name the modules instead, or repeat nothing that repeats, as (a+)+ does",
+        ) from error
+
+
 def _require_what_config_says(
-    adapted: Collection[str], modules: Mapping[str, str], config: Mapping[str, Any], path: Path
+    adapted: Collection[str],
+    modules: Mapping[str, str],
+    config: Mapping[str, Any],
+    patterns: _Patterns,
+    path: Path,
 ) -> None:
     """Reject a config and tensors of different modules: PEFT would load something else.
 
@@ -314,7 +393,7 @@ def _require_what_config_says(
     for module in modules:
         if modules[module] == "embed" and module not in adapted:
             continue  # no linear layer; only named on purpose, and then it has tensors of its own
-        is_asked = _is_targeted(config, module)
+        is_asked = _is_targeted(config, patterns, module)
         if is_asked and module not in adapted:
             raise InteropError(
                 f"tensors of {module!r} are missing, which target_modules asks for",
@@ -328,63 +407,59 @@ def _require_what_config_says(
             )
 
 
-def _is_targeted(config: Mapping[str, Any], module: str) -> bool:
+def _is_targeted(config: Mapping[str, Any], patterns: _Patterns, module: str) -> bool:
     """Return whether PEFT adapts a module."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if not isinstance(targets, str | list) or not targets:
         raise InteropError(f"{targets!r} names no modules", where=f"{CONFIG_FILE}: target_modules")
-    if excluded and _names(excluded, module, "exclude_modules"):
+    if excluded and _names(excluded, patterns, module, "exclude_modules"):
         return False
-    if targets == "all-linear":
+    if targets == _ALL_LINEAR:
         return module != "lm_head"
     if isinstance(targets, str) or module in targets:
-        return _names(targets, module, "target_modules")
-    if not _names(targets, module, "target_modules"):
+        return _names(targets, patterns, module, "target_modules")
+    if not _names(targets, patterns, module, "target_modules"):
         return False
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = _match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\..*", module, "layers_pattern")
-        if found:
-            index = int(found["index"])
-            return index == layers if isinstance(layers, int) else index in layers
-    return False
+    index = _layer_of(config.get("layers_pattern"), patterns, module)
+    return index == layers if isinstance(layers, int) else index in layers
 
 
-def _names(targets: str | list[str], module: str, field: str) -> bool:
+def _names(targets: str | list[str], patterns: _Patterns, module: str, field: str) -> bool:
     """Return whether a module matches a regular expression, or a name or the end of a name."""
     if isinstance(targets, str):
-        return _match(targets, module, field) is not None
+        return patterns.match(field, targets, module) is not None
     return module in targets or any(module.endswith(f".{target}") for target in targets)
 
 
-def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+def _layer_of(layers: str | list[str] | None, patterns: _Patterns, module: str) -> int | None:
+    """Return the number of a module's layer, which follows the name of the list of layers."""
+    if not layers:
+        found = _LAYER.fullmatch(module)
+        return int(found["index"]) if found else None
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        groups = patterns.match("layers_pattern", pattern, module)
+        if groups is not None and groups["index"] is not None:
+            return int(groups["index"])
+    return None
+
+
+def _rank_and_scale(
+    config: Mapping[str, Any], patterns: _Patterns, module: str
+) -> tuple[int, float]:
     """Return rank and scale of one module's change."""
-    rank = _by_pattern(config, "rank_pattern", module, config["r"])
-    alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+    rank = _by_pattern(config, patterns, "rank_pattern", module, config["r"])
+    alpha = _by_pattern(config, patterns, "alpha_pattern", module, config["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
+def _by_pattern(
+    config: Mapping[str, Any], patterns: _Patterns, field: str, module: str, default: Any
+) -> Any:
     """Return the value of the first pattern that names a module or the end of its name."""
     for pattern, value in (config.get(field) or {}).items():
-        if _match(rf"(.*\.)?({pattern})", module, field):
+        if patterns.match(field, pattern, module) is not None:
             return value
     return default
-
-
-def _match(pattern: str, module: str, field: str) -> re.Match[str] | None:
-    """Match a whole name against a regular expression of the config."""
-    if len(pattern) > _MAX_PATTERN:
-        raise InteropError(
-            f"a pattern of {len(pattern)} characters, expected at most {_MAX_PATTERN}",
-            where=f"{CONFIG_FILE}: {field}",
-        )
-    try:
-        return re.fullmatch(pattern, module)
-    except re.error as error:
-        raise InteropError(
-            f"{pattern!r} is not a regular expression: {error}", where=f"{CONFIG_FILE}: {field}"
-        ) from error

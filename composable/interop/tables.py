@@ -7,7 +7,6 @@ must have one of a few values, is known to change nothing, or is rejected by nam
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from composable.errors import InteropError
+from composable.files import records
 from composable.files.reading import read_bytes
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -111,15 +111,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         >>> convert([1, 2], list[int], "config.eos_token_id")
         [1, 2]
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InteropError(f"{value!r} is not valid: expected a finite number", where=where)
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        problem = str(error)
-        raise InteropError(
-            f"{reprlib.repr(value)} is not valid: {problem[0].lower()}{problem[1:]}", where=where
-        ) from error
+    return records.convert(value, kind, where, InteropError)
 
 
 def require_agreement(stated: Mapping[str, Any], hint: str | None = None) -> None:

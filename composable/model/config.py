@@ -7,11 +7,12 @@ on the name of a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
 from composable.errors import ModelError
+from composable.files.records import convert, convert_exactly
 
 # Names of dtypes as tensor files spell them, and as NumPy and jax do.
 DTYPE_NAMES: Final = {"F32": "float32", "BF16": "bfloat16"}
@@ -112,6 +113,9 @@ class BackboneConfig:
             if not getattr(self, name) > 0:
                 value = getattr(self, name)
                 raise ModelError(f"{value!r} is not positive", where=f"config.{name}")
+            if getattr(self, name) > (most := _MOST.get(name, _MAX_SIZE)):
+                value = getattr(self, name)
+                raise ModelError(f"{value!r} is above {most:,}", where=f"config.{name}")
         self._require_one_of("norm_placement", ("before", "after"))
         self._require_one_of("qk_norm", ("none", "head", "projection"))
         self._require_one_of("is_tied", (True, False))
@@ -151,21 +155,24 @@ class BackboneConfig:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read a config from plain data.
 
         Raises:
-            ModelError: For missing or unknown fields.
+            ModelError: For missing, unknown or ill-typed fields.
         """
-        try:
-            scaling = data.get("rope_scaling")
-            if scaling is not None:
-                data = {**data, "rope_scaling": RopeScaling(**scaling)}
-            return cls(**data)
-        except TypeError as error:
-            raise ModelError(str(error), where="config") from error
+        table = dict(data)
+        if table.get("rope_scaling") is not None:
+            where = "config.rope_scaling"
+            scaling = convert(table["rope_scaling"], dict[str, Any], where, ModelError)
+            table["rope_scaling"] = convert_exactly(scaling, RopeScaling, where, ModelError)
+        return convert_exactly(table, cls, "config", ModelError)
 
 
+# Nothing is made of a config before its sizes are known to be possible. A tensor file holds 4,096
+# tensors, of which a layer has at least 9.
+_MAX_SIZE: Final = 1 << 31
+_MOST: Final = {"n_layers": 4096 // 9, "rope_theta": 1e30, "norm_eps": 1.0}
 # The positive numbers, which the first release already had.
 _SIZES: Final = (
     "vocab_size",

@@ -8,18 +8,31 @@ tokens come only from `begin` and from the chat format's markup.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Self
 
 import numpy as np
 
-from composable.errors import ModelError, TextError
+from composable.errors import ComposableError, ModelError, TextError
+from composable.files.records import convert, convert_exactly, parse_table
 from composable.files.text import check_text
 from composable.interface import canonical_json, digest_bytes
 from composable.model.tokenizer import ChatFormat, TextStream
 
+_SPECIAL: Final = "special_tokens"
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    """The content of `special_tokens.json`."""
+
+    begin: str
+    ends: tuple[str, ...]
+    chat: ChatFormat | None
 
 
 class SubwordTokenizer:
@@ -98,20 +111,19 @@ class SubwordTokenizer:
         Raises:
             ModelError: If the texts have another form.
         """
-        try:
-            data: dict[str, Any] = json.loads(special)
-            chat = data.pop("chat")
-            return cls(definition, chat=_chat_from_json(chat) if chat else None, **data)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ModelError(
-                f"not a table of special tokens: {error!r}", where="special_tokens"
-            ) from error
+        table = parse_table(special, _SPECIAL, ModelError)
+        if table.get("chat") is not None:
+            chat = convert(table["chat"], dict[str, Any], f"{_SPECIAL}.chat", ModelError)
+            table["chat"] = convert_exactly(chat, ChatFormat, f"{_SPECIAL}.chat", ModelError)
+        tokens = convert_exactly(table, _SpecialTokens, _SPECIAL, ModelError)
+        return cls(definition, begin=tokens.begin, ends=tokens.ends, chat=tokens.chat)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Return tokens_T, the start token first.
 
         Raises:
             TextError: For text that is empty, not UTF-8, or contains half of a character.
+            ModelError: For text that the tokenizer's own rules cannot split.
         """
         if isinstance(text, bytes):
             try:
@@ -120,17 +132,21 @@ class SubwordTokenizer:
                 raise TextError(f"the text is not UTF-8 at byte {error.start}") from error
         if not text:
             raise TextError("the text is empty", hint="give at least one character")
-        ids = self._text.encode(check_text(text), add_special_tokens=False).ids
+        with _explained():
+            ids = self._text.encode(check_text(text), add_special_tokens=False).ids
         return np.array([self.begin, *ids], np.int32)
 
     def encode_markup(self, text: str) -> list[int]:
         """Return the tokens of markup, special tokens included, without the start token."""
-        ids: list[int] = self._markup.encode(text, add_special_tokens=False).ids
+        with _explained():
+            ids: list[int] = self._markup.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, tokens_T: Sequence[int] | np.ndarray) -> str:
         """Return text, special tokens left out."""
-        return str(self._text.decode([int(token) for token in tokens_T], skip_special_tokens=True))
+        with _explained():
+            ids = [int(token) for token in tokens_T]
+            return str(self._text.decode(ids, skip_special_tokens=True))
 
     def stream(self, after: Sequence[int] | np.ndarray = ()) -> TextStream:
         """Return a fresh stream that continues some tokens."""
@@ -175,7 +191,8 @@ class _SubwordStream:
         return bool(text) and not text.startswith(_REPLACEMENT)
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        with _explained():
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _chat_to_json(chat: ChatFormat) -> dict[str, Any]:
@@ -187,13 +204,6 @@ def _chat_to_json(chat: ChatFormat) -> dict[str, Any]:
     fields: dict[str, Any] = {} if chat.system is None else {"system": chat.system}
     fields |= {"user": chat.user, "assistant": chat.assistant}
     return fields | ({"preamble": chat.preamble} if chat.preamble else {})
-
-
-def _chat_from_json(fields: dict[str, Any]) -> ChatFormat:
-    fields = dict(fields)
-    preamble = str(fields.pop("preamble", ""))
-    pairs = {name: (str(pair[0]), str(pair[1])) for name, pair in fields.items()}
-    return ChatFormat(**pairs, preamble=preamble)
 
 
 def load_definition(definition: str) -> Any:
@@ -214,15 +224,22 @@ def load_definition(definition: str) -> Any:
             "this backbone's tokenizer needs the `tokenizers` library",
             hint="pip install 'composable[interop]'",
         ) from error
-    try:
+    with _explained("not a tokenizer"):
         tokenizer = Tokenizer.from_str(definition)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if hasattr(tokenizer.model, "dropout"):
             tokenizer.model.dropout = None
         tokenizer.encode("a")  # some definitions are read and fail on the first text
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    return tokenizer
+
+
+@contextmanager
+def _explained(problem: str = "the tokenizer fails on this text") -> Iterator[None]:
+    """Raise a ModelError for whatever the library raises, such as for an expression too slow."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, ComposableError):
         raise
     except BaseException as error:  # the library raises nothing narrower, and its panics are wider
-        raise ModelError(f"not a tokenizer: {error}", where="tokenizer.json") from error
-    return tokenizer
+        raise ModelError(f"{problem}: {error}", where="tokenizer.json") from error

@@ -7,7 +7,6 @@ like the sample, so that such text is routed to the expert.
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,8 @@ from composable.errors import InteropError, TextError
 from composable.files import atomic
 from composable.files.blobs import digest_file
 from composable.files.folders import require_empty_folder
+from composable.files.reading import read_bytes
+from composable.files.records import format_record, parse_record
 from composable.files.safetensors import write_tensors
 from composable.interface import (
     RouterInterface,
@@ -36,7 +37,6 @@ from composable.interface import (
     scout_signature,
 )
 from composable.interop.peft import Adapter, read_adapter
-from composable.interop.tables import read_json
 from composable.model.scout import Scout
 from composable.model.tensors import to_tensors
 from composable.packaging.manifests.backbone_folder import lists_file, read_listed
@@ -56,6 +56,7 @@ from composable.packaging.versions.names import check_package_name
 from composable.packaging.versions.version import Version
 from composable.progress import StageProgress
 from composable.training.data import token_stream
+from composable.training.record import TrainingRecord
 from composable.training.scouts import ScoutFit, train_scout
 from composable.vetting.card import CARD_FILE
 from composable.vetting.evaluation import path_scorer, score_documents
@@ -75,6 +76,32 @@ _WINDOW: Final = 256
 _MIN_ROWS: Final = 20
 # Held-out documents that are scored.
 _SCORED_DOCUMENTS: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    digests: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BackboneCard:
+    """What is read of the card of an imported backbone."""
+
+    source: _Source | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExportedBackbone:
+    interface: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExportRecord:
+    """What is read of the record of an export."""
+
+    layout: str
+    backbone: _ExportedBackbone
+    experts: list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,8 +293,8 @@ def _write_work(
     """Write what is not published: held-out text, and how much text the scout was trained on."""
     atomic.make_directory(folder)
     write_documents(folder / HELDOUT_FILE, heldout)
-    training = {"documents": n_documents, "tokens": n_tokens, "seconds": round(seconds, 1)}
-    atomic.write_text(folder / TRAINING_FILE, json.dumps(training, indent=2) + "\n")
+    record = TrainingRecord(documents=n_documents, tokens=n_tokens, seconds=round(seconds, 1))
+    atomic.write_text(folder / TRAINING_FILE, format_record(record))
 
 
 def split_sample(sample: Sequence[Document], salt: str) -> tuple[list[Document], list[Document]]:
@@ -303,19 +330,25 @@ def _check_base(loaded: LoadedBackbone, adapter: Adapter, wanted: str | None) ->
             )
         return True
     folder = Path(adapter.base)
-    if not adapter.base or not folder.is_dir():
+    try:
+        is_local = bool(adapter.base) and folder.is_dir()
+    except OSError:  # no name of a file, or one that must not be read
+        is_local = False
+    if not is_local:
         return False
     problem = "is neither the source of this backbone nor an export of it"
     exported = folder / EXPORT_FILE
     if exported.is_file():
-        data = read_json(exported)
-        is_same = data.get("layout") == "dense" and not data.get("experts")
-        if is_same and data.get("backbone", {}).get("interface") == loaded.interface.digest:
+        record = parse_record(_ExportRecord, read_bytes(exported), str(exported), InteropError)
+        is_same = record.layout == "dense" and not record.experts
+        if is_same and record.backbone.interface == loaded.interface.digest:
             return True
         problem = "is not an export of this backbone alone"
     elif lists_file(loaded.folder, CARD_FILE):
-        card = json.loads(read_listed(loaded.folder, CARD_FILE))
-        digests = (card.get("source") or {}).get("digests")
+        where = str(loaded.folder / CARD_FILE)
+        listed = read_listed(loaded.folder, CARD_FILE)
+        card = parse_record(_BackboneCard, listed, where, InteropError)
+        digests = None if card.source is None else card.source.digests
         files = sorted(folder.glob("[!.]*.safetensors"))
         if digests is None or not files:
             return False

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from composable.errors import InteropError
-from composable.interop import chat_rendering
+from composable.interop import limited_process
 from composable.interop.chat import derive_chat_format, write_conversation
 from composable.interop.chat_rendering import Rendering, render_template
 from composable.interop.hf_tokenizer import tokenizer_files
@@ -146,7 +146,7 @@ def test_a_hostile_template_is_stopped(template, match):
 
 
 def test_a_process_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(chat_rendering, "MAX_CLOCK_SECONDS", 0.01)
+    monkeypatch.setattr(limited_process, "MAX_CLOCK_SECONDS", 0.01)
     (rendering,) = render_template("x", [{"messages": []}], {})
     assert rendering == Rendering("", "it was stopped after 0 s")
 

@@ -1,12 +1,15 @@
 """Adapters as low-rank bodies: what is carried, exactly, and what is refused, by name."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from composable.errors import InteropError
+from composable.interop import limited_process
+from composable.interop.patterns import match_patterns
 from composable.interop.peft import read_adapter
 from composable.model.config import BackboneConfig
 
@@ -151,8 +154,7 @@ def test_every_way_to_name_modules_is_followed(tmp_path, targets):
     ("field", "value"),
     [
         ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
+        ("bias", "some"),
         ("modules_to_save", ["lm_head"]),
         ("lora_bias", True),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
@@ -182,6 +184,63 @@ def test_what_would_be_silently_wrong_is_refused_by_its_field(tmp_path, field, v
 def test_ways_to_begin_that_leave_the_backbone_alone_are_taken(tmp_path, value):
     write_adapter(tmp_path, adapter_config(init_lora_weights=value), mlp(1, 2))
     assert read_adapter(tmp_path, CFG).rank == 4
+
+
+@pytest.mark.parametrize("value", ["all", "lora_only"])
+def test_biases_are_refused_with_the_cure_where_there_are_any(tmp_path, value):
+    """PEFT trains the biases that a model has; most models of these families have none."""
+    config = adapter_config(bias=value)
+    write_adapter(tmp_path, config, mlp(1, 2))
+    assert read_adapter(tmp_path, CFG).rank == 4
+    for name in ("model.layers.1.mlp.up_proj.base_layer.bias", "model.layers.1.mlp.x.lora_B.bias"):
+        bias = {f"base_model.model.{name}": np.zeros(64, np.float32)}
+        write_adapter(tmp_path, config, mlp(1, 2), extra=bias)
+        with pytest.raises(InteropError, match=r"\.bias") as caught:
+            read_adapter(tmp_path, CFG)
+        assert "bias='none'" in caught.value.hint
+
+
+SLOW = r"(\w+\.?)+!"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": SLOW, "layers_to_transform": None},
+        {"exclude_modules": SLOW},
+        {"layers_pattern": [SLOW]},
+        {"rank_pattern": {SLOW: 2}},
+        {"alpha_pattern": {"up_proj": 2, SLOW: 2}},
+        {"rank_pattern": {f"a{i}": 2 for i in range(5000)}},
+    ],
+)
+def test_a_pattern_that_takes_forever_is_refused_by_its_field(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(limited_process, "MAX_CLOCK_SECONDS", 1.0)
+    write_adapter(tmp_path, adapter_config(**changes), mlp(1, 2))
+    with pytest.raises(InteropError) as caught:
+        read_adapter(tmp_path, CFG)
+    assert caught.value.where.removeprefix("adapter_config.json: ") in changes
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"layers\.1",
+        "up_proj",
+        r"^model.*$",
+        "(gate|up)_proj",
+        "(?i:UP)_PROJ",
+        "",
+        r"\b",
+        "[ab]+",
+        "x)|(y",
+    ],
+)
+def test_patterns_match_as_in_python(pattern):
+    names = ["layers.1", "up_proj", "model.x", "gate_proj", "", "abba", "a.up_proj"]
+    (found,) = match_patterns([pattern], names, r"(.*\.)?({})")
+    expected = {n for n in names if re.fullmatch(rf"(.*\.)?({pattern})", n)}
+    assert found.keys() == expected
 
 
 def test_attention_cannot_be_carried_and_every_module_is_named(tmp_path):
@@ -262,6 +321,7 @@ def test_tensors_of_other_kinds_or_shapes_are_refused(tmp_path):
         ({"layers_pattern": [1]}, "layers_pattern"),
         ({"revision": 7}, "revision"),
         ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": "a" * 401}, "base_model_name_or_path"),
         ({"bias": ["none"]}, "bias"),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_preamble_and_no_place_for_instructions_can_be_stored(subwords, extra)
     assert SubwordTokenizer.from_files(*stored).chat == chat
     assert json.loads(stored[1])["chat"].keys() == {"user", "assistant", *extra}
     later = stored[1].replace('"user"', '"later"')
-    with pytest.raises(ModelError, match="'later'"):
+    with pytest.raises(ModelError, match=r"chat\.later: unknown field"):
         SubwordTokenizer.from_files(definition, later)
 
 
@@ -178,3 +178,38 @@ def test_a_definition_that_fails_on_its_first_text_is_refused():
     data["added_tokens"] = []
     with pytest.raises(ModelError, match="not a tokenizer"):
         SubwordTokenizer(json.dumps(data), begin=BLANK)
+
+
+def test_an_expression_that_takes_forever_is_an_error_and_no_panic(subwords):
+    data = json.loads(subwords.to_files()[0])
+    pattern = {"Regex": "(a+)+$"}
+    data["pre_tokenizer"] = {
+        **{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    }
+    tokenizer = SubwordTokenizer(json.dumps(data), begin="<|begin|>")
+    assert len(tokenizer.encode("aaa")) > 1
+    with pytest.raises(ModelError, match="fails on this text"):
+        tokenizer.encode("a" * 30 + "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"begin": 1}, "begin"),
+        ({"ends": "<|end|>"}, "ends"),
+        ({"ends": [1]}, "ends"),
+        ({"chat": []}, "chat"),
+        ({"chat": {"user": ["<u>", "\n"]}}, "chat.assistant"),
+        ({"chat": {"user": ["<u>"], "assistant": ["<a>", ""]}}, "chat.user"),
+        ({"chat": {"user": ["<u>", ""], "assistant": ["<a>", 1]}}, "chat.assistant"),
+        ({"later": 1}, "later"),
+    ],
+)
+def test_special_tokens_of_another_type_are_refused_by_their_field(subwords, change, field):
+    definition, special = subwords.to_files()
+    with pytest.raises(ModelError) as caught:
+        SubwordTokenizer.from_files(definition, json.dumps({**json.loads(special), **change}))
+    assert caught.value.where == f"special_tokens.{field}"
+    for text in ("[]", "{", "[" * 100_000):
+        with pytest.raises(ModelError):
+            SubwordTokenizer.from_files(definition, text)

@@ -38,6 +38,8 @@ ADAPTER = {
 }
 JSON_DOCUMENTS = {
     "hf-config": CONFIG,
+    # Without its template, which a process renders: ten times as fast.
+    "hf-tokenizer-config": TOKENIZER_CONFIG | {"chat_template": [{"name": "default"}]},
     "hf-generation": GENERATION,
     "hf-adapter": ADAPTER,
 }

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import foreign_models
+from tests.support.subword_kinds import KINDS
 
 _DIGEST = "sha256:" + "a1" * 32
+_EMPTY = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 MANIFEST = f"""[expert]
 name = "german"
 version = "1.2.0-rc.1+cuda"
@@ -140,12 +142,42 @@ INTERFACE = {
     "switch_rate": 0.01,
     "output_bounds": [1.0, 1.0],
 }
+_INTERFACE_DIGEST = "sha256:7f285631271e24ea213756af8296503599821768b0b881c548ae8fec8bc5cafa"
 CATALOG_LINE = {
     "name": "german",
     "version": "1.2.0",
     "interface": "tiny-bytes ^1",
     "description": "One line.",
     "tags": ["de"],
+}
+BACKBONE_CONFIG = {
+    **{"vocab_size": 600, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2},
+    **{"d_head": 8, "d_ff": 64, "tap": 1, "context": 64, "scout_width": 16},
+    **{"rope_theta": 10_000.0, "norm_eps": 1e-5, "qk_norm": "head", "is_tied": False},
+    "rope_scaling": {
+        **{"factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_context": 32}
+    },
+}
+SPECIAL_TOKENS = {
+    "begin": "<|begin|>",
+    "ends": ["<|end|>"],
+    "chat": {"user": ["<u>", "\n"], "assistant": ["<a>", "\n"], "preamble": "hi\n"},
+}
+CARD = {
+    "expert": "german@1.0.0",
+    "interface": {"name": "tiny-bytes", "digest": _INTERFACE_DIGEST},
+    "tensors": {"body.safetensors": _EMPTY, "scout.safetensors": _EMPTY},
+    "passed": True,
+    "checks": [{"name": "gain", "passed": True, "found": "2.1 bits", "expected": "above 0"}],
+    "measured": {
+        "bits_per_byte": {"own_backbone": 6.3, "own_expert": 2.4, "own_mix": None},
+        "anchor_loss": 0.001,
+    },
+    "against": {"release": "german@0.9.0", "tensors": {"body.safetensors": _DIGEST}},
+    "training": {
+        **{"documents": 3, "tokens": 96, "seconds": 1.5, "last": {"loss": 1.0}},
+        "scout": {"tokens": 90, "steps": 10, "heldout_bits": 2.0},
+    },
 }
 _HEADER = json.dumps(
     {
@@ -176,9 +208,13 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
     Args:
         scratch: An empty folder for those that read files.
     """
-    from composable.errors import ComposableError, ManifestError
+    from composable.cli.look import format_measured
+    from composable.errors import ComposableError, ManifestError, ModelError
+    from composable.files.records import parse_record, parse_table
     from composable.files.safetensors import check_tensors, read_header
     from composable.interface import RouterInterface, TensorSpec
+    from composable.model.config import BackboneConfig
+    from composable.model.subwords import SubwordTokenizer
     from composable.packaging import (
         BackbonePackage,
         Constraint,
@@ -200,6 +236,7 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         check_package_name,
         confusable_key,
     )
+    from composable.vetting.card import Card, format_card, require_passed
 
     def text_of(data: bytes) -> str:
         try:
@@ -275,6 +312,25 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         interface = RouterInterface.from_json(text_of(data))
         assert RouterInterface.from_json(interface.to_json()) == interface
 
+    def read_backbone_config(data: bytes) -> None:
+        cfg = BackboneConfig.from_dict(parse_table(data, "config.json", ModelError))
+        assert BackboneConfig.from_dict(cfg.to_dict()) == cfg
+
+    definition, interface = KINDS["unigram"](), RouterInterface.from_dict(INTERFACE)
+
+    def read_special_tokens(data: bytes) -> None:
+        tokenizer = SubwordTokenizer.from_files(definition, text_of(data))
+        assert SubwordTokenizer.from_files(*tokenizer.to_files()) == tokenizer
+
+    def read_card(data: bytes) -> None:
+        with contextlib.suppress(ComposableError):
+            format_measured(parse_table(data, "card.json"))
+        (scratch / "card.json").write_bytes(data)
+        for name in ("body", "scout"):
+            (scratch / f"{name}.safetensors").write_bytes(b"")
+        card = require_passed(scratch, interface)
+        assert parse_record(Card, format_card(card), "card.json") == card
+
     def read_index(data: bytes) -> None:
         try:
             check_document("index/ge/german.jsonl", Document(data, None), "index")
@@ -337,6 +393,13 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
         "export": Target(read=read_export, seeds=(_make_tar(),)),
         "universe": Target(read=read_universe, seeds=(json.dumps(UNIVERSE).encode(),)),
         "interface": Target(read=read_interface, seeds=(json.dumps(INTERFACE).encode(),)),
+        "backbone-config": Target(
+            read=read_backbone_config, seeds=(json.dumps(BACKBONE_CONFIG).encode(),)
+        ),
+        "special-tokens": Target(
+            read=read_special_tokens, seeds=(json.dumps(SPECIAL_TOKENS).encode(),)
+        ),
+        "card": Target(read=read_card, seeds=(json.dumps(CARD).encode(),)),
         "tensors": Target(read=read_tensor_file, seeds=(TENSORS,)),
         **{
             name: Target(read=read, seeds=seeds)
@@ -347,7 +410,8 @@ def make_targets(scratch: Path) -> Mapping[str, Target]:
 
 TARGET_NAMES = (
     "version", "constraint", "requirement", "names", "manifest", "backbone", "project", "lock",
-    "index-line", "index", "catalog", "export", "universe", "interface", "tensors",
+    "index-line", "index", "catalog", "export", "universe", "interface",
+    "backbone-config", "special-tokens", "card", "tensors",
     *foreign_models.READER_NAMES,
 )  # fmt: skip
 

@@ -9,7 +9,9 @@ import pytest
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import Document
 from composable.errors import InteropError, PackagingError, TextError
+from composable.interop.peft import read_adapter
 from composable.packaging.manifests.manifest import Manifest
+from composable.workflows import import_peft
 from composable.workflows.import_peft import AdapterPlan, import_adapter, split_sample
 from composable.workflows.vet import check_expert
 
@@ -177,6 +179,33 @@ def test_the_base_is_compared_where_it_can_be(imported, written, sample, tmp_pat
         with pytest.raises(InteropError, match="made for 'somebody/model@v2', expected"):
             run(named, "wrong", base=wrong)
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("base", ["a\nb", "x" * 400, "\x1b[2J", "", "/dev/zero"])
+def test_any_name_of_a_base_can_be_recorded(loaded, written, sample, tmp_path, base):
+    plan = dataclasses.replace(PLAN, scout_steps=0)
+    import_adapter(
+        loaded, written(base, "r" * 99), tmp_path / "expert", plan, sample, cache=tmp_path
+    )
+    assert Manifest.read(tmp_path / "expert").origin.base == f"{base}@{'r' * 99}"
+
+
+@pytest.mark.parametrize("card", [b"[]", b"{", b'{"source": 1}', b'{"source": {"digests": [1]}}'])
+def test_a_malformed_card_of_the_backbone_is_an_error(loaded, written, tmp_path, monkeypatch, card):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(import_peft, "lists_file", lambda folder, name: True)
+    monkeypatch.setattr(import_peft, "read_listed", lambda folder, name: card)
+    adapter = read_adapter(written(tmp_path), loaded.backbone.cfg)
+    with pytest.raises(InteropError, match=r"card\.json"):
+        import_peft._check_base(loaded, adapter, None)
+
+
+@pytest.mark.parametrize("record", [b"[]", b'{"layout": "dense", "backbone": "x", "experts": []}'])
+def test_a_malformed_record_of_an_export_is_an_error(loaded, written, tmp_path, record):
+    (tmp_path / "composable.json").write_bytes(record)
+    adapter = read_adapter(written(tmp_path), loaded.backbone.cfg)
+    with pytest.raises(InteropError, match=r"composable\.json"):
+        import_peft._check_base(loaded, adapter, None)
 
 
 def test_nothing_is_overwritten_and_no_rank_too_high(loaded, written, sample, tmp_path):

@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from composable.errors import DiskError, IntegrityError, PackagingError
+from composable.errors import DiskError, IntegrityError, InterfaceError, PackagingError
 from composable.files.blobs import digest_file
 from composable.files.reading import read_bytes
+from composable.files.text import decode_text
 from composable.interface import RouterInterface, digest_bytes
 from composable.packaging.manifests.manifest import BACKBONE_FILE, BackbonePackage, PackageFile
 
@@ -52,7 +53,10 @@ def read_interface(folder: Path) -> RouterInterface:
         IntegrityError: If the file does not match the manifest.
         InterfaceError: If it is malformed.
     """
-    return RouterInterface.from_json(read_listed(folder, INTERFACE_FILE).decode())
+    path = str(folder / INTERFACE_FILE)
+    return RouterInterface.from_json(
+        decode_text(read_listed(folder, INTERFACE_FILE), path, InterfaceError), path
+    )
 
 
 def lists_file(folder: Path, name: str) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from composable.errors import PackagingError, UnknownExpertError, did_you_mean
+from composable.errors import ManifestError, PackagingError, UnknownExpertError, did_you_mean
+from composable.files.records import parse_table
 from composable.packaging.install.lock import Lock
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.project.locking import lock_project
@@ -181,7 +181,6 @@ def describe_expert(project: Project, wanted: Requirement) -> Details:
         if file.name == "card.json":
             what = f"{release.name} {release.version} {file.name}"
             data = registry.read_blob(file.digest, what, MAX_CARD_BYTES)
-            with contextlib.suppress(ValueError, RecursionError):
-                found = json.loads(data)
-                card = found if isinstance(found, dict) else {}
+            with contextlib.suppress(ManifestError):
+                card = parse_table(data, what, ManifestError)
     return Details(release=release, manifest=manifest, card=card, versions=releases)

@@ -22,9 +22,12 @@ from composable.packaging.manifests.toml import MAX_TOML_BYTES, format_key, form
 from tests.support.faults.processes import run_forked
 from tests.support.foreign_models import JSON_DOCUMENTS
 from tests.support.readers import (
+    BACKBONE_CONFIG,
+    CARD,
     CATALOG_LINE,
     INDEX_LINE,
     INTERFACE,
+    SPECIAL_TOKENS,
     TARGET_NAMES,
     UNIVERSE,
     Target,
@@ -42,6 +45,9 @@ JSON_SEEDS: dict[str, Any] = {
     "catalog": CATALOG_LINE,
     "universe": UNIVERSE,
     "interface": INTERFACE,
+    "backbone-config": BACKBONE_CONFIG,
+    "special-tokens": SPECIAL_TOKENS,
+    "card": CARD,
     **JSON_DOCUMENTS,
 }
 QUICK = settings(

@@ -1,0 +1,66 @@
+"""Match the regular expressions of other people, of which some would take forever.
+
+Python's `re` backtracks: `(a+)+b` takes time that doubles with every letter. Expressions that can
+do so are matched in a process with limits; those without repetition are matched here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from composable.interop.limited_process import run_limited
+
+# What repeats nothing and has no alternatives. A dot, or an escaped character or class, is one
+# character; of anything else that an escape may begin, nothing is assumed.
+_PLAIN: Final = re.compile(r"(?:[\w .^$-]|\\[.\dwsdWSD-])*")
+Groups = dict[str, str | None]
+
+
+def match_patterns(
+    patterns: Sequence[str], names: Sequence[str], within: str = "{}"
+) -> list[dict[str, Groups]]:
+    """Match names, whole, against regular expressions.
+
+    Args:
+        patterns: The expressions.
+        names: The names, short ones.
+        within: An expression of our own that has each of them in place of `{}`.
+
+    Returns:
+        For every expression, the names that match it, each with its named groups.
+
+    Raises:
+        StoppedError: If it takes too long, or too much memory.
+        ValueError: For what is not a regular expression.
+
+    Example:
+        >>> match_patterns([r"layers\\.(?P<index>\\d+)"], ["layers.1", "embed"])
+        [{'layers.1': {'index': '1'}}]
+        >>> match_patterns(["(a+)+b"], ["a" * 60])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        composable.interop.limited_process.StoppedError: stopped (exit status ...); it may use 3 s \
+of processor time and 512 MiB of memory
+    """
+    whole = [within.replace("{}", pattern) for pattern in patterns]
+    job = {"patterns": whole, "names": list(names)}
+    is_plain = all(_PLAIN.fullmatch(pattern) for pattern in patterns)
+    found = match_all(job) if is_plain else run_limited(match_all, job)
+    if isinstance(found, str):
+        raise ValueError(found)
+    matches: list[dict[str, Groups]] = found
+    return matches
+
+
+def match_all(job: dict[str, Any]) -> list[dict[str, Groups]] | str:
+    """Return the matches of every pattern; as text, what is wrong with the first malformed one."""
+    found = []
+    for pattern in job["patterns"]:
+        try:
+            expression = re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return f"{pattern[:200]!r} is not a regular expression: {error}"
+        matches = {name: expression.fullmatch(name) for name in job["names"]}
+        found.append({name: m.groupdict() for name, m in matches.items() if m is not None})
+    return found
