@@ -23,6 +23,7 @@ from composable.files.atomic import Sink
 from composable.files.reading import open_file
 from composable.packaging.install.store import Store
 from composable.packaging.manifests.manifest import CHUNK_BYTES, PackageFile
+from composable.packaging.registry.budget import StoppedError, stop_with
 from composable.packaging.registry.registry import Registry
 from composable.progress import ByteProgress
 
@@ -118,7 +119,7 @@ def download_files(
 
     def report(label: str, done: int, total: int) -> None:
         if stop.is_set():
-            raise _StoppedError
+            raise StoppedError
         if progress is not None:
             progress(label, done, total)
 
@@ -139,12 +140,13 @@ def run_concurrently(
 ) -> list[T]:
     """Run tasks on threads and return their results in order.
 
-    The first error cancels the tasks that have not started and is raised.
+    The first error, also Ctrl-C, is raised at once: it cancels the tasks that have not started, and
+    ends the requests of those that have.
 
     Args:
         tasks: Functions without arguments.
         n_threads: The number of threads, at least 1; with 1 the tasks run on the caller's thread.
-        stop: Set at the first error, so that running tasks can stop early.
+        stop: Set at the first error, so that running tasks can stop elsewhere too.
 
     Example:
         >>> run_concurrently([lambda: 1, lambda: 2])
@@ -154,14 +156,19 @@ def run_concurrently(
         return [task() for task in tasks]
     from concurrent.futures import ThreadPoolExecutor, as_completed  # here: a sync may need none
 
+    is_over = stop or threading.Event()
+
+    def run(task: Callable[[], T]) -> T:
+        with stop_with(is_over):
+            return task()
+
     with ThreadPoolExecutor(n_threads) as pool:
-        futures = [pool.submit(task) for task in tasks]
+        futures = [pool.submit(run, task) for task in tasks]
         try:
             for future in as_completed(futures):
                 future.result()
         except BaseException:
-            if stop is not None:
-                stop.set()
+            is_over.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
@@ -183,10 +190,6 @@ def require_space(store: Store, files: Iterable[PackageFile]) -> None:
             where=str(store.root),
             hint="free some space, or set COMPOSABLE_STORE to a folder on a larger disk",
         )
-
-
-class _StoppedError(Exception):
-    """Stops a download because another one failed; never raised outside this file."""
 
 
 def _write_file(

@@ -29,7 +29,30 @@ NOTICE_SECONDS: Final = 5.0
 MAX_RETRIES: Final = 4
 FIRST_PAUSE_SECONDS: Final = 0.2
 
+# How long it takes until a wait notices that it is in vain.
+STOP_SECONDS: Final = 0.2
+
+_STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 _SHARED: ContextVar[TimeBudget | None] = ContextVar("budget", default=None)
+
+
+class StoppedError(Exception):
+    """Ends requests whose results are not wanted any more; what has arrived is kept."""
+
+
+@contextmanager
+def stop_with(stop: threading.Event) -> Iterator[None]:
+    """End the requests that this thread makes in the block soon after an event is set."""
+    token = _STOP.set(stop)
+    try:
+        yield
+    finally:
+        _STOP.reset(token)
+
+
+def current_stop() -> threading.Event:
+    """Return the event that ends the requests of this thread; by default one that is never set."""
+    return _STOP.get() or threading.Event()
 
 
 class TimeBudget:

@@ -21,7 +21,14 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from composable.errors import RegistryError, UnreachableError
-from composable.packaging.registry.budget import WAIT_VARIABLE, TimeBudget, current_budget
+from composable.packaging.registry.budget import (
+    STOP_SECONDS,
+    WAIT_VARIABLE,
+    StoppedError,
+    TimeBudget,
+    current_budget,
+    current_stop,
+)
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
 
 # Below this rate, the time that bytes take counts as waiting.
@@ -150,6 +157,7 @@ class _Request:
     def __init__(self, budget: TimeBudget, where: str) -> None:
         self._budget = budget
         self._where = where
+        self._stop = current_stop()
         self._began = time.monotonic()
         self._waited = 0.0  # in vain, seconds
         self._attempt_waited = 0.0
@@ -198,7 +206,8 @@ class _Request:
         if pause >= budget.notice_seconds:
             until = _format_time(pause)
             budget.notify(f"{self._where}: {error.message}; asking again at {until}")
-        time.sleep(pause)
+        if self._stop.wait(pause):
+            raise StoppedError
         self._waited += pause
         budget.charge(pause)
         self._attempt_waited, self._attempt_bytes, self._silent = 0.0, 0, 0.0
@@ -257,7 +266,7 @@ class _Request:
             )
             before = time.monotonic()
             try:
-                timeout = min(left, max(self._notice_at - self._waited, 0.001))
+                timeout = min(left, STOP_SECONDS, max(self._notice_at - self._waited, 0.001))
                 item = items.get(timeout=max(timeout, 0.0))
             except queue.Empty:
                 item = None
@@ -272,6 +281,8 @@ class _Request:
                 if isinstance(item, BaseException):
                     raise item
                 return item
+            if self._stop.is_set():
+                raise StoppedError
             if passed >= left:
                 raise UnreachableError(self._describe_wait(), where=self._where)
             if self._waited >= self._notice_at:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -240,6 +242,43 @@ def test_the_first_error_ends_all_and_what_came_is_kept(store: Store, data: byte
     sizes = [path.stat().st_size for path in left_over(store)]
     assert store.digests() == [] or store.has(describe(data).digest)
     assert all(size <= len(data) for size in sizes)
+
+
+def test_an_interrupt_ends_downloads_that_wait_and_keeps_what_came(
+    store: Store, data: bytes
+) -> None:
+    """Each server sends a part of its file and then nothing, for which 45 s would be waited."""
+
+    class Silent(Wire):
+        is_open = False
+
+        def _send(self, start: int) -> Iterator[bytes]:
+            for number, piece in enumerate(super()._send(start)):
+                if number == 10 and not self.is_open:
+                    arrived.release()
+                    time.sleep(60)
+                yield piece
+
+    arrived = threading.Semaphore(0)
+    wires = [Silent(bytes([i]) + data) for i in range(3)]
+    wanted = [(Registry(w), describe(w.data), f"file {i}") for i, w in enumerate(wires)]
+
+    def interrupt() -> None:
+        for _ in wires:
+            arrived.acquire()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        download_files(wanted, store)
+    assert time.monotonic() - began < 10
+    assert len(left_over(store)) == 3
+    for wire in wires:
+        wire.is_open, wire.starts = True, []
+    download_files(wanted, store)
+    assert all(store.has(file.digest) for _, file, _ in wanted)
+    assert all(min(wire.starts) >= CHUNK for wire in wires), "what came is not sent again"
 
 
 def test_what_the_disk_cannot_hold_is_refused_before_it_is_fetched(store: Store) -> None:
