@@ -18,7 +18,7 @@ from composable.files.atomic import CHUNK
 from composable.files.reading import open_file
 from composable.packaging.manifests.manifest import PackageFile
 from composable.packaging.registry.budget import TimeBudget
-from composable.packaging.registry.remote import Answer, RemoteStorage
+from composable.packaging.registry.remote import Answer, DeniedError, RemoteStorage
 from composable.packaging.registry.storage import Document
 from composable.progress import ByteProgress
 
@@ -150,13 +150,12 @@ class BucketStorage(RemoteStorage):
     ) -> None:
         """Upload a blob unless it exists; it becomes visible when it is complete."""
         import obstore
+        from obstore.exceptions import PermissionDeniedError
 
         with _translate_errors(self._at(path)):
-            try:
+            with contextlib.suppress(FileNotFoundError, PermissionDeniedError):
                 if obstore.head(self._store, path)["size"] == file.size:
                     return
-            except FileNotFoundError:
-                pass
             obstore.put(self._store, path, _read_verified(source, file, progress))
 
     def remove(self, path: str) -> None:
@@ -181,7 +180,8 @@ def _translate_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-        raise RegistryError(
+        is_denied = isinstance(error, exceptions.PermissionDeniedError)
+        raise (DeniedError if is_denied else RegistryError)(
             "permission denied with the current credentials",
             where=where,
             hint="set the object store's credentials, for example AWS_PROFILE; without permission "

@@ -7,6 +7,7 @@ that to standard error unless told otherwise.
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 import threading
@@ -140,6 +141,12 @@ def share_budget() -> Iterator[None]:
 def current_budget() -> TimeBudget:
     """Return the budget of the block that this is called in, or a new one."""
     return _SHARED.get() or TimeBudget()
+
+
+def format_time(seconds: float) -> str:
+    """Return the local time in some seconds."""
+    then = datetime.datetime.now() + datetime.timedelta(seconds=max(seconds, 0.0))
+    return f"{then:%H:%M:%S}"
 
 
 def _read_setting() -> float:

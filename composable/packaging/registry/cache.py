@@ -3,12 +3,14 @@
 Cached documents are revalidated, and downloaded again only if they changed; offline, they are used
 as they are. Only documents are cached here (configuration, indexes, catalogues); blobs are in the
 store. Documents are checked when they arrive and, by their digest, when they are read again: a
-lost or damaged entry costs one more download, and what arrives damaged is not cached.
+lost or damaged entry costs one more download, and what arrives damaged, or lacks releases that were
+listed before, is not cached.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -17,11 +19,15 @@ from composable.errors import DiskError, RegistryError, UnreachableError
 from composable.files import atomic
 from composable.files.reading import read_bytes
 from composable.interface.digest import digest_bytes
-from composable.packaging.registry.lines import check_document
+from composable.packaging.registry.lines import CATALOG_FILE, check_document, find_lost
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document, Storage
 
 # A document and the line before it.
 MAX_ENTRY_BYTES: Final = MAX_DOCUMENT_BYTES + 10_000
+_LATER: Final = (
+    "run the same command again later; if it still fails, the registry's files are damaged, and "
+    "publishing to it again repairs them"
+)
 _OFFLINE: Final = "not cached, and --offline is set"
 
 
@@ -65,35 +71,47 @@ class CachedStorage:
                     hint="run this once without --offline",
                 )
             return cached
-        found = self._read_undamaged(path, cached)
+        found = self._read_undamaged(path, cached, entry)
         if found is None:
             atomic.remove_file(entry)
         elif found != cached:
             atomic.write_bytes(entry, self._format_entry(path, found))
         return found
 
-    def _read_undamaged(self, path: str, cached: Document | None) -> Document | None:
-        """Read a document; one that arrives damaged or truncated is requested once more."""
-        where = f"{self.location}/{path}"
+    def _read_undamaged(self, path: str, cached: Document | None, entry: Path) -> Document | None:
+        """Read a document; one that arrives damaged, truncated or outdated is requested again."""
         found = self._inner.read(path, cached)
         if found is None or found is cached:
             return found
         try:
-            check_document(path, found, where)
+            self._check(path, found, cached, entry)
             return found
         except RegistryError:
             found = self._inner.read(path, None)
         try:
             if found is not None:
-                check_document(path, found, where)
+                self._check(path, found, cached, entry)
         except RegistryError as error:
             raise UnreachableError(
-                f"{error.message}, twice in a row",
-                where=error.where,
-                hint="run the same command again later; if it still fails, the registry's files "
-                "are damaged, and publishing to it again repairs them",
+                f"{error.message}, twice in a row", where=error.where, hint=error.hint or _LATER
             ) from error
         return found
+
+    def _check(self, path: str, found: Document, cached: Document | None, entry: Path) -> None:
+        """Check a document that arrived, also against what was read before."""
+        where = f"{self.location}/{path}"
+        check_document(path, found, where)
+        if cached is None or not path.endswith(".jsonl"):
+            return
+        fields = ("name",) if path == CATALOG_FILE else ("name", "version")
+        if lost := find_lost(cached, found, fields):
+            more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
+            raise RegistryError(
+                f"no longer lists {lost[-1]}{more}, which it listed before",
+                where=where,
+                hint="run the same command again later; if it was removed on purpose, forget what "
+                f"was read before: rm {shlex.quote(str(entry))}",
+            )
 
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from offset `start` on.

@@ -48,9 +48,6 @@ class WebStorage(RemoteStorage):
             would be sent unencrypted.
     """
 
-    # A bucket behind a web server sends 403 for missing files unless it may be listed.
-    hides_missing = True
-
     def __init__(
         self, url: str, token: str | None = None, *, budget: TimeBudget | None = None
     ) -> None:

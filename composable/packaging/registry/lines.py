@@ -8,6 +8,7 @@ documents without it were written before 0.3 and are read without that check.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -20,6 +21,7 @@ from composable.packaging.registry.storage import Document
 MAX_LINE_BYTES: Final = 1 << 20
 CHECKSUM: Final = "check"
 EXTENT: Final = "whole"
+CATALOG_FILE: Final = "catalog.jsonl"
 
 
 def format_line(fields: Mapping[str, Any]) -> bytes:
@@ -100,6 +102,39 @@ def check_extent(document: Document, where: str) -> None:
         )
     if stated.get("rest") != digest_bytes(document.data.partition(b"\n")[2]):
         raise RegistryError("damaged: it does not match its digest", where=where)
+
+
+def find_lost(older: Document, newer: Document, fields: Sequence[str]) -> list[str]:
+    """Return the lines that an earlier state of a document had and a later one has not.
+
+    Releases and packages are never removed, so a state without one of them is not the later one,
+    even if it is whole: a server, or something between, has gone back to an older copy.
+
+    Args:
+        older: The earlier state.
+        newer: The later state.
+        fields: What identifies a line: name, and in an index the version.
+
+    Example:
+        >>> rows = [{"name": "german", "version": f"1.{minor}.0"} for minor in range(2)]
+        >>> older, newer = (Document(format_document(rows[:n]), None) for n in (2, 1))
+        >>> find_lost(older, newer, ["name", "version"])
+        ['german 1.1.0']
+        >>> find_lost(newer, older, ["name", "version"])
+        []
+    """
+    before, after = (_read_keys(document, fields) for document in (older, newer))
+    return [key for key in before if key not in after]
+
+
+def _read_keys(document: Document, fields: Sequence[str]) -> dict[str, None]:
+    """Return what identifies each undamaged line, in order."""
+    keys: dict[str, None] = {}
+    for line in document.data.splitlines():
+        with contextlib.suppress(RegistryError):
+            row = parse_line(line, "")
+            keys[" ".join(str(row.get(field))[:100] for field in fields)] = None
+    return keys
 
 
 def check_document(path: str, document: Document, where: str) -> None:

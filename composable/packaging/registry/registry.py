@@ -42,6 +42,7 @@ from composable.errors import (
     ManifestError,
     RegistryError,
     UnknownExpertError,
+    UnreachableError,
     did_you_mean,
 )
 from composable.files.blobs import blob_path
@@ -50,6 +51,7 @@ from composable.interface.digest import canonical_json, digest_bytes
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.manifests.toml import MAX_TOML_BYTES
+from composable.packaging.registry.budget import current_budget, format_time
 from composable.packaging.registry.index import (
     Entry,
     compile_index,
@@ -62,9 +64,15 @@ from composable.packaging.registry.index import (
     read_record,
     record_path,
 )
-from composable.packaging.registry.lines import check_extent
+from composable.packaging.registry.lines import CATALOG_FILE, check_extent
 from composable.packaging.registry.release import TIME_FORMAT, Release, choose_newest
-from composable.packaging.registry.storage import Document, Folder, Storage, WritableStorage
+from composable.packaging.registry.storage import (
+    MAX_DOCUMENT_BYTES,
+    Document,
+    Folder,
+    Storage,
+    WritableStorage,
+)
 from composable.packaging.versions.names import check_package_name, confusable_key, is_package_name
 from composable.packaging.versions.version import Version
 from composable.progress import ByteProgress
@@ -74,8 +82,7 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = 1
 CONFIG_FILE: Final = "config.json"
-CATALOG_FILE: Final = "catalog.jsonl"
-MAX_ATTEMPTS: Final = 100
+MIN_ATTEMPTS: Final = 10
 SMALL_BLOB_ATTEMPTS: Final = 3
 
 
@@ -232,7 +239,10 @@ class Registry:
         release = Release.of(manifest, now)
         _check_readable(manifest, release)
         self._create_config(storage)
-        self._check_same_content(manifest, read_record(storage, manifest.name, manifest.version))
+        existing = read_record(storage, manifest.name, manifest.version)
+        self._check_same_content(manifest, existing)
+        if existing is None:
+            self._check_room(storage, release)
         self._check_name(storage, manifest.name)
         for file in manifest.files:
             storage.upload(blob_path(file.digest), directory / file.name, file, progress)
@@ -311,20 +321,38 @@ class Registry:
         path: str,
         compile_document: Callable[[Document | None], bytes],
     ) -> None:
-        """Write the content that a document should have; repeat until a read confirms it."""
-        for attempt in range(MAX_ATTEMPTS):
+        """Write the content that a document should have; repeat until a read confirms it.
+
+        Other publishers may change it in between. They are waited for as long as for a server.
+        """
+        budget = current_budget()
+        began = time.monotonic()
+        until = began + min(budget.request_seconds, max(budget.left, 0.0))
+        attempts = 0
+        while True:
             seen = storage.read(path)
             wanted = compile_document(seen)
+            _check_size(path, len(wanted), self.location)
             if seen is not None and seen.data == wanted:
                 storage.settle(path)
                 return
+            attempts += 1
             if not storage.replace(path, wanted, seen):
-                time.sleep(random.uniform(0, min(0.01 * 2**attempt, 1.0)))
-        raise RegistryError(
-            f"other publishers changed {path} {MAX_ATTEMPTS} times in a row",
-            where=self.location,
-            hint="run the same command again",
-        )
+                pause = random.uniform(0, min(0.01 * 2 ** min(attempts, 10), 1.0))
+                time.sleep(pause)
+                budget.charge(pause)
+            now = time.monotonic()
+            if now > until and attempts >= MIN_ATTEMPTS:
+                raise UnreachableError(
+                    f"other publishers changed it {attempts} times in {now - began:.0f} s",
+                    where=f"{self.location}/{path}",
+                    hint="the release is recorded: run the same command again to list it",
+                )
+            if now - began > budget.notice_seconds:
+                budget.notify(
+                    f"{self.location}/{path}: other publishers are changing it; trying until "
+                    f"{format_time(until - now)} at the latest"
+                )
 
     def _compile_catalog(self, storage: WritableStorage, seen: Document | None, name: str) -> bytes:
         """Return the catalogue with the entry of one package updated and missing ones added."""
@@ -355,6 +383,16 @@ class Registry:
                 where=self.location,
                 hint=f"available: {have}" if have else did_you_mean(name, self.names()),
             )
+
+    def _check_room(self, storage: WritableStorage, release: Release) -> None:
+        """Refuse, before anything is uploaded, a release for which an index has no room left."""
+        lines = {
+            index_path(release.name): release.to_line(),
+            CATALOG_FILE: format_catalog([describe_newest(release)]),
+        }
+        for path, line in lines.items():
+            seen = storage.read(path)
+            _check_size(path, (len(seen.data) if seen else 0) + len(line), self.location)
 
     def _check_name(self, storage: WritableStorage, name: str) -> None:
         """Refuse a name that looks like the name of another package."""
@@ -473,6 +511,20 @@ def _put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:
             return
         seen = storage.read(path)
     storage.settle(path)
+
+
+def _check_size(path: str, size: int, location: str) -> None:
+    """Refuse a document that clients would refuse to read.
+
+    Raises:
+        RegistryError: For more bytes than a document may have.
+    """
+    if size > MAX_DOCUMENT_BYTES:
+        raise RegistryError(
+            f"would have {size:,} bytes, of which clients read at most {MAX_DOCUMENT_BYTES:,}",
+            where=f"{location}/{path}",
+            hint="publish under another name, or to another registry",
+        )
 
 
 def _check_readable(manifest: Manifest, release: Release) -> None:

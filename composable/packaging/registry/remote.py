@@ -8,7 +8,6 @@ that sends a byte now and then.
 
 from __future__ import annotations
 
-import datetime
 import math
 import queue
 import random
@@ -28,6 +27,7 @@ from composable.packaging.registry.budget import (
     TimeBudget,
     current_budget,
     current_stop,
+    format_time,
 )
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
 
@@ -59,7 +59,11 @@ class Answer:
 
 
 class DeniedError(RegistryError):
-    """A server that refuses to say whether a file exists."""
+    """A server that refuses to say whether a file exists.
+
+    Object stores, also behind a web server, answer so for missing files to those who may not list
+    the bucket.
+    """
 
 
 class RemoteStorage(ABC):
@@ -71,8 +75,6 @@ class RemoteStorage(ABC):
     """
 
     is_remote: Final = True
-    # Whether a refusal means that a file is missing, where others of the registry can be read.
-    hides_missing: bool = False
 
     def __init__(self, url: str, budget: TimeBudget | None = None) -> None:
         self._url = url.rstrip("/")
@@ -122,9 +124,9 @@ class RemoteStorage(ABC):
         try:
             answer = request.begin(lambda: self._open_document(path, tag))
         except DeniedError:
-            if self.hides_missing and self._has_read:
-                return None
-            raise
+            if not self._has_read:
+                raise
+            return None  # a refusal means that a file is missing, where others can be read
         if answer is None:
             return None
         if answer.is_unchanged:
@@ -204,7 +206,7 @@ class _Request:
         if self._failures > budget.max_retries or pause > left:
             raise self._explain(error) from error
         if pause >= budget.notice_seconds:
-            until = _format_time(pause)
+            until = format_time(pause)
             budget.notify(f"{self._where}: {error.message}; asking again at {until}")
         if self._stop.wait(pause):
             raise StoppedError
@@ -287,7 +289,7 @@ class _Request:
                 raise UnreachableError(self._describe_wait(), where=self._where)
             if self._waited >= self._notice_at:
                 self._notice_at = self._waited + _NOTICE_EVERY_SECONDS
-                until = _format_time(budget.request_seconds - self._waited)
+                until = format_time(budget.request_seconds - self._waited)
                 budget.notify(f"waiting for {self._where}, until {until} at the latest")
 
     def _describe_wait(self) -> str:
@@ -309,7 +311,7 @@ class _Request:
         if seconds > _DAY_SECONDS:
             asked, hint = "more than a day", "run the same command again later"
         else:
-            asked = f"{seconds:,.0f} s, until {_format_time(seconds)}"
+            asked = f"{seconds:,.0f} s, until {format_time(seconds)}"
             # What was waited before counts as well.
             enough = math.ceil(seconds + self._waited) + 30
             hint = f"run the same command again then, or with {WAIT_VARIABLE}={enough}"
@@ -325,9 +327,3 @@ def _abandon(items: queue.Queue[Any], stop: threading.Event) -> None:
     stop.set()
     while not items.empty():
         items.get_nowait()
-
-
-def _format_time(seconds: float) -> str:
-    """Return the local time in some seconds."""
-    then = datetime.datetime.now() + datetime.timedelta(seconds=max(seconds, 0.0))
-    return f"{then:%H:%M:%S}"

@@ -12,7 +12,7 @@ import pytest
 from composable.errors import UnreachableError
 from composable.interface.digest import digest_bytes
 from composable.packaging.registry.cache import CachedStorage
-from composable.packaging.registry.lines import format_document
+from composable.packaging.registry.lines import format_document, format_line
 from composable.packaging.registry.storage import Document
 
 OLD = format_document([{"name": "german", "version": f"1.{minor}.0"} for minor in range(3)])
@@ -114,13 +114,14 @@ def test_what_arrives_truncated_is_requested_again(
     server.files[INDEX] = NEW
     server.answers = [cut]
     assert read(cache) == NEW
-    server.files[INDEX] = OLD
+    newest = format_document([{"name": "german", "version": f"1.{i}.0"} for i in range(5)])
+    server.files[INDEX] = newest
     server.answers = [cut, cut]
     with pytest.raises(UnreachableError, match="twice in a row"):
         read(cache)
     offline = CachedStorage(server, tmp_path, is_offline=True)
     assert read(offline) == NEW, "what is damaged takes no good document's place"
-    assert read(cache) == OLD
+    assert read(cache) == newest
 
 
 def test_entries_without_a_digest_are_older(
@@ -135,3 +136,51 @@ def test_entries_without_a_digest_are_older(
     assert read(CachedStorage(server, tmp_path, is_offline=True)) == OLD
     assert read(cache) == read(cache) == OLD
     assert server.asked == [None, None, digest_bytes(OLD)]
+
+
+CATALOG = "catalog.jsonl"
+UNMARKED = b"".join(
+    format_line({"name": "german", "version": f"1.{minor}.0"}) + b"\n" for minor in range(2)
+)
+NAMES = [{"name": name, "version": "1.0.0"} for name in ("french", "german")]
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "after", "lost"),
+    [
+        (INDEX, NEW, OLD, "german 1.3.0"),
+        (INDEX, OLD, format_document([{"name": "german", "version": "2.0.0"}]), "and 2 more"),
+        # Of before 0.3, without a length of its own: cut, with a length in the answer that fits.
+        (INDEX, UNMARKED, UNMARKED.splitlines(keepends=True)[0], "german 1.1.0"),
+        (CATALOG, format_document(NAMES), format_document(NAMES[:1]), "german"),
+    ],
+)
+def test_a_document_never_goes_back_to_an_older_state(
+    cache: CachedStorage, server: Server, path: str, before: bytes, after: bytes, lost: str
+) -> None:
+    server.files[path] = before
+    read(cache, path)
+    server.files[path] = after
+    with pytest.raises(UnreachableError, match=r"no longer lists") as caught:
+        read(cache, path)
+    assert lost in caught.value.message
+    server.files[path] = before  # a copy that was behind has caught up
+    assert read(cache, path) == before
+    server.files[path] = after  # removed on purpose: the hint cures it
+    assert "removed on purpose" in str(caught.value.hint)
+    Path(str(caught.value.hint).rpartition("rm ")[2]).unlink()
+    assert read(cache, path) == after
+
+
+def test_an_answer_that_is_behind_is_asked_for_again(cache: CachedStorage, server: Server) -> None:
+    read(cache)
+    server.files[INDEX], server.answers = NEW, [OLD[: len(OLD) // 2], NEW]
+    assert read(cache) == NEW
+    newest = format_document([{"name": "german", "version": f"1.{i}.0"} for i in range(5)])
+    server.files[INDEX], server.answers = newest, [OLD]
+    assert read(cache) == newest
+    newer = format_document([{"name": "french", "version": "1.1.0"}, *NAMES[1:]])
+    server.files[CATALOG] = format_document(NAMES)
+    read(cache, CATALOG)
+    server.files[CATALOG] = newer
+    assert read(cache, CATALOG) == newer, "the newest version of a package may be another"

@@ -18,6 +18,7 @@ from composable.errors import (
     RegistryError,
     TensorFileError,
     UnknownExpertError,
+    UnreachableError,
 )
 from composable.files.blobs import blob_path
 from composable.interface import RouterInterface
@@ -29,6 +30,7 @@ from composable.packaging import (
     open_for_publishing,
     read_tensors,
 )
+from composable.packaging.registry.budget import TimeBudget
 from composable.packaging.registry.lines import format_line
 from composable.packaging.registry.locations import open_registry
 
@@ -509,3 +511,54 @@ def test_publishing_and_yanking_open_the_same_number_of_files_however_many_there
     for of_one_command in zip(*counts[1:], strict=True):
         assert max(of_one_command) - min(of_one_command) <= 2, counts
     assert len(registry.versions("german")) == 12
+
+
+def test_a_publisher_that_never_gets_its_turn_says_what_it_waits_for_and_gives_up(
+    registry: Registry,
+    make_expert: MakeExpert,
+    interface: RouterInterface,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry.publish(make_expert(), interface=interface)
+    budget = TimeBudget(0.4, notice_seconds=0.1)
+    folder = make_expert("german", "1.1.0", seed=1)
+    home = "composable.packaging.registry.registry"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{home}.current_budget", lambda: budget)
+        patch.setattr(f"{home}.MIN_ATTEMPTS", 3)
+        replace = registry.storage.replace  # type: ignore[attr-defined]
+        patch.setattr(
+            registry.storage,
+            "replace",
+            lambda path, data, seen: "index" not in path and replace(path, data, seen),
+        )
+        with pytest.raises(UnreachableError, match=r"german\.jsonl: other publishers") as caught:
+            registry.publish(folder, interface=interface)
+    assert "run the same command again" in str(caught.value.hint)
+    assert any("trying until" in message for message in caplog.messages)
+    assert budget.left < 0.8
+    registry.publish(folder, interface=interface)
+    assert len(registry.versions("german")) == 2
+
+
+@pytest.mark.parametrize("document", ["index/ge/german.jsonl", "catalog.jsonl"])
+def test_a_release_that_an_index_has_no_room_for_is_refused_before_it_is_uploaded(
+    registry: Registry,
+    make_expert: MakeExpert,
+    interface: RouterInterface,
+    monkeypatch: pytest.MonkeyPatch,
+    document: str,
+) -> None:
+    for name in ("german", "dutch", "polish", "danish"):
+        registry.publish(make_expert(name), interface=interface)
+    root = Path(registry.location)
+    limit = (root / document).stat().st_size + 10
+    monkeypatch.setattr("composable.packaging.registry.registry.MAX_DOCUMENT_BYTES", limit)
+    before = all_files(root)
+    name = "german" if document.startswith("index") else "french"
+    with pytest.raises(RegistryError, match="of which clients read at most") as caught:
+        registry.publish(make_expert(name, "1.1.0", seed=1), interface=interface)
+    assert document in str(caught.value.where)
+    assert all_files(root) == before
+    registry.publish(make_expert(), interface=interface)  # what is there already needs no room

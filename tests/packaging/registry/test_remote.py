@@ -302,3 +302,46 @@ def test_a_quiet_logger_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="composable")
     TimeBudget().notify("text")
     assert caplog.text == ""
+
+
+def _open_storage(
+    kind: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> WebStorage | BucketStorage:
+    if kind == "web":
+        return WebStorage(url, budget=hurried())
+    settings = {
+        **{"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"},
+        **{"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"},
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return BucketStorage("s3://experts/registry", budget=hurried(5.0))
+
+
+@pytest.mark.parametrize("kind", ["web", "bucket"])
+@pytest.mark.parametrize("status", ["403 Forbidden", "401 Unauthorized"])
+def test_a_refusal_means_missing_only_where_another_file_could_be_read(
+    kind: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(client: socket.socket, request: bytes) -> None:
+        if b"config.json" not in request.split(b"\r\n")[0] or is_closed:
+            client.sendall(reply(status))
+            return
+        date = "Thu, 01 Jan 2026 00:00:00 GMT"
+        client.sendall(reply("200 OK", b"{}", ETag='"1"', Last_Modified=date))
+
+    is_closed = True
+    with serve(talk) as (url, _):
+        storage = _open_storage(kind, url, monkeypatch)
+        for path in ("config.json", "index/ge/german.jsonl"):
+            with pytest.raises(RegistryError, match=r"403|401|permission denied"):
+                storage.read(path)
+        is_closed = False
+        assert storage.read("config.json") is not None
+        if status.startswith("403"):
+            assert storage.read("index/ge/german.jsonl") is None
+        else:
+            with pytest.raises(RegistryError, match=r"401|permission denied"):
+                storage.read("index/ge/german.jsonl")
+        with pytest.raises(RegistryError, match=r"403|401|permission denied"):
+            list(storage.stream("blobs/aa/aa"))
