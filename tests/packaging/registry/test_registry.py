@@ -550,7 +550,7 @@ def test_a_release_that_an_index_has_no_room_for_is_refused_before_it_is_uploade
     monkeypatch: pytest.MonkeyPatch,
     document: str,
 ) -> None:
-    for name in ("german", "dutch", "polish", "danish"):
+    for name in ("german", "dutch", "polish", "danish", "russian", "maltese"):
         registry.publish(make_expert(name), interface=interface)
     root = Path(registry.location)
     limit = (root / document).stat().st_size + 10
