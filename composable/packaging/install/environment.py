@@ -144,16 +144,21 @@ class Environment:
         Raises:
             PackagingError: When `current` is damaged or names a missing generation.
         """
-        number = self._read_current()
-        if number is None and not (self.root / "current").exists():
-            return None
-        if number is not None and self._generation(number).path.is_dir():
-            return self._generation(number)
-        raise PackagingError(
-            "names a generation that does not exist",
-            where=str(self.root / "current"),
-            hint="run `composable sync`",
-        )
+        before: int | None = -1
+        while True:
+            number = self._read_current()
+            if number is None and not (self.root / "current").exists():
+                return None
+            if number is not None and self._generation(number).path.is_dir():
+                return self._generation(number)
+            # Another process may have switched in between: only what is read twice is damage.
+            if number == before:
+                raise PackagingError(
+                    "names a generation that does not exist",
+                    where=str(self.root / "current"),
+                    hint="run `composable sync`",
+                )
+            before = number
 
     @property
     def lock(self) -> Lock:

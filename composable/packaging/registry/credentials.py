@@ -91,7 +91,7 @@ def _read_environment(registry: str, location: str) -> str | None:
             f"if not, unset {variable_of(registry)}",
         )
     origin = origin_of(stated)
-    if origin is None or urllib.parse.urlsplit(stated).path not in ("", "/"):
+    if origin is None or urllib.parse.urlsplit(stated).path not in ("", "/") or "@" in stated:
         raise RegistryError(
             f"{stated.rpartition('@')[2][:200]!r} is not the origin of a server",
             where=variable,

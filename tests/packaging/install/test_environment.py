@@ -21,10 +21,29 @@ from composable.packaging import (
     lock_project,
     sync_project,
 )
+from composable.packaging.install.environment import Environment
 from composable.packaging.install.snapshot import SNAPSHOT_FILE
 from composable.packaging.registry.lines import format_line
 
 MakeExpert = Callable[..., Path]
+
+
+@pytest.mark.parametrize("stale", [None, 7])
+def test_a_switch_while_the_pointer_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: int | None
+) -> None:
+    """Another process makes the first generation, or removes an old one, at the worst moment."""
+    environment = Environment(tmp_path)
+    (tmp_path / "generations" / "8").mkdir(parents=True)
+    (tmp_path / "current").write_text("8\n")
+    answers = [stale]
+    monkeypatch.setattr(environment, "_read_current", lambda: answers.pop() if answers else 8)
+    current = environment.current
+    assert current is not None and current.number == 8
+    monkeypatch.undo()
+    (tmp_path / "current").write_text("9\n")
+    with pytest.raises(PackagingError, match="does not exist"):
+        _ = environment.current
 
 
 @pytest.fixture

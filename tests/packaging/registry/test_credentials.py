@@ -59,7 +59,15 @@ def test_a_token_that_names_no_server_is_refused_and_the_hint_cures_it(
 
 
 @pytest.mark.parametrize(
-    "stated", ["example.org", "https://example.org/registry", "https://me:pw@", "https://x:y", "*"]
+    "stated",
+    [
+        "example.org",
+        "https://example.org/registry",
+        "https://me:pw@",
+        "https://me:pw@example.org",
+        "https://x:y",
+        "*",
+    ],
 )
 def test_what_is_no_origin_is_refused(monkeypatch: pytest.MonkeyPatch, stated: str) -> None:
     monkeypatch.setenv("COMPOSABLE_ORIGIN_TEAM", stated)
