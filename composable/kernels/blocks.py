@@ -7,12 +7,13 @@ has one implementation per kind of platform, same meaning:
 - `loop_blocks` (CPU): a loop over the blocks in use, with a trip count known only at run time. No
   row is multiplied by another expert's weights and blocks that hold nothing cost nothing. One
   expert's weights are sliced once per group, and what a block computes on the way stays in cache.
-- `batch_blocks` (everything else): accelerators want one large batched product rather than many
-  small ones in a row, each waiting for the host to check the loop condition. Blocks are
-  processed in a few large chunks, each block with a copy of its expert's weights, and empty chunks
-  are not computed.
+- `tpu.stream_blocks` (TPU): one kernel that reads the weights of each expert in use once.
+- `batch_blocks` (everything else): GPUs want one large batched product rather than many small ones
+  in a row, each waiting for the host to check the loop condition. Blocks are processed in a few
+  large chunks, each block with a copy of its expert's weights, and empty chunks are not computed.
 
-`lax.ragged_dot` is neither: on CPU and GPU, XLA expands it to every row times every expert.
+`lax.ragged_dot` is none of them: on CPU, GPU and TPU, XLA expands it to every row times every
+expert.
 
 What it does not do: differentiate (its users define their gradients, leg by leg), choose blocks
 (`dispatch.py`) or choose the functions (`grouped_matmul.py`, `grouped_swiglu.py`).
@@ -27,14 +28,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from composable.kernels.dispatch import Dispatch
-
-Arrays = tuple[Array, ...]
-BlockOutputs = tuple[Arrays, Arrays]
-# (rows of one block, weights of its expert) -> (rows out, contributions to per-expert sums).
-BlockFunction = Callable[[Arrays, Arrays], BlockOutputs]
+from composable.kernels.tpu import Arrays, BlockFunction, BlockOutputs, stream_blocks
 
 # A vmapped loop with a traced trip count would run every member to the longest count and select
-# after each step; one member after the other does only the work there is.
+# after each step; one member after the other does only the work there is. A kernel cannot be
+# vmapped over its tables.
 _one_by_one: Callable[[Callable[..., BlockOutputs]], Callable[..., BlockOutputs]]
 _one_by_one = jax.custom_batching.sequential_vmap
 
@@ -45,7 +43,11 @@ _CHUNKS = 8
 
 
 def run_blocks(
-    fn: BlockFunction, rows: Arrays, weights: Arrays, dispatch: Dispatch
+    fn: BlockFunction,
+    rows: Arrays,
+    weights: Arrays,
+    dispatch: Dispatch,
+    stream: Callable[[Arrays, Arrays, Dispatch], BlockOutputs] | None = None,
 ) -> BlockOutputs:
     """Run `fn` on every block in use, by the implementation for the platform compiled for.
 
@@ -59,6 +61,8 @@ def run_blocks(
         rows: Arrays whose first axis is P.
         weights: Arrays whose first axis is E.
         dispatch: The blocks and the expert of each.
+        stream: The same by `tpu.stream_blocks`, for weights of any size; by default the whole
+            weights of an expert must fit on the chip.
 
     Returns:
         Arrays with first axis P, zero in blocks not in use; and arrays with first axis E, zero
@@ -71,8 +75,18 @@ def run_blocks(
     def by_batch(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
         return batch_blocks(fn, rows, weights, dispatch)
 
+    def by_stream(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
+        if stream is None:
+            return stream_blocks(fn, rows, weights, dispatch)
+        return stream(rows, weights, dispatch)
+
     outputs: BlockOutputs = lax.platform_dependent(
-        rows, weights, dispatch, cpu=_one_by_one(by_loop), default=by_batch
+        rows,
+        weights,
+        dispatch,
+        cpu=_one_by_one(by_loop),
+        tpu=_one_by_one(by_stream),
+        default=by_batch,
     )
     return outputs
 

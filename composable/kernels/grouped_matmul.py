@@ -2,7 +2,8 @@
 
 The gradient has three legs, each a function of its own so that each can be given another kernel
 where one is better: `multiply_rows` (forward), `multiply_rows_transposed` (input gradient) and
-`sum_outer_products` (weight gradient). All of them run on `blocks.run_blocks` today.
+`sum_outer_products` (weight gradient). All of them run on `blocks.run_blocks`. Where one matrix is
+too large for a TPU's memory it is cut along the axis that the leg does not sum over.
 
 The compiler drops a leg whose result is not used: frozen experts (weights that are not
 differentiated) pay for no weight gradient under jit.
@@ -10,13 +11,16 @@ differentiated) pay for no weight gradient under jit.
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from composable.kernels.blocks import Arrays, BlockOutputs, run_blocks
+from composable.kernels.blocks import run_blocks
 from composable.kernels.dispatch import Dispatch
+from composable.kernels.tpu import Arrays, BlockOutputs, Tiling, stream_blocks
 
 
 def grouped_matmul(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
@@ -57,13 +61,9 @@ def multiply_rows(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
     Returns:
         y_PF, in the type of x_PD.
     """
-
-    def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
-        (x_PD,), (w_DF,) = rows, weights
-        y_PF = jnp.einsum("PD,DF->PF", x_PD, w_DF, preferred_element_type=jnp.float32)
-        return (y_PF.astype(x_PD.dtype),), ()
-
-    (y_PF,), _ = run_blocks(multiply, (x_PD,), (w_EDF,), dispatch)
+    tiling = Tiling(rows=(None,), weights=(1,), outs=(1,))
+    stream = functools.partial(stream_blocks, _multiply, tiling=tiling)
+    (y_PF,), _ = run_blocks(_multiply, (x_PD,), (w_EDF,), dispatch, stream)
     return y_PF
 
 
@@ -78,13 +78,9 @@ def multiply_rows_transposed(dy_PF: Array, w_EDF: Array, dispatch: Dispatch) -> 
     Returns:
         dx_PD, in the type of dy_PF.
     """
-
-    def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
-        (dy_PF,), (w_DF,) = rows, weights
-        dx_PD = jnp.einsum("PF,DF->PD", dy_PF, w_DF, preferred_element_type=jnp.float32)
-        return (dx_PD.astype(dy_PF.dtype),), ()
-
-    (dx_PD,), _ = run_blocks(multiply, (dy_PF,), (w_EDF,), dispatch)
+    tiling = Tiling(rows=(None,), weights=(0,), outs=(1,))
+    stream = functools.partial(stream_blocks, _multiply_transposed, tiling=tiling)
+    (dx_PD,), _ = run_blocks(_multiply_transposed, (dy_PF,), (w_EDF,), dispatch, stream)
     return dx_PD
 
 
@@ -99,14 +95,28 @@ def sum_outer_products(x_PD: Array, dy_PF: Array, dispatch: Dispatch) -> Array:
     Returns:
         dw_EDF, in float32; zero for experts without rows.
     """
-
-    def multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
-        x_PD, dy_PF = rows
-        dw_DF = jnp.einsum("PD,PF->DF", x_PD, dy_PF, preferred_element_type=jnp.float32)
-        return (), (dw_DF,)
-
-    _, (dw_EDF,) = run_blocks(multiply, (x_PD, dy_PF), (), dispatch)
+    tiling = Tiling(rows=(None, 1), sums=(1,))
+    stream = functools.partial(stream_blocks, _outer_product, tiling=tiling)
+    _, (dw_EDF,) = run_blocks(_outer_product, (x_PD, dy_PF), (), dispatch, stream)
     return dw_EDF
+
+
+def _multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    (x_PD,), (w_DF,) = rows, weights
+    y_PF = jnp.einsum("PD,DF->PF", x_PD, w_DF, preferred_element_type=jnp.float32)
+    return (y_PF.astype(x_PD.dtype),), ()
+
+
+def _multiply_transposed(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    (dy_PF,), (w_DF,) = rows, weights
+    dx_PD = jnp.einsum("PF,DF->PD", dy_PF, w_DF, preferred_element_type=jnp.float32)
+    return (dx_PD.astype(dy_PF.dtype),), ()
+
+
+def _outer_product(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    x_PD, dy_PF = rows
+    dw_DF = jnp.einsum("PD,PF->DF", x_PD, dy_PF, preferred_element_type=jnp.float32)
+    return (), (dw_DF,)
 
 
 @jax.custom_vjp

@@ -8,6 +8,10 @@ Under differentiation the forward pass also keeps gate and up (2 P F numbers in 
 which measured faster than computing them again; wrap the caller in `jax.checkpoint` to spend the
 time instead of the memory. Whether the weights are differentiated is known when the gradient is
 traced, and the backward pass is built for it: frozen experts get a pass without weight gradients.
+
+A TPU runs the same fused functions while one expert's matrices fit its memory (three of 2,048 by
+1,024 in bfloat16 do). Larger bodies are run in pieces, one product or two at a time, each cut along
+the axis that it does not sum over; the hidden activations then leave the chip.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from composable.kernels.blocks import Arrays, BlockOutputs, run_blocks
+from composable.kernels.blocks import run_blocks
 from composable.kernels.dispatch import Dispatch
+from composable.kernels.tpu import Arrays, BlockOutputs, Tiling, fits_on_chip, stream_blocks
 
 
 def grouped_swiglu(
@@ -79,7 +84,7 @@ class _Residuals:
 
 @jax.custom_vjp
 def _grouped_swiglu(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Array:
-    (y_PD,), _ = run_blocks(_run_body, (x_PD,), weights, dispatch)
+    (y_PD,), _ = run_blocks(_run_body, (x_PD,), weights, dispatch, _stream_body)
     return y_PD
 
 
@@ -87,7 +92,9 @@ def _forward(x_PD: Any, weights: Any, dispatch: Any) -> tuple[Array, _Residuals]
     """Run the body; leaves come as (value, is it differentiated) because of `symbolic_zeros`."""
     are_trained = any(w.perturbed for w in weights)
     x_PD, weights, dispatch = jax.tree.map(lambda leaf: leaf.value, (x_PD, weights, dispatch))
-    (y_PD, gate_PF, up_PF), _ = run_blocks(_run_body_and_keep, (x_PD,), weights, dispatch)
+    (y_PD, gate_PF, up_PF), _ = run_blocks(
+        _run_body_and_keep, (x_PD,), weights, dispatch, _stream_body_and_keep
+    )
     return y_PD, _Residuals(
         x_PD=x_PD if are_trained else None,
         gate_PF=gate_PF,
@@ -105,9 +112,11 @@ def _backward(
     weights, dispatch = residuals.weights, residuals.dispatch
     rows = (dy_PD, residuals.gate_PF, residuals.up_PF)
     if residuals.x_PD is None:
-        (dx_PD,), _ = run_blocks(_differentiate_rows, rows, weights, dispatch)
+        (dx_PD,), _ = run_blocks(_differentiate_rows, rows, weights, dispatch, _stream_backward)
         return dx_PD, (None, None, None), None
-    (dx_PD,), sums = run_blocks(_differentiate_all, (*rows, residuals.x_PD), weights, dispatch)
+    (dx_PD,), sums = run_blocks(
+        _differentiate_all, (*rows, residuals.x_PD), weights, dispatch, _stream_backward
+    )
     return dx_PD, tuple(dw.astype(w.dtype) for dw, w in zip(sums, weights, strict=True)), None
 
 
@@ -126,40 +135,118 @@ def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
 
 def _run_body_and_keep(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block forward, with the values that the backward pass needs."""
-    (x_PD,), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
+    (hidden_PF, gate_PF, up_PF), _ = _run_gate_and_up(rows, weights[:2])
+    (y_PD,), _ = _run_down((hidden_PF,), weights[2:])
+    return (y_PD, gate_PF, up_PF), ()
+
+
+def _run_gate_and_up(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block's hidden activations, with the values that the backward pass needs: 2 products."""
+    (x_PD,), (w_gate_DF, w_up_DF) = rows, weights
     gate_PF = _product("PD,DF->PF", x_PD, w_gate_DF)
     up_PF = _product("PD,DF->PF", x_PD, w_up_DF)
-    hidden_PF = (jax.nn.silu(gate_PF) * up_PF).astype(x_PD.dtype)
-    y_PD = _product("PF,FD->PD", hidden_PF, w_down_FD)
-    return tuple(out.astype(x_PD.dtype) for out in (y_PD, gate_PF, up_PF)), ()
+    hidden_PF = jax.nn.silu(gate_PF) * up_PF
+    return tuple(out.astype(x_PD.dtype) for out in (hidden_PF, gate_PF, up_PF)), ()
+
+
+def _run_down(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block's output from its hidden activations: 1 product."""
+    (hidden_PF,), (w_down_FD,) = rows, weights
+    return (_product("PF,FD->PD", hidden_PF, w_down_FD).astype(hidden_PF.dtype),), ()
 
 
 def _differentiate_rows(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block backward, input gradient only: 3 products."""
-    dx_PD, _, _, _ = _differentiate_hidden(rows, weights)
-    return (dx_PD,), ()
+    w_gate_DF, w_up_DF, w_down_FD = weights
+    (_, dgate_PF, dup_PF), _ = _differentiate_hidden(rows, (w_down_FD,))
+    return _differentiate_gate_and_up((dgate_PF, dup_PF), (w_gate_DF, w_up_DF))
 
 
 def _differentiate_all(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block backward, input and weight gradients: 6 products."""
     dy_PD, gate_PF, up_PF, x_PD = rows
-    dx_PD, hidden_PF, dgate_PF, dup_PF = _differentiate_hidden((dy_PD, gate_PF, up_PF), weights)
-    dw_gate_DF = _product("PD,PF->DF", x_PD, dgate_PF)
-    dw_up_DF = _product("PD,PF->DF", x_PD, dup_PF)
-    dw_down_FD = _product("PF,PD->FD", hidden_PF, dy_PD)
-    return (dx_PD,), (dw_gate_DF, dw_up_DF, dw_down_FD)
+    w_gate_DF, w_up_DF, w_down_FD = weights
+    hidden, _ = _differentiate_hidden((dy_PD, gate_PF, up_PF), (w_down_FD,))
+    hidden_PF, dgate_PF, dup_PF = hidden
+    outs, _ = _differentiate_gate_and_up((dgate_PF, dup_PF), (w_gate_DF, w_up_DF))
+    _, (dw_gate_DF, dw_up_DF) = _sum_gate_and_up((x_PD, dgate_PF, dup_PF), ())
+    _, (dw_down_FD,) = _sum_down((hidden_PF, dy_PD), ())
+    return outs, (dw_gate_DF, dw_up_DF, dw_down_FD)
 
 
-def _differentiate_hidden(rows: Arrays, weights: Arrays) -> tuple[Array, Array, Array, Array]:
-    """Input gradient, hidden activations again, and the gradients of gate and up."""
-    (dy_PD, gate_PF, up_PF), (w_gate_DF, w_up_DF, w_down_FD) = rows, weights
+def _differentiate_hidden(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block's hidden activations again, and the gradients of gate and up: 1 product."""
+    (dy_PD, gate_PF, up_PF), (w_down_FD,) = rows, weights
     gate_PF, up_PF = gate_PF.astype(jnp.float32), up_PF.astype(jnp.float32)
     sigmoid_PF = jax.nn.sigmoid(gate_PF)
     silu_PF = gate_PF * sigmoid_PF
     dhidden_PF = _product("PD,FD->PF", dy_PD, w_down_FD)
     # silu'(g) = s + g s (1 - s) = s + silu(g) (1 - s), with s = sigmoid(g).
     dgate_PF = dhidden_PF * up_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF))
-    dgate_PF = dgate_PF.astype(dy_PD.dtype)
-    dup_PF = (dhidden_PF * silu_PF).astype(dy_PD.dtype)
+    dup_PF = dhidden_PF * silu_PF
+    return tuple(out.astype(dy_PD.dtype) for out in (silu_PF * up_PF, dgate_PF, dup_PF)), ()
+
+
+def _differentiate_gate_and_up(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block's input gradient from those of gate and up: 2 products."""
+    (dgate_PF, dup_PF), (w_gate_DF, w_up_DF) = rows, weights
     dx_PD = _product("PF,DF->PD", dgate_PF, w_gate_DF) + _product("PF,DF->PD", dup_PF, w_up_DF)
-    return dx_PD.astype(dy_PD.dtype), (silu_PF * up_PF).astype(dy_PD.dtype), dgate_PF, dup_PF
+    return (dx_PD.astype(dgate_PF.dtype),), ()
+
+
+def _sum_gate_and_up(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block's part in the gradients of the gate and up matrices: 2 products."""
+    x_PD, dgate_PF, dup_PF = rows
+    return (), (_product("PD,PF->DF", x_PD, dgate_PF), _product("PD,PF->DF", x_PD, dup_PF))
+
+
+def _sum_down(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block's part in the gradient of the down matrix: 1 product."""
+    hidden_PF, dy_PD = rows
+    return (), (_product("PF,PD->FD", hidden_PF, dy_PD),)
+
+
+def _stream_body(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
+    """Forward on a TPU."""
+    if fits_on_chip(_run_body, rows, weights, dispatch.block):
+        return stream_blocks(_run_body, rows, weights, dispatch)
+    (y_PD, _, _), _ = _stream_body_and_keep(rows, weights, dispatch)
+    return (y_PD,), ()
+
+
+def _stream_body_and_keep(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
+    """Forward on a TPU, with the values that the backward pass needs."""
+    if fits_on_chip(_run_body_and_keep, rows, weights, dispatch.block):
+        return stream_blocks(_run_body_and_keep, rows, weights, dispatch)
+    tiling = Tiling(rows=(None,), weights=(1, 1), outs=(1, 1, 1))
+    hidden, _ = stream_blocks(_run_gate_and_up, rows, weights[:2], dispatch, tiling)
+    hidden_PF, gate_PF, up_PF = hidden
+    tiling = Tiling(rows=(None,), weights=(1,), outs=(1,))
+    (y_PD,), _ = stream_blocks(_run_down, (hidden_PF,), weights[2:], dispatch, tiling)
+    return (y_PD, gate_PF, up_PF), ()
+
+
+def _stream_backward(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
+    """Backward on a TPU, with weight gradients if the rows have x_PD."""
+    dy_PD, gate_PF, up_PF, *x = rows
+    fused = _differentiate_all if x else _differentiate_rows
+    if fits_on_chip(fused, rows, weights, dispatch.block):
+        return stream_blocks(fused, rows, weights, dispatch)
+    tiling = Tiling(rows=(None, 1, 1), weights=(0,), outs=(1, 1, 1))
+    hidden, _ = stream_blocks(
+        _differentiate_hidden, (dy_PD, gate_PF, up_PF), weights[2:], dispatch, tiling
+    )
+    hidden_PF, dgate_PF, dup_PF = hidden
+    tiling = Tiling(rows=(None, None), weights=(0, 0), outs=(1,))
+    outs, _ = stream_blocks(
+        _differentiate_gate_and_up, (dgate_PF, dup_PF), weights[:2], dispatch, tiling
+    )
+    if not x:
+        return outs, ()
+    tiling = Tiling(rows=(None, 1, 1), sums=(1, 1))
+    _, by_gate_and_up = stream_blocks(
+        _sum_gate_and_up, (*x, dgate_PF, dup_PF), (), dispatch, tiling
+    )
+    tiling = Tiling(rows=(1, None), sums=(0,))
+    _, by_down = stream_blocks(_sum_down, (hidden_PF, dy_PD), (), dispatch, tiling)
+    return outs, (*by_gate_and_up, *by_down)

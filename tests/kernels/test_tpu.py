@@ -1,0 +1,178 @@
+"""The kernel of TPUs: equal to the loop under interpretation, one read per matrix, isolation."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from composable.kernels import (
+    gather_rows,
+    grouped_matmul,
+    grouped_swiglu,
+    make_dispatch,
+    reference,
+    tpu,
+)
+from composable.kernels.blocks import loop_blocks
+from composable.kernels.grouped_swiglu import _stream_backward, _stream_body
+from tests.support.kernel_transfers import count_transfers, interpreted_kernels
+
+pytestmark = pytest.mark.slow
+
+# Sums of hundreds of products in float32, in another order; relative to the largest entry.
+FLOAT32_ROUNDING = 1e-5
+# Bytes for the blocks of a kernel: all fits, or matrices are cut into tiles of 128 columns.
+BUDGETS = {"whole": tpu._BLOCK_BYTES, "in pieces": 48 << 10}
+WIDTH, HIDDEN, EXPERTS, BLOCK = 136, 300, 5, 8
+
+
+@pytest.fixture(params=BUDGETS)
+def pieces(request, monkeypatch):
+    monkeypatch.setattr(tpu, "_BLOCK_BYTES", BUDGETS[request.param])
+    return request.param
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """Run what a program compiled for a TPU runs, its kernels interpreted."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, **others: tpu(*args))
+    with interpreted_kernels():
+        yield
+
+
+def make_case(seed=0):
+    """Return rows, bodies and dispatch; expert 4 has no row, and some choices no expert."""
+    rng = np.random.default_rng(seed)
+    expert_MJ = rng.integers(-1, EXPERTS - 1, (24, 2)).astype(np.int32)
+    shapes = ((24, WIDTH), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH, HIDDEN))
+    x_MD, w_gate_EDF, w_up_EDF, w_down_EFD = (
+        jnp.asarray(rng.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)
+        for shape in (*shapes, (EXPERTS, HIDDEN, WIDTH))
+    )
+    dispatch = make_dispatch(expert_MJ, EXPERTS, BLOCK)
+    return gather_rows(x_MD, dispatch), (w_gate_EDF, w_up_EDF, w_down_EFD), dispatch
+
+
+def value_and_gradients(fn, x_PD, weights, dispatch):
+    def loss(x_PD, weights):
+        y_P = fn(x_PD, *weights, dispatch)
+        return jnp.sum(jnp.sin(y_P)), y_P
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x_PD, weights)
+
+
+def assert_close(found, expected):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        tolerance = FLOAT32_ROUNDING * np.abs(other).max()
+        np.testing.assert_allclose(one, other, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["grouped_swiglu", "grouped_matmul"])
+def test_values_and_gradients_match_the_reference(pieces, on_tpu, name):
+    x_PD, weights, dispatch = make_case()
+    fn, expected = {
+        "grouped_swiglu": (grouped_swiglu, reference.grouped_swiglu),
+        "grouped_matmul": (grouped_matmul, reference.grouped_matmul),
+    }[name]
+    weights = weights if name == "grouped_swiglu" else weights[:1]
+    assert_close(
+        value_and_gradients(fn, x_PD, weights, dispatch),
+        value_and_gradients(expected, x_PD, weights, dispatch),
+    )
+
+
+def test_a_batch_without_any_expert_is_zero(on_tpu):
+    x_PD, weights, _ = make_case()
+    dispatch = make_dispatch(np.full((24, 2), -1, np.int32), EXPERTS, BLOCK)
+    (_, y_PD), gradients = value_and_gradients(grouped_swiglu, x_PD, weights, dispatch)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves((y_PD, gradients)))
+
+
+@pytest.mark.bits
+def test_the_entry_of_an_expert_and_what_others_hold_change_no_bit(on_tpu):
+    """Entries move, and the other entries of a larger bank hold NaN."""
+    x_PD, weights, dispatch = make_case()
+    y_PD = value_and_gradients(grouped_swiglu, x_PD, weights, dispatch)[0][1]
+    expert_MJ = np.random.default_rng(0).integers(-1, EXPERTS - 1, (24, 2))
+    moved_E = np.array([6, 2, 7, 0, 5])
+    bank = tuple(jnp.full((9, *w.shape[1:]), jnp.nan).at[moved_E].set(w) for w in weights)
+    moved = make_dispatch(np.where(expert_MJ < 0, -1, moved_E[expert_MJ]), 9, BLOCK)
+    x_MD = jnp.take(x_PD, dispatch.position_MJ.min(axis=1), axis=0, mode="fill", fill_value=0)
+    y_moved_PD = value_and_gradients(grouped_swiglu, gather_rows(x_MD, moved), bank, moved)[0][1]
+
+    def by_token(y_PD, dispatch):
+        return jnp.take(y_PD, dispatch.position_MJ, axis=0, mode="fill", fill_value=0)
+
+    np.testing.assert_array_equal(by_token(y_moved_PD, moved), by_token(y_PD, dispatch))
+
+
+def test_each_matrix_in_use_is_read_once():
+    x_PD, weights, dispatch = make_case()
+    ((x, gate, up, down, y),) = count_transfers(_stream_body, (x_PD,), weights, dispatch)
+    n_experts_used, n_blocks = 4, dispatch.expert_Y.shape[0]
+    assert int(dispatch.n_blocks_used) < n_blocks, "no block to skip"
+    assert [t.copies for t in (gate, up, down)] == [n_experts_used] * 3
+    assert x.copies == int(dispatch.n_blocks_used)
+    assert y.copies == n_blocks
+    assert y.bytes == x_PD.nbytes
+
+
+def test_in_pieces_each_matrix_is_still_read_once_and_written_once(monkeypatch):
+    monkeypatch.setattr(tpu, "_BLOCK_BYTES", BUDGETS["in pieces"])
+    x_PD, weights, dispatch = make_case()
+    hidden_PF = jnp.zeros((x_PD.shape[0], HIDDEN))
+    rows = (x_PD, hidden_PF, hidden_PF, x_PD)
+    kernels = count_transfers(_stream_backward, rows, weights, dispatch)
+    of_matrices = [t for kernel in kernels for t in kernel if t.shape[0] == EXPERTS]
+    assert len(kernels) == 4
+    assert len(of_matrices) == 6  # three are read, three gradients are written
+    for transfer in of_matrices:
+        assert transfer.bytes == weights[0][0].nbytes * 4
+        assert transfer.copies > 4, "not cut"
+
+
+def test_a_program_for_tpus_holds_kernels_and_no_copy_of_weights():
+    """Lowered for a TPU, which needs no TPU compiler: that part is tests/interop/test_tpu.py."""
+    x_PD, weights, dispatch = make_case()
+    traced = jax.jit(jax.grad(lambda x, w: grouped_swiglu(x, *w, dispatch).sum(), argnums=(0, 1)))
+    text = traced.trace(x_PD, weights).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 2  # forward and backward
+    assert "stablehlo.while" not in text
+    n_blocks = dispatch.expert_Y.shape[0]
+    assert f"tensor<{n_blocks}x{WIDTH}x{HIDDEN}xf32>" not in text
+
+
+def test_the_declared_cost_is_that_of_the_blocks():
+    x_PD, weights, dispatch = make_case()
+    traced = jax.jit(grouped_swiglu).trace(x_PD, *weights, dispatch)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    declared = int(re.search(r"flops\\22: *(\d+)", text)[1])
+    products = 3 * 2 * x_PD.shape[0] * WIDTH * HIDDEN
+    assert products <= declared < 1.02 * products  # the rest is elementwise
+
+
+def test_vmap_runs_one_member_after_the_other(on_tpu):
+    x_PD, weights, dispatch = make_case()
+    both = jnp.stack([x_PD, 2 * x_PD])
+    found = jax.vmap(lambda x_PD: grouped_swiglu(x_PD, *weights, dispatch))(both)
+    expected = jnp.stack([grouped_swiglu(x_PD, *weights, dispatch) for x_PD in both])
+    chex.assert_trees_all_close(found, expected, atol=1e-6)
+
+
+def test_the_kernel_equals_the_loop():
+    x_PD, weights, dispatch = make_case()
+
+    def fn(rows, weights):
+        (x_PD,), (w_DF,) = rows, weights
+        y_PF = x_PD @ w_DF
+        return (y_PF, x_PD + 1), (jnp.einsum("pd,pf->df", x_PD, y_PF),)
+
+    def run(by):
+        return jax.jit(lambda x_PD: by(fn, (x_PD,), weights[:1], dispatch))(x_PD)
+
+    with interpreted_kernels():
+        found = run(tpu.stream_blocks)
+    assert_close(found, run(loop_blocks))
