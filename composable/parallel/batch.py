@@ -4,8 +4,8 @@ Left to itself the compiler splits each operation on its own. It gathers the row
 sort them by expert, and asks all devices before every branch. Documents do not depend on each
 other, so a function of whole documents needs none of that: each device runs it on its own rows.
 
-It splits over the axes of `BATCH_SPEC`. Parameters must be whole along these axes, and are gathered
-if they are not; along other axes (`tensor`) they stay as they are.
+It splits over the axes of `BATCH_SPEC`, and devices along other axes (`tensor`) repeat each other's
+work: kernels of TPUs cannot be split by the compiler. Parameters that are split are gathered first.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any) -> _T:
         fn,
         in_specs=(whole, *(_specs_of(tree, axes) for tree in rows)),
         out_specs=_specs_of(results, axes),
-        axis_names=set(axes),
         # Loops and kernels would have to declare over which axes each value varies.
         check_vma=False,
     )

@@ -1,0 +1,39 @@
+"""The kernels compiled for TPUs, by the TPU's own compiler: `make parity` installs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libtpu")
+
+PROGRAM = Path(__file__).with_name("tpu_program.py")
+
+
+@pytest.fixture(scope="module")
+def seen():
+    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, PROGRAM], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_bodies_compile_whole_and_in_pieces(seen, chip):
+    """Forward and backward: fused, and for a body that is too large for the chip's memory."""
+    assert seen[chip]["fused"]["kernels"] == 2
+    assert seen[chip]["in pieces"]["kernels"] == 6
+
+
+@pytest.mark.parametrize("body", ["fused", "in pieces"])
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_the_compiled_program_multiplies_each_row_by_its_own_expert_only(seen, chip, body):
+    """Blocks not in use are in XLA's count and not in the kernel's work."""
+    assert 1 <= seen[chip][body]["flops"] < 1.1
+
+
+def test_the_forward_pass_on_four_chips_has_no_collective(seen):
+    assert seen["v5e"]["mix on four"] == []

@@ -1,0 +1,73 @@
+"""Compile for TPUs and print as JSON what the tests compare; in a process of its own.
+
+libtpu can be loaded once in a process, and prints to the terminal.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from composable.kernels import count_blocks, grouped_swiglu, make_dispatch
+from composable.model import mix as mix_mode
+from composable.parallel import BATCH_SPEC
+from tests.support.compiled import collectives_in, shapes_on, tpu_mesh
+from tests.support.tiny import Tiny
+
+TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}
+TOKENS, CHOICES, EXPERTS, BLOCK = 4096, 2, 8, 64
+# Width and hidden units. Three matrices of the second are 75 MB in bfloat16.
+BODIES = {"fused": (256, 512), "in pieces": (1536, 8192)}
+
+
+def compile_body(mesh, width, hidden):
+    """Return kernels and FLOPs, over those needed, of a trained body forward and backward."""
+
+    def loss(x_PD, weights, dispatch):
+        return grouped_swiglu(x_PD, *weights, dispatch).astype(jnp.float32).sum()
+
+    experts_MJ = jax.ShapeDtypeStruct((TOKENS, CHOICES), jnp.int32)
+    dispatch = jax.eval_shape(lambda e: make_dispatch(e, EXPERTS, BLOCK), experts_MJ)
+    n_rows = count_blocks(TOKENS * CHOICES, EXPERTS, BLOCK) * BLOCK
+    shapes = ((EXPERTS, width, hidden), (EXPERTS, width, hidden), (EXPERTS, hidden, width))
+    arguments = (
+        jax.ShapeDtypeStruct((n_rows, width), jnp.bfloat16),
+        tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes),
+    )
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(*shapes_on(mesh, (*arguments, dispatch))).compile()
+    # The sum's gradient is one everywhere, so the forward's last product is not needed.
+    needed = 8 * 2 * TOKENS * CHOICES * width * hidden
+    return {
+        "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        "flops": compiled.cost_analysis()["flops"] / needed,
+    }
+
+
+def compile_mix():
+    """Return the kinds of operations between devices in mix mode on four chips."""
+    tiny = Tiny()
+    mesh = tpu_mesh(TOPOLOGIES["v5e"], (4, 1, 1), ("data", "fsdp", "tensor"))
+    parts = tiny.model(tiny.expert("a")).parts
+    tokens_BT = jnp.asarray(tiny.tokens(batch=4, length=8))
+
+    def run(parts, tokens_BT):
+        return mix_mode.mix(parts, tokens_BT, mix_mode.mix_state(parts, len(tokens_BT)))[0]
+
+    with jax.set_mesh(mesh):
+        arguments = shapes_on(mesh, parts), shapes_on(mesh, tokens_BT, BATCH_SPEC)
+        return list(collectives_in(jax.jit(run).lower(*arguments).compile()))
+
+
+def main():
+    seen = {}
+    for chip, topology in TOPOLOGIES.items():
+        mesh = tpu_mesh(topology)
+        seen[chip] = {name: compile_body(mesh, *sizes) for name, sizes in BODIES.items()}
+    seen["v5e"]["mix on four"] = compile_mix()
+    json.dump(seen, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
