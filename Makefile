@@ -64,9 +64,10 @@ smollm2-experts: smollm2
 		$(BIN)/composable publish $$folder --registry $(WORK)/registry --backbone runs/smollm2-135m || exit 1; \
 	done
 
-# The tests against transformers and PEFT, with PyTorch, in a separate environment.
+# The tests against transformers and PEFT, with PyTorch, and those that compile for TPUs, in a separate
+# environment.
 parity: .venv-parity/.ready
-	@.venv-parity/bin/python -m pytest tests/interop
+	@.venv-parity/bin/python -m pytest tests/interop tests/kernels/test_tpu_compiler.py
 
 .venv-parity/.ready: requirements.lock requirements-parity.lock pyproject.toml
 	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity

@@ -3,13 +3,14 @@
     pip install 'libtpu==0.0.42.*'       # the TPU compiler; no TPU is needed
     python -m benchmarks.compiled [--topologies v5e:2x4 v6e:2x4] [--json FILE]
 
-*Body*: a feed-forward body on every token's own experts, forward. FLOPs are those that XLA counts
-in the compiled program, over those of the routed rows; XLA takes a kernel's from the kernel itself,
-and `tests/kernels/test_tpu.py` holds these against its products. Bytes are those that the kernel
-copies between memory and chip, counted by running its index maps on a random routing, over the
-matrices in use and one read and one write of each routed row. Beside it in the same run: the path
-of other platforms, which copies matrices for every block, and `jax.lax.ragged_dot` three times.
-Shapes are tokens, width, hidden units; experts and choices per token vary.
+*Body*: a feed-forward body on every token's own experts, forward, by our kernel, by the path of
+other platforms, which copies matrices for every block, and by three calls of `jax.lax.ragged_dot`.
+FLOPs are those that XLA counts in the compiled program, over those of the routed rows; XLA takes a
+kernel's from the kernel itself, and `tests/kernels/test_tpu.py` holds ours against its products.
+They are for the least favourable routing; *rows* is what the kernel multiplies in a random one,
+over the routed rows. Bytes are over the matrices and one read and one write of each routed row.
+Ours are those that the kernel copies between memory and chip, counted by running its index maps on
+that routing; those of `ragged_dot`, whose hidden activations leave the chip, are XLA's count.
 
 *Mix*: mix mode of `tiny-bytes` with three experts on 16 documents of 512 tokens, on one device and
 with the batch split over four. *Step*: the gradient of an expert on four devices. FLOPs and bytes
@@ -112,6 +113,7 @@ def measure_body(shape: Shape, n_experts: int, n_choices: int, topology: str) ->
         "shape": shape.name,
         "experts": n_experts,
         "choices": n_choices,
+        "kernel_rows": int(dispatch.n_blocks_used) * dispatch.block / n_routed,
         "kernel_bytes": copied / needed_bytes,
     }
     for name, (fn, arguments) in contenders.items():
@@ -120,6 +122,8 @@ def measure_body(shape: Shape, n_experts: int, n_choices: int, topology: str) ->
         loops = 8 if name == "batch_blocks" else 1  # chunks; XLA counts one
         row[f"{name}_flops"] = cost["flops"] * loops / needed_flops
         row[f"{name}_temporary_mb"] = cost["temporary_mb"]
+        if name == "ragged_dot":
+            row["ragged_dot_bytes"] = cost["bytes"] / needed_bytes
         row[f"{name}_compile_s"] = seconds
     return row
 
@@ -182,8 +186,9 @@ def show(row: dict[str, Any]) -> None:
             for name in ("kernel", "batch_blocks", "ragged_dot")
         )
         print(
-            f"body  {row['shape']:18} E={row['experts']:<3} J={row['choices']}  FLOPs: {flops}"
-            f"   bytes: kernel {row['kernel_bytes']:.2f}",
+            f"body  {row['shape']:16} E={row['experts']:<3} J={row['choices']}  FLOPs: {flops}"
+            f"  rows: {row['kernel_rows']:.2f}  bytes: kernel {row['kernel_bytes']:.2f}"
+            f" ragged_dot {row['ragged_dot_bytes']:.2f}",
             flush=True,
         )
         return

@@ -1,12 +1,15 @@
 """How fast are grouped matmul and grouped SwiGLU, beside a bound and peers of the same run?
 
-    python benchmarks/grouped_matmul.py                       # all shapes, default block
-    python benchmarks/grouped_matmul.py --blocks 16 32 64 128 # which block size is best here?
-    python benchmarks/grouped_matmul.py --shapes tiny-2048-4 --rounds 15 --json out.json
+    python -m benchmarks.grouped_matmul                       # all shapes, default block
+    python -m benchmarks.grouped_matmul --blocks 16 32 64 128 # which block size is best here?
+    python -m benchmarks.grouped_matmul --shapes tiny-2048-4 --rounds 15 --json out.json
+    python -m benchmarks.grouped_matmul --dtype bfloat16      # on a GPU or TPU
 
 *Bound*: one dense product, or one dense feed-forward body, over the M * J rows that are really
 routed: the same useful FLOPs without grouping. *Peers*: `jax.lax.ragged_dot` on rows sorted without
-padding, and a dense einsum of every token with every expert.
+padding, a dense einsum of every token with every expert, and, where PyTorch is installed and uses
+the same kind of device, its `grouped_mm` on the same sorted rows. On a GPU set
+XLA_PYTHON_CLIENT_PREALLOCATE=false, so that PyTorch finds memory.
 
 All contenders take turns, one call each per round, and `share` is the median over the rounds of
 bound time / own time within a round, so what else the machine is doing hits both alike. `cpu share`
@@ -61,6 +64,11 @@ SHAPES = (
     Shape(name="decode-1-16", M=1, J=2, D=192, F=480, E=16),
     Shape(name="decode-32-16", M=32, J=2, D=192, F=480, E=16),
 )
+# For accelerators; a CPU takes minutes over them.
+LARGE_SHAPES = (
+    Shape(name="large-8192-8", M=8192, J=2, D=2048, F=8192, E=8),
+    Shape(name="large-8192-64", M=8192, J=2, D=2048, F=8192, E=64),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,12 +84,59 @@ def swiglu(x_PD: Array, w_gate_DF: Array, w_up_DF: Array, w_down_FD: Array) -> A
     return (jax.nn.silu(x_PD @ w_gate_DF) * (x_PD @ w_up_DF)) @ w_down_FD
 
 
-def contenders_of(shape: Shape, blocks: Sequence[int], *, with_peers: bool) -> list[Contender]:
+def torch_contenders(rows_D: Array, bank: Sequence[Array], sizes_E: Array) -> list[Contender]:
+    """Return PyTorch's grouped products; none where it is missing or cannot run them."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    device = {"gpu": "cuda", "cpu": "cpu"}.get(jax.default_backend())
+    if device is None or (device == "cuda" and not torch.cuda.is_available()):
+        return []
+    dtype = getattr(torch, rows_D.dtype.name)
+
+    def convert(array: Array) -> torch.Tensor:
+        host = np.array(array, np.float32)
+        return torch.from_numpy(host).to(device=device, dtype=dtype)
+
+    grouped_mm = torch.nn.functional.grouped_mm
+    x, gate, up, down = map(convert, (rows_D, *bank))
+    ends = torch.from_numpy(np.cumsum(np.asarray(sizes_E), dtype=np.int32)).to(device)
+
+    def run(fn: Callable[[], object]) -> Callable[[], object]:
+        def run_and_wait() -> object:
+            with torch.no_grad():
+                result = fn()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return result is None
+
+        return run_and_wait
+
+    def body() -> torch.Tensor:
+        hidden = torch.nn.functional.silu(grouped_mm(x, gate, offs=ends))
+        return grouped_mm(hidden * grouped_mm(x, up, offs=ends), down, offs=ends)
+
+    try:
+        body()
+    except RuntimeError as error:
+        print(f"torch grouped_mm does not run here in {rows_D.dtype}: {error}")
+        return []
+    product = run(lambda: grouped_mm(x, gate, offs=ends))
+    return [
+        Contender(leg="forward", name="torch grouped_mm", run=product),
+        Contender(leg="swiglu", name="torch 3 grouped_mm", run=run(body)),
+    ]
+
+
+def contenders_of(
+    shape: Shape, blocks: Sequence[int], dtype: str, *, with_peers: bool
+) -> list[Contender]:
     """Build the arrays of a shape and everything that runs on them."""
     rng = np.random.default_rng(0)
 
     def normal(*sizes: int) -> Array:
-        return jnp.asarray(rng.normal(size=sizes) / sizes[-2] ** 0.5, jnp.float32)
+        return jnp.asarray(rng.normal(size=sizes) / sizes[-2] ** 0.5, dtype)
 
     n_rows = shape.M * shape.J
     x_MD, weights_MJ = normal(shape.M, shape.D), normal(shape.M, shape.J)
@@ -171,6 +226,7 @@ def contenders_of(shape: Shape, blocks: Sequence[int], *, with_peers: bool) -> l
                 x_MD,
                 bank[0],
             ),
+            *torch_contenders(rows_D, bank, sizes_E),
         ]
     legs = list(dict.fromkeys(contender.leg for contender in found))
     return sorted(found, key=lambda contender: legs.index(contender.leg))
@@ -230,9 +286,12 @@ def environment() -> dict[str, object]:
 
 
 def main() -> None:
-    names = [shape.name for shape in SHAPES]
+    every_shape = {shape.name: shape for shape in (*SHAPES, *LARGE_SHAPES)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--shapes", nargs="+", choices=every_shape, help="default: all that suit the device"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--blocks", nargs="+", type=int, help="default: default_block of the shape")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--no-peers", action="store_true", help="leave out the slow peers")
@@ -242,17 +301,17 @@ def main() -> None:
     report: dict[str, object] = {"environment": environment(), "rounds": args.rounds}
     print(*(f"{key} {value}" for key, value in environment().items()), sep=" | ")
     results: dict[str, object] = {}
-    for shape in SHAPES:
-        if shape.name not in args.shapes:
-            continue
+    suitable = SHAPES if jax.default_backend() == "cpu" else (*SHAPES, *LARGE_SHAPES)
+    for name in args.shapes or [shape.name for shape in suitable]:
+        shape = every_shape[name]
         blocks = args.blocks or [kernels.default_block(shape.M, shape.J)]
         rows = measure(
-            contenders_of(shape, blocks, with_peers=not args.no_peers), rounds=args.rounds
+            contenders_of(shape, blocks, args.dtype, with_peers=not args.no_peers),
+            rounds=args.rounds,
         )
         results[shape.name] = {"sizes": dataclasses.asdict(shape), "rows": rows}
-        print(
-            f"\n{shape.name}: M={shape.M} J={shape.J} D={shape.D} F={shape.F} E={shape.E} float32"
-        )
+        sizes = " ".join(f"{letter}={getattr(shape, letter)}" for letter in "MJDFE")
+        print(f"\n{shape.name}: {sizes} {args.dtype}")
         print(f"{'leg':16} {'contender':22} {'ms':>9} {'spread':>8} {'share':>6} {'cpu share':>10}")
         for row in rows:
             shares = [row["share_of_bound"], row["cpu_share_of_bound"]]

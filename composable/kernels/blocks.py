@@ -12,8 +12,8 @@ has one implementation per kind of platform, same meaning:
   in a row, each waiting for the host to check the loop condition. Blocks are processed in a few
   large chunks, each block with a copy of its expert's weights, and empty chunks are not computed.
 
-`lax.ragged_dot` is none of them: on CPU, GPU and TPU, XLA expands it to every row times every
-expert.
+`lax.ragged_dot` is none of them: on CPU and GPU, XLA expands it to every row times every expert,
+and on TPU it is a kernel for one product, between which the hidden activations leave the chip.
 
 What it does not do: differentiate (its users define their gradients, leg by leg), choose blocks
 (`dispatch.py`) or choose the functions (`grouped_matmul.py`, `grouped_swiglu.py`).
