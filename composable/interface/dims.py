@@ -27,6 +27,7 @@ DIMS: Final[dict[str, str]] = {
     "C": "classes that scouts predict",
     "E": "experts in the bank, the backbone first",
     "O": "experts in the bank, where an array has them twice",
+    "A": "awake: the paths that run, of all installed",
     "L": "slots: upper layers where bodies plug in",
     "J": "choices: experts chosen per token (top k)",
     "M": "tokens of a flat batch (B times T) or of a stream",

@@ -17,6 +17,7 @@ the axis that it does not sum over; the hidden activations then leave the chip.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -68,6 +69,50 @@ def grouped_swiglu(
     chex.assert_shape(w_gate_EDF, (dispatch.n_experts, width, hidden))
     chex.assert_shape(w_down_EFD, (dispatch.n_experts, hidden, width))
     return _grouped_swiglu(x_PD, (w_gate_EDF, w_up_EDF, w_down_EFD), dispatch)
+
+
+def swiglu_by_block(x_PD: Array, bodies: Sequence[Sequence[Array]], dispatch: Dispatch) -> Array:
+    """Apply to each block of rows a body that is given as arrays of its own.
+
+    For few blocks whose experts are known before the program runs, as in decoding. A product reads
+    its matrix where it is, while `grouped_swiglu` slices it out of a stack first: XLA's CPU backend
+    copies what it slices, which takes longer than multiplying it by one row.
+
+    Args:
+        x_PD: Rows, from `gather_rows`.
+        bodies: Matrices of each block's expert: gate, up and down. Those of blocks that are not in
+            use are not read.
+        dispatch: The blocks.
+
+    Returns:
+        y_PD, as `grouped_swiglu`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from composable.kernels import gather_rows, make_dispatch
+        >>> dispatch = make_dispatch(jnp.array([[1, 0]]), n_experts=2, block=1)
+        >>> x_PD = gather_rows(jnp.array([[1.0]]), dispatch)
+        >>> bodies = [[jnp.full((1, 1), scale)] * 3 for scale in (1.0, 2.0)]
+        >>> y_PD = swiglu_by_block(x_PD, bodies, dispatch)
+        >>> [round(y, 2) for y in y_PD[:2, 0].tolist()]
+        [0.73, 7.05]
+    """
+    chex.assert_axis_dimension(dispatch.expert_Y, 0, len(bodies))
+
+    def run(rows_PD: Array, body: Sequence[Array]) -> Array:
+        ((y_PD,), _) = _run_body((rows_PD,), tuple(body))
+        return y_PD
+
+    def skip(rows_PD: Array, body: Sequence[Array]) -> Array:
+        return jnp.zeros((rows_PD.shape[0], body[-1].shape[1]), rows_PD.dtype)
+
+    # The first block is always in use: a token mixes at least one expert.
+    first_PD, *more = jnp.split(x_PD, len(bodies))
+    outs = [run(first_PD, bodies[0])]
+    for index, rows_PD in enumerate(more, 1):
+        is_used = index < dispatch.n_blocks_used
+        outs.append(jax.lax.cond(is_used, run, skip, rows_PD, bodies[index]))
+    return jnp.concatenate(outs)
 
 
 @jax.tree_util.register_dataclass

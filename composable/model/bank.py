@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from composable.interface import RouterInterface
 from composable.model.backbone import Backbone
@@ -160,6 +162,32 @@ def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
 def entry_slots(bank: Bank, index: jax.Array | int) -> tuple[SlotMatrices, ...]:
     """Return the matrices of one entry of the bank, for every slot."""
     return tuple({name: slot[name][index] for name in MATRICES} for slot in bank.slots)
+
+
+def view_entry(bank: Bank, index: int) -> tuple[SlotMatrices, ...]:
+    """Return the matrices of one entry as arrays of their own, on a CPU without copying them.
+
+    As long as such an array is in use, `install` and `remove` copy the bank instead of writing into
+    it in place.
+    """
+    slots: tuple[SlotMatrices, ...]
+    slots = jax.tree.map(lambda stack: _view(stack, index), bank.slots)
+    return slots
+
+
+def _view(stack: jax.Array, index: int) -> jax.Array:
+    """Return one index of an array's first axis; on a CPU it shares the memory, where aligned."""
+    device, *more = stack.devices()
+    if more or device.platform != "cpu":
+        return stack[index]
+    try:
+        host = np.from_dlpack(cast(Any, stack))
+    except RuntimeError:  # numpy has no bfloat16 of its own, so the array makes its own view
+        host = np.asarray(stack)
+    # Committed to its device only if the stack is: otherwise another program would be compiled.
+    place = stack.sharding if stack.committed else None
+    own_DF: jax.Array = jax.device_put(host[index], place, may_alias=True)
+    return own_DF
 
 
 def _width(scout: Scout) -> jax.Array:

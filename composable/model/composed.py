@@ -155,8 +155,15 @@ def run_trunk_and_scouts(
         scout_log_prob_EBUC = scout_log_probs(bank.scouts, feature_BTD, state, bank.width_E)
         evidence_BTE = evidence_from(scout_log_prob_EBUC, classes_BT, state.started_B)
         scout_log_prob_EBTC = scout_log_prob_EBUC[:, :, 1:]
-    else:
+    elif is_drawn is False:
         evidence_BTE = evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E)
+    else:
+        # Drawn tokens are no evidence, so no scout runs for them.
+        evidence_BTE = jax.lax.cond(
+            is_drawn,
+            lambda: jnp.zeros((*classes_BT.shape, bank.capacity), jnp.float32),
+            lambda: evidence(bank.scouts, feature_BTD, classes_BT, state, bank.width_E),
+        )
     track_BTE = track_record(evidence_BTE, state.track_BE, interface.discount)
     if is_drawn is not False:
         track_BTE = jnp.where(is_drawn, state.track_BE[:, None], track_BTE)
@@ -217,7 +224,7 @@ def mix_in_scouts(
     parts: Parts,
     logits_BTV: jax.Array,
     trunk: TrunkPass,
-    before: RouterState,
+    started_B: jax.Array,
     state: OutputMixtureState,
     is_drawn: IsDrawn = False,
 ) -> tuple[jax.Array, OutputMixtureState]:
@@ -227,7 +234,7 @@ def mix_in_scouts(
         parts: The model.
         logits_BTV: Logits or log-probabilities of the model.
         trunk: Results of the trunk and the scouts for the same tokens.
-        before: Router state before these tokens.
+        started_B: Whether a position precedes these tokens.
         state: State of the output mixture before these tokens.
         is_drawn: Whether the model drew these tokens.
 
@@ -246,7 +253,7 @@ def mix_in_scouts(
         trunk.classes_BT,
         parts.backbone.class_map[...],
         order_E,
-        before.started_B,
+        started_B,
         state,
         is_drawn,
         power=settings.power,

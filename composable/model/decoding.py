@@ -1,15 +1,15 @@
 """Continuing tokens: prefill in chunks, then one token at a time with KV cache and router state.
 
-Two compiled programs serve any text, one for a chunk of fixed length and one for a single token;
-each also draws the next token. The next step is dispatched before the host reads the token that was
-drawn, so the device never waits for the host. Turning tokens into text is left to `text.py`.
+The programs that read tokens are in `steps.py`: those for a chunk of fixed length and those for a
+single token serve any text. The next step is dispatched before the host reads the token that was
+drawn. Turning tokens into text is left to `text.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,16 @@ import numpy as np
 from composable.errors import ModelError, TextError
 from composable.model.composed import Parts
 from composable.model.guard import Tally
-from composable.model.mix import mix_state, trace_mix
-from composable.model.safe import safe_state, trace_safe
 from composable.model.sampling import Draw, Sampling, draw_token, make_draw
+from composable.model.steps import CHUNK, MixSteps, SafeSteps
 from composable.model.tokenizer import Tokenizer
 
 Mode = Literal["mix", "safe"]
-PREFILL: Final = 32
+PREFILL: Final = CHUNK
 # The number of positions in a cache is a power of two, and at least this: shorter texts share one
 # compilation, longer ones need one per doubling.
 _MIN_CACHE: Final = 1024
-_MODES: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
-    "mix": (trace_mix, mix_state),
-    "safe": (trace_safe, safe_state),
-}
+_MODES: Final[dict[str, type[MixSteps] | type[SafeSteps]]] = {"mix": MixSteps, "safe": SafeSteps}
 
 
 class Drawn(NamedTuple):
@@ -74,8 +70,8 @@ class Decoder:
             raise ModelError(f"{mode!r} is not one of {', '.join(_MODES)}", where="mode")
         sampling = sampling or Sampling()
         self._length, self._ends = length, frozenset(tokenizer.ends)
-        self._parts, self._mode, self._report = parts, mode, report
-        self._state = _MODES[mode][1](parts, 1, cache_length(length, context))
+        self._report = report
+        self._steps = _MODES[mode](parts, cache_length(length, context))
         vocab_size = parts.interface.vocab_size
         self._draw = make_draw(sampling, _banned(tokenizer, vocab_size))
         self._seen_V = jnp.zeros(vocab_size, bool)
@@ -134,7 +130,7 @@ class Decoder:
             yield from self._draw_tokens(n_tokens)
         finally:
             if self._report is not None:
-                self._report(self._state.tally)
+                self._report(self._steps.tally)
 
     def _draw_tokens(self, n_tokens: int) -> Iterator[Drawn]:
         for i in range(n_tokens):
@@ -154,17 +150,11 @@ class Decoder:
             yield drawn
 
     def _advance(self, tokens_BT: jax.Array, *, is_drawn: bool) -> None:
-        token, weight_E, self._state, self._seen_V = _advance(
-            self._parts,
-            tokens_BT,
-            self._state,
-            self._seen_V,
-            self._draw,
-            is_drawn,
-            mode=self._mode,
-        )
-        self._next = token, weight_E
+        logits_V, weight_E = self._steps.advance(tokens_BT, is_drawn)
         self._n_fed += tokens_BT.shape[1]
+        position = np.int32(self._n_fed)
+        token, self._seen_V = _draw_next(self._draw, self._seen_V, tokens_BT, position, logits_V)
+        self._next = token, weight_E
 
 
 def continue_tokens(
@@ -224,21 +214,16 @@ def _banned(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     return is_banned_V
 
 
-@partial(jax.jit, static_argnames="mode", donate_argnames=("state", "seen_V"))
-def _advance(
-    parts: Parts,
-    tokens_BT: jax.Array,
-    state: Any,
-    seen_V: jax.Array,
+@partial(jax.jit, donate_argnames="seen_V")
+def _draw_next(
     draw: Draw,
-    is_drawn: jax.Array,
-    *,
-    mode: Mode,
-) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
-    """Return the next token, its router weights, the new state, and the tokens seen so far."""
-    logits_BTV, weight_BTE, state = _MODES[mode][0](parts, tokens_BT, state, is_drawn)
+    seen_V: jax.Array,
+    tokens_BT: jax.Array,
+    position: jax.Array,
+    logits_V: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the next token, and which tokens were seen so far, these included."""
     # Whether or not there is a penalty: writing in place costs less than a condition.
     seen_V = seen_V.at[tokens_BT[0]].set(True)
-    key = jax.random.fold_in(draw.key, state.caches.position)
-    token = draw_token(draw._replace(key=key), seen_V, logits_BTV[0, -1])
-    return token, weight_BTE[0, -1], state, seen_V
+    key = jax.random.fold_in(draw.key, position)
+    return draw_token(draw._replace(key=key), seen_V, logits_V), seen_V

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,11 +16,14 @@ from composable.kernels import (
     gather_rows,
     grouped_swiglu,
     make_dispatch,
+    swiglu_by_block,
 )
 from composable.model.backbone import FeedForwardFn
+from composable.model.body import MATRICES, SlotMatrices
 from composable.model.composed import (
     Caches,
     Parts,
+    TrunkPass,
     empty_caches,
     mix_in_scouts,
     run_trunk_and_scouts,
@@ -91,24 +95,72 @@ def _trace_mix(
     parts: Parts, tokens_BT: jax.Array, state: MixState, is_drawn: IsDrawn
 ) -> tuple[jax.Array, jax.Array, MixState]:
     """Do the work of `trace_mix` on the rows of one device."""
+    reading, state = read_mix(parts, tokens_BT, state, is_drawn)
+    return predict_mix(parts, reading, state, is_drawn)
+
+
+class Reading(NamedTuple):
+    """Results for some tokens before any body runs."""
+
+    trunk: TrunkPass
+    choice: Choice
+    position: jax.Array | int  # of the first of them
+    started_B: jax.Array  # whether a token precedes them
+
+
+def read_mix(
+    parts: Parts, tokens_BT: jax.Array, state: MixState, is_drawn: IsDrawn = False
+) -> tuple[Reading, MixState]:
+    """Run the trunk and the router: the first half of `trace_mix`, with its arguments.
+
+    Returns:
+        The results, and the state, whose upper caches do not hold the tokens yet.
+    """
     trunk, router, caches = run_trunk_and_scouts(
         parts, tokens_BT, state.router, state.caches, is_drawn
     )
+    position = 0 if state.caches is None else state.caches.position
     choice = choose_experts(parts, trunk.score_BTE)
-    feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice)
-    if state.caches is None or caches is None:
+    reading = Reading(trunk, choice, position, state.router.started_B)
+    return reading, state._replace(router=router, caches=caches)
+
+
+def predict_mix(
+    parts: Parts,
+    reading: Reading,
+    state: MixState,
+    is_drawn: IsDrawn = False,
+    bodies: Sequence[Sequence[SlotMatrices]] = (),
+) -> tuple[jax.Array, jax.Array, MixState]:
+    """Run the chosen bodies and predict: the second half of `trace_mix`.
+
+    Args:
+        parts: The model.
+        reading: What `read_mix` returned.
+        state: The state that it returned.
+        is_drawn: Whether the model drew the tokens.
+        bodies: For a single token: the slots of each expert chosen, in the order of bank entries,
+            and of as many others as are missing to the interface's `n_mixed`. Without them, bodies
+            are sliced out of the bank.
+
+    Returns:
+        As `trace_mix`.
+    """
+    trunk, choice, caches = reading.trunk, reading.choice, state.caches
+    feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice, bodies)
+    if caches is None:
         logits_BTV, _ = parts.backbone.upper(trunk.x_BTD, feed_forward)
     else:
         logits_BTV, written = parts.backbone.upper(
-            trunk.x_BTD, feed_forward, state.caches.position, caches.upper
+            trunk.x_BTD, feed_forward, reading.position, caches.upper
         )
         caches = caches._replace(upper=tuple(written))
     logits_BTV, mixture = mix_in_scouts(
-        parts, logits_BTV, trunk, state.router, state.output_mixture, is_drawn
+        parts, logits_BTV, trunk, reading.started_B, state.output_mixture, is_drawn
     )
     counted = tally_rows(empty_tally(parts.bank.capacity), zeroed, choice, dispatch)
     tally = jax.tree.map(jnp.add, state.tally, sum_over_batch(counted))
-    after = MixState(router, tally, mixture, caches)
+    after = MixState(state.router, tally, mixture, caches)
     return logits_BTV, dense_weights(choice, parts.bank.capacity), after
 
 
@@ -143,7 +195,7 @@ def choose_experts(parts: Parts, score_BTE: jax.Array) -> Choice:
 
 
 def _mixed_feed_forward(
-    parts: Parts, choice: Choice
+    parts: Parts, choice: Choice, bodies: Sequence[Sequence[SlotMatrices]] = ()
 ) -> tuple[FeedForwardFn, Dispatch, list[jax.Array]]:
     """Return a feed-forward function that mixes the chosen experts.
 
@@ -167,10 +219,15 @@ def _mixed_feed_forward(
 
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
         index = parts.interface.slots.index(layer)
-        slot, bound = parts.bank.slots[index], parts.interface.output_bounds[index]
+        bound = parts.interface.output_bounds[index]
         x_MD = x_BTD.reshape(batch * n_tokens, -1)
         x_PD = gather_rows(x_MD, dispatch)
-        y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
+        if bodies:
+            own = [[body[index][name] for name in MATRICES] for body in bodies]
+            y_PD = swiglu_by_block(x_PD, own, dispatch)
+        else:
+            slot = parts.bank.slots[index]
+            y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
         # Out-of-bounds rows are replaced by zeros, not given weight zero: zero times an infinite
         # or NaN output is NaN.
         zeroed.append(is_expert_P & exceeds(y_PD, bound))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from composable.model.bank import entry_slots
+from composable.model.body import SlotMatrices
 from composable.model.composed import (
     Caches,
     Parts,
+    TrunkPass,
     empty_caches,
     fixed_feed_forward,
     log_prior_of,
@@ -38,13 +41,14 @@ class SafeState(NamedTuple):
     output_mixture: OutputMixtureState
     posterior_BE: jax.Array  # log weights; their exponentials sum to one over the experts in use
     awake_BE: jax.Array  # paths that predicted the next token
-    log_prob_EBV: jax.Array  # each path's prediction of the next token
+    # Each path's prediction of the next token; None where the caller keeps those of awake paths.
+    log_prob_EBV: jax.Array | None
     occupancy_BEO: jax.Array | None = None  # of the posterior's chain
     caches: Caches | None = None
 
 
 # Log-probabilities of one path, BTV, whether it was finite, BT, and its caches.
-_PathOutput = tuple[jax.Array, jax.Array, tuple[KVCache, ...]]
+PathOutput = tuple[jax.Array, jax.Array, tuple[KVCache, ...]]
 
 
 def safe_state(parts: Parts, batch: int, cache_length: int | None = None) -> SafeState:
@@ -114,33 +118,89 @@ def _trace_safe(
         parts, tokens_BT, state.router, state.caches, is_drawn
     )
     order_E = jnp.argsort(parts.bank.key_E)
-    awake_BTE = _shortlist(parts, trunk.track_BTE)[..., order_E]
-    log_prob_EBTV, is_finite_BTE, upper = _run_paths(
+    awake_BTE = shortlist(parts, trunk.track_BTE)[..., order_E]
+    log_prob_EBTV, is_finite_EBT, upper = _run_paths(
         parts, trunk.x_BTD, order_E, awake_BTE, state.caches
     )
-    weight_BTE, posterior_BE, occupancy_BEO = _posterior(
-        parts, tokens_BT, state, awake_BTE, log_prob_EBTV, is_drawn
-    )
-    log_weight_EBT1 = jnp.moveaxis(weight_BTE, -1, 0)[..., None]
-    log_prob_BTV = jax.nn.logsumexp(log_weight_EBT1 + log_prob_EBTV, axis=0)
-    log_prob_BTV, mixture = mix_in_scouts(
-        parts, log_prob_BTV, trunk, state.router, state.output_mixture, is_drawn
+    # The prediction of token t is the one that each path made one position earlier.
+    assert state.log_prob_EBV is not None
+    before_EBTV = jnp.concatenate([state.log_prob_EBV[:, :, None], log_prob_EBTV[:, :, :-1]], 2)
+    log_prob_EBT = jnp.take_along_axis(before_EBTV, tokens_BT[None, ..., None], axis=-1)[..., 0]
+    output_BTV, weight_BTE, after = mix_paths(
+        parts,
+        trunk,
+        state,
+        PathOutputs(jnp.arange(len(order_E)), awake_BTE, log_prob_EBTV, is_finite_EBT),
+        log_prob_EBT,
+        is_drawn,
     )
     if caches is not None:
         caches = caches._replace(upper=upper)
-    entry_E = jnp.argsort(order_E)
+    after = after._replace(router=router, log_prob_EBV=log_prob_EBTV[:, :, -1], caches=caches)
+    return output_BTV, weight_BTE, after
+
+
+class PathOutputs(NamedTuple):
+    """Predictions of some paths for the tokens after some positions."""
+
+    # Place of each path in the order of the experts' keys; E for an entry that stands for none.
+    path_A: jax.Array
+    awake_BTE: jax.Array  # which paths predict, of all, in the order of keys
+    log_prob_ABTV: jax.Array
+    is_finite_ABT: jax.Array
+
+
+def mix_paths(
+    parts: Parts,
+    trunk: TrunkPass,
+    state: SafeState,
+    outputs: PathOutputs,
+    log_prob_EBT: jax.Array,
+    is_drawn: IsDrawn = False,
+) -> tuple[jax.Array, jax.Array, SafeState]:
+    """Mix the predictions of paths by how well each predicted: the last part of `trace_safe`.
+
+    Args:
+        parts: The model.
+        trunk: Results of the trunk for the tokens.
+        state: State before them.
+        outputs: Predictions of all paths that are awake at any of the tokens.
+        log_prob_EBT: Log-probability of each of the tokens by each path, one position earlier, in
+            the order of keys; of any value where a path was asleep.
+        is_drawn: Whether the model drew the tokens.
+
+    Returns:
+        Log-probabilities, shape BTV, weights of the paths, shape BTE, and the new state, whose
+        router, predictions and caches are those before.
+    """
+    path_A, awake_BTE, log_prob_ABTV, is_finite_ABT = outputs
+    weight_BTE, posterior_BE, occupancy_BEO = _posterior(
+        parts, log_prob_EBT, state, awake_BTE, is_drawn
+    )
+    weight_EBT = jnp.moveaxis(weight_BTE, -1, 0)
+    log_weight_ABT1 = jnp.take(weight_EBT, path_A, axis=0, fill_value=NEVER)[..., None]
+    log_prob_BTV = jax.nn.logsumexp(log_weight_ABT1 + log_prob_ABTV, axis=0)
+    log_prob_BTV, mixture = mix_in_scouts(
+        parts, log_prob_BTV, trunk, state.router.started_B, state.output_mixture, is_drawn
+    )
+    entry_E = jnp.argsort(jnp.argsort(parts.bank.key_E))
+    is_finite_EBT = jnp.ones(weight_EBT.shape, bool).at[path_A].set(is_finite_ABT, mode="drop")
+    is_finite_BTE = jnp.moveaxis(is_finite_EBT, 0, -1)
     counted = tally_paths(
         empty_tally(parts.bank.capacity), awake_BTE[..., entry_E], is_finite_BTE[..., entry_E]
     )
     tally = jax.tree.map(jnp.add, state.tally, sum_over_batch(counted))
-    awake_BE, log_prob_EBV = awake_BTE[:, -1], log_prob_EBTV[:, :, -1]
-    after = SafeState(
-        router, tally, mixture, posterior_BE, awake_BE, log_prob_EBV, occupancy_BEO, caches
+    after = state._replace(
+        tally=tally,
+        output_mixture=mixture,
+        posterior_BE=posterior_BE,
+        awake_BE=awake_BTE[:, -1],
+        occupancy_BEO=occupancy_BEO,
     )
     return log_prob_BTV, jnp.exp(weight_BTE)[..., entry_E], after
 
 
-def _shortlist(parts: Parts, track_BTE: jax.Array) -> jax.Array:
+def shortlist(parts: Parts, track_BTE: jax.Array) -> jax.Array:
     """Return which paths predict each token, shape BTE: the backbone's and the best experts'."""
     alive_E = parts.bank.alive_E.at[0].set(False)
     score_BTE = jnp.where(alive_E, track_BTE, NEVER)
@@ -155,54 +215,72 @@ def _run_paths(
     order_E: jax.Array,
     awake_BTE: jax.Array,
     caches: Caches | None,
-) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
-    """Run every path that is needed: log-probabilities EBTV, whether finite BTE, and caches.
+) -> PathOutput:
+    """Run every path that is needed: log-probabilities EBTV, whether finite EBT, and caches.
 
     Without caches, a path that no token shortlists is skipped. With caches, the path of every
     installed expert runs, since a later token may need its keys and values.
     """
-    backbone, bank = parts.backbone, parts.bank
+    bank = parts.bank
     needed_E = awake_BTE.any(axis=(0, 1)) if caches is None else bank.alive_E[order_E]
     vocab = parts.interface.vocab_size
     uniform_BTV = jnp.full((*x_BTD.shape[:2], vocab), -jnp.log(vocab), jnp.float32)
     own = () if caches is None else caches.upper
     position = 0 if caches is None else caches.position
 
-    def run_path(index: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
-        feed_forward = fixed_feed_forward(parts, entry_slots(bank, index))
-        logits_BTV, written = backbone.upper(x_BTD, feed_forward, position, cache or None)
-        # A path whose logits are not finite counts as the uniform distribution.
-        is_finite_BT1 = jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True)
-        log_prob_BTV = jax.nn.log_softmax(jnp.where(is_finite_BT1, logits_BTV, 0.0), axis=-1)
-        return log_prob_BTV, is_finite_BT1[..., 0], tuple(written)
-
-    def run_if_needed(entry: tuple[jax.Array, jax.Array, tuple[KVCache, ...]]) -> _PathOutput:
+    def run_if_needed(entry: tuple[jax.Array, jax.Array, tuple[KVCache, ...]]) -> PathOutput:
         index, needed, cache = entry
 
-        def skip(_: jax.Array, cache: tuple[KVCache, ...]) -> _PathOutput:
+        def run(index: jax.Array, cache: tuple[KVCache, ...]) -> PathOutput:
+            return run_path(parts, entry_slots(bank, index), x_BTD, position, cache)
+
+        def skip(_: jax.Array, cache: tuple[KVCache, ...]) -> PathOutput:
             return uniform_BTV, jnp.ones(x_BTD.shape[:2], bool), cache
 
-        output: _PathOutput = jax.lax.cond(needed, run_path, skip, index, cache)
+        output: PathOutput = jax.lax.cond(needed, run, skip, index, cache)
         return output
 
-    log_prob_EBTV, is_finite_EBT, upper = jax.lax.map(run_if_needed, (order_E, needed_E, own))
-    return log_prob_EBTV, jnp.moveaxis(is_finite_EBT, 0, -1), upper
+    outputs: PathOutput = jax.lax.map(run_if_needed, (order_E, needed_E, own))
+    return outputs
+
+
+def run_path(
+    parts: Parts,
+    slots: Sequence[SlotMatrices],
+    x_BTD: jax.Array,
+    position: jax.Array | int = 0,
+    caches: tuple[KVCache, ...] = (),
+) -> PathOutput:
+    """Return the predictions of one path.
+
+    Args:
+        parts: The model.
+        slots: Matrices of the path's body.
+        x_BTD: Residual stream at the tap.
+        position: Position of the first token.
+        caches: The path's own, when decoding.
+
+    Returns:
+        Log-probabilities BTV; whether the logits were finite, BT: a path counts as the uniform
+        distribution where they were not; and the new caches.
+    """
+    feed_forward = fixed_feed_forward(parts, slots)
+    logits_BTV, written = parts.backbone.upper(x_BTD, feed_forward, position, caches or None)
+    is_finite_BT1 = jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True)
+    log_prob_BTV = jax.nn.log_softmax(jnp.where(is_finite_BT1, logits_BTV, 0.0), axis=-1)
+    return log_prob_BTV, is_finite_BT1[..., 0], tuple(written)
 
 
 def _posterior(
     parts: Parts,
-    tokens_BT: jax.Array,
+    log_prob_EBT: jax.Array,
     state: SafeState,
     awake_BTE: jax.Array,
-    log_prob_EBTV: jax.Array,
     is_drawn: IsDrawn,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return each path's log weight, BTE, the last log posterior, BE, and the last occupancy."""
-    # The prediction of token t is the one that each path made one position earlier.
-    before_EBTV = jnp.concatenate([state.log_prob_EBV[:, :, None], log_prob_EBTV[:, :, :-1]], 2)
-    log_prob_EBT = jnp.take_along_axis(before_EBTV, tokens_BT[None, ..., None], axis=-1)[..., 0]
     predicted_BTE = jnp.concatenate([state.awake_BE[:, None], awake_BTE[:, :-1]], axis=1)
-    seen_BT = jnp.ones(tokens_BT.shape, bool).at[:, 0].set(state.router.started_B)
+    seen_BT = jnp.ones(awake_BTE.shape[:2], bool).at[:, 0].set(state.router.started_B)
     prior_E = log_prior_of(parts)[jnp.argsort(parts.bank.key_E)]
     rate = parts.interface.switch_rate
 

@@ -1,0 +1,370 @@
+"""Steps of decoding: the programs that read tokens, and what the host decides between them.
+
+A token runs in two programs. The first runs the trunk and the router; the host reads which experts
+were chosen, and passes their matrices to the second, which runs the upper layers. The second
+program is therefore the same whichever experts there are, reads nothing but what it multiplies, and
+does not grow with the bank. Inside one program a matrix would have to be sliced out of the bank,
+and XLA's CPU backend copies what it slices.
+
+In safe mode the second program is one path, and runs once for each that is awake. A path that
+sleeps costs nothing: what it missed is kept as the trunk left it, and it catches up when it wakes.
+
+This file does not draw tokens (`decoding.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from composable.model.bank import view_entry
+from composable.model.body import SlotMatrices, backbone_slot
+from composable.model.composed import (
+    Caches,
+    Parts,
+    TrunkPass,
+    run_trunk_and_scouts,
+    writing_state,
+)
+from composable.model.guard import Tally
+from composable.model.layers import KVCache
+from composable.model.mix import MixState, Reading, mix_state, predict_mix, read_mix, trace_mix
+from composable.model.occupancy import empty_occupancy
+from composable.model.router import RouterState
+from composable.model.safe import (
+    PathOutput,
+    PathOutputs,
+    SafeState,
+    mix_paths,
+    run_path,
+    safe_state,
+    shortlist,
+)
+
+# Tokens of a chunk; a prompt is read in chunks, and a path catches up in chunks.
+CHUNK: Final = 32
+# A chunk takes as long as about so many single tokens.
+_CHUNK_COST: Final = 4
+
+
+class _Structure:
+    """A tree structure that is hashed once; there is one object for equal ones."""
+
+    def __init__(self, treedef: jax.tree_util.PyTreeDef) -> None:
+        self.treedef = treedef
+
+
+# Hashing and comparing the structure of a model takes a millisecond, too long for every token.
+_structure_of = functools.lru_cache(maxsize=16)(_Structure)
+
+
+@jax.tree_util.register_pytree_node_class
+class FlatParts:
+    """A model as a flat list of arrays, which jax flattens a hundred times faster than its modules.
+
+    Args:
+        parts: The model.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._leaves, treedef = jax.tree.flatten(parts)
+        self._structure = _structure_of(treedef)
+
+    @property
+    def parts(self) -> Parts:
+        """The model."""
+        parts: Parts = jax.tree.unflatten(self._structure.treedef, self._leaves)
+        return parts
+
+    def tree_flatten(self) -> tuple[list[Any], _Structure]:
+        """Split into arrays and structure, for jax."""
+        return self._leaves, self._structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: _Structure, leaves: Iterable[Any]) -> Self:
+        """Rebuild from what `tree_flatten` returned, for jax."""
+        flat = object.__new__(cls)
+        flat._leaves, flat._structure = list(leaves), structure
+        return flat
+
+
+class Bodies:
+    """The slots of each entry of a bank, as arrays of their own.
+
+    Args:
+        parts: The model.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        backbone, interface = parts.backbone, parts.interface
+        own = tuple(backbone_slot(backbone, layer) for layer in interface.slots)
+        self._bank, self._entries = parts.bank, {0: own}
+
+    def __getitem__(self, index: int) -> tuple[SlotMatrices, ...]:
+        """Return the slots of an entry."""
+        if index not in self._entries:
+            self._entries[index] = view_entry(self._bank, index)
+        return self._entries[index]
+
+
+class MixSteps:
+    """Reads one sequence in mix mode.
+
+    Args:
+        parts: The model.
+        cache_length: Positions in the caches.
+    """
+
+    def __init__(self, parts: Parts, cache_length: int) -> None:
+        self._flat, self._bodies = FlatParts(parts), Bodies(parts)
+        self._capacity = parts.bank.capacity
+        self._state = mix_state(parts, 1, cache_length)
+
+    @property
+    def tally(self) -> Tally:
+        """Contributions of every expert so far."""
+        return self._state.tally
+
+    def advance(self, tokens_BT: jax.Array, is_drawn: bool) -> tuple[jax.Array, jax.Array]:
+        """Read tokens of one sequence.
+
+        Args:
+            tokens_BT: Token ids that continue it.
+            is_drawn: Whether the model drew them.
+
+        Returns:
+            Logits of the next token, shape V, and the router weights for it, shape E.
+        """
+        if tokens_BT.shape[1] > 1:
+            logits_V, weight_E, self._state = _read_chunk(
+                self._flat, tokens_BT, self._state, is_drawn
+            )
+            return logits_V, weight_E
+        caches = self._state.caches
+        assert caches is not None
+        lower = self._state._replace(caches=caches._replace(upper=()))
+        reading, lower = _read_token(self._flat, tokens_BT, lower, is_drawn)
+        chosen = np.sort(np.asarray(reading.choice.expert_BTJ[0, 0]))
+        # An index of no expert stands for a body that is not run.
+        bodies = tuple(self._bodies[int(e) if e < self._capacity else 0] for e in chosen)
+        trunk = lower.caches.trunk
+        upper = lower._replace(caches=lower.caches._replace(trunk=(), upper=caches.upper))
+        logits_V, weight_E, upper = _predict_token(self._flat, reading, upper, is_drawn, bodies)
+        self._state = upper._replace(caches=upper.caches._replace(trunk=trunk))
+        return logits_V, weight_E
+
+
+class _Path(NamedTuple):
+    """A path that has been awake: its caches, and how many positions they hold."""
+
+    caches: tuple[KVCache, ...]
+    n_filled: int
+
+
+class _SafeReading(NamedTuple):
+    """Results for some tokens before any path runs."""
+
+    trunk: TrunkPass
+    awake_BTE: jax.Array  # which paths predict the next tokens, in the order of keys
+    router: RouterState  # after the tokens
+
+
+class _Predictions(NamedTuple):
+    """Predictions of a fixed number of paths; a path of number E stands for none."""
+
+    path_A: np.ndarray
+    log_prob_BTV: tuple[jax.Array, ...]
+    is_finite_BT: tuple[jax.Array, ...]
+
+
+class SafeSteps:
+    """Reads one sequence in safe mode.
+
+    Args:
+        parts: The model.
+        cache_length: Positions in the caches.
+    """
+
+    def __init__(self, parts: Parts, cache_length: int) -> None:
+        interface, capacity = parts.interface, parts.bank.capacity
+        self._flat, self._bodies, self._backbone = FlatParts(parts), Bodies(parts), parts.backbone
+        # Paths are numbered in the order of their experts' keys, as in `safe.py`.
+        self._entry_of = np.argsort(np.asarray(parts.bank.key_E), kind="stable").tolist()
+        self._n_awake = 1 + min(interface.top_k, capacity - 1)
+        self._cache_length, self._n_read = cache_length, 0
+        self._trunk = tuple(self._empty_caches(range(parts.backbone.cfg.tap)))
+        router = writing_state(parts, 1, is_decoding=True)
+        state = safe_state(parts, 1)._replace(router=router, log_prob_EBV=None)
+        self._state = state._replace(occupancy_BEO=empty_occupancy(1, capacity))
+        dtype = parts.backbone.embed[...].dtype
+        self._x_BSD = jnp.zeros((1, cache_length, interface.d_model), dtype)
+        self._paths: dict[int, _Path] = {}
+        none_BTV = jnp.zeros((1, 1, interface.vocab_size), jnp.float32)
+        self._before = self._gather({0: (none_BTV, jnp.ones((1, 1), bool))}, self._n_awake)
+
+    @property
+    def tally(self) -> Tally:
+        """Contributions of every expert so far."""
+        return self._state.tally
+
+    def advance(self, tokens_BT: jax.Array, is_drawn: bool) -> tuple[jax.Array, jax.Array]:
+        """Read tokens of one sequence; arguments and results as for `MixSteps`."""
+        position = np.int32(self._n_read)
+        reading, self._trunk, self._x_BSD = _read_safe(
+            *(self._flat, tokens_BT, self._state.router, self._trunk),
+            *(self._x_BSD, position, is_drawn),
+        )
+        awake_TE = np.asarray(reading.awake_BTE[0])
+        outputs = {
+            path: self._run_path(path, reading.trunk.x_BTD)
+            for path in np.flatnonzero(awake_TE.any(axis=0)).tolist()
+        }
+        self._n_read += tokens_BT.shape[1]
+        width = self._n_awake if len(outputs) <= self._n_awake else len(self._entry_of)
+        now = self._gather(outputs, width)
+        logits_V, weight_E, self._state = _mix_paths(
+            self._flat, tokens_BT, reading, self._state, self._before, now, is_drawn
+        )
+        last = {
+            path: (outputs[path][0][:, -1:], outputs[path][1][:, -1:])
+            for path in np.flatnonzero(awake_TE[-1]).tolist()
+        }
+        self._before = self._gather(last, self._n_awake)
+        return logits_V, weight_E
+
+    def _run_path(self, path: int, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return a path's log-probabilities and whether they are finite, after it caught up."""
+        slots = self._bodies[self._entry_of[path]]
+        caches, n_filled = self._paths.get(path) or _Path(
+            tuple(self._empty_caches(self._backbone.cfg.slots)), 0
+        )
+        while n_filled < self._n_read:
+            # The program for chunks is compiled by the first chunk of a prompt, not here.
+            is_chunk = self._n_read - n_filled >= _CHUNK_COST and self._n_read >= CHUNK
+            n_tokens = CHUNK if is_chunk else 1
+            # A chunk may repeat positions, or run ahead of those read; these are written again.
+            start = np.int32(min(n_filled, self._cache_length - n_tokens))
+            missed_BTD = _slice_positions(self._x_BSD, start, n_tokens)
+            _, _, caches = _run_path(self._flat, slots, missed_BTD, start, caches)
+            n_filled = int(start) + n_tokens
+        position = np.int32(self._n_read)
+        log_prob_BTV, is_finite_BT, caches = _run_path(self._flat, slots, x_BTD, position, caches)
+        self._paths[path] = _Path(caches, self._n_read + x_BTD.shape[1])
+        return log_prob_BTV, is_finite_BT
+
+    def _gather(self, outputs: dict[int, tuple[jax.Array, jax.Array]], n: int) -> _Predictions:
+        """Return predictions by path as `n` of them, the last ones of no path."""
+        missing = n - len(outputs)
+        path_A = np.array([*outputs, *[len(self._entry_of)] * missing], np.int32)
+        first = next(iter(outputs.values()))
+        columns = zip(*outputs.values(), *[first] * missing, strict=True)
+        log_prob_BTV, is_finite_BT = columns
+        return _Predictions(path_A, log_prob_BTV, is_finite_BT)
+
+    def _empty_caches(self, layers: Sequence[int]) -> list[KVCache]:
+        return self._backbone.empty_caches(1, self._cache_length, layers)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _read_chunk(
+    flat: FlatParts, tokens_BT: jax.Array, state: MixState, is_drawn: jax.Array
+) -> tuple[jax.Array, jax.Array, MixState]:
+    logits_BTV, weight_BTE, state = trace_mix(flat.parts, tokens_BT, state, is_drawn)
+    return logits_BTV[0, -1], weight_BTE[0, -1], state
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _read_token(
+    flat: FlatParts, tokens_BT: jax.Array, state: MixState, is_drawn: jax.Array
+) -> tuple[Reading, MixState]:
+    return read_mix(flat.parts, tokens_BT, state, is_drawn)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _predict_token(
+    flat: FlatParts,
+    reading: Reading,
+    state: MixState,
+    is_drawn: jax.Array,
+    bodies: tuple[tuple[SlotMatrices, ...], ...],
+) -> tuple[jax.Array, jax.Array, MixState]:
+    logits_BTV, weight_BTE, state = predict_mix(flat.parts, reading, state, is_drawn, bodies)
+    return logits_BTV[0, -1], weight_BTE[0, -1], state
+
+
+@functools.partial(jax.jit, donate_argnames=("trunk", "x_BSD"))
+def _read_safe(
+    flat: FlatParts,
+    tokens_BT: jax.Array,
+    router: RouterState,
+    trunk: tuple[KVCache, ...],
+    x_BSD: jax.Array,
+    position: jax.Array,
+    is_drawn: jax.Array,
+) -> tuple[_SafeReading, tuple[KVCache, ...], jax.Array]:
+    """Run the trunk and the router, and keep the trunk's results for paths that sleep."""
+    parts = flat.parts
+    read, router, caches = run_trunk_and_scouts(
+        parts, tokens_BT, router, Caches(trunk, (), position), is_drawn
+    )
+    assert caches is not None
+    awake_BTE = shortlist(parts, read.track_BTE)[..., jnp.argsort(parts.bank.key_E)]
+    x_BSD = jax.lax.dynamic_update_slice_in_dim(x_BSD, read.x_BTD, position, axis=1)
+    return _SafeReading(read, awake_BTE, router), caches.trunk, x_BSD
+
+
+@functools.partial(jax.jit, donate_argnames="caches")
+def _run_path(
+    flat: FlatParts,
+    slots: tuple[SlotMatrices, ...],
+    x_BTD: jax.Array,
+    position: jax.Array,
+    caches: tuple[KVCache, ...],
+) -> PathOutput:
+    return run_path(flat.parts, slots, x_BTD, position, caches)
+
+
+@functools.partial(jax.jit, static_argnames="n_tokens")
+def _slice_positions(x_BSD: jax.Array, position: jax.Array, n_tokens: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_BSD, position, n_tokens, axis=1)
+
+
+@jax.jit
+def _mix_paths(
+    flat: FlatParts,
+    tokens_BT: jax.Array,
+    reading: _SafeReading,
+    state: SafeState,
+    before: _Predictions,
+    now: _Predictions,
+    is_drawn: jax.Array,
+) -> tuple[jax.Array, jax.Array, SafeState]:
+    """Return the mixture's log-probabilities of the next token, V, weights E, and the state."""
+    n_paths, n_tokens = reading.awake_BTE.shape[-1], tokens_BT.shape[1]
+    log_prob_EBT = jnp.zeros((n_paths, 1, n_tokens), jnp.float32)
+    # The prediction of token t is the one that each path made one position earlier.
+    for predictions, tokens, places in (
+        (before, tokens_BT[:, :1], slice(0, 1)),
+        (now, tokens_BT[:, 1:], slice(1, None)),
+    ):
+        rows = [
+            jnp.take_along_axis(log_prob_BTV[:, : tokens.shape[1]], tokens[..., None], axis=-1)
+            for log_prob_BTV in predictions.log_prob_BTV
+        ]
+        log_prob_ABT = jnp.stack(rows)[..., 0]
+        log_prob_EBT = log_prob_EBT.at[predictions.path_A, :, places].set(log_prob_ABT, mode="drop")
+    outputs = PathOutputs(
+        jnp.asarray(now.path_A),
+        reading.awake_BTE,
+        jnp.stack(now.log_prob_BTV),
+        jnp.stack(now.is_finite_BT),
+    )
+    log_prob_BTV, weight_BTE, state = mix_paths(
+        flat.parts, reading.trunk, state, outputs, log_prob_EBT, is_drawn
+    )
+    return log_prob_BTV[0, -1], weight_BTE[0, -1], state._replace(router=reading.router)
