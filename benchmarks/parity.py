@@ -136,7 +136,7 @@ def child_decode_theirs(folder: Path, n_tokens: int = 64) -> dict[str, Any]:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = make_tokenizer(open_source(_gguf()))
+    tokenizer = make_tokenizer(open_source(find_gguf()))
     tokens = torch.from_numpy(tokenizer.encode(PROMPT)[None]).long()
     rates, cpu, made = [], [], []
     with torch.inference_mode():
@@ -190,9 +190,9 @@ def child_read_memory(folder: Path) -> dict[str, Any]:
 
 
 def _decode_ours(parts: Parts, n_tokens: int = 64) -> dict[str, Any]:
-    tokenizer = make_tokenizer(open_source(_gguf()))
+    tokenizer = make_tokenizer(open_source(find_gguf()))
     tokens_T = tokenizer.encode(PROMPT)
-    endless = _Endless(tokenizer)
+    endless = Endless(tokenizer)
     rates, cpu, made = [], [], []
     for _ in range(_ROUNDS + 1):
         times, made = [], []
@@ -208,7 +208,7 @@ def _decode_ours(parts: Parts, n_tokens: int = 64) -> dict[str, Any]:
     return _rates(rates, cpu, made)
 
 
-class _Endless:
+class Endless:
     """A tokenizer whose texts have no end, so that every round makes as many tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -262,7 +262,7 @@ def run_child(name: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _gguf() -> Path:
+def find_gguf() -> Path:
     found = sorted(Path(os.environ.get("SMOLLM2", SMOLLM2)).glob("*.gguf"))
     if not found:
         sys.exit(f"no GGUF file in {SMOLLM2}; run `make smollm2`, or give its folder in SMOLLM2")
@@ -294,8 +294,8 @@ def measure_families(scratch: Path) -> dict[str, Any]:
 
 def measure_smollm2(scratch: Path) -> dict[str, Any]:
     """Return the same for the real model, and whether file and text come over exactly."""
-    folder, source, families = scratch / "smollm2", open_source(_gguf()), {}
-    save_smollm2(_gguf(), folder)
+    folder, source, families = scratch / "smollm2", open_source(find_gguf()), {}
+    save_smollm2(find_gguf(), folder)
     text = read_public_text()[1][0].text
     tokens_BT = make_tokenizer(source).encode(text)[None, :N_TOKENS]
     for dtype in DTYPES:
@@ -313,7 +313,7 @@ def measure_costs(scratch: Path) -> dict[str, Any]:
     """Return time and memory of loading, and speed of decoding, ours beside theirs, in turns."""
     folder = scratch / "smollm2"
     if not folder.exists():
-        save_smollm2(_gguf(), folder)
+        save_smollm2(find_gguf(), folder)
     load = {name: run_child(f"load_{name}", folder) for name in ("theirs", "ours")}
     convert = run_child("convert_ours", folder)
     decode: dict[str, Any] = {}
