@@ -13,7 +13,7 @@ from composable.kernels.dispatch import (
     make_dispatch,
 )
 from composable.kernels.grouped_matmul import grouped_matmul
-from composable.kernels.grouped_swiglu import grouped_swiglu, swiglu_by_block
+from composable.kernels.grouped_swiglu import grouped_swiglu, swiglu_of_few
 
 __all__ = [
     "Dispatch",
@@ -24,5 +24,5 @@ __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "make_dispatch",
-    "swiglu_by_block",
+    "swiglu_of_few",
 ]

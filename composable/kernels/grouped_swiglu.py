@@ -71,18 +71,21 @@ def grouped_swiglu(
     return _grouped_swiglu(x_PD, (w_gate_EDF, w_up_EDF, w_down_EFD), dispatch)
 
 
-def swiglu_by_block(x_PD: Array, bodies: Sequence[Sequence[Array]], dispatch: Dispatch) -> Array:
-    """Apply to each block of rows a body that is given as arrays of its own.
+def swiglu_of_few(
+    x_PD: Array, bodies: Sequence[Sequence[Array]], expert_A: Array, dispatch: Dispatch
+) -> Array:
+    """Apply to each row the body of its own expert, where few experts have rows.
 
-    For few blocks whose experts are known before the program runs, as in decoding. A product reads
-    its matrix where it is, while `grouped_swiglu` slices it out of a stack first: XLA's CPU backend
-    copies what it slices, which takes longer than multiplying it by one row.
+    For experts that are known before the program runs, as in decoding. A product reads its matrix
+    where it is, while `grouped_swiglu` slices it out of a stack first: XLA's CPU backend copies
+    what it slices, which takes longer than multiplying it by one row. Not differentiable.
 
     Args:
         x_PD: Rows, from `gather_rows`.
-        bodies: Matrices of each block's expert: gate, up and down. Those of blocks that are not in
-            use are not read.
-        dispatch: The blocks.
+        bodies: Matrices of some experts, among them all that have rows: gate, up and down. Those
+            of experts without rows are not read.
+        expert_A: Their experts, each once; E for a body that stands for none.
+        dispatch: The expert of each block of rows.
 
     Returns:
         y_PD, as `grouped_swiglu`.
@@ -90,29 +93,27 @@ def swiglu_by_block(x_PD: Array, bodies: Sequence[Sequence[Array]], dispatch: Di
     Example:
         >>> import jax.numpy as jnp
         >>> from composable.kernels import gather_rows, make_dispatch
-        >>> dispatch = make_dispatch(jnp.array([[1, 0]]), n_experts=2, block=1)
-        >>> x_PD = gather_rows(jnp.array([[1.0]]), dispatch)
-        >>> bodies = [[jnp.full((1, 1), scale)] * 3 for scale in (1.0, 2.0)]
-        >>> y_PD = swiglu_by_block(x_PD, bodies, dispatch)
+        >>> dispatch = make_dispatch(jnp.array([[1], [0]]), n_experts=9, block=1)
+        >>> x_PD = gather_rows(jnp.array([[1.0], [2.0]]), dispatch)
+        >>> bodies = [[jnp.ones((1, 1))] * 3, [jnp.ones((1, 1))] * 3]
+        >>> y_PD = swiglu_of_few(x_PD, bodies, jnp.array([0, 1]), dispatch)
         >>> [round(y, 2) for y in y_PD[:2, 0].tolist()]
-        [0.73, 7.05]
+        [3.52, 0.73]
     """
-    chex.assert_axis_dimension(dispatch.expert_Y, 0, len(bodies))
+    block = dispatch.block
+    end_E = dispatch.end_block_E
+    begin_E = jnp.concatenate([jnp.zeros(1, end_E.dtype), end_E[:-1]])
+    begin_A, end_A = (jnp.take(x, expert_A, mode="fill", fill_value=0) for x in (begin_E, end_E))
+    y_PD = jnp.zeros((x_PD.shape[0], bodies[0][-1].shape[1]), x_PD.dtype)
+    for a, body in enumerate(bodies):
 
-    def run(rows_PD: Array, body: Sequence[Array]) -> Array:
-        ((y_PD,), _) = _run_body((rows_PD,), tuple(body))
-        return y_PD
+        def run_block(index: Array, y_PD: Array, body: Sequence[Array] = body) -> Array:
+            rows_PD = jax.lax.dynamic_slice_in_dim(x_PD, index * block, block)
+            ((new_PD,), _) = _run_body((rows_PD,), tuple(body))
+            return jax.lax.dynamic_update_slice_in_dim(y_PD, new_PD, index * block, axis=0)
 
-    def skip(rows_PD: Array, body: Sequence[Array]) -> Array:
-        return jnp.zeros((rows_PD.shape[0], body[-1].shape[1]), rows_PD.dtype)
-
-    # The first block is always in use: a token mixes at least one expert.
-    first_PD, *more = jnp.split(x_PD, len(bodies))
-    outs = [run(first_PD, bodies[0])]
-    for index, rows_PD in enumerate(more, 1):
-        is_used = index < dispatch.n_blocks_used
-        outs.append(jax.lax.cond(is_used, run, skip, rows_PD, bodies[index]))
-    return jnp.concatenate(outs)
+        y_PD = jax.lax.fori_loop(begin_A[a], end_A[a], run_block, y_PD)
+    return y_PD
 
 
 @jax.tree_util.register_dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from composable.kernels import (
     gather_rows,
     grouped_swiglu,
     make_dispatch,
-    swiglu_by_block,
+    swiglu_of_few,
 )
 from composable.model.backbone import FeedForwardFn
 from composable.model.body import MATRICES, SlotMatrices
@@ -99,6 +98,13 @@ def _trace_mix(
     return predict_mix(parts, reading, state, is_drawn)
 
 
+class Bodies(NamedTuple):
+    """The slots of some experts, as arrays of their own."""
+
+    expert_A: jax.Array  # entry of each; E where it stands for none and is not read
+    slots: tuple[tuple[SlotMatrices, ...], ...]
+
+
 class Reading(NamedTuple):
     """Results for some tokens before any body runs."""
 
@@ -130,7 +136,7 @@ def predict_mix(
     reading: Reading,
     state: MixState,
     is_drawn: IsDrawn = False,
-    bodies: Sequence[Sequence[SlotMatrices]] = (),
+    bodies: Bodies | None = None,
 ) -> tuple[jax.Array, jax.Array, MixState]:
     """Run the chosen bodies and predict: the second half of `trace_mix`.
 
@@ -139,9 +145,7 @@ def predict_mix(
         reading: What `read_mix` returned.
         state: The state that it returned.
         is_drawn: Whether the model drew the tokens.
-        bodies: For a single token: the slots of each expert chosen, in the order of bank entries,
-            and of as many others as are missing to the interface's `n_mixed`. Without them, bodies
-            are sliced out of the bank.
+        bodies: Those of all experts chosen; without them, bodies are sliced out of the bank.
 
     Returns:
         As `trace_mix`.
@@ -195,7 +199,7 @@ def choose_experts(parts: Parts, score_BTE: jax.Array) -> Choice:
 
 
 def _mixed_feed_forward(
-    parts: Parts, choice: Choice, bodies: Sequence[Sequence[SlotMatrices]] = ()
+    parts: Parts, choice: Choice, bodies: Bodies | None = None
 ) -> tuple[FeedForwardFn, Dispatch, list[jax.Array]]:
     """Return a feed-forward function that mixes the chosen experts.
 
@@ -222,9 +226,9 @@ def _mixed_feed_forward(
         bound = parts.interface.output_bounds[index]
         x_MD = x_BTD.reshape(batch * n_tokens, -1)
         x_PD = gather_rows(x_MD, dispatch)
-        if bodies:
-            own = [[body[index][name] for name in MATRICES] for body in bodies]
-            y_PD = swiglu_by_block(x_PD, own, dispatch)
+        if bodies is not None:
+            own = [[slots[index][name] for name in MATRICES] for slots in bodies.slots]
+            y_PD = swiglu_of_few(x_PD, own, bodies.expert_A, dispatch)
         else:
             slot = parts.bank.slots[index]
             y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)

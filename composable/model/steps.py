@@ -1,6 +1,6 @@
 """Steps of decoding: the programs that read tokens, and what the host decides between them.
 
-A token runs in two programs. The first runs the trunk and the router; the host reads which experts
+Tokens run in two programs. The first runs the trunk and the router; the host reads which experts
 were chosen, and passes their matrices to the second, which runs the upper layers. The second
 program is therefore the same whichever experts there are, reads nothing but what it multiplies, and
 does not grow with the bank. Inside one program a matrix would have to be sliced out of the bank,
@@ -33,7 +33,7 @@ from composable.model.composed import (
 )
 from composable.model.guard import Tally
 from composable.model.layers import KVCache
-from composable.model.mix import MixState, Reading, mix_state, predict_mix, read_mix, trace_mix
+from composable.model.mix import Bodies, MixState, Reading, mix_state, predict_mix, read_mix
 from composable.model.occupancy import empty_occupancy
 from composable.model.router import RouterState
 from composable.model.safe import (
@@ -48,6 +48,9 @@ from composable.model.safe import (
 
 # Tokens of a chunk; a prompt is read in chunks, and a path catches up in chunks.
 CHUNK: Final = 32
+# Experts that the tokens of a chunk may choose together before their bodies are sliced out of the
+# bank, which takes another program.
+_FEW: Final = 4
 # A chunk takes as long as about so many single tokens.
 _CHUNK_COST: Final = 4
 
@@ -93,7 +96,7 @@ class FlatParts:
         return flat
 
 
-class Bodies:
+class Entries:
     """The slots of each entry of a bank, as arrays of their own.
 
     Args:
@@ -121,8 +124,9 @@ class MixSteps:
     """
 
     def __init__(self, parts: Parts, cache_length: int) -> None:
-        self._flat, self._bodies = FlatParts(parts), Bodies(parts)
+        self._flat, self._entries = FlatParts(parts), Entries(parts)
         self._capacity = parts.bank.capacity
+        self._n_bodies = min(self._capacity, max(parts.interface.n_mixed, _FEW))
         self._state = mix_state(parts, 1, cache_length)
 
     @property
@@ -140,23 +144,25 @@ class MixSteps:
         Returns:
             Logits of the next token, shape V, and the router weights for it, shape E.
         """
-        if tokens_BT.shape[1] > 1:
-            logits_V, weight_E, self._state = _read_chunk(
-                self._flat, tokens_BT, self._state, is_drawn
-            )
-            return logits_V, weight_E
         caches = self._state.caches
         assert caches is not None
         lower = self._state._replace(caches=caches._replace(upper=()))
-        reading, lower = _read_token(self._flat, tokens_BT, lower, is_drawn)
-        chosen = np.sort(np.asarray(reading.choice.expert_BTJ[0, 0]))
-        # An index of no expert stands for a body that is not run.
-        bodies = tuple(self._bodies[int(e) if e < self._capacity else 0] for e in chosen)
+        reading, lower = _read(self._flat, tokens_BT, lower, is_drawn)
+        chosen = np.unique(np.asarray(reading.choice.expert_BTJ))
+        bodies = self._gather(chosen[chosen < self._capacity].tolist())
         trunk = lower.caches.trunk
         upper = lower._replace(caches=lower.caches._replace(trunk=(), upper=caches.upper))
-        logits_V, weight_E, upper = _predict_token(self._flat, reading, upper, is_drawn, bodies)
+        logits_V, weight_E, upper = _predict(self._flat, reading, upper, is_drawn, bodies)
         self._state = upper._replace(caches=upper.caches._replace(trunk=trunk))
         return logits_V, weight_E
+
+    def _gather(self, experts: list[int]) -> Bodies | None:
+        """Return the bodies of experts, always as many; None if they are too many."""
+        missing = self._n_bodies - len(experts)
+        if missing < 0:
+            return None
+        expert_A = np.array([*experts, *[self._capacity] * missing], np.int32)
+        return Bodies(expert_A, tuple(self._entries[e] for e in [*experts, *[0] * missing]))
 
 
 class _Path(NamedTuple):
@@ -192,7 +198,7 @@ class SafeSteps:
 
     def __init__(self, parts: Parts, cache_length: int) -> None:
         interface, capacity = parts.interface, parts.bank.capacity
-        self._flat, self._bodies, self._backbone = FlatParts(parts), Bodies(parts), parts.backbone
+        self._flat, self._entries, self._backbone = FlatParts(parts), Entries(parts), parts.backbone
         # Paths are numbered in the order of their experts' keys, as in `safe.py`.
         self._entry_of = np.argsort(np.asarray(parts.bank.key_E), kind="stable").tolist()
         self._n_awake = 1 + min(interface.top_k, capacity - 1)
@@ -239,7 +245,7 @@ class SafeSteps:
 
     def _run_path(self, path: int, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return a path's log-probabilities and whether they are finite, after it caught up."""
-        slots = self._bodies[self._entry_of[path]]
+        slots = self._entries[self._entry_of[path]]
         caches, n_filled = self._paths.get(path) or _Path(
             tuple(self._empty_caches(self._backbone.cfg.slots)), 0
         )
@@ -271,27 +277,19 @@ class SafeSteps:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _read_chunk(
-    flat: FlatParts, tokens_BT: jax.Array, state: MixState, is_drawn: jax.Array
-) -> tuple[jax.Array, jax.Array, MixState]:
-    logits_BTV, weight_BTE, state = trace_mix(flat.parts, tokens_BT, state, is_drawn)
-    return logits_BTV[0, -1], weight_BTE[0, -1], state
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def _read_token(
+def _read(
     flat: FlatParts, tokens_BT: jax.Array, state: MixState, is_drawn: jax.Array
 ) -> tuple[Reading, MixState]:
     return read_mix(flat.parts, tokens_BT, state, is_drawn)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _predict_token(
+def _predict(
     flat: FlatParts,
     reading: Reading,
     state: MixState,
     is_drawn: jax.Array,
-    bodies: tuple[tuple[SlotMatrices, ...], ...],
+    bodies: Bodies | None,
 ) -> tuple[jax.Array, jax.Array, MixState]:
     logits_BTV, weight_BTE, state = predict_mix(flat.parts, reading, state, is_drawn, bodies)
     return logits_BTV[0, -1], weight_BTE[0, -1], state

@@ -9,7 +9,7 @@ import pytest
 from composable.model import bank as banks
 from composable.model.bank import view_entry
 from composable.model.mix import mix_state, trace_mix
-from composable.model.steps import CHUNK, MixSteps, SafeSteps, _predict_token, _read_token
+from composable.model.steps import CHUNK, MixSteps, SafeSteps, _predict, _read
 
 # Cached attention sums over the whole cache, masked, where a full pass sums over the blocks in use;
 # logits are of order 5.
@@ -75,24 +75,25 @@ def matrices_made(compiled, shape):
     return [name for name in found if name not in ALIASES]
 
 
-def compile_halves(model):
+def compile_halves(model, n_tokens=1):
     """Return the two programs that read a token in mix mode."""
     steps = MixSteps(model.parts, 128)
-    tokens_BT, state = np.zeros((1, 1), np.int32), steps._state
+    tokens_BT, state = np.zeros((1, n_tokens), np.int32), steps._state
     lower = state._replace(caches=state.caches._replace(upper=()))
     upper = state._replace(caches=state.caches._replace(trunk=()))
-    read = _read_token.lower(steps._flat, tokens_BT, lower, True)
+    read = _read.lower(steps._flat, tokens_BT, lower, True)
     reading, _ = read.out_info
-    bodies = (steps._bodies[1], steps._bodies[2])
-    predict = _predict_token.lower(steps._flat, reading, upper, True, bodies)
+    bodies = steps._gather([1, 2])
+    predict = _predict.lower(steps._flat, reading, upper, True, bodies)
     return read.compile(), predict.compile()
 
 
-def test_a_decoded_token_copies_no_matrix(tiny, experts):
+@pytest.mark.parametrize("n_tokens", [1, 8])
+def test_no_matrix_is_copied(tiny, experts, n_tokens):
     """Inside one program the bodies would be sliced out of the bank first."""
     model = tiny.model(*experts)
     shape = (tiny.cfg.d_model, tiny.cfg.d_ff)
-    for program in compile_halves(model):
+    for program in compile_halves(model, n_tokens):
         assert matrices_made(program, shape) == []
     state = mix_state(model.parts, 1, 128)
     whole = jax.jit(trace_mix).lower(model.parts, np.zeros((1, 1), np.int32), state).compile()
