@@ -48,7 +48,7 @@ from composable.model.scout import Scout
 from composable.workflows.import_backbone import load_checkpoint
 from tests.support.parity import parts_of
 
-N_DRAWN: Final = 32
+N_DRAWN: Final = 24
 N_READ: Final = 512
 LENGTH: Final = 1024
 RANK: Final = 16
@@ -149,7 +149,7 @@ def load() -> tuple[Parts, Any, np.ndarray, np.ndarray]:
     """Return the model, its tokenizer, a prompt, and a text of `N_READ` tokens."""
     source = open_source(find_gguf())
     tokenizer = make_tokenizer(source)
-    prompt_T = tokenizer.encode(PROMPT + ". " + PROMPT)
+    prompt_T = tokenizer.encode(PROMPT)
     text_T = np.resize(prompt_T, N_READ)
     return parts_of(load_checkpoint(Checkpoint(source))), tokenizer, prompt_T, text_T
 

@@ -162,7 +162,9 @@ class MixSteps:
         if missing < 0:
             return None
         expert_A = np.array([*experts, *[self._capacity] * missing], np.int32)
-        return Bodies(expert_A, tuple(self._entries[e] for e in [*experts, *[0] * missing]))
+        return Bodies(
+            jnp.asarray(expert_A), tuple(self._entries[e] for e in [*experts, *[0] * missing])
+        )
 
 
 class _Path(NamedTuple):
