@@ -27,6 +27,12 @@ _OTHERS: Final = (
     (b"\x1f\x8b", "compressed with gzip", "unpack it with `gunzip`"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it with `unzstd`"),
     (b"PK\x03\x04", "a zip archive", "unpack it with `unzip`"),
+    (b"\xfd7zXZ\x00", "compressed with xz", "unpack it with `unxz`"),
+    *(
+        (b"BZh%d1AY&SY" % level, "compressed with bzip2", "unpack it with `bunzip2`")
+        for level in range(1, 10)
+    ),
+    (b"%PDF-", "a PDF document", "extract its text, for example with `pdftotext`"),
 )
 
 

@@ -1,7 +1,9 @@
 """Incoming text: what is read, what is refused, and what the cure is."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,9 @@ def test_a_byte_order_mark_is_no_text():
         (b"\xfe\xff" + WORDS.encode("utf-16-be"), "UTF-16", "iconv -f UTF-16"),
         (WORDS.encode("utf-32"), "UTF-32", "iconv -f UTF-32"),
         (gzip.compress(WORDS.encode()), "gzip", "gunzip"),
+        (bz2.compress(WORDS.encode()), "bzip2", "bunzip2"),
+        (lzma.compress(WORDS.encode()), "xz", "unxz"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "PDF", "pdftotext"),
         ("naïve".encode("latin-1"), "not UTF-8 at byte 2", "iconv -f LATIN1"),
         (WORDS.encode()[:9], "ends inside a character", "cut text between characters"),
         (b"a\xed\xa0\xbe", "not UTF-8 at byte 1", "save it as UTF-8"),

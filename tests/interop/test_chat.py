@@ -111,6 +111,7 @@ def test_there_is_no_markup_without_a_template():
             CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>"),
             "not all written in the same way",
         ),
+        ("{{ [''] * 999 + ['x'] | random }}" + CHATML, "No filter named 'random'"),
         ("{{ messages.__class__.__base__.__subclasses__() }}" + CHATML, "unsafe"),
         ("{{ '\\ud800' }}" + CHATML, "surrogates not allowed"),
         ("x" * (1 << 16) + CHATML, "at most 65,536"),
