@@ -56,10 +56,10 @@ def train(loaded: LoadedBackbone, features: Features, seed: int) -> Scout:
     ).scout
 
 
-def noised(scout: Scout, amount: float) -> Scout:
+def noised(scout: Scout, amount: float, seed: int = 0) -> Scout:
     """Return a copy with noise on every tensor, as large as this share of its deviation."""
     graph, state = nnx.split(scout)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return nnx.merge(
         graph, jax.tree.map(lambda x: x + amount * x.std() * rng.normal(size=x.shape), state)
     )

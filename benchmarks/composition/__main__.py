@@ -1,6 +1,6 @@
 """Do experts that never met work together, and does anything get worse? Beside every known rival.
 
-    python -m benchmarks.composition --preset smoke|cpu|gpu [--json FILE] [--docs FOLDER]
+    python -m benchmarks.composition --preset smoke|ensembles|cpu|gpu [--json FILE] [--docs FOLDER]
 
 Every contributor is a confined process that sees its own text and the backbone (see
 `composition_contributor`); every rival is in `composition_methods`. What was done is kept in a run
@@ -22,6 +22,7 @@ from benchmarks.composition import methods as methods
 from benchmarks.composition.page import write_docs
 from benchmarks.composition.questions import (
     adversarial,
+    copies,
     generations,
     growth,
     hostile,
@@ -32,6 +33,7 @@ from benchmarks.composition.report import report
 from benchmarks.composition.rivals import (
     isolated_methods,
     path_methods,
+    plain_methods,
     reference,
     router_ablations,
 )
@@ -46,6 +48,7 @@ QUESTIONS: Final[tuple[Callable[[Community], None], ...]] = (
     unequal,
     generations,
     adversarial,
+    copies,
 )
 
 PRESETS: Final[Mapping[str, Preset]] = {
@@ -76,6 +79,21 @@ PRESETS: Final[Mapping[str, Preset]] = {
         adversarial=10_000,
         is_full=True,
     ),
+    # The rivals that come nearest to us, and copied scouts, in a fraction of the time; the demo's
+    # domains and training.
+    "ensembles": Preset(
+        backbone="tiny-bytes",
+        domains=("python-code", "set-mm", "legal"),
+        novel="german",
+        seeds=(0,),
+        steps=200,
+        rows=4,
+        documents=8,
+        growth=(),
+        adversarial=0,
+        is_full=False,
+        is_short=True,
+    ),
     "gpu": Preset(
         backbone="small-bytes",
         domains=(
@@ -98,8 +116,9 @@ PRESETS: Final[Mapping[str, Preset]] = {
 
 def score_methods(c: Community) -> None:
     """Fill the cells of every method on one seed; on the first, of the router's ablations too."""
-    cells = {**path_methods(c), **isolated_methods(c)}
-    if c.is_first:
+    is_short = c.run.preset.is_short
+    cells = {**path_methods(c), **(plain_methods(c) if is_short else isolated_methods(c))}
+    if c.is_first and not is_short:
         cells |= router_ablations(c)
     c.run.fill(c.seed, cells)
     for name, expert in zip(c.names, c.plugged, strict=True):
@@ -125,7 +144,8 @@ def score_everything(run: Run) -> None:
 
     run.map([partial(score_methods, first), prepare])
     run.map([partial(score_methods, c) for c in later])
-    run.map([partial(ask, first) for ask in QUESTIONS])
+    questions = [copies] if run.preset.is_short else QUESTIONS
+    run.map([partial(ask, first) for ask in questions])
 
 
 def main() -> None:

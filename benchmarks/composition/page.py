@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.composition.plots import plot_methods, plot_questions
+from benchmarks.composition.questions import COPY_MODES
 from benchmarks.demo_seeds import fill
 
 if TYPE_CHECKING:
@@ -56,6 +57,25 @@ def write_docs(run: Run, result: Mapping[str, Any], folder: Path) -> None:
             [
                 (k, f"{v['taken']:.4%}", *_percents(v["mix"]), *_percents(v["safe"]))
                 for k, v in result["hostile"].items()
+            ],
+        ),
+        "copies": _table(
+            (
+                *("copies", "their scouts"),
+                *(f"{group}, {mode}" for mode in COPY_MODES for group in (domains[0], "public")),
+            ),
+            [
+                (
+                    count,
+                    kind,
+                    *(
+                        f"{row[mode][group]:+.2%}"
+                        for mode in COPY_MODES
+                        for group in (domains[0], "public")
+                    ),
+                )
+                for kind, by_count in result["copies"].items()
+                for count, row in by_count.items()
             ],
         ),
         "unequal": _table(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,13 +18,22 @@ from flax import nnx
 from benchmarks.composition import methods as methods
 from benchmarks.composition.rivals import DENSE_RATES, train_dense
 from benchmarks.composition.run import PUBLIC, SPLICED, Community, Make, Step, contribute
+from benchmarks.scout_correlation import noised
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert, make_expert
 from composable.kernels import default_block
 from composable.model.model import Model, Pluggable
+from composable.model.scout import Scout
 from composable.packaging.manifests.manifest import Manifest
+from composable.training.data import token_stream
+from composable.training.scouts import Features, train_scout
 from composable.workflows.train import expert_config
-from composable.workflows.trunk_cache import count_trunk_parameters, count_upper_parameters
+from composable.workflows.trunk_cache import (
+    count_trunk_parameters,
+    count_upper_parameters,
+    cut_rows,
+    trunk_features,
+)
 
 
 def peers(c: Community) -> None:
@@ -162,6 +171,57 @@ def hostile(c: Community) -> None:
         c.run.fill(c.seed, cells, texts)
     traced = {f"hostile, weights, {k}": partial(step, g, "mix", True) for k, g in guests.items()}
     c.run.fill(c.seed, traced, [PUBLIC])
+
+
+# How many copies are installed, in which modes, and how a copied scout is disguised.
+COPIES: Final = (1, 8)
+COPY_MODES: Final = ("mix", "safe")
+COPY_NOISES: Final = (0.1,)
+# Copies are trained on for so many steps, on so many tokens of the copied expert's own text.
+_COPY_STEPS: Final = 32
+_COPY_TOKENS: Final = 65_536
+
+
+def copies(c: Community) -> None:
+    """Fill the cells of both modes with copies of the first contributor's scout, one and eight.
+
+    Their body is that expert's with every matrix negated, which is harmful and stays within the
+    interface's bounds. Their keys come before all others, as an author can arrange, so that exact
+    ties go to them.
+    """
+    run, victim = c.run, c.plugged[0]
+    graph, state = nnx.split(victim.body)
+    body = nnx.merge(graph, jax.tree.map(jnp.negative, state))
+
+    @cache
+    def features() -> Features:
+        stream_T = token_stream(run.text(c.names[0], "train"), run.release.tokenizer)
+        rows_BT = cut_rows(stream_T, expert_config(1).window, _COPY_TOKENS)
+        return trunk_features(run.release.backbone, rows_BT)
+
+    def trained_on(seed: int) -> Scout:
+        return train_scout(victim.scout, features(), steps=_COPY_STEPS, seed=seed).scout
+
+    kinds: dict[str, Callable[[int], Scout]] = {"the same": lambda seed: victim.scout}
+    for noise in COPY_NOISES:
+        kinds[f"{noise:.0%} of noise"] = partial(noised, victim.scout, noise)
+    kinds[f"trained on for {_COPY_STEPS} steps"] = trained_on
+
+    def step(kind: str, count: int, mode: str) -> Step:
+        guests = [
+            Pluggable(name=f"guest-{i}", body=body, scout=kinds[kind](i), key=1 + i)
+            for i in range(count)
+        ]
+        return methods.shipped(c.plug([*c.plugged, *guests]).parts, mode)
+
+    cells = {
+        f"copies, {mode}, {count}, {kind}": partial(step, kind, count, mode)
+        for mode in COPY_MODES
+        for kind in kinds
+        for count in (0, *COPIES)
+        if count or kind == "the same"
+    }
+    run.fill(c.seed, cells, [c.names[0], PUBLIC])
 
 
 def adversarial(c: Community) -> None:

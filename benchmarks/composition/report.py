@@ -21,8 +21,18 @@ if TYPE_CHECKING:
     from benchmarks.composition.run import Run
 
 # Cells that are no methods of their own: parts of some, and answers to questions.
-_PARTS: Final = ("paths", "mix weights", "safe weights", "c-btm weights", "alone, ")
-_ANSWERS: Final = ("router, ", "without ", "hostile, ", "unequal, ", "growth ", "second, ")
+_PARTS: Final = (
+    *("paths", "btm-scouts costs", "mix weights", "safe weights", "c-btm weights", "alone, "),
+)
+_ANSWERS: Final = (
+    "router, ",
+    "without ",
+    "hostile, ",
+    "unequal, ",
+    "growth ",
+    "second, ",
+    "copies, ",
+)
 # From here on an expert is trusted.
 TRUSTED: Final = 0.5
 
@@ -38,6 +48,9 @@ TUNED: Final = (
     "dume",
     "c-btm",
     "btm",
+    "btm-prior",
+    "btm-scouts",
+    "btm-scouts-prior",
     "dense",
 )
 # References that see everybody's text.
@@ -56,19 +69,23 @@ def derived(run: Run, load: Callable[[str], Nats]) -> dict[str, Nats]:
     def total(cost: Callable[[str, np.ndarray], np.ndarray]) -> Nats:
         return {g: run.rows[g].total(cost(g, c)) for g, c in paths.items()}
 
-    found = {
-        f"btm posterior, discount {d}": total(
-            lambda _, c, d=d: methods.ensemble(c, methods.posterior(c, d, even_E))
+    found, with_scouts = {}, load("btm-scouts costs")
+    rules = methods.ensemble_rules(run.release.interface.backbone_prior)
+    for index, (name, rule) in enumerate(rules.items()):
+        prior_E = methods.ensemble_prior(n, rule)
+        found[f"btm{name}"] = total(
+            lambda _, c, d=rule.discount, p=prior_E: methods.ensemble(c, methods.posterior(c, d, p))
         )
-        for d in (1.0, 0.98, 0.95, 0.9, 0.85)
-    }
+        found[f"btm-scouts{name}"] = {
+            g: run.rows[g].total(cost[..., index]) for g, cost in with_scouts.items()
+        }
     found["demix updating prior"] = total(
         lambda _, c: methods.ensemble(c, methods.demix_updating(c))
     )
     found["btm uniform"] = total(
         lambda _, c: methods.ensemble(c, np.log(np.broadcast_to(even_E, c.shape)))
     )
-    for name in ("0.01", "0.1"):
+    for name in () if run.preset.is_short else ("0.01", "0.1"):
         weight = load(f"c-btm weights {name}")
         found[f"c-btm temperature {name}"] = total(
             lambda g, c, w=weight: methods.ensemble(c, np.log(np.maximum(w[g], 1e-30)))
@@ -237,6 +254,7 @@ def report(run: Run) -> dict[str, Any]:
         "switching": switching(run),
         "hostile": hostile(first, run),
         "adversarial": adversarial(run),
+        "copies": copies(first),
         "unequal": unequal(first),
         "growth": growth(run, first),
         "cost": _growth_costs(run).get("all", {}),
@@ -315,6 +333,20 @@ def hostile(table: Table, run: Run) -> dict[str, Any]:
         index = sorted([*table.domains, "guest"]).index("guest") + 1
         mask_NT = run.rows["public"].mask_NT[: len(weight_NTE)]
         row["taken"] = round(float(weight_NTE[..., index][mask_NT].mean()), 6)
+    return found
+
+
+def copies(table: Table) -> dict[str, Any]:
+    """Return what copies of a scout cost the copied expert's text and public text, by mode."""
+    found: dict[str, Any] = {}
+    victim = table.domains[0]
+    for name in table.nats:
+        if name.startswith("copies, "):
+            _, mode, count, kind = name.split(", ", 3)
+            if count != "0":
+                base = f"copies, {mode}, 0, the same"
+                row = found.setdefault(kind, {}).setdefault(count, {})
+                row[mode] = {g: _change(table, name, base, g) for g in (victim, "public")}
     return found
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from benchmarks.composition import methods as methods
 from benchmarks.composition.contributor import SCOUTS
 from benchmarks.composition.run import PUBLIC_TEXT, Community, Make, Step
-from composable.interface import DiscountedRecord, SwitchingFilter, byte_router
+from composable.interface import DiscountedRecord, SwitchingFilter
 from composable.model.body import MATRICES
 from composable.training.data import batches, token_stream
 from composable.training.loop import fit
@@ -28,13 +28,23 @@ from composable.workflows.train import expert_config
 from composable.workflows.trunk_cache import cut_rows
 
 
+def plain_methods(community: Community) -> dict[str, Make]:
+    """Return the backbone alone and our two modes, as cells that score every target."""
+    c = community
+    return {
+        "backbone": lambda: methods.path(c.run.release.backbone, methods.entry(c.stack, 0)),
+        "mix": lambda: methods.shipped(c.model.parts, "mix"),
+        "safe": lambda: methods.shipped(c.model.parts, "safe"),
+    }
+
+
 def isolated_methods(community: Community) -> dict[str, Make]:
     """Return every method whose contributors never met, as cells that score every target."""
     c, release = community, community.run.release
     backbone, n = release.backbone, len(community.names) + 1
     is_full = c.is_full
     made: dict[str, Make] = {
-        "backbone": lambda: methods.path(backbone, methods.entry(c.stack, 0)),
+        **plain_methods(c),
         "random": lambda: methods.mixture(backbone, c.stack, methods.Random(jnp.ones(n))),
         "uniform": lambda: methods.mixture(backbone, c.stack, methods.Constant(jnp.full(n, 1 / n))),
         "average": lambda: methods.path(backbone, methods.average(c.stack)),
@@ -57,8 +67,6 @@ def isolated_methods(community: Community) -> dict[str, Make]:
         gates[f"dume temperature {temperature}"] = _ridge(c, temperature)
     for name, gate in gates.items():
         made[name] = lambda gate=gate: methods.mixture(backbone, c.stack, gate)
-    made["mix"] = lambda: methods.shipped(c.model.parts, "mix")
-    made["safe"] = lambda: methods.shipped(c.model.parts, "safe")
     return made
 
 
@@ -269,16 +277,20 @@ def path_methods(community: Community) -> dict[str, Make]:
     """Return what methods that mix probabilities of whole paths need, as cells of shape NTE."""
     c, backbone = community, community.run.release.backbone
     made: dict[str, Make] = {"paths": lambda: methods.all_paths(backbone, c.stack)}
-    for temperature in CLUSTER_TEMPERATURES:
+    for temperature in () if c.run.preset.is_short else CLUSTER_TEMPERATURES:
         made[f"c-btm weights {temperature}"] = lambda temperature=temperature: methods.weights(
             backbone, cluster_gate(c, temperature), len(c.names) + 1
         )
+    rules = methods.ensemble_rules(c.run.release.interface.backbone_prior)
+    made["btm-scouts costs"] = lambda: methods.ensembles(c.model.parts, list(rules.values()))
     return made
 
 
-# Mix mode's settings in versions 1.2.0 and 1.3.0 of the interface.
+# Mix mode's settings in earlier versions of the interface.
+_MARGINS: Final = dict(power=0.35, backbone_prior=0.2, max_expert_prior=0.1, margin=0.3, top_k=4)
+V1_4: Final[Mapping[str, Any]] = {"mix": SwitchingFilter(**_MARGINS, switch_rate=0.02, floor=0.1)}
 V1_3: Final[Mapping[str, Any]] = {
-    "mix": dataclasses.replace(byte_router().mix, floor=0.06),
+    "mix": SwitchingFilter(**_MARGINS, switch_rate=0.02, floor=0.06),
     "output_mixture": None,
 }
 V1_2: Final[Mapping[str, Any]] = {
@@ -320,7 +332,7 @@ def router_ablations(community: Community) -> dict[str, Make]:
         rules |= {f"power {power}": mix(power=power) for power in (0.2, 0.5)}
         rules |= {f"rate {rate}": mix(switch_rate=rate) for rate in (0.005, 0.04)}
         rules |= {f"prior {prior}": mix(backbone_prior=prior) for prior in (0.1, 0.5)}
-        rules |= {"version 1.3.0": V1_3, "version 1.2.0": V1_2}
+        rules |= {"version 1.4.0": V1_4, "version 1.3.0": V1_3, "version 1.2.0": V1_2}
         for discount in (0.9, 0.99, 1.0):
             rules[f"track records, discount {discount}"] = {**records, "discount": discount}
         rules["track records, prior 0.5"] = {**records, "backbone_prior": 0.5}

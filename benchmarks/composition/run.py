@@ -82,6 +82,7 @@ class Preset:
         is_full: Whether rivals and router are tried with many settings, on the first seed.
         has_scouts: Whether scouts of other kinds are trained, too, on the first seed.
         workers: Contributors, or cells, that are worked on at a time.
+        is_short: Whether only our modes and BTM's ensembles are scored, and copied scouts.
     """
 
     backbone: str
@@ -96,6 +97,7 @@ class Preset:
     is_full: bool
     has_scouts: bool = False
     workers: int = 1
+    is_short: bool = False
 
 
 class Run:
@@ -331,18 +333,28 @@ class Community:
         # Rivals whose contributors must train something more are compared on the first seed.
         asked = ["pooled", "unigram"] + ["phatgoose", "flex"] * self.is_first
         asked += ["scouts"] * self.has_scouts
+        asked *= not preset.is_short
         public = [part for part in asked if part in ("pooled", "unigram", "scouts")]
         jobs = {
             name: partial(contribute, run, seed, name, run.text(name, "train"), extras=asked)
             for name in preset.domains
         }
-        text = run.text(PUBLIC_TEXT, "train")
-        jobs[PUBLIC] = partial(contribute, run, seed, PUBLIC, text, extras=public, is_public=True)
+        if public:
+            jobs[PUBLIC] = partial(
+                contribute,
+                run,
+                seed,
+                PUBLIC,
+                run.text(PUBLIC_TEXT, "train"),
+                extras=public,
+                is_public=True,
+            )
         self.folders = dict(zip(jobs, run.map(list(jobs.values())), strict=True))
-        self.public = self.folders.pop(PUBLIC)
+        public_folders = [self.folders.pop(PUBLIC)] if public else []
         self.plugged = [load_expert(release, folder) for folder in self.folders.values()]
         self.names = list(self.folders)
-        self.extras = [extras_of(self.public), *map(extras_of, self.folders.values())]
+        # The public contributor's first, where it was asked for anything.
+        self.extras = [extras_of(folder) for folder in (*public_folders, *self.folders.values())]
 
     @cached_property
     def model(self) -> Model:

@@ -113,6 +113,17 @@ def test_an_ensemble_follows_who_predicted_better():
     assert updating[0, -1, 1] > 0.99
 
 
+def test_ensembles_are_the_arithmetic_on_every_path(model, stack, tokens):
+    """Without a scouts' share, which the tiny interface does not have."""
+    rules = methods.ensemble_rules(model.interface.backbone_prior)
+    found_NTK = run(methods.ensembles(model.parts, list(rules.values())), tokens)
+    every = run(methods.all_paths(model.parts.backbone, stack), tokens)
+    for index, rule in enumerate(rules.values()):
+        weight = methods.posterior(every, rule.discount, methods.ensemble_prior(3, rule))
+        expected = methods.ensemble(every, weight)
+        np.testing.assert_allclose(found_NTK[..., index], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_proxy_is_the_public_text_most_like_the_domain():
     rng = np.random.default_rng(0)
     mean_ED = np.array([[0.0, 0.0, 5.0], [3.0, 0.0, 5.0], [0.0, -3.0, 5.0]])

@@ -171,7 +171,7 @@ def byte_router() -> RouterSettings:
     """Return the settings for backbones whose tokens are bytes, chosen for `tiny-bytes`.
 
     References:
-        docs/results/demo.md and ADRs 9 and 11 to 13 give the reasons.
+        docs/results/demo.md and ADRs 9, 11 to 13 and 18 give the reasons.
 
     Example:
         >>> byte_router().mix.top_k
@@ -187,9 +187,9 @@ def byte_router() -> RouterSettings:
         mix=SwitchingFilter(
             power=0.35,
             backbone_prior=0.2,
-            switch_rate=0.02,
+            switch_rate=0.005,
             max_expert_prior=0.1,
-            margin=0.3,
+            margin=0.2,
             floor=0.1,
             top_k=4,
         ),

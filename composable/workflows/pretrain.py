@@ -73,7 +73,7 @@ PLANS: Final[Mapping[str, Plan]] = {
         # 11.5 M tokens, about one epoch of its text.
         Plan(
             name="tiny-bytes",
-            version="1.4.0",
+            version="1.5.0",
             shape=tiny_bytes(),
             training=TrainConfig(
                 steps=2800,
@@ -86,12 +86,14 @@ PLANS: Final[Mapping[str, Plan]] = {
             description="A byte-level causal transformer of 2.4 M parameters, trained on public-"
             "domain English (State of the Union addresses).",
             # 1.0.0, which had no switching filter, 1.1.0, with other settings of safe mode, 1.2.0,
-            # with other settings of mix mode, and 1.3.0, where scouts only routed.
+            # with other settings of mix mode, 1.3.0, where scouts only routed, and 1.4.0, with a
+            # larger margin and more frequent switches.
             honours=(
                 "sha256:236ae8c3446c0e6b563f18500350ca1ab716d4932e67c8b21beb6b80da94263c",
                 "sha256:b314d6ce3a42be41fefbec189dbbf169435a5c235375a7110b183c8d484f151f",
                 "sha256:e311c857757b089946b2d1e2fa575722d766a4ecc364265c6475fdd70f1dbba5",
                 "sha256:289a7c878785267ec9189775077677e1aa5b38cdf43e54f47af45059883d01cc",
+                "sha256:be6ad7bc31c1ac60f86edeada1848d6ba756cf53c9c0a8170d541b2ec9a6fa23",
             ),
         ),
         # 33 M tokens, three epochs: for one accelerator.
