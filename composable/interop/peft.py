@@ -39,14 +39,19 @@ _ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "use_dora": (None, False),
     "lora_bias": (None, False),
     "use_qalora": (None, False),
-    "modules_to_save": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "layer_replication": (None, []),
-    "megatron_config": (None, {}),
     **dict.fromkeys(
         (
+            "modules_to_save",
+            "target_parameters",
+            "trainable_token_indices",
+            "layer_replication",
             "alora_invocation_tokens",
+            "megatron_config",
+        ),
+        (None, [], {}),
+    ),
+    **dict.fromkeys(
+        (
             "arrow_config",
             "kasa_config",
             "monteclora_config",

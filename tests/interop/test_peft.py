@@ -243,6 +243,15 @@ def test_patterns_match_as_in_python(pattern):
     assert found.keys() == expected
 
 
+@pytest.mark.parametrize("empty", [[], {}, None])
+@pytest.mark.parametrize(
+    "field", ["trainable_token_indices", "modules_to_save", "alora_invocation_tokens", "new_thing"]
+)
+def test_a_field_that_names_nothing_changes_nothing(tmp_path, field, empty):
+    write_adapter(tmp_path, adapter_config(**{field: empty}), mlp(1, 2))
+    assert read_adapter(tmp_path, CFG).rank == 4
+
+
 def test_attention_cannot_be_carried_and_every_module_is_named(tmp_path):
     attention = [f"model.layers.{i}.self_attn.{x}_proj" for i in (1, 2) for x in "qv"]
     config = adapter_config(target_modules=[*MLP, "q_proj", "v_proj"])
