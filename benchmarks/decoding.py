@@ -313,10 +313,11 @@ def measure(cases: list[int], rounds: int, turns: int, reads: int) -> dict[str, 
     contenders: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "smollm2"
-        try:
-            save_smollm2(find_gguf(), folder)
-        except ModuleNotFoundError:
-            print("transformers: not installed", flush=True)
+        if turns:
+            try:
+                save_smollm2(find_gguf(), folder)
+            except ModuleNotFoundError:
+                print("transformers: not installed", flush=True)
         for _ in range(turns):
             for name in ("floor", "ours", "transformers", "llama_cpp"):
                 if name == "transformers" and not folder.exists():
@@ -351,9 +352,9 @@ NAMES: Final = {
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """Return Markdown by marker."""
-    rows = result["contenders"]
-    floor = rows["floor"]["tokens_per_second"]["best"]
+    """Return Markdown by marker, of what was measured."""
+    texts, rows = {}, result["contenders"]
+    floor = rows["floor"]["tokens_per_second"]["best"] if rows else 0.0
     alone = "| | tokens/s, best | median | of the floor | CPU ms per token | "
     alone += f"{N_READ} tokens read, tokens/s |\n|---|---|---|---|---|---|\n"
     for key, name in NAMES.items():
@@ -364,19 +365,22 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         cells = [name, speed["best"], speed["median"], f"{speed['best'] / floor:.0%}"]
         cells += [row.get("cpu_ms_per_token", "–"), row.get("tokens_per_second_read", "–")]
         alone += "| " + " | ".join(map(str, cells)) + " |\n"
-    cases = "| | paths or bodies per token | speed, of the backbone alone | by CPU time | "
-    cases += f"{N_READ} tokens read, of the backbone alone |\n|---|---|---|---|---|\n"
+    columns = {"speed": "speed, of the backbone alone", "speed_by_cpu": "by CPU time"}
+    if any("read_speed" in row for row in result["cases"]):
+        columns["read_speed"] = f"{N_READ} tokens read, of the backbone alone"
+    heads = ["", "bodies or paths per token", *columns.values()]
+    cases = "| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|\n"
     for row in result["cases"]:
-        cells = [row["name"], row["bodies"]]
-        cells += [
-            _cell(row[key]) if key in row else "–"
-            for key in ("speed", "speed_by_cpu", "read_speed")
-        ]
+        cells = [row["name"], row["bodies"], *(_cell(row[key]) for key in columns)]
         cases += "| " + " | ".join(map(str, cells)) + " |\n"
+    if rows:
+        texts["alone"] = alone
+    if result["cases"]:
+        texts["experts"] = cases
     machine = result["machine"]
     line = f"*{machine['cpu']}, Python {machine['python']}, jax {machine['jax']}; "
     line += f"load {machine['load'][0]}; {machine['date']}.*\n"
-    return {"alone": alone, "experts": cases, "machine": line}
+    return {**texts, "machine": line}
 
 
 def _cell(spread: dict[str, float]) -> str:
@@ -390,7 +394,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--docs", type=Path, help="folder whose decoding.md is filled in")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--turns", type=int, default=2, help="of the contenders")
+    parser.add_argument("--turns", type=int, default=2, help="of the contenders; 0 skips them")
     parser.add_argument("--reads", type=int, default=2, help="rounds of reading; 0 skips it")
     parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))))
     parser.add_argument("--child", help=argparse.SUPPRESS)
