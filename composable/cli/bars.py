@@ -1,24 +1,31 @@
-"""Progress bars of commands, on standard error if it is a terminal.
+"""Progress of commands, on standard error: bars on a terminal, plain lines elsewhere.
 
-Each function is a context that gives the callback that the library calls, or None with --quiet or
-without a terminal. How bars look is in `composable.progress`.
+Each function is a context that gives the callback that the library calls, or None with --quiet. How
+progress looks is in `composable.progress`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from composable.progress import ByteProgress, CountProgress, StageProgress, StepProgress, show_bars
+from composable.progress import (
+    ByteProgress,
+    CountProgress,
+    StageProgress,
+    TrainingProgress,
+    show_bars,
+)
 
+# Bars of the stages of training line up in this many columns.
+_STAGE_WIDTH = 14
 _BITS_PER_NAT = 1.4426950408889634
 
 
 @contextmanager
 def show_bytes(*, is_quiet: bool) -> Iterator[ByteProgress | None]:
     """Show a bar in bytes for each file while it is copied or fetched."""
-    if not _is_shown(is_quiet):
+    if is_quiet:
         yield None
         return
     with show_bars(counts_bytes=True) as update:
@@ -33,7 +40,7 @@ def show_bytes(*, is_quiet: bool) -> Iterator[ByteProgress | None]:
 @contextmanager
 def show_counts(label: str, *, is_quiet: bool) -> Iterator[CountProgress | None]:
     """Show one bar of units done and in all."""
-    if not _is_shown(is_quiet):
+    if is_quiet:
         yield None
         return
     with show_bars() as update:
@@ -44,7 +51,7 @@ def show_counts(label: str, *, is_quiet: bool) -> Iterator[CountProgress | None]
 @contextmanager
 def show_stages(*, is_quiet: bool) -> Iterator[StageProgress | None]:
     """Show a bar for every stage of a long task, as they start."""
-    if not _is_shown(is_quiet):
+    if is_quiet:
         yield None
         return
     with show_bars() as update:
@@ -52,14 +59,18 @@ def show_stages(*, is_quiet: bool) -> Iterator[StageProgress | None]:
 
 
 @contextmanager
-def show_training(*, is_quiet: bool) -> Iterator[StepProgress | None]:
-    """Show the steps of training with the newest figures."""
-    if not _is_shown(is_quiet):
+def show_training(*, is_quiet: bool) -> Iterator[TrainingProgress | None]:
+    """Show a bar for every stage of training, with the newest figures."""
+    if is_quiet:
         yield None
         return
     with show_bars() as update:
-        update("train", 0, None, "compiling")
-        yield lambda step, steps, figures: update("train", step, steps, format_figures(figures))
+
+        def progress(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            note = format_figures(figures) or ("" if done else "compiling")
+            update(stage.ljust(_STAGE_WIDTH), done, total, note)
+
+        yield progress
 
 
 def format_figures(figures: Mapping[str, float]) -> str:
@@ -75,7 +86,3 @@ def format_figures(figures: Mapping[str, float]) -> str:
     scout = f", scout {figures['scout_bits']:.3f}" if "scout_bits" in figures else ""
     speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
     return f"training text {bits:.3f} bits per token{scout}, {speed}"
-
-
-def _is_shown(is_quiet: bool) -> bool:
-    return not is_quiet and sys.stderr.isatty()

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import fit_interface
-from composable.progress import StepProgress
+from composable.progress import CountProgress, TrainingProgress
 from composable.training.config import TrainConfig
 from composable.training.data import batches, tapped_batches, token_stream
 from composable.training.loop import BatchIterator, Fitted, Objective, fit
@@ -48,7 +49,6 @@ from composable.training.scouts import (
     SCOUT_ROWS,
     Features,
     ScoutFit,
-    count_scout_steps,
     train_scout,
 )
 from composable.workflows.trunk_cache import (
@@ -116,7 +116,7 @@ def train_expert(
     *,
     parent: Pluggable | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    progress: StepProgress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> TrainingRecord:
     """Train the expert of a folder on text, and write its tensors there.
 
@@ -129,7 +129,8 @@ def train_expert(
         cfg: How to train.
         parent: The release that the expert derives from; training starts from its weights.
         optimizer: `muon(cfg)` by default.
-        progress: Called at every step.
+        progress: Called with the stage (the trunk, where its output is cached; body and scout;
+            features; scout alone), steps or positions done and in all, and the newest figures.
 
     Returns:
         The record of the run, as it is written to `training.json`.
@@ -151,7 +152,7 @@ def train_expert(
 
     start = time.perf_counter()
     expert = _make_start(loaded.backbone, manifest, cfg.seed, parent)
-    show = _of_total(progress, cfg.steps + count_scout_steps(plan.scout_steps))
+    show = progress or (lambda stage, done, total, figures: None)
     run = _Run(cfg=cfg, work=work, optimizer=optimizer or muon(cfg), progress=show)
     fit_parts = _fit_on_cached_trunk if plan.caches_trunk else _fit_on_stream
     fitted = fit_parts(loaded, expert, stream_M, run, plan)
@@ -172,7 +173,7 @@ class _Run:
     cfg: TrainConfig
     work: Path
     optimizer: optax.GradientTransformation
-    progress: StepProgress
+    progress: TrainingProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,16 +234,6 @@ def _make_start(
     return expert
 
 
-def _of_total(progress: StepProgress | None, total: int) -> StepProgress:
-    """Return a callback that reports steps out of those of all stages together."""
-
-    def show(step: int, _: int, row: Mapping[str, float]) -> None:
-        if progress:
-            progress(step, total, row)
-
-    return show
-
-
 def _fit_on_stream(
     loaded: LoadedBackbone, expert: Expert, stream_M: np.ndarray, run: _Run, plan: TrainingPlan
 ) -> _FittedExpert:
@@ -260,7 +251,7 @@ def _fit_on_stream(
     return _FittedExpert(
         expert=trained,
         history=fitted.history,
-        features=trunk_features(loaded.backbone, rows_BU),
+        features=trunk_features(loaded.backbone, rows_BU, _count(run.progress, "features")),
         seconds={"body": fitted.seconds},
     )
 
@@ -271,7 +262,8 @@ def _fit_on_cached_trunk(
     """Train on fixed rows, through which the trunk runs once."""
     cfg = run.cfg
     start = time.perf_counter()
-    rows = run_trunk(loaded, cut_rows(stream_M, cfg.window, cfg.tokens), run.work / "trunk")
+    rows_BU = cut_rows(stream_M, cfg.window, cfg.tokens)
+    rows = run_trunk(loaded, rows_BU, run.work / "trunk", _count(run.progress, "trunk"))
     trunk_seconds = time.perf_counter() - start
     data = tapped_batches(
         rows,
@@ -305,6 +297,7 @@ def _fit_expert(
 ) -> tuple[Expert, Fitted]:
     """Train body and scout together."""
     graph, params = nnx.split(expert)
+    run.progress("body and scout", 0, run.cfg.steps, {})
     fitted = fit(
         make_objective(graph),
         params,
@@ -313,19 +306,19 @@ def _fit_expert(
         run.cfg,
         optimizer=run.optimizer,
         directory=run.work,
-        progress=run.progress,
+        progress=partial(run.progress, "body and scout"),
     )
     trained: Expert = nnx.merge(graph, fitted.trained)
     return trained, fitted
 
 
 def _fit_scout(
-    fitted: _FittedExpert, cfg: TrainConfig, plan: TrainingPlan, progress: StepProgress
+    fitted: _FittedExpert, cfg: TrainConfig, plan: TrainingPlan, progress: TrainingProgress
 ) -> ScoutFit:
     """Run the scout-only steps."""
 
-    def show(step: int, _: int, row: Mapping[str, float]) -> None:
-        progress(cfg.steps + step, 0, {**fitted.last, "scout_bits": row["scout_bits"]})
+    def show(step: int, steps: int, row: Mapping[str, float]) -> None:
+        progress("scout alone", step, steps, {**fitted.last, "scout_bits": row["scout_bits"]})
 
     return train_scout(
         fitted.expert.scout,
@@ -334,6 +327,11 @@ def _fit_scout(
         seed=cfg.seed,
         progress=show,
     )
+
+
+def _count(progress: TrainingProgress, stage: str) -> CountProgress:
+    """Return a callback that reports what a stage has done, without figures."""
+    return lambda done, total: progress(stage, done, total, {})
 
 
 def _make_record(

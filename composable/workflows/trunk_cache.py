@@ -190,14 +190,22 @@ def compute_features(
     return _label_features(backbone, np.load(path, mmap_mode="r"), tokens_BU)
 
 
-def trunk_features(backbone: Backbone, tokens_BU: np.ndarray) -> Features:
+def trunk_features(
+    backbone: Backbone, tokens_BU: np.ndarray, progress: CountProgress | None = None
+) -> Features:
     """Return the trunk's features of rows of text, without a cache.
 
     Args:
         backbone: The model.
         tokens_BU: Rows of `window` + 1 tokens.
+        progress: Called with rows done and in all.
     """
-    feature_BTD = np.concatenate(list(_feature_batches(backbone, tokens_BU)))
+    batches: list[np.ndarray] = []
+    for batch_BTD in _feature_batches(backbone, tokens_BU):
+        batches.append(batch_BTD)
+        if progress:
+            progress(min(len(batches) * _FEATURE_ROWS, len(tokens_BU)), len(tokens_BU))
+    feature_BTD = np.concatenate(batches)
     return _label_features(backbone, feature_BTD, tokens_BU)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from composable import progress
 from composable.cli.output import format_table, note, note_warnings, show
 from composable.cli.routing import choose_format
 from composable.cli.use import _print_pieces
@@ -62,6 +63,25 @@ def test_a_bar_shows_its_label_as_text():
         update("evil \x1b]0;title\x07\u202e", 1, 2, "note \x1b[5m")
     assert "evil \\x1b]0;title\\x07\\u202e" in screen.getvalue()
     assert "note \\x1b[5m" in screen.getvalue()
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    seconds = iter([0, 4, 11, 12, 13, 24, 30, 31])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    log = io.StringIO()
+    with show_bars(console=Console(file=log, width=20)) as update:
+        for done in (0, 100, 200, 250):
+            update("body and scout  ", done, 300, f"note {done}\x1b[5m")
+        update("quick", 1, 1)  # at once, without any line
+        update("body and scout  ", 300, 300)
+        update("body and scout  ", 300, 300)
+    assert log.getvalue().splitlines() == [
+        "body and scout: 200/300, note 200\\x1b[5m",
+        "body and scout: 300/300",
+    ]
+    with show_bars(counts_bytes=True, console=Console(file=log)) as update:
+        update("weights", 2_500_000, None)
+    assert len(log.getvalue().splitlines()) == 2
 
 
 def test_generated_text_is_escaped_on_a_terminal_only(capsys, monkeypatch):

@@ -221,13 +221,20 @@ def test_a_killed_run_resumes_to_the_same_bytes(loaded, folder, texts, tmp_path,
         ),
     )
     straight = Path(shutil.copytree(folder, tmp_path / "straight"))
-    record = train_expert(loaded, straight, [texts], cfg)
+    done: dict[str, tuple[int, int]] = {}
+    record = train_expert(
+        loaded, straight, [texts], cfg, progress=lambda stage, *at: done.update({stage: at[:2]})
+    )
+    # Fits of 1, 2 and 9 steps of the scout are compared.
+    assert list(done) == ["trunk", "body and scout", "scout alone"]
+    assert done["body and scout"] == (200, 200)
+    assert done["scout alone"] == (12, 12)
     assert record.cache.flops_saved > 0
     assert record.scout.steps == 9
     assert set(record.step_seconds) == {"trunk", "body", "scout"}
 
-    def kill(step, steps, row):
-        if step == 120:
+    def kill(stage, step, steps, row):
+        if (stage, step) == ("body and scout", 120):
             raise KilledError
 
     with pytest.raises(KilledError):
