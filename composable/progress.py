@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Protocol, TextIO
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from composable.printable import printable
 
@@ -107,7 +107,7 @@ class _PlainLines:
         counts_bytes: Whether units are bytes.
     """
 
-    def __init__(self, file: TextIO, counts_bytes: bool) -> None:
+    def __init__(self, file: IO[str], counts_bytes: bool) -> None:
         self._file, self._counts_bytes = file, counts_bytes
         self._last: dict[str, float] = {}  # time of a label's last line, or of its start
         self._open: set[str] = set()  # labels with a line, but not yet their last one

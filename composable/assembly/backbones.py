@@ -100,8 +100,8 @@ def load_backbone(name: str) -> LoadedBackbone:
     config = parse_table(read_listed(folder, CONFIG_FILE), str(folder / CONFIG_FILE), ModelError)
     cfg = BackboneConfig.from_dict(config)
     check_listed(folder, WEIGHTS_FILE)
-    make = partial(_make, cfg, interface.n_classes)
-    expected = {name: _spec(name, shape) for name, shape in shapes_of(make).items()}
+    blank = nnx.eval_shape(partial(_make, cfg, interface.n_classes))
+    expected = {name: _spec(name, shape) for name, shape in shapes_of(blank).items()}
     tensors = TensorFile(folder / WEIGHTS_FILE, expected)
     tokenizer = _read_tokenizer(folder)
     for field, digest in {**digests(tensors, cfg), "tokenizer": tokenizer.digest}.items():
@@ -110,7 +110,7 @@ def load_backbone(name: str) -> LoadedBackbone:
                 f"the files have {digest}, but the interface names {getattr(interface, field)}",
                 where=f"{folder / INTERFACE_FILE}: {field}",
             )
-    return LoadedBackbone(folder, from_tensors(make, tensors), interface, tokenizer)
+    return LoadedBackbone(folder, from_tensors(blank, tensors), interface, tokenizer)
 
 
 def save_backbone(

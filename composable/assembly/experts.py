@@ -62,7 +62,8 @@ def load_expert(loaded: LoadedBackbone, folder: Path) -> Pluggable:
         **_prefixed("body", read_tensors(folder / BODY_FILE, body_spec)),
         **_prefixed("scout", read_tensors(folder / SCOUT_FILE, scout_spec)),
     }
-    expert = from_tensors(partial(make_expert, loaded.backbone, manifest), tensors)
+    make = partial(make_expert, loaded.backbone, manifest)
+    expert = from_tensors(nnx.eval_shape(make), tensors)
     # 32 bits of the manifest's digest: the same release has the same key everywhere.
     key = int(manifest.digest.removeprefix("sha256:")[:8], 16)
     return Pluggable(name=manifest.name, body=expert.body, scout=expert.scout, key=max(1, key))

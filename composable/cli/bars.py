@@ -6,6 +6,7 @@ progress looks is in `composable.progress`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -20,6 +21,19 @@ from composable.progress import (
 # Bars of the stages of training line up in this many columns.
 _STAGE_WIDTH = 14
 _BITS_PER_NAT = 1.4426950408889634
+
+
+@contextmanager
+def show_wait(what: str, *, is_quiet: bool = False) -> Iterator[None]:
+    """Show on a terminal what is waited for, in a line that disappears."""
+    is_shown = not is_quiet and sys.stderr.isatty()
+    if is_shown:
+        print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

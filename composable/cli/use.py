@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from composable.cli import bars
 from composable.cli.options import (
     Alone,
     Backbone,
@@ -34,6 +37,7 @@ from composable.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from composable.model.model import Model
+    from composable.model.text import Piece
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -70,11 +74,14 @@ def generate(
 ) -> None:
     """Generate text from a prompt, or from each prompt in a file.
 
-    With --prompts, prints one line of JSON per prompt, with the fields prompt and text.
+    With --prompts, prints one line of JSON per prompt, with the fields prompt and text; with
+    --show-routing, each prompt and its continuation as text.
     """
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("expected either PROMPT or --prompts FILE")
-    model = _load(backbone, experts, registry, is_alone)
+    with bars.show_wait("loading the model", is_quiet=as_json):
+        model = _load(backbone, experts, registry, is_alone)
+    display = choose_format(model.names, is_wanted=shows_routing)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -88,6 +95,10 @@ def generate(
     if prompts is not None:
         for text in _read_prompts(prompts):
             pieces = model.stream(text, max_tokens, **settings)
+            if shows_routing:
+                print(printable(text, keep="\n\t") if sys.stdout.isatty() else text, end="")
+                _print_pieces(pieces, display)
+                continue
             generated = "".join(piece.text for piece in pieces)
             print(printable_json({"prompt": text, "text": generated}), flush=True)
         return
@@ -99,7 +110,7 @@ def generate(
         text = "".join(entry["text"] for entry in traced)
         show("", {"prompt": prompt, "text": text, "pieces": traced}, as_json=True)
         return
-    _print_pieces(pieces, choose_format(model.names, is_wanted=shows_routing))
+    _print_pieces(pieces, display)
 
 
 @app.command()
@@ -125,7 +136,8 @@ def chat(
 
     Reads one turn per line from standard input.
     """
-    model = _load(backbone, experts, registry, is_alone)
+    with bars.show_wait("loading the model"):
+        model = _load(backbone, experts, registry, is_alone)
     conversation = model.converse(
         system,
         temperature=temperature,
@@ -149,14 +161,22 @@ def _load(
     return load(backbone, [] if is_alone else experts, registry=registry)
 
 
-def _print_pieces(pieces: Any, display: PieceFormat) -> None:
+def _print_pieces(pieces: Iterable[Piece], display: PieceFormat) -> None:
     """Print text as it is generated, formatted piece by piece; exactly, unless to a terminal."""
     is_terminal = sys.stdout.isatty()
-    for piece in pieces:
+    for piece in _await_first(pieces):
         text = printable(piece.text, keep="\n\t") if is_terminal else piece.text
         sys.stdout.write(display.piece(text, piece.weight_E))
         sys.stdout.flush()
     print(display.end())
+
+
+def _await_first(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield pieces, and show that the first one is waited for: its program may have to compile."""
+    waiting = iter(pieces)
+    with bars.show_wait("reading the prompt"):
+        first = list(itertools.islice(waiting, 1))
+    return itertools.chain(first, waiting)
 
 
 def _read_turn() -> str:

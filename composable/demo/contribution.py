@@ -6,6 +6,7 @@ What the process does is in `contributor.py`.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from rich.console import Console
-
 from composable.corpora.recipe import shipped_folder
 from composable.demo.result import PublishedExpert
 from composable.errors import TrainingError
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
-from composable.progress import UpdateBar, show_bars
+from composable.progress import UpdateBar
 
 # Bars of different steps line up in this many columns.
-LABEL_WIDTH: Final = 22
+LABEL_WIDTH: Final = 27
 _LOG_TAIL: Final = 2_000
 
 
@@ -39,6 +38,9 @@ class Contribution:
         steps: Training steps.
         seed: Seed of training.
         unreadable: Another contributor's text, which the process must not be able to read.
+        programs: Folder of programs that the backbone's owner compiled, which the process may
+            read and not write; without one, it compiles all programs itself.
+        n_threads: Threads that compute.
     """
 
     folder: Path
@@ -47,32 +49,30 @@ class Contribution:
     steps: int
     seed: int
     unreadable: Path
+    programs: Path | None = None
+    n_threads: int = 1
 
 
-def run_contribution(
-    contribution: Contribution, console: Console | None = None
-) -> tuple[PublishedExpert, int]:
+def run_contribution(contribution: Contribution, update: UpdateBar) -> tuple[PublishedExpert, int]:
     """Run a contributor in a process of its own and show its progress.
 
     Args:
         contribution: What it is started with; its folder must not exist.
-        console: Where progress is shown; standard error by default.
+        update: Moves the bar of a stage.
 
     Returns:
         The published expert, and the peak memory of the process in bytes.
 
     Raises:
-        TrainingError: If the process fails, or could read the other contributor's text.
+        TrainingError: If the process fails, could read the other contributor's text, or could
+            write to the folder of programs.
     """
     folder = contribution.folder
     _copy_sources(shipped_folder(folder.name), folder)
     published: dict[str, Any] = {}
     confined_by = ""
-    with (
-        show_bars(is_transient=False, console=console) as update,
-        _start_process(contribution) as lines,
-    ):
-        update(f"{folder.name}: train".ljust(LABEL_WIDTH), 0, contribution.steps, "starting")
+    with _start_process(contribution) as lines:
+        update(_label(folder.name, "body and scout"), 0, contribution.steps, "starting")
         for line in lines:
             event = json.loads(line)
             if event["event"] == "confined":
@@ -108,7 +108,9 @@ def _start_process(contribution: Contribution) -> Iterator[IO[str]]:
     command += [str(contribution.folder), str(contribution.backbone), str(contribution.registry)]
     command += [str(contribution.steps), str(contribution.seed), str(contribution.unreadable)]
     with (contribution.folder / "log.txt").open("w+") as log:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(contribution)
+        ) as process:
             assert process.stdout is not None
             yield process.stdout
         if process.returncode:
@@ -121,6 +123,22 @@ def _start_process(contribution: Contribution) -> Iterator[IO[str]]:
             )
 
 
+def _environment(contribution: Contribution) -> dict[str, str]:
+    """Return the environment of the process: its threads, and a cache that it does not write."""
+    programs = contribution.programs
+    settings = {
+        # The size of XLA's pool of threads on a CPU.
+        "NPROC": str(contribution.n_threads),
+        "JAX_ENABLE_COMPILATION_CACHE": str(programs is not None).lower(),
+        "JAX_COMPILATION_CACHE_DIR": str(programs or ""),
+        # Without a limit, reading takes no lock and notes no time of use.
+        "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "inf",
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+    }
+    return {**os.environ, **settings}
+
+
 def _describe_confinement(event: dict[str, Any], contribution: Contribution) -> str:
     """Return what confines the process, and the error that it got from another's text."""
     if event["refused"] is None:
@@ -128,12 +146,22 @@ def _describe_confinement(event: dict[str, Any], contribution: Contribution) -> 
             f"the process could read {contribution.unreadable}, another contributor's text",
             where=contribution.folder.name,
         )
+    if event["can_write_programs"]:
+        raise TrainingError(
+            f"the process could write to {contribution.programs}, which others read",
+            where=contribution.folder.name,
+        )
     return f"{event['mechanism']}; reading another contributor's text gave {event['refused']}"
 
 
 def _show_progress(update: UpdateBar, name: str, event: dict[str, Any]) -> None:
-    """Move the bar of training or checking."""
+    """Move the bar of a stage of training, or of checking."""
     bits = event.get("bits_per_token")
-    note = "" if bits is None else f"{bits:.2f} bits per byte"
-    label = f"{name}: {event['event']}".ljust(LABEL_WIDTH)
-    update(label, event["done"], event["total"], note)
+    note = "compiling" if not event["done"] else ""
+    if bits is not None:
+        note = f"{bits:.2f} bits per byte"
+    update(_label(name, event["stage"]), event["done"], event["total"], note)
+
+
+def _label(name: str, stage: str) -> str:
+    return f"{name}: {stage}".ljust(LABEL_WIDTH)

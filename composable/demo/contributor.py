@@ -1,7 +1,8 @@
 """One contributor of the demo: a process that can read its own text and the backbone, no more.
 
-It prints one JSON object per line: what it may not read, its progress, what it published. The
-process that starts it is in `contribution.py`.
+With the backbone come the programs that its owner compiled, in the folder that jax is configured
+to read them from. The process prints one JSON object per line: what it may not do, its progress,
+what it published. What starts it is in `contribution.py`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,17 @@ def main(arguments: list[str]) -> None:
     registry.mkdir(parents=True, exist_ok=True)
     # /dev/shm holds the semaphores of multiprocessing, which the curve writer uses.
     shared = [path for path in (Path("/dev/shm"),) if path.exists()]
-    mechanism = restrict(read=[*python_paths(), backbone], write=[folder, registry, *shared])
-    report("confined", mechanism=mechanism, refused=_try_to_read(others))
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    programs = [Path(compiled)] if compiled else []
+    mechanism = restrict(
+        read=[*python_paths(), backbone, *programs], write=[folder, registry, *shared]
+    )
+    report(
+        "confined",
+        mechanism=mechanism,
+        refused=_try_to_read(others),
+        can_write_programs=any(map(_can_write, programs)),
+    )
 
     from composable.assembly.backbones import load_backbone
     from composable.packaging.registry.locations import open_for_publishing
@@ -46,10 +56,10 @@ def main(arguments: list[str]) -> None:
         folder,
         [folder / "text"],
         cfg,
-        progress=lambda step, steps, row: report("train", done=step, total=steps, **row),
+        progress=lambda stage, done, total, row: _report_progress(stage, done, total, **row),
     )
     verdict = check_expert(
-        loaded, folder, progress=lambda done, total: report("check", done=done, total=total)
+        loaded, folder, progress=lambda done, total: _report_progress("check", done, total)
     )
     manifest = publish_expert(folder, loaded.interface, open_for_publishing(registry))
     report(
@@ -73,6 +83,10 @@ def report(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
 
+def _report_progress(stage: str, done: int, total: int, **figures: float) -> None:
+    report("progress", stage=stage, done=done, total=total, **figures)
+
+
 def _try_to_read(path: Path) -> str | None:
     """Return why a file cannot be read, or None if it can."""
     try:
@@ -80,6 +94,15 @@ def _try_to_read(path: Path) -> str | None:
     except OSError as error:
         return f"{type(error).__name__}: {error.strerror}"
     return None
+
+
+def _can_write(folder: Path) -> bool:
+    """Return whether a file can be made in a folder."""
+    try:
+        (folder / "written").touch()
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

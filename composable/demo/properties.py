@@ -7,8 +7,12 @@ barely change the model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +23,7 @@ from flax import nnx
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert, make_expert, save_expert
 from composable.corpora.documents import Document, Spliced
+from composable.corpora.recipe import shipped_folder
 from composable.demo.measure import HeldOutTexts, truncate_documents
 from composable.demo.result import Property
 from composable.errors import ComposableError
@@ -31,15 +36,30 @@ from composable.packaging.project.project import Project
 from composable.packaging.registry.locations import open_for_publishing
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
-from composable.progress import StageProgress
+from composable.progress import CountProgress, StageProgress
 from composable.vetting.evaluation import mix_scorer, safe_scorer, score_documents, trace_routing
 from composable.workflows.vet import check_expert
-from composable.workflows.workspace import WORK
+from composable.workflows.workspace import HELDOUT_FILE, WORK
 
 # Entries for the experts, the backbone and an adversarial expert: one compilation serves all.
 CAPACITY: Final = 8
 # An adversarial expert may change the bits of public text by less than this share.
 MAX_CHANGE: Final = 1e-3
+# The expert whose manifest and held-out text the adversarial one uses.
+_IMITATED: Final = "python-code"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """An adversarial expert, and the checks that it failed.
+
+    Args:
+        expert: The expert.
+        failed: Names of the checks.
+    """
+
+    expert: Pluggable
+    failed: tuple[str, ...]
 
 
 def show_properties(
@@ -48,6 +68,7 @@ def show_properties(
     project: Project,
     plugged: Sequence[Pluggable],
     texts: HeldOutTexts,
+    adversary: Adversary,
     *,
     progress: StageProgress | None = None,
 ) -> tuple[Property, ...]:
@@ -59,21 +80,31 @@ def show_properties(
         project: The user's project.
         plugged: Its experts.
         texts: The held-out texts.
+        adversary: What `vet_adversary` returned.
         progress: Called after each property with its name, properties done, and properties in all.
     """
     shows: dict[str, Callable[[], tuple[bool, str]]] = {
         "remove": lambda: _show_remove(loaded, plugged, texts.spliced),
         "reorder": lambda: _show_reorder(loaded, plugged, texts.spliced),
         "refuse": lambda: _show_refusal(folder, loaded.interface, project, plugged[0].name),
-        "withstand": lambda: _show_adversarial(folder, loaded, plugged, texts.public),
+        "withstand": lambda: _show_withstand(loaded, plugged, texts.public, adversary),
     }
-    properties = []
-    for name, show in shows.items():
-        passed, found = show()
-        properties.append(Property(name=name, passed=passed, found=found))
-        if progress:
-            progress(name, len(properties), len(shows))
-    return tuple(properties)
+    done, lock = itertools.count(1), threading.Lock()
+
+    def run(names: Sequence[str]) -> list[Property]:
+        properties = []
+        for name in names:
+            passed, found = shows[name]()
+            properties.append(Property(name=name, passed=passed, found=found))
+            with lock:
+                if progress:
+                    progress(name, next(done), len(shows))
+        return properties
+
+    # Side by side, except where two need the same compiled programs.
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, (("remove", "reorder"), ("refuse", "withstand")))
+    return (*first, *second)
 
 
 def _encode_texts(model: Model, spliced: Sequence[Spliced]) -> np.ndarray:
@@ -164,20 +195,32 @@ def _show_refusal(
     return False, f"{asked} was not refused"
 
 
-def _show_adversarial(
-    folder: Path,
+def vet_adversary(
+    folder: Path, loaded: LoadedBackbone, *, progress: CountProgress | None = None
+) -> Adversary:
+    """Make an adversarial expert, and vet it as if a contributor had sent it.
+
+    Args:
+        folder: Where it is written; its name is the expert's.
+        loaded: The backbone.
+        progress: As for `check_expert`.
+    """
+    source = shipped_folder(_IMITATED)
+    _write_adversarial(folder, source, loaded)
+    verdict = check_expert(loaded, folder, [source / "text" / HELDOUT_FILE], progress=progress)
+    failed = tuple(check.name for check in verdict.checks if not check.passed)
+    return Adversary(expert=load_expert(loaded, folder), failed=failed)
+
+
+def _show_withstand(
     loaded: LoadedBackbone,
     plugged: Sequence[Pluggable],
     public: Sequence[Document],
+    adversary: Adversary,
 ) -> tuple[bool, str]:
     """Plug in an adversarial expert: public text keeps its bits, and vetting refuses the expert."""
-    own = folder / "contributors" / "adversarial"
-    _write_adversarial(own, folder / "contributors" / plugged[0].name, loaded)
-    failed = [check.name for check in check_expert(loaded, own).checks if not check.passed]
-
     clean = loaded.plug(plugged, CAPACITY)
-    attacked = loaded.plug(plugged, CAPACITY)
-    attacked.install(load_expert(loaded, own))
+    attacked = loaded.plug([*plugged, adversary.expert], CAPACITY)
     documents = truncate_documents(public)
     change = {}
     for mode, scorer in (("mix", mix_scorer), ("safe", safe_scorer)):
@@ -186,14 +229,14 @@ def _show_adversarial(
             for model in (clean, attacked)
         )
         change[mode] = after / before - 1
-    index = attacked.names.index(own.name)
+    index = attacked.names.index(adversary.expert.name)
     routed = np.concatenate(trace_routing(attacked, documents))[:, index]
-    passed = max(map(abs, change.values())) < MAX_CHANGE and bool(failed)
+    passed = max(map(abs, change.values())) < MAX_CHANGE and bool(adversary.failed)
     return passed, (
         "an adversarial expert, with an untrained scout and a huge random body: "
         f"{routed.mean():.4%} of the public text is routed to it, whose bits change by "
         f"{change['mix']:+.4%} in mix mode and {change['safe']:+.4%} in safe mode; vetting refuses "
-        f"it ({', '.join(failed)})"
+        f"it ({', '.join(adversary.failed)})"
     )
 
 
@@ -202,10 +245,10 @@ def _write_adversarial(folder: Path, source: Path, loaded: LoadedBackbone) -> No
 
     Args:
         folder: Where; its name is the expert's.
-        source: The trained expert whose manifest and held-out text it gets.
+        source: The expert whose manifest it gets.
         loaded: The backbone.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True)
     manifest = dataclasses.replace(Manifest.read(source), name=folder.name)
     atomic.write_text(folder / EXPERT_FILE, manifest.to_toml())
     expert = make_expert(loaded.backbone, manifest, seed=1)
@@ -213,4 +256,3 @@ def _write_adversarial(folder: Path, source: Path, loaded: LoadedBackbone) -> No
     noise = jax.tree.map(lambda x: 100.0 * jax.random.normal(key, x.shape), nnx.state(expert.body))
     nnx.update(expert.body, noise)
     save_expert(folder, expert, manifest)
-    shutil.copytree(source / WORK, folder / WORK)

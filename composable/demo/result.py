@@ -67,6 +67,8 @@ class Measurements:
         public: Held-out text like the backbone's own.
         spliced: Texts that switch domain midway.
         recovery: Mean over the domains.
+        intervals: 95 % intervals of the claimed figures, for other documents of these kinds, in
+            the order of the claims; None in results that have none.
     """
 
     safe_bound: float
@@ -74,6 +76,7 @@ class Measurements:
     public: Bits
     spliced: Bits
     recovery: Recovery
+    intervals: tuple[tuple[float, float], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +101,14 @@ class Claim:
     Args:
         claim: The claim, in words.
         found: The figure, or what was found, in words.
-        holds: Whether the claim holds.
+        holds: Whether the claim holds; of a figure with an interval, all of it.
+        interval: 95 % interval of the figure, if it has one.
     """
 
     claim: str
     found: float | str
     holds: bool
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

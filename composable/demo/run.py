@@ -6,6 +6,7 @@ No mechanism is here: every step calls the library as a contributor or a user wo
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import resource
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from composable.assembly.backbones import LoadedBackbone, load_backbone
+from composable.assembly.compile_cache import use_compile_cache
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import Document, Spliced, read_documents, splice_documents
 from composable.corpora.recipe import shipped_folder
@@ -30,11 +33,12 @@ from composable.demo.contribution import LABEL_WIDTH, Contribution, run_contribu
 from composable.demo.figure import write_readme_figure
 from composable.demo.measure import PUBLIC, HeldOutTexts, list_claims, measure
 from composable.demo.page import write_report
-from composable.demo.properties import CAPACITY, show_properties
+from composable.demo.properties import CAPACITY, Adversary, show_properties, vet_adversary
 from composable.demo.result import DemoResult, PublishedExpert, write_result
 from composable.demo.table import print_table
 from composable.demo.trace import Trace
 from composable.errors import ComposableError
+from composable.files import atomic
 from composable.model.model import Model, Pluggable
 from composable.packaging.project.locking import lock_project
 from composable.packaging.project.project import Project
@@ -50,6 +54,12 @@ _SPLICED: Final = 8
 _SEGMENT_BYTES: Final = (256, 640)
 _SEGMENTS: Final = 4
 _MARK: Final = ".composable-demo"
+# Starts of texts of two domains, for the command that the demo ends with.
+_PROMPTS: Final = (
+    "import os\nimport sys\n\ndef main(",
+    "syl.1 $e |- ( ph -> ps ) $.\nsyl.2 $e |- ( ps -> ch ) $.\nsyl $p |- ",
+)
+_PROMPT_FILE: Final = "prompts.jsonl"
 
 
 def run_demo(
@@ -82,14 +92,18 @@ def run_demo(
     loaded = load_backbone(BACKBONE_NAME)
     texts = read_held_out(seed)
     costs = StepCosts()
-    experts = _contribute_all(console, folder, loaded.folder, steps, seed, costs)
+    with costs.record("contribute"):
+        experts, adversary, peak_bytes = _contribute_all(console, folder, loaded, steps, seed)
+    costs.memory["contribute"] = max(peak_bytes, costs.memory["contribute"])
     with costs.record("install"):
         project, plugged = _install(console, folder, loaded)
         model = loaded.plug(plugged, CAPACITY)
     with costs.record("measure"), _show_bar(console, "measure") as progress:
         measured = measure(model, texts, progress=progress)
     with costs.record("properties"), _show_bar(console, "properties") as progress:
-        properties = show_properties(folder, loaded, project, plugged, texts, progress=progress)
+        properties = show_properties(
+            folder, loaded, project, plugged, texts, adversary, progress=progress
+        )
     result = DemoResult(
         **vars(measured),
         properties=properties,
@@ -147,12 +161,13 @@ def print_result(console: Console, result: DemoResult, report: Path, project: Pa
             text = Text.assemble(("does not hold: ", "red"), f"{claim.claim}: {claim.found}")
             console.print(text, highlight=False)
     seconds = sum(result.seconds.values())
-    command = "composable generate 'def main(' --temperature 0.7"
+    command = f"composable generate --prompts {_PROMPT_FILE} --temperature 0.8 --show-routing"
     continued = f"cd {shlex.quote(str(project))} && {command}"
     for line in (
         f"\n{seconds:.0f} s, {result.peak_rss_bytes / 1e9:.1f} GB at most",
         f"Report: {report}",
-        f"Continue: {continued}",
+        "Continue a program and a theorem, coloured by expert:",
+        continued,
     ):
         # Not wrapped, so that paths and commands can be copied.
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -209,30 +224,57 @@ def _show_bar(console: Console, label: str) -> Iterator[StageProgress]:
 
 
 def _contribute_all(
-    console: Console, folder: Path, backbone: Path, steps: int, seed: int, costs: StepCosts
-) -> dict[str, PublishedExpert]:
-    """Run one contributor after another and return their experts by name."""
-    experts = {}
-    for name in CONTRIBUTORS:
-        other = next(other for other in CONTRIBUTORS if other != name)
-        contribution = Contribution(
+    console: Console, folder: Path, loaded: LoadedBackbone, steps: int, seed: int
+) -> tuple[dict[str, PublishedExpert], Adversary, int]:
+    """Run the contributors side by side, and vet an adversarial expert meanwhile.
+
+    That compiles the programs that the contributors need for their own checks. They read them from
+    the folder where this process keeps them, but cannot write there.
+
+    Returns:
+        Their experts by name, the adversarial one, and the peak memory of a process in bytes.
+    """
+    programs = use_compile_cache()
+    contributions = [
+        Contribution(
             folder=folder / "contributors" / name,
-            backbone=backbone,
+            backbone=loaded.folder,
             registry=folder / "registry",
             steps=steps,
             seed=seed,
             unreadable=shipped_folder(other) / "text" / "train.jsonl",
+            programs=programs.resolve() if programs and programs.is_dir() else None,
+            n_threads=max(1, _count_cores() // len(CONTRIBUTORS)),
         )
-        with costs.record(f"contribute {name}"):
-            expert, peak_bytes = run_contribution(contribution, console)
-        costs.memory[f"contribute {name}"] = peak_bytes
+        for name, other in zip(CONTRIBUTORS, (*CONTRIBUTORS[1:], CONTRIBUTORS[0]), strict=True)
+    ]
+    with (
+        show_bars(is_transient=False, console=console) as update,
+        ThreadPoolExecutor(len(contributions)) as pool,
+    ):
+        running = [pool.submit(run_contribution, each, update) for each in contributions]
+        label = "adversarial: check".ljust(LABEL_WIDTH)
+        adversary = vet_adversary(
+            folder / "contributors" / "adversarial",
+            loaded,
+            progress=lambda done, total: update(label, done, total),
+        )
+        published = [future.result() for future in running]
+    for name, (expert, _) in zip(CONTRIBUTORS, published, strict=True):
         console.print(
             f"  published {name} {expert.version}, {expert.size_bytes / 1e6:.1f} MB; "
             f"process confined by {expert.confined_by}",
             highlight=False,
         )
-        experts[name] = expert
-    return experts
+    experts = {name: expert for name, (expert, _) in zip(CONTRIBUTORS, published, strict=True)}
+    return experts, adversary, max(peak_bytes for _, peak_bytes in published)
+
+
+def _count_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _install(
@@ -247,6 +289,8 @@ def _install(
     lock = lock_project(project, loaded.interface)
     environment = sync_project(project, lock, interface=loaded.interface)
     plugged = [load_expert(loaded, environment.expert_path(e.name)) for e in lock.experts]
+    prompts = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in _PROMPTS)
+    atomic.write_text(root / _PROMPT_FILE, prompts)
     names = ", ".join(f"{expert.name} {expert.version}" for expert in lock.experts)
     console.print(f"  resolved, locked and installed {names}", highlight=False)
     return project, plugged

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 import jax.numpy as jnp
@@ -31,28 +31,29 @@ def to_tensors(module: nnx.Module, dtype: str = "F32") -> dict[str, np.ndarray]:
     return {_name(path): to_host(np.asarray(variable[...])) for path, variable in flat}
 
 
-def shapes_of(make: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a module's variables by name, without making its arrays.
+def shapes_of(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's variables by name.
 
     Args:
-        make: Makes the module.
+        module: Any module, such as one without arrays, from `nnx.eval_shape`.
     """
-    flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(make)))
+    flat = nnx.to_flat_state(nnx.state(module))
     return {_name(path): tuple(variable.get_value().shape) for path, variable in flat}
 
 
-def from_tensors(make: Callable[[], M], tensors: Mapping[str, np.ndarray]) -> M:
+def from_tensors(module: M, tensors: Mapping[str, np.ndarray]) -> M:
     """Return a module whose variables are the given arrays, in the dtypes that it declares.
 
     Args:
-        make: Makes a module of the right structure; only its shapes and dtypes are used.
+        module: A module of the right structure, such as one without arrays, from
+            `nnx.eval_shape`; only its shapes and dtypes are used.
         tensors: One array for every variable, and no others; each is read once, so a mapping that
             reads a file on demand holds one at a time.
 
     Raises:
         ModelError: For a missing or unknown name, or another shape.
     """
-    graph, state = nnx.split(nnx.eval_shape(make))
+    graph, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
     names = {_name(path) for path, _ in flat}
     for name in names ^ tensors.keys():

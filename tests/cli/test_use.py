@@ -108,6 +108,9 @@ def test_generate_continues_every_prompt_of_a_file(cli, works, project_of_noise,
     assert [entry["prompt"] for entry in made] == ["It was", "Then"]
     alone = works("generate", "Then", "--max-tokens", 8).out
     assert made[1]["text"] + "\n" == alone
+    routed = ("generate", "--prompts", "prompts.txt", "--max-tokens", 8, "--show-routing")
+    marked = works(*routed).out.replace("[backbone]", "").replace("[german]", "")
+    assert marked == "".join(f"{entry['prompt']}{entry['text']}\n" for entry in made)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "It was"}\n')
     again = works("generate", "--prompts", "prompts.jsonl", "--max-tokens", 8).out
     assert json.loads(again) == made[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from composable.assembly.backbones import LoadedBackbone
 from composable.demo.contribution import Contribution, run_contribution
 from composable.demo.result import DemoResult
 from composable.demo.run import CONTRIBUTORS, StepCosts, print_result, read_held_out, run_demo
@@ -29,7 +30,6 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_contributor_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:
-    out = io.StringIO()
     contribution = Contribution(
         folder=tmp_path / CONTRIBUTORS[0],
         backbone=tmp_path / "no-backbone",
@@ -38,10 +38,33 @@ def test_a_contributor_that_fails_is_reported_with_its_log(tmp_path: Path) -> No
         seed=0,
         unreadable=tmp_path / "other.jsonl",
     )
+    labels: list[str] = []
     with pytest.raises(TrainingError, match=r"(?s)ended with status 1.*no-backbone") as caught:
-        run_contribution(contribution, Console(file=out, width=80))
+        run_contribution(contribution, lambda label, *_, **__: labels.append(label.rstrip()))
     assert caught.value.where == CONTRIBUTORS[0]
-    assert f"{CONTRIBUTORS[0]}: train" in out.getvalue()
+    assert labels == [f"{CONTRIBUTORS[0]}: body and scout"]
+
+
+@pytest.mark.slow
+def test_a_contributor_reads_programs_and_cannot_write_them(
+    tmp_path: Path, loaded: LoadedBackbone
+) -> None:
+    """It starts, reports what confines it, and fails: the backbone is not the expert's."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    contribution = Contribution(
+        folder=tmp_path / CONTRIBUTORS[0],
+        backbone=loaded.folder,
+        registry=tmp_path / "registry",
+        steps=1,
+        seed=0,
+        unreadable=tmp_path / "other.jsonl",
+        programs=programs,
+    )
+    (tmp_path / "other.jsonl").write_text("text of another contributor")
+    with pytest.raises(TrainingError, match=r"(?s)ended with status 1.*tiny-bytes"):
+        run_contribution(contribution, lambda *_, **__: None)
+    assert not list(programs.iterdir())
 
 
 def test_spliced_texts_depend_on_the_seed_alone() -> None:
@@ -68,9 +91,9 @@ def test_the_printed_command_can_be_copied(tmp_path: Path) -> None:
     print_result(Console(file=out, width=80), result, tmp_path / "report.html", project)
     lines = out.getvalue().splitlines()
     assert f"Report: {tmp_path / 'report.html'}" in lines
-    command = lines[-1].removeprefix("Continue: ")
-    assert shlex.split(command)[:4] == ["cd", str(project), "&&", "composable"]
-    assert shlex.split(command)[4:] == ["generate", "def main(", "--temperature", "0.7"]
+    command = shlex.split(lines[-1])
+    assert command[:5] == ["cd", str(project), "&&", "composable", "generate"]
+    assert command[5:7] == ["--prompts", "prompts.jsonl"]
     for item in result.properties:
         assert any(line.startswith(f"✓ {item.name}  ") for line in lines)
     assert "does not hold" not in out.getvalue()

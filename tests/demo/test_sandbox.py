@@ -26,7 +26,7 @@ import json, os, sys
 from pathlib import Path
 from composable.demo import sandbox
 
-own, other = Path(sys.argv[1], "own"), Path(sys.argv[1], "other")
+own, other, programs = (Path(sys.argv[1], name) for name in ("own", "other", "programs"))
 
 def attempt(action):
     try:
@@ -43,6 +43,11 @@ ATTEMPTS = {
     "move own": "(own / 'newer').rename(own / 'sub' / 'newest').name",
     "remove own": "(own / 'sub' / 'newest').unlink()",
     "discard": "Path(os.devnull).write_text('x')",
+    "read programs": "(programs / 'text').read_text()",
+    "list programs": "os.listdir(programs)",
+    "write programs": "(programs / 'new').write_text('x')",
+    "change programs": "(programs / 'text').write_text('x')",
+    "remove programs": "(programs / 'text').unlink()",
     "read other": "(other / 'text').read_text()",
     "read other through a link": "(own / 'link').read_text()",
     "list other": "os.listdir(other)",
@@ -62,7 +67,8 @@ ATTEMPTS = {
 def folders(tmp_path: Path) -> Path:
     (tmp_path / "own" / "sub").mkdir(parents=True)
     (tmp_path / "other").mkdir()
-    for name in ("own", "other"):
+    (tmp_path / "programs").mkdir()
+    for name in ("own", "other", "programs"):
         (tmp_path / name / "text").write_text(f"text of {name}")
     (tmp_path / "own" / "link").symlink_to(tmp_path / "other" / "text")
     return tmp_path
@@ -73,7 +79,8 @@ def confined(folders: Path) -> Callable[..., Any]:
     def run(code: str, mechanism: str = "landlock") -> Any:
         if mechanism == "landlock" and not sandbox._landlock_abi():
             pytest.skip("this kernel has no Landlock")
-        setup = f"{MECHANISMS[mechanism]}\nname = sandbox.restrict(read=sandbox.python_paths(), "
+        setup = f"{MECHANISMS[mechanism]}\nname = sandbox.restrict(read=[*sandbox.python_paths(), "
+        setup += "programs], "
         done = subprocess.run(
             [sys.executable, "-c", f"{PREAMBLE}{setup}write=[own])\n{code}", str(folders)],
             env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -102,6 +109,8 @@ def test_only_the_given_folders_are_open(
     assert found.pop("move own") == "'newest'"
     assert found.pop("remove own") == "None"
     assert found.pop("discard") == "1"
+    assert found.pop("read programs") == "'text of programs'"
+    assert found.pop("list programs") == "['text']"
     # The kernel calls a move between folders with unlike rights a move between devices.
     assert found.pop("take other") in ("PermissionError", "OSError")
     assert found.pop("link other") in ("PermissionError", "OSError")

@@ -24,12 +24,10 @@ def test_every_tensor_of_a_backbone_is_there_once_and_in_shape(write_checkpoint,
     folder, _ = write_checkpoint(family)
     checkpoint = open_checkpoint(folder)
 
-    def make():
-        return Backbone(checkpoint.cfg, np.zeros(600), 600, rngs=nnx.Rngs(0))
-
+    module = Backbone(checkpoint.cfg, np.zeros(600), 600, rngs=nnx.Rngs(0))
     expected = {
         name: shape
-        for name, shape in shapes_of(make).items()
+        for name, shape in shapes_of(module).items()
         if name != "class_map" and not name.startswith("scout.")
     }
     assert {name: array.shape for name, array in checkpoint.items()} == expected

@@ -74,7 +74,7 @@ def test_the_attribute_paths_are_those_of_the_signature(tiny):
     from composable.model.tensors import shapes_of
 
     for kind, rank in (("ffn", None), ("lora", 4)):
-        shapes = shapes_of(lambda kind=kind, rank=rank: fresh_expert(tiny, kind, rank))
+        shapes = shapes_of(fresh_expert(tiny, kind, rank))
         body, scout = body_signature(tiny.interface, kind, rank), scout_signature(tiny.interface, 8)
         expected = {f"body.{name}": spec.shape for name, spec in body.items()}
         expected |= {f"scout.{name}": spec.shape for name, spec in scout.items()}

@@ -82,13 +82,13 @@ class Tiny:
 
         rng = np.random.default_rng(0)
         tensors = {}
-        for name, shape in shapes_of(self.make_backbone_module).items():
+        for name, shape in shapes_of(self.make_backbone_module()).items():
             fan_in = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
             noise = rng.normal(size=shape).astype(np.float32)
             is_norm = name.endswith("norm")
             tensors[name] = 1 + 0.1 * noise if is_norm else noise * fan_in**-0.5
         tensors["class_map"] = np.arange(256, dtype=np.int32)
-        return from_tensors(self.make_backbone_module, tensors)
+        return from_tensors(self.make_backbone_module(), tensors)
 
     def expert(
         self, name, *, noise=0.3, scout_noise=1.0, kind="ffn", rank=None, width=16, key=None
@@ -110,14 +110,12 @@ class Tiny:
         from composable.model.model import Pluggable
         from composable.model.tensors import from_tensors, shapes_of, to_tensors
 
-        def make():
-            return Expert(self.backbone, kind=kind, rank=rank, scout_width=width, rngs=nnx.Rngs(0))
-
+        blank = Expert(self.backbone, kind=kind, rank=rank, scout_width=width, rngs=nnx.Rngs(0))
         seed = int.from_bytes(name.encode(), "big") % 2**32
         rng = np.random.default_rng(seed)
         own = to_tensors(self.backbone)
         tensors = {}
-        for tensor, shape in shapes_of(make).items():
+        for tensor, shape in shapes_of(blank).items():
             fan_in = shape[0] if len(shape) > 1 else 1
             change = rng.normal(size=shape).astype(np.float32) * fan_in**-0.5
             if tensor.startswith("scout."):
@@ -127,7 +125,7 @@ class Tiny:
                 tensors[tensor] = own[f"layers.{layer}.ffn.{matrix}"] + noise * change
             else:
                 tensors[tensor] = change * noise if tensor.endswith(".b") else change
-        expert = from_tensors(make, tensors)
+        expert = from_tensors(blank, tensors)
         return Pluggable(name=name, body=expert.body, scout=expert.scout, key=key or seed or 1)
 
     def interface_with(self, **changes):
