@@ -77,7 +77,7 @@ def tables(summary: dict[str, Any], results: list[DemoResult]) -> dict[str, str]
     figures += f"| **all** | **{first_seconds:.1f}** | **{first.peak_rss_bytes / 1e9:.2f}** |\n\n"
     figures += "".join(
         f"- {'holds' if claim.holds else '**does not hold**'}: {claim.claim} "
-        f"({' '.join(str(claim.found).split())})\n"
+        f"({claim.describe_found()})\n"
         for claim in first.claims
     )
     figures += f"\n### Seeds {seeds}: mean ± standard deviation\n\n{head}"

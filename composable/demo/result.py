@@ -110,6 +110,19 @@ class Claim:
     holds: bool
     interval: tuple[float, float] | None = None
 
+    def describe_found(self) -> str:
+        """Return what was found, with its interval, in one line.
+
+        Example:
+            >>> Claim(claim="loss", found=0.1, holds=True, interval=(0.0, 0.2)).describe_found()
+            '0.1, 95 % interval 0.0 to 0.2'
+        """
+        found = " ".join(str(self.found).split())
+        if self.interval is None:
+            return found
+        low, high = self.interval
+        return f"{found}, 95 % interval {low} to {high}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedExpert:

@@ -158,7 +158,9 @@ def print_result(console: Console, result: DemoResult, report: Path, project: Pa
         console.print(text, highlight=False)
     for claim in result.claims:
         if not claim.holds:
-            text = Text.assemble(("does not hold: ", "red"), f"{claim.claim}: {claim.found}")
+            text = Text.assemble(
+                ("does not hold: ", "red"), f"{claim.claim}: {claim.describe_found()}"
+            )
             console.print(text, highlight=False)
     seconds = sum(result.seconds.values())
     command = f"composable generate --prompts {_PROMPT_FILE} --temperature 0.8 --show-routing"
