@@ -1,7 +1,7 @@
 """Match the regular expressions of other people, of which some would take forever.
 
 Python's `re` backtracks: `(a+)+b` takes time that doubles with every letter. Expressions that can
-do so are matched in a process with limits; those without repetition are matched here.
+do so are matched in a process with limits; those that show that they cannot are matched here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from typing import Any, Final
 
 from composable.interop.limited_process import run_limited
 
-# What repeats nothing and has no alternatives. A dot, or an escaped character or class, is one
-# character; of anything else that an escape may begin, nothing is assumed.
-_PLAIN: Final = re.compile(r"(?:[\w .^$-]|\\[.\dwsdWSD-])*")
+# Characters and classes, each repeated or not, and groups that are not: what repeats is never
+# inside of something that repeats.
+_FLAT: Final = re.compile(
+    r"(?:(?:\\[.wWdDsS-]|\[[\w.^-]+\]|[\w .-])(?:[*+?]\??)?|[\^$|)]|\((?!\?))*"
+)
+# How often a flat one may repeat and branch: a name of 100 characters then takes a moment at worst.
+_MAX_REPEATS: Final = 3
+_MAX_BRANCHES: Final = 8
 Groups = dict[str, str | None]
 
 
@@ -45,12 +50,20 @@ of processor time and 512 MiB of memory
     """
     whole = [within.replace("{}", pattern) for pattern in patterns]
     job = {"patterns": whole, "names": list(names)}
-    is_plain = all(_PLAIN.fullmatch(pattern) for pattern in patterns)
-    found = match_all(job) if is_plain else run_limited(match_all, job)
+    found = match_all(job) if all(map(_is_quick, patterns)) else run_limited(match_all, job)
     if isinstance(found, str):
         raise ValueError(found)
     matches: list[dict[str, Groups]] = found
     return matches
+
+
+def _is_quick(pattern: str) -> bool:
+    """Return whether an expression shows that matching a short name with it is quick."""
+    return (
+        _FLAT.fullmatch(pattern) is not None
+        and sum(map(pattern.count, "*+?")) <= _MAX_REPEATS
+        and pattern.count("|") <= _MAX_BRANCHES
+    )
 
 
 def match_all(job: dict[str, Any]) -> list[dict[str, Groups]] | str:

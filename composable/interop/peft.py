@@ -206,7 +206,7 @@ def read_adapter(folder: Path, cfg: BackboneConfig) -> Adapter:
     _require_what_config_says(pairs, modules, config, patterns, weights_path)
     changes = {}
     for module, (stored_a, stored_b) in sorted(pairs.items()):
-        rank, scale = _rank_and_scale(config, patterns, module)
+        rank, scale = _rank_and_scale(config, module, patterns)
         _, *place = modules[module].split(".")  # layers.{i}.ffn.{matrix}
         layer, matrix = int(place[0]), place[2]
         sizes = {"D": cfg.d_model, "F": cfg.d_ff}
@@ -398,7 +398,7 @@ def _require_what_config_says(
     for module in modules:
         if modules[module] == "embed" and module not in adapted:
             continue  # no linear layer; only named on purpose, and then it has tensors of its own
-        is_asked = _is_targeted(config, patterns, module)
+        is_asked = _is_targeted(config, module, patterns)
         if is_asked and module not in adapted:
             raise InteropError(
                 f"tensors of {module!r} are missing, which target_modules asks for",
@@ -412,8 +412,9 @@ def _require_what_config_says(
             )
 
 
-def _is_targeted(config: Mapping[str, Any], patterns: _Patterns, module: str) -> bool:
+def _is_targeted(config: Mapping[str, Any], module: str, patterns: _Patterns | None = None) -> bool:
     """Return whether PEFT adapts a module."""
+    patterns = patterns or _Patterns(config, [module])
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if not isinstance(targets, str | list) or not targets:
         raise InteropError(f"{targets!r} names no modules", where=f"{CONFIG_FILE}: target_modules")
@@ -452,9 +453,10 @@ def _layer_of(layers: str | list[str] | None, patterns: _Patterns, module: str) 
 
 
 def _rank_and_scale(
-    config: Mapping[str, Any], patterns: _Patterns, module: str
+    config: Mapping[str, Any], module: str, patterns: _Patterns | None = None
 ) -> tuple[int, float]:
     """Return rank and scale of one module's change."""
+    patterns = patterns or _Patterns(config, [module])
     rank = _by_pattern(config, patterns, "rank_pattern", module, config["r"])
     alpha = _by_pattern(config, patterns, "alpha_pattern", module, config["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
