@@ -3,8 +3,8 @@
     pip install 'libtpu==0.0.42.*'       # the TPU compiler; no TPU is needed
     python -m benchmarks.compiled [--topologies v5e:2x4 v6e:2x4] [--json FILE]
 
-*Body*: a feed-forward body on every token's own experts, forward, by our kernel, by the path of
-other platforms, which copies matrices for every block, and by three calls of `jax.lax.ragged_dot`.
+*Body*: a feed-forward body on every token's own experts, forward, by our kernel and by three calls
+of `jax.lax.ragged_dot`.
 FLOPs are those that XLA counts in the compiled program, over those of the routed rows; XLA takes a
 kernel's from the kernel itself, and `tests/kernels/test_tpu.py` holds ours against its products.
 They are for the least favourable routing; *rows* is what the kernel multiplies in a random one,
@@ -40,8 +40,7 @@ from jax.sharding import Mesh
 
 import composable as cx
 from composable import kernels
-from composable.kernels.blocks import batch_blocks
-from composable.kernels.grouped_swiglu import _run_body, _stream_body
+from composable.kernels.grouped_swiglu import _stream_body
 from composable.model import bank as banks
 from composable.model import mix as mix_mode
 from composable.model.body import Expert
@@ -80,7 +79,7 @@ def by_ragged_dot(x_PD: Any, gate: Any, up: Any, down: Any, sizes_E: Any) -> Any
 
 
 def measure_body(shape: Shape, n_experts: int, n_choices: int, topology: str) -> dict[str, Any]:
-    """Compile a body in three ways for one device."""
+    """Compile a body in two ways for one device."""
     M, D, F = shape.M, shape.D, shape.F
     rng = np.random.default_rng(0)
     expert_MJ = np.argsort(rng.random((M, n_experts)), axis=1)[:, :n_choices].astype(np.int32)
@@ -100,12 +99,8 @@ def measure_body(shape: Shape, n_experts: int, n_choices: int, topology: str) ->
     sorted_rows = jax.ShapeDtypeStruct((n_routed, D), shape.dtype)
     sizes_E = jax.ShapeDtypeStruct((n_experts,), jnp.int32)
 
-    def by_batch(x_PD: Any, *arrays: Any) -> Any:
-        return batch_blocks(_run_body, (x_PD,), arrays[:3], arrays[3])[0][0]
-
     contenders: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "kernel": (kernels.grouped_swiglu, (rows, *bank, dispatch)),
-        "batch_blocks": (by_batch, (rows, *bank, dispatch)),
         "ragged_dot": (by_ragged_dot, (sorted_rows, *bank, sizes_E)),
     }
     row = {
@@ -119,8 +114,7 @@ def measure_body(shape: Shape, n_experts: int, n_choices: int, topology: str) ->
     for name, (fn, arguments) in contenders.items():
         compiled, seconds = compile_for(mesh, fn, *shapes_on(mesh, arguments))
         cost = read_cost(compiled)
-        loops = 8 if name == "batch_blocks" else 1  # chunks; XLA counts one
-        row[f"{name}_flops"] = cost["flops"] * loops / needed_flops
+        row[f"{name}_flops"] = cost["flops"] / needed_flops
         row[f"{name}_temporary_mb"] = cost["temporary_mb"]
         if name == "ragged_dot":
             row["ragged_dot_bytes"] = cost["bytes"] / needed_bytes
@@ -182,8 +176,7 @@ def describe(question: str, n_devices: int, compiled: Any, seconds: float) -> di
 def show(row: dict[str, Any]) -> None:
     if row["question"] == "body":
         flops = "  ".join(
-            f"{name} {row[f'{name}_flops']:6.2f}"
-            for name in ("kernel", "batch_blocks", "ragged_dot")
+            f"{name} {row[f'{name}_flops']:6.2f}" for name in ("kernel", "ragged_dot")
         )
         print(
             f"body  {row['shape']:16} E={row['experts']:<3} J={row['choices']}  FLOPs: {flops}"

@@ -21,6 +21,7 @@ What it does not do: differentiate (its users define their gradients, leg by leg
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -62,12 +63,26 @@ def run_blocks(
         weights: Arrays whose first axis is E.
         dispatch: The blocks and the expert of each.
         stream: The same by `tpu.stream_blocks`, for weights of any size; by default the whole
-            weights of an expert must fit on the chip.
+            weights of an expert must fit on the chip. Like `fn`, one object for all calls.
 
     Returns:
         Arrays with first axis P, zero in blocks not in use; and arrays with first axis E, zero
         for experts without rows.
     """
+    outputs: BlockOutputs = _run_on_platform(fn, rows, weights, dispatch, stream)
+    return outputs
+
+
+# The implementations of all platforms are traced, once for all slots instead of for each.
+@functools.partial(jax.jit, static_argnames=("fn", "stream"), inline=True)
+def _run_on_platform(
+    fn: BlockFunction,
+    rows: Arrays,
+    weights: Arrays,
+    dispatch: Dispatch,
+    stream: Callable[[Arrays, Arrays, Dispatch], BlockOutputs] | None,
+) -> BlockOutputs:
+    """Do the work of `run_blocks`."""
 
     def by_loop(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
         return loop_blocks(fn, rows, weights, dispatch)

@@ -61,9 +61,7 @@ def multiply_rows(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
     Returns:
         y_PF, in the type of x_PD.
     """
-    tiling = Tiling(rows=(None,), weights=(1,), outs=(1,))
-    stream = functools.partial(stream_blocks, _multiply, tiling=tiling)
-    (y_PF,), _ = run_blocks(_multiply, (x_PD,), (w_EDF,), dispatch, stream)
+    (y_PF,), _ = run_blocks(_multiply, (x_PD,), (w_EDF,), dispatch, _stream_multiply)
     return y_PF
 
 
@@ -78,9 +76,9 @@ def multiply_rows_transposed(dy_PF: Array, w_EDF: Array, dispatch: Dispatch) -> 
     Returns:
         dx_PD, in the type of dy_PF.
     """
-    tiling = Tiling(rows=(None,), weights=(0,), outs=(1,))
-    stream = functools.partial(stream_blocks, _multiply_transposed, tiling=tiling)
-    (dx_PD,), _ = run_blocks(_multiply_transposed, (dy_PF,), (w_EDF,), dispatch, stream)
+    (dx_PD,), _ = run_blocks(
+        _multiply_transposed, (dy_PF,), (w_EDF,), dispatch, _stream_multiply_transposed
+    )
     return dx_PD
 
 
@@ -95,9 +93,7 @@ def sum_outer_products(x_PD: Array, dy_PF: Array, dispatch: Dispatch) -> Array:
     Returns:
         dw_EDF, in float32; zero for experts without rows.
     """
-    tiling = Tiling(rows=(None, 1), sums=(1,))
-    stream = functools.partial(stream_blocks, _outer_product, tiling=tiling)
-    _, (dw_EDF,) = run_blocks(_outer_product, (x_PD, dy_PF), (), dispatch, stream)
+    _, (dw_EDF,) = run_blocks(_outer_product, (x_PD, dy_PF), (), dispatch, _stream_outer_product)
     return dw_EDF
 
 
@@ -117,6 +113,17 @@ def _outer_product(rows: Arrays, weights: Arrays) -> BlockOutputs:
     x_PD, dy_PF = rows
     dw_DF = jnp.einsum("PD,PF->DF", x_PD, dy_PF, preferred_element_type=jnp.float32)
     return (), (dw_DF,)
+
+
+_stream_multiply = functools.partial(
+    stream_blocks, _multiply, tiling=Tiling(rows=(None,), weights=(1,), outs=(1,))
+)
+_stream_multiply_transposed = functools.partial(
+    stream_blocks, _multiply_transposed, tiling=Tiling(rows=(None,), weights=(0,), outs=(1,))
+)
+_stream_outer_product = functools.partial(
+    stream_blocks, _outer_product, tiling=Tiling(rows=(None, 1), sums=(1,))
+)
 
 
 @jax.custom_vjp

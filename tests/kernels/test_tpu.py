@@ -39,8 +39,11 @@ def pieces(request, monkeypatch):
 def on_tpu(monkeypatch):
     """Run what a program compiled for a TPU runs, its kernels interpreted."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, **others: tpu(*args))
-    with interpreted_kernels():
+    jax.clear_caches()
+    with interpreted_kernels() as kernels:
         yield
+    jax.clear_caches()
+    assert kernels.called
 
 
 def make_case(seed=0):
