@@ -28,7 +28,12 @@ from composable.cli.options import (
 from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from composable.assembly.backbones import LoadedBackbone
+    from composable.model.model import Pluggable
     from composable.packaging.registry.compatibility import Step
+    from composable.training.config import TrainConfig
     from composable.vetting.checks import Verdict
 
 app = typer.Typer(rich_markup_mode=None)
@@ -72,6 +77,14 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps.")] = 300,
     rows: Annotated[int, typer.Option(min=1, help="Sequences of 256 tokens per step.")] = 4,
     seed: Annotated[int, typer.Option(help="Random seed for initial weights and data order.")] = 0,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUES",
+            help="Train a variant per value of rank or seed, such as rank=4,16; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     registry: ParentRegistry = None,
     backbone: ExpertBackbone = None,
     as_json: Json = False,
@@ -82,6 +95,9 @@ def train(
     FILES are text files, .jsonl files with one document per line, or folders of them. One document
     in ten is held out for `composable check`. If expert.toml sets derives-from, training starts
     from that release.
+
+    With --sweep, all combinations of the values are trained on one pass of the backbone's lower
+    layers, and the best one on held-out text is kept.
     """
     files = [*(data or ()), *(more or ())]
     if not files:
@@ -97,6 +113,10 @@ def train(
 
     loaded = load_backbone(backbone or manifest.backbone)
     parent = find_parent(loaded, manifest, registry=registry)
+    if sweep:
+        cfg = expert_config(steps, seed, rows=rows, backbone=loaded.backbone)
+        _train_variants(loaded, folder, files, cfg, sweep, parent, as_json, is_quiet)
+        return
     with bars.show_training(is_quiet=is_quiet) as progress:
         cfg = expert_config(steps, seed, rows=rows, backbone=loaded.backbone)
         record = train_expert(loaded, folder, files, cfg, parent=parent, progress=progress)
@@ -107,6 +127,48 @@ def train(
         f"trained {start} in {record.seconds} s on {record.documents + n_heldout} documents, "
         f"{n_heldout} of them held out: {figures}",
         to_plain(record),
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
+def _train_variants(
+    loaded: LoadedBackbone,
+    folder: Path,
+    files: Sequence[Path],
+    cfg: TrainConfig,
+    sweep: Sequence[str],
+    parent: Pluggable | None,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Train the variants of a sweep and report them, best first."""
+    from composable.files.records import to_plain
+    from composable.workflows.sweep import parse_sweep, train_variants
+
+    with bars.show_variants(is_quiet=is_quiet) as progress:
+        variants = train_variants(
+            loaded, folder, files, cfg, parse_sweep(sweep), parent=parent, progress=progress
+        )
+    rows = [
+        (v.name, f"{v.bits_per_token:.4f}", f"{v.scout_bits:.4f}", f"{v.record.seconds}")
+        for v in variants
+    ]
+    table = format_table(("variant", "held-out bits per token", "scout bits", "seconds"), rows)
+    show(
+        f"{table}\nkept {variants[0].name} as {folder}",
+        {
+            "kept": variants[0].name,
+            "variants": [
+                {
+                    "name": variant.name,
+                    "bits_per_token": variant.bits_per_token,
+                    "scout_bits": variant.scout_bits,
+                    "training": to_plain(variant.record),
+                }
+                for variant in variants
+            ],
+        },
         as_json=as_json,
         is_quiet=is_quiet,
     )

@@ -94,7 +94,7 @@ class Backbone(nnx.Module):
         """
         x_BTD = self.embed[...][tokens_BT]
         layers = range(self.cfg.tap)
-        x_BTD, caches = self._run(layers, x_BTD, self.own_feed_forward, position, caches)
+        x_BTD, caches = self.run_layers(layers, x_BTD, self.own_feed_forward, position, caches)
         # The barrier keeps the compiler from fusing the trunk with its consumers, so that its bits
         # do not depend on what is installed above.
         return jax.lax.optimization_barrier(x_BTD), caches
@@ -124,20 +124,37 @@ class Backbone(nnx.Module):
         Returns:
             Logits, shape BTV float32, and the new caches.
         """
-        x_BTD, caches = self._run(self.cfg.slots, x_BTD, feed_forward, position, caches)
+        x_BTD, caches = self.run_layers(self.cfg.slots, x_BTD, feed_forward, position, caches)
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
-        w_VD = self.embed if self.cfg.is_tied else self.unembed
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD[...])
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.unembedding())
         return logits_BTV.astype(jnp.float32), caches
 
-    def _run(
+    def unembedding(self) -> jax.Array:
+        """Return the matrix of shape VD that turns the last norm's output into logits."""
+        w_VD = self.embed if self.cfg.is_tied else self.unembed
+        return w_VD[...]
+
+    def run_layers(
         self,
         layers: Sequence[int],
         x_BTD: jax.Array,
         feed_forward: FeedForwardFn,
-        position: jax.Array | int,
-        caches: Sequence[KVCache] | None,
+        position: jax.Array | int = 0,
+        caches: Sequence[KVCache] | None = None,
     ) -> tuple[jax.Array, list[KVCache]]:
+        """Run some layers with the given feed-forward.
+
+        Args:
+            layers: Their indices.
+            x_BTD: Residual stream.
+            feed_forward: Function that runs in each of them.
+            position: Position of the first token.
+            caches: One cache per layer, when decoding.
+
+        Returns:
+            The residual stream, shape BTD, and the new caches.
+        """
+
         def norm(x_BTD: jax.Array, scale_D: nnx.Param[jax.Array], placement: str) -> jax.Array:
             if placement != self.cfg.norm_placement:
                 return x_BTD

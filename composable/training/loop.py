@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -152,12 +153,14 @@ def _init_optimizer(optimizer: optax.GradientTransformation, trained: Any, mesh:
     return jax.jit(optimizer.init, out_shardings=shardings)(trained)
 
 
+@lru_cache(maxsize=16)
 def _compile_step(
     objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, dict[str, jax.Array]]]:
     """Return the compiled step: trained, opt_state, frozen, batch to the next two and figures.
 
-    The memory of the first two arguments is reused for the results.
+    For the same two functions it is the same one, which compiles once for all runs. The memory of
+    the first two arguments is reused for the results.
     """
 
     def step_fn(trained: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:

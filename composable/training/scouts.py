@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Self
 
 import jax
@@ -20,7 +21,7 @@ from composable.errors import TextError
 from composable.model.scout import Scout
 from composable.progress import StepProgress
 from composable.training.config import TrainConfig
-from composable.training.loop import fit
+from composable.training.loop import Objective, fit
 from composable.training.objectives import scout_loss
 from composable.training.optimizers import muon
 
@@ -185,14 +186,9 @@ def _fit_scout(
 ) -> ScoutFit:
     """Train a copy of a scout and measure it on the held-out rows."""
     graph, params = nnx.split(scout)
-
-    def objective(params: Any, frozen: Any, rows_B: jax.Array) -> tuple[jax.Array, Any]:
-        feature_BTD, classes_BT = frozen
-        loss = scout_loss(nnx.merge(graph, params), feature_BTD[rows_B], classes_BT[rows_B])
-        return loss, {"scout_bits": loss * _BITS}
-
     frozen = training.feature_BTD, training.classes_BT
     order = RowOrder(len(training.classes_BT), cfg.batch_size, cfg.seed)
+    objective = _scout_objective(graph)
     fitted = fit(objective, params, frozen, order, cfg, optimizer=optimizer, progress=progress)
     trained: Scout = nnx.merge(graph, fitted.trained)
     nats = float(_scout_nats(trained, heldout.feature_BTD, heldout.classes_BT))
@@ -202,6 +198,18 @@ def _fit_scout(
         steps=cfg.steps,
         seconds=fitted.seconds,
     )
+
+
+@lru_cache(maxsize=8)
+def _scout_objective(graph: nnx.GraphDef[Any]) -> Objective:
+    """Return the objective of a scout on rows of features, one for scouts of one structure."""
+
+    def objective(params: Any, frozen: Any, rows_B: jax.Array) -> tuple[jax.Array, Any]:
+        feature_BTD, classes_BT = frozen
+        loss = scout_loss(nnx.merge(graph, params), feature_BTD[rows_B], classes_BT[rows_B])
+        return loss, {"scout_bits": loss * _BITS}
+
+    return objective
 
 
 def _rank_fit(tried: ScoutFit) -> tuple[bool, float]:

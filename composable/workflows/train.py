@@ -116,6 +116,7 @@ def train_expert(
     *,
     parent: Pluggable | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    trunk: Path | None = None,
     progress: TrainingProgress | None = None,
 ) -> TrainingRecord:
     """Train the expert of a folder on text, and write its tensors there.
@@ -129,6 +130,8 @@ def train_expert(
         cfg: How to train.
         parent: The release that the expert derives from; training starts from its weights.
         optimizer: `muon(cfg)` by default.
+        trunk: Folder for the trunk's outputs, which are then always kept there and read by every
+            run on the same text; by default the run's own, if keeping them is worth while.
         progress: Called with the stage (the trunk, where its output is cached; body and scout;
             features; scout alone), steps or positions done and in all, and the newest figures.
 
@@ -141,7 +144,7 @@ def train_expert(
         TrainingError: If an earlier run in this folder started with other text or settings.
     """
     manifest = _read_manifest(loaded, folder)
-    train, heldout = _read_texts(data, manifest.name)
+    train, heldout = read_texts(data, manifest.name)
     work = folder / WORK
     work.mkdir(exist_ok=True)
     write_documents(work / HELDOUT_FILE, heldout)
@@ -153,8 +156,14 @@ def train_expert(
     start = time.perf_counter()
     expert = _make_start(loaded.backbone, manifest, cfg.seed, parent)
     show = progress or (lambda stage, done, total, figures: None)
-    run = _Run(cfg=cfg, work=work, optimizer=optimizer or muon(cfg), progress=show)
-    fit_parts = _fit_on_cached_trunk if plan.caches_trunk else _fit_on_stream
+    run = _Run(
+        cfg=cfg,
+        work=work,
+        trunk=trunk or work / "trunk",
+        optimizer=optimizer or muon(cfg),
+        progress=show,
+    )
+    fit_parts = _fit_on_cached_trunk if trunk or plan.caches_trunk else _fit_on_stream
     fitted = fit_parts(loaded, expert, stream_M, run, plan)
     scout = _fit_scout(fitted, cfg, plan, show)
     fitted.expert.scout = scout.scout
@@ -168,10 +177,11 @@ def train_expert(
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """Settings and work folder of a run."""
+    """Settings and folders of a run."""
 
     cfg: TrainConfig
     work: Path
+    trunk: Path
     optimizer: optax.GradientTransformation
     progress: TrainingProgress
 
@@ -212,7 +222,7 @@ def _read_manifest(loaded: LoadedBackbone, folder: Path) -> Manifest:
     return manifest
 
 
-def _read_texts(data: Sequence[Path], salt: str) -> tuple[list[Document], list[Document]]:
+def read_texts(data: Sequence[Path], salt: str) -> tuple[list[Document], list[Document]]:
     """Return the documents to train on and those held out."""
     documents = read_documents(data)
     if len(documents) < 2:
@@ -263,7 +273,7 @@ def _fit_on_cached_trunk(
     cfg = run.cfg
     start = time.perf_counter()
     rows_BU = cut_rows(stream_M, cfg.window, cfg.tokens)
-    rows = run_trunk(loaded, rows_BU, run.work / "trunk", _count(run.progress, "trunk"))
+    rows = run_trunk(loaded, rows_BU, run.trunk, _count(run.progress, "trunk"))
     trunk_seconds = time.perf_counter() - start
     data = tapped_batches(
         rows,

@@ -4,15 +4,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from composable.model.body import Expert
+from composable.model.body import MATRICES, Expert, backbone_slot
+from composable.model.layers import swiglu
+from composable.training import objectives
+from composable.training.config import TrainConfig
+from composable.training.data import TappedRows
+from composable.training.loop import fit
 from composable.training.objectives import (
     backbone_objective,
     expert_objective,
     next_token_loss,
     scout_loss,
+    tapped_objective,
+    unembedded_loss,
 )
+from composable.training.optimizers import muon
 
 FLOAT32_ROUNDING = 1e-5
+# Two programs that sum in another order, over five steps of an optimiser.
+SAME_CURVE = 1e-4
 
 
 def log_softmax(x):
@@ -81,3 +91,108 @@ def test_an_expert_has_a_gradient_in_every_parameter(tiny, tokens_BT):
     assert float(loss) > float(plain)
     for path, leaf in nnx.to_flat_state(gradient):
         assert (np.asarray(leaf[...]) != 0).any(), path
+
+
+@pytest.mark.parametrize("n_logits", [1, 2 * 2 * 40, 1 << 23], ids=["position", "two", "whole"])
+def test_the_loss_in_parts_is_that_of_all_logits(monkeypatch, n_logits):
+    monkeypatch.setattr(objectives, "_LOGITS", n_logits)
+    rng = np.random.default_rng(0)
+    x_BTD, w_VD = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 6, 8), (40, 8))
+    )
+    targets_BT = jnp.asarray(rng.integers(0, 40, (2, 6)))
+
+    def plain(x_BTD, w_VD, targets_BT):
+        return 3 * next_token_loss(jnp.einsum("BTD,VD->BTV", x_BTD, w_VD), targets_BT)
+
+    def in_parts(*arguments):
+        return 3 * unembedded_loss(*arguments)
+
+    expected, slope_BTD = jax.value_and_grad(plain)(x_BTD, w_VD, targets_BT)
+    found, found_BTD = jax.value_and_grad(in_parts)(x_BTD, w_VD, targets_BT)
+    assert float(found) == pytest.approx(float(expected), rel=FLOAT32_ROUNDING)
+    np.testing.assert_allclose(found_BTD, slope_BTD, atol=FLOAT32_ROUNDING)
+
+
+def plain_objective(graph):
+    """Return an expert's objective as it is defined: every weight merged, all logits, no tricks."""
+
+    def objective(params, backbone, rows):
+        expert, targets_BT = nnx.merge(graph, params), rows.tokens_BU[:, 1:]
+        slots = {n: expert.body.merged(backbone, n) for n in backbone.cfg.slots}
+
+        def run(layer, x_BTD):
+            return swiglu(x_BTD, *(slots[layer][name] for name in MATRICES))
+
+        logits_BTV, _ = backbone.upper(rows.x_BTD, run)
+        log_prob_BTC = expert.scout(backbone.features(rows.x_BTD))
+        classes_BT = backbone.class_map[...][targets_BT]
+        scout = -jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], -1).mean()
+        return next_token_loss(logits_BTV, targets_BT) + scout, {}
+
+    return objective
+
+
+@pytest.fixture(scope="module", params=[("lora", 4), ("ffn", None)], ids=["lora", "ffn"])
+def start(request, tiny, tokens_BT):
+    """Return an expert's graph and parameters, and rows whose trunk was run."""
+    kind, rank = request.param
+    expert = Expert(tiny.backbone, kind=kind, rank=rank, scout_width=16, rngs=nnx.Rngs(0))
+    x_BTD, _ = jax.jit(tiny.backbone.trunk)(tokens_BT[:, :-1])
+    return *nnx.split(expert), TappedRows(tokens_BT, x_BTD)
+
+
+def test_training_is_that_of_the_plain_loss(tiny, start):
+    """Over several steps of Muon, which amplifies small gradients."""
+    graph, params, rows = start
+    cfg = TrainConfig(steps=5, batch_size=2, window=12, learning_rate=1e-2, log_every=1)
+    plain, ours = (
+        fit(make(graph), params, tiny.backbone, Same(rows), cfg, optimizer=muon(cfg))
+        for make in (plain_objective, tapped_objective)
+    )
+    losses = [[row["loss"] for row in fitted.history] for fitted in (plain, ours)]
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=SAME_CURVE)
+
+
+class Same:
+    """Data that is one batch for ever."""
+
+    def __init__(self, batch):
+        self.batch = jax.tree.map(np.asarray, batch)
+
+    def __next__(self):
+        return self.batch
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
+def test_a_step_has_no_gradient_of_frozen_matrices_and_never_all_logits(monkeypatch, tiny, start):
+    graph, params, rows = start
+    n_tokens, n_vocab = rows.tokens_BU[:, 1:].size, tiny.cfg.vocab_size
+    monkeypatch.setattr(objectives, "_LOGITS", n_tokens * n_vocab // 3)
+    step = jax.value_and_grad(tapped_objective(graph), has_aux=True)
+    found = list(products(jax.make_jaxpr(step)(params, tiny.backbone, rows).jaxpr))
+    trained = [leaf.shape for leaf in jax.tree.leaves(params)]
+    attention = tiny.backbone.layers[0].attention
+    frozen = [attention.w_q.shape, attention.w_o.shape, tiny.backbone.embed.shape]
+    matrices = [matrix.shape for matrix in backbone_slot(tiny.backbone, tiny.cfg.tap).values()]
+    if matrices[0] not in trained:
+        frozen += matrices
+    shapes = [equation.outvars[0].aval.shape for equation in found]
+    transposed = [shape[::-1] for shape in frozen]
+    assert not [shape for shape in shapes if shape in frozen or shape in transposed]
+    assert max(np.prod(shape) for shape in shapes if shape[-1] == n_vocab) <= n_tokens * n_vocab / 3
+
+
+def products(jaxpr):
+    """Yield every product of matrices in a program and in the programs that it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is jax.lax.dot_general_p:
+            yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from products(inner)

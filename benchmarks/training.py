@@ -1,0 +1,412 @@
+"""What does training an expert cost, beside PEFT, PyTorch and our own full fine-tuning?
+
+    make smollm2 parity
+    .venv-parity/bin/python -m benchmarks.training --json FILE --docs docs/results
+
+Every way to train runs in a process of its own, in turns, on the same tokens of the same backbone:
+the upper layers' feed-forward blocks by `train_expert` (low-rank and full bodies), by PEFT's LoRA
+and by PyTorch, and all weights by `fit` and by PyTorch. Counted is the whole run: for ours
+compiling, the trunk, body and scout; for the others every step, as they have nothing to compile.
+Processor seconds are of all threads, so they depend less on the load of the machine than time does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.demo_seeds import fill
+from composable.assembly.backbones import load_backbone
+from composable.corpora.documents import read_documents
+from composable.corpora.recipe import shipped_folder
+from composable.model.body import Expert
+from composable.packaging.manifests.manifest import BodySpec, InterfaceNeed, Manifest
+from composable.packaging.versions.constraint import Constraint
+from composable.packaging.versions.version import Version
+from composable.training.data import TappedRows, batches, token_stream
+from composable.training.loop import fit
+from composable.training.objectives import backbone_objective, tapped_objective
+from composable.workflows.train import expert_config, train_expert
+from composable.workflows.trunk_cache import cut_rows
+
+RANK: Final = 16
+ROWS: Final = 2
+WINDOW: Final = 256
+TEXT: Final = shipped_folder("legal") / "text" / "train.jsonl"
+# Ours and what it is compared with; every pair gives a ratio of time and one of memory.
+PAIRS: Final = (
+    ("ours-lora", "peft-lora"),
+    ("ours-ffn", "torch-ffn"),
+    ("ours-lora", "ours-full"),
+    ("ours-ffn", "ours-full"),
+)
+LABELS: Final = {
+    "ours-lora": "`composable train`, rank 16",
+    "peft-lora": "PEFT's LoRA, rank 16, the same layers",
+    "ours-ffn": "`composable train`, full bodies",
+    "torch-ffn": "PyTorch, the same feed-forward blocks",
+    "ours-full": "ours, all weights (`fit`, AdamW)",
+    "torch-full": "PyTorch, all weights (AdamW)",
+}
+
+
+class Clock:
+    """Time and processor time since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def report(self, n_tokens: int, **more: Any) -> dict[str, Any]:
+        """Return what so many tokens took, and the most memory that this process held."""
+        seconds = time.perf_counter() - self._wall
+        cpu = time.process_time() - self._cpu
+        return {
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu, 2),
+            "tokens_per_second": round(n_tokens / seconds, 1),
+            "cpu_ms_per_token": round(1e3 * cpu / n_tokens, 3),
+            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+            **more,
+        }
+
+
+def train_ours(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train an expert, as `composable train` does."""
+    loaded = load_backbone(str(arguments.backbone))
+    interface = loaded.interface
+    manifest = Manifest(
+        name="measured",
+        version=Version("1.0.0"),
+        backbone=interface.name,
+        license="Apache-2.0",
+        interface=InterfaceNeed(name=interface.name, requires=Constraint("*")),
+        body=BodySpec(kind=kind, rank=RANK if kind == "lora" else None, dtype="F32"),  # type: ignore[arg-type]
+        scout_width=64,
+    )
+    cfg = expert_config(arguments.steps, rows=ROWS, backbone=loaded.backbone)
+    ends: list[tuple[float, float]] = []
+
+    def mark(step: int, _: int, figures: Mapping[str, float]) -> None:
+        if step in (2, cfg.steps):
+            ends.append((time.perf_counter(), time.process_time()))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "expert.toml").write_text(manifest.to_toml())
+        clock = Clock()
+        record = train_expert(loaded, folder, [TEXT], cfg, progress=mark)
+        (wall, cpu), (wall_end, cpu_end) = ends
+        n_tokens = (cfg.steps - 2) * cfg.batch_size * cfg.window
+        return clock.report(
+            cfg.tokens,
+            step_tokens_per_second=round(n_tokens / (wall_end - wall), 1),
+            step_cpu_ms_per_token=round(1e3 * (cpu_end - cpu) / n_tokens, 3),
+            stages=record.step_seconds,
+        )
+
+
+def train_ours_full(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train all weights of the backbone with `fit`."""
+    loaded = load_backbone(str(arguments.backbone))
+    parts: Any = nnx.split(loaded.backbone, nnx.Param, ...)
+    graph, params, rest = parts
+    cfg = expert_config(arguments.steps, rows=ROWS, backbone=loaded.backbone)
+    stream_M = token_stream(read_documents([TEXT]), loaded.tokenizer)
+    data = batches(stream_M, window=cfg.window, batch_size=cfg.batch_size, seed=0)
+    clock = Clock()
+    fit(backbone_objective(graph), params, rest, data, cfg)
+    return clock.report(cfg.tokens)
+
+
+def train_torch(which: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train with PyTorch: PEFT's LoRA, the feed-forward blocks, or all weights."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        arguments.folder / "model", dtype=torch.float32
+    )
+    layers = range(arguments.tap, model.config.num_hidden_layers)
+    if which == "peft-lora":
+        import peft
+
+        config = peft.LoraConfig(
+            r=RANK,
+            lora_alpha=RANK,
+            target_modules=["gate_proj", "up_proj", "down_proj"],
+            layers_to_transform=list(layers),
+        )
+        model = peft.get_peft_model(model, config)
+    elif which == "torch-ffn":
+        model.requires_grad_(False)
+        for layer in layers:
+            model.model.layers[layer].mlp.requires_grad_(True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    rows_BU = torch.from_numpy(np.load(arguments.folder / "rows.npy")).long()
+    model.train()
+    clock, ends = Clock(), []
+    for step in range(arguments.steps):
+        at = step * ROWS % (len(rows_BU) - ROWS + 1)
+        tokens_BU = rows_BU[at : at + ROWS]
+        logits = model(tokens_BU[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens_BU[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append((time.perf_counter(), time.process_time()))
+    n_tokens = (arguments.steps - 2) * ROWS * WINDOW
+    return clock.report(
+        arguments.steps * ROWS * WINDOW,
+        step_tokens_per_second=round(n_tokens / (ends[-1][0] - ends[1][0]), 1),
+        step_cpu_ms_per_token=round(1e3 * (ends[-1][1] - ends[1][1]) / n_tokens, 3),
+        loss=round(float(loss), 3),
+    )
+
+
+def measure_floor(_: argparse.Namespace) -> dict[str, Any]:
+    """Return the best rate of the products of a step's feed-forward block, alone."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    n, d, f = ROWS * WINDOW, 576, 1536
+    flops, rng = 2 * n * d * f, np.random.default_rng(0)
+    x_MD, w_DF = (rng.normal(size=shape).astype(np.float32) for shape in ((n, d), (d, f)))
+    multiply, x, w = jax.jit(jnp.matmul), jnp.asarray(x_MD), jnp.asarray(w_DF)
+    tx, tw = torch.from_numpy(x_MD), torch.from_numpy(w_DF)
+    runs: dict[str, Callable[[], Any]] = {
+        "jax": lambda: jax.block_until_ready(multiply(x, w)),
+        "torch": lambda: tx @ tw,
+    }
+    rates: dict[str, Any] = {}
+    for name, run in runs.items():
+        run()
+        wall, cpu = [], []
+        for _ in range(60):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            for _ in range(4):
+                run()
+            wall.append((time.perf_counter() - start) / 4)
+            cpu.append((time.process_time() - start_cpu) / 4)
+        rates[f"{name}_gflops"] = round(flops / min(wall) / 1e9)
+        rates[f"{name}_gflop_per_cpu_second"] = round(flops / statistics.median(cpu) / 1e9)
+    return rates
+
+
+def count_flops(run: Callable[..., Any], *arguments: Any) -> int:
+    """Return the floating-point operations of all products of matrices in a traced program."""
+
+    def count(jaxpr: Any) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive is jax.lax.dot_general_p:
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left = equation.invars[0].aval.shape
+                length = int(np.prod([left[axis] for axis in contracted]))
+                total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * length
+            inner = sum(count(part) for part in jax.core.jaxprs_in_params(equation.params))
+            total += inner * equation.params.get("length", 1)
+        return total
+
+    return count(jax.make_jaxpr(run)(*arguments).jaxpr)
+
+
+def measure_work(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the operations of a step per token, as compiled and as needed, in millions."""
+    backbone = load_backbone(str(arguments.backbone)).backbone
+    cfg, n_tokens = backbone.cfg, ROWS * WINDOW
+    rows = TappedRows(
+        jax.ShapeDtypeStruct((ROWS, WINDOW + 1), jnp.int32),
+        jax.ShapeDtypeStruct((ROWS, WINDOW, cfg.d_model), jnp.float32),
+    )
+    attention = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + cfg.n_kv_heads)
+    ffn, unembed = 3 * cfg.d_model * cfg.d_ff, cfg.vocab_size * cfg.d_model
+    # Scores and values of the causal half, each a product over the width of a head.
+    causal = 2 * cfg.n_heads * cfg.d_head * (WINDOW + 1) // 2
+    frozen = len(cfg.slots) * (attention + ffn + causal) + unembed
+    n_classes, width = backbone.scout.b_out[...].shape[0], 64
+    scout = 3 * width * n_classes + 2 * width * cfg.d_model
+    trained = {"lora": 3 * len(cfg.slots) * 3 * RANK * (cfg.d_model + cfg.d_ff)}
+    trained["ffn"] = len(cfg.slots) * ffn
+    found: dict[str, Any] = {}
+    for kind in ("lora", "ffn"):
+        rank = RANK if kind == "lora" else None
+        expert = Expert(backbone, kind=kind, rank=rank, scout_width=width, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+        graph, params = nnx.split(expert)
+        step = jax.value_and_grad(tapped_objective(graph), has_aux=True)
+        flops = count_flops(step, params, backbone, rows) / n_tokens
+        needed = 2 * (2 * frozen + trained[kind] + scout)
+        found[kind] = {
+            "step_mflop": round(flops / 1e6, 1),
+            "needed_mflop": round(needed / 1e6, 1),
+            "ratio": round(flops / needed, 3),
+        }
+    return found
+
+
+CHILDREN: Final[Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+    "ours-lora": lambda arguments: train_ours("lora", arguments),
+    "ours-ffn": lambda arguments: train_ours("ffn", arguments),
+    "ours-full": train_ours_full,
+    "peft-lora": lambda arguments: train_torch("peft-lora", arguments),
+    "torch-ffn": lambda arguments: train_torch("torch-ffn", arguments),
+    "torch-full": lambda arguments: train_torch("torch-full", arguments),
+    "floor": measure_floor,
+    "work": measure_work,
+}
+
+
+def run_child(name: str, arguments: argparse.Namespace, folder: Path, tap: int) -> dict[str, Any]:
+    """Run one of the above in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.training", "--child", name]
+    command += ["--backbone", str(arguments.backbone), "--steps", str(arguments.steps)]
+    command += ["--folder", str(folder), "--tap", str(tap)]
+    # Every run compiles, as the first one of a contributor does.
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        sys.exit(done.stderr)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(name, json.dumps(row), flush=True)
+    return row
+
+
+def compare(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return ratios of every pair, round by round: speed, processor time and memory."""
+    ratios = {}
+    for ours, theirs in PAIRS:
+        if runs.get(ours) and runs.get(theirs):
+            pairs = list(zip(runs[ours], runs[theirs], strict=True))
+            ratios[f"{ours} / {theirs}"] = {
+                field: [round(a[field] / b[field], 3) for a, b in pairs]
+                for field in ("tokens_per_second", "cpu_ms_per_token", "peak_mb")
+            }
+    return ratios
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return Markdown by marker."""
+
+    def middle(rows: Sequence[Mapping[str, Any]], field: str) -> str:
+        values = sorted(row[field] for row in rows if field in row)
+        if not values:
+            return "–"
+        spread = f" ({values[0]:g}–{values[-1]:g})" if len(values) > 1 else ""
+        return f"{statistics.median(values):g}{spread}"
+
+    head = (
+        "whole run, tokens/s",
+        "CPU ms per token",
+        "steps alone, tokens/s",
+        "CPU ms per token",
+        "peak memory, MB",
+    )
+    fields = (
+        "tokens_per_second",
+        "cpu_ms_per_token",
+        "step_tokens_per_second",
+        "step_cpu_ms_per_token",
+        "peak_mb",
+    )
+    runs = "| | " + " | ".join(head) + " |\n|---" + "|---" * len(head) + "|\n"
+    for name, label in LABELS.items():
+        if rows := result["runs"].get(name):
+            runs += f"| {label} | " + " | ".join(middle(rows, field) for field in fields) + " |\n"
+    ratios = "| ratio | speed | CPU time | peak memory |\n|---|---|---|---|\n"
+    for pair, found in result["ratios"].items():
+        cells = (", ".join(f"{value:.2f}" for value in values) for values in found.values())
+        ratios += f"| {pair} | " + " | ".join(cells) + " |\n"
+    work = "| body | products in a step, MFLOP per token | needed | ratio |\n|---|---|---|---|\n"
+    for kind, row in result["work"].items():
+        work += f"| {kind} | {row['step_mflop']} | {row['needed_mflop']} | {row['ratio']} |\n"
+    floor, found = result["floor"], result["machine"]
+    return {
+        "runs": runs,
+        "ratios": ratios,
+        "work": work,
+        "machine": f"*{found['cpu']}, Python {found['python']}, jax {found['jax']}, torch "
+        f"{found['torch']}, peft {found['peft']}; {result['steps']} steps of {ROWS} rows of "
+        f"{WINDOW} tokens; float32 product of 512 × 576 × 1536: jax {floor['jax_gflops']}, torch "
+        f"{floor['torch_gflops']} GFLOP/s at best, {floor['jax_gflop_per_cpu_second']} and "
+        f"{floor['torch_gflop_per_cpu_second']} GFLOP per processor second; load "
+        f"{found['load'][0]}; {found['date']}.*\n",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", type=Path, default=Path("runs/smollm2-135m"))
+    parser.add_argument("--steps", type=int, default=64, help="steps of every run, at least 3")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each way is run")
+    parser.add_argument("--only", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--json", type=Path, help="where figures are written")
+    parser.add_argument("--docs", type=Path, help="folder whose training.md is filled in")
+    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tap", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(CHILDREN[arguments.child](arguments)))
+        return
+    from benchmarks.parity import save_smollm2
+
+    gguf = sorted(arguments.backbone.parent.glob("*.gguf"))
+    if not gguf or not (arguments.backbone / "config.json").is_file():
+        sys.exit(f"{arguments.backbone} and its GGUF file are missing: run `make smollm2`")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        loaded = load_backbone(str(arguments.backbone))
+        stream_M = token_stream(read_documents([TEXT]), loaded.tokenizer)
+        n_tokens = arguments.steps * ROWS * WINDOW
+        np.save(folder / "rows.npy", cut_rows(stream_M, WINDOW, n_tokens))
+        tap = loaded.backbone.cfg.tap
+        save_smollm2(gguf[0], folder / "model")
+        work, floor = (run_child(name, arguments, folder, tap) for name in ("work", "floor"))
+        for _ in range(arguments.rounds):
+            for name in arguments.only:
+                runs.setdefault(name, []).append(run_child(name, arguments, folder, tap))
+    packages = ("jax", "torch", "peft", "transformers")
+    result = {
+        "machine": {
+            "date": datetime.date.today().isoformat(),
+            "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
+            "python": platform.python_version(),
+            "load": [round(x, 1) for x in os.getloadavg()],
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "steps": arguments.steps,
+        "floor": floor,
+        "work": work,
+        "runs": runs,
+        "ratios": compare(runs),
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.docs:
+        fill(arguments.docs / "training.md", tables(result))
+    print(json.dumps(result["ratios"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

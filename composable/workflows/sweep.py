@@ -1,0 +1,206 @@
+"""Train variants of one expert that differ in seed or rank, on one pass of the trunk.
+
+The trunk's outputs depend on the text alone, so all variants read the same ones from disk, and
+variants of one rank run one compiled program. The best on held-out text becomes the expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import numpy as np
+from flax import nnx
+
+from composable.assembly.backbones import LoadedBackbone
+from composable.assembly.experts import load_expert, make_expert
+from composable.corpora.documents import read_documents
+from composable.errors import TrainingError
+from composable.files import atomic
+from composable.model.body import Expert
+from composable.model.model import Pluggable
+from composable.packaging.manifests.manifest import (
+    BODY_FILE,
+    EXPERT_FILE,
+    SCOUT_FILE,
+    Manifest,
+)
+from composable.progress import StepProgress
+from composable.training.config import TrainConfig
+from composable.training.data import TappedRows, token_stream
+from composable.training.objectives import tapped_objective
+from composable.training.record import TrainingRecord
+from composable.workflows.train import train_expert
+from composable.workflows.trunk_cache import cut_rows, run_trunk
+from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK
+
+# What variants may differ in.
+SWEPT: Final = ("rank", "seed")
+# Tokens of held-out text that variants are compared on, at most.
+_HELDOUT_TOKENS: Final = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One expert of a sweep, trained.
+
+    Args:
+        name: What it differs in, such as "rank=4,seed=0".
+        folder: The expert.
+        record: The record of its run.
+        bits_per_token: Of its body, always on, on held-out text.
+        scout_bits: Bits per class of its scout on held-out text.
+    """
+
+    name: str
+    folder: Path
+    record: TrainingRecord
+    bits_per_token: float
+    scout_bits: float
+
+
+def parse_sweep(options: Sequence[str]) -> dict[str, list[int]]:
+    """Parse `NAME=VALUE,VALUE` options.
+
+    Args:
+        options: One option per setting that is varied.
+
+    Raises:
+        TrainingError: For another setting, one that is given twice, or a value that is no number.
+
+    Example:
+        >>> parse_sweep(["rank=4,16", "seed=0,1"])
+        {'rank': [4, 16], 'seed': [0, 1]}
+    """
+    sweep: dict[str, list[int]] = {}
+    for option in options:
+        name, _, values = option.partition("=")
+        if name not in SWEPT or name in sweep or not all(v.isdecimal() for v in values.split(",")):
+            raise TrainingError(
+                f"{option!r} is not a setting and its values",
+                where="--sweep",
+                hint="write --sweep rank=4,16 or --sweep seed=0,1, each setting once",
+            )
+        sweep[name] = sorted({int(value) for value in values.split(",")})
+    return sweep
+
+
+def train_variants(
+    loaded: LoadedBackbone,
+    folder: Path,
+    data: Sequence[Path],
+    cfg: TrainConfig,
+    sweep: Mapping[str, Sequence[int]],
+    *,
+    parent: Pluggable | None = None,
+    progress: Callable[[str], StepProgress] | None = None,
+) -> list[Variant]:
+    """Train every combination of the swept settings, and make the best one the folder's expert.
+
+    A variant is a folder of its own in `.work/sweep`. Run again after an interruption to resume.
+
+    Args:
+        loaded: The backbone.
+        folder: The expert, with `expert.toml`.
+        data: Text files, JSON-lines files or folders of them.
+        cfg: How to train; its seed is used where none is swept.
+        sweep: Values by setting, as `parse_sweep` returns.
+        parent: The release that the expert derives from, as for `train_expert`.
+        progress: Returns the callback for the steps of the variant with a name.
+
+    Returns:
+        The variants, best first: by bits per token on held-out text.
+
+    Raises:
+        TrainingError: If ranks are swept of a body that has none, or of an expert that derives
+            from another one.
+        ComposableError: As `train_expert`.
+    """
+    manifest = Manifest.read(folder)
+    if "rank" in sweep and (manifest.body.rank is None or parent is not None):
+        raise TrainingError(
+            "ranks can be swept only of a low-rank body that starts from the backbone",
+            where=f"{folder / EXPERT_FILE}: body.kind",
+            hint='write kind = "lora" and no derives-from, or sweep seeds only',
+        )
+    work = folder / WORK / "sweep"
+    trained: list[tuple[str, Path, TrainingRecord]] = []
+    for values in itertools.product(*sweep.values()):
+        setting = dict(zip(sweep, values, strict=True))
+        name = ",".join(f"{key}={value}" for key, value in setting.items())
+        variant = _write_variant(work / name, manifest, setting.get("rank"))
+        run = dataclasses.replace(cfg, seed=setting.get("seed", cfg.seed))
+        show = progress(name) if progress else None
+        record = train_expert(
+            loaded, variant, data, run, parent=parent, trunk=work / "trunk", progress=show
+        )
+        trained.append((name, variant, record))
+    rows = _tap_heldout(loaded, trained[0][1], cfg, work / "trunk")
+    variants = [
+        Variant(name=name, folder=variant, record=record, **_measure(loaded, variant, rows, cfg))
+        for name, variant, record in trained
+    ]
+    variants.sort(key=lambda variant: variant.bits_per_token)
+    _adopt(folder, variants[0])
+    return variants
+
+
+def _write_variant(folder: Path, manifest: Manifest, rank: int | None) -> Path:
+    """Write the manifest of a variant; return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank is not None:
+        body = dataclasses.replace(manifest.body, rank=rank)
+        manifest = dataclasses.replace(manifest, body=body)
+    atomic.write_text(folder / EXPERT_FILE, manifest.to_toml())
+    return folder
+
+
+def _tap_heldout(
+    loaded: LoadedBackbone, variant: Path, cfg: TrainConfig, cache: Path
+) -> TappedRows:
+    """Return rows of the text that all variants held out, with the trunk's outputs."""
+    documents = read_documents([variant / WORK / HELDOUT_FILE])
+    stream_M = token_stream(documents, loaded.tokenizer)
+    window = min(cfg.window, len(stream_M) - 1)
+    return run_trunk(loaded, cut_rows(stream_M, window, _HELDOUT_TOKENS), cache)
+
+
+def _measure(
+    loaded: LoadedBackbone, folder: Path, rows: TappedRows, cfg: TrainConfig
+) -> dict[str, float]:
+    """Return the figures of a trained variant on held-out rows."""
+    parts, manifest = load_expert(loaded, folder), Manifest.read(folder)
+    expert: Expert = nnx.eval_shape(lambda: make_expert(loaded.backbone, manifest))
+    expert.body, expert.scout = parts.body, parts.scout
+    graph, params = nnx.split(expert)
+    objective = jax.jit(tapped_objective(graph))
+    figures = []
+    for start in range(0, len(rows.tokens_BU), cfg.batch_size):
+        end = start + cfg.batch_size
+        batch = TappedRows(rows.tokens_BU[start:end], np.array(rows.x_BTD[start:end]))
+        found: Mapping[str, Any] = objective(params, loaded.backbone, batch)[1]
+        figures.append({name: len(batch.tokens_BU) * float(x) for name, x in found.items()})
+    return {
+        name: sum(row[name] for row in figures) / len(rows.tokens_BU)
+        for name in ("bits_per_token", "scout_bits")
+    }
+
+
+def _adopt(folder: Path, best: Variant) -> None:
+    """Make the folder's expert the best variant: tensors, rank, record and held-out text."""
+    import tomlkit
+
+    (folder / WORK).mkdir(exist_ok=True)
+    for name in (BODY_FILE, SCOUT_FILE, f"{WORK}/{HELDOUT_FILE}", f"{WORK}/{TRAINING_FILE}"):
+        shutil.copyfile(best.folder / name, folder / name)
+    rank = Manifest.read(best.folder).body.rank
+    document: Any = tomlkit.parse((folder / EXPERT_FILE).read_text())
+    if rank is not None and document["body"]["rank"] != rank:
+        document["body"]["rank"] = rank
+        atomic.write_text(folder / EXPERT_FILE, tomlkit.dumps(document))
