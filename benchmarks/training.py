@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from benchmarks.demo_seeds import fill
 from composable.assembly.backbones import load_backbone
@@ -224,7 +225,7 @@ def count_flops(run: Callable[..., Any], *arguments: Any) -> int:
                 left = equation.invars[0].aval.shape
                 length = int(np.prod([left[axis] for axis in contracted]))
                 total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * length
-            inner = sum(count(part) for part in jax.core.jaxprs_in_params(equation.params))
+            inner = sum(count(part) for part in jaxprs_in_params(equation.params))
             total += inner * equation.params.get("length", 1)
         return total
 

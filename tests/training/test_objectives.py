@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from composable.model.body import MATRICES, Expert, backbone_slot
 from composable.model.layers import swiglu
@@ -194,5 +195,5 @@ def products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive is jax.lax.dot_general_p:
             yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from products(inner)
