@@ -112,7 +112,7 @@ def _split(x_BT: jax.Array, n_parts: int) -> jax.Array:
     return jnp.moveaxis(parts, 1, 0)
 
 
-def _scale_slope(slope_BTD: jax.Array, given: jax.Array) -> tuple[jax.Array, None, None]:
+def _scale_slope(slope_BTD: jax.Array, given: Any) -> tuple[jax.Array, None, None]:
     """Return the gradients with respect to the arguments of `unembedded_loss`."""
     return (given * slope_BTD).astype(slope_BTD.dtype), None, None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from composable.assembly.experts import load_expert, make_expert
 from composable.corpora.documents import read_documents
 from composable.errors import TrainingError
 from composable.files import atomic
+from composable.files.reading import open_file, read_bytes
 from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.packaging.manifests.manifest import (
@@ -44,6 +44,7 @@ from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK
 SWEPT: Final = ("rank", "seed")
 # Tokens of held-out text that variants are compared on, at most.
 _HELDOUT_TOKENS: Final = 1 << 14
+_BLOCK: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +199,11 @@ def _adopt(folder: Path, best: Variant) -> None:
 
     (folder / WORK).mkdir(exist_ok=True)
     for name in (BODY_FILE, SCOUT_FILE, f"{WORK}/{HELDOUT_FILE}", f"{WORK}/{TRAINING_FILE}"):
-        shutil.copyfile(best.folder / name, folder / name)
+        with open_file(best.folder / name) as file, atomic.Sink(folder / name) as sink:
+            while block := file.read(_BLOCK):
+                sink.write(block)
     rank = Manifest.read(best.folder).body.rank
-    document: Any = tomlkit.parse((folder / EXPERT_FILE).read_text())
+    document: Any = tomlkit.parse(read_bytes(folder / EXPERT_FILE).decode())
     if rank is not None and document["body"]["rank"] != rank:
         document["body"]["rank"] = rank
         atomic.write_text(folder / EXPERT_FILE, tomlkit.dumps(document))

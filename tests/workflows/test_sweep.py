@@ -48,11 +48,11 @@ class Swept:
 
     def __init__(self, loaded, trained_folder, texts, folder):
         self.folder = write_folder(trained_folder, folder, rank=4)
-        self.trunk_rows, self.compiled = [], []
+        self.trunk_batches, self.compiled = [], []
         tap = trunk_cache._tap
 
-        def count_rows(backbone, tokens_BT):
-            self.trunk_rows.append(len(tokens_BT))
+        def count_batches(backbone, tokens_BT):
+            self.trunk_batches.append(len(tokens_BT))
             return tap(backbone, tokens_BT)
 
         def listen(event, duration, **_):
@@ -65,7 +65,7 @@ class Swept:
 
         self.at_start = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trunk_cache, "_tap", count_rows)
+            patch.setattr(trunk_cache, "_tap", count_batches)
             patch.setattr(
                 contribution, "trunk_features", lambda *_: pytest.fail("the trunk is cached")
             )
@@ -86,12 +86,13 @@ def swept(loaded, trained_folder, texts, tmp_path_factory):
     return Swept(loaded, trained_folder, texts, tmp_path_factory.mktemp("sweep") / "logic")
 
 
-def test_the_trunk_runs_once_for_the_text_and_once_for_what_is_held_out(swept):
-    n_rows = CFG.tokens // CFG.window
-    batches = -(-n_rows // trunk_cache._TAP_ROWS)
-    assert len(list((swept.folder / ".work" / "sweep" / "trunk").iterdir())) == 2
-    heldout = len(swept.trunk_rows) - batches
-    assert 0 < heldout <= batches
+def test_the_trunk_runs_once_for_the_text_and_once_for_what_is_held_out(loaded, swept):
+    row_bytes = 4 * CFG.window * loaded.backbone.cfg.d_model
+    files = (swept.folder / ".work" / "sweep" / "trunk").iterdir()
+    rows = sorted(file.stat().st_size // row_bytes for file in files)
+    assert len(rows) == 2
+    assert CFG.tokens // CFG.window in rows
+    assert len(swept.trunk_batches) == sum(-(-n // trunk_cache._TAP_ROWS) for n in rows)
 
 
 def test_variants_of_one_rank_compile_once(swept):
