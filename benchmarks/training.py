@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--json", type=Path, help="where figures are written")
     parser.add_argument("--docs", type=Path, help="folder whose training.md is filled in")
-    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=CHILDREN, help="only this, in this process")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tap", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

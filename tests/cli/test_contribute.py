@@ -264,6 +264,14 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     outcome = cli("train", "my-expert", "--data", *texts, "--steps", 4, *backbone)
     assert outcome.code == 1
     assert "written with another steps" in outcome.err
+    outcome = cli("train", "my-expert", "--data", *texts, "--sweep", "width=3", *backbone)
+    assert outcome.code == 1
+    assert "--sweep: 'width=3' is not a setting and its values" in outcome.err
+    swept = ("train", "my-expert", "--data", *texts, "--steps", 3, "--sweep", "seed=0,1", *backbone)
+    found = works(*swept, "--json").json
+    assert sorted(row["name"] for row in found["variants"]) == ["seed=0", "seed=1"]
+    assert found["kept"] == found["variants"][0]["name"]
+    assert works(*swept).out.splitlines()[-1] == f"kept {found['kept']} as my-expert"
 
     outcome = cli("check", "my-expert", "--json", *backbone)
     assert outcome.code in (0, 1), outcome.err
