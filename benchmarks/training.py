@@ -105,8 +105,8 @@ def train_ours(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
     cfg = expert_config(arguments.steps, rows=ROWS, backbone=loaded.backbone)
     ends: list[tuple[float, float]] = []
 
-    def mark(step: int, _: int, figures: Mapping[str, float]) -> None:
-        if step in (2, cfg.steps):
+    def mark(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if stage == "body and scout" and done in (2, total):
             ends.append((time.perf_counter(), time.process_time()))
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -146,7 +146,7 @@ def _train_variants(
     from composable.files.records import to_plain
     from composable.workflows.sweep import parse_sweep, train_variants
 
-    with bars.show_variants(is_quiet=is_quiet) as progress:
+    with bars.show_training(is_quiet=is_quiet) as progress:
         variants = train_variants(
             loaded, folder, files, cfg, parse_sweep(sweep), parent=parent, progress=progress
         )

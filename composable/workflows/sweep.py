@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +31,7 @@ from composable.packaging.manifests.manifest import (
     SCOUT_FILE,
     Manifest,
 )
-from composable.progress import StepProgress
+from composable.progress import TrainingProgress
 from composable.training.config import TrainConfig
 from composable.training.data import TappedRows, token_stream
 from composable.training.objectives import tapped_objective
@@ -100,7 +100,7 @@ def train_variants(
     sweep: Mapping[str, Sequence[int]],
     *,
     parent: Pluggable | None = None,
-    progress: Callable[[str], StepProgress] | None = None,
+    progress: TrainingProgress | None = None,
 ) -> list[Variant]:
     """Train every combination of the swept settings, and make the best one the folder's expert.
 
@@ -113,7 +113,7 @@ def train_variants(
         cfg: How to train; its seed is used where none is swept.
         sweep: Values by setting, as `parse_sweep` returns.
         parent: The release that the expert derives from, as for `train_expert`.
-        progress: Returns the callback for the steps of the variant with a name.
+        progress: As for `train_expert`; a stage has the variant's name in front.
 
     Returns:
         The variants, best first: by bits per token on held-out text.
@@ -137,7 +137,7 @@ def train_variants(
         name = ",".join(f"{key}={value}" for key, value in setting.items())
         variant = _write_variant(work / name, manifest, setting.get("rank"))
         run = dataclasses.replace(cfg, seed=setting.get("seed", cfg.seed))
-        show = progress(name) if progress else None
+        show = _label(progress, name) if progress else None
         record = train_expert(
             loaded, variant, data, run, parent=parent, trunk=work / "trunk", progress=show
         )
@@ -150,6 +150,15 @@ def train_variants(
     variants.sort(key=lambda variant: variant.bits_per_token)
     _adopt(folder, variants[0])
     return variants
+
+
+def _label(progress: TrainingProgress, name: str) -> TrainingProgress:
+    """Return a callback that reports the stages of one variant."""
+
+    def show(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        progress(f"{name} {stage}", done, total, figures)
+
+    return show
 
 
 def _write_variant(folder: Path, manifest: Manifest, rank: int | None) -> Path:

@@ -13,6 +13,7 @@ from composable.errors import TrainingError
 from composable.packaging.manifests.manifest import Manifest
 from composable.training.config import TrainConfig
 from composable.training.loop import _compile_step
+from composable.workflows import sweep as sweeps
 from composable.workflows import train as contribution
 from composable.workflows import trunk_cache
 from composable.workflows.sweep import parse_sweep, train_variants
@@ -59,22 +60,28 @@ class Swept:
             if event == "/jax/core/compile/backend_compile_duration":
                 self.compiled.append(duration)
 
-        def progress(name):
-            self.at_start.append((name, len(self.compiled)))
-            return lambda *_: None
+        def train(loaded, folder, *arguments, **options):
+            self.at_start.append((folder.name, len(self.compiled)))
+            return train_expert(loaded, folder, *arguments, **options)
 
-        self.at_start = []
+        self.at_start, self.stages = [], set()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trunk_cache, "_tap", count_batches)
             patch.setattr(
                 contribution, "trunk_features", lambda *_: pytest.fail("the trunk is cached")
             )
+            patch.setattr(sweeps, "train_expert", train)
             _compile_step.cache_clear()
             jax.monitoring.register_event_duration_secs_listener(listen)
             try:
                 sweep = {"rank": RANKS, "seed": SEEDS}
                 self.variants = train_variants(
-                    loaded, self.folder, texts, CFG, sweep, progress=progress
+                    loaded,
+                    self.folder,
+                    texts,
+                    CFG,
+                    sweep,
+                    progress=lambda stage, *_: self.stages.add(stage),
                 )
             finally:
                 jax.monitoring.unregister_event_duration_listener(listen)
@@ -99,6 +106,7 @@ def test_variants_of_one_rank_compile_once(swept):
     """The second seed of a rank compiles nothing; the second rank does."""
     names, counts = zip(*swept.at_start, strict=True)
     assert list(names) == [f"rank={rank},seed={seed}" for rank in RANKS for seed in SEEDS]
+    assert {stage.split()[0] for stage in swept.stages} == set(names)
     first, second, third, last = np.diff([*counts, swept.n_compiled])
     assert first > 0 and third > 0
     assert second == 0
