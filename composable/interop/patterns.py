@@ -19,7 +19,9 @@ _FLAT: Final = re.compile(
 )
 # How often a flat one may repeat and branch: a name of 100 characters then takes a moment at worst.
 _MAX_REPEATS: Final = 3
-_MAX_BRANCHES: Final = 8
+_MAX_BRANCHES: Final = 6
+# And all expressions of a job together.
+_MAX_TOTAL: Final = 12
 Groups = dict[str, str | None]
 
 
@@ -50,7 +52,9 @@ of processor time and 512 MiB of memory
     """
     whole = [within.replace("{}", pattern) for pattern in patterns]
     job = {"patterns": whole, "names": list(names)}
-    found = match_all(job) if all(map(_is_quick, patterns)) else run_limited(match_all, job)
+    n_total = sum(sum(map(pattern.count, "*+?|")) for pattern in patterns)
+    is_quick = n_total <= _MAX_TOTAL and all(map(_is_quick, patterns))
+    found = match_all(job) if is_quick else run_limited(match_all, job)
     if isinstance(found, str):
         raise ValueError(found)
     matches: list[dict[str, Groups]] = found
