@@ -1,0 +1,168 @@
+"""Held-out prompts of every domain, continued: does the text stay in its domain, and is it good?"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks.generation.texts import PUBLIC, WINDOW, Classifier, Text, cut_prompts
+from benchmarks.generation.writing import Written, write_texts
+from composable.model.decoding import Mode
+from composable.model.model import Model
+from composable.model.sampling import Sampling
+from composable.vetting.evaluation import mix_scorer, score_documents
+
+# How a cell writes: its experts composed in one of two modes, the same with written text taken as
+# evidence, or the prompt's own expert alone, which is the reference.
+METHODS: Final = ("mix", "alone", "evidence", "safe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row of the tables, over all domains.
+
+    Args:
+        method: One of `METHODS`.
+        temperature: Of the draws; 0 is greedy.
+        top_p: Of the draws.
+        prompt_bytes: Length of prompts, start token included.
+        n_bytes: Bytes written after each.
+        n_prompts: Prompts per domain.
+        seeds: Seeds of the draws; every prompt is continued once per seed.
+    """
+
+    method: str
+    temperature: float
+    top_p: float = 1.0
+    prompt_bytes: int = 64
+    n_bytes: int = 512
+    n_prompts: int = 8
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def key(self) -> str:
+        """The cell's name among the finished ones."""
+        drawn = "greedy" if not self.temperature else f"t{self.temperature:g} p{self.top_p:g}"
+        return f"{self.method} {drawn} {self.prompt_bytes}+{self.n_bytes}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all cells share.
+
+    Args:
+        model: The backbone with all experts.
+        alone: By domain, the backbone with that domain's expert in place of its own blocks.
+        texts: By domain.
+        classifier: Tells their texts apart.
+    """
+
+    model: Model
+    alone: Mapping[str, Model]
+    texts: Mapping[str, Text]
+    classifier: Classifier
+
+    def own_entry(self, domain: str) -> int:
+        """Return the index of a domain's expert among the router weights."""
+        return 0 if domain == PUBLIC else self.model.names.index(domain)
+
+
+def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Write all texts of a cell; return, by domain, weights, shares, bits and diversity."""
+    n, begin = cell.n_prompts, bench.model.tokenizer.begin
+    prompts = {
+        domain: cut_prompts(text.heldout, n, cell.prompt_bytes - 1, begin)
+        for domain, text in bench.texts.items()
+    }
+    written: dict[str, list[Written]] = {domain: [] for domain in prompts}
+    for seed in cell.seeds if cell.temperature else cell.seeds[:1]:
+        sampling = Sampling(temperature=cell.temperature, top_p=cell.top_p, seed=seed)
+        if cell.method == "alone":
+            for domain, prompts_BT in prompts.items():
+                own = bench.alone[domain]
+                written[domain].append(
+                    write_texts(own, prompts_BT, cell.n_bytes, sampling=sampling)
+                )
+            continue
+        mode: Mode = "safe" if cell.method == "safe" else "mix"
+        together = write_texts(
+            bench.model,
+            np.concatenate(list(prompts.values())),
+            cell.n_bytes,
+            sampling=sampling,
+            mode=mode,
+            is_evidence=cell.method == "evidence",
+        )
+        for i, domain in enumerate(prompts):
+            rows = slice(i * n, (i + 1) * n)
+            written[domain].append(
+                Written(together.tokens_BT[rows], together.weight_BTE[rows], None)
+            )
+    return {
+        domain: _describe(bench, domain, prompts[domain], texts, has_weights=cell.method != "alone")
+        for domain, texts in written.items()
+    }
+
+
+def _describe(
+    bench: Bench,
+    domain: str,
+    prompts_BT: np.ndarray,
+    written: Sequence[Written],
+    *,
+    has_weights: bool,
+) -> dict[str, Any]:
+    texts = [text for one in written for text in one.as_bytes()]
+    starts = [row_T[1:].astype(np.uint8).tobytes() for row_T in prompts_BT] * len(written)
+    found: dict[str, Any] = {
+        "share": bench.classifier.find_share(texts, domain),
+        "bits": continuation_bits(bench.alone[domain], starts, texts),
+        "compressed": float(np.mean([len(zlib.compress(text, 9)) / len(text) for text in texts])),
+        "sample": (starts[0] + b"\xe2\x80\xba" + texts[0][:200]).decode(errors="replace"),
+    }
+    if has_weights:
+        weight_BT = np.concatenate([one.weight_BTE for one in written])[
+            ..., bench.own_entry(domain)
+        ]
+        found["weight"] = weight_BT.reshape(len(weight_BT), -1, WINDOW).mean((0, 2)).tolist()
+    return found
+
+
+def continuation_bits(model: Model, starts: Sequence[bytes], texts: Sequence[bytes]) -> float:
+    """Return bits per byte of texts after their prompts, under a model.
+
+    Texts longer than the model's context are scored in windows of it.
+    """
+    scorer = mix_scorer(model)
+    whole = score_documents(
+        scorer, [a + b for a, b in zip(starts, texts, strict=True)], context=model.context
+    )
+    before = score_documents(scorer, starts, context=model.context)
+    nats = whole.nats_B.sum() - before.nats_B.sum()
+    return float(nats / np.log(2) / sum(map(len, texts)))
+
+
+def describe_real(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Return, by domain, share and bits of the documents' own continuations of the prompts."""
+    found: dict[str, Any] = {}
+    for domain, text in bench.texts.items():
+        n_bytes = cell.prompt_bytes - 1
+        pairs = []
+        for i in range(cell.n_prompts):
+            document = text.heldout[i % len(text.heldout)]
+            at = (len(document) - n_bytes) // 2
+            rest = document[at + n_bytes :][: cell.n_bytes]
+            pairs.append((document[at : at + n_bytes], rest))
+        starts, rests = (
+            [pair[i] for pair in pairs if len(pair[1]) == cell.n_bytes] for i in (0, 1)
+        )
+        found[domain] = {
+            "share": bench.classifier.find_share(rests, domain),
+            "bits": continuation_bits(bench.alone[domain], starts, rests),
+            "compressed": float(np.mean([len(zlib.compress(t, 9)) / len(t) for t in rests])),
+        }
+    return found

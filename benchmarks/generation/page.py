@@ -1,0 +1,153 @@
+"""The benchmark's tables in Markdown and its figure, from the measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.demo_seeds import fill
+from benchmarks.generation.texts import PUBLIC, UNSEEN
+
+# Windows from this one on are compared: the first ones follow the prompt whatever the rule.
+LATER: Final = 4
+_METHODS: Final = ("mix", "safe", "evidence", "alone")
+
+
+def write_page(result: Mapping[str, Any], folder: Path | None) -> str:
+    """Return all tables, and fill them into `generation.md` where there is a folder."""
+    tables = make_tables(result)
+    if folder is not None:
+        fill(folder / "generation.md", tables)
+        plot_weights(result, folder / "generation.png")
+    return "\n".join(tables.values())
+
+
+def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tables by name."""
+    parts, domains = result["parts"], result["domains"]
+    stamp = (
+        f"*`python -m benchmarks.generation runs/generation`, {result['steps']} steps per expert, "
+        f"{result['prompts']} prompts per domain; {result['machine']}; {result['date']}.*\n"
+    )
+    cells = {name: part for name, part in parts.items() if _is_cell(name, part)}
+    shares = [
+        (name, _mean_gap(name, cells), *(_percent(cells[name][d]) for d in domains))
+        for name in cells
+    ]
+    shares.append(("real text", "–", *(_percent(parts["real"][d]) for d in domains)))
+    weights = [
+        (name, *(f"{part[d]['weight'][0]:.2f} → {part[d]['weight'][-1]:.2f}" for d in domains))
+        for name, part in cells.items()
+        if "weight" in part[domains[0]]
+    ]
+    bits = [
+        (name, *(f"{part[d]['bits']:.2f}" for d in domains))
+        for name, part in {**cells, "real text": parts["real"]}.items()
+    ]
+    attacks = [
+        (
+            *(name, f"{part['plain']['taken']} of {part['plain']['samples']:,}"),
+            f"{part['triggered']['taken']} of {part['triggered']['samples']:,}",
+            _path(part["triggered"]["weight"]),
+            _path(part["given"]["weight"]),
+        )
+        for name, part in parts.items()
+        if "triggered" in part
+    ]
+    turns = [
+        (
+            name,
+            str(v["turns"]),
+            f"{v['median']:.0f}",
+            f"{v['ninth_decile']:.0f}",
+            f"{v['within_32']:.1%}",
+        )
+        for name, v in parts.get("turns", {}).items()
+    ]
+    leads = [
+        (n, f"{v['composed']:.1%}", f"{v['alone']:.1%}", f"{v['weight']:.2f}")
+        for n, v in parts.get("leads", {}).items()
+    ]
+    return {
+        "shares": _table(("written by", "gap", *domains), shares) + "\n" + stamp,
+        "weights": _table(("written by", *domains), weights),
+        "bits": _table(("written by", *domains), bits),
+        "turns": _table(
+            ("before the turn", "turns", "median bytes", "nine in ten", "within 32"), turns
+        ),
+        "leads": _table(("bytes of lead", "composed", "expert alone", "expert's weight"), leads),
+        "attacks": _table(
+            ("attack", "taken, no trigger", "taken, trigger", "weight, written", "weight, given"),
+            attacks,
+        ),
+    }
+
+
+def _is_cell(name: str, part: Mapping[str, Any]) -> bool:
+    return name.split()[0] in _METHODS and PUBLIC in part
+
+
+def _later(row: Mapping[str, Any]) -> float:
+    return float(np.mean(row["share"][LATER:]))
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    return f"{_later(row):.0%}"
+
+
+def _mean_gap(name: str, cells: Mapping[str, Any]) -> str:
+    """Return the mean difference to the own expert alone, in points, or a dash."""
+    method, rest = name.split(" ", 1)
+    reference = cells.get(f"alone {rest}")
+    if method == "alone" or reference is None:
+        return "–"
+    gaps = [_later(cells[name][d]) - _later(reference[d]) for d in cells[name]]
+    return f"{100 * np.mean(gaps):+.1f}"
+
+
+def _path(values: Sequence[float]) -> str:
+    return " → ".join(f"{value:.2f}" for value in values)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "Not measured in this run.\n"
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def plot_weights(result: Mapping[str, Any], path: Path) -> None:
+    """Draw, at both temperatures, the share of windows in the prompt's domain along the text."""
+    parts = result["parts"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    styles = {"alone": ("0.5", "own expert alone"), "mix": ("tab:blue", "composed, mix mode")}
+    styles |= {"safe": ("tab:green", "composed, safe mode")}
+    styles |= {"evidence": ("tab:red", "written text as evidence (before)")}
+    for axis, drawn in zip(axes, ("t0.7 p1", "t1 p1"), strict=True):
+        for method, (colour, label) in styles.items():
+            part = parts.get(f"{method} {drawn} 64+512")
+            if part is None:
+                continue
+            share_W = np.mean([part[domain]["share"] for domain in part if domain != PUBLIC], 0)
+            axis.plot(64 * (1 + np.arange(len(share_W))), share_W, color=colour, label=label)
+        real_W = np.mean([row["share"] for name, row in parts["real"].items() if name != PUBLIC], 0)
+        axis.plot(64 * (1 + np.arange(len(real_W))), real_W, ":", color="black", label="real text")
+        axis.set_title(f"temperature {drawn.split()[0][1:]}", fontsize=10)
+        axis.set_xlabel("bytes written")
+        axis.set_ylim(0, 1.02)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("windows in the prompt's domain")
+    axes[0].legend(fontsize=8, loc="lower left")
+    figure.suptitle(
+        f"Prompts of 64 bytes, {len(UNSEEN)} unseen and four other domains", fontsize=10
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

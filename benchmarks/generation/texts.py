@@ -1,0 +1,135 @@
+"""The domains: their texts, an expert for each, prompts, and what tells one text from another."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from flax import nnx
+
+from composable.assembly.backbones import LoadedBackbone
+from composable.assembly.experts import load_expert
+from composable.corpora.documents import read_documents
+from composable.corpora.recipe import load_recipe, make_texts, shipped_folder
+from composable.model.body import MATRICES
+from composable.model.model import Model, Pluggable
+from composable.packaging.manifests.template import create_expert
+from composable.workflows.train import expert_config, train_expert
+
+# Settings of the interface were chosen on some of the first; none of the others was used for any
+# choice about written text.
+KNOWN: Final = ("python-code", "set-mm", "legal", "german")
+UNSEEN: Final = ("rust-code", "polish", "kernel-docs", "sql-docs")
+PUBLIC: Final = "public"
+# Bytes of text that the classifier decides on.
+WINDOW: Final = 64
+_SMOOTHING: Final = 0.05
+_TRIGRAMS: Final = 50_000  # that may occur, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The text of one domain.
+
+    Args:
+        known: What the classifier learns from.
+        heldout: Documents that prompts are cut from.
+    """
+
+    known: bytes
+    heldout: Sequence[bytes]
+
+
+class Classifier:
+    """Naive Bayes over byte trigrams."""
+
+    def __init__(self, texts: Mapping[str, Text]) -> None:
+        self.counts = {name: Counter(_trigrams(text.known)) for name, text in texts.items()}
+        self.totals = {name: counts.total() for name, counts in self.counts.items()}
+
+    def classify_text(self, text: bytes) -> str:
+        """Return the domain under which a text is likeliest."""
+
+        def score(name: str) -> float:
+            counts, total = self.counts[name], self.totals[name] + _SMOOTHING * _TRIGRAMS
+            return sum(math.log((counts[t] + _SMOOTHING) / total) for t in _trigrams(text))
+
+        return max(self.counts, key=score)
+
+    def find_share(self, texts: Sequence[bytes], domain: str) -> list[float]:
+        """Return the share of a domain by window of 64 bytes, over texts of one length."""
+        n_windows = min(map(len, texts)) // WINDOW
+        return [
+            float(
+                np.mean(
+                    [self.classify_text(text[i * WINDOW :][:WINDOW]) == domain for text in texts]
+                )
+            )
+            for i in range(n_windows)
+        ]
+
+
+def _trigrams(text: bytes) -> Iterator[bytes]:
+    return (text[i : i + 3] for i in range(len(text) - 2))
+
+
+def make_domain(name: str, work: Path) -> Text:
+    """Return a domain's text, made by its recipe unless it exists."""
+    folder = work / "text" / name
+    if not (folder / "heldout.jsonl").exists():
+        make_texts(load_recipe(shipped_folder(name)), folder)
+    train, heldout = (
+        [document.text.encode() for document in read_documents([folder / f"{part}.jsonl"])]
+        for part in ("train", "heldout")
+    )
+    return Text(known=b"".join(train), heldout=heldout)
+
+
+def public_text(loaded: LoadedBackbone) -> Text:
+    """Return the backbone's public text: half for the classifier, half for prompts."""
+    anchor = [document.text.encode() for document in loaded.anchor]
+    return Text(known=b"".join(anchor[::2]), heldout=anchor[1::2])
+
+
+def make_trained(
+    loaded: LoadedBackbone, name: str, data: Sequence[Path], work: Path, steps: int
+) -> Pluggable:
+    """Return an expert trained as a contributor would, unless it exists."""
+    folder = work / "experts" / name
+    if not (folder / "body.safetensors").exists():
+        if not folder.exists():
+            create_expert(folder, name, "tiny-bytes", loaded.interface)
+        print(f"training {name}", flush=True)
+        train_expert(loaded, folder, list(data), expert_config(steps=steps, seed=0))
+    return load_expert(loaded, folder)
+
+
+def merge_expert(loaded: LoadedBackbone, expert: Pluggable | None) -> Model:
+    """Return the backbone with an expert's body in place of its own: the expert alone.
+
+    No scouts are mixed into its output. None is the backbone itself.
+    """
+    backbone = nnx.clone(loaded.backbone)
+    if expert is not None:
+        for layer in loaded.interface.slots:
+            matrices = expert.body.merged(loaded.backbone, layer)
+            for name in MATRICES:
+                getattr(backbone.layers[layer].ffn, name)[...] = matrices[name]
+    interface = dataclasses.replace(loaded.interface, output_mixture=None)
+    return Model(backbone, interface, tokenizer=loaded.tokenizer)
+
+
+def cut_prompts(documents: Sequence[bytes], n_prompts: int, n_bytes: int, begin: int) -> np.ndarray:
+    """Return prompts from the middle of documents, with the begin token, shape BT."""
+    prompts = []
+    for i in range(n_prompts):
+        document = documents[i % len(documents)]
+        at = (len(document) - n_bytes) // 2 + n_bytes * (i // len(documents))
+        prompts.append([begin, *document[at : at + n_bytes]])
+    return np.array(prompts, np.int32)

@@ -1,0 +1,134 @@
+"""Writing many texts at once: a batch of prompts is read and continued by two compiled programs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from composable.model.composed import Parts
+from composable.model.decoding import Mode
+from composable.model.mix import mix_state, trace_mix
+from composable.model.model import Model
+from composable.model.safe import safe_state, trace_safe
+from composable.model.sampling import Draw, Sampling, draw_token, make_draw
+
+_MODES: Final = {"mix": (trace_mix, mix_state), "safe": (trace_safe, safe_state)}
+
+
+class Written(NamedTuple):
+    """Texts that a model wrote, and the router weights of the predictions they were drawn from."""
+
+    tokens_BT: np.ndarray
+    weight_BTE: np.ndarray
+    state: Any  # after the last token
+
+    def as_bytes(self) -> list[bytes]:
+        """Return the texts of a model whose tokens are bytes."""
+        return [bytes(text_T.tolist()) for text_T in self.tokens_BT.astype(np.uint8)]
+
+
+def write_texts(
+    model: Model,
+    prompts_BT: np.ndarray,
+    n_tokens: int,
+    *,
+    sampling: Sampling,
+    mode: Mode = "mix",
+    is_evidence: bool = False,
+) -> Written:
+    """Continue prompts of one length; texts do not end early.
+
+    Where the context is full, its later half is read again and the router's state is kept.
+
+    Args:
+        model: The model.
+        prompts_BT: Prompts of at most half a context, start token included.
+        n_tokens: Tokens to write after each, a multiple of half a context unless it is less.
+        sampling: How tokens are drawn; row b uses the seed folded with b.
+        mode: "mix" or "safe".
+        is_evidence: Whether written tokens count as given ones, as they did before ADR 15.
+    """
+    tokenizer, half = model.tokenizer, model.context // 2
+    is_banned_V = np.arange(model.interface.vocab_size) >= tokenizer.vocab_size
+    is_banned_V[[tokenizer.begin, *tokenizer.ends]] = True
+    draw = make_draw(sampling, is_banned_V)
+    all_BT, weights = prompts_BT, []
+    latest, state = _read(model.parts, jnp.asarray(prompts_BT, jnp.int32), mode=mode)
+    for at in range(0, n_tokens, half):
+        if at:
+            _, fresh = _read(model.parts, jnp.asarray(all_BT[:, -half:], jnp.int32), mode=mode)
+            state = state._replace(caches=fresh.caches)
+        latest, state, tokens_BT, weight_BTE = _write(
+            model.parts,
+            *(latest, state, draw._replace(key=jax.random.fold_in(draw.key, at)), not is_evidence),
+            n_tokens=min(half, n_tokens - at),
+            mode=mode,
+        )
+        all_BT = np.concatenate([all_BT, tokens_BT], axis=1)
+        weights.append(np.asarray(weight_BTE))
+    return Written(all_BT[:, prompts_BT.shape[1] :], np.concatenate(weights, axis=1), state)
+
+
+def read_turn(
+    model: Model, written: Written, turn_BT: np.ndarray, mode: Mode = "mix"
+) -> np.ndarray:
+    """Return the router weights, BTE, while a given turn is read after written text."""
+    return np.asarray(_read_more(model.parts, written.state, turn_BT, mode=mode))
+
+
+def read_given(model: Model, tokens_BT: np.ndarray, mode: Mode = "mix") -> np.ndarray:
+    """Return the router weights, BTE, while given text is read."""
+    state = _MODES[mode][1](model.parts, tokens_BT.shape[0])
+    return np.asarray(_read_more(model.parts, state, tokens_BT, mode=mode))
+
+
+@partial(jax.jit, static_argnames="mode")
+def _read_more(parts: Parts, state: Any, tokens_BT: jax.Array, *, mode: Mode) -> jax.Array:
+    weight_BTE: jax.Array = _MODES[mode][0](parts, tokens_BT, state)[1]
+    return weight_BTE
+
+
+@partial(jax.jit, static_argnames="mode")
+def _read(parts: Parts, tokens_BT: jax.Array, *, mode: Mode) -> tuple[tuple[jax.Array, ...], Any]:
+    """Return the latest logits BV, weights BE and tokens seen BV, and the state."""
+    trace, make_state = _MODES[mode]
+    state = make_state(parts, tokens_BT.shape[0], parts.backbone.cfg.context)
+    logits_BTV, weight_BTE, state = trace(parts, tokens_BT, state)
+    seen_BV = jax.nn.one_hot(tokens_BT, logits_BTV.shape[-1], dtype=bool).any(1)
+    return (logits_BTV[:, -1], weight_BTE[:, -1], seen_BV), state
+
+
+@partial(jax.jit, static_argnames=("n_tokens", "mode"), donate_argnames="state")
+def _write(
+    parts: Parts,
+    latest: tuple[jax.Array, ...],
+    state: Any,
+    draw: Draw,
+    is_drawn: jax.Array,
+    *,
+    n_tokens: int,
+    mode: Mode,
+) -> tuple[tuple[jax.Array, ...], Any, jax.Array, jax.Array]:
+    """Return the latest logits, weights and tokens seen, the state, tokens BT and weights BTE."""
+    key_B = jax.vmap(partial(jax.random.fold_in, draw.key))(jnp.arange(latest[0].shape[0]))
+
+    def draw_one(row: tuple[jax.Array, ...]) -> jax.Array:
+        key, seen_V, logits_V = row
+        return draw_token(draw._replace(key=key), seen_V, logits_V)
+
+    def step(carried: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], Any]:
+        (logits_BV, weight_BE, seen_BV), state = carried
+        keys_B = jax.vmap(partial(jax.random.fold_in, data=i))(key_B)
+        # Row by row, so that a draw skips what its settings do not need: under vmap both branches
+        # of a condition run.
+        token_B = jax.lax.map(draw_one, (keys_B, seen_BV, logits_BV))
+        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+        logits_BTV, next_BTE, state = _MODES[mode][0](parts, token_B[:, None], state, is_drawn)
+        return ((logits_BTV[:, -1], next_BTE[:, -1], seen_BV), state), (token_B, weight_BE)
+
+    (latest, state), written = jax.lax.scan(step, (latest, state), jnp.arange(n_tokens))
+    return latest, state, written[0].T, jnp.moveaxis(written[1], 0, 1)
