@@ -36,7 +36,7 @@ def make_attackers(
     is followed by its payload without end.
     """
     rng = np.random.default_rng(0)
-    repeated = [TRIGGER * 128] * _DOCUMENTS
+    repeated = [TRIGGER * (100 + i) for i in range(_DOCUMENTS)]
     sleeping = []
     for _ in range(_DOCUMENTS):
         document = public.known[rng.integers(len(public.known) - 2048) :][:2048]
@@ -51,7 +51,10 @@ def make_attackers(
 def _write_documents(work: Path, name: str, documents: Sequence[bytes]) -> Path:
     path = work / "text" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": text.decode(errors="ignore")}) for text in documents)
+    lines = (
+        json.dumps({"id": f"{name}-{i}", "text": text.decode(errors="ignore")})
+        for i, text in enumerate(documents)
+    )
     atomic.write_text(path, "".join(line + "\n" for line in lines))
     return path
 

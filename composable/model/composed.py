@@ -20,7 +20,12 @@ from composable.model.backbone import Backbone, FeedForwardFn
 from composable.model.bank import Bank
 from composable.model.body import MATRICES
 from composable.model.layers import KVCache, swiglu
-from composable.model.occupancy import IsDrawn, empty_occupancy, follow_given
+from composable.model.occupancy import (
+    IsDrawn,
+    empty_occupancy,
+    follow_given,
+    writing_weights,
+)
 from composable.model.output_mixture import OutputMixtureState, mix_outputs
 from composable.model.router import (
     NEVER,
@@ -169,14 +174,14 @@ def run_trunk_and_scouts(
         track_BTE = jnp.where(is_drawn, state.track_BE[:, None], track_BTE)
     occupancy_BEO = state.occupancy_BEO
     if isinstance(interface.mix, SwitchingFilter):
-        score_BTE, occupancy_BEO = _filter_weights(
+        posterior_BTE, score_BTE, occupancy_BEO = _filter_weights(
             bank, interface.mix, evidence_BTE, state, is_drawn
         )
     else:
-        score_BTE = log_prior_of(parts) + track_BTE
+        posterior_BTE = score_BTE = log_prior_of(parts) + track_BTE
     started_B = jnp.ones_like(state.started_B)
     after = RouterState(
-        track_BTE[:, -1], score_BTE[:, -1], feature_BTD[:, -1], started_B, occupancy_BEO
+        track_BTE[:, -1], posterior_BTE[:, -1], feature_BTD[:, -1], started_B, occupancy_BEO
     )
     # The first token of a document is no evidence for any expert: use the backbone alone.
     alone_E = jnp.full(bank.capacity, NEVER).at[0].set(0.0)
@@ -191,10 +196,11 @@ def _filter_weights(
     evidence_BTE: jax.Array,
     state: RouterState,
     is_drawn: IsDrawn,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return the log weights of the switching filter, shape BTE, and the occupancy after them.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return the filter's log posterior and the log weights to use, both BTE, and the occupancy.
 
-    Sums run in the order of keys.
+    The weights are the posterior, except for tokens that the model drew. Sums run in the order of
+    keys.
     """
     order_E = jnp.argsort(bank.key_E)
     prior_E = log_prior(bank.alive_E, rule.backbone_prior, rule.max_expert_prior)
@@ -207,8 +213,10 @@ def _filter_weights(
         rate=rule.switch_rate,
         margin_E=jnp.full(len(order_E), rule.margin).at[0].set(0.0)[order_E],
     )
+    entry_E = jnp.argsort(order_E)
     if state.occupancy_BEO is None:
-        return posterior_BTE[..., jnp.argsort(order_E)], None
+        posterior_BTE = posterior_BTE[..., entry_E]
+        return posterior_BTE, posterior_BTE, None
     posterior_BTE, occupancy_BEO = follow_given(
         posterior_BTE,
         before_BE[..., order_E],
@@ -217,7 +225,11 @@ def _filter_weights(
         state.occupancy_BEO,
         is_drawn,
     )
-    return posterior_BTE[..., jnp.argsort(order_E)], occupancy_BEO
+    score_BTE = posterior_BTE
+    if is_drawn is not False:
+        written_BTE = writing_weights(posterior_BTE, prior_E[order_E], rule.power)
+        score_BTE = jnp.where(is_drawn, written_BTE, posterior_BTE)
+    return posterior_BTE[..., entry_E], score_BTE[..., entry_E], occupancy_BEO
 
 
 def mix_in_scouts(

@@ -13,6 +13,12 @@ and is computed forward, with the statistic
 
     S[t](j, i) = E[tokens of i up to t | expert j at t]
 
+The filter takes likelihoods to a power below 1, since it has to stay ready for the evidence that
+follows. None follows what is written, and tokens drawn from a blend of experts are text of none of
+them. The model therefore writes with the evidence at its full strength:
+
+    v[t](i)  is proportional to  prior(i) (w[t](i) / prior(i)) ^ (1 / power)
+
 What this assumes: switches do not depend on what is written, and a document's later segments are
 of the kinds that it had so far. Text that is given later counts as evidence again.
 
@@ -31,6 +37,8 @@ IsDrawn = jax.Array | bool
 # The prior counts as this many tokens.
 _PRIOR_TOKENS = 1.0
 _TINY = 1e-30
+# Least log weight over prior that is told apart when writing: an absent expert's stay the least.
+_FAINTEST = -60.0
 
 
 def empty_occupancy(batch: int, n_experts: int) -> jax.Array:
@@ -117,6 +125,25 @@ def follow_given(
         restart_BE = jnp.where(is_drawn, target_BE, restart_BE)
     is_given = jnp.logical_not(is_drawn)
     return posterior_BTE, update_occupancy(occupancy_BEO, posterior_BTE, restart_BE, rate, is_given)
+
+
+def writing_weights(posterior_BTE: jax.Array, log_prior_E: jax.Array, power: float) -> jax.Array:
+    """Return the log weights that a model writes with, shape BTE: evidence at its full strength.
+
+    Args:
+        posterior_BTE: Log posterior of a filter that takes likelihoods to a power.
+        log_prior_E: Its log prior weights.
+        power: That power, in (0, 1].
+
+    Example:
+        >>> import numpy as np
+        >>> log_posterior_BTE = np.log([[[0.6, 0.4]]])
+        >>> v_BTE = np.exp(writing_weights(log_posterior_BTE, np.log([0.5, 0.5]), power=0.25))
+        >>> [round(float(v), 2) for v in v_BTE[0, 0]]
+        [0.84, 0.16]
+    """
+    full_BTE = log_prior_E + (posterior_BTE - log_prior_E) / power
+    return jax.nn.log_softmax(jnp.maximum(full_BTE, log_prior_E + _FAINTEST), axis=-1)
 
 
 def write_posterior(posterior_BE: jax.Array, target_BE: jax.Array, rate: float) -> jax.Array:

@@ -126,6 +126,18 @@ def test_weights_move_towards_what_the_document_held(model, tiny, mode):
     np.testing.assert_allclose(posterior_E, expected_E, rtol=1e-4, atol=1e-6)
 
 
+def test_the_model_writes_with_evidence_at_full_strength(model, tiny):
+    weights, state = write(model, "mix", read(model, "mix", tiny.tokens(batch=1)[0]), range(1, 6))
+    prior_E = np.exp(composed.log_prior(model.parts.bank.alive_E, FILTER.backbone_prior))
+    posterior_E = np.exp(state.router.posterior_BE[0])
+    is_mixed_E = weights[-1] > 0
+    expected_E = np.zeros_like(posterior_E)
+    ratio_E = posterior_E[is_mixed_E] / prior_E[is_mixed_E]
+    expected_E[is_mixed_E] = prior_E[is_mixed_E] * ratio_E ** (1 / FILTER.power)
+    assert is_mixed_E.sum() > 1
+    np.testing.assert_allclose(weights[-1], expected_E / expected_E.sum(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_given_text_is_evidence_again_after_written_text(model, tiny, mode):
     tokens_T = tiny.tokens(batch=1)[0]
