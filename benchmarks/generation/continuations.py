@@ -31,8 +31,7 @@ class Cell:
         top_p: Of the draws.
         prompt_bytes: Length of prompts, start token included.
         n_bytes: Bytes written after each.
-        n_prompts: Prompts per domain.
-        seeds: Seeds of the draws; every prompt is continued once per seed.
+        n_prompts: Prompts per domain, each continued once, with a seed of its own.
     """
 
     method: str
@@ -40,8 +39,7 @@ class Cell:
     top_p: float = 1.0
     prompt_bytes: int = 64
     n_bytes: int = 512
-    n_prompts: int = 8
-    seeds: tuple[int, ...] = (0, 1, 2)
+    n_prompts: int = 24
 
     @property
     def key(self) -> str:
@@ -78,58 +76,47 @@ def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         domain: cut_prompts(text.heldout, n, cell.prompt_bytes - 1, begin)
         for domain, text in bench.texts.items()
     }
-    written: dict[str, list[Written]] = {domain: [] for domain in prompts}
-    for seed in cell.seeds if cell.temperature else cell.seeds[:1]:
-        sampling = Sampling(temperature=cell.temperature, top_p=cell.top_p, seed=seed)
-        if cell.method == "alone":
-            for domain, prompts_BT in prompts.items():
-                own = bench.alone[domain]
-                written[domain].append(
-                    write_texts(own, prompts_BT, cell.n_bytes, sampling=sampling)
-                )
-            continue
-        mode: Mode = "safe" if cell.method == "safe" else "mix"
-        together = write_texts(
-            bench.model,
-            np.concatenate(list(prompts.values())),
-            cell.n_bytes,
-            sampling=sampling,
-            mode=mode,
-            is_evidence=cell.method == "evidence",
-        )
-        for i, domain in enumerate(prompts):
-            rows = slice(i * n, (i + 1) * n)
-            written[domain].append(
-                Written(together.tokens_BT[rows], together.weight_BTE[rows], None)
+    sampling = Sampling(temperature=cell.temperature, top_p=cell.top_p)
+    if cell.method == "alone":
+        return {
+            domain: _describe(
+                bench,
+                domain,
+                prompts_BT,
+                write_texts(bench.alone[domain], prompts_BT, cell.n_bytes, sampling=sampling),
             )
-    return {
-        domain: _describe(bench, domain, prompts[domain], texts, has_weights=cell.method != "alone")
-        for domain, texts in written.items()
-    }
+            for domain, prompts_BT in prompts.items()
+        }
+    mode: Mode = "safe" if cell.method == "safe" else "mix"
+    together = write_texts(
+        bench.model,
+        np.concatenate(list(prompts.values())),
+        cell.n_bytes,
+        sampling=sampling,
+        mode=mode,
+        is_evidence=cell.method == "evidence",
+    )
+    found = {}
+    for i, (domain, prompts_BT) in enumerate(prompts.items()):
+        rows = slice(i * n, (i + 1) * n)
+        written = Written(together.tokens_BT[rows], together.weight_BTE[rows], None)
+        found[domain] = _describe(bench, domain, prompts_BT, written)
+        weight_BT = written.weight_BTE[..., bench.own_entry(domain)]
+        found[domain]["weight"] = weight_BT.reshape(n, -1, WINDOW).mean((0, 2)).tolist()
+    return found
 
 
 def _describe(
-    bench: Bench,
-    domain: str,
-    prompts_BT: np.ndarray,
-    written: Sequence[Written],
-    *,
-    has_weights: bool,
+    bench: Bench, domain: str, prompts_BT: np.ndarray, written: Written
 ) -> dict[str, Any]:
-    texts = [text for one in written for text in one.as_bytes()]
-    starts = [row_T[1:].astype(np.uint8).tobytes() for row_T in prompts_BT] * len(written)
-    found: dict[str, Any] = {
+    texts = written.as_bytes()
+    starts = [row_T[1:].astype(np.uint8).tobytes() for row_T in prompts_BT]
+    return {
         "share": bench.classifier.find_share(texts, domain),
         "bits": continuation_bits(bench.alone[domain], starts, texts),
         "compressed": float(np.mean([len(zlib.compress(text, 9)) / len(text) for text in texts])),
         "sample": (starts[0] + b"\xe2\x80\xba" + texts[0][:200]).decode(errors="replace"),
     }
-    if has_weights:
-        weight_BT = np.concatenate([one.weight_BTE for one in written])[
-            ..., bench.own_entry(domain)
-        ]
-        found["weight"] = weight_BT.reshape(len(weight_BT), -1, WINDOW).mean((0, 2)).tolist()
-    return found
 
 
 def continuation_bits(model: Model, starts: Sequence[bytes], texts: Sequence[bytes]) -> float:
@@ -161,6 +148,7 @@ def describe_real(bench: Bench, cell: Cell) -> dict[str, Any]:
             [pair[i] for pair in pairs if len(pair[1]) == cell.n_bytes] for i in (0, 1)
         )
         found[domain] = {
+            "prompts": bench.classifier.find_share(starts, domain)[0],
             "share": bench.classifier.find_share(rests, domain),
             "bits": continuation_bits(bench.alone[domain], starts, rests),
             "compressed": float(np.mean([len(zlib.compress(t, 9)) / len(t) for t in rests])),

@@ -64,7 +64,7 @@ class Classifier:
 
     def find_share(self, texts: Sequence[bytes], domain: str) -> list[float]:
         """Return the share of a domain by window of 64 bytes, over texts of one length."""
-        n_windows = min(map(len, texts)) // WINDOW
+        n_windows = max(1, min(map(len, texts)) // WINDOW)
         return [
             float(
                 np.mean(
