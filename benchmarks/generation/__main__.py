@@ -13,7 +13,6 @@ texts, experts and finished parts are kept.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -133,7 +132,8 @@ def main() -> None:
         "domains": [*UNSEEN, *KNOWN, PUBLIC],
         "parts": {name: found[name] for name in parts if name in found},
     }
-    print(write_page(result, arguments.docs))
+    if not arguments.only:
+        print(write_page(result, arguments.docs))
     if arguments.json:
         atomic.write_text(arguments.json, json.dumps(result, indent=1) + "\n")
 

@@ -19,6 +19,8 @@ from composable.vetting.evaluation import mix_scorer, score_documents
 # How a cell writes: its experts composed in one of two modes, the same with written text taken as
 # evidence, or the prompt's own expert alone, which is the reference.
 METHODS: Final = ("mix", "alone", "evidence", "safe")
+# Windows from this one on are compared: the first ones follow the prompt whatever the rule.
+LATER: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         found[domain] = _describe(bench, domain, prompts_BT, written)
         weight_BT = written.weight_BTE[..., bench.own_entry(domain)]
         found[domain]["weight"] = weight_BT.reshape(n, -1, WINDOW).mean((0, 2)).tolist()
+        # The second token: the first follows the filter, before anything was written.
+        found[domain]["recognised"] = (weight_BT[:, 1] > 0.5).tolist()
     return found
 
 
@@ -110,9 +114,11 @@ def _describe(
     bench: Bench, domain: str, prompts_BT: np.ndarray, written: Written
 ) -> dict[str, Any]:
     texts = written.as_bytes()
+    is_own = bench.classifier.find_own(texts, domain)
     starts = [row_T[1:].astype(np.uint8).tobytes() for row_T in prompts_BT]
     return {
-        "share": bench.classifier.find_share(texts, domain),
+        "share": is_own.mean(0).tolist(),
+        "later": is_own[:, LATER:].mean(1).tolist(),
         "bits": continuation_bits(bench.alone[domain], starts, texts),
         "compressed": float(np.mean([len(zlib.compress(text, 9)) / len(text) for text in texts])),
         "sample": (starts[0] + b"\xe2\x80\xba" + texts[0][:200]).decode(errors="replace"),
@@ -148,8 +154,8 @@ def describe_real(bench: Bench, cell: Cell) -> dict[str, Any]:
             [pair[i] for pair in pairs if len(pair[1]) == cell.n_bytes] for i in (0, 1)
         )
         found[domain] = {
-            "prompts": bench.classifier.find_share(starts, domain)[0],
-            "share": bench.classifier.find_share(rests, domain),
+            "prompts": float(bench.classifier.find_own(starts, domain).mean()),
+            "share": bench.classifier.find_own(rests, domain).mean(0).tolist(),
             "bits": continuation_bits(bench.alone[domain], starts, rests),
             "compressed": float(np.mean([len(zlib.compress(t, 9)) / len(t) for t in rests])),
         }

@@ -13,10 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.demo_seeds import fill
+from benchmarks.generation.continuations import LATER
 from benchmarks.generation.texts import PUBLIC, UNSEEN
 
-# Windows from this one on are compared: the first ones follow the prompt whatever the rule.
-LATER: Final = 4
 _METHODS: Final = ("mix", "safe", "evidence", "alone")
 
 
@@ -38,10 +37,11 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
     )
     cells = {name: part for name, part in parts.items() if _is_cell(name, part)}
     shares = [
-        (name, _mean_gap(name, cells), *(_percent(cells[name][d]) for d in domains))
-        for name in cells
+        (name, *_gaps(name, cells), *(_percent(cells[name][d]) for d in domains)) for name in cells
     ]
-    shares.append(("real text", "–", *(_percent(parts["real"][d]) for d in domains)))
+    shares.append(("real text", "–", "–", *(_percent(parts["real"][d]) for d in domains)))
+    prompts = (f"{parts['real'][d]['prompts']:.0%}" for d in domains)
+    shares.append(("the prompts themselves", "–", "–", *prompts))
     weights = [
         (name, *(f"{part[d]['weight'][0]:.2f} → {part[d]['weight'][-1]:.2f}" for d in domains))
         for name, part in cells.items()
@@ -76,7 +76,7 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
         for n, v in parts.get("leads", {}).items()
     ]
     return {
-        "shares": _table(("written by", "gap", *domains), shares) + "\n" + stamp,
+        "shares": _table(("written by", "gap", "recognised", *domains), shares) + "\n" + stamp,
         "weights": _table(("written by", *domains), weights),
         "bits": _table(("written by", *domains), bits),
         "turns": _table(
@@ -102,14 +102,24 @@ def _percent(row: Mapping[str, Any]) -> str:
     return f"{_later(row):.0%}"
 
 
-def _mean_gap(name: str, cells: Mapping[str, Any]) -> str:
-    """Return the mean difference to the own expert alone, in points, or a dash."""
+def _gaps(name: str, cells: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the difference to the own expert alone in points: over all prompts, and recognised.
+
+    Each with the standard error over prompts.
+    """
     method, rest = name.split(" ", 1)
     reference = cells.get(f"alone {rest}")
     if method == "alone" or reference is None:
-        return "–"
-    gaps = [_later(cells[name][d]) - _later(reference[d]) for d in cells[name]]
-    return f"{100 * np.mean(gaps):+.1f}"
+        return "–", "–"
+    rows = [cells[name][domain] for domain in cells[name]]
+    own = np.concatenate([row["later"] for row in rows])
+    alone = np.concatenate(
+        [reference[d]["later"][: len(cells[name][d]["later"])] for d in cells[name]]
+    )
+    is_recognised = np.concatenate([row["recognised"] for row in rows])
+    gap, known = 100 * (own - alone), 100 * (own - alone)[is_recognised]
+    shown = [f"{g.mean():+.1f} ± {g.std() / np.sqrt(len(g)):.1f}" for g in (gap, known)]
+    return shown[0], f"{shown[1]} ({is_recognised.mean():.0%})"
 
 
 def _path(values: Sequence[float]) -> str:

@@ -71,7 +71,7 @@ def measure_leads(bench: Bench, n_prompts: int) -> Mapping[str, Any]:
             prompts_BT = np.concatenate([public_BT, breaks_BT, lead_BT[:, 1 : 1 + n_lead]], 1)
             for name, model in (("composed", bench.model), ("alone", bench.alone[domain])):
                 written = write_texts(model, prompts_BT, AFTER, sampling=Sampling(temperature=0.7))
-                rows[name] += bench.classifier.find_share(written.as_bytes(), domain)
+                rows[name].append(bench.classifier.find_own(written.as_bytes(), domain).mean())
                 if name == "composed":
                     own = bench.own_entry(domain)
                     rows["weight"].append(float(written.weight_BTE[..., own].mean()))

@@ -62,17 +62,14 @@ class Classifier:
 
         return max(self.counts, key=score)
 
-    def find_share(self, texts: Sequence[bytes], domain: str) -> list[float]:
-        """Return the share of a domain by window of 64 bytes, over texts of one length."""
+    def find_own(self, texts: Sequence[bytes], domain: str) -> np.ndarray:
+        """Return which windows of texts of one length are of a domain, shape (texts, windows)."""
         n_windows = max(1, min(map(len, texts)) // WINDOW)
-        return [
-            float(
-                np.mean(
-                    [self.classify_text(text[i * WINDOW :][:WINDOW]) == domain for text in texts]
-                )
-            )
-            for i in range(n_windows)
+        is_own = [
+            [self.classify_text(text[i * WINDOW :][:WINDOW]) == domain for i in range(n_windows)]
+            for text in texts
         ]
+        return np.array(is_own)
 
 
 def _trigrams(text: bytes) -> Iterator[bytes]:
