@@ -45,20 +45,21 @@ ATTACKS: Final = (("mix", 3000), ("safe", 64))
 
 
 def plan_cells(n_prompts: int) -> Iterator[Cell]:
-    """Yield all rows of the tables, the most telling ones first."""
+    """Yield all rows of the tables."""
     few = max(1, n_prompts // 3)
     for temperature, top_p in DRAWS:
-        for method in ("mix", "alone", "evidence"):
+        # The rule as it was is for comparison only.
+        methods = ("mix", "alone", "evidence") if top_p == 1 and temperature else ("mix", "alone")
+        for method in methods:
             yield Cell(method=method, temperature=temperature, top_p=top_p, n_prompts=n_prompts)
-    for prompt_bytes in (16, 256):
+    for prompt_bytes in (256, 16):
         for method in ("mix", "alone"):
             yield Cell(
                 method=method, temperature=0.7, prompt_bytes=prompt_bytes, n_prompts=n_prompts
             )
+    yield Cell(method="safe", temperature=0.7, n_prompts=few)
     for method in ("mix", "alone"):
         yield Cell(method=method, temperature=0.7, n_bytes=2048, n_prompts=few)
-    for temperature in (0.7, 1.0):
-        yield Cell(method="safe", temperature=temperature, n_prompts=few)
 
 
 def make_bench(work: Path, steps: int) -> tuple[Bench, dict[str, Any]]:
