@@ -144,16 +144,22 @@ def test_a_publication_that_fails_leaves_no_claim(
 
 
 def test_a_claim_outlives_a_failure_after_the_record(
-    registry: Registry, root: Path, make_expert: MakeExpert, interface: RouterInterface
+    registry: Registry,
+    make_expert: MakeExpert,
+    interface: RouterInterface,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (root / "index" / "se").write_bytes(b"")
-    with pytest.raises(PackagingError):
-        registry.publish(make_expert("set-mm"), interface=interface)
-    (root / "index" / "se").unlink()
+    def fail(*_: object) -> None:
+        raise RegistryError("no room for the index")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "_write_index", fail)
+        with pytest.raises(RegistryError, match="no room"):
+            registry.publish(make_expert("set-mm"), interface=interface)
     with pytest.raises(RegistryError, match="already published"):
         registry.publish(make_expert("set-rnm"), interface=interface)
     registry.publish(make_expert("set-mm"), interface=interface)
-    assert registry.names() == ["german", "set-mm"]
+    assert registry.names() == ["set-mm"]
 
 
 def test_the_claim_of_a_killed_publisher_is_told_apart(
