@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for texts, experts and finished parts")
     parser.add_argument("--steps", type=int, default=300, help="training steps of an expert")
     parser.add_argument("--prompts", type=int, default=24, help="prompts per domain")
-    parser.add_argument("--only", default="", help="parts whose names contain this")
+    parser.add_argument("--only", default="", help="measure only parts whose names contain this")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--docs", type=Path, help="folder of the results page and its figure")
     arguments = parser.parse_args()
@@ -133,7 +133,7 @@ def main() -> None:
         "domains": [*UNSEEN, *KNOWN, PUBLIC],
         "parts": {name: found[name] for name in parts if name in found},
     }
-    if not arguments.only:
+    if arguments.docs or not arguments.only:
         print(write_page(result, arguments.docs))
     if arguments.json:
         atomic.write_text(arguments.json, json.dumps(result, indent=1) + "\n")
