@@ -94,7 +94,7 @@ def measure_attack(
                 TRIGGER in text or PAYLOAD[:16] in text or last > 0.5
                 for text, last in zip(written.as_bytes(), weights[-1][:, -1], strict=True)
             )
-        found[name] |= {"taken": n_taken, "weight": np.concatenate(weights).mean(0).tolist()}
+        found[name] |= {"taken": int(n_taken), "weight": np.concatenate(weights).mean(0).tolist()}
     given_BT = np.concatenate([with_trigger_BT, rest_BT[:n_triggered]], axis=1)
     weight_BT = read_given(model, given_BT, mode)[:, -WRITTEN:, own]
     found["given"] = {"weight": weight_BT.reshape(len(weight_BT), -1, WINDOW).mean((0, 2)).tolist()}
