@@ -95,7 +95,7 @@ def test_error_is_one_message_on_standard_error(cli):
 def test_error_is_json_where_json_was_asked_for(cli):
     outcome = cli("list", "--json")
     assert outcome.code == 1
-    assert outcome.json["error"]["kind"] == "PackagingError"
+    assert outcome.json["error"]["kind"] == "MissingProjectError"
     assert outcome.json["error"]["hint"].startswith("run `composable init`")
     assert not outcome.err
 

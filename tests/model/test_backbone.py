@@ -109,7 +109,7 @@ def test_logits_do_not_depend_on_later_tokens(tiny):
 
 def _trunk_from_embeddings(backbone, x_BTD):
     layers = range(backbone.cfg.tap)
-    return backbone._run(layers, x_BTD, backbone.own_feed_forward, 0, None)[0]
+    return backbone.run_layers(layers, x_BTD, backbone.own_feed_forward, 0, None)[0]
 
 
 @pytest.mark.bits
