@@ -97,7 +97,7 @@ def add_experts(parts: Parts, case: Case, tokens_T: np.ndarray) -> Parts:
     backbone, interface = parts.backbone, parts.interface
     n_classes = interface.n_classes
     rank = RANK if case.kind == "lora" else None
-    body = Body(backbone, case.kind, rank, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    body = Body(backbone, case.kind, rank, rngs=nnx.Rngs(0))
     scout = Scout(interface.d_model, 64, n_classes, rngs=nnx.Rngs(1))
     is_likely_C = np.isin(np.arange(n_classes), np.asarray(backbone.class_map[...])[tokens_T])
     bank = empty_bank(backbone, interface, case.n_experts + 1)

@@ -99,7 +99,7 @@ def train_ours(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
         backbone=interface.name,
         license="Apache-2.0",
         interface=InterfaceNeed(name=interface.name, requires=Constraint("*")),
-        body=BodySpec(kind=kind, rank=RANK if kind == "lora" else None, dtype="F32"),  # type: ignore[arg-type]
+        body=BodySpec(kind=kind, rank=RANK if kind == "lora" else None, dtype="F32"),
         scout_width=64,
     )
     cfg = expert_config(arguments.steps, rows=ROWS, backbone=loaded.backbone)
@@ -252,7 +252,7 @@ def measure_work(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in ("lora", "ffn"):
         rank = RANK if kind == "lora" else None
-        expert = Expert(backbone, kind=kind, rank=rank, scout_width=width, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+        expert = Expert(backbone, kind=kind, rank=rank, scout_width=width, rngs=nnx.Rngs(0))
         graph, params = nnx.split(expert)
         step = jax.value_and_grad(tapped_objective(graph), has_aux=True)
         flops = count_flops(step, params, backbone, rows) / n_tokens

@@ -37,8 +37,6 @@ IsDrawn = jax.Array | bool
 # The prior counts as this many tokens.
 _PRIOR_TOKENS = 1.0
 _TINY = 1e-30
-# Least log weight over prior that is told apart when writing: an absent expert's stay the least.
-_FAINTEST = -60.0
 
 
 def empty_occupancy(batch: int, n_experts: int) -> jax.Array:
@@ -143,7 +141,7 @@ def writing_weights(posterior_BTE: jax.Array, log_prior_E: jax.Array, power: flo
         [0.84, 0.16]
     """
     full_BTE = log_prior_E + (posterior_BTE - log_prior_E) / power
-    return jax.nn.log_softmax(jnp.maximum(full_BTE, log_prior_E + _FAINTEST), axis=-1)
+    return jax.nn.log_softmax(full_BTE, axis=-1)
 
 
 def write_posterior(posterior_BE: jax.Array, target_BE: jax.Array, rate: float) -> jax.Array:
