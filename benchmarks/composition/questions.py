@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.composition import methods as methods
+from benchmarks.composition import ensembles, methods
 from benchmarks.composition.rivals import DENSE_RATES, train_dense
 from benchmarks.composition.run import PUBLIC, SPLICED, Community, Make, Step, contribute
 from benchmarks.scout_correlation import noised
@@ -314,7 +314,7 @@ def growth(c: Community) -> None:
         )
 
     def paths(size: int) -> Step:
-        return methods.all_paths(
+        return ensembles.all_paths(
             run.release.backbone, methods.stack_of(model(size).parts, size + 1)
         )
 

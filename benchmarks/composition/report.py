@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import jax
 import numpy as np
 
-from benchmarks.composition import methods as methods
+from benchmarks.composition import ensembles
 from benchmarks.composition.methods import Rows
 
 if TYPE_CHECKING:
@@ -70,25 +70,27 @@ def derived(run: Run, load: Callable[[str], Nats]) -> dict[str, Nats]:
         return {g: run.rows[g].total(cost(g, c)) for g, c in paths.items()}
 
     found, with_scouts = {}, load("btm-scouts costs")
-    rules = methods.ensemble_rules(run.release.interface.backbone_prior)
+    rules = ensembles.ensemble_rules(run.release.interface.backbone_prior)
     for index, (name, rule) in enumerate(rules.items()):
-        prior_E = methods.ensemble_prior(n, rule)
+        prior_E = ensembles.ensemble_prior(n, rule)
         found[f"btm{name}"] = total(
-            lambda _, c, d=rule.discount, p=prior_E: methods.ensemble(c, methods.posterior(c, d, p))
+            lambda _, c, d=rule.discount, p=prior_E: ensembles.ensemble(
+                c, ensembles.posterior(c, d, p)
+            )
         )
         found[f"btm-scouts{name}"] = {
             g: run.rows[g].total(cost[..., index]) for g, cost in with_scouts.items()
         }
     found["demix updating prior"] = total(
-        lambda _, c: methods.ensemble(c, methods.demix_updating(c))
+        lambda _, c: ensembles.ensemble(c, ensembles.demix_updating(c))
     )
     found["btm uniform"] = total(
-        lambda _, c: methods.ensemble(c, np.log(np.broadcast_to(even_E, c.shape)))
+        lambda _, c: ensembles.ensemble(c, np.log(np.broadcast_to(even_E, c.shape)))
     )
     for name in () if run.preset.is_short else ("0.01", "0.1"):
         weight = load(f"c-btm weights {name}")
         found[f"c-btm temperature {name}"] = total(
-            lambda g, c, w=weight: methods.ensemble(c, np.log(np.maximum(w[g], 1e-30)))
+            lambda g, c, w=weight: ensembles.ensemble(c, np.log(np.maximum(w[g], 1e-30)))
         )
     found["best path per token (not causal)"] = total(lambda _, c: c.min(-1))
     return found

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.composition import methods as methods
+from benchmarks.composition import ensembles, methods
 from benchmarks.composition.contributor import SCOUTS
 from benchmarks.composition.run import PUBLIC_TEXT, Community, Make, Step
 from composable.interface import DiscountedRecord, SwitchingFilter
@@ -276,13 +276,13 @@ CLUSTER_TEMPERATURES: Final = (0.01, 0.1)
 def path_methods(community: Community) -> dict[str, Make]:
     """Return what methods that mix probabilities of whole paths need, as cells of shape NTE."""
     c, backbone = community, community.run.release.backbone
-    made: dict[str, Make] = {"paths": lambda: methods.all_paths(backbone, c.stack)}
+    made: dict[str, Make] = {"paths": lambda: ensembles.all_paths(backbone, c.stack)}
     for temperature in () if c.run.preset.is_short else CLUSTER_TEMPERATURES:
         made[f"c-btm weights {temperature}"] = lambda temperature=temperature: methods.weights(
             backbone, cluster_gate(c, temperature), len(c.names) + 1
         )
-    rules = methods.ensemble_rules(c.run.release.interface.backbone_prior)
-    made["btm-scouts costs"] = lambda: methods.ensembles(c.model.parts, list(rules.values()))
+    rules = ensembles.ensemble_rules(c.run.release.interface.backbone_prior)
+    made["btm-scouts costs"] = lambda: ensembles.ensembles(c.model.parts, list(rules.values()))
     return made
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.composition import methods as methods
+from benchmarks.composition import ensembles, methods
 from benchmarks.composition.report import Table, best_settings, mean_recovery
 from benchmarks.composition.rivals import nearest_rows
 from composable.interface import SwitchingFilter
@@ -77,7 +77,7 @@ def test_a_gate_that_always_says_the_same_is_one_path(tiny, stack, tokens):
 
 
 def test_all_paths_are_the_paths(tiny, stack, tokens):
-    every = run(methods.all_paths(tiny.backbone, stack), tokens)
+    every = run(ensembles.all_paths(tiny.backbone, stack), tokens)
     for index in range(3):
         one = run(methods.path(tiny.backbone, methods.entry(stack, index)), tokens)
         np.testing.assert_allclose(every[..., index], one, rtol=1e-4, atol=1e-4)
@@ -103,24 +103,24 @@ def test_ties_elects_signs_and_averages_those_that_agree():
 
 def test_an_ensemble_follows_who_predicted_better():
     cost = np.tile(np.array([2.0, 1.0]), (1, 50, 1))
-    weight = np.exp(methods.posterior(cost, 1.0, np.array([0.5, 0.5])))
+    weight = np.exp(ensembles.posterior(cost, 1.0, np.array([0.5, 0.5])))
     np.testing.assert_allclose(weight[0, 0], [0.5, 0.5])
     np.testing.assert_allclose(weight[0, 3], 1 / (1 + np.exp([3.0, -3.0])))
-    found = methods.ensemble(cost, np.log(weight))
+    found = ensembles.ensemble(cost, np.log(weight))
     assert found[0, 0] == pytest.approx(-np.log(0.5 * (np.exp(-2) + np.exp(-1))))
     assert found[0, -1] == pytest.approx(1.0)
-    updating = np.exp(methods.demix_updating(cost))
+    updating = np.exp(ensembles.demix_updating(cost))
     assert updating[0, -1, 1] > 0.99
 
 
 def test_ensembles_are_the_arithmetic_on_every_path(model, stack, tokens):
     """Without a scouts' share, which the tiny interface does not have."""
-    rules = methods.ensemble_rules(model.interface.backbone_prior)
-    found_NTK = run(methods.ensembles(model.parts, list(rules.values())), tokens)
-    every = run(methods.all_paths(model.parts.backbone, stack), tokens)
+    rules = ensembles.ensemble_rules(model.interface.backbone_prior)
+    found_NTK = run(ensembles.ensembles(model.parts, list(rules.values())), tokens)
+    every = run(ensembles.all_paths(model.parts.backbone, stack), tokens)
     for index, rule in enumerate(rules.values()):
-        weight = methods.posterior(every, rule.discount, methods.ensemble_prior(3, rule))
-        expected = methods.ensemble(every, weight)
+        weight = ensembles.posterior(every, rule.discount, ensembles.ensemble_prior(3, rule))
+        expected = ensembles.ensemble(every, weight)
         np.testing.assert_allclose(found_NTK[..., index], expected, rtol=1e-4, atol=1e-4)
 
 
