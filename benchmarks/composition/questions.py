@@ -208,11 +208,11 @@ def copies(c: Community) -> None:
     kinds[f"trained on for {_COPY_STEPS} steps"] = trained_on
 
     def step(kind: str, count: int, mode: str) -> Step:
-        guests = [
-            Pluggable(name=f"guest-{i}", body=body, scout=kinds[kind](i), key=1 + i)
+        copies = [
+            Pluggable(name=f"copy-{i}", body=body, scout=kinds[kind](i), key=1 + i)
             for i in range(count)
         ]
-        return methods.shipped(c.plug([*c.plugged, *guests]).parts, mode)
+        return methods.shipped(c.plug([*c.plugged, *copies]).parts, mode)
 
     cells = {
         f"copies, {mode}, {count}, {kind}": partial(step, kind, count, mode)
@@ -225,7 +225,7 @@ def copies(c: Community) -> None:
 
 
 def adversarial(c: Community) -> None:
-    """Try safe mode's bound on random inputs, with three hostile guests plugged in.
+    """Try safe mode's bound on random inputs, with three adversarial experts plugged in.
 
     A third of the inputs are random bytes; a third change text every 1 to 16 bytes, drawn from all
     domains and the novel text; a third go back and forth between two stretches of such texts, of 8
@@ -237,12 +237,12 @@ def adversarial(c: Community) -> None:
     if path.exists():
         return
     start = time.perf_counter()
-    guests = [
-        dataclasses.replace(guest, name=f"guest-{i}", key=99 + i)
-        for i, (name, guest) in enumerate(hostile_experts(c).items())
+    adversaries = [
+        dataclasses.replace(expert, name=f"adversary-{i}", key=99 + i)
+        for i, (name, expert) in enumerate(hostile_experts(c).items())
         if name in _TRIED
     ]
-    parts = c.plug([*c.plugged, *guests]).parts
+    parts = c.plug([*c.plugged, *adversaries]).parts
     tokens_NT = _adversarial_inputs(c, n)
 
     def cost(step: Step) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import jax
 import numpy as np
+import tomlkit
 from flax import nnx
 
 from composable.assembly.backbones import LoadedBackbone
@@ -23,6 +24,7 @@ from composable.corpora.documents import read_documents
 from composable.errors import TrainingError
 from composable.files import atomic
 from composable.files.reading import open_file, read_bytes
+from composable.files.user_files import BYTE_ORDER_MARK, replace_text
 from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.packaging.manifests.manifest import (
@@ -204,15 +206,14 @@ def _measure(
 
 def _adopt(folder: Path, best: Variant) -> None:
     """Make the folder's expert the best variant: tensors, rank, record and held-out text."""
-    import tomlkit
-
     (folder / WORK).mkdir(exist_ok=True)
     for name in (BODY_FILE, SCOUT_FILE, f"{WORK}/{HELDOUT_FILE}", f"{WORK}/{TRAINING_FILE}"):
         with open_file(best.folder / name) as file, atomic.Sink(folder / name) as sink:
             while block := file.read(_BLOCK):
                 sink.write(block)
     rank = Manifest.read(best.folder).body.rank
-    document: Any = tomlkit.parse(read_bytes(folder / EXPERT_FILE).decode())
+    text = read_bytes(folder / EXPERT_FILE).decode().removeprefix(BYTE_ORDER_MARK)
+    document: Any = tomlkit.parse(text)
     if rank is not None and document["body"]["rank"] != rank:
         document["body"]["rank"] = rank
-        atomic.write_text(folder / EXPERT_FILE, tomlkit.dumps(document))
+        replace_text(folder / EXPERT_FILE, tomlkit.dumps(document))

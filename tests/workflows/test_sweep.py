@@ -49,6 +49,9 @@ class Swept:
 
     def __init__(self, loaded, trained_folder, texts, folder):
         self.folder = write_folder(trained_folder, folder, rank=4)
+        # As an editor on Windows saves it.
+        text = "\ufeff" + (self.folder / "expert.toml").read_text().replace("\n", "\r\n")
+        (self.folder / "expert.toml").write_bytes(text.encode())
         self.trunk_batches, self.compiled = [], []
         tap = trunk_cache._tap
 
@@ -85,7 +88,6 @@ class Swept:
                 )
             finally:
                 jax.monitoring.unregister_event_duration_listener(listen)
-        self.n_compiled = len(self.compiled)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +109,9 @@ def test_variants_of_one_rank_compile_once(swept):
     names, counts = zip(*swept.at_start, strict=True)
     assert list(names) == [f"rank={rank},seed={seed}" for rank in RANKS for seed in SEEDS]
     assert {stage.split()[0] for stage in swept.stages} == set(names)
-    first, second, third, last = np.diff([*counts, swept.n_compiled])
+    first, second, third = np.diff(counts)
     assert first > 0 and third > 0
     assert second == 0
-    assert last >= 0
 
 
 def test_a_variant_is_what_training_it_alone_makes(loaded, swept, trained_folder, texts, tmp_path):
@@ -134,7 +135,9 @@ def test_the_best_on_held_out_text_becomes_the_expert(loaded, swept):
     best = swept.variants[0]
     manifest = Manifest.read(swept.folder)
     assert manifest.body.rank == Manifest.read(best.folder).body.rank
-    assert "# of ours" in (swept.folder / "expert.toml").read_text()
+    text = (swept.folder / "expert.toml").read_bytes().decode()
+    assert text.startswith("\ufeff") and "# of ours\r\n" in text
+    assert text.count("\n") == text.count("\r\n")
     found, kept = load_expert(loaded, swept.folder), load_expert(loaded, best.folder)
     for x, y in zip(jax.tree.leaves(found.body), jax.tree.leaves(kept.body), strict=True):
         np.testing.assert_array_equal(x, y)
