@@ -12,6 +12,7 @@ import platform
 import resource
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -163,7 +164,7 @@ def print_result(console: Console, result: DemoResult, report: Path, project: Pa
             )
             console.print(text, highlight=False)
     seconds = sum(result.seconds.values())
-    command = f"composable generate --prompts {_PROMPT_FILE} --temperature 0.8 --show-routing"
+    command = f"{_program()} generate --prompts {_PROMPT_FILE} --temperature 0.8 --show-routing"
     continued = f"cd {shlex.quote(str(project))} && {command}"
     for line in (
         f"\n{seconds:.0f} s, {result.peak_rss_bytes / 1e9:.1f} GB at most",
@@ -173,6 +174,14 @@ def print_result(console: Console, result: DemoResult, report: Path, project: Pa
     ):
         # Not wrapped, so that paths and commands can be copied.
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _program() -> str:
+    """Return what starts this installation's command line: `make` leaves it outside of the path."""
+    own = Path(sys.executable).with_name("composable")
+    if not own.exists():
+        return f"{shlex.quote(sys.executable)} -m composable.cli"
+    return "composable" if shutil.which("composable") == str(own) else shlex.quote(str(own))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,15 @@ def test_the_printed_command_can_be_copied(tmp_path: Path) -> None:
     lines = out.getvalue().splitlines()
     assert f"Report: {tmp_path / 'report.html'}" in lines
     command = shlex.split(lines[-1])
-    assert command[:5] == ["cd", str(project), "&&", "composable", "generate"]
-    assert command[5:7] == ["--prompts", "prompts.jsonl"]
+    assert command[:3] == ["cd", str(project), "&&"]
+    at = command.index("generate")
+    program = command[3:at]
+    # From another folder, with no environment activated.
+    shown = subprocess.run(
+        [*program, "--help"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True
+    )
+    assert shown.returncode == 0 and b"generate" in shown.stdout
+    assert command[at + 1 : at + 3] == ["--prompts", "prompts.jsonl"]
     for item in result.properties:
         assert any(line.startswith(f"✓ {item.name}  ") for line in lines)
     assert "does not hold" not in out.getvalue()
