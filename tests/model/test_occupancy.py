@@ -11,7 +11,13 @@ from composable.interface import OutputMixture, SwitchingFilter
 from composable.model import composed
 from composable.model.decoding import Decoder
 from composable.model.mix import mix_state, trace_mix
-from composable.model.occupancy import empty_occupancy, switch_targets, update_occupancy
+from composable.model.occupancy import (
+    HORIZON,
+    WRITING_RATE,
+    empty_occupancy,
+    switch_targets,
+    update_occupancy,
+)
 from composable.model.router import switching_posterior
 from composable.model.safe import safe_state, trace_safe
 from composable.model.sampling import Sampling
@@ -58,11 +64,12 @@ def test_the_statistic_counts_smoothed_tokens():
         occupancy_BEO = update_occupancy(
             occupancy_BEO, posterior_BTE[:, piece], jnp.log(prior_E)[None], rate
         )
-    expected_E = smooth(np.exp(evidence_TE), prior_E, rate).sum(axis=0)
+    counts_T = (1 - 1 / HORIZON) ** np.arange(11, -1, -1)
+    expected_E = counts_T @ smooth(np.exp(evidence_TE), prior_E, rate)
     found_E = np.exp(posterior_BTE[0, -1]) @ occupancy_BEO[0]
     np.testing.assert_allclose(found_E, expected_E, rtol=ROUNDING)
     target_BE = switch_targets(occupancy_BEO, posterior_BTE[:, -1], jnp.log(prior_E))
-    np.testing.assert_allclose(np.exp(target_BE[0]), (expected_E + prior_E) / 13, rtol=ROUNDING)
+    np.testing.assert_allclose(np.exp(target_BE[0]), (expected_E + prior_E) / (counts_T.sum() + 1), rtol=ROUNDING)
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +121,13 @@ def test_weights_move_towards_what_the_document_held(model, tiny, mode):
     before_E = np.asarray(chain.posterior_BE[0])
     if mode == "mix":
         before_E = before_E[order_E]
-    rate = FILTER.switch_rate if mode == "mix" else model.interface.switch_rate
     target_E = np.exp(
         switch_targets(chain.occupancy_BEO, before_E[None], np.asarray(prior_E)[order_E])[0]
     )
     _, after = write(model, mode, state, range(1, 11))
     posterior_E = np.exp((after.router if mode == "mix" else after).posterior_BE[0])
     posterior_E = posterior_E[order_E] if mode == "mix" else posterior_E
-    decayed = (1 - rate) ** 10
+    decayed = (1 - WRITING_RATE) ** 10
     expected_E = target_E + decayed * (np.exp(before_E) - target_E)
     np.testing.assert_allclose(posterior_E, expected_E, rtol=1e-4, atol=1e-6)
 
@@ -155,7 +161,7 @@ def test_safe_text_is_near_the_backbones(model, tiny, seed):
     """Total variation from the backbone's path is at most 1 - w_0 plus the scouts' share."""
     state = read(model, "safe", tiny.tokens(seed=seed, batch=1)[0])
     step = jax.jit(trace_safe)
-    rate, mixture = model.interface.switch_rate, model.interface.output_mixture
+    mixture = model.interface.output_mixture
     order_E = np.argsort(model.parts.bank.key_E)
     prior_E = np.asarray(composed.log_prior_of(model.parts))[order_E]
     target_BE = switch_targets(state.occupancy_BEO, state.posterior_BE, prior_E)
@@ -165,7 +171,7 @@ def test_safe_text_is_near_the_backbones(model, tiny, seed):
     for n in range(1, 9):
         token_BT = jnp.asarray(rng.integers(1, 256, (1, 1)), jnp.int32)
         log_prob_BTV, _, state = step(model.parts, token_BT, state, jnp.bool_(True))
-        own = target + (1 - rate) ** n * (start - target)
+        own = target + (1 - WRITING_RATE) ** n * (start - target)
         share = mixture.prior + (1 - mixture.rate) * (share - mixture.prior)
         backbone_V = np.exp(np.asarray(state.log_prob_EBV[0, 0]))
         distance = 0.5 * np.abs(np.exp(np.asarray(log_prob_BTV[0, 0])) - backbone_V).sum()
