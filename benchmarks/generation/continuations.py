@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.generation.texts import PUBLIC, WINDOW, Classifier, Text, cut_prompts
-from benchmarks.generation.writing import Written, write_texts
+from benchmarks.generation.texts import PUBLIC, Classifier, Text, cut_prompts, cut_tokens
+from benchmarks.generation.writing import Written, to_texts, write_texts
 from composable.model.decoding import Mode
 from composable.model.model import Model
 from composable.model.sampling import Sampling
@@ -31,23 +31,23 @@ class Cell:
         method: One of `METHODS`.
         temperature: Of the draws; 0 is greedy.
         top_p: Of the draws.
-        prompt_bytes: Length of prompts, start token included.
-        n_bytes: Bytes written after each.
+        prompt_tokens: Length of prompts, start token included.
+        n_tokens: Tokens written after each.
         n_prompts: Prompts per domain, each continued once, with a seed of its own.
     """
 
     method: str
     temperature: float
     top_p: float = 1.0
-    prompt_bytes: int = 64
-    n_bytes: int = 512
+    prompt_tokens: int = 64
+    n_tokens: int = 512
     n_prompts: int = 24
 
     @property
     def key(self) -> str:
         """The cell's name among the finished ones."""
         drawn = "greedy" if not self.temperature else f"t{self.temperature:g} p{self.top_p:g}"
-        return f"{self.method} {drawn} {self.prompt_bytes}+{self.n_bytes}"
+        return f"{self.method} {drawn} {self.prompt_tokens}+{self.n_tokens}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,9 @@ class Bench:
 
 def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     """Write all texts of a cell; return, by domain, weights, shares, bits and diversity."""
-    n, begin = cell.n_prompts, bench.model.tokenizer.begin
+    n, tokenizer = cell.n_prompts, bench.model.tokenizer
     prompts = {
-        domain: cut_prompts(text.heldout, n, cell.prompt_bytes - 1, begin)
+        domain: cut_prompts(text.heldout, n, cell.prompt_tokens - 1, tokenizer)
         for domain, text in bench.texts.items()
     }
     sampling = Sampling(temperature=cell.temperature, top_p=cell.top_p)
@@ -85,7 +85,7 @@ def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
                 bench,
                 domain,
                 prompts_BT,
-                write_texts(bench.alone[domain], prompts_BT, cell.n_bytes, sampling=sampling),
+                write_texts(bench.alone[domain], prompts_BT, cell.n_tokens, sampling=sampling),
             )
             for domain, prompts_BT in prompts.items()
         }
@@ -93,7 +93,7 @@ def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     together = write_texts(
         bench.model,
         np.concatenate(list(prompts.values())),
-        cell.n_bytes,
+        cell.n_tokens,
         sampling=sampling,
         mode=mode,
         is_evidence=cell.method == "evidence",
@@ -104,7 +104,8 @@ def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         written = Written(together.tokens_BT[rows], together.weight_BTE[rows], None)
         found[domain] = _describe(bench, domain, prompts_BT, written)
         weight_BT = written.weight_BTE[..., bench.own_entry(domain)]
-        found[domain]["weight"] = weight_BT.reshape(n, -1, WINDOW).mean((0, 2)).tolist()
+        windows = np.array_split(weight_BT.mean(0), len(found[domain]["share"]))
+        found[domain]["weight"] = [float(window_T.mean()) for window_T in windows]
         # The second token: the first follows the filter, before anything was written.
         found[domain]["recognised"] = (weight_BT[:, 1] > 0.5).tolist()
     return found
@@ -113,9 +114,10 @@ def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
 def _describe(
     bench: Bench, domain: str, prompts_BT: np.ndarray, written: Written
 ) -> dict[str, Any]:
-    texts = written.as_bytes()
+    tokenizer = bench.model.tokenizer
+    texts = to_texts(written.tokens_BT, tokenizer)
     is_own = bench.classifier.find_own(texts, domain)
-    starts = [row_T[1:].astype(np.uint8).tobytes() for row_T in prompts_BT]
+    starts = to_texts(prompts_BT[:, 1:], tokenizer)
     return {
         "share": is_own.mean(0).tolist(),
         "later": is_own[:, LATER:].mean(1).tolist(),
@@ -142,17 +144,17 @@ def continuation_bits(model: Model, starts: Sequence[bytes], texts: Sequence[byt
 def describe_real(bench: Bench, cell: Cell) -> dict[str, Any]:
     """Return, by domain, share and bits of the documents' own continuations of the prompts."""
     found: dict[str, Any] = {}
+    tokenizer, n_prompt = bench.model.tokenizer, cell.prompt_tokens
     for domain, text in bench.texts.items():
-        n_bytes = cell.prompt_bytes - 1
-        pairs = []
+        rows = []
         for i in range(cell.n_prompts):
             document = text.heldout[i % len(text.heldout)]
-            at = (len(document) - n_bytes) // 2
-            rest = document[at + n_bytes :][: cell.n_bytes]
-            pairs.append((document[at : at + n_bytes], rest))
-        starts, rests = (
-            [pair[i] for pair in pairs if len(pair[1]) == cell.n_bytes] for i in (0, 1)
-        )
+            at = (len(document) - n_prompt + 1) // 2
+            row_T = cut_tokens(document, at, n_prompt - 1 + cell.n_tokens, tokenizer)
+            if len(row_T) == n_prompt + cell.n_tokens:
+                rows.append(row_T)
+        starts = to_texts(np.stack(rows)[:, 1:n_prompt], tokenizer)
+        rests = to_texts(np.stack(rows)[:, n_prompt:], tokenizer)
         found[domain] = {
             "prompts": float(bench.classifier.find_own(starts, domain).mean()),
             "share": bench.classifier.find_own(rests, domain).mean(0).tolist(),

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.demo_seeds import fill
 from benchmarks.generation.continuations import LATER
-from benchmarks.generation.texts import PUBLIC, UNSEEN
+from benchmarks.generation.texts import PUBLIC, TINY, UNSEEN
 
 _METHODS: Final = ("mix", "safe", "evidence", "alone")
 
@@ -24,7 +24,8 @@ def write_page(result: Mapping[str, Any], folder: Path | None) -> str:
     tables = make_tables(result)
     if folder is not None:
         fill(folder / "generation.md", tables)
-        plot_weights(result, folder / "generation.png")
+        if result["backbone"] == TINY:
+            plot_weights(result, folder / "generation.png")
     return "\n".join(tables.values())
 
 
@@ -32,8 +33,9 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
     """Return the tables by name."""
     parts, domains = result["parts"], result["domains"]
     stamp = (
-        f"*`python -m benchmarks.generation runs/generation`, {result['steps']} steps per expert, "
-        f"{result['prompts']} prompts per domain; {result['machine']}; {result['date']}.*\n"
+        f"*`python -m benchmarks.generation`, {result['backbone']}, {result['steps']} steps per "
+        f"expert, {result['prompts']} prompts per domain; {result['machine']}; "
+        f"{result['date']}.*\n"
     )
     cells = {name: part for name, part in parts.items() if _is_cell(name, part)}
     shares = [
@@ -75,7 +77,7 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
         (n, f"{v['composed']:.1%}", f"{v['alone']:.1%}", f"{v['weight']:.2f}")
         for n, v in parts.get("leads", {}).items()
     ]
-    return {
+    tables = {
         "shares": _table(("written by", "gap", "recognised", *domains), shares) + "\n" + stamp,
         "weights": _table(("written by", *domains), weights),
         "bits": _table(("written by", *domains), bits),
@@ -88,6 +90,8 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
             attacks,
         ),
     }
+    prefix = "" if result["backbone"] == TINY else result["backbone"] + "-"
+    return {prefix + name: table for name, table in tables.items()}
 
 
 def _is_cell(name: str, part: Mapping[str, Any]) -> bool:

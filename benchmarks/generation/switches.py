@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.generation.continuations import Bench
 from benchmarks.generation.texts import PUBLIC, cut_prompts
-from benchmarks.generation.writing import read_given, read_turn, write_texts
+from benchmarks.generation.writing import read_given, read_turn, to_texts, write_texts
 from composable.model.sampling import Sampling
 
 # A conversation: given bytes, written bytes, and a turn of another domain.
@@ -27,11 +27,11 @@ def measure_turns(bench: Bench, n_prompts: int) -> dict[str, Any]:
 
     Once after text that the model wrote, and once after the same number of given bytes.
     """
-    begin = bench.model.tokenizer.begin
+    tokenizer = bench.model.tokenizer
     waits: dict[str, list[int]] = {"written": [], "given": []}
     for before, after in permutations(bench.texts, 2):
-        first_BT = cut_prompts(bench.texts[before].heldout, n_prompts, GIVEN + WRITTEN, begin)
-        turn_BT = cut_prompts(bench.texts[after].heldout, n_prompts, TURN, begin)[:, 1:]
+        first_BT = cut_prompts(bench.texts[before].heldout, n_prompts, GIVEN + WRITTEN, tokenizer)
+        turn_BT = cut_prompts(bench.texts[after].heldout, n_prompts, TURN, tokenizer)[:, 1:]
         written = write_texts(
             bench.model, first_BT[:, : GIVEN + 1], WRITTEN, sampling=Sampling(temperature=0.7)
         )
@@ -60,18 +60,20 @@ def measure_leads(bench: Bench, n_prompts: int) -> Mapping[str, Any]:
     By number of bytes in the lead: the share of windows in the domain and its expert's mean weight,
     composed and for the expert alone.
     """
-    begin, found = bench.model.tokenizer.begin, {}
+    tokenizer, found = bench.model.tokenizer, {}
     domains = [domain for domain in bench.texts if domain != PUBLIC]
-    public_BT = cut_prompts(bench.texts[PUBLIC].heldout, n_prompts, 126, begin)
+    public_BT = cut_prompts(bench.texts[PUBLIC].heldout, n_prompts, 126, tokenizer)
     breaks_BT = np.full((n_prompts, 2), ord("\n"), np.int32)
     for n_lead in LEADS:
         rows: dict[str, list[float]] = {"composed": [], "alone": [], "weight": []}
         for domain in domains:
-            lead_BT = cut_prompts(bench.texts[domain].heldout, n_prompts, 64, begin)
+            lead_BT = cut_prompts(bench.texts[domain].heldout, n_prompts, 64, tokenizer)
             prompts_BT = np.concatenate([public_BT, breaks_BT, lead_BT[:, 1 : 1 + n_lead]], 1)
             for name, model in (("composed", bench.model), ("alone", bench.alone[domain])):
                 written = write_texts(model, prompts_BT, AFTER, sampling=Sampling(temperature=0.7))
-                rows[name].append(bench.classifier.find_own(written.as_bytes(), domain).mean())
+                rows[name].append(
+                    bench.classifier.find_own(to_texts(written.tokens_BT, tokenizer), domain).mean()
+                )
                 if name == "composed":
                     own = bench.own_entry(domain)
                     rows["weight"].append(float(written.weight_BTE[..., own].mean()))

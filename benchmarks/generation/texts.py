@@ -17,20 +17,26 @@ from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import read_documents
 from composable.corpora.recipe import load_recipe, make_texts, shipped_folder
+from composable.files import atomic
 from composable.model.body import MATRICES
 from composable.model.model import Model, Pluggable
+from composable.model.tokenizer import ByteTokenizer, Tokenizer
 from composable.packaging.manifests.template import create_expert
-from composable.workflows.train import expert_config, train_expert
+from composable.training.config import TrainConfig
+from composable.workflows.train import train_expert
 
 # Settings of the interface were chosen on some of the first; none of the others was used for any
 # choice about written text.
 KNOWN: Final = ("python-code", "set-mm", "legal", "german")
 UNSEEN: Final = ("rust-code", "polish", "kernel-docs", "sql-docs")
 PUBLIC: Final = "public"
+TINY: Final = "tiny-bytes"
 # Bytes of text that the classifier decides on.
 WINDOW: Final = 64
 _SMOOTHING: Final = 0.05
 _TRIGRAMS: Final = 50_000  # that may occur, about
+# No prompt has more bytes per token.
+_LONG_TOKEN: Final = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +101,22 @@ def public_text(loaded: LoadedBackbone) -> Text:
 
 
 def make_trained(
-    loaded: LoadedBackbone, name: str, data: Sequence[Path], work: Path, steps: int
+    loaded: LoadedBackbone, name: str, data: Sequence[Path], work: Path, config: TrainConfig
 ) -> Pluggable:
-    """Return an expert trained as a contributor would, unless it exists."""
+    """Return an expert trained as a contributor would; one that exists is loaded.
+
+    The body is as in the template, or as in the expert that ships for this backbone and domain.
+    """
     folder = work / "experts" / name
     if not (folder / "body.safetensors").exists():
-        if not folder.exists():
-            create_expert(folder, name, "tiny-bytes", loaded.interface)
+        shipped = shipped_folder(".") / f"{loaded.interface.name}-{name}"
+        if not folder.exists() and shipped.exists():
+            atomic.make_directory(folder)
+            atomic.write_text(folder / "expert.toml", (shipped / "expert.toml").read_text())
+        elif not folder.exists():
+            create_expert(folder, name, loaded.interface.name, loaded.interface)
         print(f"training {name}", flush=True)
-        train_expert(loaded, folder, list(data), expert_config(steps=steps, seed=0))
+        train_expert(loaded, folder, list(data), config)
     return load_expert(loaded, folder)
 
 
@@ -122,11 +135,28 @@ def merge_expert(loaded: LoadedBackbone, expert: Pluggable | None) -> Model:
     return Model(backbone, interface, tokenizer=loaded.tokenizer)
 
 
-def cut_prompts(documents: Sequence[bytes], n_prompts: int, n_bytes: int, begin: int) -> np.ndarray:
-    """Return prompts from the middle of documents, with the begin token, shape BT."""
+def cut_prompts(
+    documents: Sequence[bytes], n_prompts: int, n_tokens: int, tokenizer: Tokenizer
+) -> np.ndarray:
+    """Return prompts from the middle of documents, the start token first, shape BT.
+
+    Args:
+        documents: What to cut from, each used again where there are too few.
+        n_prompts: Number of prompts.
+        n_tokens: Tokens of each, without the start token.
+        tokenizer: Of the model.
+    """
     prompts = []
     for i in range(n_prompts):
         document = documents[i % len(documents)]
-        at = (len(document) - n_bytes) // 2 + n_bytes * (i // len(documents))
-        prompts.append([begin, *document[at : at + n_bytes]])
-    return np.array(prompts, np.int32)
+        at = (len(document) - n_tokens) // 2 + n_tokens * (i // len(documents))
+        prompts.append(cut_tokens(document, at, n_tokens, tokenizer))
+    return np.stack(prompts)
+
+
+def cut_tokens(document: bytes, at: int, n_tokens: int, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the start token and a document's tokens from a byte on, as many as there are."""
+    text = document[at : at + _LONG_TOKEN * n_tokens]
+    if not isinstance(tokenizer, ByteTokenizer):
+        text = text.decode(errors="ignore").encode()  # it may start or end within a character
+    return tokenizer.encode(text)[: 1 + n_tokens]

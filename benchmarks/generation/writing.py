@@ -15,6 +15,7 @@ from composable.model.mix import mix_state, trace_mix
 from composable.model.model import Model
 from composable.model.safe import safe_state, trace_safe
 from composable.model.sampling import Draw, Sampling, draw_token, make_draw
+from composable.model.tokenizer import ByteTokenizer, Tokenizer
 
 _MODES: Final = {"mix": (trace_mix, mix_state), "safe": (trace_safe, safe_state)}
 
@@ -26,9 +27,12 @@ class Written(NamedTuple):
     weight_BTE: np.ndarray
     state: Any  # after the last token
 
-    def as_bytes(self) -> list[bytes]:
-        """Return the texts of a model whose tokens are bytes."""
-        return [bytes(text_T.tolist()) for text_T in self.tokens_BT.astype(np.uint8)]
+
+def to_texts(tokens_BT: np.ndarray, tokenizer: Tokenizer) -> list[bytes]:
+    """Return the texts that tokens stand for."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return [bytes(text_T.tolist()) for text_T in tokens_BT.astype(np.uint8)]
+    return [tokenizer.decode(text_T).encode() for text_T in tokens_BT]
 
 
 def write_texts(
@@ -57,10 +61,12 @@ def write_texts(
     is_banned_V[[tokenizer.begin, *tokenizer.ends]] = True
     draw = make_draw(sampling, is_banned_V)
     all_BT, weights = prompts_BT, []
-    latest, state = _read(model.parts, jnp.asarray(prompts_BT, jnp.int32), mode=mode)
+    length = min(model.context, prompts_BT.shape[1] + n_tokens)
+    read = partial(_read, model.parts, mode=mode, length=length)
+    latest, state = read(jnp.asarray(prompts_BT, jnp.int32))
     for at in range(0, n_tokens, half):
         if at:
-            _, fresh = _read(model.parts, jnp.asarray(all_BT[:, -half:], jnp.int32), mode=mode)
+            _, fresh = read(jnp.asarray(all_BT[:, -half:], jnp.int32))
             state = state._replace(caches=fresh.caches)
         latest, state, tokens_BT, weight_BTE = _write(
             model.parts,
@@ -92,11 +98,13 @@ def _read_more(parts: Parts, state: Any, tokens_BT: jax.Array, *, mode: Mode) ->
     return weight_BTE
 
 
-@partial(jax.jit, static_argnames="mode")
-def _read(parts: Parts, tokens_BT: jax.Array, *, mode: Mode) -> tuple[tuple[jax.Array, ...], Any]:
+@partial(jax.jit, static_argnames=("mode", "length"))
+def _read(
+    parts: Parts, tokens_BT: jax.Array, *, mode: Mode, length: int
+) -> tuple[tuple[jax.Array, ...], Any]:
     """Return the latest logits BV, weights BE and tokens seen BV, and the state."""
     trace, make_state = _MODES[mode]
-    state = make_state(parts, tokens_BT.shape[0], parts.backbone.cfg.context)
+    state = make_state(parts, tokens_BT.shape[0], length)
     logits_BTV, weight_BTE, state = trace(parts, tokens_BT, state)
     seen_BV = jax.nn.one_hot(tokens_BT, logits_BTV.shape[-1], dtype=bool).any(1)
     return (logits_BTV[:, -1], weight_BTE[:, -1], seen_BV), state
