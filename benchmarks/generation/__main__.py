@@ -29,7 +29,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.generation.attacks import make_attackers, measure_attack
-from benchmarks.generation.continuations import Bench, Cell, describe_real, measure_cell
+from benchmarks.generation.continuations import (
+    Bench,
+    Cell,
+    describe_real,
+    measure_cell,
+    measure_recognition,
+)
 from benchmarks.generation.page import write_page
 from benchmarks.generation.switches import measure_leads, measure_turns
 from benchmarks.generation.texts import (
@@ -138,6 +144,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {"real": partial(describe_real, bench, real)}
     parts |= {cell.key: partial(measure_cell, bench, cell) for cell in cells}
     few = max(1, arguments.prompts // 3)
+    parts["recognition"] = partial(measure_recognition, bench, arguments.prompts)
     if is_tiny:
         parts["turns"] = partial(measure_turns, bench, few)
         parts["leads"] = partial(measure_leads, bench, few)

@@ -19,6 +19,8 @@ from composable.vetting.evaluation import mix_scorer, score_documents
 # How a cell writes: its experts composed in one of two modes, the same with written text taken as
 # evidence, or the prompt's own expert alone, which is the reference.
 METHODS: Final = ("mix", "alone", "evidence", "safe")
+# Prompts whose recognition is measured: tokens, the start token included.
+PROMPTS: Final = (16, 64, 256)
 # Windows from this one on are compared: the first ones follow the prompt whatever the rule.
 LATER: Final = 4
 
@@ -139,6 +141,30 @@ def continuation_bits(model: Model, starts: Sequence[bytes], texts: Sequence[byt
     before = score_documents(scorer, starts, context=model.context)
     nats = whole.nats_B.sum() - before.nats_B.sum()
     return float(nats / np.log(2) / sum(map(len, texts)))
+
+
+def measure_recognition(bench: Bench, n_prompts: int) -> dict[str, dict[str, float]]:
+    """Return which share of prompts is known for its domain's, by length and by who decides.
+
+    The classifier, and the experts alone: under which of them a prompt is likeliest. Whatever reads
+    only the prompt can hardly do better.
+    """
+    tokenizer, domains, found = bench.model.tokenizer, list(bench.texts), {}
+    for n_tokens in PROMPTS:
+        is_own: dict[str, list[np.ndarray]] = {"classifier": [], "experts alone": []}
+        for i, domain in enumerate(domains):
+            prompts_BT = cut_prompts(
+                bench.texts[domain].heldout, n_prompts, n_tokens - 1, tokenizer
+            )
+            starts = to_texts(prompts_BT[:, 1:], tokenizer)
+            is_own["classifier"].append(bench.classifier.find_own(starts, domain)[:, 0])
+            nats_MB = [
+                score_documents(mix_scorer(bench.alone[name]), starts, context=n_tokens).nats_B
+                for name in domains
+            ]
+            is_own["experts alone"].append(np.argmin(nats_MB, axis=0) == i)
+        found[str(n_tokens)] = {name: float(np.mean(rows)) for name, rows in is_own.items()}
+    return found
 
 
 def describe_real(bench: Bench, cell: Cell) -> dict[str, Any]:

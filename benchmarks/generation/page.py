@@ -53,6 +53,10 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
         (name, *(f"{part[d]['bits']:.2f}" for d in domains))
         for name, part in {**cells, "real text": parts["real"]}.items()
     ]
+    recognition = [
+        (n, *(f"{share:.0%}" for share in row.values()), _recognised(int(n), cells))
+        for n, row in parts.get("recognition", {}).items()
+    ]
     attacks = [
         (
             *(name, f"{part['plain']['taken']} of {part['plain']['samples']:,}"),
@@ -81,6 +85,9 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
         "shares": _table(("written by", "gap", "recognised", *domains), shares) + "\n" + stamp,
         "weights": _table(("written by", *domains), weights),
         "bits": _table(("written by", *domains), bits),
+        "recognition": _table(
+            ("tokens of prompt", "classifier", "experts alone", "router"), recognition
+        ),
         "turns": _table(
             ("before the turn", "turns", "median bytes", "nine in ten", "within 32"), turns
         ),
@@ -124,6 +131,14 @@ def _gaps(name: str, cells: Mapping[str, Any]) -> tuple[str, str]:
     gap, known = 100 * (own - alone), 100 * (own - alone)[is_recognised]
     shown = [f"{g.mean():+.1f} ± {g.std() / np.sqrt(len(g)):.1f}" for g in (gap, known)]
     return shown[0], f"{shown[1]} ({is_recognised.mean():.0%})"
+
+
+def _recognised(n_tokens: int, cells: Mapping[str, Any]) -> str:
+    """Return after how many prompts the own expert has most of the weight in mix mode."""
+    for name, cell in cells.items():
+        if name.startswith("mix") and name.split()[-1].split("+")[0] == str(n_tokens):
+            return f"{np.mean([row['recognised'] for row in cell.values()]):.0%}"
+    return "–"
 
 
 def _path(values: Sequence[float]) -> str:

@@ -75,6 +75,7 @@ def make_entry(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("interface", "capacity"))
 def empty_bank(backbone: Backbone, interface: RouterInterface, capacity: int) -> Bank:
     """Return a bank that holds the backbone alone."""
     own = BankEntry(

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Final, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from composable.errors import ModelError, TextError
@@ -74,7 +73,7 @@ class Decoder:
         self._steps = _MODES[mode](parts, cache_length(length, context))
         vocab_size = parts.interface.vocab_size
         self._draw = make_draw(sampling, _banned(tokenizer, vocab_size))
-        self._seen_V = jnp.zeros(vocab_size, bool)
+        self._seen_V = jax.device_put(np.zeros(vocab_size, bool), may_alias=False)
         self._n_fed = 0
         self._last: int | None = None
         self._unfed: list[int] = []
@@ -106,14 +105,14 @@ class Decoder:
         self._last = None
         tokens_T = np.asarray(tokens_T, np.int32)
         for token in self._unfed:
-            self._advance(jnp.full((1, 1), token, jnp.int32), is_drawn=True)
+            self._advance(jax.device_put(np.full((1, 1), token, np.int32)), is_drawn=True)
         self._unfed = []
         whole = len(tokens_T) - len(tokens_T) % PREFILL
         # Whole chunks first, then single tokens: a prompt of any length reuses the two programs.
         pieces = [tokens_T[i : i + PREFILL] for i in range(0, whole, PREFILL)]
         pieces += [tokens_T[i : i + 1] for i in range(whole, len(tokens_T))]
         for piece in pieces:
-            self._advance(jnp.asarray(piece)[None], is_drawn=False)
+            self._advance(jax.device_put(piece[None]), is_drawn=False)
 
     def draw(self, n_tokens: int) -> Iterator[Drawn]:
         """Yield up to `n_tokens` tokens as they are drawn; a token that ends a text is not yielded.
@@ -136,13 +135,13 @@ class Decoder:
         for i in range(n_tokens):
             if self._next is None:
                 raise TextError("no tokens to continue: feed at least one first")
-            token, weight_E = self._next
+            token_BT, weight_E = self._next
             self._next = None
             if i + 1 < n_tokens:
-                self._advance(token[None, None], is_drawn=True)
-                drawn = Drawn(int(token), np.asarray(weight_E))
+                self._advance(token_BT, is_drawn=True)
+                drawn = Drawn(np.asarray(token_BT).item(), np.asarray(weight_E))
             else:
-                drawn = Drawn(int(token), np.asarray(weight_E))
+                drawn = Drawn(np.asarray(token_BT).item(), np.asarray(weight_E))
                 self._unfed = [drawn.token]
             self._last = drawn.token
             if drawn.token in self._ends:
@@ -153,8 +152,8 @@ class Decoder:
         logits_V, weight_E = self._steps.advance(tokens_BT, is_drawn)
         self._n_fed += tokens_BT.shape[1]
         position = np.int32(self._n_fed)
-        token, self._seen_V = _draw_next(self._draw, self._seen_V, tokens_BT, position, logits_V)
-        self._next = token, weight_E
+        token_BT, self._seen_V = _draw_next(self._draw, self._seen_V, tokens_BT, position, logits_V)
+        self._next = token_BT, weight_E
 
 
 def continue_tokens(
@@ -222,8 +221,8 @@ def _draw_next(
     position: jax.Array,
     logits_V: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the next token, and which tokens were seen so far, these included."""
+    """Return the next token, shape BT, and which were seen so far, those before it included."""
     # Whether or not there is a penalty: writing in place costs less than a condition.
     seen_V = seen_V.at[tokens_BT[0]].set(True)
     key = jax.random.fold_in(draw.key, position)
-    return draw_token(draw._replace(key=key), seen_V, logits_V), seen_V
+    return draw_token(draw._replace(key=key), seen_V, logits_V)[None, None], seen_V

@@ -134,9 +134,11 @@ def follow_given(
         written_BE = write_posterior(before_BE, target_BE)
         posterior_BTE = jnp.where(is_drawn, written_BE[:, None], posterior_BTE)
         restart_BE = jnp.where(is_drawn, target_BE, restart_BE)
-        rate = jnp.where(is_drawn, WRITING_RATE, rate)
+    moved = jnp.where(is_drawn, WRITING_RATE, rate)
     is_given = jnp.logical_not(is_drawn)
-    return posterior_BTE, update_occupancy(occupancy_BEO, posterior_BTE, restart_BE, rate, is_given)
+    return posterior_BTE, update_occupancy(
+        occupancy_BEO, posterior_BTE, restart_BE, moved, is_given
+    )
 
 
 def writing_weights(posterior_BTE: jax.Array, log_prior_E: jax.Array, power: float) -> jax.Array:

@@ -86,15 +86,16 @@ class Draw(NamedTuple):
 
 def make_draw(sampling: Sampling, is_banned_V: np.ndarray) -> Draw:
     """Return the settings as arrays: a new value compiles no new program."""
-    return Draw(
-        jax.random.key(sampling.seed),
-        jnp.float32(sampling.temperature),
-        jnp.int32(min(sampling.top_k, len(is_banned_V))),
-        jnp.float32(sampling.top_p),
-        jnp.float32(sampling.min_p),
-        jnp.float32(sampling.repetition_penalty),
-        jnp.asarray(is_banned_V),
+    numbers = (
+        np.float32(sampling.temperature),
+        np.int32(min(sampling.top_k, len(is_banned_V))),
+        np.float32(sampling.top_p),
+        np.float32(sampling.min_p),
+        np.float32(sampling.repetition_penalty),
+        is_banned_V,
     )
+    # Put there as they are, which needs no program; `jnp.float32` would.
+    return Draw(jax.random.key(sampling.seed), *jax.device_put(numbers, may_alias=False))
 
 
 def draw_token(draw: Draw, seen_V: jax.Array, logits_V: jax.Array) -> jax.Array:

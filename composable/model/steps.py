@@ -127,7 +127,7 @@ class MixSteps:
         self._flat, self._entries = FlatParts(parts), Entries(parts)
         self._capacity = parts.bank.capacity
         self._n_bodies = min(self._capacity, max(parts.interface.n_mixed, _FEW))
-        self._state = mix_state(parts, 1, cache_length)
+        self._state: MixState = _start_mix(self._flat, cache_length)
 
     @property
     def tally(self) -> Tally:
@@ -163,7 +163,7 @@ class MixSteps:
             return None
         expert_A = np.array([*experts, *[self._capacity] * missing], np.int32)
         return Bodies(
-            jnp.asarray(expert_A), tuple(self._entries[e] for e in [*experts, *[0] * missing])
+            jax.device_put(expert_A), tuple(self._entries[e] for e in [*experts, *[0] * missing])
         )
 
 
@@ -206,9 +206,7 @@ class SafeSteps:
         self._n_awake = 1 + min(interface.top_k, capacity - 1)
         self._cache_length, self._n_read = cache_length, 0
         self._trunk = tuple(self._empty_caches(range(parts.backbone.cfg.tap)))
-        router = writing_state(parts, 1, is_decoding=True)
-        state = safe_state(parts, 1)._replace(router=router, log_prob_EBV=None)
-        self._state = state._replace(occupancy_BEO=empty_occupancy(1, capacity))
+        self._state: SafeState = _start_safe(self._flat)
         dtype = parts.backbone.embed[...].dtype
         self._x_BSD = jnp.zeros((1, cache_length, interface.d_model), dtype)
         self._paths: dict[int, _Path] = {}
@@ -276,6 +274,19 @@ class SafeSteps:
 
     def _empty_caches(self, layers: Sequence[int]) -> list[KVCache]:
         return self._backbone.empty_caches(1, self._cache_length, layers)
+
+
+# One program each: array by array, every shape would need its own.
+@functools.partial(jax.jit, static_argnames="cache_length")
+def _start_mix(flat: FlatParts, cache_length: int) -> MixState:
+    return mix_state(flat.parts, 1, cache_length)
+
+
+@jax.jit
+def _start_safe(flat: FlatParts) -> SafeState:
+    router = writing_state(flat.parts, 1, is_decoding=True)
+    state = safe_state(flat.parts, 1)._replace(router=router, log_prob_EBV=None)
+    return state._replace(occupancy_BEO=empty_occupancy(1, flat.parts.bank.capacity))
 
 
 @functools.partial(jax.jit, donate_argnames="state")

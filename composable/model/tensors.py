@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -64,7 +65,9 @@ def from_tensors(module: M, tensors: Mapping[str, np.ndarray]) -> M:
         array, shape = tensors[_name(path)], tuple(variable.get_value().shape)
         if array.shape != shape:
             raise ModelError(f"tensor {_name(path)!r} has shape {array.shape}, expected {shape}")
-        value = jnp.asarray(array, variable.get_value().dtype)
+        # Converted on the host: on the device every shape would need a program of its own.
+        host = np.asarray(array, variable.get_value().dtype)
+        value = jax.device_put(host, may_alias=False)
         filled.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

@@ -72,7 +72,9 @@ def programs(cache: Path) -> Mapping[str, int]:
 
 def test_the_second_process_compiles_nothing(loaded, tmp_path):
     text, n_programs, n_compiled = finish(start(loaded, tmp_path))
-    assert n_programs == n_compiled > 0
+    # Two programs for chunks, two for single tokens, and few beside: each costs every later start
+    # its tracing.
+    assert 4 < n_programs == n_compiled <= 12
 
     # A process that is killed while it writes leaves a program without the time of its last use.
     folder = tmp_path / "composable" / "programs"

@@ -69,7 +69,9 @@ def test_the_statistic_counts_smoothed_tokens():
     found_E = np.exp(posterior_BTE[0, -1]) @ occupancy_BEO[0]
     np.testing.assert_allclose(found_E, expected_E, rtol=ROUNDING)
     target_BE = switch_targets(occupancy_BEO, posterior_BTE[:, -1], jnp.log(prior_E))
-    np.testing.assert_allclose(np.exp(target_BE[0]), (expected_E + prior_E) / (counts_T.sum() + 1), rtol=ROUNDING)
+    np.testing.assert_allclose(
+        np.exp(target_BE[0]), (expected_E + prior_E) / (counts_T.sum() + 1), rtol=ROUNDING
+    )
 
 
 @pytest.fixture(scope="module")
