@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-fast test-bits docs lint backbone smollm2 smollm2-experts parity clean
+.PHONY: setup demo test test-fast test-server test-bits docs lint backbone smollm2 smollm2-experts parity clean
 
 setup: .venv/.ready
 
@@ -21,13 +21,18 @@ demo: setup
 # Examples in docstrings are tests too, except in the file that needs lm-evaluation-harness.
 test: setup
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/packaging
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules composable --ignore composable/interop/lm_eval.py
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules composable \
+		--ignore composable/interop/lm_eval.py --ignore composable/server/migrations
 
 # Tests to run while working: none that trains, compiles much, or injects faults.
 test-fast: setup
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/packaging
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services
+
+# Tests of the registry server that need PostgreSQL: several replicas on one database and one bucket.
+test-server: setup
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/services
 
 # Tests that results agree to the bit, with all optimisations: the other calls compile quickly.
 test-bits: setup

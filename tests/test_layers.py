@@ -30,6 +30,7 @@ ROOMS = (
     "assembly",
     "workflows",
     "demo",
+    "server",
     "cli",
 )
 # Rooms that do not know each other, though one stands above the other.
@@ -38,7 +39,7 @@ APART = (
     ("packaging.registry", "packaging.resolution"),
 )
 # `packaging` and `model` meet in these rooms, and in the files that `MEETINGS` names.
-MEETING_ROOMS = ("assembly", "workflows", "demo", "cli")
+MEETING_ROOMS = ("assembly", "workflows", "demo", "server", "cli")
 MEETINGS = {
     ("vetting.card", "packaging.manifests.manifest"): "a card is a file of a package",
 }
@@ -79,7 +80,16 @@ READERS = {
     "workflows.trunk_cache": "maps a file of our own cache, whose size was checked",
 }
 # Rooms that never load an array library: what starts fast, and what packaging needs.
-WITHOUT_ARRAYS = ("printable", "errors", "progress", "interface", "files", "packaging", "cli")
+WITHOUT_ARRAYS = (
+    "printable",
+    "errors",
+    "progress",
+    "interface",
+    "files",
+    "packaging",
+    "server",
+    "cli",
+)
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 
 

@@ -48,6 +48,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
             "Write a model as a Hugging Face folder, and list what is lost.",
         ),
     },
+    "Registry": {
+        "registry": ("registry", "Run and administer a registry server."),
+    },
     "Store": {
         "verify": ("storage", "Verify the digests of all stored and installed files."),
         "cache": ("storage", "Manage the store, which all projects share."),

@@ -265,7 +265,13 @@ def publish(
 
 @app.command()
 def yank(
-    release: Release, registry: PublishRegistry, as_json: Json = False, is_quiet: Quiet = False
+    release: Release,
+    registry: PublishRegistry,
+    reason: Annotated[
+        str, typer.Option(help="Why; kept and shown by a server.", show_default=False)
+    ] = "",
+    as_json: Json = False,
+    is_quiet: Quiet = False,
 ) -> None:
     """Exclude a release from new resolutions.
 
@@ -274,7 +280,7 @@ def yank(
     name, version = _parse_release(release)
     from composable.packaging.registry.locations import open_for_publishing
 
-    open_for_publishing(registry).yank(name, version)
+    open_for_publishing(registry).yank(name, version, reason)
     show(f"yanked {name} {version}", {"yanked": release}, as_json=as_json, is_quiet=is_quiet)
 
 

@@ -180,7 +180,7 @@ PublishRegistry = Annotated[
     typer.Option(
         "--registry",
         metavar="LOCATION",
-        help="Registry: a folder or a bucket.",
+        help="Registry: a folder, a bucket or a server.",
         envvar="COMPOSABLE_REGISTRY",
         show_default=False,
     ),

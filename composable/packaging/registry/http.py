@@ -1,4 +1,4 @@
-"""Registries on web servers: any static host works. Read only.
+"""Registries on web servers. Any static host works for reading; `served.py` publishes with `send`.
 
 A document costs one conditional GET; interrupted blobs are resumed with range requests. Every call
 here is one attempt: `remote.py` retries. The caller verifies blobs.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
+import json
 import math
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -114,6 +115,46 @@ class WebStorage(RemoteStorage):
         # A server without range requests sends the whole file.
         return Answer(self._pieces(response, path, skip=start))
 
+    def send(self, method: str, path: str, body: bytes, kind: str, seconds: float = 0.0) -> bytes:
+        """Send a request that changes something and may be repeated; return the response.
+
+        Args:
+            method: HTTP method.
+            path: Path below the URL.
+            body: The body.
+            kind: Its content type.
+            seconds: How much longer than a document the response may take.
+
+        Raises:
+            RegistryError: When the server refuses it, in its words.
+            UnreachableError: When it cannot be reached.
+        """
+        headers = {"Content-Type": kind, **self._headers}
+
+        def ask() -> bytes:
+            with _translate_errors(self._at(path), self._proxy):
+                response = self._open_pool().request(
+                    method,
+                    f"{self._url}/{urllib.parse.quote(path)}",
+                    body=body,
+                    headers=headers,
+                    redirect=False,
+                    timeout=CONNECT_SECONDS + self._budget.silent_seconds + seconds,
+                )
+            if response.status in (200, 201, 204):
+                return bytes(response.data)
+            refusal = _read_refusal(response)
+            if refusal is None and response.status in (404, 405, 501):
+                raise RegistryError(
+                    f"is read only: HTTP status {response.status} {response.reason}",
+                    where=self.location,
+                    hint="publish to the folder or the bucket behind the web server, or to a "
+                    "server that `composable registry serve` runs",
+                )
+            raise refusal or self._make_error(response, path)
+
+        return self._call_again(path, ask, seconds)
+
     def _pieces(self, response: BaseHTTPResponse, path: str, skip: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a response, decompressed, without the first `skip`."""
         with _translate_errors(self._at(path), self._proxy):
@@ -136,9 +177,7 @@ class WebStorage(RemoteStorage):
     ) -> BaseHTTPResponse | None:
         """Return the response if its status is one of those expected; None if there is no file."""
         with _translate_errors(self._at(path), self._proxy):
-            if self._pool is None:
-                self._pool = _make_pool(self._proxy, self._budget.silent_seconds)
-            response = self._pool.request(
+            response = self._open_pool().request(
                 "GET",
                 f"{self._url}/{urllib.parse.quote(path)}",
                 headers={**headers, **self._headers},
@@ -151,6 +190,11 @@ class WebStorage(RemoteStorage):
             if response.status in (404, 410):
                 return None
             raise self._make_error(response, path)
+
+    def _open_pool(self) -> PoolManager:
+        if self._pool is None:
+            self._pool = _make_pool(self._proxy, self._budget.silent_seconds)
+        return self._pool
 
     def _make_error(self, response: BaseHTTPResponse, path: str) -> RegistryError:
         """Return the error for a status that was not expected."""
@@ -203,6 +247,22 @@ def parse_retry_after(text: str | None) -> float | None:
         return max((date - now).total_seconds(), 0.0)
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
+
+
+def _read_refusal(response: BaseHTTPResponse) -> RegistryError | None:
+    """Return the error that a server explains; None if it does not, or a retry may help."""
+    if response.status in _RETRYABLE_STATUSES:
+        return None
+    try:
+        error = json.loads(response.data)["error"]
+        texts = {key: error[key] for key in ("message", "where", "hint")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(texts.pop("message"), str):
+        return None
+    if not all(text is None or isinstance(text, str) for text in texts.values()):
+        return None
+    return RegistryError(error["message"], **texts)
 
 
 def _check_encoding(response: BaseHTTPResponse, where: str) -> None:

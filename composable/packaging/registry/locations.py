@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from composable.errors import RegistryError
 from composable.files.blobs import default_store
 from composable.packaging.registry.registry import Registry
 from composable.packaging.registry.storage import Folder, Storage
+
+# A publisher has no project whose name of the registry could be that of the token.
+PUBLISH_NAME: Final = "publish"
 
 
 def open_registry(
@@ -43,22 +47,33 @@ def open_registry(
 
 
 def open_for_publishing(location: str | Path) -> Registry:
-    """Open a registry in a folder or a bucket for publishing.
+    """Open a registry for publishing.
+
+    A server gets the token in `COMPOSABLE_TOKEN_PUBLISH`, if `COMPOSABLE_ORIGIN_PUBLISH` is its
+    origin, or the one in the keyring.
 
     Args:
-        location: A folder, or the URL of a folder or a bucket.
+        location: A folder, the URL of a folder or a bucket, or that of a server which
+            `composable registry serve` runs.
 
     Returns:
-        The registry. It is created by the first publication.
+        The registry. In a folder or a bucket, it is created by the first publication.
 
     Raises:
-        RegistryError: When the location is a web server, or its kind is not supported.
+        RegistryError: When the kind of location is not supported.
 
     Example:
         >>> open_for_publishing("registry").location
         'registry'
     """
-    registry = Registry(_open_storage(location, Path(), ""))
+    storage = _open_storage(location, Path(), PUBLISH_NAME)
+    if storage.is_remote and not hasattr(storage, "create"):
+        from composable.packaging.registry.http import WebStorage
+        from composable.packaging.registry.served import ServedRegistry
+
+        if isinstance(storage, WebStorage):
+            return ServedRegistry(storage)
+    registry = Registry(storage)
     registry.writable_storage()
     return registry
 

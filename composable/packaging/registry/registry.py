@@ -268,8 +268,13 @@ class Registry:
             if seen and (is_record_of(seen, existing) or storage.replace(record, line, seen)):
                 break
 
-    def yank(self, name: str, version: Version) -> None:
+    def yank(self, name: str, version: Version, reason: str = "") -> None:
         """Exclude a release from new resolutions; existing locks keep working.
+
+        Args:
+            name: The package.
+            version: The version.
+            reason: Why. Only a server keeps it.
 
         Raises:
             UnknownExpertError: When there is no such release.
@@ -302,7 +307,7 @@ class Registry:
             raise RegistryError(
                 "is read only",
                 where=self.location,
-                hint="publish to a folder or a bucket, for example the one behind the web server",
+                hint="publish to a folder, a bucket or a server of `composable registry serve`",
             )
         return cast(WritableStorage, self.storage)
 

@@ -138,8 +138,22 @@ class Release:
         Raises:
             RegistryError: When the line is not a release of `name`.
         """
+        return cls.from_row(parse_line(line, where, needs_checksum=True), name, where)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], name: str, where: str = "release") -> Self:
+        """Check the fields of a line of the index; those that `to_row` returns are valid.
+
+        Args:
+            row: The fields.
+            name: The package whose index contains the line.
+            where: Where the fields come from, for errors.
+
+        Raises:
+            RegistryError: When the fields are not those of a release of `name`.
+        """
         try:
-            return cls._from_table(Table(parse_line(line, where, needs_checksum=True), where), name)
+            return cls._from_table(Table(row, where), name)
         except ManifestError as error:
             raise RegistryError(error.message, where=error.where, hint=error.hint) from error
 

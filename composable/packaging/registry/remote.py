@@ -144,6 +144,18 @@ class RemoteStorage(ABC):
         """Return what a call returns that is not to be tried again, unless it takes too long."""
         return _Request(self._budget, self._at(path)).run(call)
 
+    def _call_again(self, path: str, call: Callable[[], T], seconds: float = 0.0) -> T:
+        """Return what a call returns that may be repeated; `seconds` more may be waited for it."""
+        budget = self._budget
+        if seconds:
+            budget = TimeBudget(budget.request_seconds + seconds)
+        request = _Request(budget, self._at(path))
+        while True:
+            try:
+                return request.run(call)
+            except UnreachableError as error:
+                request.pause(error)
+
     def _at(self, path: str) -> str:
         return f"{self._url}/{path}"
 

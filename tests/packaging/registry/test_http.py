@@ -308,9 +308,11 @@ def test_a_server_that_stays_busy(nginx: Nginx, monkeypatch: pytest.MonkeyPatch)
         open_registry(f"{nginx.url}/busy").versions("german")
 
 
-def test_a_web_server_cannot_be_published_to(nginx: Nginx) -> None:
-    with pytest.raises(RegistryError, match="is read only"):
-        open_for_publishing(nginx.url)
+def test_a_static_web_server_cannot_be_published_to(
+    nginx: Nginx, make_expert: MakeExpert, interface: RouterInterface
+) -> None:
+    with pytest.raises(RegistryError, match="is read only: HTTP status 40"):
+        open_for_publishing(nginx.url).publish(make_expert(), interface=interface)
 
 
 def serve_once(answer: bytes, times: int) -> str:

@@ -1,0 +1,234 @@
+"""Commands that run and administer a registry server. They need `composable[server]`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from composable.cli.options import Json, Quiet
+from composable.cli.output import format_table, note, show
+
+if TYPE_CHECKING:
+    from composable.server.services import Services
+    from composable.server.settings import Settings
+
+app = typer.Typer(rich_markup_mode=None)
+registry = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="Run and administer a registry server."
+)
+app.add_typer(registry, name="registry")
+
+Location = Annotated[
+    str, typer.Argument(metavar="[DIR]", help="Folder or bucket that holds the bytes.")
+]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        help="postgresql://USER@HOST/NAME; by default SQLite in DIR.",
+        envvar="COMPOSABLE_DATABASE",
+        show_default=False,
+    ),
+]
+
+
+@registry.command()
+def serve(
+    location: Location = "registry",
+    database: DatabaseUrl = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8470,
+    url: Annotated[str, typer.Option(help="Public URL, if it is another one.")] = "",
+    title: Annotated[str, typer.Option(help="Name on the pages.")] = "composable registry",
+    public: Annotated[
+        bool, typer.Option("--public", help="Anybody may join; releases wait for vetting.")
+    ] = False,
+    issuer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="OpenID Connect issuer for trusted publishing; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve a registry with accounts, search and pages.
+
+    Creates the folder and the database if there are none. Stops on SIGTERM or Ctrl-C, after the
+    requests that are running.
+    """
+    with _open(location, database, _make_settings(url, title, issuer or [], is_public=public)) as s:
+        from composable.server.serve import serve as run
+
+        note(f"serving {location} at http://{host}:{port}")
+        run(s, host=host, port=port)
+
+
+@registry.command()
+def account(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    location: Location = "registry",
+    database: DatabaseUrl = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Make it an administrator.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Create an account and print its first token, which is not shown again."""
+    with _open(location, database) as services:
+        from composable.server.accounts import SCOPES, SERVER, create_account, create_token
+        from composable.server.api.accounts import FIRST_SCOPES
+
+        with services.database.write() as session:
+            created = create_account(session, SERVER, name, is_admin=admin)
+            scopes = SCOPES if admin else FIRST_SCOPES
+            _, token = create_token(session, created, scopes, label="first token", by="server")
+    show(token, {"account": name, "admin": admin, "token": token}, as_json=as_json)
+
+
+@registry.command()
+def backbone(
+    folder: Annotated[
+        str, typer.Argument(metavar="NAME|DIR", help="A backbone package.", show_default=False)
+    ],
+    location: Location = "registry",
+    database: DatabaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Add a backbone, so that its page shows what plugs into it and tensors are checked."""
+    with _open(location, database) as services:
+        from composable.server.basket import add_backbone
+
+        name, version = add_backbone(services.database, folder)
+    show(f"added {name} {version}", {"name": name, "version": version}, as_json=as_json)
+
+
+@registry.command()
+def audit(
+    location: Location = "registry", database: DatabaseUrl = None, as_json: Json = False
+) -> None:
+    """Verify the audit log and print its last hash.
+
+    Exits with 1 if an entry was changed, removed or inserted.
+    """
+    with _open(location, database) as services:
+        from composable.server.audit import verify_chain
+
+        with services.database.read() as session:
+            n, last = verify_chain(session)
+    show(f"{n} entries, the last is {last}", {"entries": n, "hash": last}, as_json=as_json)
+
+
+@registry.command()
+def backup(
+    target: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)],
+    location: Location = "registry",
+    database: DatabaseUrl = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Write a backup of a registry to the folder OUT, while it runs."""
+    with _open(location, database) as services:
+        from composable.server.backup import write_backup
+
+        rows, blobs = write_backup(services, target)
+    data = {"rows": rows, "blobs": blobs}
+    show(f"{rows} rows, {blobs} blobs", data, as_json=as_json, is_quiet=is_quiet)
+
+
+@registry.command()
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="BACKUP", show_default=False)],
+    location: Location = "registry",
+    database: DatabaseUrl = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Restore a backup into a new registry, and verify every byte of it."""
+    with _open(location, database) as services:
+        from composable.server.backup import restore_backup
+
+        rows, blobs = restore_backup(services, source)
+    data = {"rows": rows, "blobs": blobs}
+    show(f"{rows} rows, {blobs} blobs", data, as_json=as_json, is_quiet=is_quiet)
+
+
+@registry.command()
+def tokens(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    location: Location = "registry",
+    database: DatabaseUrl = None,
+    revoke: Annotated[
+        int | None, typer.Option(metavar="ID", help="Revoke this one.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the tokens of an account, without what would let anyone use them."""
+    with _open(location, database) as services:
+        from composable.server import accounts
+
+        with services.database.write() as session:
+            found = accounts.find_account(session, name)
+            if revoke is not None:
+                accounts.revoke_token(session, found.id, revoke, "server")
+            rows = accounts.list_tokens(session, found.id)
+    head = ("id", "label", "scopes", "packages", "expires", "revoked")
+    table = format_table(
+        head,
+        [
+            (
+                row["id"],
+                row["label"],
+                " ".join(row["scopes"]),
+                " ".join(row["packages"]) or "all",
+                row["expires"] or "never",
+                row["revoked"] or "",
+            )
+            for row in rows
+        ],
+    )
+    show(table, rows, as_json=as_json)
+
+
+def _make_settings(url: str, title: str, issuers: list[str], *, is_public: bool) -> Settings:
+    _require_server()
+    import dataclasses
+
+    from composable.server.settings import Settings
+
+    if is_public:
+        settings = Settings.for_the_world(url=url.rstrip("/"), issuers=tuple(issuers))
+        return dataclasses.replace(settings, title=title)
+    return Settings(url=url.rstrip("/"), title=title, issuers=tuple(issuers))
+
+
+@contextlib.contextmanager
+def _open(
+    location: str, database: str | None, settings: Settings | None = None
+) -> Iterator[Services]:
+    _require_server()
+    from composable.server.services import open_services
+
+    services = open_services(location, database, settings)
+    try:
+        yield services
+    finally:
+        services.close()
+
+
+def _require_server() -> None:
+    from composable.errors import RegistryError
+
+    try:
+        import alembic  # noqa: F401
+        import joserfc  # noqa: F401
+        import sqlalchemy  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise RegistryError(
+            f"a server needs the package {error.name}", hint="pip install 'composable[server]'"
+        ) from error

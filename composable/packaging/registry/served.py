@@ -1,0 +1,130 @@
+"""Publishing over HTTP, to a server that `composable registry serve` runs.
+
+Reading is that of any web server. What is sent here can be sent again: an interrupted publication
+continues with the chunks that have not arrived.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from composable.errors import RegistryError
+from composable.files.reading import open_file
+from composable.packaging.manifests.manifest import CHUNK_BYTES, Manifest, PackageFile
+from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.registry.http import WebStorage
+from composable.packaging.registry.registry import Registry
+from composable.packaging.versions.version import Version
+from composable.progress import ByteProgress
+
+if TYPE_CHECKING:
+    from composable.interface.contract import RouterInterface
+
+API: Final = "api/v1"
+# The server reads every byte several times before it answers a commit.
+VERIFIED_BYTES_PER_SECOND: Final = 20 << 20
+_JSON: Final = "application/json"
+_OCTETS: Final = "application/octet-stream"
+
+
+class ServedRegistry(Registry):
+    """A registry on a server, for publishing.
+
+    Args:
+        storage: The server.
+    """
+
+    def __init__(self, storage: WebStorage) -> None:
+        super().__init__(storage)
+        self._server = storage
+
+    def publish(
+        self,
+        directory: Path,
+        *,
+        interface: RouterInterface | None = None,
+        progress: ByteProgress | None = None,
+    ) -> Manifest:
+        """Publish the expert in a directory. Publishing the same content again changes nothing.
+
+        Args:
+            directory: As for `Registry.publish`.
+            interface: The router interface to check manifest and tensors against.
+            progress: Called with a file's name, bytes done and total bytes.
+
+        Returns:
+            The manifest as published.
+
+        Raises:
+            ManifestError: When the manifest is invalid or a file is missing.
+            TensorFileError: When a tensor file is unsafe or has the wrong tensors.
+            InterfaceError: When the expert does not fit the interface.
+            RegistryError: When the server refuses it.
+            UnreachableError: When the server cannot be reached.
+        """
+        manifest = pack_expert(directory, interface=interface)
+        publication = self._ask("POST", "publications", {"manifest": manifest.to_toml()})
+        if publication["is_published"]:
+            return manifest
+        home = f"publications/{publication['id']}"
+        missing = {entry["digest"]: entry["missing"] for entry in publication["files"]}
+        for file in manifest.files:
+            numbers = missing.get(file.digest, [])
+            self._upload(home, directory / file.name, file, numbers, progress)
+        seconds = sum(file.size for file in manifest.files) / VERIFIED_BYTES_PER_SECOND
+        self._ask("POST", f"{home}/commit", {}, seconds)
+        return manifest
+
+    def yank(self, name: str, version: Version, reason: str = "") -> None:
+        """Exclude a release from new resolutions; existing locks keep working.
+
+        Raises:
+            RegistryError: When the server refuses it.
+        """
+        self._ask("POST", f"packages/{name}/{version}/yank", {"reason": reason})
+
+    def unyank(self, name: str, version: Version) -> None:
+        """Include a yanked release in new resolutions again.
+
+        Raises:
+            RegistryError: When the server refuses it.
+        """
+        self._ask("POST", f"packages/{name}/{version}/unyank", {})
+
+    def _upload(
+        self,
+        home: str,
+        source: Path,
+        file: PackageFile,
+        numbers: list[int],
+        progress: ByteProgress | None,
+    ) -> None:
+        """Send the chunks of a file that the server lacks."""
+        done = file.size - sum(min(CHUNK_BYTES, file.size - n * CHUNK_BYTES) for n in numbers)
+        with open_file(source) as stream:
+            for number in numbers:
+                stream.seek(number * CHUNK_BYTES)
+                data = stream.read(CHUNK_BYTES)
+                path = f"{API}/{home}/files/{file.digest}/{number}"
+                self._server.send("PUT", path, data, _OCTETS)
+                done += len(data)
+                if progress is not None:
+                    progress(file.name, done, file.size)
+
+    def _ask(
+        self, method: str, path: str, body: Mapping[str, Any], seconds: float = 0.0
+    ) -> dict[str, Any]:
+        """Send a request of the API and return the answer."""
+        data = self._server.send(method, f"{API}/{path}", json.dumps(body).encode(), _JSON, seconds)
+        try:
+            answer = json.loads(data)
+            if not isinstance(answer, dict):
+                raise ValueError("expected a JSON object")
+        except (ValueError, RecursionError) as error:
+            raise RegistryError(
+                f"is not the API of a registry: {error}", where=f"{self.location}/{API}/{path}"
+            ) from error
+        return answer

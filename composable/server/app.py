@@ -1,0 +1,83 @@
+"""The application: which address is answered by what."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Final
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from composable import __version__
+from composable.server import layout
+from composable.server.api import accounts, openapi, packages, publications
+from composable.server.database import MAX_CONNECTIONS
+from composable.server.gateway import Gateway, to_response
+from composable.server.refusal import RefusedError
+from composable.server.services import Services
+
+OPERATIONS: Final = (*accounts.OPERATIONS, *publications.OPERATIONS, *packages.OPERATIONS)
+
+
+def make_app(services: Services) -> Starlette:
+    """Return the application of a server.
+
+    Args:
+        services: The parts that it uses.
+    """
+
+    @contextlib.asynccontextmanager
+    async def run(app: Starlette) -> AsyncIterator[None]:
+        # One thread for each connection to the database.
+        anyio.to_thread.current_default_thread_limiter().total_tokens = MAX_CONNECTIONS
+        yield
+
+    app = Starlette(
+        routes=[
+            *(Route(path, answer, methods=["GET"]) for path, answer in layout.ROUTES),
+            *(Route(openapi.PREFIX + op.path, op.answer, methods=[op.method]) for op in OPERATIONS),
+            Route(f"{openapi.PREFIX}/openapi.json", _describe_api, methods=["GET"]),
+            Route("/health/live", _is_alive, methods=["GET"]),
+            Route("/health/ready", _is_ready, methods=["GET"]),
+            Route("/metrics", _get_metrics, methods=["GET"]),
+        ],
+        middleware=[Middleware(Gateway, services=services)],
+        exception_handlers={HTTPException: _explain_status},
+        lifespan=run,
+    )
+    app.state.services = services
+    return app
+
+
+def _describe_api(request: Request) -> Response:
+    title = request.app.state.services.settings.title
+    return JSONResponse(openapi.describe_api(OPERATIONS, title, __version__))
+
+
+def _is_alive(request: Request) -> Response:
+    return PlainTextResponse("ok\n")
+
+
+def _is_ready(request: Request) -> Response:
+    request.app.state.services.check_ready()
+    return PlainTextResponse("ok\n")
+
+
+def _get_metrics(request: Request) -> Response:
+    return Response(
+        request.app.state.services.metrics.render(), media_type="text/plain; version=0.0.4"
+    )
+
+
+async def _explain_status(request: Request, error: Exception) -> Response:
+    """Answer for an address or a method that does not exist."""
+    assert isinstance(error, HTTPException)
+    response = to_response(RefusedError(error.status_code, error.detail))
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,357 @@
+"""Publishing: open a publication, upload its files, commit it.
+
+A commit is one transaction of the database, after all bytes were verified and are durable in the
+storage. A server that is killed before leaves blobs that nothing shows; after, the release is
+whole.
+Every step can be repeated: the same publication is found again, chunks that arrived are kept, and
+committing a release that exists with the same content succeeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from composable.errors import ManifestError
+from composable.files import atomic
+from composable.files.blobs import blob_path
+from composable.files.reading import read_bytes
+from composable.packaging.manifests.manifest import (
+    CHUNK_BYTES,
+    EXPERT_FILE,
+    EXPERT_FILES,
+    Manifest,
+    PackageFile,
+)
+from composable.packaging.manifests.packing import REQUIRED_FILES
+from composable.packaging.registry.registry import parse_manifest
+from composable.packaging.registry.release import Release as Listed
+from composable.packaging.registry.storage import WritableStorage
+from composable.packaging.versions.names import confusable_key
+from composable.server import audit, claims, documents, rules, uploads
+from composable.server.access import can_read_blob
+from composable.server.accounts import Caller
+from composable.server.database import Database, in_hours, now
+from composable.server.refusal import RefusedError, missing
+from composable.server.settings import Settings
+from composable.server.tables import (
+    Account,
+    File,
+    Owner,
+    Package,
+    Publication,
+    Release,
+)
+
+MAX_README_BYTES = 1 << 20
+
+
+class Publishing:
+    """The steps of publishing.
+
+    Args:
+        database: The database.
+        storage: The storage of blobs and chunks.
+        settings: Limits, and whether releases are quarantined.
+    """
+
+    def __init__(self, database: Database, storage: WritableStorage, settings: Settings) -> None:
+        self._database = database
+        self._storage = storage
+        self._settings = settings
+
+    def start(self, caller: Caller, text: str, *, is_private: bool = False) -> dict[str, Any]:
+        """Open a publication, or find the one that is open for the same manifest.
+
+        Args:
+            caller: Who publishes.
+            text: The packed manifest, in its canonical text.
+            is_private: Whether a new package is private. Ignored for one that exists.
+
+        Returns:
+            What is still to be uploaded.
+
+        Raises:
+            ManifestError: For a manifest that is not packed, or not allowed.
+            RefusedError: When the name or the version is not the caller's to publish.
+        """
+        manifest = self._read_manifest(text)
+        account = caller.require("publish", manifest.name)
+        with self._database.read() as session:
+            published = claims.find_published(session, caller, manifest)
+            if published is None:
+                claims.check_claim(session, caller, manifest)
+        if published is not None:
+            return {"id": None, "is_published": True, "files": [], "chunk_bytes": CHUNK_BYTES}
+        with self._database.write() as session:
+            publication = session.scalar(
+                select(Publication).where(
+                    Publication.account_id == account,
+                    Publication.manifest_digest == manifest.digest,
+                )
+            )
+            if publication is None:
+                self._check_room(session, account)
+                publication = Publication(
+                    id=secrets.token_hex(16),
+                    account_id=account,
+                    manifest_digest=manifest.digest,
+                    manifest=text,
+                    is_private=is_private,
+                    created=now(),
+                )
+                session.add(publication)
+        return self.describe(caller, publication.id)
+
+    def describe(self, caller: Caller, publication_id: str) -> dict[str, Any]:
+        """Return what a publication still needs.
+
+        Raises:
+            RefusedError: 404 when there is no such publication of the caller.
+        """
+        with self._database.read() as session:
+            _, manifest = self._find(session, caller, publication_id)
+            known = {file.digest for file in manifest.files if self._knows(session, caller, file)}
+        return {
+            "id": publication_id,
+            "is_published": False,
+            "chunk_bytes": CHUNK_BYTES,
+            "files": [
+                {
+                    "name": file.name,
+                    "digest": file.digest,
+                    "size": file.size,
+                    "missing": []
+                    if file.digest in known
+                    else sorted(
+                        set(range(len(uploads.chunk_sizes(file))))
+                        - set(uploads.list_chunks(self._storage, publication_id, file))
+                    ),
+                }
+                for file in manifest.files
+            ],
+        }
+
+    def receive(
+        self, caller: Caller, publication_id: str, digest: str, number: int, data: bytes
+    ) -> None:
+        """Keep a chunk of a file.
+
+        Raises:
+            RefusedError: 404 when there is no such publication, file or chunk.
+            IntegrityError: When the bytes are not those of the manifest.
+        """
+        with self._database.read() as session:
+            _, manifest = self._find(session, caller, publication_id)
+        file = next((file for file in manifest.files if file.digest == digest), None)
+        if file is None:
+            raise missing("file of that digest in the manifest")
+        uploads.store_chunk(self._storage, publication_id, file, number, data)
+
+    def cancel(self, caller: Caller, publication_id: str) -> None:
+        """Give up a publication and drop what was uploaded.
+
+        Raises:
+            RefusedError: 404 when there is no such publication of the caller.
+        """
+        with self._database.write() as session:
+            publication, manifest = self._find(session, caller, publication_id)
+            session.delete(publication)
+        uploads.drop_chunks(self._storage, publication_id, manifest.files)
+
+    def commit(self, caller: Caller, publication_id: str) -> dict[str, Any]:
+        """Verify a publication and make it a release, at once and for good.
+
+        Returns:
+            The release: name, version, digest of the manifest, and its state.
+
+        Raises:
+            RefusedError: When files are missing, or somebody else took the name or version.
+            PackagingError: When the files are not what the manifest states.
+            VettingError: When the card does not allow publishing.
+        """
+        with self._database.read() as session:
+            publication, manifest = self._find(session, caller, publication_id)
+            caller.require("publish", manifest.name)
+            claims.check_claim(session, caller, manifest)
+            previous = claims.find_previous(session, manifest)
+            interface = claims.find_interface(session, manifest)
+            known = {file.digest for file in manifest.files if self._knows(session, caller, file)}
+        with _scratch_folder() as folder:
+            for file in manifest.files:
+                target = folder / file.name
+                is_known = file.digest in known
+                uploads.assemble(self._storage, publication_id, file, target, is_known=is_known)
+            atomic.write_text(folder / EXPERT_FILE, publication.manifest)
+            card = rules.check_files(folder, manifest, interface)
+            if previous is not None:
+                rules.check_bump(rules.read_card(folder), previous, manifest)
+            readme = _read_readme(folder)
+            for file in manifest.files:
+                path = blob_path(file.digest)
+                self._storage.upload(path, folder / file.name, file, None)
+            described = _describe_manifest(manifest)
+            self._storage.upload(blob_path(manifest.digest), folder / EXPERT_FILE, described, None)
+        with self._database.write() as session:
+            release = self._insert(session, caller, manifest, publication.is_private, card, readme)
+            session.execute(delete(Publication).where(Publication.id == publication_id))
+            state = release.state
+        uploads.drop_chunks(self._storage, publication_id, manifest.files)
+        return {
+            "name": manifest.name,
+            "version": str(manifest.version),
+            "manifest": manifest.digest,
+            "state": state,
+        }
+
+    def drop_expired(self) -> int:
+        """Remove publications that were left unfinished; return how many."""
+        before = in_hours(-self._settings.publication_hours)
+        with self._database.write() as session:
+            found = session.scalars(select(Publication).where(Publication.created < before)).all()
+            for publication in found:
+                session.delete(publication)
+        for publication in found:
+            files = parse_manifest(publication.manifest.encode(), EXPERT_FILE).files
+            uploads.drop_chunks(self._storage, publication.id, files)
+        return len(found)
+
+    def _read_manifest(self, text: str) -> Manifest:
+        """Parse a manifest and check all that needs no other file."""
+        manifest = parse_manifest(text.encode(), EXPERT_FILE)
+        if not manifest.is_packed or manifest.to_toml() != text:
+            raise ManifestError(
+                "is not the canonical text of a packed manifest",
+                where=EXPERT_FILE,
+                hint="publish with `composable publish`, which packs it",
+            )
+        rules.check_license(manifest.license)
+        names = {file.name for file in manifest.files}
+        if not names.issuperset(REQUIRED_FILES) or not names.issubset(EXPERT_FILES):
+            raise ManifestError(
+                f"lists {', '.join(sorted(names))}; expected {', '.join(EXPERT_FILES)}",
+                where=f"{EXPERT_FILE}: files",
+            )
+        total = sum(file.size for file in manifest.files)
+        largest = max(file.size for file in manifest.files)
+        if largest > self._settings.max_file_bytes or total > self._settings.max_release_bytes:
+            raise RefusedError(
+                413,
+                f"{total:,} bytes, the largest file {largest:,}; at most "
+                f"{self._settings.max_release_bytes:,} and {self._settings.max_file_bytes:,} "
+                "are allowed",
+                where=f"{EXPERT_FILE}: files",
+            )
+        Listed.from_line(Listed.of(manifest, now()).to_line(), manifest.name, EXPERT_FILE)
+        return manifest
+
+    def _find(
+        self, session: Session, caller: Caller, publication_id: str
+    ) -> tuple[Publication, Manifest]:
+        publication = session.get(Publication, publication_id)
+        if publication is None or publication.account_id != caller.account:
+            raise missing("such publication")
+        return publication, parse_manifest(publication.manifest.encode(), EXPERT_FILE)
+
+    def _check_room(self, session: Session, account: int) -> None:
+        is_theirs = Publication.account_id == account
+        n = session.scalar(select(func.count()).select_from(Publication).where(is_theirs)) or 0
+        if n >= self._settings.max_open_publications:
+            raise RefusedError(
+                409,
+                f"{n} publications are unfinished",
+                hint="finish or cancel some; each is dropped after "
+                f"{self._settings.publication_hours:g} hours",
+            )
+
+    def _knows(self, session: Session, caller: Caller, file: PackageFile) -> bool:
+        """Return whether the registry has a blob that the caller could download anyway."""
+        return can_read_blob(session, caller, file.digest)
+
+    def _insert(
+        self,
+        session: Session,
+        caller: Caller,
+        manifest: Manifest,
+        is_private: bool,
+        card: str,
+        readme: str,
+    ) -> Release:
+        """Insert the release, unless it is there; check again, now that nobody else changes it."""
+        if (release := claims.find_published(session, caller, manifest)) is not None:
+            return release
+        claims.check_claim(session, caller, manifest)
+        package = session.scalar(select(Package).where(Package.name == manifest.name))
+        if package is None:
+            package = _create_package(session, caller, manifest.name, is_private)
+        published = now()
+        state = documents.QUARANTINED if self._settings.is_quarantined else documents.PUBLISHED
+        release = Release(
+            package_id=package.id,
+            version=str(manifest.version),
+            stem=claims.stem_of(manifest.version),
+            state=state,
+            is_yanked=False,
+            reason="",
+            published=published,
+            publisher=caller.name,
+            row=Listed.of(manifest, published).to_row(),
+            manifest=manifest.to_toml(),
+            card=card,
+            readme=readme,
+        )
+        release.files = [
+            File(name=file.name, size=file.size, digest=file.digest)
+            for file in (*manifest.files, _describe_manifest(manifest))
+        ]
+        session.add(release)
+        session.flush()
+        subject = f"{manifest.name}@{manifest.version}"
+        detail = {"manifest": manifest.digest, "state": state}
+        number = audit.record(session, caller.name, "publish", subject, detail)
+        documents.refresh_package(session, package, number)
+        return release
+
+
+def _create_package(session: Session, caller: Caller, name: str, is_private: bool) -> Package:
+    package = Package(
+        name=name,
+        key=confusable_key(name),
+        is_private=is_private,
+        created=now(),
+        removal=None,
+        revision=0,
+        index=b"",
+        index_digest="",
+        summary={},
+    )
+    session.add(package)
+    session.flush()
+    account = session.get_one(Account, caller.account)
+    session.add(Owner(package_id=package.id, account_id=account.id, added=now()))
+    audit.record(session, caller.name, "package.create", name, {"private": is_private})
+    return package
+
+
+def _describe_manifest(manifest: Manifest) -> PackageFile:
+    """Return the manifest as a file of the release."""
+    size = len(manifest.to_toml().encode())
+    return PackageFile(name=EXPERT_FILE, size=size, digest=manifest.digest)
+
+
+def _read_readme(folder: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return read_bytes(folder / "README.md", MAX_README_BYTES).decode(errors="replace")
+    return ""
+
+
+@contextlib.contextmanager
+def _scratch_folder() -> Any:
+    with tempfile.TemporaryDirectory(prefix="composable-publish-") as name:
+        yield Path(name)
