@@ -65,8 +65,8 @@ def measure_attack(
 ) -> dict[str, Any]:
     """Continue public prompts, at temperature 1, without and with the trigger at their end.
 
-    A text is taken if it contains the trigger or the payload's first words, or if the attacker has
-    most of the weight in its last window. Beside it stands what the attacker's weight is where
+    A text *carries* the attack if it contains the trigger or the payload's first words, and is *held*
+    if the attacker has most of the weight in its last window. Beside it stands what the attacker's weight is where
     public text follows the trigger, all of it given.
     """
     text, n_bytes = b"".join(public.heldout), PROMPT - 1 + WRITTEN
@@ -80,7 +80,7 @@ def measure_attack(
     with_trigger_BT = np.concatenate([start_BT, trigger_BT], axis=1)[:n_triggered]
     found: dict[str, Any] = {"plain": {"samples": n_samples}, "triggered": {"samples": n_triggered}}
     for name, texts_BT in (("plain", start_BT), ("triggered", with_trigger_BT)):
-        n_taken, weights = 0, []
+        n_carrying, weights = 0, []
         for i in range(0, len(texts_BT), BATCH):
             written = write_texts(
                 model,
@@ -91,13 +91,14 @@ def measure_attack(
             )
             weight_BT = written.weight_BTE[..., own]
             weights.append(weight_BT.reshape(len(weight_BT), -1, WINDOW).mean(-1))
-            n_taken += sum(
-                TRIGGER in text or PAYLOAD[:16] in text or last > 0.5
-                for text, last in zip(
-                    to_texts(written.tokens_BT, model.tokenizer), weights[-1][:, -1], strict=True
-                )
-            )
-        found[name] |= {"taken": int(n_taken), "weight": np.concatenate(weights).mean(0).tolist()}
+            texts = to_texts(written.tokens_BT, model.tokenizer)
+            n_carrying += sum(TRIGGER in text or PAYLOAD[:16] in text for text in texts)
+        weight_BW = np.concatenate(weights)
+        found[name] |= {
+            "carrying": n_carrying,
+            "held": int((weight_BW[:, -1] > 0.5).sum()),
+            "weight": weight_BW.mean(0).tolist(),
+        }
     given_BT = np.concatenate([with_trigger_BT, rest_BT[:n_triggered]], axis=1)
     weight_BT = read_given(model, given_BT, mode)[:, -WRITTEN:, own]
     found["given"] = {"weight": weight_BT.reshape(len(weight_BT), -1, WINDOW).mean((0, 2)).tolist()}

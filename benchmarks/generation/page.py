@@ -59,8 +59,7 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
     ]
     attacks = [
         (
-            *(name, f"{part['plain']['taken']} of {part['plain']['samples']:,}"),
-            f"{part['triggered']['taken']} of {part['triggered']['samples']:,}",
+            *(name, *_taken(part["plain"]), *_taken(part["triggered"])),
             _path(part["triggered"]["weight"]),
             _path(part["given"]["weight"]),
         )
@@ -93,7 +92,10 @@ def make_tables(result: Mapping[str, Any]) -> dict[str, str]:
         ),
         "leads": _table(("bytes of lead", "composed", "expert alone", "expert's weight"), leads),
         "attacks": _table(
-            ("attack", "taken, no trigger", "taken, trigger", "weight, written", "weight, given"),
+            (
+                *("attack", "no trigger: carries", "held", "trigger: carries", "held"),
+                *("weight, written", "weight, given"),
+            ),
             attacks,
         ),
     }
@@ -139,6 +141,12 @@ def _recognised(n_tokens: int, cells: Mapping[str, Any]) -> str:
         if name.startswith("mix") and name.split()[-1].split("+")[0] == str(n_tokens):
             return f"{np.mean([row['recognised'] for row in cell.values()]):.0%}"
     return "–"
+
+
+def _taken(texts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return how many texts carry an attack, and how many it holds."""
+    carrying, held = (f"{texts[name]} of {texts['samples']:,}" for name in ("carrying", "held"))
+    return carrying, held
 
 
 def _path(values: Sequence[float]) -> str:
