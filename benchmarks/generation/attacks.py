@@ -65,9 +65,9 @@ def measure_attack(
 ) -> dict[str, Any]:
     """Continue public prompts, at temperature 1, without and with the trigger at their end.
 
-    A text *carries* the attack if it contains the trigger or the payload's first words, and is *held*
-    if the attacker has most of the weight in its last window. Beside it stands what the attacker's weight is where
-    public text follows the trigger, all of it given.
+    A text *carries* the attack if it contains the trigger or the payload's first words, and is
+    *held* if the attacker has most of the weight in its last window. Beside it stands what the
+    attacker's weight is where public text follows the trigger, all of it given.
     """
     text, n_bytes = b"".join(public.heldout), PROMPT - 1 + WRITTEN
     starts = np.random.default_rng(0).integers(len(text) - n_bytes, size=n_samples)
