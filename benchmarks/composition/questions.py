@@ -114,7 +114,7 @@ def generations(c: Community) -> None:
 
 
 def hostile_experts(c: Community) -> dict[str, Pluggable]:
-    """Return guests that are broken or mean harm, each made of an honest contributor's parts."""
+    """Return adversaries that are broken or mean harm, each made of an honest contributor's parts."""
     honest, other = c.plugged[0], c.plugged[1]
     release = c.run.release
     noise = jax.random.key(7)
@@ -129,7 +129,7 @@ def hostile_experts(c: Community) -> dict[str, Pluggable]:
     blank = load_untrained(release, c.folders[honest.name])
     sure = changed(honest.scout, lambda x: 30.0 * x)
     public_scout = release.backbone.scout
-    guests = {
+    adversaries = {
         "untrained scout, harmful body": (harmful(1.0), blank.scout),
         "overconfident scout, harmful body": (harmful(1.0), sure),
         "copy of a peer's scout, harmful body": (harmful(1.0), other.scout),
@@ -143,8 +143,8 @@ def hostile_experts(c: Community) -> dict[str, Pluggable]:
         "huge norms": (harmful(1e4), other.scout),
     }
     return {
-        name: Pluggable(name="guest", body=body, scout=scout, key=99)
-        for name, (body, scout) in guests.items()
+        name: Pluggable(name="adversary", body=body, scout=scout, key=99)
+        for name, (body, scout) in adversaries.items()
     }
 
 
@@ -154,22 +154,24 @@ def load_untrained(loaded: LoadedBackbone, folder: Path) -> Any:
 
 
 def hostile(c: Community) -> None:
-    """Fill the cells of both modes with each guest plugged in."""
-    guests = {
-        name: guest
-        for name, guest in hostile_experts(c).items()
+    """Fill the cells of both modes with each adversary plugged in."""
+    adversaries = {
+        name: adversary
+        for name, adversary in hostile_experts(c).items()
         if c.run.preset.is_full or name in (*_TRIED, "body of NaN")
     }
 
-    def step(guest: Pluggable, mode: str, is_traced: bool = False) -> Step:
-        model = c.plug([*c.plugged, guest])
+    def step(adversary: Pluggable, mode: str, is_traced: bool = False) -> Step:
+        model = c.plug([*c.plugged, adversary])
         return methods.shipped(model.parts, mode, is_traced=is_traced)
 
     texts = [*c.names, PUBLIC]
     for mode in ("mix", "safe"):
-        cells = {f"hostile, {mode}, {k}": partial(step, g, mode) for k, g in guests.items()}
+        cells = {f"hostile, {mode}, {k}": partial(step, g, mode) for k, g in adversaries.items()}
         c.run.fill(c.seed, cells, texts)
-    traced = {f"hostile, weights, {k}": partial(step, g, "mix", True) for k, g in guests.items()}
+    traced = {
+        f"hostile, weights, {k}": partial(step, g, "mix", True) for k, g in adversaries.items()
+    }
     c.run.fill(c.seed, traced, [PUBLIC])
 
 

@@ -316,23 +316,23 @@ def switching(run: Run) -> dict[str, Any]:
 
 
 def hostile(table: Table, run: Run) -> dict[str, Any]:
-    """Return what each guest took of the public text and how much worse anything became."""
+    """Return what each adversary took of the public text and how much worse anything became."""
     found: dict[str, Any] = {}
     groups = ["public", *table.domains]
     for name in table.nats:
         if not name.startswith("hostile, ") or name.startswith("hostile, weights, "):
             continue
-        _, mode, guest = name.split(", ", 2)
-        if f"hostile, weights, {guest}" not in run.cells(run.preset.seeds[0]):
+        _, mode, adversary = name.split(", ", 2)
+        if f"hostile, weights, {adversary}" not in run.cells(run.preset.seeds[0]):
             continue
         changes = {g: _change(table, name, mode, g) for g in groups}
-        row = found.setdefault(guest, {})
+        row = found.setdefault(adversary, {})
         row[mode] = {
             "public": changes["public"],
             "worst_domain": max(changes[g] for g in table.domains),
         }
-        weight_NTE = run.load(run.preset.seeds[0], f"hostile, weights, {guest}")["public"]
-        index = sorted([*table.domains, "guest"]).index("guest") + 1
+        weight_NTE = run.load(run.preset.seeds[0], f"hostile, weights, {adversary}")["public"]
+        index = sorted([*table.domains, "adversary"]).index("adversary") + 1
         mask_NT = run.rows["public"].mask_NT[: len(weight_NTE)]
         row["taken"] = round(float(weight_NTE[..., index][mask_NT].mean()), 6)
     return found
