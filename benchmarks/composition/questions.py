@@ -114,7 +114,7 @@ def generations(c: Community) -> None:
 
 
 def hostile_experts(c: Community) -> dict[str, Pluggable]:
-    """Return adversaries that are broken or mean harm, each made of an honest contributor's parts."""
+    """Return adversaries, broken or harmful, each made of an honest contributor's parts."""
     honest, other = c.plugged[0], c.plugged[1]
     release = c.run.release
     noise = jax.random.key(7)
