@@ -6,11 +6,12 @@ BIN := .venv/bin
 
 setup: .venv/.ready
 
+# Python compiles what is imported, once; compiling every file of every package takes half of the time.
 .venv/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run: make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing the locked dependencies into .venv ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes --requirement requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -77,8 +78,8 @@ parity: .venv-parity/.ready
 .venv-parity/.ready: requirements.lock requirements-parity.lock pyproject.toml
 	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
 	@echo "Installing the locked dependencies and those of the parity tests into .venv-parity ..."
-	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements.lock
-	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-parity.lock
+	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes --requirement requirements.lock
+	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement requirements-parity.lock
 	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
