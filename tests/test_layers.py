@@ -75,6 +75,7 @@ READERS = {
     "packaging.manifests.template": "a folder of this package",
     "packaging.project.export": "writes a tar file",
     "workflows.capacity": "a file of the kernel",
+    "workflows.diff_page": "a resource of this package",
     "workflows.pretrain": "a file of our own",
     "workflows.smollm2": "a package whose digest was checked",
     "workflows.trunk_cache": "maps a file of our own cache, whose size was checked",

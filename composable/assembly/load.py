@@ -110,12 +110,13 @@ def expert(
         is a flax module.
     """
     wanted = Requirement.parse(requirement)
-    loaded = load_backbone(backbone or _default_backbone())
+    loaded = load_backbone(backbone or default_backbone())
     environment = install_experts(loaded, [wanted], registry)
     return load_expert(loaded, environment.expert_path(wanted.name))
 
 
-def _default_backbone() -> str:
+def default_backbone() -> str:
+    """Return the backbone of the project of the working directory, or else tiny-bytes."""
     project = _find_project()
     return "tiny-bytes" if project is None else project.backbone
 

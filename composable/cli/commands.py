@@ -30,6 +30,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "outdated": ("look", "List installed experts that have a newer release."),
         "search": ("look", "Search the registries by name, description and tags."),
         "info": ("look", "Show the details of a release."),
+        "diff": ("diff", "Show what changed between two experts, or between two locks."),
         "resolve": ("look", "Resolve requirements against releases listed in a JSON file."),
     },
     "Contribute": {

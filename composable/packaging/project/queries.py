@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from composable.errors import ManifestError, PackagingError, UnknownExpertError, did_you_mean
 from composable.files.records import parse_table
-from composable.packaging.install.lock import Lock
+from composable.packaging.install.lock import Lock, LockedExpert
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.project.locking import lock_project
 from composable.packaging.project.project import Project
@@ -60,6 +60,21 @@ class Outdated:
     locked: Version
     allowed: Version
     newest: Version
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockChange:
+    """An expert that differs between two locks; None where it is not locked.
+
+    Args:
+        name: Package name.
+        before: What the first lock holds.
+        after: What the second holds.
+    """
+
+    name: str
+    before: LockedExpert | None
+    after: LockedExpert | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +161,24 @@ def find_outdated(project: Project, lock: Lock, interface: RouterInterface) -> l
                 Outdated(name=expert.name, locked=expert.version, allowed=best, newest=newest)
             )
     return found
+
+
+def diff_locks(before: Lock, after: Lock) -> Iterator[LockChange]:
+    """Yield the experts that differ between two locks, by name: added, removed, or other content.
+
+    Args:
+        before: One lock.
+        after: The other.
+
+    Example:
+        >>> list(diff_locks(Lock(), Lock()))
+        []
+    """
+    for name in sorted({*before.versions, *after.versions}):
+        old = before[name] if name in before else None  # noqa: SIM401 (a lock has no `get`)
+        new = after[name] if name in after else None  # noqa: SIM401
+        if old is None or new is None or old.digests != new.digests or old.version != new.version:
+            yield LockChange(name=name, before=old, after=new)
 
 
 def search_experts(project: Project, word: str) -> Iterator[tuple[str, Entry]]:
