@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-fast test-server test-bits docs lint backbone smollm2 smollm2-experts parity clean
+.PHONY: setup demo test test-fast test-server registry test-bits docs lint backbone smollm2 smollm2-experts parity clean
 
 setup: .venv/.ready
 
@@ -31,9 +31,21 @@ test-fast: setup
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/packaging
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services
 
-# Tests of the registry server that need PostgreSQL: several replicas on one database and one bucket.
-test-server: setup
+# Tests of the registry server that need PostgreSQL (several replicas on one database and one bucket)
+# or Chromium (its pages), both from apt-get.
+test-server: .venv/.browser-ready
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/services
+
+.venv/.browser-ready: requirements-browser.lock .venv/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-browser.lock
+	@touch $@
+
+# Starts a registry server that is filled with the demo's experts: http://127.0.0.1:8470
+registry: setup
+	@test -f demo/registry/config.json || $(MAKE) demo
+	@$(BIN)/composable registry backbone tiny-bytes runs/registry
+	@-$(BIN)/composable registry import demo/registry runs/registry --account demo
+	@$(BIN)/composable registry serve runs/registry --title "Experts of the demo"
 
 # Tests that results agree to the bit, with all optimisations: the other calls compile quickly.
 test-bits: setup

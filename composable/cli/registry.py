@@ -13,6 +13,7 @@ from composable.cli.options import Json, Quiet
 from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
+    from composable.server.accounts import Caller
     from composable.server.services import Services
     from composable.server.settings import Settings
 
@@ -156,6 +157,38 @@ def restore(
     show(f"{rows} rows, {blobs} blobs", data, as_json=as_json, is_quiet=is_quiet)
 
 
+@registry.command(name="import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Another registry.", show_default=False)
+    ],
+    location: Location = "registry",
+    database: DatabaseUrl = None,
+    owner: Annotated[
+        str, typer.Option("--account", metavar="NAME", help="Who publishes the releases.")
+    ] = "importer",
+    as_json: Json = False,
+) -> None:
+    """Publish all releases of another registry here, each verified like any other.
+
+    Creates the account if there is none. Exits with 1 if a release was refused.
+    """
+    from composable.packaging.registry.locations import open_registry
+
+    with _open(location, database) as services:
+        from composable.server.importing import import_registry
+
+        found = import_registry(services, _find_caller(services, owner), open_registry(source))
+    rows = [(f"{row.name} {row.version}", str(row.problem or "published")) for row in found]
+    data = [
+        {"name": r.name, "version": r.version, "problem": str(r.problem) if r.problem else None}
+        for r in found
+    ]
+    show(format_table((), rows), data, as_json=as_json)
+    if any(row.problem for row in found):
+        raise typer.Exit(1)
+
+
 @registry.command()
 def tokens(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
@@ -203,6 +236,20 @@ def _make_settings(url: str, title: str, issuers: list[str], *, is_public: bool)
         settings = Settings.for_the_world(url=url.rstrip("/"), issuers=tuple(issuers))
         return dataclasses.replace(settings, title=title)
     return Settings(url=url.rstrip("/"), title=title, issuers=tuple(issuers))
+
+
+def _find_caller(services: Services, name: str) -> Caller:
+    """Return an account of this machine's choice as a caller; it is created if there is none."""
+    from composable.errors import RegistryError
+    from composable.server.accounts import SERVER, Caller, create_account, find_account
+
+    with services.database.write() as session:
+        try:
+            account = find_account(session, name)
+        except RegistryError:
+            account = create_account(session, SERVER, name)
+    scopes = frozenset({"read", "publish"})
+    return Caller(account=account.id, name=account.name, scopes=scopes)
 
 
 @contextlib.contextmanager

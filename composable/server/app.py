@@ -15,13 +15,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from composable import __version__
+from composable.errors import ComposableError
 from composable.server import layout
 from composable.server.api import accounts, openapi, packages, publications
 from composable.server.database import MAX_CONNECTIONS
 from composable.server.gateway import Gateway, to_response
+from composable.server.pages import routes as pages
 from composable.server.refusal import RefusedError
 from composable.server.services import Services
 
+# Headers of an error that hold for its page too.
+_KEPT: Final = ("www-authenticate", "retry-after", "cache-control")
 OPERATIONS: Final = (*accounts.OPERATIONS, *publications.OPERATIONS, *packages.OPERATIONS)
 
 
@@ -46,9 +50,10 @@ def make_app(services: Services) -> Starlette:
             Route("/health/live", _is_alive, methods=["GET"]),
             Route("/health/ready", _is_ready, methods=["GET"]),
             Route("/metrics", _get_metrics, methods=["GET"]),
+            *(Route(path, answer, methods=["GET"]) for path, answer in pages.ROUTES),
         ],
         middleware=[Middleware(Gateway, services=services)],
-        exception_handlers={HTTPException: _explain_status},
+        exception_handlers={HTTPException: _explain_status, ComposableError: _explain_error},
         lifespan=run,
     )
     app.state.services = services
@@ -75,9 +80,20 @@ def _get_metrics(request: Request) -> Response:
     )
 
 
-async def _explain_status(request: Request, error: Exception) -> Response:
+def _explain_status(request: Request, error: Exception) -> Response:
     """Answer for an address or a method that does not exist."""
     assert isinstance(error, HTTPException)
-    response = to_response(RefusedError(error.status_code, error.detail))
+    response = _explain_error(request, RefusedError(error.status_code, error.detail))
     response.headers.update(error.headers or {})
+    return response
+
+
+def _explain_error(request: Request, error: Exception) -> Response:
+    """Answer with an error: as a page to a browser, as JSON to any other client."""
+    assert isinstance(error, ComposableError)
+    response: Response = to_response(error)
+    if "text/html" in request.headers.get("accept", ""):
+        page = pages.render_error(request, error)
+        page.headers.update({k: v for k, v in response.headers.items() if k in _KEPT})
+        return page
     return response

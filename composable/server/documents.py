@@ -19,6 +19,7 @@ from composable.packaging.registry.lines import format_document
 from composable.packaging.registry.registry import SCHEMA, parse_manifest
 from composable.packaging.registry.release import Release as Listed
 from composable.packaging.registry.release import choose_newest
+from composable.server.cards import read_figure
 from composable.server.tables import Package, Release
 
 CONFIG: Final = canonical_json({"kind": "composable-registry", "schema": SCHEMA}) + b"\n"
@@ -70,7 +71,7 @@ def _summarize(newest: Listed, release: Release, n_releases: int) -> dict[str, A
     manifest = parse_manifest(release.manifest.encode(), newest.name)
     is_removed = release.state == REMOVED
     entry = json.loads(format_catalog([describe_newest(newest)]))
-    measured = {} if is_removed or not release.card else json.loads(release.card)["measured"]
+    card = json.loads(release.card) if release.card else {}
     return {
         "entry": {
             key: entry[key] for key in ("name", "version", "interface", "description", "tags")
@@ -81,8 +82,8 @@ def _summarize(newest: Listed, release: Release, n_releases: int) -> dict[str, A
         "license": manifest.license,
         "backbone": manifest.backbone,
         "interface": manifest.interface.name,
-        "gain": measured.get("gain"),
-        "anchor_loss": measured.get("anchor_loss"),
+        "gain": read_figure(card, "gain"),
+        "anchor_loss": read_figure(card, "anchor_loss"),
         "requires": sorted(newest.requires),
         "published": newest.published,
         "releases": n_releases,

@@ -1,0 +1,79 @@
+"""Fill a server with the releases of another registry, each verified as if it was published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from composable.errors import ComposableError
+from composable.packaging.manifests.manifest import CHUNK_BYTES, PackageFile
+from composable.packaging.manifests.toml import MAX_TOML_BYTES
+from composable.packaging.registry.registry import Registry
+from composable.packaging.registry.release import Release
+from composable.server.accounts import Caller
+from composable.server.services import Services
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What became of a release.
+
+    Args:
+        name: Its package.
+        version: Its version.
+        problem: Why it was refused; None if it was published.
+    """
+
+    name: str
+    version: str
+    problem: ComposableError | None
+
+
+def import_registry(services: Services, caller: Caller, source: Registry) -> list[Imported]:
+    """Publish all releases of a registry, oldest first. Those that are here already stay.
+
+    Args:
+        services: The server's parts.
+        caller: Who publishes them, and owns the packages that are new.
+        source: Where they are.
+
+    Raises:
+        RegistryError: When the source cannot be read.
+    """
+    found = []
+    for name in source.names():
+        for release in source.versions(name):
+            problem = None
+            try:
+                _import_release(services, caller, source, release)
+            except ComposableError as error:
+                problem = error
+            found.append(Imported(name=name, version=str(release.version), problem=problem))
+    return found
+
+
+def _import_release(services: Services, caller: Caller, source: Registry, release: Release) -> None:
+    publishing = services.publishing
+    text = source.read_blob(release.manifest, f"{release.name} expert.toml", MAX_TOML_BYTES)
+    opened = publishing.start(caller, text.decode())
+    if opened["is_published"]:
+        return
+    missing = {entry["digest"]: entry["missing"] for entry in opened["files"]}
+    for file in release.files:
+        if missing.get(file.digest):
+            _send(services, caller, source, opened["id"], file)
+    publishing.commit(caller, opened["id"])
+
+
+def _send(
+    services: Services, caller: Caller, source: Registry, publication: str, file: PackageFile
+) -> None:
+    chunk, number = bytearray(), 0
+    for piece in source.stream(file.digest):
+        chunk += piece
+        while len(chunk) >= CHUNK_BYTES:
+            data = bytes(chunk[:CHUNK_BYTES])
+            services.publishing.receive(caller, publication, file.digest, number, data)
+            del chunk[:CHUNK_BYTES]
+            number += 1
+    if chunk:
+        services.publishing.receive(caller, publication, file.digest, number, bytes(chunk))

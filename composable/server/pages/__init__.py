@@ -1,0 +1,1 @@
+"""The pages that people browse, and the feeds. All work without JavaScript."""
