@@ -25,7 +25,8 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     """Verify the digests of all stored and installed files.
 
     The installed files are those of every project that uses the store. Damaged files are moved
-    aside, so that the next `composable sync` fetches them again. Exits with 1 if there are any.
+    aside, so that the next `composable sync` fetches them again. Experts that the policy of their
+    project refuses are listed. Exits with 1 if there is anything to report.
     """
     from composable.errors import PackagingError
     from composable.packaging.install.store import Store
@@ -47,9 +48,11 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     ]
     rows += [("installed", str(path)) for paths in damage.installed.values() for path in paths]
     rows += [("not verified", f"{root}: {why}") for root, why in damage.unverified.items()]
+    is_damaged = bool(rows)
+    rows += [("policy", f"{root}: {why}") for root, each in damage.refused.items() for why in each]
     n = len(store.digests())
     text = format_table((), rows) or f"no damage found: {n} file{'s' * (n != 1)} in the store"
-    if damage.projects == here:
+    if is_damaged and damage.projects == here:
         text += "\nrun `composable sync` to fetch them again" * bool(here)
     elif damage.projects:
         text += "\nrun `composable sync` in each of these projects to fetch them again:"
@@ -59,6 +62,7 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
         "files": {blob.digest: names.get(blob.digest) for blob in damage.corrupt},
         "damaged": [str(path) for paths in damage.installed.values() for path in paths],
         "projects": [str(root) for root in damage.projects],
+        "refused": {str(root): each for root, each in damage.refused.items()},
         "unverified": {str(root): why for root, why in damage.unverified.items()},
     }
     show(text, data, as_json=as_json, is_quiet=is_quiet and not rows)

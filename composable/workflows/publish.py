@@ -11,6 +11,7 @@ from pathlib import Path
 
 from composable.errors import ManifestError, PackagingError, VettingError
 from composable.interface import RouterInterface
+from composable.packaging.manifests.licenses import parse_license
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.manifests.packing import fit_interface
 from composable.packaging.manifests.template import find_template
@@ -46,11 +47,13 @@ def publish_expert(
     Raises:
         VettingError: If it was not vetted in this state, a check failed, or its version is a
             smaller bump than its changes need.
-        ManifestError: If the manifest still has a text of the template.
+        ManifestError: If the manifest still has a text of the template, or its licence is not an
+            SPDX expression.
         RegistryError: If the registry refuses it.
     """
     card = require_passed(folder, interface)
     _require_own_texts(folder)
+    _require_license(folder)
     _require_bump(folder, interface, registry, card)
     return registry.publish(folder, interface=interface, progress=progress)
 
@@ -68,6 +71,17 @@ def _require_own_texts(folder: Path) -> None:
                 where=f"{folder / EXPERT_FILE}: {field}",
                 hint=f"edit {field} in {folder / EXPERT_FILE}, or remove it",
             )
+
+
+def _require_license(folder: Path) -> None:
+    """Refuse a licence that is stated and not an SPDX expression."""
+    license_ = Manifest.read(folder).license
+    try:
+        if license_:
+            parse_license(license_)
+    except ManifestError as error:
+        where = f"{folder / EXPERT_FILE}: expert.license"
+        raise ManifestError(error.message, where=where, hint=error.hint) from error
 
 
 def _list_texts(manifest: Manifest) -> dict[str, str]:

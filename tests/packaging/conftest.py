@@ -63,6 +63,7 @@ def make_expert(tmp_path: Path, interface: RouterInterface) -> MakeExpert:
         seed: int = 0,
         needs: str = "^1",
         extra: str = "",
+        license_: str | None = None,
     ) -> Path:
         folder = tmp_path / "experts" / f"{name}-{version}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,8 +73,10 @@ def make_expert(tmp_path: Path, interface: RouterInterface) -> MakeExpert:
         write_tensors(folder / "scout.safetensors", make_tensors(scout, seed + 1))
         (folder / "README.md").write_text(f"# {name}\n")
         ranges = "".join(f'{other} = "{text}"\n' for other, text in (requires or {}).items())
+        stated = "" if license_ is None else f'license = "{license_}"\n'
         (folder / "expert.toml").write_text(
             f'[expert]\nname = "{name}"\nversion = "{version}"\nbackbone = "tiny-bytes"\n'
+            f"{stated}"
             f'[interface]\nname = "tiny-bytes"\nrequires = "{needs}"\n'
             '[body]\nkind = "lora"\nrank = 2\n[scout]\nwidth = 8\n'
             f"[requires]\n{ranges}{extra}"

@@ -50,6 +50,8 @@ def find_differences(manifest: Manifest, expert: LockedExpert, lock: Lock) -> It
     if not expert.is_editable:
         pairs["interface.digest"] = (expert.interface, manifest.interface.digest)
         pairs["files"] = (set(expert.files), set(manifest.files))
+    if expert.license is not None:
+        pairs["license"] = (expert.license, manifest.license)
     for field, (locked, actual) in pairs.items():
         if locked != actual:
             yield f"{field} is {str(locked)[:200]} in the lock, {str(actual)[:200]} in the manifest"

@@ -17,6 +17,7 @@ from composable.errors import LockError, ManifestError
 from composable.files.reading import read_bytes
 from composable.files.user_files import replace_text
 from composable.interface.digest import is_digest
+from composable.packaging.manifests.licenses import MAX_LICENSE_LENGTH
 from composable.packaging.manifests.manifest import EXPERT_FILE, PackageFile
 from composable.packaging.manifests.toml import Table, find_conflict, format_toml, parse_toml
 from composable.packaging.registry.release import Release
@@ -58,6 +59,8 @@ class LockedExpert:
         interface: Digest of the router interface that it was trained against.
         requires: Its required experts.
         extras: The additional required experts for each of its extras in use.
+        license: Its licence as its manifest states it; None if it states none, or if the lock was
+            made before locks had licences.
         wanted_by: Its dependents with their ranges, such as `composable.toml: ^1.2`.
         files: Its files except the manifest.
         release: What the registry's index listed, if the lock was made in this process. It is no
@@ -73,6 +76,7 @@ class LockedExpert:
     interface: str | None
     requires: Mapping[str, Constraint]
     extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
+    license: str | None = None
     wanted_by: tuple[str, ...]
     files: tuple[PackageFile, ...]
     release: Release | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -264,6 +268,7 @@ def _expert_fields(expert: LockedExpert) -> dict[str, object]:
         "editable": expert.is_editable or None,
         "manifest": expert.manifest,
         "interface": expert.interface,
+        "license": expert.license,
         "requires": _to_texts(expert.requires) or None,
         "extras": {name: _to_texts(ranges) for name, ranges in sorted(expert.extras.items())}
         or None,
@@ -319,6 +324,7 @@ def _read_expert(table: Table, registries: Mapping[str, str]) -> LockedExpert:
             check_package_name(name, extras.where(name)): extras.ranges(name)
             for name in extras.names()
         },
+        license=table.text("license", None, max_length=MAX_LICENSE_LENGTH),
         wanted_by=table.texts("wanted-by"),
         files=tuple(files),
     )

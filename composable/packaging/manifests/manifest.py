@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 from composable.errors import ManifestError, did_you_mean
 from composable.interface.contract import BODY_KINDS, DTYPES, BodyKind
 from composable.interface.digest import digest_bytes, is_digest
+from composable.packaging.manifests.licenses import MAX_LICENSE_LENGTH
 from composable.packaging.manifests.toml import Table, format_toml, parse_toml, read_toml_text
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.names import check_file_name, check_package_name
@@ -136,7 +137,7 @@ class Manifest:
         body: Kind of its body.
         scout_width: Hidden width of its scout.
         description: One line.
-        license: SPDX expression.
+        license: SPDX expression, which `composable publish` requires; empty if none is stated.
         authors: Names, with addresses if the authors like.
         languages: Natural or programming languages, as tags.
         domains: Subjects, as tags.
@@ -292,7 +293,7 @@ class BackbonePackage:
         name: Package name, also that of the interface that it publishes.
         version: Version of the backbone.
         description: One line.
-        license: SPDX expression.
+        license: SPDX expression; empty if none is stated.
         authors: Names, with addresses if the authors like.
         files: The package's files except the manifest; empty until packed.
 
@@ -352,7 +353,7 @@ def _read_head(table: Table) -> dict[str, Any]:
         "name": check_package_name(table.text("name"), table.where("name")),
         "version": table.version("version"),
         "description": table.text("description", "", max_length=MAX_DESCRIPTION_LENGTH),
-        "license": table.text("license", "", max_length=200),
+        "license": table.text("license", "", max_length=MAX_LICENSE_LENGTH),
         "authors": table.texts("authors"),
     }
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from composable.errors import IntegrityError, LockError
+from composable.errors import IntegrityError, LockError, ResolutionError
 from composable.packaging.install.agreement import find_differences
 from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert, LockedInterface
 from composable.packaging.install.salvage import read_lock_to_keep
-from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
+from composable.packaging.manifests.manifest import EXPERT_FILE, BackbonePackage, Manifest
 from composable.packaging.manifests.packing import fit_interface, pack_named
 from composable.packaging.project.project import PROJECT_FILE, Project, Wanted
 from composable.packaging.project.sources import ProjectSource, shorten_digest
@@ -52,8 +52,8 @@ def lock_project(
 
     Raises:
         UnknownExpertError: When one of `must_exist` does not exist.
-        ResolutionError: When no versions satisfy all requirements; the message explains why and
-            suggests changes.
+        ResolutionError: When no versions satisfy all requirements and the policy, or the policy
+            refuses the backbone; the message explains why and suggests changes.
         RegistryError: When a registry cannot be read.
         LockError: When a newer version of composable wrote the current lock.
         IntegrityError: When a registry has other content for a locked release, or lost it.
@@ -65,6 +65,12 @@ def lock_project(
         ...     lock_project(project).experts
         ()
     """
+    if refused := find_backbone_refusal(project):
+        raise ResolutionError(
+            refused,
+            where=PROJECT_FILE,
+            hint="choose another backbone, or change [policy]",
+        )
     source = ProjectSource(project, interface, exclude_newer=exclude_newer)
     before = (read_lock_to_keep(project.lock_path) or Lock()).without(forget)
     kept = {} if upgrade is True else before.versions
@@ -157,7 +163,7 @@ def _resolve_lock(
         solver=solver,
     )
     experts = [
-        _lock_expert(project, source.release(name, version), resolution)
+        _lock_expert(project, source, source.release(name, version), resolution)
         for name, version in resolution.packages.items()
     ]
     used = sorted({expert.registry for expert in experts if expert.registry is not None})
@@ -168,7 +174,9 @@ def _resolve_lock(
     )
 
 
-def _lock_expert(project: Project, release: Release, resolution: Resolution) -> LockedExpert:
+def _lock_expert(
+    project: Project, source: ProjectSource, release: Release, resolution: Resolution
+) -> LockedExpert:
     wanted = project.experts.get(release.name, Wanted())
     wanted_by = []
     for dependent, range_ in resolution.wanted_by[release.name]:
@@ -185,6 +193,7 @@ def _lock_expert(project: Project, release: Release, resolution: Resolution) -> 
         interface=release.interface.digest,
         requires=release.requires,
         extras={extra: release.extras[extra] for extra in extras},
+        license=source.find_license(release),
         wanted_by=tuple(wanted_by),
         files=() if wanted.is_editable else release.files,
         release=None if wanted.path else release,
@@ -233,6 +242,10 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
                 f"{shorten_digest(expert.interface)}, which {interface.name} {interface.version} "
                 "does not honour"
             )
+        if refused := project.policy.find_refusal(expert.license):
+            refuse(f"{expert.name} {expert.version} {refused.reason}")
+    if backbone_refused := find_backbone_refusal(project):
+        refuse(backbone_refused)
     needed = list(project.experts)
     for name in needed:
         needed.extend(need.name for need in lock[name].needs if need.name not in needed)
@@ -242,6 +255,23 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
     for name, location in lock.registries.items():
         if project.registries.get(name) != location:
             refuse(f"registry {name!r} is no longer at {location!r}")
+
+
+def find_backbone_refusal(project: Project) -> str | None:
+    """Return why the policy of a project refuses its backbone, as a sentence; None if it does not.
+
+    Raises:
+        PackagingError: When the backbone cannot be read.
+    """
+    if project.policy.licenses is None:
+        return None
+    from composable.packaging.manifests.backbone_folder import (
+        find_backbone,  # here: only a policy asks for the licence of a backbone
+    )
+
+    package = BackbonePackage.read(find_backbone(project.backbone, project.root))
+    refusal = project.policy.find_refusal(package.license)
+    return refusal and f"the backbone {package.name} {package.version} {refusal.reason}"
 
 
 def _is_as_locked(

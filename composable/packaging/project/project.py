@@ -18,6 +18,7 @@ from composable.files.user_files import replace_text
 from composable.packaging.install.environment import FOLDER, Environment
 from composable.packaging.install.lock import LOCK_FILE, Lock
 from composable.packaging.manifests.toml import Table, format_toml, parse_toml, read_toml_text
+from composable.packaging.project.policy import Policy
 from composable.packaging.project.project_file import edit_experts
 from composable.packaging.registry.locations import open_registry
 from composable.packaging.registry.registry import Registry
@@ -57,6 +58,7 @@ class Project:
         default_registry: Registry of the experts that are bound to no other; None without any.
         experts: The required experts, by package name, in the file's order.
         bindings: Registries of packages that are only dependencies of other experts.
+        policy: Which releases the project accepts.
         is_offline: Whether remote registries are read from the cache alone. Not a field of the
             file.
 
@@ -74,6 +76,7 @@ class Project:
     default_registry: str | None = None
     experts: Mapping[str, Wanted] = dataclasses.field(default_factory=dict)
     bindings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    policy: Policy = dataclasses.field(default_factory=Policy)
     is_offline: bool = False
 
     @property
@@ -222,6 +225,7 @@ class Project:
                     where=top.where(field),
                     hint=did_you_mean(registry, registries) or "add it under [registries]",
                 )
+        policy = Policy.from_table(top.table("policy", {}))
         head.finish()
         top.finish()
         return cls(
@@ -231,6 +235,7 @@ class Project:
             default_registry=default,
             experts=experts,
             bindings=bindings,
+            policy=policy,
         )
 
     def add(

@@ -44,6 +44,7 @@ class ProjectSource:
         self._registries: dict[str, Registry] = {}
         self._releases: dict[str, tuple[Release, ...]] = {}
         self._failures: dict[str, PackagingError] = {}
+        self._licenses: dict[tuple[str, Version], str] = {}
 
     def releases(self, name: str) -> tuple[Release, ...]:
         """Return all releases of a package, oldest first; none for an unknown name.
@@ -72,6 +73,23 @@ class ProjectSource:
     def candidates(self, name: str) -> Sequence[Candidate]:
         """Return all releases of a package as candidates."""
         return [self._to_candidate(release) for release in self.releases(name)]
+
+    def find_license(self, release: Release) -> str | None:
+        """Return the licence of a release; None if it states none, or if it is not known.
+
+        Registries of before 0.3 have it only in manifests. These are read if the project has a
+        policy for licences.
+
+        Raises:
+            RegistryError: When the manifest cannot be read.
+        """
+        if release.license is None and self._project.policy.licenses is not None:
+            key = (release.name, release.version)
+            if key not in self._licenses:
+                registry = self._open_registry(self._project.registry_of(release.name))
+                self._licenses[key] = registry.read_manifest(release).license
+            return self._licenses[key] or None
+        return release.license or None
 
     def require_releases(self, name: str) -> tuple[Release, ...]:
         """Return all releases of a package, oldest first.
@@ -159,7 +177,7 @@ class ProjectSource:
 
     def _to_candidate(self, release: Release) -> Candidate:
         need = release.interface
-        refusal = None
+        refusal, remedy = None, None
         if self._exclude_newer is not None and release.published > self._exclude_newer:
             refusal = f"was published at {release.published}, after {self._exclude_newer}"
         elif (
@@ -172,6 +190,8 @@ class ProjectSource:
                 f"was trained against router interface {shorten_digest(need.digest)}, which "
                 f"{self._interface.name} {self._interface.version} does not honour"
             )
+        elif refused := self._project.policy.find_refusal(self.find_license(release)):
+            refusal, remedy = refused
         return Candidate(
             version=release.version,
             requires=release.requires,
@@ -180,6 +200,7 @@ class ProjectSource:
             interface=(need.name, need.requires),
             is_yanked=release.is_yanked,
             refusal=refusal,
+            remedy=remedy,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from composable.files.blobs import digest_file
 from composable.packaging.install.environment import FOLDER, Environment
 from composable.packaging.install.lock import LOCK_FILE, Lock
 from composable.packaging.install.store import CorruptBlob, Store
+from composable.packaging.project.locking import find_backbone_refusal
+from composable.packaging.project.project import PROJECT_FILE, Project
 from composable.progress import ByteProgress
 
 
@@ -39,12 +41,14 @@ class Damage:
         uses: For each digest of them, the projects whose locks list it.
         installed: The installed files that were damaged or missing, by project; now removed.
         unverified: Projects that could not be verified, with the reason.
+        refused: What is installed though the project's policy refuses it, as sentences, by project.
     """
 
     corrupt: tuple[CorruptBlob, ...]
     uses: dict[str, list[Use]]
     installed: dict[Path, list[Path]]
     unverified: dict[Path, str]
+    refused: dict[Path, list[str]]
 
     @property
     def projects(self) -> list[Path]:
@@ -81,9 +85,12 @@ def verify_everything(
     corrupt = store.verify(progress)
     installed: dict[Path, list[Path]] = {}
     unverified: dict[Path, str] = {}
+    refused: dict[Path, list[str]] = {}
     for root in sorted({*store.projects(), *projects}):
         try:
             damaged = Environment(root / FOLDER).verify(progress, find_digest=find_digest)
+            if not damaged and (found := list(find_refused(root))):
+                refused[root] = found
         except PackagingError as error:
             unverified[root] = str(error).split("\n")[0]
         else:
@@ -95,7 +102,29 @@ def verify_everything(
         uses={blob.digest: uses.get(blob.digest, []) for blob in corrupt},
         installed=installed,
         unverified=unverified,
+        refused=refused,
     )
+
+
+def find_refused(root: Path) -> Iterator[str]:
+    """Yield what the policy of a project refuses of what it has installed, as sentences.
+
+    Args:
+        root: The folder of the project; one without a project file has no policy.
+
+    Raises:
+        PackagingError: When the project or its environment cannot be read.
+    """
+    if not (root / PROJECT_FILE).exists():
+        return
+    project = Project.read(root)
+    if project.policy.licenses is None:
+        return
+    if refused := find_backbone_refusal(project):
+        yield refused
+    for manifest in project.environment.manifests():
+        if refusal := project.policy.find_refusal(manifest.license):
+            yield f"{manifest.name} {manifest.version} {refusal.reason}"
 
 
 def find_uses(store: Store) -> dict[str, list[Use]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from composable.errors import ManifestError, PackagingError, RegistryError
+from composable.packaging.manifests.licenses import MAX_LICENSE_LENGTH
 from composable.packaging.manifests.manifest import (
     EXPERT_FILE,
     MAX_DESCRIPTION_LENGTH,
@@ -50,6 +51,8 @@ class Release:
         published: Time of publication, as RFC 3339 in UTC.
         description: One line, for search.
         tags: Languages, domains and capabilities, for search.
+        license: Its licence as the manifest states it, empty if it states none; None if the line
+            does not repeat it, as lines written before 0.3.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Release:
     published: str = ""
     description: str = ""
     tags: tuple[str, ...] = ()
+    license: str | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, published: str) -> Self:
@@ -80,6 +84,7 @@ class Release:
             published=published,
             description=manifest.description,
             tags=(*manifest.languages, *manifest.domains, *manifest.provides),
+            license=manifest.license,
         )
 
     def to_row(self) -> dict[str, Any]:
@@ -102,6 +107,7 @@ class Release:
             "published": self.published,
             "description": self.description,
             "tags": list(self.tags),
+            **({} if self.license is None else {"license": self.license}),
         }
 
     def to_line(self) -> bytes:
@@ -185,6 +191,7 @@ class Release:
             published=table.value("published", _check_time),
             description=table.text("description", "", max_length=MAX_DESCRIPTION_LENGTH),
             tags=read_tags(table, "tags"),
+            license=table.text("license", None, max_length=MAX_LICENSE_LENGTH),
         )
 
 

@@ -34,6 +34,7 @@ class ResolutionProblem:
         interface: Version of each router interface; None when interfaces are not checked.
         locked: Versions to prefer.
         with_yanked: Names whose yanked versions may be chosen, to try whether that would help.
+        with_remedies: Remedies of refusals that count as done, to try whether that would help.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class ResolutionProblem:
         locked: Mapping[str, Version],
         *,
         with_yanked: Iterable[str] = (),
+        with_remedies: Iterable[str] = (),
     ) -> None:
         self.source = source
         self.requires = list(requires)
         self.interface = interface
         self.locked = locked
         self._with_yanked = frozenset(with_yanked)
+        self._with_remedies = frozenset(with_remedies)
         self._tables: dict[str, CandidateTable] = {}
         self._dependency_order = DependencyOrder(self._dependencies_of_best)
 
@@ -150,7 +153,8 @@ class ResolutionProblem:
         for index, candidate in enumerate(table.candidates):
             is_locked = self.locked.get(name) == candidate.version
             allows_yanked = is_locked or candidate.version in pinned or name in self._with_yanked
-            if candidate.refusal or (candidate.is_yanked and not allows_yanked):
+            is_refused = candidate.refusal and candidate.remedy not in self._with_remedies
+            if is_refused or (candidate.is_yanked and not allows_yanked):
                 continue
             table.selectable |= 1 << index
             table.locked |= is_locked << index

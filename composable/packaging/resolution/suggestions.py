@@ -71,6 +71,7 @@ class _Suggestions:
             *(found for r in self._blamed for found in self._try_without_extras(r)),
             *self._try_another_interface(),
             *self._try_yanked(),
+            *self._try_remedies(),
         ]
         if not suggestions:
             suggestions = [*self._try_prereleases(in_range=False), *self._try_leaving_out()]
@@ -81,6 +82,7 @@ class _Suggestions:
         requires: Iterable[Requirement],
         *,
         with_yanked: Iterable[str] = (),
+        with_remedies: Iterable[str] = (),
         is_interface_checked: bool = True,
     ) -> dict[str, Candidate] | None:
         problem = ResolutionProblem(
@@ -89,6 +91,7 @@ class _Suggestions:
             self._problem.interface if is_interface_checked else None,
             self._problem.locked,
             with_yanked=with_yanked,
+            with_remedies=with_remedies,
         )
         answer = self._solver.solve(problem)
         if isinstance(answer, Proof):
@@ -173,6 +176,49 @@ class _Suggestions:
                 f"require {all_pins} exactly to accept the yanked versions",
                 tuple(pin.name for pin in pins),
             )
+
+    def _try_remedies(self) -> Iterator[Suggestion]:
+        """Try what lifts the refusals: each remedy alone, or else together those that it takes.
+
+        Lifting one may lead to a package that is refused as well, which only the next proof names.
+        """
+        remedies = self._remedies_in(self._problem, self._proof)
+        alone = [
+            remedy
+            for remedy in remedies[:MAX_SUSPECTS]
+            if self._solve(self._problem.requires, with_remedies=[remedy]) is not None
+        ]
+        yield from map(Suggestion, alone)
+        if alone or not remedies:
+            return
+        for _ in range(MAX_SUSPECTS):
+            problem = ResolutionProblem(
+                self._problem.source,
+                self._problem.requires,
+                self._problem.interface,
+                self._problem.locked,
+                with_remedies=remedies,
+            )
+            answer = self._solver.solve(problem)
+            if not isinstance(answer, Proof):
+                chosen = [problem.table(name).candidates[choice] for name, choice in answer.items()]
+                needed = dict.fromkeys(c.remedy for c in chosen if c.refusal and c.remedy)
+                yield Suggestion(list_in_words([remedy for remedy in needed if remedy]))
+                return
+            found = self._remedies_in(problem, answer)
+            if remedies == (remedies := list(dict.fromkeys([*remedies, *found]))):
+                return
+
+    def _remedies_in(self, problem: ResolutionProblem, proof: Proof) -> list[str]:
+        """Return the remedies of the refused candidates in a proof, of the newest first."""
+        found: dict[str, None] = {}
+        for fact in proof.facts:
+            table = problem.table(split_extra(fact.name)[0])
+            if fact.kind == "none":
+                for index, candidate in reversed([*enumerate(table.candidates)]):
+                    if index in fact.choices and candidate.remedy is not None:
+                        found[candidate.remedy] = None
+        return list(found)
 
     def _candidates(self, fact: Fact) -> list[Candidate]:
         table = self._problem.table(fact.name)

@@ -35,6 +35,7 @@ class Candidate:
         interface: Name and range of the router interface that it plugs into, if it needs one.
         is_yanked: Whether it may be chosen only when locked or pinned exactly.
         refusal: Why it must not be chosen, as the end of a sentence; None if it may be.
+        remedy: What the user can do so that it may be, as a command; None if there is nothing.
     """
 
     version: Version
@@ -44,6 +45,7 @@ class Candidate:
     interface: tuple[str, Constraint] | None = None
     is_yanked: bool = False
     refusal: str | None = None
+    remedy: str | None = None
 
 
 class CandidateSource(Protocol):

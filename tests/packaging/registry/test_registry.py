@@ -414,7 +414,7 @@ def test_a_line_without_a_field_is_not_a_release(
     index = registry.storage.root / "index" / "ge" / "german.jsonl"
     honest = json.loads(index.read_text())
     del honest["check"]
-    for field in honest.keys() - {"extras", "description", "tags", "whole"}:
+    for field in honest.keys() - {"extras", "description", "license", "tags", "whole"}:
         rest = {key: value for key, value in honest.items() if key != field}
         index.write_bytes(format_line(rest) + b"\n")
         with pytest.raises(RegistryError):
