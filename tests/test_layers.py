@@ -19,6 +19,7 @@ ROOMS = (
     "packaging.resolution",
     "packaging.install",
     "packaging.project",
+    "packaging.bom",
     "packaging",
     "parallel",
     "kernels",
@@ -47,7 +48,7 @@ MEETINGS = {
 # only here, because of what they save when a command starts.
 LATE_IMPORTS = {
     "packaging.manifests.packing": "only publishing checks tensors, which loads NumPy",
-    "packaging.project.locking": "a project in sync needs no resolver, and only a policy a backbone",
+    "packaging.project.locking": "a project in sync needs no resolver; only a policy a backbone",
     "packaging.registry.locations": "a folder needs no HTTP client and no cloud library",
     "packaging.resolution.explain": "only a failure needs suggestions",
     "packaging.resolution.resolver": "a caller may bring a solver, and only a failure is explained",

@@ -31,6 +31,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "search": ("look", "Search the registries by name, description and tags."),
         "info": ("look", "Show the details of a release."),
         "diff": ("diff", "Show what changed between two experts, or between two locks."),
+        "bom": ("look", "Write a bill of materials: what the locked model consists of."),
         "resolve": ("look", "Resolve requirements against releases listed in a JSON file."),
     },
     "Contribute": {

@@ -162,6 +162,56 @@ def info(
 
 
 @app.command()
+def bom(
+    kind: Annotated[
+        str, typer.Option("--format", metavar="cyclonedx|spdx", help="CycloneDX 1.6 or SPDX 2.3.")
+    ] = "cyclonedx",
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Output file. Default: print it.", show_default=False),
+    ] = None,
+    is_offline: Offline = False,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Write a bill of materials: what the locked model consists of.
+
+    Lists the backbone and every locked expert with licences, digests, data and figures, as JSON.
+    The same lock gives the same bytes; a time is included if SOURCE_DATE_EPOCH is set.
+    """
+    if kind not in ("cyclonedx", "spdx"):
+        raise typer.BadParameter(f"{kind!r}: expected cyclonedx or spdx", param_hint="--format")
+    from composable import __version__
+    from composable.files import atomic
+    from composable.packaging.bom.cyclonedx import format_cyclonedx
+    from composable.packaging.bom.inventory import read_source_date, take_inventory
+    from composable.packaging.bom.spdx import format_spdx
+    from composable.packaging.install.lock import Lock
+    from composable.packaging.install.store import Store
+
+    time = read_source_date()
+    project, interface = open_project(is_offline)
+    inventory = take_inventory(project, Lock.read(project.root), Store(), interface)
+    format_bom = format_cyclonedx if kind == "cyclonedx" else format_spdx
+    text = format_bom(inventory, __version__, time)
+    if output is None:
+        print(text, end="")
+        return
+    atomic.write_text(output, text)
+    n = len(inventory.parts)
+    show(
+        f"wrote {output}: {n} package{'s' * (n != 1)}",
+        {
+            "written": str(output),
+            "format": kind,
+            "packages": [part.purl for part in inventory.parts],
+        },
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
+@app.command()
 def resolve(
     universe: Annotated[
         Path,

@@ -128,3 +128,18 @@ def test_figures_of_another_type_are_not_shown(measured):
     from composable.cli.look import format_measured
 
     assert format_measured({"measured": measured}) == ""
+
+
+def test_bom_prints_or_writes_one(cli, works, installed, monkeypatch):
+    printed = works("bom").out
+    document = json.loads(printed)
+    assert [part["name"] for part in document["components"]] == ["tiny-bytes", "german", "physics"]
+    assert "timestamp" not in document["metadata"]
+    assert works("bom", "--output", "bom.json").out == "wrote bom.json: 3 packages\n"
+    assert Path("bom.json").read_text() == printed
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    spdx = json.loads(works("bom", "--format", "spdx").out)
+    assert spdx["creationInfo"]["created"] == "2023-11-14T22:13:20Z"
+    assert cli("bom", "--format", "xml").code == 2
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "now")
+    assert cli("bom", "--json").json["error"]["where"] == "SOURCE_DATE_EPOCH"
