@@ -31,6 +31,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "search": ("look", "Search the registries by name, description and tags."),
         "info": ("look", "Show the details of a release."),
         "diff": ("diff", "Show what changed between two experts, or between two locks."),
+        "audit": ("look", "Check the locked experts against advisories."),
         "bom": ("look", "Write a bill of materials: what the locked model consists of."),
         "resolve": ("look", "Resolve requirements against releases listed in a JSON file."),
     },
@@ -41,6 +42,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "publish": ("contribute", "Publish a checked expert to a registry."),
         "yank": ("contribute", "Exclude a release from new resolutions."),
         "unyank": ("contribute", "Undo a yank."),
+        "advise": ("contribute", "Publish an advisory on releases, or withdraw one."),
     },
     "Exchange": {
         "backbone": ("backbone", "Import backbones from other formats."),

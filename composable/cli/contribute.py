@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -294,6 +295,90 @@ def unyank(
 
     open_for_publishing(registry).unyank(name, version)
     show(f"unyanked {name} {version}", {"unyanked": release}, as_json=as_json, is_quiet=is_quiet)
+
+
+@app.command()
+def advise(
+    affected: Annotated[
+        str,
+        typer.Argument(
+            metavar="REQ", help="NAME, or 'NAME<1.2': the affected versions.", show_default=False
+        ),
+    ],
+    registry: PublishRegistry,
+    kind: Annotated[
+        str, typer.Option(metavar="recalled|poisoned|licence-withdrawn", help="What happened.")
+    ] = "recalled",
+    text: Annotated[
+        str, typer.Option(help="What is wrong, and what to do.", show_default=False)
+    ] = "",
+    fixed: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VERSION", help="A release that fixes it; repeatable.", show_default=False
+        ),
+    ] = None,
+    digest: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="sha256:…",
+            help="Digest of a manifest or a file that is affected under any name; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    id_: Annotated[
+        str | None,
+        typer.Option(
+            "--id", help="Its name; that of an existing one changes it.", show_default=False
+        ),
+    ] = None,
+    withdraw: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Withdraw this advisory instead.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Publish an advisory on releases, or withdraw one.
+
+    `composable audit` reports it to every project that has locked an affected release. NAME alone
+    affects every version, or with --digest only what has that content.
+    """
+    from composable.packaging.registry.advisories import Advisory, check_id, check_kind, make_id
+    from composable.packaging.registry.locations import open_for_publishing
+    from composable.packaging.registry.release import TIME_FORMAT
+    from composable.packaging.versions.constraint import ANY, Requirement
+    from composable.packaging.versions.version import Version
+
+    requirement = Requirement.parse(affected)
+    if requirement.extras:
+        raise typer.BadParameter(f"{affected!r}: an extra is no release", param_hint="REQ")
+    if not text and withdraw is None:
+        raise typer.BadParameter("say what is wrong", param_hint="--text")
+    home = open_for_publishing(registry)
+    now = datetime.datetime.now(datetime.UTC).strftime(TIME_FORMAT)
+    if withdraw is not None:
+        known = home.advisory(withdraw)
+        advisory = dataclasses.replace(known, is_withdrawn=True, published=now)
+    else:
+        is_by_content = bool(digest) and requirement.constraint == ANY
+        advisory = Advisory(
+            id=check_id(id_) if id_ is not None else make_id(requirement.name),
+            name=requirement.name,
+            kind=check_kind(kind),
+            affected=() if is_by_content else (requirement.constraint,),
+            digests=tuple(digest or ()),
+            fixed=tuple(Version(version) for version in fixed or ()),
+            text=text,
+            published=now,
+        )
+    home.advise(advisory)
+    show(
+        f"{'published' if withdraw is None else 'withdrew'} advisory {advisory.id}",
+        advisory.to_row(),
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
 
 
 def _report_verdict(verdict: Verdict) -> tuple[list[tuple[str, str, str]], dict[str, Any], bool]:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composable.cli.options import Json, LookupRegistry, Offline, Quiet, complete_names
-from composable.cli.output import format_bytes, format_table, show
+from composable.cli.output import format_bytes, format_table, note, show
 from composable.cli.project import open_project
 from composable.errors import ComposableError
 from composable.files.records import parse_record, parse_table
+from composable.printable import printable
 
 if TYPE_CHECKING:
+    from composable.packaging.project.audit import Finding
     from composable.packaging.project.project import Project
     from composable.packaging.project.queries import Details, Need
 
@@ -162,6 +164,54 @@ def info(
 
 
 @app.command()
+def audit(is_offline: Offline = False, as_json: Json = False, is_quiet: Quiet = False) -> None:
+    """Check the locked experts against advisories.
+
+    Reads the feed of advisories of every registry in the lock. Exits with 1 if one of them affects
+    a locked release, and lists which release fixes it.
+    """
+    from composable.packaging.install.lock import Lock
+    from composable.packaging.project.audit import audit_lock
+    from composable.packaging.project.project import Project
+
+    project = dataclasses.replace(Project.find(), is_offline=is_offline)
+    lock = Lock.read(project.root)
+    found = audit_lock(project, lock)
+    for registry, n in found.feeds.items():
+        if n is None:
+            note(f"note: registry {registry!r} has no advisories", is_quiet=is_quiet or as_json)
+    rows = [
+        (
+            f"{finding.expert.name} {finding.expert.version}",
+            finding.advisory.kind,
+            finding.advisory.id,
+            finding.fix or "-",
+        )
+        for finding in found.findings
+    ]
+    text = format_table(("RELEASE", "KIND", "ADVISORY", "FIXED IN"), rows)
+    texts = {finding.advisory.id: finding.advisory.text for finding in found.findings}
+    text += "".join(f"\n{printable(f'{id_}: {said}')}" for id_, said in texts.items())
+    text += "".join(f"\n{line}" for line in _list_remedies(found.findings))
+    n = len(lock.experts)
+    total = sum(number or 0 for number in found.feeds.values())
+    show(
+        text
+        or f"{n} locked expert{'s' * (n != 1)}, {total} advisor{'ies' if total != 1 else 'y'}: "
+        "none is affected",
+        {
+            "affected": [_finding_to_dict(finding) for finding in found.findings],
+            "feeds": found.feeds,
+            "without_registry": list(found.without_registry),
+        },
+        as_json=as_json,
+        is_quiet=is_quiet and not rows,
+    )
+    if rows:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bom(
     kind: Annotated[
         str, typer.Option("--format", metavar="cyclonedx|spdx", help="CycloneDX 1.6 or SPDX 2.3.")
@@ -239,6 +289,34 @@ def resolve(
     packages = resolve_universe(Universe.from_dict(data, universe.name)).packages
     chosen = {name: str(version) for name, version in packages.items()}
     show("", {"packages": chosen}, as_json=True)
+
+
+def _list_remedies(findings: Sequence[Finding]) -> Iterator[str]:
+    """Yield what to do about each affected release, once."""
+    lines: dict[str, None] = {}
+    for finding in findings:
+        name = finding.expert.name
+        if finding.expert.path is not None:
+            line = f"{name}: comes from {printable(finding.expert.origin)}; replace that folder"
+        elif finding.fix is None:
+            line = f"{name}: no release fixes it; run `composable remove {name}`"
+        elif finding.is_fix_allowed:
+            line = f"{name}: run `composable upgrade {name}`"
+        else:
+            line = f"{name}: {finding.fix} is out of range; see `composable why {name}`"
+        lines[line] = None
+    yield from lines
+
+
+def _finding_to_dict(finding: Finding) -> dict[str, Any]:
+    return {
+        "name": finding.expert.name,
+        "version": str(finding.expert.version),
+        "registry": finding.registry,
+        "fix": str(finding.fix) if finding.fix else None,
+        "fix_allowed": finding.is_fix_allowed,
+        "advisory": finding.advisory.to_row(),
+    }
 
 
 def _open_registries(registry: str | None, is_offline: bool) -> Project:

@@ -143,3 +143,57 @@ def test_bom_prints_or_writes_one(cli, works, installed, monkeypatch):
     assert cli("bom", "--format", "xml").code == 2
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "now")
     assert cli("bom", "--json").json["error"]["where"] == "SOURCE_DATE_EPOCH"
+
+
+def test_audit_says_what_is_affected_and_what_fixes_it(cli, works, installed):
+    clean = cli("audit")
+    assert (clean.code, clean.err) == (0, "note: registry 'default' has no advisories\n")
+    assert clean.out == "2 locked experts, 0 advisories: none is affected\n"
+    text = "It has a back door.\x1b[2J"
+    advise = ("advise", "--registry", "registry", "--kind", "poisoned", "--text", text)
+    assert works(*advise, "german<2", "--fixed", "2.0.0", "--id", "g-1").out == (
+        "published advisory g-1\n"
+    )
+    found = cli("audit")
+    assert found.code == 1
+    assert found.out.splitlines() == [
+        "RELEASE       KIND      ADVISORY  FIXED IN",
+        "german 1.2.0  poisoned  g-1       2.0.0",
+        "g-1: It has a back door.\\x1b[2J",
+        "german: 2.0.0 is out of range; see `composable why german`",
+    ]
+    (finding,) = cli("audit", "--json").json["affected"]
+    assert (finding["version"], finding["fix"], finding["fix_allowed"]) == ("1.2.0", "2.0.0", False)
+    assert finding["advisory"]["text"] == text
+    assert works("advise", "german", "--withdraw", "g-1", "--registry", "registry").out == (
+        "withdrew advisory g-1\n"
+    )
+    assert works("audit").out == "2 locked experts, 1 advisory: none is affected\n"
+
+
+def test_audit_names_the_upgrade(cli, works, installed, fakes):
+    fakes.publish("german", "1.3.0", seed=5)
+    advise = ("advise", "--registry", "registry", "--text", "Wrong.")
+    works(*advise, "german<1.3", "--fixed", "1.3.0")
+    assert cli("audit").out.splitlines()[-1] == "german: run `composable upgrade german`"
+    works("upgrade", "german")
+    works("audit")
+    works(*advise, "physics")
+    last = cli("audit").out.splitlines()[-1]
+    assert last == "physics: no release fixes it; run `composable remove physics`"
+
+
+def test_what_cannot_be_advised(cli, project):
+    common = ("--registry", "registry", "--text", "Wrong.")
+    assert cli("advise", "german", "--registry", "registry").code == 2
+    assert cli("advise", "german[code]", *common).code == 2
+    assert "is not a kind of advisory" in cli("advise", "german", "--kind", "bad", *common).err
+    assert "did you mean 'german'?" in cli("advise", "germn", *common).err
+    assert "no advisory 'g-1'" in cli("advise", "german", "--withdraw", "g-1", *common).err
+
+
+def test_audit_of_a_damaged_feed(cli, installed):
+    Path("registry/advisories.jsonl").write_text('{"id": "g-1"}\n')
+    outcome = cli("audit", "--json")
+    assert (outcome.code, outcome.json["error"]["kind"]) == (1, "RegistryError")
+    assert "advisories.jsonl" in outcome.json["error"]["where"]

@@ -19,7 +19,7 @@ from composable.errors import DiskError, RegistryError, UnreachableError
 from composable.files import atomic
 from composable.files.reading import read_bytes
 from composable.interface.digest import digest_bytes
-from composable.packaging.registry.lines import CATALOG_FILE, check_document, find_lost
+from composable.packaging.registry.lines import check_document, find_lost, key_fields
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document, Storage
 
 # A document and the line before it.
@@ -103,8 +103,7 @@ class CachedStorage:
         check_document(path, found, where)
         if cached is None or not path.endswith(".jsonl"):
             return
-        fields = ("name",) if path == CATALOG_FILE else ("name", "version")
-        if lost := find_lost(cached, found, fields):
+        if lost := find_lost(cached, found, key_fields(path)):
             more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
             raise RegistryError(
                 f"no longer lists {lost[-1]}{more}, which it listed before",

@@ -1,4 +1,4 @@
-"""Documents of JSON lines with checksums: indexes, catalogues and records.
+"""Documents of JSON lines with checksums: indexes, catalogues, feeds of advisories and records.
 
 A document states its own extent: every line has the number of lines in ``whole.lines``, and the
 first also has ``whole.rest``, the SHA-256 of all bytes after the first line. A document that lost
@@ -22,6 +22,9 @@ MAX_LINE_BYTES: Final = 1 << 20
 CHECKSUM: Final = "check"
 EXTENT: Final = "whole"
 CATALOG_FILE: Final = "catalog.jsonl"
+ADVISORIES_FILE: Final = "advisories.jsonl"
+_INDEX_KEY: Final = ("name", "version")
+_KEYS: Final = {CATALOG_FILE: ("name",), ADVISORIES_FILE: ("id",)}
 
 
 def format_line(fields: Mapping[str, Any]) -> bytes:
@@ -104,16 +107,26 @@ def check_extent(document: Document, where: str) -> None:
         raise RegistryError("damaged: it does not match its digest", where=where)
 
 
+def key_fields(path: str) -> tuple[str, ...]:
+    """Return what identifies a line of a document, by the document's path in the registry.
+
+    Example:
+        >>> key_fields("index/ge/german.jsonl")
+        ('name', 'version')
+    """
+    return _KEYS.get(path, _INDEX_KEY)
+
+
 def find_lost(older: Document, newer: Document, fields: Sequence[str]) -> list[str]:
     """Return the lines that an earlier state of a document had and a later one has not.
 
-    Releases and packages are never removed, so a state without one of them is not the later one,
-    even if it is whole: a server, or something between, has gone back to an older copy.
+    Releases, packages and advisories are never removed, so a state without one of them is not the
+    later one, even if it is whole: a server, or something between, has gone back to an older copy.
 
     Args:
         older: The earlier state.
         newer: The later state.
-        fields: What identifies a line: name, and in an index the version.
+        fields: What identifies a line, as `key_fields` returns it.
 
     Example:
         >>> rows = [{"name": "german", "version": f"1.{minor}.0"} for minor in range(2)]

@@ -6,11 +6,12 @@ The layout consists of plain files, so that any static host can serve it:
     index/<shard>/<name>.jsonl       one line per release: all that the resolver needs
     blobs/<aa>/<sha256>              manifests and files by digest
     catalog.jsonl                    one line per package, for search and hints
+    advisories.jsonl                 what is known against releases; optional, see `advisories.py`
     records/<name>/<version>.json    one release as published; created once, never changed
     records/<name>/<version>.yanked  exists while the release is yanked
     names/<key>                      the only name that may use a look-alike key
 
-Clients read the first four. Publishers coordinate through `records/` and `names/`, whose files are
+Clients read the first five. Publishers coordinate through `records/` and `names/`, whose files are
 created exclusively: of two publishers of the same version, or of look-alike names, exactly one
 succeeds. A name is claimed after the uploads, and released if its record cannot be created. The
 index is derived from the records, and the catalogue from the indexes. A publisher creates its
@@ -51,6 +52,7 @@ from composable.interface.digest import canonical_json, digest_bytes
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.manifests.toml import MAX_TOML_BYTES
+from composable.packaging.registry.advisories import Advisory, compile_feed, parse_feed
 from composable.packaging.registry.budget import current_budget, format_time
 from composable.packaging.registry.index import (
     Entry,
@@ -64,7 +66,7 @@ from composable.packaging.registry.index import (
     read_record,
     record_path,
 )
-from composable.packaging.registry.lines import CATALOG_FILE, check_extent
+from composable.packaging.registry.lines import ADVISORIES_FILE, CATALOG_FILE, check_extent
 from composable.packaging.registry.release import TIME_FORMAT, Release, choose_newest
 from composable.packaging.registry.storage import (
     MAX_DOCUMENT_BYTES,
@@ -296,6 +298,72 @@ class Registry:
         self._check_release(storage, name, version)
         storage.remove(record_path(name, version, "yanked"))
         self._write_index(storage, name)
+
+    def advisories(self) -> tuple[Advisory, ...] | None:
+        """Return what is known against releases; None if the registry has no feed of advisories.
+
+        Raises:
+            RegistryError: When the feed cannot be read.
+        """
+        self._check_config()
+        document = self.storage.read(ADVISORIES_FILE)
+        if document is None:
+            return None
+        where = f"{self.location}/{ADVISORIES_FILE}"
+        check_extent(document, where)
+        return parse_feed(document, where)
+
+    def advisory(self, id_: str) -> Advisory:
+        """Return one advisory.
+
+        Raises:
+            RegistryError: When the registry has none of that name.
+        """
+        known = {advisory.id: advisory for advisory in self.advisories() or ()}
+        if id_ not in known:
+            raise RegistryError(
+                f"no advisory {id_!r}", where=self.location, hint=did_you_mean(id_, known)
+            )
+        return known[id_]
+
+    def advise(self, advisory: Advisory) -> None:
+        """Add an advisory to the feed, or change the one of that name.
+
+        Raises:
+            UnknownExpertError: When the registry has no such package, or none of these releases.
+            RegistryError: When the registry is read only, or its feed is damaged.
+        """
+        storage = self.writable_storage()
+        Advisory.from_row(advisory.to_row(), "advisory")
+        releases = {release.version: release for release in self.versions(advisory.name)}
+        if not releases:
+            raise UnknownExpertError(
+                f"no expert {advisory.name!r}",
+                where=self.location,
+                hint=did_you_mean(advisory.name, self.names()),
+            )
+        have = ", ".join(map(str, releases))
+        affected = {
+            version
+            for version, release in releases.items()
+            if advisory.affects(release.name, version, release.digests)
+        }
+        for version in advisory.fixed:
+            if version not in releases or version in affected:
+                raise UnknownExpertError(
+                    f"{advisory.name} {version} is not a release that fixes anything: it is "
+                    f"{'affected itself' if version in releases else 'not published'}",
+                    where=self.location,
+                    hint=f"available: {have}",
+                )
+        if advisory.affected and not advisory.is_withdrawn and not affected:
+            ranges = " or ".join(map(str, advisory.affected))
+            raise UnknownExpertError(
+                f"no release {advisory.name} {ranges}",
+                where=self.location,
+                hint=f"available: {have}",
+            )
+        self._update_document(storage, ADVISORIES_FILE, lambda seen: compile_feed(advisory, seen))
 
     def writable_storage(self) -> WritableStorage:
         """Return the storage for publishing.

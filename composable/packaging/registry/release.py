@@ -87,6 +87,11 @@ class Release:
             license=manifest.license,
         )
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digests of its manifest and its files."""
+        return (self.manifest, *(file.digest for file in self.files))
+
     def to_row(self) -> dict[str, Any]:
         """Return the fields of its line in the index."""
         files = sorted(self.files, key=lambda file: file.name)
@@ -188,7 +193,7 @@ class Release:
             extras=read_extras(table.table("extras", {})),
             conflicts=table.ranges("conflicts"),
             is_yanked=table.boolean("yanked"),
-            published=table.value("published", _check_time),
+            published=table.value("published", check_time),
             description=table.text("description", "", max_length=MAX_DESCRIPTION_LENGTH),
             tags=read_tags(table, "tags"),
             license=table.text("license", None, max_length=MAX_LICENSE_LENGTH),
@@ -248,8 +253,12 @@ def _read_files(table: Table) -> tuple[PackageFile, ...]:
     return tuple(files.values())
 
 
-def _check_time(text: str) -> str:
-    """Return a time of publication if it has the one format in which times can be compared."""
+def check_time(text: str) -> str:
+    """Return a time of publication if it has the one format in which times can be compared.
+
+    Raises:
+        PackagingError: For any other text.
+    """
     with contextlib.suppress(ValueError):
         if _TIME.fullmatch(text) and datetime.datetime.fromisoformat(text):
             return text

@@ -15,6 +15,7 @@ from composable.errors import RegistryError
 from composable.files.reading import open_file
 from composable.packaging.manifests.manifest import CHUNK_BYTES, Manifest, PackageFile
 from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.registry.advisories import Advisory
 from composable.packaging.registry.http import WebStorage
 from composable.packaging.registry.registry import Registry
 from composable.packaging.versions.version import Version
@@ -93,6 +94,18 @@ class ServedRegistry(Registry):
             RegistryError: When the server refuses it.
         """
         self._ask("POST", f"packages/{name}/{version}/unyank", {})
+
+    def advise(self, advisory: Advisory) -> None:
+        """Refuse: a server has no feed of advisories.
+
+        Raises:
+            RegistryError: Always.
+        """
+        raise RegistryError(
+            "takes no advisories: a server has no feed of them",
+            where=self.location,
+            hint=f"yank the release, with a reason: `composable yank {advisory.name}@VERSION`",
+        )
 
     def _upload(
         self,
