@@ -45,3 +45,26 @@ def test_the_bound_that_is_promised_is_that_of_the_shipped_interface(page):
     assert promised is not None
     assert float(promised[1]) == pytest.approx(per_document, abs=1e-4)
     assert float(promised[2]) == pytest.approx(per_byte, abs=5e-6)
+
+
+@pytest.mark.skipif(not GUIDE.exists(), reason="the guides are part of a checkout only")
+def test_guide_to_what_you_run(works, cli, fakes, tmp_path, monkeypatch):
+    fakes.publish("german", "1.2.0")
+    fakes.publish("german", "1.2.1", seed=1)
+    fakes.publish("physics", requires={"german": "^1"}, seed=2)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    works("init", "--registry", "../registry")
+    works("install", "german@1.2.0", "physics")
+    page = (GUIDE.parent / "know-what-you-run.md").read_text()
+    sessions = read_sessions(page)
+    assert len(sessions) == 6
+    for command, shown in sessions:
+        program, name, *arguments = shlex.split(command.replace("sha256:…", "sha256:" + "1" * 64))
+        assert program == "composable"
+        printed = works(name, *arguments).out
+        assert shown in ("", printed), command
+        if "--fixed" in arguments:
+            table, _, remedies = cli("audit").out.partition("german-2026-1:")
+            assert table in page, "the table that the page shows is that of the command"
+            assert "1.2.1" in remedies
