@@ -7,6 +7,7 @@ expert's body, or a mixture. The same code therefore serves training, single pat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,37 @@ class Layer(nnx.Module):
         self.attention = Attention(cfg, rngs=rngs)
         self.ffn_norm = ones("D", (cfg.d_model,), cfg)
         self.ffn = FeedForward(cfg, rngs=rngs)
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        feed_forward: Callable[[jax.Array], jax.Array],
+        position: jax.Array | int = 0,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Run the layer with the given feed-forward.
+
+        Args:
+            x_BTD: Residual stream.
+            feed_forward: Function that runs in the place of the layer's own.
+            position: Position of the first token.
+            cache: Keys and values so far, when decoding.
+
+        Returns:
+            The residual stream, and the cache with these positions written.
+        """
+        h_BTD = self._norm(x_BTD, self.attention_norm, "before")
+        h_BTD, cache = self.attention(h_BTD, position, cache)
+        x_BTD = x_BTD + self._norm(h_BTD, self.attention_norm, "after")
+        h_BTD = feed_forward(self._norm(x_BTD, self.ffn_norm, "before"))
+        return x_BTD + self._norm(h_BTD, self.ffn_norm, "after"), cache
+
+    def _norm(self, x_BTD: jax.Array, scale_D: nnx.Param[jax.Array], placement: str) -> jax.Array:
+        """Normalise where the config says so."""
+        if placement != self.cfg.norm_placement:
+            return x_BTD
+        return rms_norm(x_BTD, scale_D[...], self.cfg.norm_eps)
 
 
 class Backbone(nnx.Module):
@@ -154,23 +186,13 @@ class Backbone(nnx.Module):
         Returns:
             The residual stream, shape BTD, and the new caches.
         """
-
-        def norm(x_BTD: jax.Array, scale_D: nnx.Param[jax.Array], placement: str) -> jax.Array:
-            if placement != self.cfg.norm_placement:
-                return x_BTD
-            return rms_norm(x_BTD, scale_D[...], self.cfg.norm_eps)
-
         written = []
         for i, index in enumerate(layers):
-            layer = self.layers[index]
-            h_BTD = norm(x_BTD, layer.attention_norm, "before")
             cache = None if caches is None else caches[i]
-            h_BTD, cache = layer.attention(h_BTD, position, cache)
+            run = partial(feed_forward, index)
+            x_BTD, cache = self.layers[index](x_BTD, run, position, cache)
             if cache is not None:
                 written.append(cache)
-            x_BTD = x_BTD + norm(h_BTD, layer.attention_norm, "after")
-            h_BTD = feed_forward(index, norm(x_BTD, layer.ffn_norm, "before"))
-            x_BTD = x_BTD + norm(h_BTD, layer.ffn_norm, "after")
         return x_BTD, written
 
     def empty_caches(self, batch: int, length: int, layers: Sequence[int]) -> list[KVCache]:

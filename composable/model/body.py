@@ -15,7 +15,7 @@ from flax import nnx
 from composable.errors import ModelError
 from composable.interface import BodyKind
 from composable.interface.contract import SLOT_DIMS
-from composable.model.backbone import Backbone, FeedForwardFn
+from composable.model.backbone import Backbone, FeedForwardFn, Layer
 from composable.model.layers import swiglu
 from composable.model.scout import Scout
 
@@ -104,26 +104,9 @@ class Body(nnx.Module):
         tokens: over one axis XLA's CPU backend runs that as a fast product of matrices, over two as
         a slow one, which took twice as long for a whole low-rank block.
         """
-        if self.kind == "ffn":
-
-            def run(layer: int, x_MD: jax.Array) -> jax.Array:
-                matrices = self.merged(backbone, layer)
-                return swiglu(x_MD, *(matrices[name] for name in MATRICES))
-
-            return _on_tokens(run)
-
-        def run_low_rank(layer: int, x_MD: jax.Array) -> jax.Array:
-            slot, own = self.slots[str(layer)], backbone_slot(backbone, layer)
-
-            def product(name: str, x: jax.Array) -> jax.Array:
-                low: LowRank = getattr(slot, name)
-                change = (x @ low.a[...].astype(x.dtype)) @ low.b[...].astype(x.dtype)
-                return x @ own[name] + change
-
-            gate_MF = jax.nn.silu(product("w_gate", x_MD))
-            return product("w_down", gate_MF * product("w_up", x_MD))
-
-        return _on_tokens(run_low_rank)
+        return lambda layer, x_BTD: run_slot(
+            self.slots[str(layer)], backbone_slot(backbone, layer), x_BTD
+        )
 
 
 class Expert(nnx.Module):
@@ -151,16 +134,33 @@ class Expert(nnx.Module):
         self.scout = Scout(backbone.cfg.d_model, scout_width, n_classes, rngs=rngs)
 
 
-def _on_tokens(run: FeedForwardFn) -> FeedForwardFn:
-    """Return a feed-forward function for BTD that runs one for MD."""
+def run_slot(slot: FullSlot | LowRankSlot, own: SlotMatrices, x_BTD: jax.Array) -> jax.Array:
+    """Return what one slot of a body makes of the tokens of all rows.
 
-    def run_rows(layer: int, x_BTD: jax.Array) -> jax.Array:
-        return run(layer, x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(x_BTD.shape)
+    Args:
+        slot: The body's slot.
+        own: The backbone's matrices of the same layer.
+        x_BTD: Input of the layer's feed-forward.
+    """
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    if isinstance(slot, FullSlot):
+        matrices = [getattr(slot, name)[...].astype(own[name].dtype) for name in MATRICES]
+        return swiglu(x_MD, *matrices).reshape(x_BTD.shape)
 
-    return run_rows
+    def product(name: str, x: jax.Array) -> jax.Array:
+        low: LowRank = getattr(slot, name)
+        change = (x @ low.a[...].astype(x.dtype)) @ low.b[...].astype(x.dtype)
+        return x @ own[name] + change
+
+    gate_MF = jax.nn.silu(product("w_gate", x_MD))
+    return product("w_down", gate_MF * product("w_up", x_MD)).reshape(x_BTD.shape)
 
 
 def backbone_slot(backbone: Backbone, layer: int) -> SlotMatrices:
     """Return the backbone's own matrices of one slot."""
-    ffn = backbone.layers[layer].ffn
-    return {name: getattr(ffn, name)[...] for name in MATRICES}
+    return layer_slot(backbone.layers[layer])
+
+
+def layer_slot(layer: Layer) -> SlotMatrices:
+    """Return a layer's own matrices, as `backbone_slot` does."""
+    return {name: getattr(layer.ffn, name)[...] for name in MATRICES}

@@ -1,17 +1,34 @@
 """Start-up of many hosts, the device mesh, and which dimension is split over which mesh axis."""
 
 from composable.parallel.batch import split_batch, sum_over_batch
-from composable.parallel.mesh import make_mesh, start_processes
-from composable.parallel.sharding import BATCH_SPEC, place_batch, shard_tree, shardings_of, spec_of
+from composable.parallel.mesh import make_mesh, parse_mesh
+from composable.parallel.processes import is_first_process, start_processes
+from composable.parallel.sharding import (
+    BATCH_SPEC,
+    count_batch_shards,
+    gather_weights,
+    keep_batch_split,
+    place_batch,
+    shard_tree,
+    shardings_of,
+    spec_of,
+    split_like_parameter,
+)
 
 __all__ = [
     "BATCH_SPEC",
+    "count_batch_shards",
+    "gather_weights",
+    "is_first_process",
+    "keep_batch_split",
     "make_mesh",
+    "parse_mesh",
     "place_batch",
     "shard_tree",
     "shardings_of",
     "spec_of",
     "split_batch",
+    "split_like_parameter",
     "start_processes",
     "sum_over_batch",
 ]

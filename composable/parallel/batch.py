@@ -10,15 +10,14 @@ work: kernels of TPUs cannot be split by the compiler. Parameters that are split
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from composable.parallel.sharding import BATCH_SPEC
+from composable.parallel.sharding import BATCH_SPEC, axes_of_batch
 
 _T = TypeVar("_T")
 _BATCH_AXES: Final[tuple[str, ...]] = BATCH_SPEC[0]
@@ -51,7 +50,7 @@ def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any) -> _T:
         ...     split_batch(lambda scale, x_BT: scale * x_BT, 2, jnp.ones((4, 1))).shape
         (4, 1)
     """
-    axes = _axes_of_batch(jax.tree.leaves(rows[0])[0].shape[0])
+    axes = axes_of_batch(jax.tree.leaves(rows[0])[0].shape[0])
     if not axes:
         return fn(shared, *rows)
     whole = jax.tree.map(lambda _: PartitionSpec(), shared)
@@ -82,18 +81,6 @@ def sum_over_batch(tree: _T) -> _T:
     axes = tuple(axis for axis in _BATCH_AXES if axis in manual)
     total: _T = jax.lax.psum(tree, axes) if axes else tree
     return total
-
-
-def _axes_of_batch(n_rows: int) -> tuple[str, ...]:
-    """Return the axes of the mesh in use to split that many rows over; none for a plain call."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if axis in _BATCH_AXES and kind != AxisType.Manual
-    )
-    n_shards = math.prod(mesh.shape[axis] for axis in axes)
-    return axes if n_shards > 1 and n_rows % n_shards == 0 else ()
 
 
 def _specs_of(tree: Any, axes: tuple[str, ...]) -> Any:

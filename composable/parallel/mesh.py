@@ -1,4 +1,4 @@
-"""Multi-process start-up and the device mesh.
+"""The device mesh.
 
 Three axes, always present, so that the same program runs everywhere: `data` replicates parameters,
 `fsdp` splits them along the model width and gathers them on use, `tensor` splits heads, hidden
@@ -8,64 +8,119 @@ units and vocabulary. On one device all three have size 1.
 from __future__ import annotations
 
 import math
-import os
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from composable.errors import TrainingError
 
 AXES: Final = ("data", "fsdp", "tensor")
+# Size of an axis that takes the devices which the others leave.
+REST: Final = -1
+# Meshes that an error proposes.
+_MAX_PROPOSALS: Final = 3
 
 
-def start_processes() -> None:
-    """Join the other processes of a multi-host run, if this is one.
-
-    On TPU pods and under Slurm jax finds its peers alone; elsewhere set COMPOSABLE_COORDINATOR
-    (host:port), COMPOSABLE_PROCESSES and COMPOSABLE_PROCESS (index) for every process. Without
-    them this does nothing. Call it before anything else touches jax.
-
-    Raises:
-        TrainingError: If only some of the three variables are set.
-
-    Example:
-        >>> start_processes()  # one process: nothing to join
-    """
-    names = ("COMPOSABLE_COORDINATOR", "COMPOSABLE_PROCESSES", "COMPOSABLE_PROCESS")
-    values = [os.environ.get(name) for name in names]
-    if not any(values):
-        return
-    coordinator, n_processes, process = values
-    if coordinator is None or n_processes is None or process is None:
-        missing = [name for name, value in zip(names, values, strict=True) if value is None]
-        raise TrainingError(
-            f"{', '.join(missing)} not set", hint=f"a multi-process run needs all of {names}"
-        )
-    jax.distributed.initialize(coordinator, int(n_processes), int(process))
-
-
-def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Return a mesh over all devices; `data` takes what the other two axes leave.
+def make_mesh(
+    *, data: int = REST, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Return a mesh over all devices; one axis may take what the others leave (-1).
 
     Args:
+        data: Copies of the parameters.
         fsdp: Devices that share one copy of the parameters.
         tensor: Devices that split one layer's heads and hidden units.
+        devices: The devices, by default all of this run.
 
     Raises:
-        TrainingError: If the devices do not divide evenly.
+        TrainingError: If the devices do not divide evenly; it proposes meshes that fit.
 
     Example:
         >>> mesh = make_mesh()
         >>> mesh.axis_names
         ('data', 'fsdp', 'tensor')
     """
-    n_devices = jax.device_count()
-    if min(fsdp, tensor) < 1 or n_devices % (fsdp * tensor):
+    n_devices = jax.device_count() if devices is None else len(devices)
+    shape = fit_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, n_devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    if devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=kinds)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=kinds)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Return the sizes of axes that a text gives, such as `data=-1,fsdp=8`.
+
+    Args:
+        text: Pairs of axis and size. Axes that are left out have size 1; `data` takes the rest if
+            no axis is -1.
+
+    Raises:
+        TrainingError: If it cannot be read.
+
+    Example:
+        >>> parse_mesh("fsdp=8,tensor=2")
+        {'data': -1, 'fsdp': 8, 'tensor': 2}
+    """
+    given: dict[str, int] = {}
+    for pair in text.split(","):
+        axis, _, size = (part.strip() for part in pair.partition("="))
+        if axis not in AXES or axis in given or not size.removeprefix("-").isdecimal():
+            raise TrainingError(
+                f"{pair.strip()!r} is not one of {', '.join(AXES)}, each once, with a size",
+                where="mesh",
+                hint="such as --mesh data=4,fsdp=8, with -1 for what the others leave",
+            )
+        given[axis] = int(size)
+    if REST not in given.values():
+        given.setdefault("data", REST)
+    return {axis: given.get(axis, 1) for axis in AXES}
+
+
+def fit_mesh(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
+    """Return the size of every axis of a mesh over that many devices.
+
+    Args:
+        sizes: Devices along each axis; -1 for at most one of them, which takes the rest.
+        n_devices: Number of devices.
+
+    Raises:
+        TrainingError: If the sizes do not multiply to the devices; it proposes meshes that fit.
+
+    Example:
+        >>> fit_mesh({"data": -1, "fsdp": 4, "tensor": 1}, 8)
+        (2, 4, 1)
+    """
+    wanted = [sizes.get(axis, 1) for axis in AXES]
+    fixed = math.prod(size for size in wanted if size != REST)
+    if fixed > 0 and wanted.count(REST) == 1 and n_devices % fixed == 0:
+        wanted = [n_devices // fixed if size == REST else size for size in wanted]
+    if min(wanted) < 1 or math.prod(wanted) != n_devices:
+        named = ",".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))
         raise TrainingError(
-            f"{n_devices} devices do not divide into fsdp={fsdp} times tensor={tensor}",
+            f"{named} does not fit {n_devices} devices",
             where="mesh",
+            hint=f"meshes that fit: {'; '.join(_propose_meshes(wanted, n_devices))}",
         )
-    shape = (n_devices // (fsdp * tensor), fsdp, tensor)
-    assert math.prod(shape) == n_devices
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return tuple(wanted)
+
+
+def _propose_meshes(wanted: Sequence[int], n_devices: int) -> list[str]:
+    """Return the meshes over that many devices that are closest to the wanted one."""
+
+    def distance(shape: tuple[int, ...]) -> float:
+        pairs = zip(shape, wanted, strict=True)
+        return sum(abs(math.log(size / asked)) for size, asked in pairs if asked > 0)
+
+    divisors = [size for size in range(1, n_devices + 1) if n_devices % size == 0]
+    shapes = [
+        (n_devices // (fsdp * tensor), fsdp, tensor)
+        for fsdp in divisors
+        for tensor in divisors
+        if n_devices % (fsdp * tensor) == 0
+    ]
+    best = sorted(shapes, key=distance)[:_MAX_PROPOSALS]
+    return [",".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True)) for shape in best]

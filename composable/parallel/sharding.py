@@ -1,21 +1,26 @@
 """Which dimension is split over which mesh axis: the only table of sharding decisions.
 
-A parameter's letters come from `nnx.Param(dims=...)`; the compiler propagates the rest from the
-parameters and the batch. A dimension that its axis does not divide stays whole.
+A parameter's letters come from `nnx.Param(dims=...)`. A dimension that its axis does not divide
+stays whole. Where the compiler would choose badly, it is told: activations keep the split of the
+batch (`keep_batch_split`), and weights that are split along the model width are gathered where they
+are used (`gather_weights`). Left alone, it keeps the weights split and gathers the batch instead.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+import math
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from composable.errors import ModelError
 from composable.interface import DIMS
 
+_T = TypeVar("_T")
 _AXIS_OF: Final[dict[str, str]] = {
     "D": "fsdp",
     "F": "tensor",
@@ -28,7 +33,7 @@ _AXIS_OF: Final[dict[str, str]] = {
 BATCH_SPEC: Final = PartitionSpec(("data", "fsdp"))
 
 
-def spec_of(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_of(dims: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Return the partition spec of an array with these dimension letters.
 
     Args:
@@ -82,6 +87,138 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
         return leaf.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def keep_batch_split(x: jax.Array) -> jax.Array:
+    """Return an array of rows, which the compiler keeps on the devices that the rows are on.
+
+    Args:
+        x: Array whose first dimension is the batch. Without a mesh in use (`jax.set_mesh`), or if
+            the rows do not divide among its devices, it is returned as it is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> keep_batch_split(jnp.ones((2, 3))).shape
+        (2, 3)
+    """
+    axes = axes_of_batch(x.shape[0])
+    if not axes:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    kept: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *others))
+    return kept
+
+
+def split_like_parameter(x: jax.Array, dims: str) -> jax.Array:
+    """Return an array placed as a parameter with these letters is.
+
+    Args:
+        x: The array, such as a gradient. Without a mesh in use it is returned as it is.
+        dims: One letter per dimension.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> split_like_parameter(jnp.ones((2, 3)), "VD").shape
+        (2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not any(_is_split(mesh, axis) for axis in set(_AXIS_OF.values())):
+        return x
+    split: jax.Array = jax.lax.with_sharding_constraint(x, spec_of(dims, x.shape, mesh))
+    return split
+
+
+def count_batch_shards(n_rows: int) -> int:
+    """Return over how many devices that many rows are split in the mesh in use.
+
+    Args:
+        n_rows: Rows of the batch.
+
+    Example:
+        >>> count_batch_shards(8)  # no mesh in use
+        1
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes_of_batch(n_rows))
+
+
+def gather_weights(tree: _T) -> _T:
+    """Return weights with the model width whole on every device; gradients come back split.
+
+    Split weights cost memory on one of `fsdp` devices only. A gathered one is dropped after its
+    use, and its gradient is summed over the batch straight into the parts that each device holds.
+
+    Args:
+        tree: Tree with `nnx.Variable` leaves that name their dimensions. Without a mesh in use, or
+            one with `fsdp` of 1, it is returned as it is.
+
+    References:
+        Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO, stage 3).
+
+    Example:
+        >>> import numpy as np
+        >>> gather_weights({"scale": nnx.Param(np.ones(3), dims="D")})["scale"].shape
+        (3,)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _is_split(mesh, "fsdp"):
+        return tree
+
+    def gather(leaf: Any) -> Any:
+        dims = leaf.get_metadata().get("dims") if isinstance(leaf, nnx.Variable) else None
+        if not dims:
+            return leaf
+        spec = spec_of(dims, leaf.get_value().shape, mesh)
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return leaf if spec == whole else leaf.replace(_gather(leaf.get_value(), spec, whole))
+
+    gathered: _T = jax.tree.map(gather, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return gathered
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, split: PartitionSpec, whole: PartitionSpec) -> jax.Array:
+    x = jax.lax.with_sharding_constraint(x, split)
+    gathered: jax.Array = jax.lax.with_sharding_constraint(x, whole)
+    return gathered
+
+
+def _gather_forward(
+    x: jax.Array, split: PartitionSpec, whole: PartitionSpec
+) -> tuple[jax.Array, None]:
+    return _gather(x, split, whole), None
+
+
+def _split_gradient(
+    split: PartitionSpec, whole: PartitionSpec, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    # Without this the sum over the batch is whole on every device before it is split.
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gather.defvjp(_gather_forward, _split_gradient)
+
+
+def axes_of_batch(n_rows: int) -> tuple[str, ...]:
+    """Return the axes of the mesh in use to split that many rows over; none to leave them whole.
+
+    Args:
+        n_rows: Rows of the batch. If they do not divide among the devices, there are no axes.
+
+    Example:
+        >>> axes_of_batch(8)  # no mesh in use
+        ()
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_SPEC[0] if _is_split(mesh, axis, least=1))
+    n_shards = math.prod(mesh.shape[axis] for axis in axes)
+    return axes if n_shards > 1 and n_rows % n_shards == 0 else ()
+
+
+def _is_split(mesh: Any, axis: str, least: int = 2) -> bool:
+    """Return whether the compiler splits arrays over an axis of a mesh, of that many devices."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return axis in kinds and kinds[axis] != AxisType.Manual and mesh.shape[axis] >= least
 
 
 def shard_tree(tree: Any, mesh: Mesh) -> Any:

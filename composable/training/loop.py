@@ -100,7 +100,9 @@ def fit(
     run_step = _compile_step(objective, optimizer)
     # The step's outputs are donated inputs of the next; a copy keeps the caller's arrays alive.
     trained = jax.tree.map(jnp.copy, trained)
-    with Checkpoints(directory / "checkpoints", cfg) if directory else nullcontext() as checkpoints:
+    kept = Checkpoints(directory / "checkpoints", cfg) if directory else nullcontext()
+    # The objective splits activations over the mesh in use.
+    with jax.set_mesh(mesh), kept as checkpoints:
         done = 0
         if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
             done, trained, opt_state, data_state = restored

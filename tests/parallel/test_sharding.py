@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from composable.errors import ModelError, TrainingError
-from composable.parallel import make_mesh, spec_of, start_processes
+from composable.errors import ModelError
+from composable.parallel import make_mesh, spec_of
 
 pytestmark = pytest.mark.slow
 
@@ -52,40 +52,6 @@ def test_every_parameter_of_a_backbone_and_an_expert_has_letters(tiny):
         for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
             dims = leaf.get_metadata()["dims"]
             assert len(spec_of(dims, leaf[...].shape, MESH)) == leaf[...].ndim, path
-
-
-@pytest.mark.parametrize(("fsdp", "tensor"), [(3, 1), (1, 5), (0, 1), (-1, -1)])
-def test_devices_that_do_not_divide_are_refused(fsdp, tensor):
-    # One CPU device here; tests/parallel/test_training.py has eight.
-    with pytest.raises(TrainingError) as caught:
-        make_mesh(fsdp=fsdp, tensor=tensor)
-    assert caught.value.where == "mesh"
-
-
-def test_a_mesh_of_one_device_has_all_axes():
-    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-
-
-def test_without_its_variables_start_up_does_nothing(monkeypatch):
-    for name in ("COORDINATOR", "PROCESSES", "PROCESS"):
-        monkeypatch.delenv(f"COMPOSABLE_{name}", raising=False)
-    start_processes()
-
-
-@pytest.mark.parametrize(
-    ("given", "missing"),
-    [
-        ({"COMPOSABLE_COORDINATOR": "localhost:1"}, "COMPOSABLE_PROCESSES, COMPOSABLE_PROCESS"),
-        ({"COMPOSABLE_PROCESS": "0"}, "COMPOSABLE_COORDINATOR, COMPOSABLE_PROCESSES"),
-    ],
-)
-def test_half_of_its_variables_are_refused(monkeypatch, given, missing):
-    for name in ("COORDINATOR", "PROCESSES", "PROCESS"):
-        monkeypatch.delenv(f"COMPOSABLE_{name}", raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(TrainingError, match=f"{missing} not set"):
-        start_processes()
 
 
 def test_a_placed_tree_keeps_its_values(tiny):

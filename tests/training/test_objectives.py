@@ -7,7 +7,7 @@ from jax.extend.core import jaxprs_in_params
 
 from composable.model.body import MATRICES, Expert, backbone_slot
 from composable.model.layers import swiglu
-from composable.training import objectives
+from composable.training import unembedding
 from composable.training.config import TrainConfig
 from composable.training.data import TappedRows
 from composable.training.loop import fit
@@ -17,7 +17,6 @@ from composable.training.objectives import (
     next_token_loss,
     scout_loss,
     tapped_objective,
-    unembedded_loss,
 )
 from composable.training.optimizers import muon
 
@@ -94,9 +93,10 @@ def test_an_expert_has_a_gradient_in_every_parameter(tiny, tokens_BT):
         assert (np.asarray(leaf[...]) != 0).any(), path
 
 
+@pytest.mark.parametrize("is_trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("n_logits", [1, 2 * 2 * 40, 1 << 23], ids=["position", "two", "whole"])
-def test_the_loss_in_parts_is_that_of_all_logits(monkeypatch, n_logits):
-    monkeypatch.setattr(objectives, "_LOGITS", n_logits)
+def test_the_loss_in_parts_is_that_of_all_logits(monkeypatch, n_logits, is_trained):
+    monkeypatch.setattr(unembedding, "_LOGITS", n_logits)
     rng = np.random.default_rng(0)
     x_BTD, w_VD = (
         jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 6, 8), (40, 8))
@@ -107,12 +107,14 @@ def test_the_loss_in_parts_is_that_of_all_logits(monkeypatch, n_logits):
         return 3 * next_token_loss(jnp.einsum("BTD,VD->BTV", x_BTD, w_VD), targets_BT)
 
     def in_parts(*arguments):
-        return 3 * unembedded_loss(*arguments)
+        return 3 * unembedding.unembedded_loss(*arguments, is_trained=is_trained)
 
-    expected, slope_BTD = jax.value_and_grad(plain)(x_BTD, w_VD, targets_BT)
-    found, found_BTD = jax.value_and_grad(in_parts)(x_BTD, w_VD, targets_BT)
+    wanted = (0, 1) if is_trained else (0,)
+    expected, slopes = jax.value_and_grad(plain, wanted)(x_BTD, w_VD, targets_BT)
+    found, found_slopes = jax.value_and_grad(in_parts, wanted)(x_BTD, w_VD, targets_BT)
     assert float(found) == pytest.approx(float(expected), rel=FLOAT32_ROUNDING)
-    np.testing.assert_allclose(found_BTD, slope_BTD, atol=FLOAT32_ROUNDING)
+    for found, slope in zip(found_slopes, slopes, strict=True):
+        np.testing.assert_allclose(found, slope, atol=FLOAT32_ROUNDING)
 
 
 def plain_objective(graph):
@@ -175,7 +177,7 @@ class Same:
 def test_a_step_has_no_gradient_of_frozen_matrices_and_never_all_logits(monkeypatch, tiny, start):
     graph, params, rows = start
     n_tokens, n_vocab = rows.tokens_BU[:, 1:].size, tiny.cfg.vocab_size
-    monkeypatch.setattr(objectives, "_LOGITS", n_tokens * n_vocab // 3)
+    monkeypatch.setattr(unembedding, "_LOGITS", n_tokens * n_vocab // 3)
     step = jax.value_and_grad(tapped_objective(graph), has_aux=True)
     found = list(products(jax.make_jaxpr(step)(params, tiny.backbone, rows).jaxpr))
     trained = [leaf.shape for leaf in jax.tree.leaves(params)]

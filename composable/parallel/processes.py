@@ -1,0 +1,150 @@
+"""Start-up of many processes as one group, and what only one of them does.
+
+Nothing here touches a device before the group has started: jax counts devices once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import jax
+from jax._src.clusters import ClusterEnv  # jax detects clusters only where it also joins them
+
+from composable.errors import ComposableWarning, TrainingError
+from composable.parallel.rendezvous import meet
+
+_VARIABLES: Final = ("COMPOSABLE_COORDINATOR", "COMPOSABLE_PROCESSES", "COMPOSABLE_PROCESS")
+# jax prefers this one to what a cluster's scheduler says.
+_JAX_COORDINATOR: Final = "JAX_COORDINATOR_ADDRESS"
+INIT_SECONDS: Final = 300.0
+
+
+class _Group(NamedTuple):
+    """The processes of a run, as one of them knows them."""
+
+    coordinator: str
+    n_processes: int
+    process: int
+    local_devices: Sequence[int] | None = None
+
+
+def start_processes(
+    coordinator: str | None = None,
+    n_processes: int | None = None,
+    process: int | None = None,
+    *,
+    init_timeout: float = INIT_SECONDS,
+) -> None:
+    """Join the other processes of a multi-process run, if this is one.
+
+    The group is the one that the arguments describe, or else COMPOSABLE_COORDINATOR,
+    COMPOSABLE_PROCESSES and COMPOSABLE_PROCESS, or else what jax detects (Cloud TPU, GKE, Slurm,
+    Open MPI). Without any of them this does nothing. Call it before anything else touches jax;
+    a second call does nothing.
+
+    Args:
+        coordinator: Address of process 0, `host:port`.
+        n_processes: Number of processes.
+        process: Index of this one.
+        init_timeout: Seconds that all processes have to start.
+
+    Raises:
+        TrainingError: If the group is described in part, or processes are missing.
+
+    Example:
+        >>> start_processes()  # one process: nothing to join
+    """
+    if jax.distributed.is_initialized():
+        return
+    group = _given_group(coordinator, n_processes, process) or _detected_group(init_timeout)
+    if group is None:
+        return
+    coordinator, n_processes, process, local_devices = group
+    if not 0 <= process < n_processes:
+        raise TrainingError(
+            f"process {process} is not one of 0 to {n_processes - 1}", where="group"
+        )
+    os.environ.pop(_JAX_COORDINATOR, None)
+    if n_processes > 1:
+        meet(coordinator, n_processes, process, init_timeout)
+    jax.distributed.initialize(
+        coordinator,
+        n_processes,
+        process,
+        local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=max(1, round(init_timeout)),
+    )
+
+
+def is_first_process() -> bool:
+    """Return whether this process writes files and prints for all.
+
+    Example:
+        >>> is_first_process()
+        True
+    """
+    return jax.process_index() == 0
+
+
+def _given_group(
+    coordinator: str | None, n_processes: int | None, process: int | None
+) -> _Group | None:
+    """Return the group that arguments or variables describe, arguments first.
+
+    Raises:
+        TrainingError: If only a part of it is described.
+    """
+    arguments = [None if x is None else str(x) for x in (coordinator, n_processes, process)]
+    variables = [os.environ.get(name) for name in _VARIABLES]
+    is_given = any(value is not None for value in arguments)
+    values = arguments if is_given else variables
+    if not any(values):
+        return None
+    names = ("--coordinator", "--num-processes", "--process-id") if is_given else _VARIABLES
+    if missing := [name for name, value in zip(names, values, strict=True) if value is None]:
+        raise TrainingError(
+            f"{', '.join(missing)} not set",
+            where="group",
+            hint=f"a multi-process run needs all of {', '.join(names)}",
+        )
+    stale = zip((*_VARIABLES, _JAX_COORDINATOR), (*values, values[0]), strict=True)
+    _report_stale({name: value for name, value in stale if value is not None})
+    try:
+        return _Group(str(values[0]), int(str(values[1])), int(str(values[2])))
+    except ValueError as error:
+        raise TrainingError(
+            f"{names[1]} {values[1]!r} and {names[2]} {values[2]!r} are not whole numbers",
+            where="group",
+        ) from error
+
+
+def _detected_group(timeout: float) -> _Group | None:
+    """Return the group that jax detects; None if there is none."""
+    # Set by an earlier start, it would be taken for the coordinator of this one.
+    left_over = os.environ.pop(_JAX_COORDINATOR, None)
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, round(timeout)
+        )
+    finally:
+        if left_over is not None:
+            os.environ[_JAX_COORDINATOR] = left_over
+    coordinator, n_processes, process, devices = found
+    if coordinator is None or n_processes is None or process is None:
+        return None
+    _report_stale({_JAX_COORDINATOR: coordinator})
+    return _Group(coordinator, n_processes, process, devices)
+
+
+def _report_stale(used: dict[str, str]) -> None:
+    """Warn of variables that name another group than the one that is used."""
+    for name, value in used.items():
+        found = os.environ.get(name)
+        if found is not None and found != value:
+            warnings.warn(
+                ComposableWarning(f"{name}={found} is not used; this run has {value}"), stacklevel=4
+            )
