@@ -20,6 +20,7 @@
     ├── InteropError              a foreign file that cannot be imported exactly
     ├── TextError                 text that cannot be trained on, scored or continued
     ├── TrainingError             training that cannot start, resume or continue
+    │   └── PreemptedError        training that was asked to stop, and did; run again to resume
     └── VettingError              an expert that failed vetting
 
 Warnings descend from `ComposableWarning`. `ContributionWarning` reports contributions that a
@@ -54,6 +55,8 @@ class ComposableError(Exception):
 
     # Lines that a message may have, printed as they are; any other newline is quoted from outside.
     has_lines: ClassVar[bool] = False
+    # Of a command that fails with it. 75 is EX_TEMPFAIL: the same command again goes on.
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(message)
@@ -194,6 +197,12 @@ class TextError(ComposableError):
 
 class TrainingError(ComposableError):
     """Training that cannot start, cannot resume, or has diverged."""
+
+
+class PreemptedError(TrainingError):
+    """Training that was asked to stop and has written its checkpoint; run again to resume."""
+
+    exit_code = 75
 
 
 class VettingError(ComposableError):

@@ -96,9 +96,7 @@ def load_backbone(name: str) -> LoadedBackbone:
     """
     use_compile_cache()
     folder = find_backbone(name)
-    interface = read_interface(folder)
-    config = parse_table(read_listed(folder, CONFIG_FILE), str(folder / CONFIG_FILE), ModelError)
-    cfg = BackboneConfig.from_dict(config)
+    cfg, interface = _read_config(folder)
     check_listed(folder, WEIGHTS_FILE)
     blank = nnx.eval_shape(partial(_make, cfg, interface.n_classes))
     expected = {name: _spec(name, shape) for name, shape in shapes_of(blank).items()}
@@ -111,6 +109,28 @@ def load_backbone(name: str) -> LoadedBackbone:
                 where=f"{folder / INTERFACE_FILE}: {field}",
             )
     return LoadedBackbone(folder, from_tensors(blank, tensors), interface, tokenizer)
+
+
+def read_config(name: str) -> tuple[BackboneConfig, RouterInterface]:
+    """Return architecture and interface of a backbone package, without its weights.
+
+    Args:
+        name: Name of a shipped backbone, or a folder.
+
+    Raises:
+        PackagingError: If there is no such backbone, or these files are damaged.
+
+    Example:
+        >>> read_config("tiny-bytes")[0].n_layers
+        6
+    """
+    return _read_config(find_backbone(name))
+
+
+def _read_config(folder: Path) -> tuple[BackboneConfig, RouterInterface]:
+    interface = read_interface(folder)
+    config = parse_table(read_listed(folder, CONFIG_FILE), str(folder / CONFIG_FILE), ModelError)
+    return BackboneConfig.from_dict(config), interface
 
 
 def save_backbone(

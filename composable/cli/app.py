@@ -1,8 +1,8 @@
 """The Typer application: loads commands on demand and turns errors into exit codes.
 
 A command's file is imported when the command is used. Deliberate errors of the library are printed
-here and exit with 1; usage errors exit with 2; any other exception is a bug and keeps its
-traceback.
+here and exit with 1, or 75 if the same command again would go on; usage errors exit with 2; any
+other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Commands(TyperGroup):
         return format_help().rstrip("\n")
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; print warnings, and exit with 1 after a deliberate error."""
+        """Run a command; print warnings, and exit with an error's code after a deliberate one."""
         from composable.packaging.registry.budget import share_budget
 
         try:
@@ -52,7 +52,7 @@ class Commands(TyperGroup):
                 return super().invoke(ctx)
         except ComposableError as error:
             show_error(error, ctx)
-            raise typer.Exit(1) from error
+            raise typer.Exit(error.exit_code) from error
 
 
 class _Text(click.types.StringParamType):

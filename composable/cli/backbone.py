@@ -1,4 +1,4 @@
-"""Commands on backbones: import them from other formats."""
+"""Commands on backbones: import them from other formats, and train those of this project."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from composable.cli.options import (
     BeginToken,
     Checkpoint,
     ComputeDtype,
+    Coordinator,
     Description,
+    InitTimeout,
     Json,
     License,
+    MeshSizes,
+    NumProcesses,
     OutFolder,
     PackageName,
     PackageVersion,
+    PlanTopology,
+    ProcessId,
     PublicText,
     Quiet,
     ScoutTokens,
@@ -28,14 +34,14 @@ from composable.cli.output import format_bytes, format_table, note, show
 
 app = typer.Typer(rich_markup_mode=None)
 backbone = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="Import backbones from other formats."
+    rich_markup_mode=None, no_args_is_help=True, help="Import and train backbones."
 )
 app.add_typer(backbone, name="backbone")
 
 
 @backbone.callback()
 def _group() -> None:
-    """Import backbones from other formats."""
+    """Import and train backbones."""
 
 
 @backbone.command(name="import")
@@ -90,6 +96,68 @@ def import_(
         as_json=as_json,
         is_quiet=is_quiet,
     )
+
+
+@backbone.command()
+def train(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Which backbone, such as tiny-bytes.")
+    ],
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="Folder of the data recipe.", show_default=False),
+    ] = None,
+    out: OutFolder = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of text, checkpoints and curves.", show_default=False
+        ),
+    ] = None,
+    mesh: MeshSizes = None,
+    plan: PlanTopology = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    init_timeout: InitTimeout = 300,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Train a backbone of this project from its recipe; run again to resume.
+
+    On many processes, run the same command on each, as for `composable train`.
+    """
+    from composable.cli.group import join_group, show_plan
+    from composable.parallel import make_mesh, parse_mesh
+    from composable.workflows.pretrain import PLANS, train_backbone
+
+    if name not in PLANS:
+        raise typer.BadParameter(f"not one of {', '.join(PLANS)}", param_hint="NAME")
+    if plan:
+        from composable.workflows.step_plan import plan_backbone
+
+        wanted = PLANS[name]
+        sizes = parse_mesh(mesh or "fsdp=1")
+        classes = wanted.shape.vocab_size
+        show_plan(
+            plan_backbone(wanted.shape, classes, wanted.training, plan, sizes), as_json=as_json
+        )
+        return
+    if recipe is None:
+        raise typer.BadParameter("the folder of a data recipe is needed", param_hint="RECIPE")
+    is_first = join_group(coordinator, num_processes, process_id, init_timeout)
+    devices = make_mesh(**parse_mesh(mesh)) if mesh else None
+    folder = out or Path(name)
+    with bars.show_steps(name, is_quiet=is_quiet or not is_first) as progress:
+        card = train_backbone(PLANS[name], recipe, folder, work, mesh=devices, progress=progress)
+    if is_first:
+        rows = [("folder", str(folder)), *((key, str(value)) for key, value in card.items())]
+        show(
+            format_table((), rows),
+            {"folder": str(folder), **card},
+            as_json=as_json,
+            is_quiet=is_quiet,
+        )
 
 
 def _card_table(card: dict[str, Any]) -> str:

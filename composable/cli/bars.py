@@ -14,6 +14,7 @@ from composable.progress import (
     ByteProgress,
     CountProgress,
     StageProgress,
+    StepProgress,
     TrainingProgress,
     show_bars,
 )
@@ -47,6 +48,21 @@ def show_bytes(*, is_quiet: bool) -> Iterator[ByteProgress | None]:
         def progress(label: str, done: int, total: int) -> None:
             if label != "install":  # counts experts, and takes no time: they are links
                 update(label, done, total, is_visible=done < total)
+
+        yield progress
+
+
+@contextmanager
+def show_steps(label: str, *, is_quiet: bool) -> Iterator[StepProgress | None]:
+    """Show one bar of steps, with the newest bits per token."""
+    if is_quiet:
+        yield None
+        return
+    with show_bars(is_transient=False) as update:
+
+        def progress(step: int, steps: int, row: Mapping[str, float]) -> None:
+            note = f"{row['bits_per_token']:.2f} bits per token" if row else ""
+            update(label, step, steps, note)
 
         yield progress
 

@@ -45,7 +45,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "advise": ("contribute", "Publish an advisory on releases, or withdraw one."),
     },
     "Exchange": {
-        "backbone": ("backbone", "Import backbones from other formats."),
+        "backbone": ("backbone", "Import and train backbones."),
         "import-peft": ("exchange", "Convert a PEFT adapter into an expert."),
         "export-hf": (
             "exchange",

@@ -15,12 +15,18 @@ from composable.cli.options import (
     Against,
     Beside,
     BesideData,
+    Coordinator,
     Data,
     ExpertBackbone,
     ExpertFolder,
+    InitTimeout,
     Json,
+    MeshSizes,
     MoreData,
+    NumProcesses,
     ParentRegistry,
+    PlanTopology,
+    ProcessId,
     PublishRegistry,
     Quiet,
     ReferenceRegistry,
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 
     from composable.assembly.backbones import LoadedBackbone
     from composable.model.model import Pluggable
+    from composable.packaging.manifests.manifest import Manifest
     from composable.packaging.registry.compatibility import Step
     from composable.training.config import TrainConfig
     from composable.vetting.checks import Verdict
@@ -76,7 +83,7 @@ def train(
     more: MoreData = None,
     data: Data = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps.")] = 300,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences of 256 tokens per step.")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences per step, on all devices.")] = 4,
     seed: Annotated[int, typer.Option(help="Random seed for initial weights and data order.")] = 0,
     sweep: Annotated[
         list[str] | None,
@@ -86,6 +93,13 @@ def train(
             show_default=False,
         ),
     ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 256,
+    mesh: MeshSizes = None,
+    plan: PlanTopology = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    init_timeout: InitTimeout = 300,
     registry: ParentRegistry = None,
     backbone: ExpertBackbone = None,
     as_json: Json = False,
@@ -99,28 +113,48 @@ def train(
 
     With --sweep, all combinations of the values are trained on one pass of the backbone's lower
     layers, and the best one on held-out text is kept.
+
+    On many processes, such as those of a TPU pod, run the same command on each. The group is
+    detected on Cloud TPU, GKE, Slurm and Open MPI; elsewhere give --coordinator, --num-processes
+    and --process-id, or COMPOSABLE_COORDINATOR, COMPOSABLE_PROCESSES and COMPOSABLE_PROCESS.
     """
+    from composable.packaging.manifests.manifest import Manifest
+
+    if plan:
+        _show_expert_plan(
+            Manifest.read(folder), backbone, plan, mesh, rows, window, as_json=as_json
+        )
+        return
     files = [*(data or ()), *(more or ())]
     if not files:
         raise typer.BadParameter("no training text given", param_hint="--data")
-    from composable.packaging.manifests.manifest import Manifest
-
     manifest = Manifest.read(folder)
     from composable.assembly.backbones import load_backbone
+    from composable.cli.group import join_group
     from composable.files.records import to_plain
+    from composable.parallel import make_mesh, parse_mesh
     from composable.workflows.references import find_parent
     from composable.workflows.train import expert_config, train_expert
     from composable.workflows.workspace import count_heldout
 
+    is_first = join_group(coordinator, num_processes, process_id, init_timeout)
+    is_quiet = is_quiet or not is_first
+    devices = make_mesh(**parse_mesh(mesh)) if mesh else None
     loaded = load_backbone(backbone or manifest.backbone)
     parent = find_parent(loaded, manifest, registry=registry)
     if sweep:
-        cfg = expert_config(steps, seed, rows=rows, backbone=loaded.backbone)
+        if not is_first or mesh:
+            raise typer.BadParameter("not on a mesh or many processes", param_hint="--sweep")
+        cfg = expert_config(steps, seed, rows=rows, window=window, backbone=loaded.backbone)
         _train_variants(loaded, folder, files, cfg, sweep, parent, as_json, is_quiet)
         return
     with bars.show_training(is_quiet=is_quiet) as progress:
-        cfg = expert_config(steps, seed, rows=rows, backbone=loaded.backbone)
-        record = train_expert(loaded, folder, files, cfg, parent=parent, progress=progress)
+        cfg = expert_config(steps, seed, rows=rows, window=window, backbone=loaded.backbone)
+        record = train_expert(
+            loaded, folder, files, cfg, parent=parent, mesh=devices, progress=progress
+        )
+    if not is_first:
+        return
     figures = bars.format_figures(record.last or {}) or "training already complete"
     start = f"{folder} from {manifest.derives_from}" if parent else str(folder)
     n_heldout = count_heldout(folder)
@@ -131,6 +165,38 @@ def train(
         as_json=as_json,
         is_quiet=is_quiet,
     )
+
+
+def _show_expert_plan(
+    manifest: Manifest,
+    backbone: str | None,
+    topology: str,
+    mesh: str | None,
+    rows: int,
+    window: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Print what a step of an expert costs on TPUs that are not here."""
+    from composable.assembly.backbones import read_config
+    from composable.cli.group import show_plan
+    from composable.parallel import parse_mesh
+    from composable.parallel.chips import tpu_devices
+    from composable.workflows.step_plan import plan_expert
+    from composable.workflows.train import expert_config
+
+    cfg, interface = read_config(backbone or manifest.backbone)
+    training = expert_config(1, rows=rows, window=window, n_devices=len(tpu_devices(topology)))
+    plan = plan_expert(
+        cfg,
+        interface.n_classes,
+        (manifest.body.kind, manifest.body.rank),
+        manifest.scout_width,
+        training,
+        topology,
+        parse_mesh(mesh or "data=1,fsdp=-1"),
+    )
+    show_plan(plan, as_json=as_json)
 
 
 def _train_variants(
@@ -183,6 +249,10 @@ def check(
     beside: Beside = None,
     beside_data: BesideData = None,
     against: Against = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    init_timeout: InitTimeout = 300,
     registry: ReferenceRegistry = None,
     backbone: ExpertBackbone = None,
     as_json: Json = False,
@@ -191,12 +261,19 @@ def check(
     """Check an expert and write its card.
 
     Without --data, uses the text held out by `composable train`. Exits with 1 if a check fails, or
-    if --against requires a larger version bump than the one in expert.toml.
+    if --against requires a larger version bump than the one in expert.toml. Of many processes, the
+    first one checks.
     """
     texts = dict(_parse_pair(pair) for pair in beside_data or ())
     from composable.packaging.manifests.manifest import Manifest
 
     manifest = Manifest.read(folder)
+    from composable.cli.group import join_group
+    from composable.parallel import wait_for_all
+
+    if not join_group(coordinator, num_processes, process_id, init_timeout):
+        wait_for_all("check")
+        return
     from composable.assembly.backbones import load_backbone
     from composable.workflows.references import compare_releases, find_peers, find_previous
     from composable.workflows.vet import check_expert
@@ -216,6 +293,7 @@ def check(
         verdict = check_expert(
             loaded, folder, files, peers=peers, previous=previous, progress=progress
         )
+    wait_for_all("check")
     for warning in verdict.warnings:
         note(f"warning: {warning}")
     rows, outcome, has_passed = _report_verdict(verdict)

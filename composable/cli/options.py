@@ -209,6 +209,43 @@ Against = Annotated[
     ),
 ]
 
+# Runs of many processes and devices.
+MeshSizes = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="Devices along data, fsdp and tensor; -1 for the rest. Default: all along data.",
+        show_default=False,
+    ),
+]
+PlanTopology = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="TOPOLOGY",
+        help="Train nothing: compile a step for TPUs such as v5e:4x4, and print what it costs.",
+        show_default=False,
+    ),
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Address of process 0 in a run of many processes. Default: detected.",
+        show_default=False,
+    ),
+]
+NumProcesses = Annotated[
+    int | None, typer.Option(min=1, help="Number of processes.", show_default=False)
+]
+ProcessId = Annotated[
+    int | None, typer.Option(min=0, help="Index of this process.", show_default=False)
+]
+InitTimeout = Annotated[
+    float, typer.Option(min=1, help="Seconds that all processes have to start.")
+]
+
 # Exchange with other formats.
 Checkpoint = Annotated[
     Path,

@@ -2,33 +2,38 @@
 
 from composable.parallel.batch import split_batch, sum_over_batch
 from composable.parallel.mesh import make_mesh, parse_mesh
-from composable.parallel.processes import is_first_process, start_processes
+from composable.parallel.processes import is_first_process, start_processes, wait_for_all
 from composable.parallel.sharding import (
     BATCH_SPEC,
     count_batch_shards,
+    fetch_tree,
     gather_weights,
     keep_batch_split,
     place_batch,
+    place_shapes,
     shard_tree,
     shardings_of,
     spec_of,
-    split_like_parameter,
+    sum_shards,
 )
 
 __all__ = [
     "BATCH_SPEC",
     "count_batch_shards",
+    "fetch_tree",
     "gather_weights",
     "is_first_process",
     "keep_batch_split",
     "make_mesh",
     "parse_mesh",
     "place_batch",
+    "place_shapes",
     "shard_tree",
     "shardings_of",
     "spec_of",
     "split_batch",
-    "split_like_parameter",
     "start_processes",
     "sum_over_batch",
+    "sum_shards",
+    "wait_for_all",
 ]

@@ -25,15 +25,15 @@ _MAX_PROPOSALS: Final = 3
 
 
 def make_mesh(
-    *, data: int = REST, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+    devices: Sequence[Any] | None = None, /, *, data: int = REST, fsdp: int = 1, tensor: int = 1
 ) -> Mesh:
     """Return a mesh over all devices; one axis may take what the others leave (-1).
 
     Args:
+        devices: The devices, by default all of this run.
         data: Copies of the parameters.
         fsdp: Devices that share one copy of the parameters.
         tensor: Devices that split one layer's heads and hidden units.
-        devices: The devices, by default all of this run.
 
     Raises:
         TrainingError: If the devices do not divide evenly; it proposes meshes that fit.

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 import jax
 from jax._src.clusters import ClusterEnv  # jax detects clusters only where it also joins them
+from jax._src.distributed import global_state  # and has barriers only in its client
 
 from composable.errors import ComposableWarning, TrainingError
 from composable.parallel.rendezvous import meet
@@ -20,6 +21,7 @@ _VARIABLES: Final = ("COMPOSABLE_COORDINATOR", "COMPOSABLE_PROCESSES", "COMPOSAB
 # jax prefers this one to what a cluster's scheduler says.
 _JAX_COORDINATOR: Final = "JAX_COORDINATOR_ADDRESS"
 INIT_SECONDS: Final = 300.0
+_WAIT_MILLISECONDS: Final = 7 * 24 * 3600 * 1000
 
 
 class _Group(NamedTuple):
@@ -88,6 +90,20 @@ def is_first_process() -> bool:
         True
     """
     return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Return when every process of the run has called this for the same thing.
+
+    Args:
+        what: What they wait for; each name once in a run.
+
+    Example:
+        >>> wait_for_all("text")  # one process: nobody to wait for
+    """
+    # Not by the devices: their collectives give up before another process is done.
+    if (client := global_state.client) is not None:
+        client.wait_at_barrier(f"composable: {what}", _WAIT_MILLISECONDS)
 
 
 def _given_group(

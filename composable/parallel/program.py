@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 COLLECTIVES: Final = (
     "all-gather",
@@ -18,15 +19,36 @@ COLLECTIVES: Final = (
     "all-to-all",
     "collective-permute",
 )
-_COMPUTATION: Final = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION: Final = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
+_COMPUTATION: Final = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_INSTRUCTION: Final = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _CALLED: Final = re.compile(
-    r"(?:body|condition|calls|to_apply|branch_computations)=\{?(%?[\w.-]+(?:, %?[\w.-]+)*)\}?"
+    r"\b(?:body|calls|to_apply|branch_computations)=\{?([^\s{}]+(?:, %[^\s{}]+)*)"
 )
-_TRIPS: Final = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CONDITION: Final = re.compile(r"\bcondition=%?([\w.-]+)")
+_KNOWN_TRIPS: Final = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_BODY: Final = re.compile(r"\bbody=%?([\w.-]+)")
+_ELEMENT: Final = re.compile(r"\), index=(\d+)\b")
+_OPERAND: Final = re.compile(r"%([\w.-]+)")
+_CONSTANT: Final = re.compile(r"^(\d+)\)")
+_CHANNEL: Final = re.compile(r"\bchannel_id=(\d+)")
 _ARRAY: Final = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-_CONTRACTED: Final = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_LABELS: Final = re.compile(r"dim_labels=\w+_(\w+)->\w+")
+_CONTRACTED: Final = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
+_WINDOW: Final = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)")
+_LABELS: Final = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
+
+
+class _Instruction(NamedTuple):
+    """One line of a program."""
+
+    name: str
+    result: str
+    kind: str
+    rest: str
+
+    @property
+    def constant(self) -> str:
+        """What follows the name of a constant; empty for anything else."""
+        return self.rest if self.kind == "constant" else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,76 +117,137 @@ def count_operations(text: str) -> tuple[int, dict[str, Collectives]]:
     Args:
         text: The program, as XLA prints it.
     """
-    computations = _split_computations(text)
-    runs = _count_runs(computations, text)
-    flops, counts, sizes = 0, Counter[str](), Counter[str]()
+    computations, entry = _split_computations(text)
+    runs = _count_runs(computations, entry)
+    flops = 0
+    # Parts of an asynchronous operation share its channel.
+    between: dict[tuple[str, str], tuple[int, int]] = {}
     for name, instructions in computations.items():
-        shapes = {one: result for one, result, _, _ in instructions}
-        for _, result, kind, rest in instructions:
-            base = kind.removesuffix("-start")
+        shapes = {one.name: one.result for one in instructions}
+        for one in instructions:
+            kind = one.kind.removesuffix("-start")
             if kind in ("dot", "convolution"):
-                flops += runs[name] * _product_flops(kind, result, rest, shapes)
-            elif base in COLLECTIVES:
-                counts[base] += runs[name]
-                arrays = _ARRAY.findall(result)
-                # An asynchronous start returns its operand and its result.
-                used = arrays[len(arrays) // 2 :] if kind != base and len(arrays) > 1 else arrays
-                sizes[base] += runs[name] * sum(_array_bytes(*array) for array in used)
-    found = {
-        kind: Collectives(count=counts[kind], bytes=sizes[kind])
-        for kind in sorted(counts)
-        if counts[kind]
-    }
+                flops += runs[name] * _product_flops(one, shapes)
+            elif kind in COLLECTIVES and runs[name]:
+                channel = _CHANNEL.search(one.rest)
+                key = kind, channel[1] if channel else f"{name}.{one.name}"
+                between[key] = runs[name], _result_bytes(one)
+    counts, sizes = Counter[str](), Counter[str]()
+    for (kind, _), (times, size) in between.items():
+        counts[kind] += times
+        sizes[kind] += times * size
+    found = {kind: Collectives(count=counts[kind], bytes=sizes[kind]) for kind in sorted(counts)}
     return flops, found
 
 
-def _split_computations(text: str) -> dict[str, list[tuple[str, str, str, str]]]:
-    """Return the instructions of every computation: name, result, kind, and the rest."""
-    computations: dict[str, list[tuple[str, str, str, str]]] = {}
-    current: list[tuple[str, str, str, str]] = []
+def _split_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Return the instructions of every computation, and the name of the first one."""
+    computations: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] = []
+    entry = ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
-            current = computations.setdefault(head[1], [])
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
         elif found := _INSTRUCTION.match(line):
-            current.append((found[1], found[2], found[3], found[4]))
-    return computations
+            current.append(_Instruction(*found.groups()))
+    return computations, entry
 
 
-def _count_runs(
-    computations: dict[str, list[tuple[str, str, str, str]]], text: str
-) -> Counter[str]:
+def _count_runs(computations: Mapping[str, Sequence[_Instruction]], entry: str) -> Counter[str]:
     """Return how often every computation runs in one run of the program."""
-    entry = re.search(r"^ENTRY %?([\w.-]+) ", text, re.MULTILINE)
     runs: Counter[str] = Counter()
 
     def visit(name: str, times: int) -> None:
         runs[name] += times
-        for _, _, kind, rest in computations.get(name, ()):
-            trips = _TRIPS.search(rest) if kind == "while" else None
-            for called in _CALLED.findall(rest):
+        for one in computations.get(name, ()):
+            trips = _count_trips(one, computations) if one.kind == "while" else 1
+            for called in _CALLED.findall(one.rest):
                 for callee in called.split(", "):
-                    visit(callee.removeprefix("%"), times * (int(trips[1]) if trips else 1))
+                    visit(callee.strip("%,"), times * trips)
 
-    if entry:
-        visit(entry[1], 1)
+    visit(entry, 1)
     return runs
 
 
-def _product_flops(kind: str, result: str, rest: str, shapes: dict[str, str]) -> int:
+def _count_trips(loop: _Instruction, computations: Mapping[str, Sequence[_Instruction]]) -> int:
+    """Return how often a loop runs; 1 where that depends on data.
+
+    A loop of a known length counts from 0 up to a constant.
+    """
+    if known := _KNOWN_TRIPS.search(loop.rest):
+        return int(known[1])
+    condition, body = _CONDITION.search(loop.rest), _BODY.search(loop.rest)
+    if condition is None or body is None or not (lines := computations.get(condition[1])):
+        return 1
+    constants = [int(found[1]) for one in lines if (found := _CONSTANT.match(one.constant))]
+    counters = [found[1] for one in lines if (found := _ELEMENT.search(one.rest))]
+    if len(constants) != 1 or len(counters) != 1 or lines[-1].kind != "compare":
+        return 1
+    return -(-constants[0] // _find_step(computations.get(body[1], ()), int(counters[0])))
+
+
+def _find_step(body: Sequence[_Instruction], index: int) -> int:
+    """Return what the body of a loop adds to one element of its state; 1 if that is unclear."""
+    by_name = {one.name: one for one in body}
+    operands = _OPERAND.findall(body[-1].rest.partition(")")[0]) if body else []
+    step, current = 0, operands[index] if index < len(operands) else ""
+    while (one := by_name.get(current)) and one.kind == "add":
+        for operand in _OPERAND.findall(one.rest.partition(")")[0]):
+            found = by_name.get(operand)
+            if found and (constant := _CONSTANT.match(found.constant)):
+                step += int(constant[1])
+            else:
+                current = operand
+    return max(step, 1)
+
+
+def _product_flops(one: _Instruction, shapes: Mapping[str, str]) -> int:
     """Return the multiplications and additions of one product."""
-    operands = re.findall(r"%([\w.-]+)", rest.partition(")")[0])
-    sides = [_sizes_of(shapes.get(operand, "")) for operand in operands[:2]]
-    if kind == "dot":
-        contracted = _CONTRACTED.search(rest)
+    operands = _OPERAND.findall(one.rest.partition(")")[0])
+    left, right = (_sizes_of(shapes.get(operand, "")) for operand in operands[:2])
+    result = _sizes_of(one.result)
+    if one.kind == "dot":
+        contracted = _CONTRACTED.search(one.rest)
         axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
-        return 2 * math.prod(_sizes_of(result)) * math.prod(sides[0][axis] for axis in axes)
-    # XLA for TPUs writes a product as a convolution: all of the kernel but its output features.
-    labels = _LABELS.search(rest)
-    if not labels or len(sides) < 2:
+        return 2 * math.prod(result) * math.prod(left[axis] for axis in axes)
+    # XLA for TPUs writes products as convolutions, with dimensions of a batch as a window.
+    labels = _LABELS.search(one.rest)
+    if labels is None:
         return 0
-    features = labels[1].index("o")
-    kernel = [size for axis, size in enumerate(sides[1]) if axis != features]
-    return 2 * math.prod(_sizes_of(result)) * math.prod(kernel)
+    window = {key: value.split("x") for key, value in _WINDOW.findall(one.rest)}
+    pairs = 1
+    for i, axis in enumerate(sorted(label for label in labels[2] if label.isdigit())):
+        pairs *= _count_pairs(
+            left[labels[1].index(axis)],
+            right[labels[2].index(axis)],
+            result[labels[3].index(axis)],
+            {key: value[i] for key, value in window.items()},
+        )
+    outer = result[labels[3].index("b")] * result[labels[3].index("f")]
+    return 2 * outer * right[labels[2].index("i")] * pairs
+
+
+def _count_pairs(n_left: int, n_kernel: int, n_result: int, window: Mapping[str, str]) -> int:
+    """Return how many positions of a result and a kernel meet one of the input, on one axis."""
+    stride, left_step, kernel_step = (
+        int(window.get(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    low = int(window.get("pad", "0_0").split("_")[0])
+    last = (n_left - 1) * left_step
+    return sum(
+        0 <= (at := i * stride + k * kernel_step - low) <= last and at % left_step == 0
+        for i in range(n_result)
+        for k in range(n_kernel)
+    )
+
+
+def _result_bytes(one: _Instruction) -> int:
+    """Return the bytes that an operation between devices results in on one of them."""
+    arrays = [_array_bytes(*array) for array in _ARRAY.findall(one.result) if array[1]]
+    is_start = one.kind.endswith("-start")
+    # An asynchronous start has its operands in its result, too.
+    return sum(arrays[len(arrays) // 2 :] if is_start and len(arrays) > 1 else arrays)
 
 
 def _sizes_of(shape: str) -> list[int]:

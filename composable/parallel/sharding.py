@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from composable.errors import ModelError
@@ -109,23 +110,26 @@ def keep_batch_split(x: jax.Array) -> jax.Array:
     return kept
 
 
-def split_like_parameter(x: jax.Array, dims: str) -> jax.Array:
-    """Return an array placed as a parameter with these letters is.
+def sum_shards(x: jax.Array, dims: str) -> jax.Array:
+    """Return the sum over a first dimension that is split like the batch, placed as a parameter.
+
+    Every device gets the parts that it holds of such a parameter, and no other.
 
     Args:
-        x: The array, such as a gradient. Without a mesh in use it is returned as it is.
-        dims: One letter per dimension.
+        x: Array of sums over the rows of each shard.
+        dims: One letter per dimension of the sum.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> split_like_parameter(jnp.ones((2, 3)), "VD").shape
-        (2, 3)
+        >>> sum_shards(jnp.ones((2, 3, 4)), "VD").shape
+        (3, 4)
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not any(_is_split(mesh, axis) for axis in set(_AXIS_OF.values())):
-        return x
-    split: jax.Array = jax.lax.with_sharding_constraint(x, spec_of(dims, x.shape, mesh))
-    return split
+    axes, mesh = axes_of_batch(x.shape[0]), jax.sharding.get_abstract_mesh()
+    if axes:
+        spec = spec_of(dims, x.shape[1:], mesh)
+        left = tuple(axis for axis in axes if axis not in spec)
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(left or None, *spec))
+    return x.sum(0)
 
 
 def count_batch_shards(n_rows: int) -> int:
@@ -238,6 +242,42 @@ def shard_tree(tree: Any, mesh: Mesh) -> Any:
         P()
     """
     return jax.tree.map(_put, tree, shardings_of(tree, mesh))
+
+
+def fetch_tree(tree: Any) -> Any:
+    """Return a tree whole in the memory of this process, whatever processes hold parts of it.
+
+    Every process calls this.
+
+    Args:
+        tree: Tree of arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> fetch_tree({"scale": jnp.ones(2)})["scale"]
+        array([1., 1.], dtype=float32)
+    """
+
+    def fetch(x: jax.Array) -> Any:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(fetch, tree)
+
+
+def place_shapes(tree: Any, shardings: Any) -> Any:
+    """Return the shapes of a tree with their placement: arguments to compile for.
+
+    Args:
+        tree: Tree of arrays or shapes.
+        shardings: The sharding of each.
+    """
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
 
 
 def _put(value: Any, sharding: NamedSharding) -> jax.Array:

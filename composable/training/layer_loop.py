@@ -68,9 +68,9 @@ def cast_weights(tree: _T, cfg: BackboneConfig) -> _T:
         cfg: The model.
     """
 
-    def cast(weight: jax.Array) -> jax.Array:
-        is_weight = jnp.issubdtype(weight.dtype, jnp.floating)
-        return weight.astype(DTYPE_NAMES[cfg.dtype]) if is_weight else weight
+    def cast(x: jax.Array) -> jax.Array:
+        is_weight = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(DTYPE_NAMES[cfg.dtype]) if is_weight else x
 
     tree = jax.tree.map(cast, tree)
     return tree

@@ -18,14 +18,22 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from composable.errors import TrainingError
-from composable.parallel import make_mesh, place_batch, shard_tree, shardings_of
+from composable.errors import PreemptedError, TrainingError
+from composable.parallel import (
+    BATCH_SPEC,
+    make_mesh,
+    place_batch,
+    place_shapes,
+    shard_tree,
+    shardings_of,
+)
 from composable.progress import StepProgress
 from composable.training.checkpoints import Checkpoints, is_finite
 from composable.training.config import TrainConfig
 from composable.training.optimizers import adamw
+from composable.training.preemption import Preemption
 
 # (trained, frozen, batch) -> mean loss in nats, and named figures to log. A batch is what the data
 # gives: tokens of shape BU, or a tree of arrays of B rows.
@@ -92,6 +100,7 @@ def fit(
     Raises:
         TrainingError: If the loss or a weight is not finite, the checkpoint belongs to another run,
             or checkpoints cannot be read or written.
+        PreemptedError: After SIGTERM, when the step is done and its checkpoint written.
     """
     mesh = mesh or make_mesh()
     optimizer = optimizer or adamw(cfg)
@@ -102,7 +111,7 @@ def fit(
     trained = jax.tree.map(jnp.copy, trained)
     kept = Checkpoints(directory / "checkpoints", cfg) if directory else nullcontext()
     # The objective splits activations over the mesh in use.
-    with jax.set_mesh(mesh), kept as checkpoints:
+    with jax.set_mesh(mesh), kept as checkpoints, Preemption() as preemption:
         done = 0
         if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
             done, trained, opt_state, data_state = restored
@@ -113,7 +122,9 @@ def fit(
                 batch = place_batch(next(data), mesh)
                 trained, opt_state, figures = run_step(trained, opt_state, frozen, batch)
                 is_last = step == cfg.steps
-                is_kept = is_last or bool(checkpoints and step % cfg.checkpoint_every == 0)
+                is_stopped = not is_last and preemption.stops_after(step)
+                is_due = step % cfg.checkpoint_every == 0 or is_stopped
+                is_kept = is_last or bool(checkpoints and is_due)
                 if is_kept or step % cfg.log_every == 0 or step == 1:
                     _require_finite(step, figures, trained if is_kept else (), checkpoints)
                 if is_last or step % cfg.log_every == 0 or step == 1:
@@ -122,9 +133,19 @@ def fit(
                     progress(step, cfg.steps, log.history[-1] if log.history else {})
                 if checkpoints and is_kept:
                     checkpoints.save(step, trained, opt_state, data.get_state())
+                if is_stopped:
+                    raise _describe_stop(step, cfg, checkpoints)
             jax.block_until_ready(trained)
             seconds = time.perf_counter() - start
     return Fitted(trained=trained, history=log.history, seconds=seconds)
+
+
+def _describe_stop(step: int, cfg: TrainConfig, checkpoints: Checkpoints | None) -> PreemptedError:
+    """Return the error of a run that was asked to stop after a step."""
+    return PreemptedError(
+        f"asked to stop (SIGTERM) after step {step} of {cfg.steps}",
+        hint=f"run again to resume from step {step}" if checkpoints else "run again",
+    )
 
 
 def _require_finite(
@@ -155,10 +176,39 @@ def _init_optimizer(optimizer: optax.GradientTransformation, trained: Any, mesh:
     return jax.jit(optimizer.init, out_shardings=shardings)(trained)
 
 
+def lower_step(
+    objective: Objective,
+    trained: Any,
+    frozen: Any,
+    batch: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> jax.stages.Lowered:
+    """Return the step that `fit` runs, ready to compile for devices that need not be here.
+
+    Args:
+        objective: Loss of (trained, frozen, batch).
+        trained: Shapes of the trained tree.
+        frozen: Shapes of the frozen one.
+        batch: Shapes of a batch over all devices.
+        optimizer: The optimiser.
+        mesh: The devices.
+    """
+    with jax.set_mesh(mesh):
+        opt_state = jax.eval_shape(optimizer.init, trained)
+        placed = [
+            place_shapes(tree, shardings_of(tree, mesh)) for tree in (trained, opt_state, frozen)
+        ]
+        rows = place_shapes(batch, jax.tree.map(lambda _: NamedSharding(mesh, BATCH_SPEC), batch))
+        lowered: jax.stages.Lowered = _compile_step(objective, optimizer).lower(*placed, rows)
+        return lowered
+
+
 @lru_cache(maxsize=16)
 def _compile_step(
     objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """Return the compiled step: trained, opt_state, frozen, batch to the next two and figures.
 
     For the same two functions it is the same one, which compiles once for all runs. The memory of

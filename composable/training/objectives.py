@@ -67,12 +67,27 @@ def scout_loss(scout: Scout, feature_BTD: jax.Array, classes_BT: jax.Array) -> j
     return -jnp.take_along_axis(log_prob_MC, classes_BT.reshape(-1, 1), axis=-1).mean()
 
 
+def float32_masters(params: Any) -> Any:
+    """Return parameters in float32, as they are trained whatever the dtype of activations is.
+
+    A step of the optimiser is smaller than bfloat16 can add to a weight.
+
+    Args:
+        params: Tree of parameters.
+
+    Example:
+        >>> float32_masters({"w": jnp.ones(2, jnp.bfloat16)})["w"].dtype
+        dtype('float32')
+    """
+    return jax.tree.map(lambda param: param.astype(jnp.float32), params)
+
+
 def backbone_objective(graph: nnx.GraphDef[Any]) -> Objective:
     """Return the objective of a whole backbone with its own scout.
 
     Args:
-        graph: Structure of the backbone; the trained tree is its parameters, the frozen one the
-            rest (the class map).
+        graph: Structure of the backbone; the trained tree is its parameters, as float32 or in the
+            dtype of its config, the frozen one the rest (the class map).
     """
 
     def objective(

@@ -8,7 +8,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from composable.parallel import count_batch_shards, keep_batch_split, split_like_parameter
+from composable.parallel import count_batch_shards, keep_batch_split, sum_shards
 
 # Logits that are in memory at once on a device, in numbers: 32 MiB. Smaller parts read the matrix
 # more often.
@@ -73,14 +73,15 @@ def _loss_and_gradients(
     slope_BTD = jnp.moveaxis(slope, 0, 1).reshape(x_BTD.shape) / targets_BT.size
     if sums is None:
         return nats.mean(), (slope_BTD, None)
-    slope_VD = split_like_parameter(sums.sum(0), "VD") / targets_BT.size
+    slope_VD = sum_shards(sums, "VD") / targets_BT.size
     return nats.mean(), (slope_BTD, slope_VD)
 
 
 def _sum_products(slope_BTV: jax.Array, x_BTD: jax.Array, n_shards: int) -> jax.Array:
     """Return the gradient with respect to the matrix, summed over the rows of each shard."""
     slope, x = (part.reshape(n_shards, -1, part.shape[-1]) for part in (slope_BTV, x_BTD))
-    return jnp.einsum("smv,smd->svd", slope, x, preferred_element_type=jnp.float32)
+    stack: jax.Array = jnp.matmul(slope.mT, x, preferred_element_type=jnp.float32)
+    return stack
 
 
 def _split(x_BT: jax.Array, n_parts: int) -> jax.Array:
@@ -99,7 +100,7 @@ def _forward(
 
 
 def _scale_slopes(
-    is_trained: bool, kept: Any, given: jax.Array
+    is_trained: bool, kept: Any, given: Any
 ) -> tuple[jax.Array, jax.Array | None, None]:
     """Return the gradients with respect to the arguments of `unembedded_loss`."""
     slope_BTD, slope_VD, like = kept

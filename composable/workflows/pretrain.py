@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from composable.assembly.backbones import LoadedBackbone, load_backbone, save_backbone
 from composable.corpora.documents import Document, read_documents, write_documents
@@ -27,12 +28,12 @@ from composable.interface import RouterInterface, byte_router
 from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig, small_bytes, tiny_bytes
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
-from composable.parallel import start_processes
+from composable.parallel import fetch_tree, is_first_process, start_processes, wait_for_all
 from composable.progress import StepProgress, show_bars
 from composable.training.config import TrainConfig
 from composable.training.data import batches, token_stream
 from composable.training.loop import fit
-from composable.training.objectives import backbone_objective
+from composable.training.objectives import backbone_objective, float32_masters
 from composable.vetting.card import CARD_FILE
 from composable.vetting.evaluation import path_scorer, score_documents
 
@@ -116,8 +117,53 @@ PLANS: Final[Mapping[str, Plan]] = {
 }
 
 
+def train_backbone(
+    plan: Plan,
+    recipe: Path,
+    out: Path,
+    work: Path | None = None,
+    *,
+    mesh: Mesh | None = None,
+    progress: StepProgress | None = None,
+) -> dict[str, Any]:
+    """Make the text of a recipe, train a backbone on it, and pack it.
+
+    In a run of many processes all call this, with the same folders, and the first one writes.
+
+    Args:
+        plan: Architecture and settings.
+        recipe: Folder of the data recipe.
+        out: Folder of the package.
+        work: Folder of text, checkpoints and curves; by default in `runs`.
+        mesh: Devices; all of them as data parallel by default.
+        progress: Called at every step.
+
+    Returns:
+        The digest of the interface, and what the backbone scores.
+    """
+    loaded_recipe, work = load_recipe(recipe), work or Path("runs") / plan.name
+    text = work / "text"
+    if is_first_process():
+        make_texts(loaded_recipe, text)
+    wait_for_all("text")
+    documents = read_documents([text / "train.jsonl"])
+    backbone = pretrain(plan, documents, work, mesh=mesh, progress=progress)
+    heldout = read_documents([text / "heldout.jsonl"])
+    if is_first_process():
+        pack(plan, backbone, heldout, loaded_recipe.source.package, out)
+        write_documents(recipe / "text" / "heldout.jsonl", split_heldout(heldout)[1])
+    wait_for_all("package")
+    card = json.loads((out / CARD_FILE).read_text())
+    return {"interface": card["interface"]["digest"], **card["measured"]}
+
+
 def pretrain(
-    plan: Plan, documents: Sequence[Document], work: Path, *, progress: StepProgress | None = None
+    plan: Plan,
+    documents: Sequence[Document],
+    work: Path,
+    *,
+    mesh: Mesh | None = None,
+    progress: StepProgress | None = None,
 ) -> Backbone:
     """Train a backbone together with its scout, and return it.
 
@@ -125,6 +171,7 @@ def pretrain(
         plan: Architecture and settings.
         documents: Public text.
         work: Where checkpoints and curves go.
+        mesh: Devices; all of them as data parallel by default.
         progress: Called at every step.
     """
     shape, cfg = plan.shape, plan.training
@@ -140,10 +187,20 @@ def pretrain(
         process=jax.process_index(),
         n_processes=jax.process_count(),
     )
+    masters = float32_masters(params)
     fitted = fit(
-        backbone_objective(graph), params, rest, data, cfg, directory=work, progress=progress
+        backbone_objective(graph),
+        masters,
+        rest,
+        data,
+        cfg,
+        mesh=mesh,
+        directory=work,
+        progress=progress,
     )
-    trained: Backbone = nnx.merge(graph, fitted.trained, rest)
+    trained_params = fetch_tree(fitted.trained)
+    params = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), trained_params, params)
+    trained: Backbone = nnx.merge(graph, params, rest)
     return trained
 
 
@@ -293,23 +350,16 @@ def main() -> None:
     arguments = parser.parse_args()
     start_processes()
     plan = PLANS[arguments.name]
-    work: Path = arguments.work or Path("runs") / plan.name
-    recipe = load_recipe(arguments.recipe)
-    text = work / "text"
-    make_texts(recipe, text)
-    documents = read_documents([text / "train.jsonl"])
     with show_bars(is_transient=False) as update:
 
         def show(step: int, steps: int, row: Mapping[str, float]) -> None:
             note = f"{row['bits_per_token']:.2f} bits per byte" if row else ""
-            update(plan.name, step, steps, note)
+            if is_first_process():
+                update(plan.name, step, steps, note)
 
-        backbone = pretrain(plan, documents, work, progress=show)
-    heldout = read_documents([text / "heldout.jsonl"])
-    interface = pack(plan, backbone, heldout, recipe.source.package, arguments.out)
-    write_documents(arguments.recipe / "text" / "heldout.jsonl", split_heldout(heldout)[1])
-    card = json.loads((arguments.out / CARD_FILE).read_text())
-    print(json.dumps({"interface": interface.digest, **card["measured"]}, indent=2))
+        card = train_backbone(plan, arguments.recipe, arguments.out, arguments.work, progress=show)
+    if is_first_process():
+        print(json.dumps(card, indent=2))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import make_expert, save_expert
@@ -38,6 +40,7 @@ from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import fit_interface
+from composable.parallel import fetch_tree, is_first_process, make_mesh
 from composable.progress import CountProgress, TrainingProgress
 from composable.training.config import TrainConfig
 from composable.training.data import batches, tapped_batches, token_stream
@@ -74,7 +77,9 @@ def expert_config(
     seed: int = 0,
     *,
     rows: int = 4,
+    window: int = _WINDOW,
     backbone: Backbone | None = None,
+    n_devices: int | None = None,
 ) -> TrainConfig:
     """Return the settings that experts are trained with: rows of 256 tokens, for Muon.
 
@@ -85,23 +90,23 @@ def expert_config(
         steps: Optimiser steps.
         seed: Seed of the initial weights and of the order of the data.
         rows: Rows per step, rounded up so that every device gets as many.
+        window: Positions of a row.
         backbone: The backbone: the larger, the fewer steps between checkpoints. Without it,
             there are 400.
+        n_devices: Number of devices, by default those that are here.
 
     Example:
         >>> expert_config(steps=300).window
         256
     """
-    n_devices = jax.device_count()
+    n_devices = n_devices or jax.device_count()
     every = 400
     if backbone is not None:
-        every = max(
-            1, round(_CHECKPOINT_WORK / (count_upper_parameters(backbone) * rows * _WINDOW))
-        )
+        every = max(1, round(_CHECKPOINT_WORK / (count_upper_parameters(backbone) * rows * window)))
     return TrainConfig(
         steps=steps,
         batch_size=-(-rows // n_devices) * n_devices,
-        window=_WINDOW,
+        window=window,
         learning_rate=1e-2,
         seed=seed,
         checkpoint_every=min(every, 400),
@@ -117,11 +122,13 @@ def train_expert(
     parent: Pluggable | None = None,
     optimizer: optax.GradientTransformation | None = None,
     trunk: Path | None = None,
+    mesh: Mesh | None = None,
     progress: TrainingProgress | None = None,
 ) -> TrainingRecord:
     """Train the expert of a folder on text, and write its tensors there.
 
-    One document in ten is held out for vetting, chosen by its id.
+    One document in ten is held out for vetting, chosen by its id. In a run of many processes all
+    call this, with the same folder and texts, and the first one writes.
 
     Args:
         loaded: The backbone.
@@ -132,6 +139,7 @@ def train_expert(
         optimizer: `muon(cfg)` by default.
         trunk: Folder for the trunk's outputs, which are then always kept there and read by every
             run on the same text; by default the run's own, if keeping them is worth while.
+        mesh: Devices to train body and scout on; all of them as data parallel by default.
         progress: Called with the stage (the trunk, where its output is cached; body and scout;
             features; scout alone), steps or positions done and in all, and the newest figures.
 
@@ -147,7 +155,8 @@ def train_expert(
     train, heldout = read_texts(data, manifest.name)
     work = folder / WORK
     work.mkdir(exist_ok=True)
-    write_documents(work / HELDOUT_FILE, heldout)
+    if is_first_process():
+        write_documents(work / HELDOUT_FILE, heldout)
     stream_M = token_stream(train, loaded.tokenizer)
     derives_from = None if parent is None else manifest.derives_from
     _require_same_start(work, stream_M, derives_from)
@@ -161,6 +170,7 @@ def train_expert(
         work=work,
         trunk=trunk or work / "trunk",
         optimizer=optimizer or muon(cfg),
+        mesh=mesh or make_mesh(),
         progress=show,
     )
     fit_parts = _fit_on_cached_trunk if trunk or plan.caches_trunk else _fit_on_stream
@@ -168,10 +178,11 @@ def train_expert(
     scout = _fit_scout(fitted, cfg, plan, show)
     fitted.expert.scout = scout.scout
 
-    save_expert(folder, fitted.expert, manifest)
     seconds = time.perf_counter() - start
     record = _make_record(train, cfg, fitted, scout, seconds, derives_from)
-    atomic.write_text(work / TRAINING_FILE, format_record(record))
+    if is_first_process():
+        save_expert(folder, fitted.expert, manifest)
+        atomic.write_text(work / TRAINING_FILE, format_record(record))
     return record
 
 
@@ -183,6 +194,7 @@ class _Run:
     work: Path
     trunk: Path
     optimizer: optax.GradientTransformation
+    mesh: Mesh
     progress: TrainingProgress
 
 
@@ -315,10 +327,11 @@ def _fit_expert(
         data,
         run.cfg,
         optimizer=run.optimizer,
+        mesh=run.mesh,
         directory=run.work,
         progress=partial(run.progress, "body and scout"),
     )
-    trained: Expert = nnx.merge(graph, fitted.trained)
+    trained: Expert = nnx.merge(graph, jax.tree.map(jnp.asarray, fetch_tree(fitted.trained)))
     return trained, fitted
 
 
@@ -388,4 +401,5 @@ def _require_same_start(work: Path, stream_M: np.ndarray, parent: str | None) ->
             where=str(work),
             hint=f"use the same {changed} to resume, or remove {work} to start again",
         )
-    atomic.write_text(file, start + "\n")
+    if is_first_process():
+        atomic.write_text(file, start + "\n")

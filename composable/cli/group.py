@@ -1,0 +1,50 @@
+"""What commands that train share: joining a group of processes, and the table of a plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from composable.cli.output import format_bytes, format_table, show
+
+if TYPE_CHECKING:
+    from composable.workflows.step_plan import StepPlan
+
+
+def join_group(
+    coordinator: str | None, n_processes: int | None, process: int | None, init_timeout: float
+) -> bool:
+    """Join the processes of this run; return whether this one prints for all."""
+    from composable.parallel import is_first_process, start_processes
+
+    start_processes(coordinator, n_processes, process, init_timeout=init_timeout)
+    return is_first_process()
+
+
+def show_plan(plan: StepPlan, *, as_json: bool) -> None:
+    """Print what a training step costs on a topology."""
+    cost = plan.cost
+    axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+    room = plan.chip_memory - cost.peak
+    fits = f"{format_bytes(abs(room))} {'free' if plan.fits else 'too much'}"
+    rows = [
+        ("topology", f"{plan.topology}, {plan.devices} chips: {axes or 'one device'}"),
+        ("parameters", f"{plan.parameters:,}, {plan.trained:,} of them trained"),
+        ("a step", f"{plan.rows:,} rows of {plan.window:,} tokens"),
+        (
+            "memory per chip",
+            f"{format_bytes(cost.peak)} of {format_bytes(plan.chip_memory)}: {fits} "
+            f"({format_bytes(cost.arguments)} weights and state, "
+            f"{format_bytes(cost.temporary)} temporary)",
+        ),
+        (
+            "FLOPs per token",
+            f"{plan.flops_per_token / 1e9:,.2f} G, {plan.recomputation:.2f} times the model's "
+            f"{plan.own_flops_per_token / 1e9:,.2f} G",
+        ),
+    ]
+    for kind, operations in cost.collectives.items():
+        rows.append((kind, f"{format_bytes(operations.bytes)} in {operations.count:,} operations"))
+    if cost.seconds is not None and plan.share_of_peak is not None:
+        rows.append(("XLA's estimate", f"{cost.seconds:.3f} s, {plan.share_of_peak:.0%} of peak"))
+    rows.append(("compiled in", f"{plan.compile_seconds:.0f} s"))
+    show(format_table((), rows), plan.to_dict(), as_json=as_json)

@@ -1,0 +1,85 @@
+"""`composable train` and `composable check` as one run of two processes, over loopback."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.slow
+
+# Rows are summed on two devices instead of on one; a few steps of Muon of at most 1e-2.
+SAME_WEIGHTS = 5e-3
+REPOSITORY = Path(__file__).parents[2]
+
+
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def run_group(n_processes, *arguments):
+    """Run a command in every process of a group; return what each printed."""
+    address = free_address()
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    started = []
+    try:
+        for index in range(n_processes):
+            group = ["--coordinator", address, "--num-processes", str(n_processes)]
+            command = [sys.executable, "-m", "composable.cli", *map(str, arguments)]
+            started.append(
+                subprocess.Popen(
+                    [*command, *([*group, "--process-id", str(index)] if n_processes > 1 else [])],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        said = [process.communicate(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    for process, (_, errors) in zip(started, said, strict=True):
+        assert process.returncode == 0, errors[-2000:]
+    return [out for out, _ in said]
+
+
+@pytest.fixture
+def experts(trained_folder, loaded, tmp_path):
+    """Return two folders of the same untrained expert, its text, and the backbone."""
+    folders = []
+    for name in ("one", "two"):
+        folder = tmp_path / name / "logic"
+        folder.mkdir(parents=True)
+        for file in ("expert.toml", "README.md"):
+            shutil.copy(trained_folder / file, folder)
+        folders.append(folder)
+    return *folders, trained_folder.parent / "logic.jsonl", loaded.folder
+
+
+def test_two_processes_train_and_check_one_expert(experts):
+    one, two, text, backbone = experts
+    options = ["--backbone", backbone, "--json"]
+    settings = ["--steps", 4, "--window", 32]
+    (alone,) = run_group(1, "train", one, "--data", text, *settings, *options)
+    first, second = run_group(2, "train", two, "--data", text, *settings, *options)
+    assert second == "", "only the first process prints"
+    expected, found = json.loads(alone), json.loads(first)
+    assert found["tokens"] == expected["tokens"]
+    assert found["last"]["loss"] == pytest.approx(expected["last"]["loss"], abs=1e-3)
+    body, same_body = (load_file(folder / "body.safetensors") for folder in (two, one))
+    assert body.keys() == same_body.keys()
+    for name, array in body.items():
+        np.testing.assert_allclose(array, same_body[name], atol=SAME_WEIGHTS)
+    first, second = run_group(2, "check", two, "--data", text, *options)
+    assert second == ""
+    assert {check["name"] for check in json.loads(first)["checks"]} > {"format"}
