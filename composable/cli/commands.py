@@ -7,6 +7,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Use": {
         "generate": ("use", "Generate text from a prompt, or from each prompt in a file."),
         "chat": ("use", "Chat with a model; an empty line or end of input quits."),
+        "doctor": ("doctor", "Show versions, devices, processes, mesh, compile cache and kernels."),
         "demo": ("use", "Train, publish, install and evaluate three experts, and write a report."),
     },
     "Project": {

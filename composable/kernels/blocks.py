@@ -73,6 +73,23 @@ def run_blocks(
     return outputs
 
 
+def describe_implementation(platform: str) -> str:
+    """Return which implementation of `run_blocks` a platform has, and why.
+
+    Args:
+        platform: As jax names it: "cpu", "tpu", "gpu".
+
+    Example:
+        >>> describe_implementation("cpu")
+        'loop_blocks: a loop over the blocks in use, whose number is known when it runs'
+    """
+    reasons = {
+        "cpu": "loop_blocks: a loop over the blocks in use, whose number is known when it runs",
+        "tpu": "stream_blocks: one kernel that reads the weights of each expert in use once",
+    }
+    return reasons.get(platform, "batch_blocks: few large products, since many small ones wait")
+
+
 # The implementations of all platforms are traced, once for all slots instead of for each.
 @functools.partial(jax.jit, static_argnames=("fn", "stream"), inline=True)
 def _run_on_platform(
