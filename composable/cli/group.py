@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from composable.cli.output import format_bytes, format_table, show
@@ -14,10 +16,20 @@ def join_group(
     coordinator: str | None, n_processes: int | None, process: int | None, init_timeout: float
 ) -> bool:
     """Join the processes of this run; return whether this one prints for all."""
-    from composable.parallel import is_first_process, start_processes
+    from composable.parallel import has_started, is_first_process, start_processes
 
     start_processes(coordinator, n_processes, process, init_timeout=init_timeout)
+    if has_started():
+        _divert_output_of_libraries()
     return is_first_process()
+
+
+def _divert_output_of_libraries() -> None:
+    """Send what libraries print themselves to standard error: standard output is for data."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def show_plan(plan: StepPlan, *, as_json: bool) -> None:
@@ -46,5 +58,7 @@ def show_plan(plan: StepPlan, *, as_json: bool) -> None:
         rows.append((kind, f"{format_bytes(operations.bytes)} in {operations.count:,} operations"))
     if cost.seconds is not None and plan.share_of_peak is not None:
         rows.append(("XLA's estimate", f"{cost.seconds:.3f} s, {plan.share_of_peak:.0%} of peak"))
-    rows.append(("compiled in", f"{plan.compile_seconds:.0f} s"))
+    rows.append(
+        ("compiled in", f"{plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} s of CPU)")
+    )
     show(format_table((), rows), plan.to_dict(), as_json=as_json)

@@ -2,7 +2,12 @@
 
 from composable.parallel.batch import split_batch, sum_over_batch
 from composable.parallel.mesh import make_mesh, parse_mesh
-from composable.parallel.processes import is_first_process, start_processes, wait_for_all
+from composable.parallel.processes import (
+    has_started,
+    is_first_process,
+    start_processes,
+    wait_for_all,
+)
 from composable.parallel.sharding import (
     BATCH_SPEC,
     count_batch_shards,
@@ -22,6 +27,7 @@ __all__ = [
     "count_batch_shards",
     "fetch_tree",
     "gather_weights",
+    "has_started",
     "is_first_process",
     "keep_batch_split",
     "make_mesh",

@@ -82,6 +82,16 @@ def start_processes(
     )
 
 
+def has_started() -> bool:
+    """Return whether this is one of the processes of a group.
+
+    Example:
+        >>> has_started()
+        False
+    """
+    return jax.distributed.is_initialized()
+
+
 def is_first_process() -> bool:
     """Return whether this process writes files and prints for all.
 
