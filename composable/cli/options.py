@@ -13,6 +13,9 @@ import typer
 
 from composable.errors import ComposableError
 
+# Key of the Click context under which the index of a process of a group is recorded, so that errors
+# name it.
+PROCESS: Final = "composable.process"
 # Key of the Click context under which --json is recorded, so that errors are printed as JSON too.
 AS_JSON: Final = "composable.is_json"
 

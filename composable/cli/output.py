@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import typer
 
-from composable.cli.options import AS_JSON
+from composable.cli.options import AS_JSON, PROCESS
 from composable.errors import ComposableError, ComposableWarning
 from composable.printable import printable, printable_json
 
@@ -30,7 +30,11 @@ def show(text: str, data: Any, *, as_json: bool, is_quiet: bool = False) -> None
 
 
 def show_error(error: ComposableError, ctx: typer.Context) -> None:
-    """Print an error: with --json on standard output, otherwise as text on standard error."""
+    """Print an error: with --json on standard output, otherwise as text on standard error.
+
+    In a run of many processes it names the one that failed.
+    """
+    process = ctx.meta.get(PROCESS)
     if ctx.meta.get(AS_JSON, False):
         data = {
             "kind": type(error).__name__,
@@ -38,9 +42,12 @@ def show_error(error: ComposableError, ctx: typer.Context) -> None:
             "where": error.where,
             "hint": error.hint,
         }
+        if process is not None:
+            data["process"] = process
         print(printable_json({"error": data}, indent=2))
     else:
-        print(f"error: {error}", file=sys.stderr)
+        who = "" if process is None else f"process {process}: "
+        print(f"error: {who}{error}", file=sys.stderr)
 
 
 def note(text: str, *, is_quiet: bool = False) -> None:

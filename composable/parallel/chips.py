@@ -33,6 +33,7 @@ class Chip:
         name: Its name in a topology.
         memory: Bytes that a program may use.
         peak_flops: Floating-point operations per second, bfloat16.
+        link_bytes: Bytes per second that it exchanges with other chips.
 
     References:
         https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
@@ -41,15 +42,16 @@ class Chip:
     name: str
     memory: int
     peak_flops: float
+    link_bytes: float
 
 
 CHIPS: Final = {
     chip.name: chip
     for chip in (
-        Chip(name="v4", memory=32 << 30, peak_flops=275e12),
-        Chip(name="v5e", memory=round(15.75 * 2**30), peak_flops=197e12),
-        Chip(name="v5p", memory=95 << 30, peak_flops=459e12),
-        Chip(name="v6e", memory=round(31.25 * 2**30), peak_flops=918e12),
+        Chip(name="v4", memory=32 << 30, peak_flops=275e12, link_bytes=300e9),
+        Chip(name="v5e", memory=round(15.75 * 2**30), peak_flops=197e12, link_bytes=200e9),
+        Chip(name="v5p", memory=95 << 30, peak_flops=459e12, link_bytes=600e9),
+        Chip(name="v6e", memory=round(31.25 * 2**30), peak_flops=918e12, link_bytes=448e9),
     )
 }
 

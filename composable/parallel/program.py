@@ -73,7 +73,6 @@ class ProgramCost:
         temporary: Bytes beyond arguments and results while it runs.
         peak: Bytes in memory at once, at most.
         flops: Floating-point operations of products of matrices.
-        seconds: XLA's estimate of the time; None if it has none.
         collectives: Operations between devices, by kind.
     """
 
@@ -81,7 +80,6 @@ class ProgramCost:
     temporary: int
     peak: int
     flops: int
-    seconds: float | None
     collectives: dict[str, Collectives]
 
 
@@ -97,16 +95,14 @@ def measure_program(compiled: Any) -> ProgramCost:
         >>> measure_program(compiled).flops
         128
     """
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     flops, collectives = count_operations(compiled.as_text())
-    seconds = cost.get("optimal_seconds") if cost else None
     return ProgramCost(
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         peak=held - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         flops=flops,
-        seconds=seconds if seconds and seconds > 0 else None,
         collectives=collectives,
     )
 

@@ -45,6 +45,7 @@ class StepPlan:
         cost: What the compiled program costs one device.
         chip_memory: Bytes that a program may use on one.
         chip_peak: Operations per second of one.
+        chip_link: Bytes per second that one exchanges with others.
         compile_seconds: Time to compile the step here.
         compile_cpu_seconds: Time of all processors in it, which a busy machine does not lengthen.
     """
@@ -60,6 +61,7 @@ class StepPlan:
     cost: ProgramCost
     chip_memory: int
     chip_peak: float
+    chip_link: float
     compile_seconds: float
     compile_cpu_seconds: float
 
@@ -74,12 +76,19 @@ class StepPlan:
         return self.cost.flops * self.devices / (self.rows * self.window)
 
     @property
-    def share_of_peak(self) -> float | None:
-        """Share of the chip's peak that the model's own operations have in XLA's estimated time."""
-        if self.cost.seconds is None:
-            return None
+    def least_seconds(self) -> float:
+        """Time of a step if products ran at the chip's peak and nothing waited for the network.
+
+        XLA's own estimate is not used: it counts a loop once, and is negative for these programs.
+        """
+        traffic = sum(operations.bytes for operations in self.cost.collectives.values())
+        return max(self.cost.flops / self.chip_peak, traffic / self.chip_link)
+
+    @property
+    def share_of_peak(self) -> float:
+        """Share of the chips' peak that the model's own operations have in that time, at most."""
         own = self.own_flops_per_token * self.rows * self.window / self.devices
-        return own / self.cost.seconds / self.chip_peak
+        return own / self.least_seconds / self.chip_peak
 
     @property
     def recomputation(self) -> float:
@@ -88,7 +97,7 @@ class StepPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with what follows from it."""
-        derived = ("fits", "flops_per_token", "recomputation", "share_of_peak")
+        derived = ("fits", "flops_per_token", "recomputation", "least_seconds", "share_of_peak")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -259,6 +268,7 @@ def _plan(
         cost=measure_program(compiled),
         chip_memory=chip.memory,
         chip_peak=chip.peak_flops,
+        chip_link=chip.link_bytes,
         compile_seconds=round(seconds, 1),
         compile_cpu_seconds=round(cpu_seconds, 1),
     )

@@ -4,14 +4,16 @@ import sys
 import warnings
 from types import SimpleNamespace
 
+import click
 import pytest
 from rich.console import Console
 
 from composable import progress
-from composable.cli.output import format_table, note, note_warnings, show
+from composable.cli.options import AS_JSON, PROCESS
+from composable.cli.output import format_table, note, note_warnings, show, show_error
 from composable.cli.routing import choose_format
 from composable.cli.use import _print_pieces
-from composable.errors import ContributionWarning
+from composable.errors import ContributionWarning, TrainingError
 from composable.progress import show_bars
 
 
@@ -91,3 +93,13 @@ def test_generated_text_is_escaped_on_a_terminal_only(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _print_pieces(pieces, choose_format((), is_wanted=False))
     assert capsys.readouterr().out == "a\tb\\x1b[2J\n\n"
+
+
+def test_an_error_in_a_run_of_many_processes_names_the_one_that_failed(capsys):
+    ctx = click.Context(click.Command("train"))
+    ctx.meta[PROCESS] = 3
+    show_error(TrainingError("the loss is nan", where="step 7"), ctx)
+    assert capsys.readouterr().err == "error: process 3: step 7: the loss is nan\n"
+    ctx.meta[AS_JSON] = True
+    show_error(TrainingError("the loss is nan"), ctx)
+    assert json.loads(capsys.readouterr().out)["error"]["process"] == 3
