@@ -20,6 +20,12 @@ from composable.cli.output import format_table, show
 
 app = typer.Typer(rich_markup_mode=None)
 
+
+@app.callback()
+def _group() -> None:
+    """Keep the command a command of a group, though it is the only one here."""
+
+
 _PACKAGES = ("composable", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
 
 
