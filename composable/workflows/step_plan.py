@@ -162,10 +162,10 @@ def plan_expert(
         return Expert(backbone, kind=kind, rank=rank, scout_width=scout_width, rngs=nnx.Rngs(0))
 
     graph, params = nnx.split(nnx.eval_shape(make, backbone))
-    n_trained = count_numbers(nnx.state(params))
+    scout = scout_width, n_classes
     return _plan(
         (expert_objective(graph), muon(training), params, backbone),
-        count_expert_flops(cfg, n_trained, kind, training.window),
+        count_expert_flops(cfg, rank, scout, training.window),
         training,
         topology,
         mesh,
@@ -183,28 +183,38 @@ def count_backbone_flops(cfg: BackboneConfig, n_classes: int, window: int) -> in
         window: Positions of a row.
     """
     weights = cfg.n_layers * _layer_weights(cfg) + cfg.vocab_size * cfg.d_model
-    # The scout's features get no gradient.
-    scout = 2 * 2 * cfg.d_model * cfg.scout_width + 6 * cfg.scout_width * n_classes
-    return 6 * weights + 3 * cfg.n_layers * _attention(cfg, window) + scout
+    attention = 3 * cfg.n_layers * _attention(cfg, window)
+    return 6 * weights + attention + _scout(cfg, cfg.scout_width, n_classes)
 
 
-def count_expert_flops(cfg: BackboneConfig, n_trained: int, kind: str, window: int) -> int:
+def count_expert_flops(
+    cfg: BackboneConfig, rank: int | None, scout: tuple[int, int], window: int
+) -> int:
     """Return the operations that training an expert needs for each token.
 
-    The trunk has no gradient. Above it there is one with respect to activations, and one with
-    respect to the body's weights.
+    The trunk has no gradient. Above it there is one with respect to activations, down to the lowest
+    body, and one with respect to the bodies' weights.
 
     Args:
         cfg: Architecture of the backbone.
-        n_trained: Trained parameters.
-        kind: Kind of the body. A low-rank one is a product beside the backbone's own.
+        rank: Rank of a low-rank body; None for a body that replaces the backbone's.
+        scout: Hidden width and classes of the expert's scout.
         window: Positions of a row.
     """
-    n_slots = len(cfg.slots)
-    upper = n_slots * _layer_weights(cfg) + cfg.vocab_size * cfg.d_model
-    attention = (cfg.tap + 3 * n_slots) * _attention(cfg, window)
-    own = 2 * n_trained if kind == "ffn" else 6 * n_trained
-    return 2 * cfg.tap * _layer_weights(cfg) + 4 * upper + own + attention
+    above, d, f = len(cfg.slots) - 1, cfg.d_model, cfg.d_ff
+    layer, unembedding = _layer_weights(cfg), cfg.vocab_size * d
+    forward = 2 * (cfg.n_layers * layer + unembedding)
+    # The lowest slot's gradient ends at the inputs of its body's last product.
+    backward = 2 * (above * layer + d * f + unembedding)
+    # A low-rank product is beside the backbone's own, forward and backward.
+    own = 2 * 3 * d * f if rank is None else 6 * 3 * rank * (d + f)
+    attention = (cfg.n_layers + 2 * above) * _attention(cfg, window)
+    return forward + backward + len(cfg.slots) * own + attention + _scout(cfg, *scout)
+
+
+def _scout(cfg: BackboneConfig, width: int, n_classes: int) -> int:
+    """Return the operations of training a scout, whose input has no gradient, for one token."""
+    return 4 * cfg.d_model * width + 6 * width * n_classes
 
 
 def _layer_weights(cfg: BackboneConfig) -> int:

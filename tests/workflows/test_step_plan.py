@@ -1,5 +1,6 @@
 """The plan of a step: its count of operations, and what the TPU's compiler says of a small one."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,11 +22,7 @@ from composable.training.config import TrainConfig
 from composable.training.loop import lower_step
 from composable.training.objectives import backbone_objective, expert_objective
 from composable.training.optimizers import adamw
-from composable.workflows.step_plan import (
-    count_backbone_flops,
-    count_expert_flops,
-    count_numbers,
-)
+from composable.workflows.step_plan import count_backbone_flops, count_expert_flops
 
 pytestmark = pytest.mark.slow
 
@@ -45,20 +42,32 @@ def flops_per_token(objective, trained, frozen):
     return cost.flops / (TRAINING.batch_size * TRAINING.window)
 
 
-def test_the_operations_of_a_backbone_are_those_counted_by_hand(tiny):
-    backbone = nnx.eval_shape(lambda: Backbone(tiny.cfg, np.arange(256), 256, rngs=nnx.Rngs(0)))
+@pytest.fixture(scope="module")
+def cfg(tiny):
+    """Return an architecture as wide as products are that an expert's step keeps."""
+    return dataclasses.replace(tiny.cfg, d_model=64, d_ff=128)
+
+
+@pytest.fixture(scope="module")
+def backbone(cfg):
+    return nnx.eval_shape(lambda: Backbone(cfg, np.arange(256), 256, rngs=nnx.Rngs(0)))
+
+
+def test_the_operations_of_a_backbone_are_those_counted_by_hand(cfg, backbone):
     graph, params, rest = nnx.split(backbone, nnx.Param, ...)
     found = flops_per_token(backbone_objective(graph), params, rest)
-    assert found == pytest.approx(count_backbone_flops(tiny.cfg, 256, TRAINING.window), rel=BY_HAND)
+    expected = count_backbone_flops(cfg, 256, TRAINING.window)
+    assert found == pytest.approx(expected, rel=BY_HAND)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("ffn", None), ("lora", 4)])
-def test_the_operations_of_an_expert_are_those_counted_by_hand(tiny, kind, rank):
-    expert = Expert(tiny.backbone, kind=kind, rank=rank, scout_width=8, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("rank", [None, 4], ids=["ffn", "low-rank"])
+def test_the_operations_of_an_expert_are_those_counted_by_hand(cfg, backbone, rank):
+    kind = "ffn" if rank is None else "lora"
+    settings = {"kind": kind, "rank": rank, "scout_width": 8}
+    expert = nnx.eval_shape(lambda own: Expert(own, **settings, rngs=nnx.Rngs(0)), backbone)
     graph, params = nnx.split(expert)
-    found = flops_per_token(expert_objective(graph), params, tiny.backbone)
-    expected = count_expert_flops(tiny.cfg, count_numbers(params), kind, TRAINING.window)
-    # Logits are made twice over: once forward, and their gradient right behind.
+    found = flops_per_token(expert_objective(graph), params, backbone)
+    expected = count_expert_flops(cfg, rank, (8, 256), TRAINING.window)
     assert found == pytest.approx(expected, rel=BY_HAND)
 
 
