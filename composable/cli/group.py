@@ -19,13 +19,11 @@ def join_group(
     coordinator: str | None, n_processes: int | None, process: int | None, init_timeout: float
 ) -> bool:
     """Join the processes of this run; return whether this one prints for all."""
-    from composable.parallel import has_started, is_first_process, start_processes
+    from composable.parallel import current_process, is_first_process, start_processes
 
     start_processes(coordinator, n_processes, process, init_timeout=init_timeout)
-    if has_started():
-        import jax
-
-        click.get_current_context().meta[PROCESS] = jax.process_index()
+    if (index := current_process()) is not None:
+        click.get_current_context().meta[PROCESS] = index
         _divert_output_of_libraries()
     return is_first_process()
 

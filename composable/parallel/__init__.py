@@ -3,7 +3,7 @@
 from composable.parallel.batch import split_batch, sum_over_batch
 from composable.parallel.mesh import make_mesh, parse_mesh
 from composable.parallel.processes import (
-    has_started,
+    current_process,
     is_first_process,
     start_processes,
     wait_for_all,
@@ -25,9 +25,9 @@ from composable.parallel.sharding import (
 __all__ = [
     "BATCH_SPEC",
     "count_batch_shards",
+    "current_process",
     "fetch_tree",
     "gather_weights",
-    "has_started",
     "is_first_process",
     "keep_batch_split",
     "make_mesh",

@@ -82,14 +82,14 @@ def start_processes(
     )
 
 
-def has_started() -> bool:
-    """Return whether this is one of the processes of a group.
+def current_process() -> int | None:
+    """Return the index of this process in its group; None without a group.
 
     Example:
-        >>> has_started()
-        False
+        >>> current_process() is None
+        True
     """
-    return jax.distributed.is_initialized()
+    return jax.process_index() if jax.distributed.is_initialized() else None
 
 
 def is_first_process() -> bool:
