@@ -5,7 +5,7 @@ The resolver is the one of `composable install`; conflicts are explained in its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,6 +90,10 @@ class StoredReleases:
     def names(self) -> Sequence[str]:
         """Return all names, for a hint."""
         return self._session.scalars(select(tables.Package.name).where(can_see(self._caller))).all()
+
+    def alternatives(self, name: str) -> Mapping[str, str]:
+        """Return nothing: a basket has no policy that another package could satisfy."""
+        return {}
 
     def _to_candidate(self, release: Release) -> Candidate:
         reason = explain_misfit(release, self._interface)

@@ -6,7 +6,6 @@ can send anything.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -15,6 +14,7 @@ from composable.errors import ManifestError, VettingError
 from composable.files.reading import read_bytes
 from composable.files.records import parse_record
 from composable.interface import RouterInterface
+from composable.packaging.manifests.licenses import parse_license
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry.compatibility import Change, Step, compare_manifests
@@ -25,50 +25,19 @@ from composable.vetting.card import CARD_FILE, Card, find_regressions, tensor_di
 MAX_CARD_BYTES: Final = 1 << 20
 # Names shorter than this are alike by accident.
 MIN_TYPO_LENGTH: Final = 5
-_ID: Final = re.compile(r"(?:LicenseRef-)?[A-Za-z0-9][A-Za-z0-9.-]*\+?")
-_WORD: Final = re.compile(r"\s*(\(|\)|[^\s()]+)")
 
 
 def check_license(expression: str) -> str:
-    """Return a licence if it is an SPDX expression; which identifiers exist is not checked.
+    """Return a licence in its one spelling if it is an SPDX expression.
 
     Raises:
-        ManifestError: For any other text.
-
-    References:
-        SPDX specification 2.3, annex D.
+        ManifestError: For any other text, or none.
 
     Example:
         >>> check_license("Apache-2.0 OR (MIT AND CC-BY-4.0)")
         'Apache-2.0 OR (MIT AND CC-BY-4.0)'
     """
-    where = f"{EXPERT_FILE}: expert.license"
-    words = _WORD.findall(expression)
-    depth, wants_term = 0, True
-    for at, word in enumerate(words):
-        if wants_term and word == "(":
-            depth += 1
-        elif wants_term and _ID.fullmatch(word) and word not in ("AND", "OR", "WITH"):
-            wants_term = False
-        elif not wants_term and word == ")" and depth:
-            depth -= 1
-        elif not wants_term and (
-            word in ("AND", "OR") or (word == "WITH" and words[at - 1] != ")")
-        ):
-            wants_term = True
-        else:
-            raise ManifestError(
-                f"{expression[:80]!r} is not an SPDX expression: unexpected {word[:40]!r}",
-                where=where,
-                hint="write for example Apache-2.0, or MIT OR CC-BY-4.0",
-            )
-    if wants_term or depth:
-        raise ManifestError(
-            f"{expression[:80]!r} is not an SPDX expression" if expression else "missing",
-            where=where,
-            hint="write for example Apache-2.0",
-        )
-    return expression
+    return parse_license(expression, f"{EXPERT_FILE}: expert.license")
 
 
 def check_new_name(name: str, known: Iterable[str]) -> None:

@@ -75,13 +75,8 @@ def _require_own_texts(folder: Path) -> None:
 
 def _require_license(folder: Path) -> None:
     """Refuse a licence that is stated and not an SPDX expression."""
-    license_ = Manifest.read(folder).license
-    try:
-        if license_:
-            parse_license(license_)
-    except ManifestError as error:
-        where = f"{folder / EXPERT_FILE}: expert.license"
-        raise ManifestError(error.message, where=where, hint=error.hint) from error
+    if license_ := Manifest.read(folder).license:
+        parse_license(license_, f"{folder / EXPERT_FILE}: expert.license")
 
 
 def _list_texts(manifest: Manifest) -> dict[str, str]:

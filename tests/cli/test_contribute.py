@@ -166,6 +166,19 @@ def test_figures_of_training_say_that_they_are_of_training_text():
     assert format_figures({}) == ""
 
 
+def test_publish_refuses_a_licence_that_is_no_expression(cli, works, fakes):
+    folder = fakes.write("german")
+    manifest = folder / "expert.toml"
+    own = manifest.read_text()
+    manifest.write_text(own.replace("[expert]", '[expert]\nlicense = "Apache 2"', 1))
+    outcome = cli("publish", folder, "--registry", "registry", "--json")
+    assert (outcome.code, outcome.json["error"]["kind"]) == (1, "ManifestError")
+    assert "'Apache 2' is not an SPDX licence expression" in outcome.json["error"]["message"]
+    assert outcome.json["error"]["where"] == f"{folder}/expert.toml: expert.license"
+    manifest.write_text(own.replace("[expert]", '[expert]\nlicense = "apache-2.0"', 1))
+    works("publish", folder, "--registry", "registry")
+
+
 def test_publish_refuses_a_truncated_file(cli, fakes):
     folder = fakes.write("german")
     body = folder / "body.safetensors"
@@ -309,8 +322,9 @@ def test_from_new_to_published(cli, works, tiny_backbone):
         refused = cli("publish", "my-expert", "--registry", "registry", *backbone)
         assert "is the placeholder of the template" in refused.err
     template = Manifest.read(find_template())
-    for placeholder in (template.description, template.license, template.training.data):
+    for placeholder in (template.description, template.training.data):
         text = text.replace(placeholder, "Chosen.")
+    text = text.replace(template.license, "Apache-2.0")
     manifest.write_text(text)
     published = cli("publish", "my-expert", "--registry", "registry", *backbone)
     assert published.code == outcome.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def make_expert(tmp_path: Path, interface: RouterInterface) -> MakeExpert:
         needs: str = "^1",
         extra: str = "",
         license_: str | None = None,
+        domains: tuple[str, ...] = (),
     ) -> Path:
         folder = tmp_path / "experts" / f"{name}-{version}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,7 @@ def make_expert(tmp_path: Path, interface: RouterInterface) -> MakeExpert:
         (folder / "README.md").write_text(f"# {name}\n")
         ranges = "".join(f'{other} = "{text}"\n' for other, text in (requires or {}).items())
         stated = "" if license_ is None else f'license = "{license_}"\n'
+        stated += f"domains = {json.dumps(domains)}\n" if domains else ""
         (folder / "expert.toml").write_text(
             f'[expert]\nname = "{name}"\nversion = "{version}"\nbackbone = "tiny-bytes"\n'
             f"{stated}"

@@ -15,11 +15,12 @@ MAX_LICENSE_LENGTH: Final = 200
 _TOKEN: Final = re.compile(r"[()]|[^\s()]+")
 
 
-def parse_license(text: str) -> str:
+def parse_license(text: str, where: str | None = None) -> str:
     """Return an SPDX expression in its one spelling.
 
     Args:
         text: The expression. `LicenseRef-NAME` stands for a licence that SPDX does not list.
+        where: Where it comes from, for errors.
 
     Raises:
         ManifestError: When it is not an SPDX expression.
@@ -35,13 +36,15 @@ def parse_license(text: str) -> str:
 
     if len(text) > MAX_LICENSE_LENGTH:
         raise ManifestError(
-            f"{len(text):,} characters, expected at most {MAX_LICENSE_LENGTH} of a licence"
+            f"{len(text):,} characters, expected at most {MAX_LICENSE_LENGTH} of a licence",
+            where=where,
         )
     try:
         return str(canonicalize_license_expression(text))
     except (InvalidLicenseExpression, RecursionError, MemoryError) as error:
         raise ManifestError(
             f"{text!r} is not an SPDX licence expression: {error}",
+            where=where,
             hint="expected for example Apache-2.0, or 'MIT OR Apache-2.0'; see "
             "https://spdx.org/licenses. A licence that is not listed there is LicenseRef-NAME",
         ) from error

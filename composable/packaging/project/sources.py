@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from composable.errors import PackagingError, RegistryError, UnknownExpertError, did_you_mean
 from composable.packaging.install.download import run_concurrently
 from composable.packaging.manifests.packing import pack_named
 from composable.packaging.project.project import Project
+from composable.packaging.registry.index import Entry
 from composable.packaging.registry.registry import Registry
 from composable.packaging.registry.release import Release
 from composable.packaging.resolution.universe import Candidate
@@ -19,6 +20,9 @@ from composable.packaging.versions.version import Version
 
 if TYPE_CHECKING:
     from composable.interface.contract import RouterInterface
+
+# Each alternative costs a resolution, and each of a remote registry reads its index.
+MAX_ALTERNATIVES: Final = 3
 
 
 class ProjectSource:
@@ -110,6 +114,27 @@ class ProjectSource:
     def names(self) -> Sequence[str]:
         """Return the names in the project's readable registries, for hints."""
         return sorted({name for names in self._names_by_registry().values() for name in names})
+
+    def alternatives(self, name: str) -> dict[str, str]:
+        """Return the experts that share tags with one, those that share most first.
+
+        Only the catalogues of readable registries are asked, and an expert counts only in the
+        registry that it would be taken from.
+        """
+        known: dict[str, Entry] = {}
+        for registry in self._project.registries:
+            with contextlib.suppress(PackagingError):
+                for entry in self._open_registry(registry).entries():
+                    if self._project.registry_of(entry.name) == registry:
+                        known[entry.name] = entry
+        tags = set(known[name].tags) if name in known else set()
+        shared = {other: sorted(tags.intersection(entry.tags)) for other, entry in known.items()}
+        order = sorted(shared, key=lambda other: (-len(shared[other]), other))
+        close = [other for other in order if shared[other] and other != name]
+        return {
+            other: f"both are about {' and '.join(shared[other])}"
+            for other in close[:MAX_ALTERNATIVES]
+        }
 
     def _names_by_registry(self) -> dict[str, Collection[str]]:
         found: dict[str, Collection[str]] = {}

@@ -72,6 +72,7 @@ class _Suggestions:
             *self._try_another_interface(),
             *self._try_yanked(),
             *self._try_remedies(),
+            *self._try_alternatives(),
         ]
         if not suggestions:
             suggestions = [*self._try_prereleases(in_range=False), *self._try_leaving_out()]
@@ -208,6 +209,29 @@ class _Suggestions:
             found = self._remedies_in(problem, answer)
             if remedies == (remedies := list(dict.fromkeys([*remedies, *found]))):
                 return
+
+    def _try_alternatives(self) -> Iterator[Suggestion]:
+        """Try other packages instead of a required one that is refused."""
+        required = {requirement.name for requirement in self._problem.requires}
+        refused = {
+            split_extra(fact.name)[0]
+            for fact in self._proof.facts
+            if fact.kind == "none" and any(c.remedy for c in self._candidates(fact))
+        }
+        for requirement in self._blamed:
+            if requirement.name not in refused:
+                continue
+            for name, shared in self._problem.source.alternatives(requirement.name).items():
+                if name in required:
+                    continue
+                answer = self._solve(self._replace(requirement, Requirement(name, ANY)))
+                if answer is not None:
+                    version = answer[name].version
+                    yield Suggestion(
+                        f"require {name} {version} instead of {requirement.name}: {shared}",
+                        (requirement.name,),
+                    )
+                    break
 
     def _remedies_in(self, problem: ResolutionProblem, proof: Proof) -> list[str]:
         """Return the remedies of the refused candidates in a proof, of the newest first."""

@@ -57,6 +57,9 @@ class CandidateSource(Protocol):
     def names(self) -> Sequence[str]:
         """Return the known names, for a hint when a name is misspelled."""
 
+    def alternatives(self, name: str) -> Mapping[str, str]:
+        """Return packages to use instead of one, the best first, with what they have in common."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Universe:
@@ -89,6 +92,10 @@ class Universe:
     def names(self) -> Sequence[str]:
         """Return all package names."""
         return list(self.packages)
+
+    def alternatives(self, name: str) -> Mapping[str, str]:
+        """Return nothing: plain data does not say what a package is for."""
+        return {}
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "universe") -> Self:

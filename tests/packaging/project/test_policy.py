@@ -103,6 +103,24 @@ def test_dependencies_count_and_all_their_licences_are_named(
     assert lock_project(allowed, interface).versions.keys() == {"base", "german"}
 
 
+def test_another_expert_on_the_same_subject_is_suggested(
+    publish: Publish, project: Project, interface: RouterInterface, registry: Registry
+) -> None:
+    """Only one that fits the policy, and that shares a tag in the catalogue."""
+    publish("german", "1.0.0", "GPL-3.0-only", domains=("law", "german"))
+    publish("deutsch", "1.3.0", "MIT", domains=("german",))
+    publish("juris", "1.0.0", "CC-BY-NC-4.0", domains=("law", "german"))
+    publish("french", "1.0.0", "MIT", domains=("french",))
+    project = allow(require(project, "german^1"), "MIT", "Apache-2.0")
+    with pytest.raises(ResolutionError) as caught:
+        lock_project(project, interface)
+    changes = str(caught.value).partition("would solve it")[2]
+    assert "allow GPL-3.0-only under" in changes
+    assert "require deutsch 1.3.0 instead of german: both are about german" in changes
+    assert "juris" not in changes, "its licence is refused too"
+    assert "french" not in changes
+
+
 @pytest.mark.parametrize(
     ("license_", "said"),
     [(None, "states no licence"), ("choose a licence", "which is not an SPDX expression")],
