@@ -40,6 +40,8 @@ def make_app(services: Services) -> Starlette:
     async def run(app: Starlette) -> AsyncIterator[None]:
         # One thread for each connection to the database.
         anyio.to_thread.current_default_thread_limiter().total_tokens = MAX_CONNECTIONS
+        with services.database.read() as session:
+            services.search.refresh(session)  # so that the first visitor need not wait for it
         yield
 
     app = Starlette(

@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from composable.errors import ManifestError
+from composable.errors import ComposableError, ManifestError
 from composable.files import atomic
 from composable.files.blobs import blob_path
 from composable.files.reading import read_bytes
@@ -38,7 +38,7 @@ from composable.server import audit, claims, documents, rules, uploads
 from composable.server.access import can_read_blob
 from composable.server.accounts import Caller
 from composable.server.database import Database, in_hours, now
-from composable.server.refusal import RefusedError, missing
+from composable.server.refusal import RefusedError, missing, status_of
 from composable.server.settings import Settings
 from composable.server.tables import (
     Account,
@@ -179,36 +179,44 @@ class Publishing:
         with self._database.read() as session:
             publication, manifest = self._find(session, caller, publication_id)
             caller.require("publish", manifest.name)
-            claims.check_claim(session, caller, manifest)
-            previous = claims.find_previous(session, manifest)
-            interface = claims.find_interface(session, manifest)
             known = {file.digest for file in manifest.files if self._knows(session, caller, file)}
         with _scratch_folder() as folder:
             for file in manifest.files:
-                target = folder / file.name
-                is_known = file.digest in known
+                target, is_known = folder / file.name, file.digest in known
                 uploads.assemble(self._storage, publication_id, file, target, is_known=is_known)
-            atomic.write_text(folder / EXPERT_FILE, publication.manifest)
-            card = rules.check_files(folder, manifest, interface)
-            if previous is not None:
-                rules.check_bump(rules.read_card(folder), previous, manifest)
-            readme = _read_readme(folder)
-            for file in manifest.files:
-                path = blob_path(file.digest)
-                self._storage.upload(path, folder / file.name, file, None)
-            described = _describe_manifest(manifest)
-            self._storage.upload(blob_path(manifest.digest), folder / EXPERT_FILE, described, None)
-        with self._database.write() as session:
-            release = self._insert(session, caller, manifest, publication.is_private, card, readme)
-            session.execute(delete(Publication).where(Publication.id == publication_id))
-            state = release.state
+            try:
+                release = self._publish(caller, publication, manifest, folder)
+            except ComposableError as error:
+                if status_of(error) < 500:  # sending the same again would not help
+                    self.cancel(caller, publication_id)
+                raise
         uploads.drop_chunks(self._storage, publication_id, manifest.files)
         return {
             "name": manifest.name,
             "version": str(manifest.version),
             "manifest": manifest.digest,
-            "state": state,
+            "state": release.state,
         }
+
+    def _publish(
+        self, caller: Caller, publication: Publication, manifest: Manifest, folder: Path
+    ) -> Release:
+        """Verify the files in a folder, make them durable, and insert the release."""
+        with self._database.read() as session:
+            claims.check_claim(session, caller, manifest)
+            previous = claims.find_previous(session, manifest)
+            interface = claims.find_interface(session, manifest)
+        atomic.write_text(folder / EXPERT_FILE, publication.manifest)
+        card = rules.check_files(folder, manifest, interface)
+        if previous is not None:
+            rules.check_bump(rules.read_card(folder), previous, manifest)
+        readme = _read_readme(folder)
+        for file in (*manifest.files, _describe_manifest(manifest)):
+            self._storage.upload(blob_path(file.digest), folder / file.name, file, None)
+        with self._database.write() as session:
+            release = self._insert(session, caller, manifest, publication.is_private, card, readme)
+            session.execute(delete(Publication).where(Publication.id == publication.id))
+        return release
 
     def drop_expired(self) -> int:
         """Remove publications that were left unfinished; return how many."""

@@ -28,6 +28,8 @@ MAX_QUERY_LENGTH: Final = 200
 MAX_WORDS: Final = 8
 PAGE: Final = 20
 MAX_PAGE: Final = 1000
+# Answers that are kept until a package changes.
+MAX_ANSWERS: Final = 1000
 # What a word is worth, by where it is found.
 WEIGHTS: Final = {"name": 6.0, "tags": 3.0, "description": 1.0}
 FILTERS: Final = ("backbone", "language", "domain", "license")
@@ -86,14 +88,17 @@ class SearchIndex:
         self._words: dict[str, set[str]] = {}  # package -> its words
         self._sorted_words: list[str] = []
         self._dependents: dict[str, set[str]] = {}
+        self._answers: dict[tuple[Any, ...], Found] = {}  # of the public, at this revision
         self._catalog: tuple[int, bytes] = (-1, b"")
 
     def refresh(self, session: Session) -> int:
         """Read what changed since the last time; return the revision that the index is at."""
         revision = session.scalar(select(Head.entries)) or 0
-        if revision == self._revision:
-            return revision
+        if revision <= self._revision:
+            return self._revision
         with self._lock:
+            if revision <= self._revision:
+                return self._revision  # another thread has read it, or a later state
             rows = session.execute(
                 select(Package.name, Package.summary, Package.is_private, Package.removal).where(
                     Package.revision > self._revision, Package.revision <= revision
@@ -106,6 +111,7 @@ class SearchIndex:
             if rows:
                 self._sorted_words = sorted(self._scores)
             self._revision = revision
+            self._answers.clear()
         return revision
 
     def catalog(self, session: Session, caller: Caller) -> bytes:
@@ -126,6 +132,15 @@ class SearchIndex:
         self.refresh(session)
         with self._lock:
             hidden = self._hidden(session, caller)
+            key = (
+                query.text,
+                *sorted(query.filters.items()),
+                query.min_gain,
+                query.sort,
+                query.page,
+            )
+            if hidden == self._private and key in self._answers:
+                return self._answers[key]
             scores = self._match(query.text[:MAX_QUERY_LENGTH])
             names = [
                 name
@@ -137,7 +152,10 @@ class SearchIndex:
             page = min(max(query.page, 1), MAX_PAGE)
             start = (page - 1) * PAGE
             rows = [self._describe(name) for name in names[start : start + PAGE]]
-        return Found(rows=rows, total=len(names), facets=facets)
+            found = Found(rows=rows, total=len(names), facets=facets)
+            if hidden == self._private and len(self._answers) < MAX_ANSWERS:
+                self._answers[key] = found
+        return found
 
     def dependents(self, session: Session, caller: Caller, name: str) -> list[str]:
         """Return the packages whose newest release requires a package, sorted."""

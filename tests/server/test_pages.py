@@ -227,3 +227,21 @@ def test_imports_another_registry(
             assert [r.manifest for r in ours.versions(name)] == [
                 r.manifest for r in theirs.versions(name)
             ]
+
+
+def test_search_follows_every_change(
+    filled: Served, make_vetted: MakeVetted, interface: RouterInterface
+) -> None:
+    """Answers are kept, but not beyond a change."""
+
+    def total() -> int:
+        return int(filled.api("GET", "/search?q=knows")[1]["total"])
+
+    assert [total(), total()] == [3, 3]
+    bob = filled.account("bob")
+    filled.registry(bob).publish(make_vetted("swahili", seed=9), interface=interface)
+    assert total() == 4
+    filled.api("PATCH", "/packages/swahili", {"private": True}, bob)
+    assert total() == 3
+    assert filled.api("GET", "/search?q=knows", None, bob)[1]["total"] == 4
+    assert total() == 3

@@ -298,3 +298,40 @@ def test_unfinished_publications_expire(
             session.get_one(Publication, opened["id"]).created = "2020-01-01T00:00:00Z"
         assert server.services.publishing.drop_expired() == 1
         assert server.api("GET", f"/publications/{opened['id']}", None, token)[0] == 404
+
+
+def test_a_publication_that_is_refused_is_dropped(
+    server: Served, make_vetted: MakeVetted, interface: RouterInterface
+) -> None:
+    """What can never be committed does not count as unfinished, and its chunks are removed."""
+    from composable.server.tables import Publication
+
+    registry = server.registry(server.account("ann"))
+    for _ in range(2):
+        with pytest.raises(RegistryError, match="checks failed"):
+            registry.publish(change_card(make_vetted(), passed=False), interface=interface)
+    with server.services.database.read() as session:
+        assert session.query(Publication).count() == 0
+    uploads = Path(server.services.storage.location) / "uploads"
+    assert [path for path in uploads.rglob("*") if path.is_file()] == []
+
+
+def test_an_answer_that_is_lost_is_asked_for_again(
+    server: Served,
+    make_vetted: MakeVetted,
+    interface: RouterInterface,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The commit succeeded and its answer was lost; sent again, it finds no publication."""
+    registry = server.registry(server.account("ann"))
+    send = registry.storage.send  # type: ignore[attr-defined]
+
+    def send_twice(method: str, path: str, *args: object) -> bytes:
+        if path.endswith("/commit"):
+            send(method, path, *args)
+        return send(method, path, *args)
+
+    monkeypatch.setattr(registry.storage, "send", send_twice)
+    expert = make_vetted()
+    assert registry.publish(expert, interface=interface) == pack_expert(expert, interface=interface)
+    assert registry.names() == ["german"]

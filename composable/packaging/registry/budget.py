@@ -105,6 +105,16 @@ class TimeBudget:
         """Seconds that all requests together may still wait in vain."""
         return COMMAND_REQUESTS * self.request_seconds - self._spent
 
+    def extend(self, seconds: float) -> TimeBudget:
+        """Return a budget for one request that may take longer, with the same other settings."""
+        return TimeBudget(
+            self.request_seconds + seconds,
+            silent_seconds=self.silent_seconds,
+            notice_seconds=self.notice_seconds,
+            max_retries=self.max_retries,
+            first_pause_seconds=self.first_pause_seconds,
+        )
+
     def charge(self, seconds: float) -> None:
         """Count the last `seconds` as waited in vain; what overlaps in threads counts once."""
         with self._lock:

@@ -146,9 +146,7 @@ class RemoteStorage(ABC):
 
     def _call_again(self, path: str, call: Callable[[], T], seconds: float = 0.0) -> T:
         """Return what a call returns that may be repeated; `seconds` more may be waited for it."""
-        budget = self._budget
-        if seconds:
-            budget = TimeBudget(budget.request_seconds + seconds)
+        budget = self._budget.extend(seconds) if seconds else self._budget
         request = _Request(budget, self._at(path))
         while True:
             try:

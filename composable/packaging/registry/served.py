@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from composable.errors import RegistryError
+from composable.errors import RegistryError, UnreachableError
 from composable.files.reading import open_file
 from composable.packaging.manifests.manifest import CHUNK_BYTES, Manifest, PackageFile
 from composable.packaging.manifests.packing import pack_expert
@@ -67,7 +67,8 @@ class ServedRegistry(Registry):
             UnreachableError: When the server cannot be reached.
         """
         manifest = pack_expert(directory, interface=interface)
-        publication = self._ask("POST", "publications", {"manifest": manifest.to_toml()})
+        request = {"manifest": manifest.to_toml()}
+        publication = self._ask("POST", "publications", request)
         if publication["is_published"]:
             return manifest
         home = f"publications/{publication['id']}"
@@ -76,7 +77,16 @@ class ServedRegistry(Registry):
             numbers = missing.get(file.digest, [])
             self._upload(home, directory / file.name, file, numbers, progress)
         seconds = sum(file.size for file in manifest.files) / VERIFIED_BYTES_PER_SECOND
-        self._ask("POST", f"{home}/commit", {}, seconds)
+        try:
+            self._ask("POST", f"{home}/commit", {}, seconds)
+        except UnreachableError:
+            raise
+        except RegistryError:
+            # An answer that was lost on its way may have been that it is published.
+            now = self._ask("POST", "publications", request)
+            if not now["is_published"]:
+                self._server.send("DELETE", f"{API}/publications/{now['id']}", b"", _JSON)
+                raise
         return manifest
 
     def yank(self, name: str, version: Version, reason: str = "") -> None:
