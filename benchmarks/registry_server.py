@@ -46,7 +46,7 @@ from composable.server import accounts
 from composable.server.services import open_services
 from composable.server.tables import Package
 from composable.vetting.card import Card, CardInterface, Check, format_card, tensor_digests
-from tests.support.filled_registries import DOMAINS, WORDS, fill_registry
+from tests.support.filled_registries import DOMAINS, WORDS, fill_registry, filled_server
 from tests.support.killed_registries import (
     create_publisher,
     forked_servers,
@@ -234,7 +234,7 @@ def measure_search(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         + (f"&domain={DOMAINS[n % len(DOMAINS)]}" if n % 3 == 0 else "")
         for n in range(arguments.queries)
     ]
-    with filled_server(home, arguments.experts) as url:
+    with filled_server(home, small_interface(), arguments.experts) as url:
         fetch(f"{url}/api/v1/search?q=law")
         times, found = [], 0
         for query in queries:
@@ -253,7 +253,7 @@ def measure_search(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure_pages(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Fetch each page some times; its size, with what it needs, and its time."""
-    with filled_server(home, arguments.experts) as url:
+    with filled_server(home, small_interface(), arguments.experts) as url:
         _, data, _ = fetch(f"{url}/api/v1/search?q=law")
         names = [row["name"] for row in json.loads(data)["packages"]]
         basket = "&".join(f"with={name}" for name in names[:5])
@@ -280,18 +280,6 @@ def measure_pages(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 "max_ms": round(1000 * max(times[1:]), 1),
             }
     return {"experts": arguments.experts, "pages": rows}
-
-
-@contextlib.contextmanager
-def filled_server(home: Path, n: int) -> Iterator[str]:
-    """Run a server with many experts on SQLite."""
-    location = str(home / "served")
-    create_publisher(location)
-    services = open_services(location)
-    fill_registry(services, small_interface(), n, 1)
-    services.close()
-    with forked_servers(location, None, 1) as (url,):
-        yield url
 
 
 def measure_install(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:

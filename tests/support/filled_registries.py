@@ -6,9 +6,12 @@ ten thousand would take minutes. Copies are in search and on pages, and have no 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import insert, select
@@ -20,9 +23,10 @@ from composable.packaging.manifests.manifest import BodySpec, InterfaceNeed, Pac
 from composable.packaging.registry.release import Release as Listed
 from composable.packaging.versions.names import confusable_key
 from composable.server import documents
-from composable.server.services import Services
+from composable.server.services import Services, open_services
 from composable.server.tables import Backbone, Base, File, Owner, Package, Release
 from composable.vetting.card import Card, CardInterface, Check, format_card
+from tests.support.killed_registries import create_publisher, forked_servers
 
 _WORDS: Final = (
     "law contracts patents medicine radiology genome protein chemistry physics optics "
@@ -95,6 +99,18 @@ def fill_registry(services: Services, interface: RouterInterface, n: int, accoun
             session.add(release)
             documents.refresh_package(session, package, 1)
         _copy_rows(session, n, account)
+
+
+@contextlib.contextmanager
+def filled_server(home: Path, interface: RouterInterface, n: int) -> Iterator[str]:
+    """Run a server with many experts on SQLite; yield its URL."""
+    location = str(home / "served")
+    create_publisher(location)
+    services = open_services(location)
+    fill_registry(services, interface, n, 1)
+    services.close()
+    with forked_servers(location, None, 1) as (url,):
+        yield url
 
 
 def _copy_rows(session: Session, n: int, account: int) -> None:
