@@ -114,7 +114,7 @@ def by_flips_of_files(inputs: Inputs, scratch: Path) -> list[str]:
 
 
 def by_flips_of_index_lines(inputs: Inputs, scratch: Path) -> list[str]:
-    return flip_everywhere(flips.INDEX_LINES, inputs, scratch, flips=120).failures
+    return flip_everywhere(flips.INDEX_LINES, inputs, scratch, flips=400).failures
 
 
 @pytest.mark.parametrize(
