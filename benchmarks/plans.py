@@ -48,12 +48,12 @@ MODELS: Final = {
 }
 
 
-def plan_case(model: str, body: str, topology: str) -> StepPlan:
+def plan_case(model: str, body: str, topology: str, data: int = 1) -> StepPlan:
     """Compile a backbone ("backbone"), or an expert ("ffn", or a rank of a low-rank one)."""
     cfg = MODELS[model]
     n_devices = len(tpu_devices(topology))
     training = TrainConfig(steps=1000, batch_size=n_devices, window=WINDOW, learning_rate=1e-3)
-    mesh = {"data": 1, "fsdp": n_devices, "tensor": 1}
+    mesh = {"data": data, "fsdp": n_devices // data, "tensor": 1}
     if body == "backbone":
         return plan_backbone(cfg, CLASSES, training, topology, mesh)
     kind: Any = ("ffn", None) if body == "ffn" else ("lora", int(body))
@@ -65,6 +65,7 @@ CASES: Final[dict[str, Callable[[], StepPlan]]] = {
     "1B low-rank expert": partial(plan_case, "1B", "16", "v5e:4x4"),
     "1B FFN expert": partial(plan_case, "1B", "ffn", "v5e:4x4"),
     "7B backbone": partial(plan_case, "7B", "backbone", "v5p:4x4x4"),
+    "7B backbone, data=4": partial(plan_case, "7B", "backbone", "v5p:4x4x4", data=4),
     "7B low-rank expert": partial(plan_case, "7B", "16", "v5p:4x4x4"),
     "7B FFN expert": partial(plan_case, "7B", "ffn", "v5p:4x4x4"),
 }

@@ -1,6 +1,6 @@
 """Fit the line of `line_program` as one of several processes, slowly, and print where it ended.
 
-    python group_program.py DIRECTORY [HOST:PORT N_PROCESSES PROCESS]
+    python group_program.py DIRECTORY HOST:PORT N_PROCESSES PROCESS
 
 Exits as the command line does: 75 if it was asked to stop.
 """
@@ -21,14 +21,13 @@ from composable.training.loop import fit
 from tests.training.line_program import objective, parts
 
 CFG = TrainConfig(
-    steps=40, batch_size=4, window=7, learning_rate=1e-2, checkpoint_every=10, log_every=1
+    steps=30, batch_size=4, window=7, learning_rate=1e-2, checkpoint_every=10, log_every=1
 )
-STEP_SECONDS = 0.1
+STEP_SECONDS = 0.05
 
 
-def main(directory, *group):
-    if group:
-        start_processes(group[0], int(group[1]), int(group[2]), init_timeout=60)
+def fit_line(directory, progress=None):
+    """Fit the line, and return its weights."""
     trained, frozen, _ = parts()
     data = batches(
         np.random.default_rng(0).integers(0, 100, 500),
@@ -38,21 +37,24 @@ def main(directory, *group):
         process=jax.process_index(),
         n_processes=jax.process_count(),
     )
+    fitted = fit(objective, trained, frozen, data, CFG, directory=directory, progress=progress)
+    return {name: np.asarray(x).tolist() for name, x in fitted.trained.items()}
+
+
+def main(directory, coordinator, n_processes, process):
+    start_processes(coordinator, int(n_processes), int(process), init_timeout=60)
     done = []
 
     def progress(step, steps, figures):
         done.append(step)
-        (Path(directory) / f"seen-{jax.process_index()}").write_text(str(step))
-        time.sleep(STEP_SECONDS if group else 0)
+        (Path(directory) / f"seen-{process}").write_text(str(step))
+        time.sleep(STEP_SECONDS)
 
     try:
-        fitted = fit(
-            objective, trained, frozen, data, CFG, directory=Path(directory), progress=progress
-        )
+        weights = fit_line(Path(directory), progress)
     except PreemptedError as error:
         print(json.dumps({"first": done[0], "last": done[-1], "error": error.message}))
         sys.exit(error.exit_code)
-    weights = {name: np.asarray(x).tolist() for name, x in fitted.trained.items()}
     print(json.dumps({"first": done[0], "last": done[-1], "weights": weights}))
 
 

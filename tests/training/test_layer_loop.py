@@ -53,8 +53,7 @@ def in_loop(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("norm_placement", ["before", "after"])
+@pytest.mark.parametrize(("is_tied", "norm_placement"), [(True, "before"), (False, "after")])
 def test_a_backbone_has_the_same_loss_and_gradients(tiny, in_loop, is_tied, norm_placement):
     graph, *arguments = split_backbone(tiny, is_tied=is_tied, norm_placement=norm_placement)
     step = jax.value_and_grad(backbone_objective(graph), has_aux=True)

@@ -15,6 +15,7 @@ import pytest
 
 from composable.errors import PreemptedError
 from composable.training.loop import fit
+from tests.training.group_program import fit_line
 from tests.training.line_program import CFG, objective, parts
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ TIMEOUT_SECONDS = 300
 SAME_WEIGHTS = 1e-5
 
 
-def run(folder, n_processes=1, stop_at=None):
+def run(folder, n_processes, stop_at=None):
     """Run the program in a group; return exit codes and what each process printed."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
@@ -38,7 +39,7 @@ def run(folder, n_processes=1, stop_at=None):
     started = []
     try:
         for index in range(n_processes):
-            group = [address, str(n_processes), str(index)] if n_processes > 1 else []
+            group = [address, str(n_processes), str(index)]
             command = [sys.executable, str(PROGRAM), str(folder), *group]
             started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
         if stop_at is not None:
@@ -107,15 +108,13 @@ def test_two_processes_stop_together_and_one_or_two_resume(tmp_path):
     """A signal to one of them stops both after the same step."""
     codes, said = run(tmp_path / "a", 2, stop_at=3)
     assert codes == [STOPPED, STOPPED], said
-    assert said[0]["last"] == said[1]["last"] < 40
+    assert said[0]["last"] == said[1]["last"] < 30
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     codes, resumed = run(tmp_path / "a", 2)
     assert codes == [0, 0], resumed
     assert [one["first"] for one in resumed] == [said[0]["last"] + 1] * 2, "no step is done twice"
     assert resumed[0]["weights"] == resumed[1]["weights"]
-    codes, (alone,) = run(tmp_path / "b")
-    assert codes == [0]
-    _, (straight,) = run(tmp_path / "c")
-    for one in (resumed[0], alone):
-        for name, array in straight["weights"].items():
-            np.testing.assert_allclose(one["weights"][name], array, atol=SAME_WEIGHTS)
+    straight, alone = fit_line(None), fit_line(tmp_path / "b")
+    for weights in (resumed[0]["weights"], alone):
+        for name, array in straight.items():
+            np.testing.assert_allclose(weights[name], array, atol=SAME_WEIGHTS)
