@@ -87,7 +87,8 @@ def test_a_plan_on_tpus(trained_folder, loaded, tmp_path):
     assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert plan["fits"]
     assert plan["cost"]["arguments"] < plan["cost"]["peak"] < plan["chip_memory"]
-    assert 0.9 < plan["recomputation"] < 1.5
+    # Of 64 tokens a step; the products of Muon are as many for any number of tokens.
+    assert 0.9 < plan["recomputation"] < 4
     assert {"all-gather"} <= plan["cost"]["collectives"].keys()
 
 
