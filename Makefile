@@ -85,7 +85,7 @@ smollm2-experts: smollm2
 # The tests against transformers and PEFT, with PyTorch, and those that compile for TPUs, in a separate
 # environment.
 parity: .venv-parity/.ready
-	@.venv-parity/bin/python -m pytest tests/interop tests/kernels/test_tpu_compiler.py
+	@.venv-parity/bin/python -m pytest tests/interop tests/kernels/test_tpu_compiler.py tests/workflows/test_step_plan.py
 
 .venv-parity/.ready: requirements.lock requirements-parity.lock pyproject.toml
 	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity

@@ -15,7 +15,7 @@ that routing; those of `ragged_dot`, whose hidden activations leave the chip, ar
 *Mix*: mix mode of `tiny-bytes` with three experts on 16 documents of 512 tokens, on one device and
 with the batch split over four. *Step*: the gradient of an expert on four devices. FLOPs and bytes
 are those of one device, as XLA counts them; a loop's body counts once where XLA does not know how
-often it runs, and so it does for the operations between devices.
+often it runs. Operations between devices count as often as they run.
 """
 
 from __future__ import annotations

@@ -240,10 +240,12 @@ def _count_pairs(n_left: int, n_kernel: int, n_result: int, window: Mapping[str,
 
 def _result_bytes(one: _Instruction) -> int:
     """Return the bytes that an operation between devices results in on one of them."""
-    arrays = [_array_bytes(*array) for array in _ARRAY.findall(one.result) if array[1]]
-    is_start = one.kind.endswith("-start")
-    # An asynchronous start has its operands in its result, too.
-    return sum(arrays[len(arrays) // 2 :] if is_start and len(arrays) > 1 else arrays)
+    arrays = _ARRAY.findall(one.result)
+    if one.kind.endswith("-start") and len(arrays) > 1:
+        # It has its operands in its result, too, and scalars that say how far it is.
+        arrays = [array for array in arrays if array[1]]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(_array_bytes(*array) for array in arrays)
 
 
 def _sizes_of(shape: str) -> list[int]:

@@ -45,6 +45,7 @@ ENTRY %main (a: (u32[], f32[16,8]), b: bf16[128,64]) -> bf16[5] {
   %start = bf16[2048,64]{1,0} fusion(%b), kind=kCustom, calls=%part
   %done = bf16[2048,64]{1,0} fusion(%start), kind=kCustom, calls=%part
   %l = bf16[32,16,1]{2,1,0} constant({...})
+  %norm = f32[] all-reduce(%scalar), channel_id=11, to_apply=%add
   %r = bf16[4,16,64]{2,1,0} constant({...})
   ROOT %c = bf16[32,4,64]{2,1,0} convolution(%l, %r), window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf0_0io->b0f
 }
@@ -65,6 +66,11 @@ def test_the_parts_of_an_asynchronous_operation_are_one():
     _, collectives = count_operations(PROGRAM)
     assert collectives["all-gather"].count == 2
     assert collectives["all-gather"].bytes == 2 * 2048 * 64 * 2
+
+
+def test_a_scalar_is_four_bytes():
+    _, collectives = count_operations(PROGRAM)
+    assert (collectives["all-reduce"].count, collectives["all-reduce"].bytes) == (1, 4)
 
 
 def test_a_scan_here_counts_all_its_steps():
