@@ -75,7 +75,9 @@ def plan_cells(n_prompts: int) -> Iterator[Cell]:
     for n_given in (256, 16):
         for method in ("mix", "alone"):
             yield Cell(method=method, temperature=0.7, prompt_tokens=n_given, n_prompts=n_prompts)
-    yield Cell(method="safe", temperature=0.7, n_prompts=few)
+    # Texts of safe mode stay within the context.
+    for method in ("safe", "alone"):
+        yield Cell(method=method, temperature=0.7, n_tokens=448, n_prompts=few)
     for method in ("mix", "alone"):
         yield Cell(method=method, temperature=0.7, n_tokens=2048, n_prompts=few)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -10,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.model.composed import Parts
-from composable.model.decoding import Mode
+from composable.model.decoding import Mode, continue_tokens
 from composable.model.mix import mix_state, trace_mix
 from composable.model.model import Model
 from composable.model.safe import safe_state, trace_safe
 from composable.model.sampling import Draw, Sampling, draw_token, make_draw
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
 
+# Entries of a bank whose paths may all run.
+_FEW: Final = 4
 _MODES: Final = {"mix": (trace_mix, mix_state), "safe": (trace_safe, safe_state)}
 
 
@@ -46,7 +49,8 @@ def write_texts(
 ) -> Written:
     """Continue prompts of one length; texts do not end early.
 
-    Where the context is full, its later half is read again and the router's state is kept.
+    Where the context is full, its later half is read again and the router's state is kept. In safe
+    mode a batch runs the path of every expert for every token: many experts write one by one.
 
     Args:
         model: The model.
@@ -56,6 +60,8 @@ def write_texts(
         mode: "mix" or "safe".
         is_evidence: Whether written tokens count as given ones, as they did before ADR 15.
     """
+    if mode == "safe" and model.parts.bank.capacity > _FEW:
+        return _write_one_by_one(model, prompts_BT, n_tokens, sampling=sampling)
     tokenizer, half = model.tokenizer, model.context // 2
     is_banned_V = np.arange(model.interface.vocab_size) >= tokenizer.vocab_size
     is_banned_V[[tokenizer.begin, *tokenizer.ends]] = True
@@ -77,6 +83,27 @@ def write_texts(
         all_BT = np.concatenate([all_BT, tokens_BT], axis=1)
         weights.append(np.asarray(weight_BTE))
     return Written(all_BT[:, prompts_BT.shape[1] :], np.concatenate(weights, axis=1), state)
+
+
+def _write_one_by_one(
+    model: Model, prompts_BT: np.ndarray, n_tokens: int, *, sampling: Sampling
+) -> Written:
+    """Continue prompts as `Model.stream` does, within the context."""
+    tokens_BT, weight_BTE = [], []
+    for row, prompt_T in enumerate(prompts_BT):
+        drawn = list(
+            continue_tokens(
+                model.parts,
+                model.tokenizer,
+                prompt_T,
+                n_tokens,
+                sampling=dataclasses.replace(sampling, seed=sampling.seed + row),
+                mode="safe",
+            )
+        )
+        tokens_BT.append([one.token for one in drawn])
+        weight_BTE.append([one.weight_E for one in drawn])
+    return Written(np.array(tokens_BT), np.array(weight_BTE), None)
 
 
 def read_turn(
