@@ -85,7 +85,7 @@ def plan_cells(n_prompts: int) -> Iterator[Cell]:
 def plan_subword_cells(n_prompts: int) -> Iterator[Cell]:
     """Yield all rows of the tables for a backbone whose tokens are subwords."""
     for temperature, methods in (
-        (0.7, ("mix", "safe", "alone", "evidence")),
+        (0.7, ("mix", "alone", "evidence")),
         (1.0, ("mix", "alone", "evidence")),
         (0.0, ("mix", "alone")),
     ):

@@ -18,8 +18,6 @@ from composable.model.safe import safe_state, trace_safe
 from composable.model.sampling import Draw, Sampling, draw_token, make_draw
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
 
-# Entries of a bank whose paths may all run.
-_FEW: Final = 4
 _MODES: Final = {"mix": (trace_mix, mix_state), "safe": (trace_safe, safe_state)}
 
 
@@ -50,17 +48,17 @@ def write_texts(
     """Continue prompts of one length; texts do not end early.
 
     Where the context is full, its later half is read again and the router's state is kept. In safe
-    mode a batch runs the path of every expert for every token: many experts write one by one.
+    mode texts are written one by one, each by the paths that its own draws choose.
 
     Args:
         model: The model.
         prompts_BT: Prompts of at most half a context, start token included.
         n_tokens: Tokens to write after each, a multiple of half a context unless it is less.
         sampling: How tokens are drawn; row b uses the seed folded with b.
-        mode: "mix" or "safe".
+        mode: "mix" or "safe"; in safe mode the tokenizer must have no token that ends a text.
         is_evidence: Whether written tokens count as given ones, as they did before ADR 15.
     """
-    if mode == "safe" and model.parts.bank.capacity > _FEW:
+    if mode == "safe":
         return _write_one_by_one(model, prompts_BT, n_tokens, sampling=sampling)
     tokenizer, half = model.tokenizer, model.context // 2
     is_banned_V = np.arange(model.interface.vocab_size) >= tokenizer.vocab_size
@@ -68,7 +66,7 @@ def write_texts(
     draw = make_draw(sampling, is_banned_V)
     all_BT, weights = prompts_BT, []
     length = min(model.context, prompts_BT.shape[1] + n_tokens)
-    read = partial(_read, model.parts, mode=mode, length=length)
+    read = partial(_read, model.parts, length=length)
     latest, state = read(jnp.asarray(prompts_BT, jnp.int32))
     for at in range(0, n_tokens, half):
         if at:
@@ -78,7 +76,6 @@ def write_texts(
             model.parts,
             *(latest, state, draw._replace(key=jax.random.fold_in(draw.key, at)), not is_evidence),
             n_tokens=min(half, n_tokens - at),
-            mode=mode,
         )
         all_BT = np.concatenate([all_BT, tokens_BT], axis=1)
         weights.append(np.asarray(weight_BTE))
@@ -106,11 +103,9 @@ def _write_one_by_one(
     return Written(np.array(tokens_BT), np.array(weight_BTE), None)
 
 
-def read_turn(
-    model: Model, written: Written, turn_BT: np.ndarray, mode: Mode = "mix"
-) -> np.ndarray:
-    """Return the router weights, BTE, while a given turn is read after written text."""
-    return np.asarray(_read_more(model.parts, written.state, turn_BT, mode=mode))
+def read_turn(model: Model, written: Written, turn_BT: np.ndarray) -> np.ndarray:
+    """Return the router weights, BTE, while a given turn is read after text written in mix mode."""
+    return np.asarray(_read_more(model.parts, written.state, turn_BT, mode="mix"))
 
 
 def read_given(model: Model, tokens_BT: np.ndarray, mode: Mode = "mix") -> np.ndarray:
@@ -125,19 +120,16 @@ def _read_more(parts: Parts, state: Any, tokens_BT: jax.Array, *, mode: Mode) ->
     return weight_BTE
 
 
-@partial(jax.jit, static_argnames=("mode", "length"))
-def _read(
-    parts: Parts, tokens_BT: jax.Array, *, mode: Mode, length: int
-) -> tuple[tuple[jax.Array, ...], Any]:
+@partial(jax.jit, static_argnames="length")
+def _read(parts: Parts, tokens_BT: jax.Array, *, length: int) -> tuple[tuple[jax.Array, ...], Any]:
     """Return the latest logits BV, weights BE and tokens seen BV, and the state."""
-    trace, make_state = _MODES[mode]
-    state = make_state(parts, tokens_BT.shape[0], length)
-    logits_BTV, weight_BTE, state = trace(parts, tokens_BT, state)
+    state = mix_state(parts, tokens_BT.shape[0], length)
+    logits_BTV, weight_BTE, state = trace_mix(parts, tokens_BT, state)
     seen_BV = jax.nn.one_hot(tokens_BT, logits_BTV.shape[-1], dtype=bool).any(1)
     return (logits_BTV[:, -1], weight_BTE[:, -1], seen_BV), state
 
 
-@partial(jax.jit, static_argnames=("n_tokens", "mode"), donate_argnames="state")
+@partial(jax.jit, static_argnames="n_tokens", donate_argnames="state")
 def _write(
     parts: Parts,
     latest: tuple[jax.Array, ...],
@@ -146,7 +138,6 @@ def _write(
     is_drawn: jax.Array,
     *,
     n_tokens: int,
-    mode: Mode,
 ) -> tuple[tuple[jax.Array, ...], Any, jax.Array, jax.Array]:
     """Return the latest logits, weights and tokens seen, the state, tokens BT and weights BTE."""
     key_B = jax.vmap(partial(jax.random.fold_in, draw.key))(jnp.arange(latest[0].shape[0]))
@@ -162,7 +153,7 @@ def _write(
         # of a condition run.
         token_B = jax.lax.map(draw_one, (keys_B, seen_BV, logits_BV))
         seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
-        logits_BTV, next_BTE, state = _MODES[mode][0](parts, token_B[:, None], state, is_drawn)
+        logits_BTV, next_BTE, state = trace_mix(parts, token_B[:, None], state, is_drawn)
         return ((logits_BTV[:, -1], next_BTE[:, -1], seen_BV), state), (token_B, weight_BE)
 
     (latest, state), written = jax.lax.scan(step, (latest, state), jnp.arange(n_tokens))
