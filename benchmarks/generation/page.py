@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.demo_seeds import fill
 from benchmarks.generation.continuations import LATER
-from benchmarks.generation.texts import PUBLIC, TINY, UNSEEN
+from benchmarks.generation.texts import PUBLIC, TINY
 
 _METHODS: Final = ("mix", "safe", "evidence", "alone")
 
@@ -182,9 +182,7 @@ def plot_weights(result: Mapping[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("windows in the prompt's domain")
     axes[0].legend(fontsize=8, loc="lower left")
-    figure.suptitle(
-        f"Prompts of 64 bytes, {len(UNSEEN)} unseen and four other domains", fontsize=10
-    )
+    figure.suptitle("Prompts of 64 bytes, four unseen and four other domains", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
