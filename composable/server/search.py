@@ -163,12 +163,11 @@ class SearchIndex:
         with self._lock:
             return sorted(self._dependents.get(name, set()) - self._hidden(session, caller))
 
-    def summaries(self, session: Session, caller: Caller) -> list[dict[str, Any]]:
-        """Return the summaries of all packages that a caller may see, by name."""
+    def summaries(self, session: Session, names: Iterable[str]) -> list[dict[str, Any]]:
+        """Return the summaries of packages that have a release, in the order of their names."""
         self.refresh(session)
         with self._lock:
-            hidden = self._hidden(session, caller)
-            return [self._describe(name) for name in sorted(self._summaries.keys() - hidden)]
+            return [self._describe(name) for name in names if name in self._summaries]
 
     def _hidden(self, session: Session, caller: Caller) -> set[str]:
         if not self._private or caller.account is None:

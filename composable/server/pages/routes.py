@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -149,17 +149,16 @@ def show_publisher(request: Request) -> Response:
     services, caller = _start(request)
     with services.database.read() as session:
         account = find_account(session, request.path_params["name"])
-        owned = session.scalars(
+        theirs = (
             select(Package.name)
             .join(Owner)
             .where(Owner.account_id == account.id, can_see(caller), Package.removal.is_(None))
-        ).all()
-        rows = [
-            describe_summary(row)
-            for row in services.search.summaries(session, caller)
-            if row["name"] in set(owned)
-        ]
-    context = {"account": account, "packages": rows[:MAX_SHOWN], "total": len(rows)}
+        )
+        total = session.scalar(select(func.count()).select_from(theirs.subquery()))
+        names = session.scalars(theirs.order_by(Package.name).limit(MAX_SHOWN))
+        rows = services.search.summaries(session, names)
+    packages = [describe_summary(row) for row in rows]
+    context = {"account": account, "packages": packages, "total": total}
     return render(request, "publisher.html", context)
 
 
