@@ -31,6 +31,7 @@ from composable.kernels import (
 from composable.model import mix as mix_mode
 from composable.model import safe as safe_mode
 from composable.model.backbone import Backbone
+from composable.model.bank import entry_slots
 from composable.model.body import MATRICES, SlotMatrices
 from composable.model.composed import (
     Parts,
@@ -452,7 +453,8 @@ def weights(backbone: Backbone, gate: Any, n_experts: int) -> Callable[..., Any]
 
 def stack_of(parts: Parts, count: int) -> Slots:
     """Return the first entries of a bank's stacked blocks: the backbone and its experts."""
-    return jax.tree.map(lambda w: w[:count].astype(jnp.float32), parts.bank.slots)
+    entries = [entry_slots(parts.bank, index) for index in range(count)]
+    return jax.tree.map(lambda *w: jnp.stack(w).astype(jnp.float32), *entries)
 
 
 def entry(stack: Slots, index: int) -> Slots:

@@ -19,7 +19,8 @@ import optax
 
 from composable.errors import TextError
 from composable.model import mix as mix_mode
-from composable.model.body import MATRICES, SlotMatrices
+from composable.model.bank import Bank, merge_entry
+from composable.model.body import MATRICES
 from composable.model.composed import Parts
 from composable.model.layers import swiglu
 from composable.model.model import BACKBONE, Model
@@ -103,7 +104,7 @@ def _observe(
         seen.append(x_BTD)
         index = parts.interface.slots.index(layer)
         bound = parts.interface.output_bounds[index]
-        return _mix_bodies(parts.bank.slots[index], order_E, weight_BTE, x_BTD, bound)
+        return _mix_bodies(parts.bank, index, order_E, weight_BTE, x_BTD, bound)
 
     x_BTD, _ = parts.backbone.trunk(tokens_BT)
     parts.backbone.upper(x_BTD, run)
@@ -191,7 +192,7 @@ def _layered(
         # Softmax over the chosen experts is softmax over all, renormalised.
         choice = choose(score_BTE.astype(jnp.float32), jnp.arange(n_experts), top_k)
         weight_BTE = dense_weights(choice, n_experts)
-        return _mix_bodies(parts.bank.slots[index], order_E, weight_BTE, x_BTD, None)
+        return _mix_bodies(parts.bank, index, order_E, weight_BTE, x_BTD, None)
 
     x_BTD, _ = parts.backbone.trunk(tokens_BT)
     return parts.backbone.upper(x_BTD, run)[0]
@@ -213,7 +214,8 @@ def _score_layered(
 
 
 def _mix_bodies(
-    slot: SlotMatrices,
+    bank: Bank,
+    slot: int,
     order_E: jax.Array,
     weight_BTE: jax.Array,
     x_BTD: jax.Array,
@@ -223,7 +225,8 @@ def _mix_bodies(
 
     def add(total_BTD: jax.Array, entry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         index, weight_BT = entry
-        y_BTD = swiglu(x_BTD, *(slot[name][index] for name in MATRICES))
+        matrices = merge_entry(bank, slot, index)
+        y_BTD = swiglu(x_BTD, *(matrices[name] for name in MATRICES))
         counts_BT = weight_BT > 0
         if bound is not None:
             power_BT = jnp.mean(jnp.square(y_BTD.astype(jnp.float32)), axis=-1)

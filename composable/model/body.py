@@ -16,12 +16,14 @@ from composable.errors import ModelError
 from composable.interface import BodyKind
 from composable.interface.contract import SLOT_DIMS
 from composable.model.backbone import Backbone, FeedForwardFn, Layer
-from composable.model.layers import swiglu
+from composable.model.layers import changed_swiglu, swiglu
 from composable.model.scout import Scout
 
 MATRICES: Final = tuple(SLOT_DIMS)
 # Matrix name -> array, for one slot.
 SlotMatrices = dict[str, jax.Array]
+# Matrix name -> factors `a` and `b` of a low-rank change, for one slot.
+SlotChanges = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class FullSlot(nnx.Module):
@@ -75,7 +77,7 @@ class Body(nnx.Module):
             raise ModelError(f"{kind!r} is not a body kind (ffn, lora)", where="body.kind")
         if (rank is None) != (kind == "ffn"):
             raise ModelError(f"rank {rank!r} does not go with kind {kind!r}", where="body.rank")
-        self.kind = kind
+        self.kind, self.rank = kind, rank or 0
         own = {layer: backbone_slot(backbone, layer) for layer in backbone.cfg.slots}
         self.slots = nnx.Dict(
             {
@@ -93,6 +95,23 @@ class Body(nnx.Module):
             return {name: getattr(slot, name)[...].astype(own[name].dtype) for name in MATRICES}
         changes = {name: getattr(slot, name).a[...] @ getattr(slot, name).b[...] for name in own}
         return {name: (own[name] + changes[name]).astype(own[name].dtype) for name in MATRICES}
+
+    def changes(self, backbone: Backbone, layer: int, rank: int) -> SlotChanges:
+        """Return the factors of one slot of a low-rank body, in the backbone's dtype.
+
+        Args:
+            backbone: The frozen backbone.
+            layer: The slot's layer.
+            rank: Rank to fill up to, with zeros.
+        """
+        slot, dtype = self.slots[str(layer)], backbone.embed[...].dtype
+        more = rank - self.rank
+
+        def pad(low: LowRank) -> tuple[jax.Array, jax.Array]:
+            a = jnp.pad(low.a[...], ((0, 0), (0, more)))
+            return a.astype(dtype), jnp.pad(low.b[...], ((0, more), (0, 0))).astype(dtype)
+
+        return {name: pad(getattr(slot, name)) for name in MATRICES}
 
     def feed_forward(self, backbone: Backbone) -> FeedForwardFn:
         """Return the function to run in every slot when this body is active at every token.
@@ -147,13 +166,12 @@ def run_slot(slot: FullSlot | LowRankSlot, own: SlotMatrices, x_BTD: jax.Array) 
         matrices = [getattr(slot, name)[...].astype(own[name].dtype) for name in MATRICES]
         return swiglu(x_MD, *matrices).reshape(x_BTD.shape)
 
-    def product(name: str, x: jax.Array) -> jax.Array:
-        low: LowRank = getattr(slot, name)
-        change = (x @ low.a[...].astype(x.dtype)) @ low.b[...].astype(x.dtype)
-        return x @ own[name] + change
-
-    gate_MF = jax.nn.silu(product("w_gate", x_MD))
-    return product("w_down", gate_MF * product("w_up", x_MD)).reshape(x_BTD.shape)
+    lows: dict[str, LowRank] = {name: getattr(slot, name) for name in MATRICES}
+    changes = {
+        name: (low.a[...].astype(x_MD.dtype), low.b[...].astype(x_MD.dtype))
+        for name, low in lows.items()
+    }
+    return changed_swiglu(x_MD, own, changes).reshape(x_BTD.shape)
 
 
 def backbone_slot(backbone: Backbone, layer: int) -> SlotMatrices:

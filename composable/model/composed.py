@@ -8,9 +8,9 @@ share. Everything here is a pure function of (parts, tokens, state).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from composable.interface import RouterInterface, SwitchingFilter
 from composable.model.backbone import Backbone, FeedForwardFn
 from composable.model.bank import Bank
-from composable.model.body import MATRICES
-from composable.model.layers import KVCache, swiglu
+from composable.model.body import MATRICES, SlotChanges, SlotMatrices, backbone_slot
+from composable.model.layers import KVCache, changed_swiglu, swiglu
 from composable.model.occupancy import (
     IsDrawn,
     empty_occupancy,
@@ -92,7 +92,7 @@ def track_records(parts: Parts, tokens_BT: jax.Array, state: RouterState) -> jax
     return run_trunk_and_scouts(parts, tokens_BT, state, None)[0].track_BTE
 
 
-def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]) -> jax.Array:
+def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[SlotMatrices]) -> jax.Array:
     """Return logits with one body active at every token, shape BTV float32; no routing.
 
     Args:
@@ -105,9 +105,7 @@ def path(parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Ar
     return parts.backbone.upper(x_BTD, feed_forward)[0]
 
 
-def path_norms(
-    parts: Parts, tokens_BT: jax.Array, slots: Sequence[Mapping[str, jax.Array]]
-) -> jax.Array:
+def path_norms(parts: Parts, tokens_BT: jax.Array, slots: Sequence[SlotMatrices]) -> jax.Array:
     """Return the size of one body's outputs when it is active at every token.
 
     Arguments as for `path`.
@@ -279,12 +277,24 @@ def log_prior_of(parts: Parts) -> jax.Array:
     return log_prior(parts.bank.alive_E, parts.interface.backbone_prior)
 
 
-def fixed_feed_forward(parts: Parts, slots: Sequence[Mapping[str, jax.Array]]) -> FeedForwardFn:
-    """Return a feed-forward function that runs one body at every token."""
+def fixed_feed_forward(
+    parts: Parts, slots: Sequence[SlotMatrices] | Sequence[SlotChanges]
+) -> FeedForwardFn:
+    """Return a feed-forward function that runs one body at every token.
+
+    Args:
+        parts: The model.
+        slots: For every slot, full matrices or low-rank changes of the backbone's.
+    """
     index_of = parts.interface.slots.index
 
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
-        return swiglu(x_BTD, *(slots[index_of(layer)][name] for name in MATRICES))
+        slot = slots[index_of(layer)]
+        if isinstance(slot["w_gate"], tuple):
+            own = backbone_slot(parts.backbone, layer)
+            return changed_swiglu(x_BTD, own, cast(SlotChanges, slot))
+        matrices = cast(SlotMatrices, slot)
+        return swiglu(x_BTD, *(matrices[name] for name in MATRICES))
 
     return run
 

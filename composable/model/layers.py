@@ -7,6 +7,7 @@ casts activations: they take the dtype of the weights, which the config names.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import jax
@@ -274,3 +275,23 @@ def swiglu(
 ) -> jax.Array:
     """Return `(silu(x w_gate) * (x w_up)) w_down`, shape BTD."""
     return (jax.nn.silu(x_BTD @ w_gate_DF) * (x_BTD @ w_up_DF)) @ w_down_FD
+
+
+def changed_swiglu(
+    x_BTD: jax.Array,
+    matrices: Mapping[str, jax.Array],
+    changes: Mapping[str, tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """Return `swiglu` with low-rank changes: `x w + (x a) b` for every `x w`.
+
+    Args:
+        x_BTD: Array of any shape.
+        matrices: "w_gate", "w_up" and "w_down".
+        changes: Factors `a` and `b` for each of them.
+    """
+
+    def multiply(name: str, x: jax.Array) -> jax.Array:
+        a, b = changes[name]
+        return x @ matrices[name] + (x @ a) @ b
+
+    return multiply("w_down", jax.nn.silu(multiply("w_gate", x_BTD)) * multiply("w_up", x_BTD))

@@ -10,15 +10,18 @@ import jax.numpy as jnp
 
 from composable.kernels import (
     Dispatch,
+    changed_swiglu_of_few,
     combine_rows,
     default_block,
     gather_rows,
+    grouped_changed_swiglu,
     grouped_swiglu,
     make_dispatch,
     swiglu_of_few,
 )
 from composable.model.backbone import FeedForwardFn
-from composable.model.body import MATRICES, SlotMatrices
+from composable.model.bank import Bank
+from composable.model.body import MATRICES, SlotChanges, SlotMatrices, backbone_slot
 from composable.model.composed import (
     Caches,
     Parts,
@@ -99,10 +102,15 @@ def _trace_mix(
 
 
 class Bodies(NamedTuple):
-    """The slots of some experts, as arrays of their own."""
+    """The bodies of some experts, as arrays of their own.
 
-    expert_A: jax.Array  # entry of each; E where it stands for none and is not read
+    Numbers are those of `Bank.number_bodies`, `n_bodies` where a body stands for none.
+    """
+
+    full_A: jax.Array  # number of each full body
     slots: tuple[tuple[SlotMatrices, ...], ...]
+    changed_A: jax.Array  # number of each low-rank change of the backbone's body
+    changes: tuple[tuple[SlotChanges, ...], ...]
 
 
 class Reading(NamedTuple):
@@ -214,9 +222,8 @@ def _mixed_feed_forward(
     batch, n_tokens, n_choices = choice.expert_BTJ.shape
     expert_MJ = choice.expert_BTJ.reshape(-1, n_choices)
     weight_MJ = choice.weight_BTJ.reshape(-1, n_choices)
-    capacity = parts.bank.capacity
     block = default_block(batch * n_tokens, n_choices)
-    dispatch = make_dispatch(expert_MJ, capacity, block)
+    dispatch = make_dispatch(parts.bank.number_bodies(expert_MJ), parts.bank.n_bodies, block)
 
     is_expert_P = jnp.repeat(dispatch.expert_Y, block) != 0
     zeroed: list[jax.Array] = []
@@ -225,13 +232,11 @@ def _mixed_feed_forward(
         index = parts.interface.slots.index(layer)
         bound = parts.interface.output_bounds[index]
         x_MD = x_BTD.reshape(batch * n_tokens, -1)
-        x_PD = gather_rows(x_MD, dispatch)
         if bodies is not None:
-            own = [[slots[index][name] for name in MATRICES] for slots in bodies.slots]
-            y_PD = swiglu_of_few(x_PD, own, bodies.expert_A, dispatch)
+            own = backbone_slot(parts.backbone, layer)
+            y_PD = _run_few(parts.bank, own, bodies, index, x_MD, dispatch)
         else:
-            slot = parts.bank.slots[index]
-            y_PD = grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
+            y_PD = _run_bodies(parts.bank, index, gather_rows(x_MD, dispatch), dispatch)
         # Out-of-bounds rows are replaced by zeros, not given weight zero: zero times an infinite
         # or NaN output is NaN.
         zeroed.append(is_expert_P & exceeds(y_PD, bound))
@@ -249,3 +254,28 @@ def _mixed_feed_forward(
         return mixed_BTD
 
     return run, dispatch, zeroed
+
+
+def _run_bodies(bank: Bank, index: int, x_PD: jax.Array, dispatch: Dispatch) -> jax.Array:
+    """Run each row through its own body in one slot."""
+    slot = bank.slots[index]
+    if bank.changes:
+        return grouped_changed_swiglu(x_PD, slot, bank.changes[index], dispatch)
+    return grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
+
+
+def _run_few(
+    bank: Bank, own: SlotMatrices, bodies: Bodies, index: int, x_MD: jax.Array, dispatch: Dispatch
+) -> jax.Array:
+    """Run tokens through the bodies that they choose in one slot, which are few."""
+    full = [[slots[index][name] for name in MATRICES] for slots in bodies.slots]
+    changes = [changes[index] for changes in bodies.changes]
+    outputs = []
+    if full:
+        x_PD = gather_rows(x_MD, dispatch)
+        outputs.append(swiglu_of_few(x_PD, full, bodies.full_A, dispatch))
+    if changes:
+        last = bank.capacity - 1
+        outputs.append(changed_swiglu_of_few(x_MD, own, changes, bodies.changed_A, last, dispatch))
+    y_PD: jax.Array = sum(outputs[1:], outputs[0])  # each is zero at the other's rows
+    return y_PD

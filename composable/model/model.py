@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ from composable.model.text import Conversation, Piece, stop_before, to_pieces
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
 
 BACKBONE = "backbone"
+# Room for factors is made in steps of this rank.
+_RANKS: Final = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class Model:
         interface: Its contract.
         experts: What to plug in, in any order.
         capacity: Entries of the bank, the backbone's included; by default the next power of two.
-            Installing within it compiles nothing.
+            Installing within it compiles nothing, but for the first expert with full bodies where
+            all had low-rank ones, or one of a larger rank.
         tokenizer: The backbone's tokenizer; the one for bytes by default.
 
     Raises:
@@ -92,7 +96,11 @@ class Model:
             )
         needed = len(experts) + 1
         capacity = max(capacity or 1, _power_of_two(needed))
-        bank = banks.empty_bank(backbone, interface, capacity)
+        rank = max((expert.body.rank for expert in experts), default=0)
+        has_full = not experts or any(expert.body.rank == 0 for expert in experts)
+        bank = banks.empty_bank(
+            backbone, interface, capacity, rank=_round_rank(rank), has_full=has_full
+        )
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
         self.names: tuple[str | None, ...] = (BACKBONE,) + (None,) * (capacity - 1)
         for expert in sorted(experts, key=lambda expert: expert.name):
@@ -130,6 +138,9 @@ class Model:
     def install(self, expert: Pluggable) -> None:
         """Plug an expert in; within the bank's capacity this compiles nothing.
 
+        A low-rank body for whose rank the bank has no room is merged into full matrices if it has
+        room for these.
+
         Raises:
             ModelError: If its name is taken.
         """
@@ -140,7 +151,12 @@ class Model:
             bank = banks.grow(bank, 2 * bank.capacity)
             self.names += (None,) * (bank.capacity - len(self.names))
         index = self.names.index(None)
-        entry = banks.make_entry(backbone, interface, expert.body, expert.scout, expert.key)
+        body = expert.body
+        if not bank.has_full and not 0 < body.rank <= bank.rank:
+            bank = banks.grow(bank, rank=_round_rank(body.rank), has_full=body.rank == 0)
+        entry = banks.make_entry(
+            backbone, interface, body, expert.scout, expert.key, rank=bank.rank
+        )
         bank = banks.install(bank, index, entry)
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
         self.names = (*self.names[:index], expert.name, *self.names[index + 1 :])
@@ -379,6 +395,11 @@ def _safe(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
 @jax.jit
 def _path(parts: Parts, tokens_BT: jax.Array, index: jax.Array) -> jax.Array:
     return composed.path(parts, tokens_BT, banks.entry_slots(parts.bank, index))
+
+
+def _round_rank(rank: int) -> int:
+    """Return the rank to make room for, so that experts of similar ranks share programs."""
+    return -(-rank // _RANKS) * _RANKS
 
 
 def _power_of_two(n: int) -> int:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from composable.model.bank import entry_slots
-from composable.model.body import SlotMatrices
+from composable.model.body import SlotChanges, SlotMatrices
 from composable.model.composed import (
     Caches,
     Parts,
@@ -246,7 +246,7 @@ def _run_paths(
 
 def run_path(
     parts: Parts,
-    slots: Sequence[SlotMatrices],
+    slots: Sequence[SlotMatrices] | Sequence[SlotChanges],
     x_BTD: jax.Array,
     position: jax.Array | int = 0,
     caches: tuple[KVCache, ...] = (),
@@ -255,7 +255,7 @@ def run_path(
 
     Args:
         parts: The model.
-        slots: Matrices of the path's body.
+        slots: The path's body: full matrices, or low-rank changes of the backbone's.
         x_BTD: Residual stream at the tap.
         position: Position of the first token.
         caches: The path's own, when decoding.

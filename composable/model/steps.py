@@ -15,15 +15,15 @@ This file does not draw tokens (`decoding.py`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple, Self
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from composable.model.bank import view_entry
-from composable.model.body import SlotMatrices, backbone_slot
+from composable.model.body import SlotChanges, SlotMatrices, backbone_slot
 from composable.model.composed import (
     Caches,
     Parts,
@@ -46,6 +46,7 @@ from composable.model.safe import (
     shortlist,
 )
 
+T = TypeVar("T")
 # Tokens of a chunk; a prompt is read in chunks, and a path catches up in chunks.
 CHUNK: Final = 32
 # Experts that the tokens of a chunk may choose together before their bodies are sliced out of the
@@ -97,7 +98,7 @@ class FlatParts:
 
 
 class Entries:
-    """The slots of each entry of a bank, as arrays of their own.
+    """The bodies in a bank, as arrays of their own.
 
     Args:
         parts: The model.
@@ -106,13 +107,26 @@ class Entries:
     def __init__(self, parts: Parts) -> None:
         backbone, interface = parts.backbone, parts.interface
         own = tuple(backbone_slot(backbone, layer) for layer in interface.slots)
-        self._bank, self._entries = parts.bank, {0: own}
+        self._bank = parts.bank
+        self._is_changed_E = np.asarray(parts.bank.is_changed_E)
+        self._full: dict[int, tuple[SlotMatrices, ...]] = {0: own}
+        self._changes: dict[int, tuple[SlotChanges, ...]] = {}
 
-    def __getitem__(self, index: int) -> tuple[SlotMatrices, ...]:
-        """Return the slots of an entry."""
-        if index not in self._entries:
-            self._entries[index] = view_entry(self._bank, index)
-        return self._entries[index]
+    def __getitem__(self, index: int) -> tuple[SlotMatrices, ...] | tuple[SlotChanges, ...]:
+        """Return the slots of an entry, in the form that the bank keeps them in."""
+        return self.changes(index) if self._is_changed_E[index] else self.full(index)
+
+    def full(self, index: int) -> tuple[SlotMatrices, ...]:
+        """Return the matrices of an entry."""
+        if index not in self._full:
+            self._full[index] = view_entry(self._bank.slots, index)
+        return self._full[index]
+
+    def changes(self, index: int) -> tuple[SlotChanges, ...]:
+        """Return the factors of an entry; zeros if it is not low-rank."""
+        if index not in self._changes:
+            self._changes[index] = view_entry(self._bank.changes, index)
+        return self._changes[index]
 
 
 class MixSteps:
@@ -125,8 +139,10 @@ class MixSteps:
 
     def __init__(self, parts: Parts, cache_length: int) -> None:
         self._flat, self._entries = FlatParts(parts), Entries(parts)
-        self._capacity = parts.bank.capacity
-        self._n_bodies = min(self._capacity, max(parts.interface.n_mixed, _FEW))
+        self._bank = parts.bank
+        self._is_changed_E = np.asarray(parts.bank.is_changed_E)
+        self._body_E = np.asarray(parts.bank.number_bodies(np.arange(parts.bank.capacity)))
+        self._n_few = min(parts.bank.capacity, max(parts.interface.n_mixed, _FEW))
         self._state: MixState = _start_mix(self._flat, cache_length)
 
     @property
@@ -149,7 +165,7 @@ class MixSteps:
         lower = self._state._replace(caches=caches._replace(upper=()))
         reading, lower = _read(self._flat, tokens_BT, lower, is_drawn)
         chosen = np.unique(np.asarray(reading.choice.expert_BTJ))
-        bodies = self._gather(chosen[chosen < self._capacity].tolist())
+        bodies = self._gather(chosen[chosen < self._bank.capacity].tolist())
         trunk = lower.caches.trunk
         upper = lower._replace(caches=lower.caches._replace(trunk=(), upper=caches.upper))
         logits_V, weight_E, upper = _predict(self._flat, reading, upper, is_drawn, bodies)
@@ -157,14 +173,33 @@ class MixSteps:
         return logits_V, weight_E
 
     def _gather(self, experts: list[int]) -> Bodies | None:
-        """Return the bodies of experts, always as many; None if they are too many."""
-        missing = self._n_bodies - len(experts)
-        if missing < 0:
+        """Return the bodies of experts, always as many; None if they are too many.
+
+        The backbone's own matrices are those of all low-rank changes, so where the bank has room
+        for any it is not among the full bodies.
+        """
+        changed = [e for e in experts if self._is_changed_E[e]]
+        first = 1 if self._bank.changes else 0
+        full = [e for e in experts if e >= first and not self._is_changed_E[e]]
+        if max(len(changed), len(full)) > self._n_few:
             return None
-        expert_A = np.array([*experts, *[self._capacity] * missing], np.int32)
+        n_full = self._n_few if self._bank.has_full else 0
+        n_changed = self._n_few if self._bank.changes else 0
         return Bodies(
-            jax.device_put(expert_A), tuple(self._entries[e] for e in [*experts, *[0] * missing])
+            *self._fill(full, n_full, self._entries.full),
+            *self._fill(changed, n_changed, self._entries.changes),
         )
+
+    def _fill(
+        self, experts: list[int], n: int, read: Callable[[int], T]
+    ) -> tuple[jax.Array, tuple[T, ...]]:
+        """Return numbers and slots of `n` bodies: those of experts, then some that stand for none.
+
+        The slots of those are not read.
+        """
+        missing = n - len(experts)
+        body_A = np.array([*self._body_E[experts], *[self._bank.n_bodies] * missing], np.int32)
+        return jax.device_put(body_A), tuple(read(e) for e in [*experts, *[0] * missing])
 
 
 class _Path(NamedTuple):
@@ -332,7 +367,7 @@ def _read_safe(
 @functools.partial(jax.jit, donate_argnames="caches")
 def _run_path(
     flat: FlatParts,
-    slots: tuple[SlotMatrices, ...],
+    slots: tuple[SlotMatrices, ...] | tuple[SlotChanges, ...],
     x_BTD: jax.Array,
     position: jax.Array,
     caches: tuple[KVCache, ...],

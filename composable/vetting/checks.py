@@ -279,7 +279,7 @@ def _check_scores(
     """
     # Router scores do not depend on bodies, so they are left out of the bank.
     parts, index = model.parts, model.names.index(name)
-    bank = dataclasses.replace(parts.bank, slots=())
+    bank = dataclasses.replace(parts.bank, slots=(), changes=())
     length = min(model.context, _SCORED_TOKENS)
     rows = [model.encode(document)[:length] for document in (own, other)]
     tokens_BT = np.zeros((2, max(map(len, rows))), np.int32)

@@ -39,6 +39,7 @@ from composable.interop.hf_export import (
 )
 from composable.interop.hf_tokenizer import tokenizer_files
 from composable.interop.layer_router import expert_names, fit_rows, layered_scorer, observe
+from composable.model.bank import merge_entry
 from composable.model.config import DTYPE_NAMES
 from composable.model.model import Model
 from composable.packaging.manifests.backbone_folder import WEIGHTS_FILE
@@ -351,8 +352,9 @@ def _read(
         array = rows_LED[slots.index(layer)] if layer in slots else np.zeros(piece.shape)
     elif piece.expert:
         name = expert_names(model)[piece.expert]
-        matrices = model.parts.bank.slots[slots.index(int(place[0]))]
-        array = np.asarray(matrices[place[-1]][model.names.index(name)])
+        entry = model.names.index(name)
+        matrices = merge_entry(model.parts.bank, slots.index(int(place[0])), entry)
+        array = np.asarray(matrices[place[-1]])
     else:
         array = stored[piece.ours]
     return piece.arrange(array.astype(DTYPE_NAMES[dtype]))

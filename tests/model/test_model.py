@@ -88,6 +88,58 @@ def test_installing_and_removing_within_capacity_compile_nothing(tiny, count_com
     assert len(compiled) == 0
 
 
+def test_low_rank_experts_of_similar_rank_compile_nothing(tiny, count_compilations):
+    def low_rank(name, rank):
+        return tiny.expert(name, kind="lora", rank=rank)
+
+    first = low_rank("a", 4)
+    model = Model(tiny.backbone, tiny.interface, [first], capacity=4)
+    assert model.parts.bank.slots[0]["w_up"].shape[0] == 1, "no room for full matrices is made"
+    tokens_BT = jnp.asarray(tiny.tokens())
+    alone_BTV = np.asarray(model(tokens_BT))
+    experts = [low_rank("b", 4), low_rank("c", 9)]
+    model.install(experts[0])
+    model.remove("b")
+    model.install(experts[1])
+    model.remove("c")
+    with count_compilations() as compiled:
+        for expert in experts:
+            model.install(expert)
+        model(tokens_BT)
+        for expert in experts:
+            model.remove(expert.name)
+        again_BTV = model(tokens_BT)
+    assert len(compiled) == 0
+    np.testing.assert_array_equal(again_BTV, alone_BTV)
+
+
+@pytest.mark.bits
+def test_other_bodies_keep_every_bit_where_a_low_rank_body_is_installed(tiny):
+    """In a bank that gets room for another kind, too, whichever kind that is."""
+    tokens_BT = tiny.tokens()
+    full, low = tiny.expert("a"), tiny.expert("b", kind="lora", rank=4)
+    for experts in ([full], [low]):
+        model = Model(tiny.backbone, tiny.interface, experts, capacity=4)
+        before_BTV = np.asarray(model(tokens_BT))
+        both = Model(tiny.backbone, tiny.interface, [full, low], capacity=4)
+        both.remove({"a": "b", "b": "a"}[experts[0].name])
+        np.testing.assert_array_equal(both(tokens_BT), before_BTV)
+
+
+def test_a_bank_of_low_rank_bodies_makes_room_for_others(tiny):
+    """A larger rank, or full matrices."""
+    low = tiny.expert("a", kind="lora", rank=4)
+    model = Model(tiny.backbone, tiny.interface, [low], capacity=4)
+    model.install(tiny.expert("b", kind="lora", rank=20))
+    assert (model.parts.bank.rank, model.parts.bank.has_full) == (32, False)
+    model.install(tiny.expert("c"))
+    assert (model.parts.bank.rank, model.parts.bank.has_full) == (32, True)
+    tokens_BT = tiny.tokens()
+    merged = tiny.model(*(low, tiny.expert("b", kind="lora", rank=20), tiny.expert("c")))
+    # Sums in another order; logits are of order 5.
+    np.testing.assert_allclose(model(tokens_BT), merged(tokens_BT), atol=1e-4)
+
+
 def test_the_counter_of_compilations_counts(count_compilations):
     x = jnp.ones(3)
     with count_compilations() as compiled:
