@@ -86,7 +86,9 @@ CASES: Final = (
     Case(8, "ffn"),
     Case(22, "lora"),
     Case(22, "ffn"),
+    Case(2, "lora", 2),
     Case(2, "ffn", 2),
+    Case(2, "lora", 1, "safe"),
     Case(2, "ffn", 1, "safe"),
     Case(22, "ffn", 1, "safe"),
 )
@@ -100,11 +102,13 @@ def add_experts(parts: Parts, case: Case, tokens_T: np.ndarray) -> Parts:
     body = Body(backbone, case.kind, rank, rngs=nnx.Rngs(0))
     scout = Scout(interface.d_model, 64, n_classes, rngs=nnx.Rngs(1))
     is_likely_C = np.isin(np.arange(n_classes), np.asarray(backbone.class_map[...])[tokens_T])
-    bank = empty_bank(backbone, interface, case.n_experts + 1)
+    capacity = case.n_experts + 1
+    bank = empty_bank(backbone, interface, capacity, rank=rank or 0, has_full=rank is None)
     for index in range(1, case.n_experts + 1):
         advantage = _ADVANTAGE if index <= case.n_alike else 0.0
         scout.b_out[...] = jnp.asarray(advantage * is_likely_C, jnp.float32)
-        bank = install(bank, index, make_entry(backbone, interface, body, scout, index))
+        entry = make_entry(backbone, interface, body, scout, index, rank=bank.rank)
+        bank = install(bank, index, entry)
     return dataclasses.replace(parts, bank=bank)
 
 

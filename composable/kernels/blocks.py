@@ -49,6 +49,7 @@ def run_blocks(
     weights: Arrays,
     dispatch: Dispatch,
     stream: Callable[[Arrays, Arrays, Dispatch], BlockOutputs] | None = None,
+    shared: Arrays = (),
 ) -> BlockOutputs:
     """Run `fn` on every block in use, by the implementation for the platform compiled for.
 
@@ -64,12 +65,14 @@ def run_blocks(
         dispatch: The blocks and the expert of each.
         stream: The same by `tpu.stream_blocks`, for weights of any size; by default the whole
             weights of an expert must fit on the chip. Like `fn`, one object for all calls.
+        shared: Arrays that `fn` takes whole, after the weights, for all blocks; `stream` as well,
+            which must then be given.
 
     Returns:
         Arrays with first axis P, zero in blocks not in use; and arrays with first axis E, zero
         for experts without rows.
     """
-    outputs: BlockOutputs = _run_on_platform(fn, rows, weights, dispatch, stream)
+    outputs: BlockOutputs = _run_on_platform(fn, rows, weights, dispatch, stream, shared)
     return outputs
 
 
@@ -98,23 +101,30 @@ def _run_on_platform(
     weights: Arrays,
     dispatch: Dispatch,
     stream: Callable[[Arrays, Arrays, Dispatch], BlockOutputs] | None,
+    shared: Arrays,
 ) -> BlockOutputs:
     """Do the work of `run_blocks`."""
 
-    def by_loop(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
-        return loop_blocks(fn, rows, weights, dispatch)
+    def take(shared: Arrays) -> BlockFunction:
+        return lambda rows, weights: fn(rows, (*weights, *shared))
 
-    def by_batch(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
-        return batch_blocks(fn, rows, weights, dispatch)
+    def by_loop(rows: Arrays, weights: Arrays, shared: Arrays, dispatch: Dispatch) -> BlockOutputs:
+        return loop_blocks(take(shared), rows, weights, dispatch)
 
-    def by_stream(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
+    def by_batch(rows: Arrays, weights: Arrays, shared: Arrays, dispatch: Dispatch) -> BlockOutputs:
+        return batch_blocks(take(shared), rows, weights, dispatch)
+
+    def by_stream(
+        rows: Arrays, weights: Arrays, shared: Arrays, dispatch: Dispatch
+    ) -> BlockOutputs:
         if stream is None:
             return stream_blocks(fn, rows, weights, dispatch)
-        return stream(rows, weights, dispatch)
+        return stream(rows, (*weights, *shared), dispatch)
 
     outputs: BlockOutputs = lax.platform_dependent(
         rows,
         weights,
+        shared,
         dispatch,
         cpu=_one_by_one(by_loop),
         tpu=_one_by_one(by_stream),

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from composable.kernels.blocks import run_blocks
 from composable.kernels.dispatch import Dispatch, gather_rows
 from composable.kernels.grouped_matmul import grouped_matmul
+from composable.kernels.tpu import Arrays, BlockOutputs
 
 # Matrix name -> factors.
 Factors = Mapping[str, tuple[Array, Array]]
+_NAMES: Final = ("w_gate", "w_up", "w_down")
 
 
 def grouped_changed_swiglu(
@@ -54,21 +58,84 @@ def grouped_changed_swiglu(
         >>> [round(y, 2) for y in y_PD[:2, 0].tolist()]
         [0.73, 7.05]
     """
-    shared = _regroup(dispatch, dispatch.n_experts - matrices["w_gate"].shape[0])
-    n_changes = changes["w_gate"][0].shape[0]
+    # In one order, not in that of the mappings.
+    stacks = [matrices[name] for name in _NAMES]
+    factors = [factor for name in _NAMES for factor in changes[name]]
+    run = _fused if len(stacks[0]) == 1 else _multiply_by_parts
+    y_PD: Array = run(x_PD, (*factors, *stacks), dispatch)
+    return y_PD
+
+
+@jax.custom_vjp
+def _fused(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Array:
+    """Run blocks through the whole body, where the shared body is the only full one."""
+    factors, shared = weights[:6], tuple(stack[0] for stack in weights[6:])
+    (y_PD,), _ = run_blocks(_run_body, (x_PD,), factors, dispatch, _stream_body, shared)
+    return y_PD
+
+
+def _forward(
+    x_PD: Array, weights: Arrays, dispatch: Dispatch
+) -> tuple[Array, tuple[Array, Arrays, Dispatch]]:
+    return _fused(x_PD, weights, dispatch), (x_PD, weights, dispatch)
+
+
+def _backward(
+    residuals: tuple[Array, Arrays, Dispatch], dy_PD: Array
+) -> tuple[Array, Arrays, None]:
+    x_PD, weights, dispatch = residuals
+    _, pull = jax.vjp(lambda x, w: _multiply_by_parts(x, w, dispatch), x_PD, weights)
+    dx_PD, dweights = pull(dy_PD)
+    return dx_PD, dweights, None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block: factors of gate, up and down, then the shared matrices."""
+    (x_PD,), factors, (w_gate_DF, w_up_DF, w_down_FD) = rows, weights[:6], weights[6:]
+
+    def multiply(left: Array, w: Array, a: Array, b: Array) -> Array:
+        between = _product(left, a).astype(left.dtype)
+        return (_product(left, w) + _product(between, b)).astype(left.dtype)
+
+    gate_PF = multiply(x_PD, w_gate_DF, *factors[:2])
+    hidden_PF = jax.nn.silu(gate_PF) * multiply(x_PD, w_up_DF, *factors[2:4])
+    return (multiply(hidden_PF, w_down_FD, *factors[4:]),), ()
+
+
+def _stream_body(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
+    """Run on a TPU."""
+    (x_PD,), stacks = rows, (matrix[None] for matrix in weights[6:])
+    return (_multiply_by_parts(x_PD, (*weights[:6], *stacks), dispatch),), ()
+
+
+def _multiply_by_parts(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Array:
+    """Run the products one after the other, each for all rows."""
+    n_full, n_changes = len(weights[6]), len(weights[0])
+    n_others = dispatch.n_experts - n_full
+    shared = dataclasses.replace(
+        dispatch,
+        expert_Y=jnp.maximum(dispatch.expert_Y - n_others, 0),
+        end_block_E=dispatch.end_block_E[n_others:],
+    )
     changed = dataclasses.replace(
         dispatch,
         expert_Y=jnp.minimum(dispatch.expert_Y, n_changes - 1),
         end_block_E=dispatch.end_block_E[:n_changes],
     )
 
-    def multiply(name: str, rows: Array) -> Array:
-        a, b = changes[name]
+    def multiply(index: int, rows: Array) -> Array:
+        a, b = weights[2 * index : 2 * index + 2]
         change = grouped_matmul(grouped_matmul(rows, a, changed), b, changed)
-        return grouped_matmul(rows, matrices[name], shared) + change
+        return grouped_matmul(rows, weights[6 + index], shared) + change
 
-    hidden_PF = jax.nn.silu(multiply("w_gate", x_PD)) * multiply("w_up", x_PD)
-    return multiply("w_down", hidden_PF)
+    return multiply(2, jax.nn.silu(multiply(0, x_PD)) * multiply(1, x_PD))
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.einsum("PD,DF->PF", left, right, preferred_element_type=jnp.float32)
 
 
 def changed_swiglu_of_few(
@@ -132,12 +199,3 @@ def changed_swiglu_of_few(
 
     y_PD: Array = jax.lax.cond(end_E[n_changes] > 0, run, skip, x_MD)
     return y_PD
-
-
-def _regroup(dispatch: Dispatch, n: int) -> Dispatch:
-    """Return a dispatch in which the first `n` bodies are in one group with the next."""
-    return dataclasses.replace(
-        dispatch,
-        expert_Y=jnp.maximum(dispatch.expert_Y - n, 0),
-        end_block_E=dispatch.end_block_E[n:],
-    )
