@@ -4,8 +4,12 @@
 
 SmolLM2-135M, where `make smollm2` left its GGUF file or in the folder that SMOLLM2 names; float32,
 one document, greedy. Peers are measured where they are installed: transformers with the same
-weights in float32, and llama.cpp (package llama-cpp-python) with the 4-bit file itself. The floor
-is the time to read as many bytes as the weights have.
+weights in float32, and llama.cpp with the 4-bit file itself. Its package is built from source, for
+minutes, so it is in no environment of the project; `--llama PATH` names a folder with it:
+
+    pip install --no-deps --target PATH llama-cpp-python
+
+The floor is the time to read as many bytes as the weights have.
 
 Every contender runs in a process of its own, in turns. Models with experts are compared with the
 backbone alone in one process, round by round in turns, so that other load on the machine meets
@@ -138,12 +142,15 @@ class Contender:
         self.bodies = statistics.mean(counts)
         return (time.perf_counter() - start) / N_DRAWN, (time.process_time() - cpu) / N_DRAWN
 
-    def read(self, tokens_T: np.ndarray) -> float:
-        """Return the seconds that reading a text takes, to the first token."""
-        decoder, start = self._decoder(), time.perf_counter()
-        decoder.feed(tokens_T)
-        next(decoder.draw(1))
-        return time.perf_counter() - start
+    def read(self, tokens_T: np.ndarray) -> tuple[float, float]:
+        """Return the seconds that reading a text takes, to the first token, as `decode` does."""
+        decoder = self._decoder()
+
+        def run() -> None:
+            decoder.feed(tokens_T)
+            next(decoder.draw(1))
+
+        return _seconds(run)
 
     def _decoder(self) -> Decoder:
         return Decoder(self.parts, self.tokenizer, length=LENGTH, mode=self.mode)
@@ -179,7 +186,8 @@ def child_cases(indices: list[int], rounds: int, reads: int) -> list[dict[str, A
         if reads:
             [contender.read(text_T) for contender in both]
             pairs_read = [[contender.read(text_T) for contender in both] for _ in range(reads)]
-            row["read_speed"] = _spread([a / c for a, c in pairs_read])
+            row["read_speed"] = _spread([a[0] / c[0] for a, c in pairs_read])
+            row["read_speed_by_cpu"] = _spread([a[1] / c[1] for a, c in pairs_read])
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     return rows
@@ -217,7 +225,8 @@ def child_transformers(folder: str, rounds: int) -> dict[str, Any]:
         return _row(decode, lambda: _seconds(lambda: read(text_T)), rounds)
 
 
-def child_llama_cpp(rounds: int) -> dict[str, Any]:
+def child_llama_cpp(folder: str, rounds: int) -> dict[str, Any]:
+    sys.path.append(folder)
     import llama_cpp
 
     threads = len(os.sched_getaffinity(0))
@@ -257,7 +266,7 @@ def child_floor(rounds: int) -> dict[str, Any]:
     parts = np.array_split(np.ones(n_bytes // 4, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
         seconds = [
-            _seconds(lambda: list(pool.map(lambda x: x.dot(x), parts)))  # releases the GIL
+            _seconds(lambda: list(pool.map(lambda x: x.dot(x), parts)))[0]  # releases the GIL
             for _ in range(4 * rounds)
         ]
     return {
@@ -268,21 +277,25 @@ def child_floor(rounds: int) -> dict[str, Any]:
 
 
 def _row(
-    decode: Callable[[], tuple[float, float]], read: Callable[[], float], rounds: int
+    decode: Callable[[], tuple[float, float]],
+    read: Callable[[], tuple[float, float]],
+    rounds: int,
 ) -> dict[str, Any]:
     times = [decode() for _ in range(rounds)]
     reads = [read() for _ in range(3)]
     return {
         "tokens_per_second": _rate([wall for wall, _ in times]),
         "cpu_ms_per_token": round(1e3 * min(cpu for _, cpu in times), 1),
-        "tokens_per_second_read": round(N_READ / min(reads), 1),
+        "tokens_per_second_read": round(N_READ / min(wall for wall, _ in reads), 1),
+        "cpu_ms_per_token_read": round(1e3 * min(cpu for _, cpu in reads) / N_READ, 2),
     }
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _seconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds that something takes, by the clock and of the processors."""
+    start, cpu = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def _rate(seconds: list[float]) -> dict[str, float]:
@@ -312,7 +325,9 @@ def run_child(name: str, *arguments: Any) -> Any:
     return result
 
 
-def measure(cases: list[int], rounds: int, turns: int, reads: int) -> dict[str, Any]:
+def measure(
+    cases: list[int], rounds: int, turns: int, reads: int, llama: Path | None
+) -> dict[str, Any]:
     """Return all figures: contenders in turns, then each case."""
     contenders: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -324,9 +339,9 @@ def measure(cases: list[int], rounds: int, turns: int, reads: int) -> dict[str, 
                 print("transformers: not installed", flush=True)
         for _ in range(turns):
             for name in ("floor", "ours", "transformers", "llama_cpp"):
-                if name == "transformers" and not folder.exists():
+                given = {"transformers": (str(folder),), "llama_cpp": (str(llama),)}.get(name, ())
+                if given and not Path(given[0]).exists():
                     continue
-                given = (str(folder),) if name == "transformers" else ()
                 row = run_child(name, *given, rounds)
                 if row is None:
                     continue
@@ -360,18 +375,20 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     texts, rows = {}, result["contenders"]
     floor = rows["floor"]["tokens_per_second"]["best"] if rows else 0.0
     alone = "| | tokens/s, best | median | of the floor | CPU ms per token | "
-    alone += f"{N_READ} tokens read, tokens/s |\n|---|---|---|---|---|---|\n"
+    alone += f"{N_READ} tokens read, tokens/s | CPU ms per token read |\n" + "|---" * 7 + "|\n"
     for key, name in NAMES.items():
         if key not in rows:
             continue
         row = rows[key]
         speed = row["tokens_per_second"]
         cells = [name, speed["best"], speed["median"], f"{speed['best'] / floor:.0%}"]
-        cells += [row.get("cpu_ms_per_token", "–"), row.get("tokens_per_second_read", "–")]
+        keys = ("cpu_ms_per_token", "tokens_per_second_read", "cpu_ms_per_token_read")
+        cells += [row.get(key, "–") for key in keys]
         alone += "| " + " | ".join(map(str, cells)) + " |\n"
     columns = {"speed": "speed, of the backbone alone", "speed_by_cpu": "by CPU time"}
     if any("read_speed" in row for row in result["cases"]):
         columns["read_speed"] = f"{N_READ} tokens read, of the backbone alone"
+        columns["read_speed_by_cpu"] = "by CPU time, read"
     heads = ["", "bodies or paths per token", *columns.values()]
     cases = "| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|\n"
     for row in result["cases"]:
@@ -400,6 +417,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--turns", type=int, default=2, help="of the contenders; 0 skips them")
     parser.add_argument("--reads", type=int, default=2, help="rounds of reading; 0 skips it")
+    parser.add_argument("--llama", type=Path, help="folder with the package llama-cpp-python")
     parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--arguments", help=argparse.SUPPRESS)
@@ -408,7 +426,9 @@ def main() -> None:
         run = globals()[f"child_{arguments.child}"]
         print(json.dumps(run(*json.loads(arguments.arguments))))
         return
-    result = measure(arguments.cases, arguments.rounds, arguments.turns, arguments.reads)
+    result = measure(
+        *(arguments.cases, arguments.rounds, arguments.turns, arguments.reads, arguments.llama)
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.docs:
