@@ -96,9 +96,9 @@ def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block: factors of gate, up and down, then the shared matrices."""
     (x_PD,), factors, (w_gate_DF, w_up_DF, w_down_FD) = rows, weights[:6], weights[6:]
 
-    def multiply(left: Array, w: Array, a: Array, b: Array) -> Array:
-        between = _product(left, a).astype(left.dtype)
-        return (_product(left, w) + _product(between, b)).astype(left.dtype)
+    def multiply(left: Array, w: Array, a_DR: Array, b_RF: Array) -> Array:
+        between = _product(left, a_DR).astype(left.dtype)
+        return (_product(left, w) + _product(between, b_RF)).astype(left.dtype)
 
     gate_PF = multiply(x_PD, w_gate_DF, *factors[:2])
     hidden_PF = jax.nn.silu(gate_PF) * multiply(x_PD, w_up_DF, *factors[2:4])
@@ -126,10 +126,10 @@ def _multiply_by_parts(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Arra
         end_block_E=dispatch.end_block_E[:n_changes],
     )
 
-    def multiply(index: int, rows: Array) -> Array:
+    def multiply(index: int, x: Array) -> Array:
         a, b = weights[2 * index : 2 * index + 2]
-        change = grouped_matmul(grouped_matmul(rows, a, changed), b, changed)
-        return grouped_matmul(rows, weights[6 + index], shared) + change
+        change = grouped_matmul(grouped_matmul(x, a, changed), b, changed)
+        return grouped_matmul(x, weights[6 + index], shared) + change
 
     return multiply(2, jax.nn.silu(multiply(0, x_PD)) * multiply(1, x_PD))
 
@@ -165,21 +165,21 @@ def changed_swiglu_of_few(
     end_E, block = dispatch.end_block_E, dispatch.block
     row_P = jnp.arange(dispatch.choice_P.shape[0])
 
-    def is_in(begin: Array | int, end: Array) -> Array:
+    def is_in(begin: Array | int, end: Array | int) -> Array:
         """Return which rows are in a run of blocks."""
         return (row_P >= begin * block) & (row_P < end * block)
 
     begin_E = jnp.concatenate([jnp.zeros(1, end_E.dtype), end_E[:-1]])
     begin_A, end_A = (jnp.take(x, body_A, mode="fill", fill_value=0) for x in (begin_E, end_E))
 
-    def add_changes(names: Sequence[str], ys: Sequence[Array], rows: Array) -> Sequence[Array]:
+    def add_changes(names: Sequence[str], ys: Sequence[Array], x: Array) -> Sequence[Array]:
         for i, factors in enumerate(changes):
             own_P = is_in(begin_A[i], end_A[i])
 
             def add(
                 ys: Sequence[Array], factors: Factors = factors, own_P: Array = own_P
             ) -> Sequence[Array]:
-                own_rows = jnp.where(own_P[:, None], rows, 0)
+                own_rows = jnp.where(own_P[:, None], x, 0)
                 pairs = (factors[name] for name in names)
                 return [y + own_rows @ a @ b for y, (a, b) in zip(ys, pairs, strict=True)]
 

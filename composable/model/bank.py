@@ -75,8 +75,8 @@ class Bank:
         if self.n_bodies == self.capacity:
             return entry
         is_full = ~jnp.take(self.is_changed_E, entry, mode="fill", fill_value=False)
-        body: jax.Array = entry + jnp.where(is_full & (entry > 0), self.capacity - 1, 0)
-        return body
+        body_E: jax.Array = entry + jnp.where(is_full & (entry > 0), self.capacity - 1, 0)
+        return body_E
 
     @property
     def rank(self) -> int:
@@ -271,9 +271,9 @@ def _empty_changes(
     )
 
 
-def _write_first(into: jax.Array, array: jax.Array) -> jax.Array:
+def _write_first(stack: jax.Array, array: jax.Array) -> jax.Array:
     """Write an array over the first indices of a larger one."""
-    return into.at[tuple(slice(size) for size in array.shape)].set(array)
+    return stack.at[tuple(slice(size) for size in array.shape)].set(array)
 
 
 def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
@@ -289,11 +289,11 @@ def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
 
     def average(slot: int, name: str) -> jax.Array:
         stack = bank.slots[slot][name]
-        mean: jax.Array = jnp.einsum("E,E...->...", full_E[: stack.shape[0]], stack)
+        array: jax.Array = jnp.einsum("E,E...->...", full_E[: stack.shape[0]], stack)
         if bank.changes:
             a, b = bank.changes[slot][name]
-            mean = mean + jnp.einsum("E,EDR,ERF->DF", weight_E, a, b)
-        return mean
+            array = array + jnp.einsum("E,EDR,ERF->DF", weight_E, a, b)
+        return array
 
     return tuple({name: average(i, name) for name in MATRICES} for i in range(len(bank.slots)))
 
