@@ -37,6 +37,10 @@ class Scout(nnx.Module):
             feature_BTD, self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...]
         )
 
+    def hidden(self, feature_BTD: jax.Array) -> jax.Array:
+        """Return the hidden units, shape BTW, float32."""
+        return _hidden(feature_BTD, self.w_in[...], self.b_in[...])
+
 
 def class_log_probs(
     feature_BTD: jax.Array,
@@ -46,6 +50,9 @@ def class_log_probs(
     b_out_C: jax.Array,
 ) -> jax.Array:
     """Return a scout's normalised log-probabilities, shape BTC, always in float32."""
-    feature_BTD = feature_BTD.astype(jnp.float32)
-    hidden_BTW = jax.nn.gelu(feature_BTD @ w_in_DW.astype(jnp.float32) + b_in_W)
+    hidden_BTW = _hidden(feature_BTD, w_in_DW, b_in_W)
     return jax.nn.log_softmax(hidden_BTW @ w_out_WC.astype(jnp.float32) + b_out_C, axis=-1)
+
+
+def _hidden(feature_BTD: jax.Array, w_in_DW: jax.Array, b_in_W: jax.Array) -> jax.Array:
+    return jax.nn.gelu(feature_BTD.astype(jnp.float32) @ w_in_DW.astype(jnp.float32) + b_in_W)
