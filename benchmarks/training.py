@@ -36,15 +36,17 @@ from jax.extend.core import jaxprs_in_params
 
 from benchmarks.demo_seeds import fill
 from composable.assembly.backbones import load_backbone
+from composable.assembly.compile_memory import schedule_for_memory
 from composable.corpora.documents import read_documents
 from composable.corpora.recipe import shipped_folder
 from composable.model.body import Expert
+from composable.model.scout import Scout
 from composable.packaging.manifests.manifest import BodySpec, InterfaceNeed, Manifest
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.version import Version
 from composable.training.data import TappedRows, batches, token_stream
 from composable.training.loop import fit
-from composable.training.objectives import backbone_objective, tapped_objective
+from composable.training.objectives import backbone_objective, scout_loss, tapped_objective
 from composable.workflows.train import expert_config, train_expert
 from composable.workflows.trunk_cache import cut_rows
 
@@ -91,6 +93,8 @@ class Clock:
 
 def train_ours(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train an expert, as `composable train` does."""
+    schedule_for_memory()
+    compiling = count_compiling()
     loaded = load_backbone(str(arguments.backbone))
     interface = loaded.interface
     manifest = Manifest(
@@ -121,11 +125,26 @@ def train_ours(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
             step_tokens_per_second=round(n_tokens / (wall_end - wall), 1),
             step_cpu_ms_per_token=round(1e3 * (cpu_end - cpu) / n_tokens, 3),
             stages=record.step_seconds,
+            compile_seconds=round(sum(compiling), 1),
         )
+
+
+def count_compiling() -> list[float]:
+    """Return a list that gets the seconds of everything that is compiled from now on."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return seconds
 
 
 def train_ours_full(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train all weights of the backbone with `fit`."""
+    schedule_for_memory()
+    compiling = count_compiling()
     loaded = load_backbone(str(arguments.backbone))
     parts: Any = nnx.split(loaded.backbone, nnx.Param, ...)
     graph, params, rest = parts
@@ -134,7 +153,7 @@ def train_ours_full(arguments: argparse.Namespace) -> dict[str, Any]:
     data = batches(stream_M, window=cfg.window, batch_size=cfg.batch_size, seed=0)
     clock = Clock()
     fit(backbone_objective(graph), params, rest, data, cfg)
-    return clock.report(cfg.tokens)
+    return clock.report(cfg.tokens, compile_seconds=round(sum(compiling), 1))
 
 
 def train_torch(which: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -214,6 +233,46 @@ def measure_floor(_: argparse.Namespace) -> dict[str, Any]:
     return rates
 
 
+def measure_scouts(_: argparse.Namespace) -> dict[str, Any]:
+    """Return what the gradient of a scout's loss takes: plain, ours, and of eight in one program.
+
+    The eight read the same rows, as those of one text could, and differ in their weights.
+    """
+    d_model, width, n_classes, n_rows, n_scouts = 576, 64, 1024, 16, 8
+    rng = np.random.default_rng(0)
+    feature_BTD = jnp.asarray(rng.normal(size=(n_rows, WINDOW, d_model)), jnp.float32)
+    classes_BT = jnp.asarray(rng.integers(0, n_classes, (n_rows, WINDOW)), jnp.int32)
+
+    def plain_loss(scout: Scout, feature_BTD: jax.Array, classes_BT: jax.Array) -> jax.Array:
+        log_prob_BTC = scout(feature_BTD)
+        return -jnp.take_along_axis(log_prob_BTC, classes_BT[..., None], axis=-1).mean()
+
+    scouts = [Scout(d_model, width, n_classes, rngs=nnx.Rngs(seed)) for seed in range(n_scouts)]
+    stacked = jax.tree.map(lambda *weights: jnp.stack(weights), *scouts)
+    together = jax.vmap(jax.grad(scout_loss), in_axes=(0, None, None))
+    programs: dict[str, tuple[Any, Any, int]] = {
+        "plain": (jax.jit(jax.grad(plain_loss)), scouts[0], 1),
+        "ours": (jax.jit(jax.grad(scout_loss)), scouts[0], 1),
+        "eight in one program": (jax.jit(together), stacked, n_scouts),
+    }
+    found: dict[str, Any] = {}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    for turn in range(9):
+        for name, (run, weights, n) in programs.items():
+            start, start_cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(run(weights, feature_BTD, classes_BT))
+            taken = time.perf_counter() - start, time.process_time() - start_cpu
+            if turn:  # the first one compiles
+                times[name].append((taken[0] / n, taken[1] / n))
+    for name, rows in times.items():
+        wall, cpu = zip(*rows, strict=True)
+        found[name] = {
+            "ms": [round(1e3 * x, 1) for x in (statistics.median(wall), min(wall), max(wall))],
+            "cpu_ms": [round(1e3 * x, 1) for x in (statistics.median(cpu), min(cpu), max(cpu))],
+        }
+    return found
+
+
 def count_flops(run: Callable[..., Any], *arguments: Any) -> int:
     """Return the floating-point operations of all products of matrices in a traced program."""
 
@@ -273,6 +332,7 @@ CHILDREN: Final[Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]] = 
     "torch-ffn": lambda arguments: train_torch("torch-ffn", arguments),
     "torch-full": lambda arguments: train_torch("torch-full", arguments),
     "floor": measure_floor,
+    "scouts": measure_scouts,
     "work": measure_work,
 }
 
@@ -321,6 +381,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         "steps alone, tokens/s",
         "CPU ms per token",
         "peak memory, MB",
+        "compiling, s",
     )
     fields = (
         "tokens_per_second",
@@ -328,6 +389,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         "step_tokens_per_second",
         "step_cpu_ms_per_token",
         "peak_mb",
+        "compile_seconds",
     )
     runs = "| | " + " | ".join(head) + " |\n|---" + "|---" * len(head) + "|\n"
     for name, label in LABELS.items():
@@ -340,11 +402,16 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     work = "| body | products in a step, MFLOP per token | needed | ratio |\n|---|---|---|---|\n"
     for kind, row in result["work"].items():
         work += f"| {kind} | {row['step_mflop']} | {row['needed_mflop']} | {row['ratio']} |\n"
+    scouts = "| gradient of a scout's loss | ms per scout | CPU ms per scout |\n|---|---|---|\n"
+    for name, row in result["scouts"].items():
+        cells = (f"{mid} ({least}–{most})" for mid, least, most in (row["ms"], row["cpu_ms"]))
+        scouts += f"| {name} | " + " | ".join(cells) + " |\n"
     floor, found = result["floor"], result["machine"]
     return {
         "runs": runs,
         "ratios": ratios,
         "work": work,
+        "scouts": scouts,
         "machine": f"*{found['cpu']}, Python {found['python']}, jax {found['jax']}, torch "
         f"{found['torch']}, peft {found['peft']}; {result['steps']} steps of {ROWS} rows of "
         f"{WINDOW} tokens; float32 product of 512 × 576 × 1536: jax {floor['jax_gflops']}, torch "
@@ -383,7 +450,9 @@ def main() -> None:
         np.save(folder / "rows.npy", cut_rows(stream_M, WINDOW, n_tokens))
         tap = loaded.backbone.cfg.tap
         save_smollm2(gguf[0], folder / "model")
-        work, floor = (run_child(name, arguments, folder, tap) for name in ("work", "floor"))
+        work, floor, scouts = (
+            run_child(name, arguments, folder, tap) for name in ("work", "floor", "scouts")
+        )
         for _ in range(arguments.rounds):
             for name in arguments.only:
                 runs.setdefault(name, []).append(run_child(name, arguments, folder, tap))
@@ -399,6 +468,7 @@ def main() -> None:
         "steps": arguments.steps,
         "floor": floor,
         "work": work,
+        "scouts": scouts,
         "runs": runs,
         "ratios": compare(runs),
     }

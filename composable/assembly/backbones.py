@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from composable.assembly.compile_cache import use_compile_cache
+from composable.assembly.compile_memory import return_compiler_memory
 from composable.corpora.documents import Document, read_documents
 from composable.errors import IntegrityError, ModelError
 from composable.files import atomic
@@ -95,6 +96,7 @@ def load_backbone(name: str) -> LoadedBackbone:
         IntegrityError: If weights, tokenizer and interface do not belong together.
     """
     use_compile_cache()
+    return_compiler_memory()
     folder = find_backbone(name)
     cfg, interface = _read_config(folder)
     check_listed(folder, WEIGHTS_FILE)

@@ -35,7 +35,9 @@ from composable.cli.options import (
 from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from jax.sharding import Mesh
 
     from composable.assembly.backbones import LoadedBackbone
     from composable.model.model import Pluggable
@@ -111,6 +113,9 @@ def train(
     in ten is held out for `composable check`. If expert.toml sets derives-from, training starts
     from that release.
 
+    Folders of more experts may follow DIR: all are trained on the same text, or on their own, given
+    as --data DIR=FILES, and compared on held-out text.
+
     With --sweep, all combinations of the values are trained on one pass of the backbone's lower
     layers, and the best one on held-out text is kept.
 
@@ -125,43 +130,159 @@ def train(
             Manifest.read(folder), backbone, plan, mesh, rows, window, as_json=as_json
         )
         return
-    files = [*(data or ()), *(more or ())]
-    if not files:
-        raise typer.BadParameter("no training text given", param_hint="--data")
-    manifest = Manifest.read(folder)
+    folders, texts = _assign_texts(folder, more or (), data or ())
+    manifests = {folder: Manifest.read(folder) for folder in folders}
+    homes = {backbone or manifest.backbone for manifest in manifests.values()}
+    if len(homes) > 1:
+        raise typer.BadParameter(
+            f"experts for one backbone are trained together, found {', '.join(sorted(homes))}",
+            param_hint="DIR",
+        )
+    if sweep and len(folders) > 1:
+        raise typer.BadParameter("only one expert can be swept", param_hint="--sweep")
     from composable.assembly.backbones import load_backbone
+    from composable.assembly.compile_memory import schedule_for_memory
     from composable.cli.group import join_group
-    from composable.files.records import to_plain
     from composable.parallel import make_mesh, parse_mesh
     from composable.workflows.references import find_parent
-    from composable.workflows.train import expert_config, train_expert
+    from composable.workflows.train import expert_config
+
+    schedule_for_memory()
+    is_first = join_group(coordinator, num_processes, process_id, init_timeout)
+    devices = make_mesh(**parse_mesh(mesh)) if mesh else None
+    if (sweep or len(folders) > 1) and (mesh or not is_first):
+        raise typer.BadParameter(
+            "not on a mesh or many processes", param_hint="--sweep" if sweep else "DIR"
+        )
+    loaded = load_backbone(homes.pop())
+    parents = {
+        folder: parent
+        for folder, manifest in manifests.items()
+        if (parent := find_parent(loaded, manifest, registry=registry))
+    }
+    cfg = expert_config(steps, seed, rows=rows, window=window, backbone=loaded.backbone)
+    parent, files = parents.get(folder), texts[folder]
+    if len(folders) > 1:
+        _train_several(loaded, texts, cfg, parents, as_json, is_quiet)
+    elif sweep:
+        _train_variants(loaded, folder, files, cfg, sweep, parent, as_json, is_quiet)
+    else:
+        _train_one(
+            loaded,
+            folder,
+            files,
+            cfg,
+            parent,
+            devices,
+            is_first=is_first,
+            as_json=as_json,
+            is_quiet=is_quiet,
+        )
+
+
+def _assign_texts(
+    folder: Path, more: Sequence[Path], data: Sequence[Path]
+) -> tuple[list[Path], dict[Path, list[Path]]]:
+    """Return the experts and the text of each, from `DIR [DIR ...] [FILES] --data [DIR=]FILES`.
+
+    Raises:
+        typer.BadParameter: If an expert is named twice or has no text.
+    """
+    from composable.packaging.manifests.manifest import EXPERT_FILE
+
+    folders = [folder, *(path for path in more if (path / EXPERT_FILE).is_file())]
+    if len(set(folders)) < len(folders):
+        raise typer.BadParameter("an expert is named twice", param_hint="DIR")
+    common = [path for path in more if path not in folders]
+    texts: dict[Path, list[Path]] = {folder: [] for folder in folders}
+    for path in data:
+        name, equals, files = str(path).partition("=")
+        if equals and Path(name) in texts:
+            texts[Path(name)].append(Path(files))
+        else:
+            common.append(path)
+    texts = {folder: [*files, *common] for folder, files in texts.items()}
+    for expert, chosen in texts.items():
+        if not chosen:
+            of = f" for {expert}" if len(folders) > 1 else ""
+            raise typer.BadParameter(f"no training text given{of}", param_hint="--data")
+    return folders, texts
+
+
+def _train_one(
+    loaded: LoadedBackbone,
+    folder: Path,
+    files: Sequence[Path],
+    cfg: TrainConfig,
+    parent: Pluggable | None,
+    devices: Mesh | None,
+    *,
+    is_first: bool,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Train one expert, and report its last figures in the first process of a group."""
+    from composable.files.records import to_plain
+    from composable.packaging.manifests.manifest import Manifest
+    from composable.workflows.train import train_expert
     from composable.workflows.workspace import count_heldout
 
-    is_first = join_group(coordinator, num_processes, process_id, init_timeout)
-    is_quiet = is_quiet or not is_first
-    devices = make_mesh(**parse_mesh(mesh)) if mesh else None
-    loaded = load_backbone(backbone or manifest.backbone)
-    parent = find_parent(loaded, manifest, registry=registry)
-    if sweep:
-        if not is_first or mesh:
-            raise typer.BadParameter("not on a mesh or many processes", param_hint="--sweep")
-        cfg = expert_config(steps, seed, rows=rows, window=window, backbone=loaded.backbone)
-        _train_variants(loaded, folder, files, cfg, sweep, parent, as_json, is_quiet)
-        return
-    with bars.show_training(is_quiet=is_quiet) as progress:
-        cfg = expert_config(steps, seed, rows=rows, window=window, backbone=loaded.backbone)
+    with bars.show_training(is_quiet=is_quiet or not is_first) as progress:
         record = train_expert(
             loaded, folder, files, cfg, parent=parent, mesh=devices, progress=progress
         )
     if not is_first:
         return
     figures = bars.format_figures(record.last or {}) or "training already complete"
-    start = f"{folder} from {manifest.derives_from}" if parent else str(folder)
+    start = f"{folder} from {Manifest.read(folder).derives_from}" if parent else str(folder)
     n_heldout = count_heldout(folder)
     show(
         f"trained {start} in {record.seconds} s on {record.documents + n_heldout} documents, "
         f"{n_heldout} of them held out: {figures}",
         to_plain(record),
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
+def _train_several(
+    loaded: LoadedBackbone,
+    texts: Mapping[Path, Sequence[Path]],
+    cfg: TrainConfig,
+    parents: Mapping[Path, Pluggable],
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Train several experts and report them, best first among those on the same text."""
+    from composable.files.records import to_plain
+    from composable.workflows.train_several import train_experts
+
+    with bars.show_training(is_quiet=is_quiet) as progress:
+        experts = train_experts(loaded, texts, cfg, parents=parents, progress=progress)
+    rows = [
+        (
+            str(expert.folder),
+            " ".join(map(str, expert.data)),
+            f"{expert.heldout.bits_per_token:.4f}",
+            f"{expert.heldout.scout_bits:.4f}",
+            f"{expert.record.seconds}",
+        )
+        for expert in experts
+    ]
+    head = ("expert", "text", "held-out bits per token", "scout bits", "seconds")
+    show(
+        format_table(head, rows),
+        {
+            "experts": [
+                {
+                    "folder": str(expert.folder),
+                    "data": [str(path) for path in expert.data],
+                    **to_plain(expert.heldout),
+                    "training": to_plain(expert.record),
+                }
+                for expert in experts
+            ]
+        },
         as_json=as_json,
         is_quiet=is_quiet,
     )
@@ -218,8 +339,13 @@ def _train_variants(
             loaded, folder, files, cfg, parse_sweep(sweep), parent=parent, progress=progress
         )
     rows = [
-        (v.name, f"{v.bits_per_token:.4f}", f"{v.scout_bits:.4f}", f"{v.record.seconds}")
-        for v in variants
+        (
+            variant.name,
+            f"{variant.heldout.bits_per_token:.4f}",
+            f"{variant.heldout.scout_bits:.4f}",
+            f"{variant.record.seconds}",
+        )
+        for variant in variants
     ]
     table = format_table(("variant", "held-out bits per token", "scout bits", "seconds"), rows)
     show(
@@ -229,8 +355,7 @@ def _train_variants(
             "variants": [
                 {
                     "name": variant.name,
-                    "bits_per_token": variant.bits_per_token,
-                    "scout_bits": variant.scout_bits,
+                    **to_plain(variant.heldout),
                     "training": to_plain(variant.record),
                 }
                 for variant in variants

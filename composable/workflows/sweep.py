@@ -13,19 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import jax
-import numpy as np
 import tomlkit
-from flax import nnx
 
 from composable.assembly.backbones import LoadedBackbone
-from composable.assembly.experts import load_expert, make_expert
-from composable.corpora.documents import read_documents
 from composable.errors import TrainingError
 from composable.files import atomic
 from composable.files.reading import open_file, read_bytes
 from composable.files.user_files import BYTE_ORDER_MARK, replace_text
-from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.packaging.manifests.manifest import (
     BODY_FILE,
@@ -35,17 +29,13 @@ from composable.packaging.manifests.manifest import (
 )
 from composable.progress import TrainingProgress
 from composable.training.config import TrainConfig
-from composable.training.data import TappedRows, token_stream
-from composable.training.objectives import tapped_objective
 from composable.training.record import TrainingRecord
+from composable.workflows.heldout import HeldoutFigures, measure_heldout
 from composable.workflows.train import train_expert
-from composable.workflows.trunk_cache import cut_rows, run_trunk
 from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK
 
 # What variants may differ in.
 SWEPT: Final = ("rank", "seed")
-# Tokens of held-out text that variants are compared on, at most.
-_HELDOUT_TOKENS: Final = 1 << 14
 _BLOCK: Final = 1 << 20
 
 
@@ -57,15 +47,13 @@ class Variant:
         name: What it differs in, such as "rank=4,seed=0".
         folder: The expert.
         record: The record of its run.
-        bits_per_token: Of its body, always on, on held-out text.
-        scout_bits: Bits per class of its scout on held-out text.
+        heldout: Its losses on held-out text.
     """
 
     name: str
     folder: Path
     record: TrainingRecord
-    bits_per_token: float
-    scout_bits: float
+    heldout: HeldoutFigures
 
 
 def parse_sweep(options: Sequence[str]) -> dict[str, list[int]]:
@@ -134,28 +122,45 @@ def train_variants(
         )
     work = folder / WORK / "sweep"
     trained: list[tuple[str, Path, TrainingRecord]] = []
-    for values in itertools.product(*sweep.values()):
+    combinations = list(itertools.product(*sweep.values()))
+    for values in combinations:
         setting = dict(zip(sweep, values, strict=True))
         name = ",".join(f"{key}={value}" for key, value in setting.items())
         variant = _write_variant(work / name, manifest, setting.get("rank"))
         run = dataclasses.replace(cfg, seed=setting.get("seed", cfg.seed))
-        show = _label(progress, name) if progress else None
+        show = label_stages(progress, name) if progress else None
         record = train_expert(
-            loaded, variant, data, run, parent=parent, trunk=work / "trunk", progress=show
+            loaded,
+            variant,
+            data,
+            run,
+            parent=parent,
+            trunk=work / "trunk",
+            n_sharing=len(combinations),
+            progress=show,
         )
         trained.append((name, variant, record))
-    rows = _tap_heldout(loaded, trained[0][1], cfg, work / "trunk")
     variants = [
-        Variant(name=name, folder=variant, record=record, **_measure(loaded, variant, rows, cfg))
+        Variant(
+            name=name,
+            folder=variant,
+            record=record,
+            heldout=measure_heldout(loaded, variant, cfg, work / "trunk"),
+        )
         for name, variant, record in trained
     ]
-    variants.sort(key=lambda variant: variant.bits_per_token)
+    variants.sort(key=lambda variant: variant.heldout.bits_per_token)
     _adopt(folder, variants[0])
     return variants
 
 
-def _label(progress: TrainingProgress, name: str) -> TrainingProgress:
-    """Return a callback that reports the stages of one variant."""
+def label_stages(progress: TrainingProgress, name: str) -> TrainingProgress:
+    """Return a callback that reports stages with a name in front.
+
+    Args:
+        progress: What it calls.
+        name: What the stages are of, such as a variant.
+    """
 
     def show(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         progress(f"{name} {stage}", done, total, figures)
@@ -171,37 +176,6 @@ def _write_variant(folder: Path, manifest: Manifest, rank: int | None) -> Path:
         manifest = dataclasses.replace(manifest, body=body)
     atomic.write_text(folder / EXPERT_FILE, manifest.to_toml())
     return folder
-
-
-def _tap_heldout(
-    loaded: LoadedBackbone, variant: Path, cfg: TrainConfig, cache: Path
-) -> TappedRows:
-    """Return rows of the text that all variants held out, with the trunk's outputs."""
-    documents = read_documents([variant / WORK / HELDOUT_FILE])
-    stream_M = token_stream(documents, loaded.tokenizer)
-    window = min(cfg.window, len(stream_M) - 1)
-    return run_trunk(loaded, cut_rows(stream_M, window, _HELDOUT_TOKENS), cache)
-
-
-def _measure(
-    loaded: LoadedBackbone, folder: Path, rows: TappedRows, cfg: TrainConfig
-) -> dict[str, float]:
-    """Return the figures of a trained variant on held-out rows."""
-    parts, manifest = load_expert(loaded, folder), Manifest.read(folder)
-    expert: Expert = nnx.eval_shape(lambda: make_expert(loaded.backbone, manifest))
-    expert.body, expert.scout = parts.body, parts.scout
-    graph, params = nnx.split(expert)
-    objective = jax.jit(tapped_objective(graph))
-    figures = []
-    for start in range(0, len(rows.tokens_BU), cfg.batch_size):
-        end = start + cfg.batch_size
-        batch = TappedRows(rows.tokens_BU[start:end], np.array(rows.x_BTD[start:end]))
-        found: Mapping[str, Any] = objective(params, loaded.backbone, batch)[1]
-        figures.append({name: len(batch.tokens_BU) * float(x) for name, x in found.items()})
-    return {
-        name: sum(row[name] for row in figures) / len(rows.tokens_BU)
-        for name in ("bits_per_token", "scout_bits")
-    }
 
 
 def _adopt(folder: Path, best: Variant) -> None:

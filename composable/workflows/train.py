@@ -56,6 +56,7 @@ from composable.training.scouts import (
 )
 from composable.workflows.trunk_cache import (
     TrainingPlan,
+    compute_features,
     count_trunk_parameters,
     count_upper_parameters,
     cut_rows,
@@ -123,6 +124,8 @@ def train_expert(
     optimizer: optax.GradientTransformation | None = None,
     trunk: Path | None = None,
     mesh: Mesh | None = None,
+    n_sharing: int = 1,
+    salt: str | None = None,
     progress: TrainingProgress | None = None,
 ) -> TrainingRecord:
     """Train the expert of a folder on text, and write its tensors there.
@@ -140,6 +143,10 @@ def train_expert(
         trunk: Folder for the trunk's outputs, which are then always kept there and read by every
             run on the same text; by default the run's own, if keeping them is worth while.
         mesh: Devices to train body and scout on; all of them as data parallel by default.
+        n_sharing: Runs on the same text that read the trunk's outputs in `trunk`. The more there
+            are, the more text their scouts are trained on.
+        salt: What decides, with a document's id, whether it is held out; by default the expert's
+            name. Experts with one salt hold out the same documents of one text.
         progress: Called with the stage (the trunk, where its output is cached; body and scout;
             features; scout alone), steps or positions done and in all, and the newest figures.
 
@@ -152,7 +159,7 @@ def train_expert(
         TrainingError: If an earlier run in this folder started with other text or settings.
     """
     manifest = _read_manifest(loaded, folder)
-    train, heldout = read_texts(data, manifest.name)
+    train, heldout = read_texts(data, salt or manifest.name)
     work = folder / WORK
     work.mkdir(exist_ok=True)
     if is_first_process():
@@ -160,7 +167,7 @@ def train_expert(
     stream_M = token_stream(train, loaded.tokenizer)
     derives_from = None if parent is None else manifest.derives_from
     _require_same_start(work, stream_M, derives_from)
-    plan = plan_training(loaded.backbone, cfg, len(stream_M), SCOUT_ROWS)
+    plan = plan_training(loaded.backbone, cfg, len(stream_M), SCOUT_ROWS, n_sharing)
 
     start = time.perf_counter()
     expert = _make_start(loaded.backbone, manifest, cfg.seed, parent)
@@ -296,10 +303,16 @@ def _fit_on_cached_trunk(
     )
     trained, fitted = _fit_expert(tapped_objective, expert, loaded.backbone, data, run)
     n_rows, window, _ = rows.x_BTD.shape
+    scout_rows_BU = cut_rows(stream_M, window, plan.scout_tokens)
+    if len(scout_rows_BU) > n_rows:
+        count, identity = _count(run.progress, "features"), loaded.interface.trunk
+        features = compute_features(loaded.backbone, identity, scout_rows_BU, run.trunk, count)
+    else:
+        features = scout_features(loaded.backbone, rows)
     return _FittedExpert(
         expert=trained,
         history=fitted.history,
-        features=scout_features(loaded.backbone, rows),
+        features=features,
         seconds={"trunk": trunk_seconds, "body": fitted.seconds},
         cache=CacheRecord(
             tokens=n_rows * window,

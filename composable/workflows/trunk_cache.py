@@ -64,12 +64,13 @@ class TrainingPlan:
 
 
 def plan_training(
-    backbone: Backbone, cfg: TrainConfig, n_tokens: int, scout_rows: int
+    backbone: Backbone, cfg: TrainConfig, n_tokens: int, scout_rows: int, n_sharing: int = 1
 ) -> TrainingPlan:
     """Return how much text the scout-only steps use, and whether the trunk is cached.
 
     A scout improves most with more text (ADR 11), so it gets what more the trunk can process
-    cheaply. Where the trunk takes minutes, body and scout share the same tokens from disk; an
+    cheaply: more for runs that share its outputs. Where the trunk takes minutes, a run of its own
+    trains body and scout on the same tokens from disk; an
     accelerator recomputes activations faster than a disk delivers them.
 
     Args:
@@ -77,9 +78,10 @@ def plan_training(
         cfg: How the expert is trained.
         n_tokens: Tokens of the text.
         scout_rows: Rows of each scout-only step.
+        n_sharing: Runs on the same text that read the same outputs of the trunk.
     """
     trunk, own = count_trunk_parameters(backbone), min(cfg.tokens, n_tokens)
-    cheap = min(_SCOUT_SHARE * cfg.tokens, int(_CHEAP / trunk))
+    cheap = min(_SCOUT_SHARE * cfg.tokens, int(n_sharing * _CHEAP / trunk))
     tokens = min(n_tokens, max(own, cheap))
     n_rows = min(n_tokens - 1, tokens) // cfg.window
     passes = int(np.clip(round(_SCOUT_POSITIONS / tokens), *_SCOUT_PASSES))
@@ -87,8 +89,19 @@ def plan_training(
         scout_tokens=tokens,
         # One row cannot be split into training and held-out text.
         scout_steps=max(1, passes * n_rows // scout_rows) if n_rows > 1 else 0,
-        caches_trunk=jax.default_backend() == "cpu" and trunk * cfg.tokens > _WORTH_CACHING,
+        caches_trunk=is_worth_caching(backbone, cfg),
     )
+
+
+def is_worth_caching(backbone: Backbone, cfg: TrainConfig) -> bool:
+    """Return whether a run keeps the trunk's activations on disk and reads them from there.
+
+    Args:
+        backbone: The model.
+        cfg: How the expert is trained.
+    """
+    work = count_trunk_parameters(backbone) * cfg.tokens
+    return jax.default_backend() == "cpu" and work > _WORTH_CACHING
 
 
 def count_trunk_parameters(backbone: Backbone) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import math
 import shutil
 import struct
@@ -233,8 +234,10 @@ def test_yank_of_a_release_that_is_not_there(cli, project):
 
 
 @pytest.mark.slow
-def test_from_new_to_published(cli, works, tiny_backbone):
+def test_from_new_to_published(cli, works, tiny_backbone, monkeypatch):
     """The whole path on a backbone of noise: whatever vetting says, publishing obeys."""
+    # Training changes it for its process, which is that of all tests here.
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     from composable.workflows.workspace import WORK
 
     backbone = ("--backbone", tiny_backbone)
@@ -285,6 +288,19 @@ def test_from_new_to_published(cli, works, tiny_backbone):
     assert sorted(row["name"] for row in found["variants"]) == ["seed=0", "seed=1"]
     assert found["kept"] == found["variants"][0]["name"]
     assert works(*swept).out.splitlines()[-1] == f"kept {found['kept']} as my-expert"
+
+    for name in ("left", "right"):
+        works("new", name, *backbone)
+    both = ("train", "left", "right", "--steps", 3, *backbone)
+    outcome = cli(*both, "--data", "left=texts")
+    assert outcome.code == 2
+    assert "no training text given for right" in outcome.err
+    assert cli(*both, "--data", "texts", "--sweep", "seed=0,1").code == 2
+    found = works(*both, "--data", "texts", "--json").json["experts"]
+    assert {row["folder"] for row in found} == {"left", "right"}
+    assert found[0]["bits_per_token"] <= found[1]["bits_per_token"]
+    assert found[0]["training"]["documents"] == found[1]["training"]["documents"]
+    assert works(*both, "--data", "texts").out.splitlines()[0].split()[:2] == ["expert", "text"]
 
     outcome = cli("check", "my-expert", "--json", *backbone)
     assert outcome.code in (0, 1), outcome.err

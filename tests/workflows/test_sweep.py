@@ -97,11 +97,18 @@ def swept(loaded, trained_folder, texts, tmp_path_factory):
 
 def test_the_trunk_runs_once_for_the_text_and_once_for_what_is_held_out(loaded, swept):
     row_bytes = 4 * CFG.window * loaded.backbone.cfg.d_model
-    files = (swept.folder / ".work" / "sweep" / "trunk").iterdir()
+    files = (swept.folder / ".work" / "sweep" / "trunk").glob("*.tap")
     rows = sorted(file.stat().st_size // row_bytes for file in files)
     assert len(rows) == 2
     assert CFG.tokens // CFG.window in rows
     assert len(swept.trunk_batches) == sum(-(-n // trunk_cache._TAP_ROWS) for n in rows)
+
+
+def test_scouts_of_all_variants_read_more_text_than_bodies_and_it_is_run_once(swept):
+    (features,) = (swept.folder / ".work" / "sweep" / "trunk").glob("*.npy")
+    n_rows, window, _ = np.load(features, mmap_mode="r").shape
+    assert n_rows * window > CFG.tokens
+    assert {v.record.scout.tokens for v in swept.variants} == {n_rows * window}
 
 
 def test_variants_of_one_rank_compile_once(swept):
@@ -129,7 +136,7 @@ def test_a_variant_is_what_training_it_alone_makes(loaded, swept, trained_folder
 
 
 def test_the_best_on_held_out_text_becomes_the_expert(loaded, swept):
-    bits = [variant.bits_per_token for variant in swept.variants]
+    bits = [variant.heldout.bits_per_token for variant in swept.variants]
     assert bits == sorted(bits)
     assert len(set(bits)) == len(SEEDS) * len(RANKS)
     best = swept.variants[0]

@@ -186,6 +186,9 @@ def test_a_large_backbone_has_scout_only_steps_and_frequent_checkpoints():
     plan = plan_training(large, dataclasses.replace(CFG, steps=1000), 10**6, 2)
     assert (plan.scout_tokens, plan.caches_trunk) == (32_000, True)
     assert plan.scout_steps == 20 * 2000 // 2
+    shared = plan_training(large, dataclasses.replace(CFG, steps=1000), 10**6, 2, n_sharing=8)
+    assert 3 * plan.scout_tokens < shared.scout_tokens < 4 * plan.scout_tokens
+    assert plan_training(large, CFG, 10**6, 2, n_sharing=10**6).scout_tokens == 8 * CFG.tokens
     assert expert_config(300, rows=4, backbone=large).checkpoint_every == 6
     assert expert_config(300).checkpoint_every == 400
 
