@@ -1,8 +1,8 @@
 """Train several experts in one process, with one copy of the backbone.
 
 Experts of one structure run the same compiled programs. Those on the same text hold out the same
-documents, and where the trunk's outputs are worth keeping, all of them read the same ones, and their
-scouts more of the text than one of them alone could afford to.
+documents. Where the trunk's outputs are worth keeping, all of them read the same ones, and their
+scouts are trained on more of the text than one run alone could afford to read.
 """
 
 from __future__ import annotations

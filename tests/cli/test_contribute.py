@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import os
 import math
+import os
 import shutil
 import struct
 from pathlib import Path
