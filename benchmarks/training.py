@@ -25,12 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
@@ -47,6 +49,7 @@ from composable.packaging.versions.version import Version
 from composable.training.data import TappedRows, batches, token_stream
 from composable.training.loop import fit
 from composable.training.objectives import backbone_objective, scout_loss, tapped_objective
+from composable.training.optimizers import muon
 from composable.workflows.train import expert_config, train_expert
 from composable.workflows.trunk_cache import cut_rows
 
@@ -233,6 +236,31 @@ def measure_floor(_: argparse.Namespace) -> dict[str, Any]:
     return rates
 
 
+def measure_memory(arguments: argparse.Namespace, *, is_for_memory: bool) -> dict[str, Any]:
+    """Return the temporary memory that the compiled step of rank 16 asks for."""
+    if is_for_memory:
+        schedule_for_memory()
+    backbone = load_backbone(str(arguments.backbone)).backbone
+    expert = Expert(backbone, kind="lora", rank=RANK, scout_width=64, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(expert)
+    optimizer = muon(expert_config(arguments.steps, rows=ROWS, backbone=backbone))
+    objective = tapped_objective(graph)
+    rows = TappedRows(
+        jax.ShapeDtypeStruct((ROWS, WINDOW + 1), jnp.int32),
+        jax.ShapeDtypeStruct((ROWS, WINDOW, backbone.cfg.d_model), jnp.float32),
+    )
+
+    def step(params: Any, state: Any, backbone: Any, rows: Any) -> Any:
+        gradient, _ = jax.grad(objective, has_aux=True)(params, backbone, rows)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(optimizer.init, params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, backbone, rows).compile()
+    found = compiled.memory_analysis()
+    return {"temporary_mb": round(found.temp_size_in_bytes / 1e6)}
+
+
 def measure_scouts(_: argparse.Namespace) -> dict[str, Any]:
     """Return what the gradient of a scout's loss takes: plain, ours, and of eight in one program.
 
@@ -333,6 +361,8 @@ CHILDREN: Final[Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]] = 
     "torch-full": lambda arguments: train_torch("torch-full", arguments),
     "floor": measure_floor,
     "scouts": measure_scouts,
+    "memory": partial(measure_memory, is_for_memory=True),
+    "memory-plain": partial(measure_memory, is_for_memory=False),
     "work": measure_work,
 }
 
@@ -406,11 +436,15 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     for name, row in result["scouts"].items():
         cells = (f"{mid} ({least}–{most})" for mid, least, most in (row["ms"], row["cpu_ms"]))
         scouts += f"| {name} | " + " | ".join(cells) + " |\n"
+    memory = "| order of operations | temporary memory of a step, MB |\n|---|---|\n"
+    for name, order in (("memory-plain", "for parallelism"), ("memory", "for memory")):
+        memory += f"| {order} | {result[name]['temporary_mb']} |\n"
     floor, found = result["floor"], result["machine"]
     return {
         "runs": runs,
         "ratios": ratios,
         "work": work,
+        "memory": memory,
         "scouts": scouts,
         "machine": f"*{found['cpu']}, Python {found['python']}, jax {found['jax']}, torch "
         f"{found['torch']}, peft {found['peft']}; {result['steps']} steps of {ROWS} rows of "
@@ -450,9 +484,10 @@ def main() -> None:
         np.save(folder / "rows.npy", cut_rows(stream_M, WINDOW, n_tokens))
         tap = loaded.backbone.cfg.tap
         save_smollm2(gguf[0], folder / "model")
-        work, floor, scouts = (
-            run_child(name, arguments, folder, tap) for name in ("work", "floor", "scouts")
-        )
+        counted = {
+            name: run_child(name, arguments, folder, tap)
+            for name in ("floor", "work", "memory-plain", "memory", "scouts")
+        }
         for _ in range(arguments.rounds):
             for name in arguments.only:
                 runs.setdefault(name, []).append(run_child(name, arguments, folder, tap))
@@ -466,9 +501,7 @@ def main() -> None:
             **{name: importlib.metadata.version(name) for name in packages},
         },
         "steps": arguments.steps,
-        "floor": floor,
-        "work": work,
-        "scouts": scouts,
+        **counted,
         "runs": runs,
         "ratios": compare(runs),
     }
