@@ -86,12 +86,7 @@ def _unnormalised(
 
 
 def _count_parts(classes_BT: jax.Array, w_WC: jax.Array) -> int:
-    """Return how many parts of equal length the positions are processed in.
-
-    Several devices would sum their gradients once for each part, and accelerators gain nothing.
-    """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        return 1
+    """Return how many parts of equal length the positions are processed in."""
     n_positions = classes_BT.shape[1]
     wanted = min(n_positions, -(-classes_BT.size * w_WC.shape[1] // _LOGITS))
     return next(n for n in range(wanted, n_positions + 1) if n_positions % n == 0)

@@ -18,7 +18,7 @@ from flax import nnx
 from composable.model.backbone import Backbone
 from composable.model.body import Body, Expert
 from composable.model.scout import Scout
-from composable.parallel import gather_weights, keep_batch_split
+from composable.parallel import count_batch_shards, gather_weights, keep_batch_split
 from composable.training.class_loss import class_loss
 from composable.training.data import TappedRows
 from composable.training.layer_loop import (
@@ -64,6 +64,10 @@ def scout_loss(scout: Scout, feature_BTD: jax.Array, classes_BT: jax.Array) -> j
     """
     # All rows as one matrix, as in `Body.feed_forward`.
     feature_MD = jax.lax.stop_gradient(feature_BTD).reshape(-1, feature_BTD.shape[-1])
+    if jax.default_backend() != "cpu" or count_batch_shards(len(feature_BTD)) > 1:
+        # Parts are for a CPU's caches, and devices would sum their gradients once for each.
+        log_prob_MC = scout(feature_MD)
+        return -jnp.take_along_axis(log_prob_MC, classes_BT.reshape(-1, 1), axis=-1).mean()
     hidden_BTW = scout.hidden(feature_MD).reshape(*classes_BT.shape, -1)
     # The bias as the weights of a unit that is always on.
     hidden_BTW = jnp.concatenate([hidden_BTW, jnp.ones_like(hidden_BTW[..., :1])], axis=-1)
