@@ -37,8 +37,6 @@ from composable.cli.output import format_table, note, show
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from jax.sharding import Mesh
-
     from composable.assembly.backbones import LoadedBackbone
     from composable.model.model import Pluggable
     from composable.packaging.manifests.manifest import Manifest
@@ -143,13 +141,11 @@ def train(
     from composable.assembly.backbones import load_backbone
     from composable.assembly.compile_memory import schedule_for_memory
     from composable.cli.group import join_group
-    from composable.parallel import make_mesh, parse_mesh
     from composable.workflows.references import find_parent
     from composable.workflows.train import expert_config
 
     schedule_for_memory()
     is_first = join_group(coordinator, num_processes, process_id, init_timeout)
-    devices = make_mesh(**parse_mesh(mesh)) if mesh else None
     if (sweep or len(folders) > 1) and (mesh or not is_first):
         raise typer.BadParameter(
             "not on a mesh or many processes", param_hint="--sweep" if sweep else "DIR"
@@ -173,7 +169,7 @@ def train(
             files,
             cfg,
             parent,
-            devices,
+            mesh,
             is_first=is_first,
             as_json=as_json,
             is_quiet=is_quiet,
@@ -215,7 +211,7 @@ def _train_one(
     files: Sequence[Path],
     cfg: TrainConfig,
     parent: Pluggable | None,
-    devices: Mesh | None,
+    mesh: str | None,
     *,
     is_first: bool,
     as_json: bool,
@@ -224,9 +220,11 @@ def _train_one(
     """Train one expert, and report its last figures in the first process of a group."""
     from composable.files.records import to_plain
     from composable.packaging.manifests.manifest import Manifest
+    from composable.parallel import make_mesh, parse_mesh
     from composable.workflows.train import train_expert
     from composable.workflows.workspace import count_heldout
 
+    devices = make_mesh(**parse_mesh(mesh)) if mesh else None
     with bars.show_training(is_quiet=is_quiet or not is_first) as progress:
         record = train_expert(
             loaded, folder, files, cfg, parent=parent, mesh=devices, progress=progress
