@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -26,7 +26,6 @@ PREFILL: Final = CHUNK
 # The number of positions in a cache is a power of two, and at least this: shorter texts share one
 # compilation, longer ones need one per doubling.
 _MIN_CACHE: Final = 1024
-_MODES: Final[dict[str, type[MixSteps] | type[SafeSteps]]] = {"mix": MixSteps, "safe": SafeSteps}
 
 
 class Drawn(NamedTuple):
@@ -65,12 +64,17 @@ class Decoder:
         context = parts.backbone.cfg.context
         if length > context:
             raise TextError(f"{length} positions do not fit the context of {context}")
-        if mode not in _MODES:
-            raise ModelError(f"{mode!r} is not one of {', '.join(_MODES)}", where="mode")
+        if mode not in get_args(Mode):
+            raise ModelError(f"{mode!r} is not one of {', '.join(get_args(Mode))}", where="mode")
         sampling = sampling or Sampling()
         self._length, self._ends = length, frozenset(tokenizer.ends)
         self._report = report
-        self._steps = _MODES[mode](parts, cache_length(length, context))
+        n_cached, seed = cache_length(length, context), sampling.seed
+        self._steps: MixSteps | SafeSteps
+        if mode == "safe":
+            self._steps = SafeSteps(parts, n_cached, seed if sampling.temperature else None)
+        else:
+            self._steps = MixSteps(parts, n_cached)
         vocab_size = parts.interface.vocab_size
         self._draw = make_draw(sampling, _banned(tokenizer, vocab_size))
         self._seen_V = jax.device_put(np.zeros(vocab_size, bool), may_alias=False)
@@ -132,6 +136,8 @@ class Decoder:
                 self._report(self._steps.tally)
 
     def _draw_tokens(self, n_tokens: int) -> Iterator[Drawn]:
+        if n_tokens and self._next is not None:
+            self._start_writing()
         for i in range(n_tokens):
             if self._next is None:
                 raise TextError("no tokens to continue: feed at least one first")
@@ -149,10 +155,23 @@ class Decoder:
             yield drawn
 
     def _advance(self, tokens_BT: jax.Array, *, is_drawn: bool) -> None:
-        logits_V, weight_E = self._steps.advance(tokens_BT, is_drawn)
+        output = self._steps.advance(tokens_BT, is_drawn)
         self._n_fed += tokens_BT.shape[1]
+        self._piece_BT = tokens_BT
+        self._draw_from(output)
+
+    def _start_writing(self) -> None:
+        """Draw the first token again, if what writes is not what predicts given text."""
+        output = self._steps.start_writing()
+        if output is not None:
+            self._draw_from(output)
+
+    def _draw_from(self, output: tuple[jax.Array, jax.Array]) -> None:
+        logits_V, weight_E = output
         position = np.int32(self._n_fed)
-        token_BT, self._seen_V = _draw_next(self._draw, self._seen_V, tokens_BT, position, logits_V)
+        token_BT, self._seen_V = _draw_next(
+            self._draw, self._seen_V, self._piece_BT, position, logits_V
+        )
         self._next = token_BT, weight_E
 
 

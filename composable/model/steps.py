@@ -28,13 +28,14 @@ from composable.model.composed import (
     Caches,
     Parts,
     TrunkPass,
+    log_prior_of,
     run_trunk_and_scouts,
     writing_state,
 )
 from composable.model.guard import Tally
 from composable.model.layers import KVCache
 from composable.model.mix import Bodies, MixState, Reading, mix_state, predict_mix, read_mix
-from composable.model.occupancy import empty_occupancy
+from composable.model.occupancy import empty_occupancy, switch_targets
 from composable.model.router import RouterState
 from composable.model.safe import (
     PathOutput,
@@ -45,8 +46,10 @@ from composable.model.safe import (
     safe_state,
     shortlist,
 )
+from composable.model.writer import Writer
 
 T = TypeVar("T")
+
 # Tokens of a chunk; a prompt is read in chunks, and a path catches up in chunks.
 CHUNK: Final = 32
 # Experts that the tokens of a chunk may choose together before their bodies are sliced out of the
@@ -172,6 +175,9 @@ class MixSteps:
         self._state = upper._replace(caches=upper.caches._replace(trunk=trunk))
         return logits_V, weight_E
 
+    def start_writing(self) -> None:
+        """Do nothing: mix mode writes with the logits that `advance` returned."""
+
     def _gather(self, experts: list[int]) -> Bodies | None:
         """Return the bodies of experts, always as many; None if they are too many.
 
@@ -225,15 +231,26 @@ class _Predictions(NamedTuple):
     is_finite_BT: tuple[jax.Array, ...]
 
 
+class _Piece(NamedTuple):
+    """What the prediction after some tokens is made of."""
+
+    tokens_BT: jax.Array
+    reading: _SafeReading
+    state: SafeState  # before the tokens
+    before: _Predictions
+    now: _Predictions
+
+
 class SafeSteps:
     """Reads one sequence in safe mode.
 
     Args:
         parts: The model.
         cache_length: Positions in the caches.
+        seed: Seed by which the paths that write are drawn; the likeliest path writes where None.
     """
 
-    def __init__(self, parts: Parts, cache_length: int) -> None:
+    def __init__(self, parts: Parts, cache_length: int, seed: int | None = None) -> None:
         interface, capacity = parts.interface, parts.bank.capacity
         self._flat, self._entries, self._backbone = FlatParts(parts), Entries(parts), parts.backbone
         # Paths are numbered in the order of their experts' keys, as in `safe.py`.
@@ -247,6 +264,9 @@ class SafeSteps:
         self._paths: dict[int, _Path] = {}
         none_BTV = jnp.zeros((1, 1, interface.vocab_size), jnp.float32)
         self._before = self._gather({0: (none_BTV, jnp.ones((1, 1), bool))}, self._n_awake)
+        self._seed = seed
+        self._writer: Writer | None = None
+        self._piece: _Piece | None = None
 
     @property
     def tally(self) -> Tally:
@@ -254,23 +274,34 @@ class SafeSteps:
         return self._state.tally
 
     def advance(self, tokens_BT: jax.Array, is_drawn: bool) -> tuple[jax.Array, jax.Array]:
-        """Read tokens of one sequence; arguments and results as for `MixSteps`."""
-        position = np.int32(self._n_read)
+        """Read tokens of one sequence; arguments and results as for `MixSteps`.
+
+        Tokens that the model drew are read by the path that writes alone.
+        """
+        if is_drawn and self._writer is None:
+            self.start_writing()
+        elif not is_drawn and self._writer is not None:
+            self._wake_paths()
+        position = self._n_read
         reading, self._trunk, self._x_BSD = _read_safe(
             *(self._flat, tokens_BT, self._state.router, self._trunk),
-            *(self._x_BSD, position, is_drawn),
+            *(self._x_BSD, np.int32(position), is_drawn),
         )
+        self._n_read += tokens_BT.shape[1]
+        self._shortlist_BTE = reading.awake_BTE
+        if self._writer is not None:
+            self._writer.move(self._n_read)
+            reading = self._let_write(reading)
         awake_TE = np.asarray(reading.awake_BTE[0])
         outputs = {
-            path: self._run_path(path, reading.trunk.x_BTD)
+            path: self._run_path(path, reading.trunk.x_BTD, position)
             for path in np.flatnonzero(awake_TE.any(axis=0)).tolist()
         }
-        self._n_read += tokens_BT.shape[1]
         width = self._n_awake if len(outputs) <= self._n_awake else len(self._entry_of)
         now = self._gather(outputs, width)
-        logits_V, weight_E, self._state = _mix_paths(
-            self._flat, tokens_BT, reading, self._state, self._before, now, is_drawn
-        )
+        self._piece = _Piece(tokens_BT, reading, self._state, self._before, now)
+        logits_V, weight_E, self._state = _mix_paths(self._flat, *self._piece, is_drawn)
+        self._weight_E = weight_E
         last = {
             path: (outputs[path][0][:, -1:], outputs[path][1][:, -1:])
             for path in np.flatnonzero(awake_TE[-1]).tolist()
@@ -278,24 +309,62 @@ class SafeSteps:
         self._before = self._gather(last, self._n_awake)
         return logits_V, weight_E
 
-    def _run_path(self, path: int, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def start_writing(self) -> tuple[jax.Array, jax.Array] | None:
+        """Draw the path that writes what follows given text.
+
+        Returns:
+            Its logits for the next token, shape V, and the router weights, shape E; None if it
+            writes already, so that `advance` returned them.
+        """
+        if self._writer is not None or self._piece is None:
+            return None
+        self._writer = Writer(
+            np.asarray(self._weight_E)[self._entry_of],
+            np.asarray(_targets(self._flat, self._state)),
+            seed=self._seed,
+            position=self._n_read,
+        )
+        piece = self._piece._replace(reading=self._let_write(self._piece.reading))
+        logits_V, weight_E, _ = _mix_paths(self._flat, *piece, False)
+        return logits_V, weight_E
+
+    def _let_write(self, reading: _SafeReading) -> _SafeReading:
+        """Return a reading in which only the path that writes predicts the token after it."""
+        assert self._writer is not None
+        awake_BTE = np.array(reading.awake_BTE)
+        awake_BTE[:, -1] = np.arange(awake_BTE.shape[-1]) == self._writer.path
+        return reading._replace(awake_BTE=jax.device_put(awake_BTE))
+
+    def _wake_paths(self) -> None:
+        """Let all paths of the shortlist predict the next token, which is evidence again."""
+        awake_BE = np.asarray(self._shortlist_BTE[:, -1])
+        last = self._n_read - 1
+        x_BTD = _slice_positions(self._x_BSD, np.int32(last), 1)
+        outputs = {
+            path: self._run_path(path, x_BTD, last) for path in np.flatnonzero(awake_BE[0]).tolist()
+        }
+        self._before = self._gather(outputs, self._n_awake)
+        self._state = self._state._replace(awake_BE=jax.device_put(awake_BE))
+        self._writer = None
+
+    def _run_path(self, path: int, x_BTD: jax.Array, position: int) -> tuple[jax.Array, jax.Array]:
         """Return a path's log-probabilities and whether they are finite, after it caught up."""
         slots = self._entries[self._entry_of[path]]
         caches, n_filled = self._paths.get(path) or _Path(
             tuple(self._empty_caches(self._backbone.cfg.slots)), 0
         )
-        while n_filled < self._n_read:
+        while n_filled < position:
             # The program for chunks is compiled by the first chunk of a prompt, not here.
-            is_chunk = self._n_read - n_filled >= _CHUNK_COST and self._n_read >= CHUNK
+            is_chunk = position - n_filled >= _CHUNK_COST and position >= CHUNK
             n_tokens = CHUNK if is_chunk else 1
             # A chunk may repeat positions, or run ahead of those read; these are written again.
             start = np.int32(min(n_filled, self._cache_length - n_tokens))
             missed_BTD = _slice_positions(self._x_BSD, start, n_tokens)
             _, _, caches = _run_path(self._flat, slots, missed_BTD, start, caches)
             n_filled = int(start) + n_tokens
-        position = np.int32(self._n_read)
-        log_prob_BTV, is_finite_BT, caches = _run_path(self._flat, slots, x_BTD, position, caches)
-        self._paths[path] = _Path(caches, self._n_read + x_BTD.shape[1])
+        at = np.int32(position)
+        log_prob_BTV, is_finite_BT, caches = _run_path(self._flat, slots, x_BTD, at, caches)
+        self._paths[path] = _Path(caches, position + x_BTD.shape[1])
         return log_prob_BTV, is_finite_BT
 
     def _gather(self, outputs: dict[int, tuple[jax.Array, jax.Array]], n: int) -> _Predictions:
@@ -322,6 +391,15 @@ def _start_safe(flat: FlatParts) -> SafeState:
     router = writing_state(flat.parts, 1, is_decoding=True)
     state = safe_state(flat.parts, 1)._replace(router=router, log_prob_EBV=None)
     return state._replace(occupancy_BEO=empty_occupancy(1, flat.parts.bank.capacity))
+
+
+@jax.jit
+def _targets(flat: FlatParts, state: SafeState) -> jax.Array:
+    """Return the weights that a switch leads to while the model writes, shape E."""
+    parts = flat.parts
+    prior_E = log_prior_of(parts)[jnp.argsort(parts.bank.key_E)]
+    assert state.occupancy_BEO is not None
+    return jnp.exp(switch_targets(state.occupancy_BEO, state.posterior_BE, prior_E))[0]
 
 
 @functools.partial(jax.jit, donate_argnames="state")
