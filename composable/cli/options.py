@@ -132,7 +132,8 @@ SamplingSeed = Annotated[int, typer.Option(help="Random seed for sampling.")]
 Safe = Annotated[
     bool,
     typer.Option(
-        "--safe", help="Use safe mode: slower, with a bound on the loss against the backbone."
+        "--safe",
+        help="Use safe mode: reads more slowly, with a bound on the loss against the backbone.",
     ),
 ]
 ShowRouting = Annotated[
