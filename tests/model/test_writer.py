@@ -61,19 +61,30 @@ def test_each_path_is_drawn_as_often_as_the_chain_says():
     assert counts[:, 2].sum() == 0  # a path that sleeps does not write
 
 
-def test_a_writer_depends_on_seed_and_position_alone():
-    def paths(seed):
-        writer = Writer([0.25] * 4, [0.25] * 4, seed=seed, position=3)
-        found = [writer.path]
-        for position in range(4, 60):
-            writer.move(position)
-            found.append(writer.path)
-        return found
+def paths(seed, weight_E, target_E, n_tokens=300):
+    """Return the path that writes each of some tokens."""
+    writer = Writer(weight_E, target_E, seed=seed, position=3)
+    found = [writer.path]
+    for position in range(4, 3 + n_tokens):
+        writer.move(position)
+        found.append(writer.path)
+    return found
 
-    assert paths(1) == paths(1)
-    assert paths(-1) != paths(1)
-    switches = np.count_nonzero(np.diff([paths(seed) for seed in range(60)], axis=1)) / (60 * 56)
-    assert 0.6 * WRITING_RATE < switches < 0.9 * WRITING_RATE  # one in four stays where it was
+
+def test_a_text_changes_its_path_as_seldom_as_can_be():
+    weight_E, target_E, n = [0.6, 0.4, 0.0], [0.3, 0.7, 0.0], 1000
+    found = np.array([paths(seed, weight_E, target_E) for seed in range(n)])
+    changes = (np.diff(found, axis=1) != 0).sum(axis=1)
+    assert set(changes) == {0, 1}
+    np.testing.assert_allclose(changes.mean(), 0.3, atol=4 * np.sqrt(0.25 / n))
+    assert not np.any((found[:, 0] == 1) & (changes > 0))  # path 1 only gains
+    assert set(map(len, map(set, (paths(s, weight_E, weight_E) for s in range(20))))) == {1}
+
+
+def test_a_writer_depends_on_seed_and_position_alone():
+    weight_E, target_E = [0.25] * 4, [0.7, 0.1, 0.1, 0.1]
+    assert paths(1, weight_E, target_E) == paths(1, weight_E, target_E)
+    assert len({tuple(paths(seed, weight_E, target_E)) for seed in range(-5, 5)}) > 3
 
 
 def test_what_is_written_is_the_text_of_one_path(model, tiny):
@@ -101,8 +112,9 @@ def test_what_is_written_is_the_text_of_one_path(model, tiny):
 
 
 @pytest.mark.parametrize("n_written", [1, 9])
-def test_after_written_text_given_text_is_read_by_all_paths_again(model, tiny, n_written):
+def test_after_written_text_given_text_is_read_by_all_paths_again(tiny, n_written):
     """The posterior moved by the chain, and every path predicts what follows."""
+    model = tiny.model(*(tiny.expert(name) for name in "abc"), top_k=2)
     tokens = tiny.tokens(batch=1, length=20 + n_written)[0].tolist()
     steps = SafeSteps(model.parts, LENGTH, seed=1)
     advance(steps, tokens[:10], False)
@@ -115,8 +127,7 @@ def test_after_written_text_given_text_is_read_by_all_paths_again(model, tiny, n
         expected_BTV, weight_BTE, state = step(model.parts, token_BT, state, jax.numpy.bool_(False))
         found_V, weight_E = advance(steps, [token], False)
         np.testing.assert_allclose(weight_E, weight_BTE[0, -1], atol=REORDERED_SUMS)
-        # The scouts' share saw the writing path's prediction of one token, and here the mixture's.
-        np.testing.assert_allclose(found_V, expected_BTV[0, -1], atol=0.02)
+        np.testing.assert_allclose(found_V, expected_BTV[0, -1], atol=10 * REORDERED_SUMS)
     np.testing.assert_allclose(
         steps._state.occupancy_BEO, state.occupancy_BEO, rtol=1e-3, atol=1e-3
     )
