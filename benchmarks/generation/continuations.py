@@ -122,11 +122,16 @@ def _describe(
     starts = to_texts(prompts_BT[:, 1:], tokenizer)
     return {
         "share": is_own.mean(0).tolist(),
-        "later": is_own[:, LATER:].mean(1).tolist(),
+        "later": is_own[:, first_later(is_own.shape[1]) :].mean(1).tolist(),
         "bits": continuation_bits(bench.alone[domain], starts, texts),
         "compressed": float(np.mean([len(zlib.compress(text, 9)) / len(text) for text in texts])),
         "sample": (starts[0] + b"\xe2\x80\xba" + texts[0][:200]).decode(errors="replace"),
     }
+
+
+def first_later(n_windows: int) -> int:
+    """Return the window from which on texts are compared: at most half of them come before it."""
+    return min(LATER, n_windows // 2)
 
 
 def continuation_bits(model: Model, starts: Sequence[bytes], texts: Sequence[bytes]) -> float:

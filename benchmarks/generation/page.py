@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.demo_seeds import fill
-from benchmarks.generation.continuations import LATER
+from benchmarks.generation.continuations import first_later
 from benchmarks.generation.texts import PUBLIC, TINY
 
 _METHODS: Final = ("mix", "safe", "evidence", "alone")
@@ -108,7 +108,7 @@ def _is_cell(name: str, part: Mapping[str, Any]) -> bool:
 
 
 def _later(row: Mapping[str, Any]) -> float:
-    return float(np.mean(row["share"][LATER:]))
+    return float(np.mean(row["share"][first_later(len(row["share"])) :]))
 
 
 def _percent(row: Mapping[str, Any]) -> str:
