@@ -76,10 +76,21 @@ class LoadedBackbone:
         read_listed(self.folder, ANCHOR_FILE)
         return read_documents([self.folder / ANCHOR_FILE])
 
-    def plug(self, experts: Sequence[Pluggable] = (), capacity: int | None = None) -> Model:
+    def plug(
+        self,
+        experts: Sequence[Pluggable] = (),
+        capacity: int | None = None,
+        *,
+        factor_rank: int = 0,
+    ) -> Model:
         """Return the model with experts plugged in; arguments as for `Model`."""
         return Model(
-            self.backbone, self.interface, experts, capacity=capacity, tokenizer=self.tokenizer
+            self.backbone,
+            self.interface,
+            experts,
+            capacity=capacity,
+            factor_rank=factor_rank,
+            tokenizer=self.tokenizer,
         )
 
 

@@ -299,7 +299,7 @@ def _list_remedies(findings: Sequence[Finding]) -> Iterator[str]:
         if finding.expert.path is not None:
             line = f"{name}: comes from {printable(finding.expert.origin)}; replace that folder"
         elif finding.fix is None:
-            line = f"{name}: no release fixes it; run `composable remove {name}`"
+            line = f"{name}: no release fixes it; run `composable remove {name} && composable sync`"
         elif finding.is_fix_allowed:
             line = f"{name}: run `composable upgrade {name}`"
         else:

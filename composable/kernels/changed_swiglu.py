@@ -161,6 +161,18 @@ def changed_swiglu_of_few(
 
     Returns:
         y_PD, in the type of x_MD; zero for rows of full bodies and of blocks not in use.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from composable.kernels import make_dispatch
+        >>> dispatch = make_dispatch(jnp.array([[0], [1]]), n_experts=2, block=1)
+        >>> one = jnp.ones((1, 1))
+        >>> names = ("w_gate", "w_up", "w_down")
+        >>> y_PD = changed_swiglu_of_few(
+        ...     jnp.ones((2, 1)), dict.fromkeys(names, one), [dict.fromkeys(names, (one, one))],
+        ...     jnp.array([1]), 1, dispatch)
+        >>> [round(y, 2) for y in y_PD[:2, 0].tolist()]
+        [0.73, 7.05]
     """
     end_E, block = dispatch.end_block_E, dispatch.block
     row_P = jnp.arange(dispatch.choice_P.shape[0])

@@ -219,32 +219,27 @@ def remove(bank: Bank, index: jax.Array | int) -> Bank:
     )
 
 
-def grow(bank: Bank, capacity: int | None = None, *, rank: int = 0, has_full: bool = False) -> Bank:
+def grow(bank: Bank, capacity: int | None = None, *, has_full: bool = False) -> Bank:
     """Return a copy of the bank with more room.
 
     Args:
         bank: The bank.
         capacity: Number of entries; by default as many as before.
-        rank: Rank to make room for, if it is larger than the bank's.
         has_full: Whether to make room for full matrices, if there is none.
     """
     capacity = bank.capacity if capacity is None else capacity
-    rank, rows = max(rank, bank.rank), capacity if has_full or bank.has_full else 1
+    rows = capacity if has_full or bank.has_full else 1
 
     def pad(stack: jax.Array, n_rows: int = capacity, value: int = 0) -> jax.Array:
         widths = [(0, n_rows - stack.shape[0])] + [(0, 0)] * (stack.ndim - 1)
         return jnp.pad(stack, widths, constant_values=jnp.asarray(value, stack.dtype))
 
-    own = jax.tree.map(lambda stack: stack[0], bank.slots)
-    changes = _empty_changes(own, capacity, rank)
-    if bank.changes:
-        changes = jax.tree.map(_write_first, changes, bank.changes)
     scouts, width_E, alive_E, is_changed_E = jax.tree.map(
         pad, (bank.scouts, bank.width_E, bank.alive_E, bank.is_changed_E)
     )
     return Bank(
         slots=jax.tree.map(lambda stack: pad(stack, rows), bank.slots),
-        changes=changes,
+        changes=jax.tree.map(pad, bank.changes),
         is_changed_E=is_changed_E,
         scouts=scouts,
         width_E=width_E,
@@ -269,11 +264,6 @@ def _empty_changes(
         }
         for slot in own
     )
-
-
-def _write_first(stack: jax.Array, array: jax.Array) -> jax.Array:
-    """Write an array over the first indices of a larger one."""
-    return stack.at[tuple(slice(size) for size in array.shape)].set(array)
 
 
 def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:

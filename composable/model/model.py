@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +31,6 @@ from composable.model.text import Conversation, Piece, stop_before, to_pieces
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
 
 BACKBONE = "backbone"
-# Room for factors is made in steps of this rank.
-_RANKS: Final = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +59,11 @@ class Model:
         interface: Its contract.
         experts: What to plug in, in any order.
         capacity: Entries of the bank, the backbone's included; by default the next power of two.
-            Installing within it compiles nothing, but for the first expert with full bodies where
-            all had low-rank ones, or one of a larger rank.
+            Installing within it compiles nothing.
+        factor_rank: Low-rank bodies of at most this rank are kept as factors, which take little
+            memory. The others are merged into full matrices, and by default all are. Outputs
+            agree up to rounding. With factors only, the first body that is merged needs room that
+            has to be made, which compiles the programs again.
         tokenizer: The backbone's tokenizer; the one for bytes by default.
 
     Raises:
@@ -84,6 +84,7 @@ class Model:
         experts: Sequence[Pluggable] = (),
         *,
         capacity: int | None = None,
+        factor_rank: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
@@ -96,11 +97,9 @@ class Model:
             )
         needed = len(experts) + 1
         capacity = max(capacity or 1, _power_of_two(needed))
-        rank = max((expert.body.rank for expert in experts), default=0)
-        has_full = not experts or any(expert.body.rank == 0 for expert in experts)
-        bank = banks.empty_bank(
-            backbone, interface, capacity, rank=_round_rank(rank), has_full=has_full
-        )
+        # How a body is kept depends on nothing else that is installed: no bit of its output may.
+        has_full = not factor_rank or not all(0 < e.body.rank <= factor_rank for e in experts)
+        bank = banks.empty_bank(backbone, interface, capacity, rank=factor_rank, has_full=has_full)
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
         self.names: tuple[str | None, ...] = (BACKBONE,) + (None,) * (capacity - 1)
         for expert in sorted(experts, key=lambda expert: expert.name):
@@ -138,9 +137,6 @@ class Model:
     def install(self, expert: Pluggable) -> None:
         """Plug an expert in; within the bank's capacity this compiles nothing.
 
-        A low-rank body for whose rank the bank has no room is merged into full matrices if it has
-        room for these.
-
         Raises:
             ModelError: If its name is taken.
         """
@@ -151,11 +147,10 @@ class Model:
             bank = banks.grow(bank, 2 * bank.capacity)
             self.names += (None,) * (bank.capacity - len(self.names))
         index = self.names.index(None)
-        body = expert.body
-        if not bank.has_full and not 0 < body.rank <= bank.rank:
-            bank = banks.grow(bank, rank=_round_rank(body.rank), has_full=body.rank == 0)
+        if not bank.has_full and not 0 < expert.body.rank <= bank.rank:
+            bank = banks.grow(bank, has_full=True)
         entry = banks.make_entry(
-            backbone, interface, body, expert.scout, expert.key, rank=bank.rank
+            backbone, interface, expert.body, expert.scout, expert.key, rank=bank.rank
         )
         bank = banks.install(bank, index, entry)
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
@@ -395,11 +390,6 @@ def _safe(parts: Parts, tokens_BT: jax.Array) -> jax.Array:
 @jax.jit
 def _path(parts: Parts, tokens_BT: jax.Array, index: jax.Array) -> jax.Array:
     return composed.path(parts, tokens_BT, banks.entry_slots(parts.bank, index))
-
-
-def _round_rank(rank: int) -> int:
-    """Return the rank to make room for, so that experts of similar ranks share programs."""
-    return -(-rank // _RANKS) * _RANKS
 
 
 def _power_of_two(n: int) -> int:

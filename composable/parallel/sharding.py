@@ -272,6 +272,12 @@ def place_shapes(tree: Any, shardings: Any) -> Any:
     Args:
         tree: Tree of arrays or shapes.
         shardings: The sharding of each.
+
+    Example:
+        >>> import jax
+        >>> place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        >>> place_shapes({"w": jax.numpy.ones((2, 3))}, {"w": place})["w"].shape
+        (2, 3)
     """
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -415,10 +415,25 @@ def test_a_step_that_is_too_small(cli, works, project):
     works("publish", folder, "--registry", "registry")
 
 
+def test_what_audit_says(cli, works, cure, project):
+    """Of a release that another one fixes, and of one that none does."""
+    project.publish("german", "1.1.0", seed=5)
+    advise = ("advise", "--registry", "registry", "--text", "Wrong.")
+    works(*advise, "german<1.1", "--fixed", "1.1.0")
+    cure("hint: " + cli("audit").out)
+    works("audit")
+    works(*advise, "physics")
+    cure("hint: " + cli("audit").out)
+    works("audit")
+
+
 # Every hint that is a command: the file that has it, the command, and the test that runs it.
 COVERED = {
     ("assembly.experts", "verify"): "test_a_damaged_file_of_an_installed_expert",
     ("assembly.experts", "sync"): "test_a_damaged_file_of_an_installed_expert",
+    ("cli.look", "remove"): "test_what_audit_says",
+    ("cli.look", "sync"): "test_what_audit_says",
+    ("cli.look", "upgrade"): "test_what_audit_says",
     ("cli.storage", "sync"): "test_what_verify_says",
     ("packaging.install.environment", "sync"): "test_a_damaged_environment",
     ("packaging.install.environment", "install"): "test_nothing_is_installed",
@@ -432,10 +447,16 @@ COVERED = {
 }
 # Commands that a message names without offering them as the cure of an error.
 NAMED = {
+    ("cli.look", "why"),  # shows who asks for a release that cannot be replaced
     ("cli.project", "export"),  # the page of help that explains `sync --from`
     ("model.text", "generate"),  # what else there is for a model that cannot chat
     ("packaging.registry.cache", "export"),
+    ("packaging.registry.http", "registry"),  # what else could be published to
     ("packaging.registry.registry", "publish"),  # how an empty folder becomes a registry
+    ("packaging.registry.registry", "registry"),
+    ("packaging.registry.served", "yank"),  # what a server can do instead
+    ("server.publishing", "publish"),  # a server's answer to what no command of ours sends
+    ("server.rules", "check"),
 }
 
 

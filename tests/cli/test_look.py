@@ -180,7 +180,9 @@ def test_audit_names_the_upgrade(cli, works, installed, fakes):
     works("audit")
     works(*advise, "physics")
     last = cli("audit").out.splitlines()[-1]
-    assert last == "physics: no release fixes it; run `composable remove physics`"
+    assert (
+        last == "physics: no release fixes it; run `composable remove physics && composable sync`"
+    )
 
 
 def test_what_cannot_be_advised(cli, project):

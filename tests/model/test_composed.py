@@ -17,7 +17,6 @@ from composable.model import bank as banks
 from composable.model import composed
 from composable.model import mix as mix_mode
 from composable.model import safe as safe_mode
-from composable.model.bank import Bank
 from composable.model.layers import swiglu
 from composable.model.router import ScoutBank
 
@@ -315,7 +314,8 @@ def random_bank(tiny, rng, plans, capacity=4):
                 stack[e] = np.nan
         alive_E[e] = plan != "dead"
     key_E = np.concatenate([[0], 1 + rng.permutation(capacity - 1)]).astype(np.uint32)
-    return Bank(
+    return dataclasses.replace(
+        own,
         slots=tuple({name: jnp.asarray(x) for name, x in slot.items()} for slot in slots),
         scouts=ScoutBank(*map(jnp.asarray, scouts)),
         # An entry that is not alive may have a scout nevertheless.

@@ -88,12 +88,12 @@ def test_installing_and_removing_within_capacity_compile_nothing(tiny, count_com
     assert len(compiled) == 0
 
 
-def test_low_rank_experts_of_similar_rank_compile_nothing(tiny, count_compilations):
+def test_low_rank_experts_kept_as_factors_compile_nothing(tiny, count_compilations):
     def low_rank(name, rank):
         return tiny.expert(name, kind="lora", rank=rank)
 
     first = low_rank("a", 4)
-    model = Model(tiny.backbone, tiny.interface, [first], capacity=4)
+    model = Model(tiny.backbone, tiny.interface, [first], capacity=4, factor_rank=16)
     assert model.parts.bank.slots[0]["w_up"].shape[0] == 1, "no room for full matrices is made"
     tokens_BT = jnp.asarray(tiny.tokens())
     alone_BTV = np.asarray(model(tokens_BT))
@@ -114,28 +114,35 @@ def test_low_rank_experts_of_similar_rank_compile_nothing(tiny, count_compilatio
 
 
 @pytest.mark.bits
-def test_other_bodies_keep_every_bit_where_a_low_rank_body_is_installed(tiny):
-    """In a bank that gets room for another kind, too, whichever kind that is."""
+@pytest.mark.parametrize("factor_rank", [0, 4])
+def test_no_bit_depends_on_the_kinds_of_bodies_that_are_installed(tiny, factor_rank):
+    """Nor on the order in which they came, whether low-rank bodies are merged or not."""
     tokens_BT = tiny.tokens()
     full, low = tiny.expert("a"), tiny.expert("b", kind="lora", rank=4)
-    for experts in ([full], [low]):
-        model = Model(tiny.backbone, tiny.interface, experts, capacity=4)
-        before_BTV = np.asarray(model(tokens_BT))
-        both = Model(tiny.backbone, tiny.interface, [full, low], capacity=4)
-        both.remove({"a": "b", "b": "a"}[experts[0].name])
-        np.testing.assert_array_equal(both(tokens_BT), before_BTV)
+
+    def model(*experts):
+        return Model(tiny.backbone, tiny.interface, experts, capacity=4, factor_rank=factor_rank)
+
+    both = model(full, low)
+    for first, second in ((full, low), (low, full)):
+        one = model(first)
+        before_BTV = np.asarray(one(tokens_BT))
+        one.install(second)
+        np.testing.assert_array_equal(one(tokens_BT), both(tokens_BT))
+        one.remove(second.name)
+        np.testing.assert_array_equal(one(tokens_BT), before_BTV)
 
 
-def test_a_bank_of_low_rank_bodies_makes_room_for_others(tiny):
-    """A larger rank, or full matrices."""
-    low = tiny.expert("a", kind="lora", rank=4)
-    model = Model(tiny.backbone, tiny.interface, [low], capacity=4)
-    model.install(tiny.expert("b", kind="lora", rank=20))
-    assert (model.parts.bank.rank, model.parts.bank.has_full) == (32, False)
-    model.install(tiny.expert("c"))
-    assert (model.parts.bank.rank, model.parts.bank.has_full) == (32, True)
+def test_low_rank_bodies_are_merged_unless_they_are_kept_as_factors(tiny):
+    """A larger rank is merged, and needs room for full matrices."""
+    low, larger = (tiny.expert(n, kind="lora", rank=r) for n, r in (("a", 4), ("b", 20)))
+    model = Model(tiny.backbone, tiny.interface, [low], capacity=4, factor_rank=16)
+    assert (model.parts.bank.rank, model.parts.bank.has_full) == (16, False)
+    model.install(larger)
+    assert (model.parts.bank.rank, model.parts.bank.has_full) == (16, True)
+    merged = Model(tiny.backbone, tiny.interface, [low, larger], capacity=4)
+    assert (merged.parts.bank.rank, merged.parts.bank.has_full) == (0, True)
     tokens_BT = tiny.tokens()
-    merged = tiny.model(*(low, tiny.expert("b", kind="lora", rank=20), tiny.expert("c")))
     # Sums in another order; logits are of order 5.
     np.testing.assert_allclose(model(tokens_BT), merged(tokens_BT), atol=1e-4)
 

@@ -37,7 +37,13 @@ def model_of(tiny, kinds, capacity=8, **changes):
         tiny.expert(name, kind=kind, rank=RANK if kind == "lora" else None)
         for name, kind in zip("abcd", KINDS[kinds], strict=True)
     ]
-    model = Model(tiny.backbone, tiny.interface_with(**changes), experts, capacity=capacity)
+    model = Model(
+        tiny.backbone,
+        tiny.interface_with(**changes),
+        experts,
+        capacity=capacity,
+        factor_rank=0 if kinds == "ffn" else BANK_RANK,
+    )
     assert bool(model.parts.bank.changes) == (kinds != "ffn")
     assert model.parts.bank.has_full == (kinds != "lora")
     return model
