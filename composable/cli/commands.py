@@ -38,7 +38,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Contribute": {
         "new": ("contribute", "Create an expert from the template."),
-        "train": ("contribute", "Train an expert on text; run again to resume."),
+        "train": ("train", "Train an expert on text; run again to resume."),
         "check": ("contribute", "Check an expert and write its card."),
         "publish": ("contribute", "Publish a checked expert to a registry."),
         "yank": ("contribute", "Exclude a release from new resolutions."),

@@ -8,7 +8,7 @@ import pytest
 import typer.main
 import yaml
 
-from composable.cli import contribute
+from composable.cli import train
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "launch"
 # Options of the launchers themselves.
@@ -29,7 +29,7 @@ FILES = sorted(path for path in FOLDER.iterdir() if path.name != "README.md")
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_option_of_the_command_exists(path):
-    command = typer.main.get_command(contribute.app).commands["train"]
+    command = typer.main.get_command(train.app).commands["train"]
     known = {option for parameter in command.params for option in parameter.opts}
     used = set(re.findall(r"(?<![\w-])--[a-z-]+", path.read_text()))
     assert {"--data", "--mesh", "--rows", "--window"} <= used
