@@ -179,10 +179,12 @@ def _pass_counter(progress: CountProgress | None) -> Callable[[], None]:
 def _list_figures(evidence: Evidence, norms: BoundedNorms, classes: ClassBits) -> dict[str, Any]:
     """Return the figures of an expert as its card records them."""
     bits = evidence.bits_per_byte
+    low, high = evidence.gain_interval
     return {
         "bits_per_byte": {run: figure(value) for run, value in bits.items()},
         "class_bits_per_byte": {"body": figure(classes.body), "scout": figure(classes.scout)},
         "gain": figure(evidence.gain),
+        "gain_interval": {"low": figure(low), "high": figure(high)},
         "anchor_loss": figure(evidence.anchor_loss),
         "anchor_taken": figure(float(evidence.routed_share_B.mean())),
         "anchor_taken_bound": figure(evidence.routed_share_bound),

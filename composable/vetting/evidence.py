@@ -25,7 +25,7 @@ from composable.vetting.evaluation import (
     score_documents,
     trace_routing,
 )
-from composable.vetting.statistics import upper_mean
+from composable.vetting.statistics import ratio_interval, upper_mean
 
 # Bytes of a document that are scored: enough to get past its first, uncertain ones.
 MAX_BYTES: Final = 1024
@@ -53,6 +53,13 @@ class Evidence:
         """Share of the backbone's bits per byte that the expert, always on, saves on its text."""
         bits = self.bits_per_byte
         return 1 - bits["own_expert"] / bits["own_backbone"]
+
+    @property
+    def gain_interval(self) -> tuple[float, float]:
+        """The 95% interval of the gain, over texts like those that were measured."""
+        expert, backbone = self.scores["own_expert"], self.scores["own_backbone"]
+        low, high = ratio_interval(expert.nats_B, backbone.nats_B)
+        return 1 - high, 1 - low
 
     @property
     def anchor_loss(self) -> float:

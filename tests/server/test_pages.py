@@ -27,6 +27,7 @@ MEASURED = {
         "anchor_mix": 1.453,
     },
     "gain": 0.35,
+    "gain_interval": {"low": 0.3, "high": 0.41},
     "anchor_taken": 0.002,
     "anchor_taken_bound": 0.31,
     "beside": {"french": {"own": {"without": 2.0, "with": 2.01}, "anchor": None}},

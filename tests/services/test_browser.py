@@ -35,6 +35,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     measured = {
         "bits_per_byte": {"own_backbone": 3.0, "own_expert": 2.0, "own_mix": 2.1},
         "gain": 0.3,
+        "gain_interval": {"low": 0.25, "high": 0.36},
         "anchor_taken": 0.01,
         "anchor_taken_bound": 0.3,
     }

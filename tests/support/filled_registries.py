@@ -180,6 +180,7 @@ def _make_card(manifest: Manifest, interface: RouterInterface, rng: random.Rando
                     "anchor_mix": 1.451,
                 },
                 "gain": gain,
+                "gain_interval": {"low": gain - 0.01, "high": gain + 0.01},
                 "anchor_taken": 0.01,
                 "anchor_taken_bound": 0.3,
             },

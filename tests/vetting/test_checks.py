@@ -67,6 +67,8 @@ def test_a_good_expert_passes_with_its_figures(trained_folder):
     assert measured["gain"] == pytest.approx(
         1 - bits["own_expert"] / bits["own_backbone"], abs=1e-4
     )
+    interval = measured["gain_interval"]
+    assert interval["low"] < measured["gain"] < interval["high"]
     assert measured["recovery"] > 0.5
     assert measured["anchor_taken"] < 0.5
     assert measured["anchor_taken"] <= measured["anchor_taken_bound"] <= 1

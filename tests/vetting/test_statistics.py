@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from composable.vetting.statistics import is_above, upper_mean
+from composable.vetting.statistics import is_above, ratio_interval, upper_mean
 
 DRAWS = {
     "rare": lambda rng, n: (rng.random(n) < 0.05).astype(float),
@@ -33,6 +33,23 @@ def test_the_bound_lies_above_the_mean_and_reaches_one():
     for share_B in (np.full(10, 0.4), np.linspace(0, 1, 20), np.ones(5)):
         assert share_B.mean() <= upper_mean(share_B) <= 1
     assert upper_mean(np.ones(5)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("n", "may_miss"), [(8, 0.1), (30, 0.08)])
+def test_the_interval_covers_the_ratio_at_the_stated_confidence(n, may_miss):
+    """Documents of very different lengths, for which it is slightly narrow when they are few."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(400):
+        bytes_B = rng.uniform(100, 1000, n)
+        nats_B = bytes_B * rng.normal(0.7, 0.1, n)
+        low, high = ratio_interval(nats_B, bytes_B)
+        missed += not low < 0.7 < high
+    assert missed <= may_miss * 400
+
+
+def test_one_document_has_no_interval():
+    assert ratio_interval(np.array([1.0]), np.array([2.0])) == (-np.inf, np.inf)
 
 
 def test_a_difference_counts_if_it_is_beyond_noise_and_matters():

@@ -31,6 +31,7 @@ class Bar:
         value: Its length.
         text: The figure at its end.
         kind: `base`, `ours` or `bad`, which sets its colour.
+        lower: The lower end of an interval; by default the value.
         upper: The upper end of an interval; None without one.
     """
 
@@ -38,6 +39,7 @@ class Bar:
     value: float
     text: str
     kind: str = "base"
+    lower: float | None = None
     upper: float | None = None
 
 
@@ -69,10 +71,13 @@ def draw_bars(title: str, bars: Sequence[Bar], *, limit: float | None = None) ->
             f'<text class="value" x="{end + 8:.1f}" y="{y + 18}">{escape(bar.text)}</text>'
         )
         if bar.upper is not None:
-            x, middle = _LABEL + room * bar.upper / largest, y + _ROW / 2 - 2
+            lower = bar.value if bar.lower is None else max(bar.lower, 0.0)
+            left, right = (_LABEL + room * end / largest for end in (lower, bar.upper))
+            middle = y + _ROW / 2 - 2
+            tick = "" if bar.lower is None else f"M{left:.1f} {middle - 5}v10"
             parts.append(
-                f'<path class="whisker" d="M{_LABEL + length:.1f} {middle}H{x:.1f}'
-                f'M{x:.1f} {middle - 5}v10"/>'
+                f'<path class="whisker" d="M{left:.1f} {middle}H{right:.1f}'
+                f'M{right:.1f} {middle - 5}v10{tick}"/>'
             )
     if limit is not None:
         x = _LABEL + room * limit / largest
@@ -91,6 +96,17 @@ def plot_gain(card: Mapping[str, Any]) -> Markup | None:
             ("own_mix", "routed", "ours"),
         ),
     )
+
+
+def plot_saving(card: Mapping[str, Any]) -> Markup | None:
+    """Return the plot of what it saves of its own text, with its interval; None without figures."""
+    gain = read_figure(card, "gain")
+    low, high = (read_figure(card, "gain_interval", end) for end in ("low", "high"))
+    if gain is None or low is None or high is None or not low <= gain <= high:
+        return None
+    text = f"{100 * gain:.1f}% ({100 * low:.1f} to {100 * high:.1f}%)"
+    bar = Bar(label="bits saved", value=gain, text=text, kind="ours", lower=low, upper=high)
+    return draw_bars("Share of the backbone's bits that it saves, with the 95% interval", [bar])
 
 
 def plot_public(card: Mapping[str, Any]) -> Markup | None:
