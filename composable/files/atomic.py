@@ -176,9 +176,7 @@ class Sink:
         self._file.flush()
         if hasattr(os, "posix_fadvise"):
             n_bytes = self.size - self._n_flushed
-            os.posix_fadvise(
-                self._file.fileno(), self._n_flushed, n_bytes, os.POSIX_FADV_DONTNEED
-            )
+            os.posix_fadvise(self._file.fileno(), self._n_flushed, n_bytes, os.POSIX_FADV_DONTNEED)
         self._n_flushed = self.size
 
     def _update_hash(self, data: bytes | memoryview) -> None:

@@ -1,8 +1,8 @@
 """Publishing: open a publication, upload its files, commit it.
 
 A commit is one transaction of the database, after all bytes were verified and are durable in the
-storage. A server that is killed before leaves blobs that nothing shows; after, the release is
-whole.
+storage. A server that is killed before leaves blobs that nothing shows, which go when the
+publication expires; after, the release is whole.
 Every step can be repeated: the same publication is found again, chunks that arrived are kept, and
 committing a release that exists with the same content succeeds.
 """
@@ -37,6 +37,7 @@ from composable.packaging.versions.names import confusable_key
 from composable.server import audit, claims, documents, rules, uploads
 from composable.server.access import can_read_blob
 from composable.server.accounts import Caller
+from composable.server.blobs import drop_unlisted
 from composable.server.database import Database, in_hours, now
 from composable.server.refusal import RefusedError, missing, status_of
 from composable.server.settings import Settings
@@ -89,6 +90,7 @@ class Publishing:
                 claims.check_claim(session, caller, manifest)
         if published is not None:
             return {"id": None, "is_published": True, "files": [], "chunk_bytes": CHUNK_BYTES}
+        self.drop_expired()
         with self._database.write() as session:
             publication = session.scalar(
                 select(Publication).where(
@@ -163,7 +165,7 @@ class Publishing:
         with self._database.write() as session:
             publication, manifest = self._find(session, caller, publication_id)
             session.delete(publication)
-        uploads.drop_chunks(self._storage, publication_id, manifest.files)
+        self._drop_bytes(publication_id, manifest)
 
     def commit(self, caller: Caller, publication_id: str) -> dict[str, Any]:
         """Verify a publication and make it a release, at once and for good.
@@ -214,21 +216,31 @@ class Publishing:
         for file in (*manifest.files, _describe_manifest(manifest)):
             self._storage.upload(blob_path(file.digest), folder / file.name, file, None)
         with self._database.write() as session:
-            release = self._insert(session, caller, manifest, publication.is_private, card, readme)
+            release = self._insert(session, caller, manifest, publication, card, readme)
             session.execute(delete(Publication).where(Publication.id == publication.id))
         return release
 
     def drop_expired(self) -> int:
         """Remove publications that were left unfinished; return how many."""
         before = in_hours(-self._settings.publication_hours)
+        expired = select(Publication).where(Publication.created < before)
+        with self._database.read() as session:
+            if session.scalar(expired.limit(1)) is None:
+                return 0
         with self._database.write() as session:
-            found = session.scalars(select(Publication).where(Publication.created < before)).all()
+            found = session.scalars(expired).all()
             for publication in found:
                 session.delete(publication)
         for publication in found:
-            files = parse_manifest(publication.manifest.encode(), EXPERT_FILE).files
-            uploads.drop_chunks(self._storage, publication.id, files)
+            manifest = parse_manifest(publication.manifest.encode(), EXPERT_FILE)
+            self._drop_bytes(publication.id, manifest)
         return len(found)
+
+    def _drop_bytes(self, publication_id: str, manifest: Manifest) -> None:
+        """Remove the chunks of a publication that came to nothing, and blobs that only it has."""
+        uploads.drop_chunks(self._storage, publication_id, manifest.files)
+        files = (*manifest.files, _describe_manifest(manifest))
+        drop_unlisted(self._database, self._storage, (file.digest for file in files))
 
     def _read_manifest(self, text: str) -> Manifest:
         """Parse a manifest and check all that needs no other file."""
@@ -287,17 +299,19 @@ class Publishing:
         session: Session,
         caller: Caller,
         manifest: Manifest,
-        is_private: bool,
+        publication: Publication,
         card: str,
         readme: str,
     ) -> Release:
         """Insert the release, unless it is there; check again, now that nobody else changes it."""
         if (release := claims.find_published(session, caller, manifest)) is not None:
             return release
+        if session.get(Publication, publication.id) is None:  # cancelled, and its blobs removed
+            raise missing("such publication")
         claims.check_claim(session, caller, manifest)
         package = session.scalar(select(Package).where(Package.name == manifest.name))
         if package is None:
-            package = _create_package(session, caller, manifest.name, is_private)
+            package = _create_package(session, caller, manifest.name, publication.is_private)
         published = now()
         state = documents.QUARANTINED if self._settings.is_quarantined else documents.PUBLISHED
         release = Release(

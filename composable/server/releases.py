@@ -5,15 +5,15 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from composable.files.blobs import blob_path
 from composable.packaging.registry.storage import WritableStorage
 from composable.packaging.versions.version import Version
 from composable.server import audit, documents
 from composable.server.access import find_package
 from composable.server.accounts import Caller, is_owner
+from composable.server.blobs import drop_unlisted
 from composable.server.database import Database
 from composable.server.refusal import RefusedError, missing
-from composable.server.tables import File, Package, Release
+from composable.server.tables import Package, Release
 
 MAX_REASON_LENGTH = 500
 
@@ -142,19 +142,11 @@ def take_down(
             release.state, release.reason = documents.REMOVED, reason
             release.readme = release.card = ""
         session.flush()
-        kept = session.scalars(
-            select(File.digest)
-            .join(Release, File.release_id == Release.id)
-            .where(File.digest.in_(digests), Release.state != documents.REMOVED)
-        )
-        doomed = digests - set(kept)
         subject = name if version is None else f"{name}@{version}"
-        detail = {"reason": reason, "deleted": sorted(doomed)}
+        detail = {"reason": reason, "files": sorted(digests)}
         number = audit.record(session, caller.name, "takedown", subject, detail)
         documents.refresh_package(session, package, number)
-    for digest in doomed:
-        storage.remove(blob_path(digest))
-    return len(doomed)
+    return len(drop_unlisted(database, storage, digests))
 
 
 def set_private(database: Database, caller: Caller, name: str, *, is_private: bool) -> None:

@@ -26,7 +26,6 @@ def serve(services: Services, *, host: str, port: int) -> None:
         port: The port.
     """
     start_logging()
-    services.publishing.drop_expired()
     config = uvicorn.Config(
         make_app(services),
         host=host,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,6 +22,10 @@ from composable.packaging import (
 )
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry import registry as registry_module
+from composable.server import tables
+from composable.server.accounts import find_caller
+from composable.server.publishing import Publishing
+from tests.support.killed_registries import find_visible
 from tests.support.registries import Served, fetch, run_server
 
 if TYPE_CHECKING:
@@ -314,6 +318,79 @@ def test_a_publication_that_is_refused_is_dropped(
         assert session.query(Publication).count() == 0
     uploads = Path(server.services.storage.location) / "uploads"
     assert [path for path in uploads.rglob("*") if path.is_file()] == []
+
+
+def list_blobs(server: Served) -> set[str]:
+    """Return the names of all blobs that the storage has."""
+    folder = Path(server.services.storage.location) / "blobs"
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def upload(server: Served, token: str, folder: Path, interface: RouterInterface) -> str:
+    """Open a publication and send all of its small files; return its id."""
+    manifest = pack_expert(folder, interface=interface)
+    _, opened = server.api("POST", "/publications", {"manifest": manifest.to_toml()}, token)
+    for file in manifest.files:
+        path = f"/api/v1/publications/{opened['id']}/files/{file.digest}/0"
+        assert server.ask("PUT", path, (folder / file.name).read_bytes(), token)[0] < 300
+    return opened["id"]
+
+
+def test_blobs_of_a_commit_that_was_killed_go_with_the_publication(
+    server: Served,
+    make_vetted: MakeVetted,
+    interface: RouterInterface,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server dies when the bytes are durable; what a release or publication has stays."""
+    token = server.account("ann")
+    server.registry(token).publish(make_vetted("german"), interface=interface)
+    before = list_blobs(server)
+    publications = [upload(server, token, make_vetted(n), interface) for n in ("french", "dutch")]
+
+    def die(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with server.services.database.read() as session:
+        caller = find_caller(session, f"Bearer {token}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Publishing, "_insert", die)
+        for publication in publications:
+            with pytest.raises(RuntimeError, match="killed"):
+                server.services.publishing.commit(caller, publication)
+    assert list_blobs(server) > before
+    server.services.publishing.cancel(caller, publications[0])
+    server.services.publishing.commit(caller, publications[1])
+    whole, half = find_visible(server.registry(None))
+    assert (whole, half) == ({"german", "dutch"}, set())
+    listed = {
+        digest.removeprefix("sha256:")
+        for release in (server.registry(None).versions(n)[0] for n in whole)
+        for digest in (release.manifest, *(file.digest for file in release.files))
+    }
+    assert list_blobs(server) == listed
+
+
+def test_a_publication_that_is_cancelled_while_it_is_committed_is_refused(
+    server: Served,
+    make_vetted: MakeVetted,
+    interface: RouterInterface,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its blobs are removed, so no release may show them."""
+    token = server.account("ann")
+    publication = upload(server, token, make_vetted(), interface)
+    insert = Publishing._insert
+
+    def insert_after_cancel(self: Publishing, session: Any, *args: Any) -> Any:
+        session.delete(session.get(tables.Publication, publication))
+        session.flush()
+        return insert(self, session, *args)
+
+    monkeypatch.setattr(Publishing, "_insert", insert_after_cancel)
+    status, answer = server.api("POST", f"/publications/{publication}/commit", None, token)
+    assert status == 404 and "no such publication" in str(answer)
+    assert server.registry(None).versions("german") == []
 
 
 def test_an_answer_that_is_lost_is_asked_for_again(
