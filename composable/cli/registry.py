@@ -1,4 +1,4 @@
-"""Commands that run and administer a registry server. They need `composable[server]`."""
+"""Commands that copy registries, and those of a server, which need `composable[server]`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from composable.cli import bars
 from composable.cli.options import Json, Quiet
-from composable.cli.output import format_table, note, show
+from composable.cli.output import format_bytes, format_table, note, show
 
 if TYPE_CHECKING:
     from composable.server.accounts import Caller
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 registry = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="Run and administer a registry server."
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Copy registries; run and administer a registry server.",
 )
 app.add_typer(registry, name="registry")
 
@@ -187,6 +190,96 @@ def import_(
     show(format_table((), rows), data, as_json=as_json)
     if any(row.problem for row in found):
         raise typer.Exit(1)
+
+
+@registry.command()
+def mirror(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="The registry to copy from.", show_default=False),
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DST",
+            help="The registry to copy to: a folder, a bucket, oci:// or hf://.",
+            show_default=False,
+        ),
+    ],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REQ",
+            help="Only releases of NAME or 'NAME>=1.2', and what they require; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    backbone_name: Annotated[
+        str,
+        typer.Option(
+            "--backbone",
+            metavar="NAME",
+            help="Only releases for the router interface of that name.",
+            show_default=False,
+        ),
+    ] = "",
+    is_latest: Annotated[
+        bool, typer.Option("--latest", help="Only the newest release of each expert.")
+    ] = False,
+    is_checking: Annotated[
+        bool,
+        typer.Option("--check", help="Read files that DST has already, and replace damaged ones."),
+    ] = False,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Copy releases from one registry to another; run again to continue or update.
+
+    Files are verified. Yanks and advisories follow; nothing is removed from DST. Without a filter,
+    indexes and signatures are copied as they are.
+    """
+    from composable.packaging.install.mirror import Selection, mirror_registry
+    from composable.packaging.registry.budget import share_budget
+    from composable.packaging.registry.locations import open_for_publishing, open_registry
+    from composable.packaging.versions.constraint import Requirement
+
+    selection = Selection(
+        requirements=tuple(map(Requirement.parse, only or ())),
+        interface=backbone_name,
+        is_latest=is_latest,
+    )
+    with share_budget(), bars.show_bytes(is_quiet=is_quiet) as progress:
+        done = mirror_registry(
+            open_registry(source),
+            open_for_publishing(target),
+            selection,
+            is_checking=is_checking,
+            progress=progress,
+        )
+    for requirement in done.missing:
+        note(f"note: {requirement} is required, and {source} does not have it", is_quiet=is_quiet)
+    count = f"{len(done.releases)} release{'s' * (len(done.releases) != 1)}"
+    yanks = [f"{len(done.yanked)} yanked"] * bool(done.yanked)
+    yanks += [f"{len(done.unyanked)} no longer yanked"] * bool(done.unyanked)
+    text = f"copied {count}, {format_bytes(done.n_bytes)}; {done.n_present} were there"
+    show(
+        "; ".join([text, *yanks]),
+        {
+            "source": source,
+            "target": target,
+            "copied": [
+                {"name": name, "version": str(version), "bytes": size}
+                for name, version, size in done.releases
+            ],
+            "present": done.n_present,
+            "yanked": [f"{name}@{version}" for name, version in done.yanked],
+            "unyanked": [f"{name}@{version}" for name, version in done.unyanked],
+            "documents": list(done.documents),
+            "missing": list(done.missing),
+        },
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
 
 
 @registry.command()

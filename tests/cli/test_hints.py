@@ -450,6 +450,7 @@ NAMED = {
     ("cli.look", "why"),  # shows who asks for a release that cannot be replaced
     ("cli.project", "export"),  # the page of help that explains `sync --from`
     ("model.text", "generate"),  # what else there is for a model that cannot chat
+    ("packaging.install.mirror", "registry"),  # what an administrator of a server runs there
     ("packaging.registry.cache", "export"),
     ("packaging.registry.http", "registry"),  # what else could be published to
     ("packaging.registry.registry", "publish"),  # how an empty folder becomes a registry

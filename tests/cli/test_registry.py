@@ -57,3 +57,29 @@ def test_a_server_from_its_first_account_to_a_backup(cli, works, licensed, tmp_p
     restored = works("registry", "restore", tmp_path / "backup", tmp_path / "new", "--json").json
     assert restored == counts == {"rows": counts["rows"], "blobs": 4}
     assert (Path(tmp_path) / "backup" / "database.jsonl").is_file()
+
+
+def test_a_mirror_goes_to_a_disk_and_from_there(works, cli, make_fakes, tmp_path):
+    """Two commands serve a site without a network."""
+    fakes = make_fakes("registry")
+    fakes.publish("german")
+    fakes.publish("physics", seed=1)
+    works("yank", "physics@1.0.0", "--registry", "registry")
+    first = works("registry", "mirror", "registry", "disk", "--json").json
+    assert [(row["name"], row["version"]) for row in first["copied"]] == [
+        ("german", "1.0.0"),
+        ("physics", "1.0.0"),
+    ]
+    assert (first["present"], first["yanked"], first["missing"]) == (0, ["physics@1.0.0"], [])
+    inside = works("registry", "mirror", "disk", "inside")
+    assert inside.out.startswith("copied 2 releases, ")
+    assert "1 yanked" in inside.out
+    again = works("registry", "mirror", "disk", "inside", "--quiet", "--check")
+    assert (again.out, again.err) == ("", "")
+    works("init", "--registry", "inside")
+    works("install", "german")
+    works("registry", "mirror", "registry", "some", "--only", "german", "--latest", "--quiet")
+    assert [path.name for path in (tmp_path / "some" / "index").glob("*/*")] == ["german.jsonl"]
+    refused = cli("registry", "mirror", "disk", "http://127.0.0.1:1")
+    assert refused.code == 1
+    assert "composable registry import disk" in refused.err

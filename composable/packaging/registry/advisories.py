@@ -223,6 +223,33 @@ def compile_feed(advisory: Advisory, current: Document | None) -> bytes:
     return format_document(list(rows.values()))
 
 
+def merge_feeds(source: Document, names: Collection[str] | None, current: Document | None) -> bytes:
+    """Return the feed with the lines of another registry's feed, as they are.
+
+    Args:
+        source: The other feed; where both have an advisory, its line is used.
+        names: The packages whose advisories are taken; those that name digests are taken always.
+            None for all.
+        current: The feed so far.
+
+    Raises:
+        RegistryError: When a feed is damaged.
+    """
+    chosen = {
+        advisory.id
+        for advisory in parse_feed(source, ADVISORIES_FILE)
+        if names is None or advisory.name in names or advisory.digests
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for document in filter(None, (current, source)):
+        for number, line in enumerate(document.data.splitlines(), 1):
+            row = parse_line(line, f"{ADVISORIES_FILE}:{number}", needs_checksum=True)
+            row.pop(EXTENT, None)
+            if document is current or row["id"] in chosen:
+                rows[str(row.get("id"))] = row
+    return format_document(list(rows.values()))
+
+
 def _read_each(table: Table, field: str, read: Callable[[str], T], most: int) -> tuple[T, ...]:
     """Return a list of texts, each converted by `read`."""
     texts = table.texts(field)

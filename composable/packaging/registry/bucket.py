@@ -10,16 +10,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from composable.errors import IntegrityError, RegistryError, UnreachableError
-from composable.files.atomic import CHUNK
-from composable.files.reading import open_file
+from composable.errors import RegistryError, UnreachableError
 from composable.packaging.manifests.manifest import PackageFile
 from composable.packaging.registry.budget import TimeBudget
 from composable.packaging.registry.remote import Answer, DeniedError, RemoteStorage
-from composable.packaging.registry.storage import Document
+from composable.packaging.registry.storage import Document, ReadFrom, read_verified
 from composable.progress import ByteProgress
 
 if TYPE_CHECKING:
@@ -111,6 +108,17 @@ class BucketStorage(RemoteStorage):
 
         return self._call(folder, ask)
 
+    def files_under(self, folder: str) -> list[str]:
+        """Return the paths of all files in a folder and its folders, sorted."""
+        import obstore
+
+        def ask() -> list[str]:
+            with _translate_errors(self._at(folder)):
+                pages = obstore.list(self._store, f"{folder}/")
+                return sorted(entry["path"] for page in pages for entry in page)
+
+        return self._call(folder, ask)
+
     def create(self, path: str, data: bytes) -> bool:
         """Create a file unless it exists; of concurrent calls exactly one succeeds."""
         import obstore
@@ -146,7 +154,7 @@ class BucketStorage(RemoteStorage):
         return self._call(path, ask)
 
     def upload(
-        self, path: str, source: Path, file: PackageFile, progress: ByteProgress | None
+        self, path: str, source: ReadFrom, file: PackageFile, progress: ByteProgress | None
     ) -> None:
         """Upload a blob unless it exists; it becomes visible when it is complete."""
         import obstore
@@ -156,7 +164,7 @@ class BucketStorage(RemoteStorage):
             with contextlib.suppress(FileNotFoundError, PermissionDeniedError):
                 if obstore.head(self._store, path)["size"] == file.size:
                     return
-            obstore.put(self._store, path, _read_verified(source, file, progress))
+            obstore.put(self._store, path, read_verified(source, file, progress))
 
     def remove(self, path: str) -> None:
         """Remove a file if it exists."""
@@ -191,24 +199,6 @@ def _translate_errors(where: str) -> Iterator[None]:
         raise UnreachableError(
             f"cannot be reached, or the request was refused: {_shorten_error(error)}", where=where
         ) from error
-
-
-def _read_verified(
-    source: Path, file: PackageFile, progress: ByteProgress | None
-) -> Iterator[bytes]:
-    """Yield a file's bytes; raise at its end if their digest differs, which ends the upload."""
-    import hashlib
-
-    state, done = hashlib.sha256(), 0
-    with open_file(source) as stream:
-        while data := stream.read(CHUNK):
-            state.update(data)
-            done += len(data)
-            yield data
-            if progress is not None:
-                progress(file.name, min(done, file.size), file.size)
-    if f"sha256:{state.hexdigest()}" != file.digest:
-        raise IntegrityError("changed while it was being published", where=str(source))
 
 
 def _to_tag(meta: Any) -> str | None:

@@ -126,6 +126,10 @@ class CachedStorage:
             )
         return self._inner.stream(path, start)
 
+    def files_under(self, folder: str) -> list[str] | None:
+        """Return the paths of all files in a folder; None offline, or if they cannot be listed."""
+        return None if self._is_offline else self._inner.files_under(folder)
+
     def _format_entry(self, path: str, document: Document) -> bytes:
         head = {
             "location": self.location,

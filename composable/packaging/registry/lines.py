@@ -140,6 +140,18 @@ def find_lost(older: Document, newer: Document, fields: Sequence[str]) -> list[s
     return [key for key in before if key not in after]
 
 
+def has_same_lines(data: bytes, other: bytes) -> bool:
+    """Return whether two documents have the same undamaged lines, though written differently."""
+
+    def read(text: bytes) -> list[dict[str, Any]]:
+        rows = [parse_line(line, "") for line in text.splitlines()]
+        return [{key: row[key] for key in row.keys() - {EXTENT}} for row in rows]
+
+    with contextlib.suppress(RegistryError):
+        return read(data) == read(other)
+    return False
+
+
 def _read_keys(document: Document, fields: Sequence[str]) -> dict[str, None]:
     """Return what identifies each undamaged line, in order."""
     keys: dict[str, None] = {}

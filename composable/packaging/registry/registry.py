@@ -33,7 +33,7 @@ import functools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, cast
@@ -74,6 +74,7 @@ from composable.packaging.registry.storage import (
     Folder,
     Storage,
     WritableStorage,
+    read_from,
 )
 from composable.packaging.versions.names import check_package_name, confusable_key, is_package_name
 from composable.packaging.versions.version import Version
@@ -196,6 +197,10 @@ class Registry:
             IntegrityError: When its bytes do not match the digest in the index.
             ManifestError: When they are not a manifest, or the index repeats it wrongly.
         """
+        return self.fetch_manifest(release)[0]
+
+    def fetch_manifest(self, release: Release) -> tuple[Manifest, bytes]:
+        """Return the manifest of a release, and its bytes; errors as for `read_manifest`."""
         where = f"{release.name} {release.version} expert.toml"
         data = self.read_blob(release.manifest, where, MAX_TOML_BYTES)
         manifest = parse_manifest(data, where)
@@ -205,7 +210,7 @@ class Registry:
                 where=where,
                 hint="the registry is damaged or malicious",
             )
-        return manifest
+        return manifest, data
 
     def publish(
         self,
@@ -240,30 +245,86 @@ class Registry:
         now = datetime.datetime.now(datetime.UTC).strftime(TIME_FORMAT)
         release = Release.of(manifest, now)
         _check_readable(manifest, release)
-        self._create_config(storage)
-        existing = read_record(storage, manifest.name, manifest.version)
-        self._check_same_content(manifest, existing)
-        if existing is None:
-            self._check_room(storage, release)
-        self._check_name(storage, manifest.name)
+        self.create()
+        self.check_admissible(release)
         for file in manifest.files:
-            storage.upload(blob_path(file.digest), directory / file.name, file, progress)
-        _put_blob(storage, manifest.digest, manifest.to_toml().encode())
-        with self._claim_name(storage, manifest.name):
-            self._create_record(storage, manifest, release)
-        self._write_index(storage, manifest.name)
+            source = read_from(directory / file.name)
+            storage.upload(blob_path(file.digest), source, file, progress)
+        self.record(release, manifest.to_toml().encode())
+        self.write_index(manifest.name)
         return manifest
 
-    def _create_record(
-        self, storage: WritableStorage, manifest: Manifest, release: Release
-    ) -> None:
+    def create(self) -> None:
+        """Create an empty registry unless it exists.
+
+        Raises:
+            RegistryError: When it is read only, or has a layout that is not supported.
+        """
+        config = {"kind": "composable-registry", "schema": SCHEMA}
+        self.writable_storage().create(CONFIG_FILE, canonical_json(config) + b"\n")
+        self._check_config()
+
+    def check_admissible(self, release: Release) -> None:
+        """Refuse, before anything is uploaded, a release that cannot be published here.
+
+        Args:
+            release: The release.
+
+        Raises:
+            RegistryError: When the registry is read only, when it has the version with other
+                content, when the name looks like that of another package, or when an index has no
+                room left.
+        """
+        storage = self.writable_storage()
+        existing = read_record(storage, release.name, release.version)
+        self._check_same_content(release, existing)
+        if existing is None:
+            self._check_room(storage, release)
+        self._check_name(storage, release.name)
+
+    def record(self, release: Release, manifest: bytes, line: bytes | None = None) -> None:
+        """Record a release whose files are stored; `write_index` makes it visible.
+
+        Args:
+            release: The release, admissible.
+            manifest: The bytes of its manifest.
+            line: Its record, if another registry has one already.
+
+        Raises:
+            RegistryError: When another publisher was first, with other content or with a name that
+                looks like this one.
+        """
+        storage = self.writable_storage()
+        _put_blob(storage, release.manifest, manifest)
+        with self._claim_name(storage, release.name):
+            self._create_record(storage, release, line or release.to_line())
+
+    def mark_yanked(self, name: str, version: Version, is_yanked: bool) -> None:
+        """Mark a recorded release as yanked, or not; `write_index` makes it visible."""
+        storage, path = self.writable_storage(), record_path(name, version, "yanked")
+        if is_yanked:
+            storage.create(path, b"")
+        else:
+            storage.remove(path)
+
+    def write_index(self, name: str) -> None:
+        """Update the index of a package, then the catalogue, until both match the records."""
+        storage = self.writable_storage()
+        self.update_document(index_path(name), lambda seen: compile_index(storage, name, seen))
+        self.write_catalog([name])
+
+    def write_catalog(self, names: Collection[str]) -> None:
+        """Update the entries of packages in the catalogue, and add those that it lacks."""
+        storage = self.writable_storage()
+        self.update_document(CATALOG_FILE, lambda seen: self._compile_catalog(storage, seen, names))
+
+    def _create_record(self, storage: WritableStorage, release: Release, line: bytes) -> None:
         """Create the record of a release, unless there is one with the same content."""
-        record = record_path(manifest.name, manifest.version)
-        line = release.to_line()
+        record = record_path(release.name, release.version)
         while not storage.create(record, line):
             seen = storage.read(record)
-            existing = read_record(storage, manifest.name, manifest.version)
-            self._check_same_content(manifest, existing)
+            existing = read_record(storage, release.name, release.version)
+            self._check_same_content(release, existing)
             # A crash may have truncated the record, or it is damaged: the index may still have it.
             if existing is not None:
                 line = existing.to_line()
@@ -284,8 +345,8 @@ class Registry:
         """
         storage = self.writable_storage()
         self._check_release(storage, name, version)
-        storage.create(record_path(name, version, "yanked"), b"")
-        self._write_index(storage, name)
+        self.mark_yanked(name, version, True)
+        self.write_index(name)
 
     def unyank(self, name: str, version: Version) -> None:
         """Include a yanked release in new resolutions again.
@@ -296,8 +357,8 @@ class Registry:
         """
         storage = self.writable_storage()
         self._check_release(storage, name, version)
-        storage.remove(record_path(name, version, "yanked"))
-        self._write_index(storage, name)
+        self.mark_yanked(name, version, False)
+        self.write_index(name)
 
     def advisories(self) -> tuple[Advisory, ...] | None:
         """Return what is known against releases; None if the registry has no feed of advisories.
@@ -333,7 +394,7 @@ class Registry:
             UnknownExpertError: When the registry has no such package, or none of these releases.
             RegistryError: When the registry is read only, or its feed is damaged.
         """
-        storage = self.writable_storage()
+        self.writable_storage()
         Advisory.from_row(advisory.to_row(), "advisory")
         releases = {release.version: release for release in self.versions(advisory.name)}
         if not releases:
@@ -363,7 +424,7 @@ class Registry:
                 where=self.location,
                 hint=f"available: {have}",
             )
-        self._update_document(storage, ADVISORIES_FILE, lambda seen: compile_feed(advisory, seen))
+        self.update_document(ADVISORIES_FILE, lambda seen: compile_feed(advisory, seen))
 
     def writable_storage(self) -> WritableStorage:
         """Return the storage for publishing.
@@ -379,25 +440,22 @@ class Registry:
             )
         return cast(WritableStorage, self.storage)
 
-    def _write_index(self, storage: WritableStorage, name: str) -> None:
-        """Update the index of a package, then the catalogue, until both match the records."""
-        self._update_document(
-            storage, index_path(name), lambda seen: compile_index(storage, name, seen)
-        )
-        self._update_document(
-            storage, CATALOG_FILE, lambda seen: self._compile_catalog(storage, seen, name)
-        )
-
-    def _update_document(
-        self,
-        storage: WritableStorage,
-        path: str,
-        compile_document: Callable[[Document | None], bytes],
+    def update_document(
+        self, path: str, compile_document: Callable[[Document | None], bytes]
     ) -> None:
         """Write the content that a document should have; repeat until a read confirms it.
 
         Other publishers may change it in between. They are waited for as long as for a server.
+
+        Args:
+            path: Path of the document.
+            compile_document: Returns the content that follows from the one that is there.
+
+        Raises:
+            RegistryError: When the registry is read only, or the document would be too large.
+            UnreachableError: When other publishers change it all the time.
         """
+        storage = self.writable_storage()
         budget = current_budget()
         began = time.monotonic()
         until = began + min(budget.request_seconds, max(budget.left, 0.0))
@@ -427,14 +485,16 @@ class Registry:
                     f"{format_time(until - now)} at the latest"
                 )
 
-    def _compile_catalog(self, storage: WritableStorage, seen: Document | None, name: str) -> bytes:
-        """Return the catalogue with the entry of one package updated and missing ones added."""
+    def _compile_catalog(
+        self, storage: WritableStorage, seen: Document | None, names: Collection[str]
+    ) -> bytes:
+        """Return the catalogue with the entries of packages updated and missing ones added."""
         entries = self._read_catalog(seen)
         listed = {confusable_key(known) for known in entries}
         owners = [
             self._read_owner(storage, key) for key in storage.names_in("names") if key not in listed
         ]
-        for other in {name, *filter(None, owners)}:
+        for other in {*names, *filter(None, owners)}:
             releases = self.versions(other)
             if releases:
                 entries[other] = describe_newest(choose_newest(releases))
@@ -515,19 +575,14 @@ class Registry:
         warn_about_stray(key, f"{self.location}/names", "the claim of a package name")
         return None
 
-    def _check_same_content(self, manifest: Manifest, existing: Release | None) -> None:
+    def _check_same_content(self, release: Release, existing: Release | None) -> None:
         """Refuse to publish other content under a version that exists."""
-        if existing is not None and existing.manifest != manifest.digest:
+        if existing is not None and existing.manifest != release.manifest:
             raise RegistryError(
-                f"{manifest.name} {manifest.version} is already published with other content",
+                f"{release.name} {release.version} is already published with other content",
                 where=self.location,
                 hint="published releases cannot change: increase the version",
             )
-
-    def _create_config(self, storage: WritableStorage) -> None:
-        config = {"kind": "composable-registry", "schema": SCHEMA}
-        storage.create(CONFIG_FILE, canonical_json(config) + b"\n")
-        self._check_config()
 
     def _check_config(self) -> None:
         """Check, once, that the layout of the storage is supported."""

@@ -111,6 +111,10 @@ class RemoteStorage(ABC):
             except UnreachableError as error:
                 request.pause(error, has_advanced=start > before)
 
+    def files_under(self, folder: str) -> list[str] | None:
+        """Return None: not every server can list files."""
+        return None
+
     @abstractmethod
     def _open_document(self, path: str, tag: str | None) -> Answer | None:
         """Ask once for a document, if it is no longer in the state `tag`; None for none."""

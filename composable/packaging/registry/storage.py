@@ -7,13 +7,15 @@ object stores in `bucket.py`, exports in `tar.py`; `cache.py` caches documents o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
-from composable.errors import RegistryError
+from composable.errors import IntegrityError, RegistryError
 from composable.files import atomic
 from composable.files.reading import is_regular, open_file, read_bytes
 from composable.files.strays import drop_strays
@@ -23,6 +25,8 @@ from composable.progress import ByteProgress
 
 # Documents are read into memory, so their size is limited in case a server is malicious.
 MAX_DOCUMENT_BYTES: Final = 64 << 20
+# Yields the bytes of a file from an offset on; may be called again, to resume.
+ReadFrom = Callable[[int], Iterator[bytes]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,13 @@ class Storage(Protocol):
             UnreachableError: When the storage cannot be reached, or the response is truncated.
         """
 
+    def files_under(self, folder: str) -> list[str] | None:
+        """Return the paths of all files in a folder and its folders, sorted.
+
+        Returns:
+            The paths; None if the storage cannot list files.
+        """
+
 
 class WritableStorage(Storage, Protocol):
     """A storage for publishing. Writes survive power loss once they return."""
@@ -95,18 +106,18 @@ class WritableStorage(Storage, Protocol):
         """
 
     def upload(
-        self, path: str, source: Path, file: PackageFile, progress: ByteProgress | None
+        self, path: str, source: ReadFrom, file: PackageFile, progress: ByteProgress | None
     ) -> None:
         """Upload a blob unless it exists; it becomes visible when it is complete.
 
         Args:
             path: Path of the blob.
-            source: The local file.
+            source: Reads its bytes.
             file: Its name, size and digest.
             progress: Called with its name, bytes done and total bytes.
 
         Raises:
-            IntegrityError: When the local file does not match `file`.
+            IntegrityError: When the bytes do not match `file`; nothing becomes visible.
         """
 
     def remove(self, path: str) -> None:
@@ -150,10 +161,7 @@ class Folder:
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from offset `start` on."""
         try:
-            with open_file(self.root / path) as file, atomic.explained(self.root / path, "read"):
-                file.seek(start)
-                while data := file.read(atomic.CHUNK):
-                    yield data
+            yield from read_from(self.root / path)(start)
         except FileNotFoundError as error:
             raise RegistryError("has no such file", where=f"{self.location}: {path}") from error
 
@@ -171,6 +179,17 @@ class Folder:
 
         return drop_strays(sorted(found), belongs, str(home), "a regular file")
 
+    def files_under(self, folder: str) -> list[str]:
+        """Return the paths of all files in a folder and its folders, sorted."""
+        home = self.root / folder
+        with atomic.explained(home, "read"):
+            found = [path for path in home.rglob("*") if path.is_file()]
+        return sorted(
+            path.relative_to(self.root).as_posix()
+            for path in found
+            if not atomic.is_temporary(path)
+        )
+
     def create(self, path: str, data: bytes) -> bool:
         """Create a file unless it exists; of concurrent calls exactly one succeeds."""
         return atomic.create_bytes(self.root / path, data)
@@ -186,18 +205,15 @@ class Folder:
         return True
 
     def upload(
-        self, path: str, source: Path, file: PackageFile, progress: ByteProgress | None
+        self, path: str, source: ReadFrom, file: PackageFile, progress: ByteProgress | None
     ) -> None:
         """Copy a blob unless it exists; it becomes visible when it is complete."""
         target = self.root / path
         if is_regular(target) and target.stat().st_size == file.size:
             atomic.settle(target)
             return
-        with (
-            open_file(source) as stream,
-            atomic.Sink(target, digest=file.digest, size=file.size, is_read_only=True) as sink,
-        ):
-            while data := stream.read(atomic.CHUNK):
+        with atomic.Sink(target, digest=file.digest, size=file.size, is_read_only=True) as sink:
+            for data in source(0):
                 sink.write(data)
                 if progress is not None:
                     progress(file.name, sink.size, file.size)
@@ -209,3 +225,44 @@ class Folder:
     def settle(self, path: str) -> None:
         """Make a document that was read survive power loss, even if another process wrote it."""
         atomic.settle(self.root / path)
+
+
+def read_from(path: Path) -> ReadFrom:
+    """Return a function that yields the bytes of a local file from an offset on."""
+    return partial(_read_pieces, path)
+
+
+def _read_pieces(path: Path, start: int) -> Iterator[bytes]:
+    with open_file(path) as file, atomic.explained(path, "read"):
+        file.seek(start)
+        while data := file.read(atomic.CHUNK):
+            yield data
+
+
+def read_verified(
+    source: ReadFrom, file: PackageFile, progress: ByteProgress | None = None
+) -> Iterator[bytes]:
+    """Yield a file's bytes and verify them: an error at the end keeps an upload from completing.
+
+    Args:
+        source: Reads the bytes.
+        file: Their expected size and digest.
+        progress: Called with the file's name, bytes done and total bytes.
+
+    Raises:
+        IntegrityError: When they do not match, or as soon as there are too many.
+    """
+    state, done = hashlib.sha256(), 0
+    for data in source(0):
+        state.update(data)
+        done += len(data)
+        if done > file.size:
+            break
+        yield data
+        if progress is not None:
+            progress(file.name, done, file.size)
+    if done != file.size or f"sha256:{state.hexdigest()}" != file.digest:
+        raise IntegrityError(
+            f"{file.name} is not what was expected: {file.size:,} bytes with digest {file.digest}",
+            hint="the source is damaged, or changed while it was being published",
+        )

@@ -69,6 +69,10 @@ class TarFile:
                 left -= len(data)
                 yield data
 
+    def files_under(self, folder: str) -> list[str]:
+        """Return the paths of all files in a folder and its folders, sorted."""
+        return sorted(path for path in self._members if path.startswith(f"{folder}/"))
+
 
 def _list_members(file: BinaryIO, file_bytes: int) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield name, offset and size of each regular file.

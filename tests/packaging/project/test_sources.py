@@ -242,7 +242,7 @@ class TestCutOff:
             del fields["check"]
             record.write_bytes(format_line({**fields, "published": f"2026-11-0{day}T08:00:00Z"}))
         (registry.storage.root / "index" / "ge" / "german.jsonl").unlink()  # type: ignore[attr-defined]
-        registry._write_index(registry.writable_storage(), "german")
+        registry.write_index("german")
         project = project.add(Requirement.parse("german"))
         for cutoff, version in {"2026-11-04": "1.0.0", "2026-11-05": "1.1.0"}.items():
             lock = lock_project(

@@ -25,6 +25,7 @@ from composable.packaging import (
     open_registry,
     sync_project,
 )
+from composable.packaging.manifests.manifest import PackageFile
 from composable.packaging.registry.bucket import BucketStorage
 from composable.packaging.registry.index import index_path
 from tests.support.servers import run_s3
@@ -119,10 +120,10 @@ def test_a_file_that_changes_while_it_is_sent_is_not_published(
     storage = bucket.storage
     upload = storage.upload  # type: ignore[attr-defined]
 
-    def change_first(path: str, source: Path, file: object, progress: object) -> None:
-        if source.name == "scout.safetensors":
-            data = source.read_bytes()
-            source.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    def change_first(path: str, source: object, file: PackageFile, progress: object) -> None:
+        if file.name == "scout.safetensors":
+            data = (folder / file.name).read_bytes()
+            (folder / file.name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         upload(path, source, file, progress)
 
     storage.upload = change_first  # type: ignore[attr-defined]

@@ -153,7 +153,7 @@ def test_a_claim_outlives_a_failure_after_the_record(
         raise RegistryError("no room for the index")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "_write_index", fail)
+        patch.setattr(Registry, "write_index", fail)
         with pytest.raises(RegistryError, match="no room"):
             registry.publish(make_expert("set-mm"), interface=interface)
     with pytest.raises(RegistryError, match="already published"):
