@@ -32,7 +32,7 @@ test-fast: setup
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services
 
 # Tests of the registry server that need PostgreSQL (several replicas on one database and one bucket)
-# or Chromium (its pages), both from apt-get.
+# or Chromium (its pages), and of registries in an OCI registry (docker-registry); all from apt-get.
 test-server: .venv/.browser-ready
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/services
 

@@ -184,7 +184,7 @@ PublishRegistry = Annotated[
     typer.Option(
         "--registry",
         metavar="LOCATION",
-        help="Registry: a folder, a bucket or a server.",
+        help="Registry: a folder, a bucket, oci://HOST/REPOSITORY or a server.",
         envvar="COMPOSABLE_REGISTRY",
         show_default=False,
     ),

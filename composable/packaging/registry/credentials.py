@@ -15,6 +15,7 @@ from composable.errors import RegistryError
 TOKEN_PREFIX: Final = "COMPOSABLE_TOKEN_"
 ORIGIN_PREFIX: Final = "COMPOSABLE_ORIGIN_"
 KEYRING_SERVICE: Final = "composable"
+LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -53,6 +54,23 @@ def find_token(registry: str, location: str) -> str | None:
     return token
 
 
+def web_url(location: str) -> str:
+    """Return the URL of the server that an `oci://` location names; any other is one already.
+
+    Example:
+        >>> web_url("oci://ghcr.io/team/experts"), web_url("oci://localhost:5000/experts")
+        ('https://ghcr.io/team/experts', 'http://localhost:5000/experts')
+    """
+    scheme, _, rest = location.partition("://")
+    if scheme != "oci":
+        return location
+    try:
+        host = urllib.parse.urlsplit(location).hostname
+    except ValueError:
+        host = None
+    return f"{'http' if host in LOOPBACK else 'https'}://{rest}"
+
+
 def origin_of(url: str) -> str | None:
     """Return the origin of a URL: scheme, host and port; None for what has none.
 
@@ -65,7 +83,7 @@ def origin_of(url: str) -> str | None:
         >>> origin_of("example.org")
     """
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urllib.parse.urlsplit(web_url(url))
         host, port = parts.hostname, parts.port
     except ValueError:
         return None

@@ -13,12 +13,14 @@ import json
 import math
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from composable.errors import RegistryError, UnreachableError
 from composable.files.atomic import CHUNK
 from composable.packaging.registry.budget import TimeBudget
 from composable.packaging.registry.compression import decompress
+from composable.packaging.registry.credentials import LOOPBACK
 from composable.packaging.registry.proxy import Proxy, find_proxy
 from composable.packaging.registry.remote import Answer, DeniedError, RemoteStorage
 
@@ -29,10 +31,25 @@ CONNECT_SECONDS: Final = 10.0
 MAX_REDIRECTS: Final = 5
 MAX_CONNECTIONS: Final = 8
 _RETRYABLE_STATUSES: Final = (408, 425, 429, 500, 502, 503, 504)
-_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 # What servers compress responses with, even if they were asked not to.
 _ENCODINGS: Final = ("gzip", "x-gzip", "deflate", "identity")
-_TOKEN_HINT: Final = "set its token: see docs/guides/use.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A response that was read to its end.
+
+    Args:
+        status: HTTP status.
+        reason: Its name.
+        headers: Headers; their names are compared without case.
+        data: The body.
+    """
+
+    status: int
+    reason: str | None
+    headers: Mapping[str, str]
+    data: bytes
 
 
 class WebStorage(RemoteStorage):
@@ -48,6 +65,8 @@ class WebStorage(RemoteStorage):
         RegistryError: When the URL contains a user name, a password or a query, or when the token
             would be sent unencrypted.
     """
+
+    _token_hint = "set its token: see docs/guides/use.md"
 
     def __init__(
         self, url: str, token: str | None = None, *, budget: TimeBudget | None = None
@@ -66,14 +85,15 @@ class WebStorage(RemoteStorage):
                 where=f"{parts.scheme}://{parts.netloc}{parts.path}",
                 hint="expected for example https://example.org/registry",
             )
-        if token is not None and parts.scheme != "https" and parts.hostname not in _LOOPBACK:
+        if token is not None and parts.scheme != "https" and parts.hostname not in LOOPBACK:
             raise RegistryError(
                 "the token would be sent unencrypted",
                 where=url,
                 hint="use https, or unset the token",
             )
         super().__init__(url, budget)
-        self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        self._base = self._url  # what paths are appended to
+        self._token = token
         is_direct = token is not None and parts.scheme != "https"
         self._proxy = None if is_direct else find_proxy(self._url)
         self._pool: PoolManager | None = None
@@ -86,7 +106,7 @@ class WebStorage(RemoteStorage):
         if response is None:
             return None
         if response.status == 304:
-            _release_connection(response)
+            release_connection(response)
             return Answer(iter(()), tag, is_unchanged=True)
         # Without a length, a response that is cut off looks complete.
         is_length_known = "Content-Length" in response.headers or "chunked" in (
@@ -105,7 +125,7 @@ class WebStorage(RemoteStorage):
             response.status == 416 or (response.status == 206 and _is_compressed(response))
         ):
             # The range may be one of the compressed bytes, which cannot be decompressed.
-            _release_connection(response)
+            release_connection(response)
             response = self._request(path, headers, 200)
         if response is None:
             return None
@@ -129,13 +149,13 @@ class WebStorage(RemoteStorage):
             RegistryError: When the server refuses it, in its words.
             UnreachableError: When it cannot be reached.
         """
-        headers = {"Content-Type": kind, **self._headers}
+        headers = {"Content-Type": kind, **self._login_headers()}
 
         def ask() -> bytes:
-            with _translate_errors(self._at(path), self._proxy):
+            with translate_errors(self._at(path), self._proxy):
                 response = self._open_pool().request(
                     method,
-                    f"{self._url}/{urllib.parse.quote(path)}",
+                    f"{self._base}/{urllib.parse.quote(path, safe='/:')}",
                     body=body,
                     headers=headers,
                     redirect=False,
@@ -157,7 +177,7 @@ class WebStorage(RemoteStorage):
 
     def _pieces(self, response: BaseHTTPResponse, path: str, skip: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a response, decompressed, without the first `skip`."""
-        with _translate_errors(self._at(path), self._proxy):
+        with translate_errors(self._at(path), self._proxy):
             try:
                 pieces: Iterator[bytes] = iter(
                     lambda: response.read1(CHUNK, decode_content=False), b""
@@ -170,33 +190,47 @@ class WebStorage(RemoteStorage):
                         yield piece[skip:] if skip else piece
                     skip = max(skip - len(piece), 0)
             finally:
-                _release_connection(response)
+                release_connection(response)
 
     def _request(
         self, path: str, headers: Mapping[str, str], *expected: int
     ) -> BaseHTTPResponse | None:
         """Return the response if its status is one of those expected; None if there is no file."""
-        with _translate_errors(self._at(path), self._proxy):
-            response = self._open_pool().request(
-                "GET",
-                f"{self._url}/{urllib.parse.quote(path)}",
-                headers={**headers, **self._headers},
-                preload_content=False,
-            )
+        with translate_errors(self._at(path), self._proxy):
+            for _ in range(2):
+                response = self._open_pool().request(
+                    "GET",
+                    f"{self._base}/{urllib.parse.quote(path, safe='/:')}",
+                    headers={**headers, **self._login_headers()},
+                    preload_content=False,
+                )
+                if response.status != 401:
+                    break
+                release_connection(response)  # what it asks for is in its headers
+                if not self._log_in(response):
+                    break
             if response.status in expected:
                 _check_encoding(response, self._at(path))
                 return response
-            _release_connection(response)
+            release_connection(response)
             if response.status in (404, 410):
                 return None
             raise self._make_error(response, path)
+
+    def _login_headers(self) -> dict[str, str]:
+        """Return the headers that show who asks."""
+        return {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+
+    def _log_in(self, response: BaseHTTPResponse) -> bool:
+        """Answer a request to log in; return whether the same request can be made again."""
+        return False
 
     def _open_pool(self) -> PoolManager:
         if self._pool is None:
             self._pool = _make_pool(self._proxy, self._budget.silent_seconds)
         return self._pool
 
-    def _make_error(self, response: BaseHTTPResponse, path: str) -> RegistryError:
+    def _make_error(self, response: BaseHTTPResponse | Reply, path: str) -> RegistryError:
         """Return the error for a status that was not expected."""
         status, where = response.status, self._at(path)
         message = f"HTTP status {status} {response.reason}"
@@ -207,7 +241,7 @@ class WebStorage(RemoteStorage):
             return self._proxy.refuse()
         hint = None
         if status in (401, 403):
-            hint = "the token in use does not give access" if self._headers else _TOKEN_HINT
+            hint = "the token in use does not give access" if self._token else self._token_hint
         if status == 403:
             hint = f"{hint}; or check the URL: some servers send 403 for files that do not exist"
             return DeniedError(message, where=where, hint=hint)
@@ -216,11 +250,35 @@ class WebStorage(RemoteStorage):
     def _check_range(self, response: BaseHTTPResponse, path: str, start: int) -> None:
         found = response.headers.get("Content-Range", "")
         if not found.startswith(f"bytes {start}-"):
-            _release_connection(response)
+            release_connection(response)
             raise UnreachableError(
                 f"sent the range {found[:60]!r}, expected one from byte {start}",
                 where=self._at(path),
             )
+
+
+def read_reply(response: BaseHTTPResponse, limit: int, where: str) -> Reply:
+    """Read a response to its end.
+
+    Args:
+        response: The response.
+        limit: The greatest number of bytes.
+        where: Its location, for the error.
+
+    Raises:
+        RegistryError: When it has more.
+    """
+    data = bytearray()
+    try:
+        while piece := response.read1(CHUNK):
+            data += piece
+            if len(data) > limit:
+                raise RegistryError(f"sent more than {limit:,} bytes", where=where)
+    finally:
+        release_connection(response)
+    return Reply(
+        status=response.status, reason=response.reason, headers=response.headers, data=bytes(data)
+    )
 
 
 def parse_retry_after(text: str | None) -> float | None:
@@ -269,7 +327,7 @@ def _check_encoding(response: BaseHTTPResponse, where: str) -> None:
     """Raise an error for a response whose compression is not supported."""
     for encoding in _encodings_of(response):
         if encoding not in _ENCODINGS:
-            _release_connection(response)
+            release_connection(response)
             raise RegistryError(
                 f"is compressed with {encoding[:40]!r}, which was not requested",
                 where=where,
@@ -287,7 +345,7 @@ def _is_compressed(response: BaseHTTPResponse) -> bool:
 
 
 @contextlib.contextmanager
-def _translate_errors(where: str, proxy: Proxy | None) -> Iterator[None]:
+def translate_errors(where: str, proxy: Proxy | None) -> Iterator[None]:
     """Raise our own errors instead of those of the HTTP library."""
     from urllib3.exceptions import HTTPError, ProxyError
 
@@ -325,7 +383,7 @@ def _make_pool(proxy: Proxy | None, silent_seconds: float) -> PoolManager:
     return urllib3.PoolManager(**settings)
 
 
-def _release_connection(response: BaseHTTPResponse) -> None:
+def release_connection(response: BaseHTTPResponse) -> None:
     """Return the connection to the pool if the response was read to its end, or else close it."""
     if getattr(response, "length_remaining", None) == 0:
         response.drain_conn()  # closes the socket where the server does

@@ -1,4 +1,4 @@
-"""Opens registries by their location: a folder, an export, a URL or a bucket."""
+"""Opens registries by their location: a folder, an export, a web server, a bucket or others'."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def open_registry(
 
     Args:
         location: A folder, absolute or relative to `base`; an export in one file; or a URL with
-            `file:`, `http:`, `https:`, or of a bucket with `s3:`, `gs:` or `az:`.
+            `file:`, `http:`, `https:`, of a bucket with `s3:`, `gs:` or `az:`, or of a repository
+            in an OCI registry with `oci:`.
         base: Directory that relative folders start from; by default the working directory.
         name: Its name in the project, under which its token is looked up.
         is_offline: Whether to read remote registries from the cache alone.
@@ -53,8 +54,8 @@ def open_for_publishing(location: str | Path) -> Registry:
     origin, or the one in the keyring.
 
     Args:
-        location: A folder, the URL of a folder or a bucket, or that of a server which
-            `composable registry serve` runs.
+        location: A folder, the URL of a folder, a bucket or a repository in an OCI registry, or
+            that of a server which `composable registry serve` runs.
 
     Returns:
         The registry. In a folder or a bucket, it is created by the first publication.
@@ -92,6 +93,11 @@ def _open_storage(location: str | Path, base: Path, name: str) -> Storage:
         from composable.packaging.registry.http import WebStorage
 
         return WebStorage(location, find_token(name, location))
+    if scheme == "oci":
+        from composable.packaging.registry.credentials import find_token
+        from composable.packaging.registry.oci import OciStorage
+
+        return OciStorage(location, find_token(name, location))
     from composable.packaging.registry.bucket import SCHEMES, BucketStorage
 
     if scheme in SCHEMES:
@@ -99,5 +105,5 @@ def _open_storage(location: str | Path, base: Path, name: str) -> Storage:
     raise RegistryError(
         f"{scheme!r} registries are not supported",
         where=location,
-        hint="expected a folder, or a URL that starts with https://, s3://, gs:// or az://",
+        hint="expected a folder, or a URL that starts with https://, s3://, gs://, az:// or oci://",
     )

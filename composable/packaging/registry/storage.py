@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -253,14 +253,19 @@ def read_verified(
         IntegrityError: When they do not match, or as soon as there are too many.
     """
     state, done = hashlib.sha256(), 0
-    for data in source(0):
-        state.update(data)
-        done += len(data)
-        if done > file.size:
-            break
-        yield data
-        if progress is not None:
-            progress(file.name, done, file.size)
+    pieces = source(0)
+    try:
+        for data in pieces:
+            state.update(data)
+            done += len(data)
+            if done > file.size:
+                break
+            yield data
+            if progress is not None:
+                progress(file.name, done, file.size)
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()  # it may hold a connection
     if done != file.size or f"sha256:{state.hexdigest()}" != file.digest:
         raise IntegrityError(
             f"{file.name} is not what was expected: {file.size:,} bytes with digest {file.digest}",
