@@ -252,7 +252,7 @@ def measure_memory(arguments: argparse.Namespace, *, is_for_memory: bool) -> dic
 
     def step(params: Any, state: Any, backbone: Any, rows: Any) -> Any:
         gradient, _ = jax.grad(objective, has_aux=True)(params, backbone, rows)
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = optimizer.update(gradient, state, params, rate=1e-2)
         return optax.apply_updates(params, updates), state
 
     state = jax.eval_shape(optimizer.init, params)

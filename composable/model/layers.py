@@ -15,16 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from composable.model.causal_attention import causal_attention
 from composable.model.config import DTYPE_NAMES, BackboneConfig, RopeScaling
 
-# Queries are processed in blocks, each against the keys up to its own end: about half of the causal
-# square is never computed. 128 was the fastest block on two CPU cores at 512 positions.
-_QUERY_BLOCK: Final = 128
-# Beyond this many positions, blocks have as many, and scores are not kept for the gradient.
-_LONG_BLOCK: Final = 512
-# Name of attention's result, for policies that keep it (`jax.checkpoint_policies`).
-ATTENTION: Final = "attention"
-
+# Names of the results of the gate and up products, for policies that keep them.
+GATE_AND_UP: Final = "gate and up"
 # Cached keys are read in blocks of this many positions, up to the last filled block.
 CACHE_BLOCK: Final = 128
 
@@ -148,7 +143,7 @@ class Attention(nnx.Module):
         q_BTNH = rope(q_BTNH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
         k_BTKH = rope(k_BTKH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
         if cache is None:
-            y_BTNH = _causal_attention(q_BTNH, k_BTKH, v_BTKH)
+            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH)
         else:
             at = (0, 0, position, 0)
             cache = KVCache(
@@ -226,31 +221,6 @@ def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) 
     return output_BTNH
 
 
-def _causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-    """Attend block by block of queries, so that masked keys beyond a block's end cost nothing.
-
-    In training, a long sequence's scores are computed again for the gradient of each block: kept,
-    they grow with the square of the length. Its blocks are longer, since each is compiled.
-    """
-    n_tokens = q_BTNH.shape[1]
-    attend, block = _attend_to_block, _QUERY_BLOCK
-    if n_tokens > _LONG_BLOCK:
-        attend, block = jax.checkpoint(attend), _LONG_BLOCK
-    blocks = []
-    for start in range(0, n_tokens, block):
-        end = min(start + block, n_tokens)
-        blocks.append(attend(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end]))
-    named_BTNH: jax.Array = checkpoint_name(jnp.concatenate(blocks, axis=1), ATTENTION)
-    return named_BTNH
-
-
-def _attend_to_block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """Attend from the last T of S positions to those up to each."""
-    n_tokens, end = q_BTNH.shape[1], k_BSKH.shape[1]
-    mask_TS = jnp.arange(end) <= jnp.arange(end - n_tokens, end)[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_TS[None, None])
-
-
 class FeedForward(nnx.Module):
     """SwiGLU: `(silu(x w_gate) * (x w_up)) w_down`. A slot holds one; a full body replaces it.
 
@@ -294,4 +264,7 @@ def changed_swiglu(
         a, b = changes[name]
         return x @ matrices[name] + (x @ a) @ b
 
-    return multiply("w_down", jax.nn.silu(multiply("w_gate", x_BTD)) * multiply("w_up", x_BTD))
+    gate_BTF, up_BTF = (
+        checkpoint_name(multiply(name, x_BTD), GATE_AND_UP) for name in ("w_gate", "w_up")
+    )
+    return multiply("w_down", jax.nn.silu(gate_BTF) * up_BTF)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -32,7 +33,7 @@ from composable.parallel import (
 from composable.progress import StepProgress
 from composable.training.checkpoints import Checkpoints, is_finite
 from composable.training.config import TrainConfig
-from composable.training.optimizers import adamw
+from composable.training.optimizers import adamw, learning_rate
 from composable.training.preemption import Preemption
 
 # (trained, frozen, batch) -> mean loss in nats, and named figures to log. A batch is what the data
@@ -89,7 +90,8 @@ def fit(
         frozen: Tree that the objective reads; never differentiated.
         data: Batches of this process.
         cfg: How to train.
-        optimizer: `adamw(cfg)` by default.
+        optimizer: `adamw(cfg)` by default. Its update gets the learning rate of `cfg` as `rate`, if
+            it takes more arguments (`optax.GradientTransformationExtraArgs`).
         mesh: Devices; all of them as data parallel by default.
         directory: Folder of checkpoints and TensorBoard curves; none are written without it.
         progress: Called at every step with the newest figures.
@@ -120,7 +122,8 @@ def fit(
             start = time.perf_counter()
             for step in range(done + 1, cfg.steps + 1):
                 batch = place_batch(next(data), mesh)
-                trained, opt_state, figures = run_step(trained, opt_state, frozen, batch)
+                rate = np.float32(learning_rate(cfg, step - 1))
+                trained, opt_state, figures = run_step(trained, opt_state, frozen, batch, rate)
                 is_last = step == cfg.steps
                 is_stopped = not is_last and preemption.stops_after(step)
                 is_due = step % cfg.checkpoint_every == 0 or is_stopped
@@ -201,7 +204,9 @@ def lower_step(
             place_shapes(tree, shardings_of(tree, mesh)) for tree in (trained, opt_state, frozen)
         ]
         rows = place_shapes(batch, jax.tree.map(lambda _: NamedSharding(mesh, BATCH_SPEC), batch))
-        lowered: jax.stages.Lowered = _compile_step(objective, optimizer).lower(*placed, rows)
+        lowered: jax.stages.Lowered = _compile_step(objective, optimizer).lower(
+            *placed, rows, jax.ShapeDtypeStruct((), jnp.float32)
+        )
         return lowered
 
 
@@ -209,16 +214,18 @@ def lower_step(
 def _compile_step(
     objective: Objective, optimizer: optax.GradientTransformation
 ) -> jax.stages.Wrapped:
-    """Return the compiled step: trained, opt_state, frozen, batch to the next two and figures.
+    """Return the compiled step.
 
-    For the same two functions it is the same one, which compiles once for all runs. The memory of
-    the first two arguments is reused for the results.
+    From trained, opt_state, frozen, batch and rate it returns the next two, and figures. For the
+    same two functions it is the same one, which compiles once for all runs. The memory of the first
+    two arguments is reused for the results.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def step_fn(trained: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
+    def step_fn(trained: Any, opt_state: Any, frozen: Any, batch: Any, rate: Any) -> Any:
         grad_fn = jax.value_and_grad(objective, has_aux=True)
         (loss, figures), grads = grad_fn(trained, frozen, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, trained)
+        updates, opt_state = optimizer.update(grads, opt_state, trained, rate=rate)
         figures = {"loss": loss, "grad_norm": optax.tree.norm(grads), **figures}
         return optax.apply_updates(trained, updates), opt_state, figures
 

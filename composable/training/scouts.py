@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from composable.errors import TextError
 from composable.model.scout import Scout
 from composable.progress import StepProgress
 from composable.training.config import TrainConfig
-from composable.training.loop import Objective, fit
+from composable.training.loop import Fitted, Objective, fit
 from composable.training.objectives import scout_loss
 from composable.training.optimizers import muon
 
@@ -29,11 +29,10 @@ from composable.training.optimizers import muon
 # twice the rate no better (docs/adr/0011-scouts-read-alone.md).
 SCOUT_ROWS: Final = 16
 SCOUT_RATE: Final = 2e-2
-_BITS: Final = 1 / np.log(2)
+_BITS: Final = 1 / math.log(2)
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """Features of rows of text, and the class of the token after each position.
 
     Args:
@@ -41,37 +40,48 @@ class Features:
         classes_BT: Class of the token after each position.
     """
 
-    feature_BTD: np.ndarray
-    classes_BT: np.ndarray
+    feature_BTD: Any
+    classes_BT: Any
+
+    def take(self, rows_B: np.ndarray) -> Features:
+        """Return some of the rows.
+
+        Args:
+            rows_B: Their numbers.
+        """
+        return Features(self.feature_BTD[rows_B], self.classes_BT[rows_B])
 
 
-class RowOrder:
-    """Batches of row numbers, in a new order each epoch; a position is a number of batches.
+class FeatureBatches:
+    """Batches of rows, in a new order each epoch; a position is a number of batches.
 
     Args:
-        n_rows: Rows to draw from.
-        batch_size: Row numbers per batch, at most `n_rows`.
+        features: Rows; they may be memory-mapped, since only those of a batch are read.
+        rows_B: Numbers of the rows to draw from.
+        batch_size: Rows per batch, at most all.
         seed: Seed of the order.
 
     Example:
-        >>> order = RowOrder(n_rows=4, batch_size=2, seed=0)
-        >>> sorted([*next(order).tolist(), *next(order).tolist()])
+        >>> features = Features(np.zeros((4, 1, 1)), np.arange(4)[:, None])
+        >>> data = FeatureBatches(features, np.arange(4), batch_size=2, seed=0)
+        >>> sorted(row for _ in range(2) for row in next(data).classes_BT[:, 0].tolist())
         [0, 1, 2, 3]
     """
 
-    def __init__(self, n_rows: int, batch_size: int, seed: int) -> None:
-        self._n_rows, self._size, self._seed = n_rows, min(batch_size, n_rows), seed
+    def __init__(self, features: Features, rows_B: np.ndarray, batch_size: int, seed: int) -> None:
+        self._features, self._rows_B, self._seed = features, rows_B, seed
+        self._size = min(batch_size, len(rows_B))
         self._done = 0
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Features]:
         return self
 
-    def __next__(self) -> np.ndarray:
-        per_epoch = self._n_rows // self._size
+    def __next__(self) -> Features:
+        per_epoch = len(self._rows_B) // self._size
         epoch, at = divmod(self._done, per_epoch)
-        order = np.random.default_rng((self._seed, epoch)).permutation(self._n_rows)
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._rows_B))
         self._done += 1
-        return order[at * self._size : (at + 1) * self._size].astype(np.int32)
+        return self._features.take(self._rows_B[order[at * self._size : (at + 1) * self._size]])
 
     def get_state(self) -> dict[str, Any]:
         """Return the position."""
@@ -135,13 +145,13 @@ def train_scout(
     """
     if steps == 0:
         return ScoutFit.untrained(scout)
-    training, heldout = _split_rows(features)
+    training_B, heldout_B = _split_rows(features)
     total = count_scout_steps(steps)
     fits: list[ScoutFit] = []
     for n_steps in _step_counts(steps):
         cfg = TrainConfig(
             steps=n_steps,
-            batch_size=min(batch_size, len(training.classes_BT)),
+            batch_size=min(batch_size, len(training_B)),
             window=features.classes_BT.shape[1],
             learning_rate=learning_rate,
             weight_decay=0.01,
@@ -154,13 +164,18 @@ def train_scout(
             if progress:
                 progress(before + step, total, row)
 
-        fits.append(_fit_scout(scout, training, heldout, cfg, optimizer(cfg), show))
+        data = FeatureBatches(features, training_B, cfg.batch_size, cfg.seed)
+        fitted = _fit_scout(scout, data, cfg, optimizer(cfg), show)
+        bits = _measure_nats(fitted.trained, features, heldout_B) * _BITS
+        fits.append(
+            ScoutFit(scout=fitted.trained, heldout_bits=bits, steps=n_steps, seconds=fitted.seconds)
+        )
     best = min(fits, key=_rank_fit)
     return dataclasses.replace(best, seconds=sum(tried.seconds for tried in fits))
 
 
-def _split_rows(features: Features) -> tuple[Features, Features]:
-    """Return the rows to train on and every tenth row, which is held out.
+def _split_rows(features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the rows to train on, and every tenth, which is held out.
 
     Raises:
         TextError: If there are fewer than two rows.
@@ -169,44 +184,29 @@ def _split_rows(features: Features) -> tuple[Features, Features]:
     if n_rows < 2:
         raise TextError("one row of text cannot be split into training and held-out text")
     is_heldout_B = np.arange(n_rows) % 10 == 1
-    training_B, heldout_B = np.flatnonzero(~is_heldout_B), np.flatnonzero(is_heldout_B)
-    return (
-        Features(features.feature_BTD[training_B], features.classes_BT[training_B]),
-        Features(features.feature_BTD[heldout_B], features.classes_BT[heldout_B]),
-    )
+    return np.flatnonzero(~is_heldout_B), np.flatnonzero(is_heldout_B)
 
 
 def _fit_scout(
     scout: Scout,
-    training: Features,
-    heldout: Features,
+    data: FeatureBatches,
     cfg: TrainConfig,
     optimizer: optax.GradientTransformation,
     progress: StepProgress,
-) -> ScoutFit:
-    """Train a copy of a scout and measure it on the held-out rows."""
+) -> Fitted:
+    """Train a copy of a scout."""
     graph, params = nnx.split(scout)
-    frozen = training.feature_BTD, training.classes_BT
-    order = RowOrder(len(training.classes_BT), cfg.batch_size, cfg.seed)
     objective = _scout_objective(graph)
-    fitted = fit(objective, params, frozen, order, cfg, optimizer=optimizer, progress=progress)
-    trained: Scout = nnx.merge(graph, fitted.trained)
-    nats = float(_scout_nats(trained, heldout.feature_BTD, heldout.classes_BT))
-    return ScoutFit(
-        scout=trained,
-        heldout_bits=nats * float(_BITS),
-        steps=cfg.steps,
-        seconds=fitted.seconds,
-    )
+    fitted = fit(objective, params, (), data, cfg, optimizer=optimizer, progress=progress)
+    return dataclasses.replace(fitted, trained=nnx.merge(graph, fitted.trained))
 
 
 @lru_cache(maxsize=8)
 def _scout_objective(graph: nnx.GraphDef[Any]) -> Objective:
     """Return the objective of a scout on rows of features, one for scouts of one structure."""
 
-    def objective(params: Any, frozen: Any, rows_B: jax.Array) -> tuple[jax.Array, Any]:
-        feature_BTD, classes_BT = frozen
-        loss = scout_loss(nnx.merge(graph, params), feature_BTD[rows_B], classes_BT[rows_B])
+    def objective(params: Any, frozen: Any, rows: Features) -> tuple[jax.Array, Any]:
+        loss = scout_loss(nnx.merge(graph, params), rows.feature_BTD, rows.classes_BT)
         return loss, {"scout_bits": loss * _BITS}
 
     return objective
@@ -236,13 +236,11 @@ def _step_counts(steps: int) -> list[int]:
     return sorted({max(1, steps // part) for part in (16, 4, 1)})
 
 
-@jax.jit
-def _scout_nats(scout: Scout, feature_BTD: jax.Array, classes_BT: jax.Array) -> jax.Array:
-    """Return the mean loss over rows, computed one row at a time to save memory."""
+def _measure_nats(scout: Scout, features: Features, rows_B: np.ndarray) -> float:
+    """Return the mean loss over rows, one at a time: one program serves any number of them."""
+    return float(
+        np.mean([_row_nats(scout, *features.take(rows_B[i : i + 1])) for i in range(len(rows_B))])
+    )
 
-    def row(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        feature_TD, classes_T = args
-        return scout_loss(scout, feature_TD[None], classes_T[None])
 
-    nats_B: jax.Array = jax.lax.map(row, (feature_BTD, classes_BT))
-    return nats_B.mean()
+_row_nats = jax.jit(scout_loss)

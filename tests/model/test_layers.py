@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from composable.model.layers import _causal_attention, rms_norm, rope, swiglu
+from composable.model.causal_attention import causal_attention
+from composable.model.layers import rms_norm, rope, swiglu
 
 # Float32 sums of a few hundred products, in another order than the reference's.
 REORDERED_SUMS = 2e-5
@@ -72,9 +73,32 @@ def plain_attention(q_BTNH, k_BTKH, v_BTKH):
 def test_attention_in_blocks_equals_plain_attention_with_repeated_keys(n_tokens):
     q_BTNH = normal(4, 1, n_tokens, 4, 4)
     k_BTKH, v_BTKH = normal(5, 1, n_tokens, 2, 4), normal(6, 1, n_tokens, 2, 4)
-    y_BTNH = jax.jit(_causal_attention)(q_BTNH, k_BTKH, v_BTKH)
+    y_BTNH = jax.jit(causal_attention)(q_BTNH, k_BTKH, v_BTKH)
     expected_BTNH = plain_attention(*(x.astype(np.float64) for x in (q_BTNH, k_BTKH, v_BTKH)))
     np.testing.assert_allclose(y_BTNH, expected_BTNH, atol=REORDERED_SUMS)
+    np.testing.assert_allclose(
+        jax.vjp(causal_attention, q_BTNH, k_BTKH, v_BTKH)[0], expected_BTNH, atol=REORDERED_SUMS
+    )
+
+
+@pytest.mark.parametrize("n_tokens", [5, 130])
+def test_the_gradient_of_attention_is_that_of_its_definition(n_tokens):
+    arrays = [normal(seed, 2, n_tokens, n, 4) for seed, n in ((4, 6), (5, 2), (6, 2))]
+    dy_BTNH = normal(7, 2, n_tokens, 6, 4)
+    is_before_TS = jnp.tril(jnp.ones((n_tokens, n_tokens), bool))
+
+    def attend(q_BTNH, k_BTKH, v_BTKH):
+        k_BSNH, v_BSNH = jnp.repeat(k_BTKH, 3, axis=2), jnp.repeat(v_BTKH, 3, axis=2)
+        score_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / 2
+        p_BNTS = jax.nn.softmax(jnp.where(is_before_TS, score_BNTS, -jnp.inf))
+        return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS, v_BSNH)
+
+    expected, found = (
+        jax.jit(lambda *x, f=f: jax.vjp(f, *x)[1](jnp.asarray(dy_BTNH)))(*arrays)
+        for f in (attend, causal_attention)
+    )
+    for slope, expected_slope in zip(found, expected, strict=True):
+        np.testing.assert_allclose(slope, expected_slope, atol=REORDERED_SUMS)
 
 
 def test_swiglu_is_its_formula():

@@ -20,7 +20,8 @@ from composable.training.config import TrainConfig
 from composable.training.data import batches, token_stream
 from composable.training.loop import fit
 from composable.training.objectives import expert_objective
-from composable.training.optimizers import adamw
+from composable.training.optimizers import adamw, learning_rate, muon
+from tests.support.compiling import counted_compiling
 
 pytestmark = pytest.mark.slow
 
@@ -265,8 +266,8 @@ def test_matrices_decay_and_vectors_do_not():
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
     state = optimizer.init(params)
     still = jax.tree.map(jnp.zeros_like, params)
-    for _ in range(3):  # the first step's rate is zero: warm-up
-        updates, state = optimizer.update(still, state, params)
+    for _ in range(3):
+        updates, state = optimizer.update(still, state, params, rate=0.1)
         params = optax.apply_updates(params, updates)
     assert (np.asarray(params["w"]) < 1).all()
     assert (np.asarray(params["b"]) == 1).all()
@@ -331,19 +332,32 @@ def test_a_trained_tree_has_the_structure_it_came_with(trained_expert):
     assert jax.tree.structure(fitted.trained) == jax.tree.structure(params)
 
 
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_a_run_of_other_length_rate_and_seed_compiles_nothing(make):
+    fit_line(optimizer=make(CFG))
+    other = dataclasses.replace(CFG, steps=9, learning_rate=0.3, seed=1)
+    with counted_compiling() as compiled:
+        fit_line(other, optimizer=make(other))
+    assert compiled == []
+
+
+def test_the_learning_rate_is_that_of_optax():
+    for steps in (1, 2, 30):
+        cfg = dataclasses.replace(CFG, steps=steps, learning_rate=0.5)
+        expected = optax.warmup_cosine_decay_schedule(
+            0.0, 0.5, min(max(1, steps // 20), steps - 1), steps, 0.5 * cfg.final_fraction
+        )
+        found = [learning_rate(cfg, step) for step in range(steps + 2)]
+        np.testing.assert_allclose(found, [expected(i) for i in range(steps + 2)], rtol=1e-5)
+
+
 def test_the_step_compiles_once():
     """The optimiser's first state is placed like the step's outputs, or step 2 compiles again."""
-    compiled, at_step = [], []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        fit_line(progress=lambda step, steps, figures: at_step.append(len(compiled)))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    at_step = []
+    # A setting of its own, or the program of another test would do.
+    cfg = dataclasses.replace(CFG, clip_norm=3.0)
+    with counted_compiling() as compiled:
+        fit_line(cfg, progress=lambda step, steps, figures: at_step.append(len(compiled)))
     assert at_step[0] > 0, "the first step compiles something"
     assert at_step[-1] == at_step[0]
 

@@ -6,15 +6,16 @@ from flax import nnx
 
 from composable.model.scout import Scout
 from composable.training.scouts import Features, count_scout_steps, train_scout
+from tests.support.compiling import counted_compiling
 
 ROWS, WINDOW, WIDTH, CLASSES = 20, 16, 8, 12
 
 
-def make_features(is_lawful, seed=0):
+def make_features(is_lawful, seed=0, n_rows=ROWS):
     """Return rows whose classes hang on the features, or on nothing."""
     rng = np.random.default_rng(seed)
-    feature_BTD = rng.normal(size=(ROWS, WINDOW, WIDTH)).astype(np.float16)
-    classes_BT = rng.integers(0, CLASSES, (ROWS, WINDOW))
+    feature_BTD = rng.normal(size=(n_rows, WINDOW, WIDTH)).astype(np.float16)
+    classes_BT = rng.integers(0, CLASSES, (n_rows, WINDOW))
     if is_lawful:
         classes_BT = feature_BTD[..., 0] > 0
     return Features(feature_BTD, classes_BT.astype(np.int32))
@@ -45,3 +46,10 @@ def test_a_scout_stops_where_it_would_learn_by_heart():
 
 def test_one_step_is_one_step():
     assert read(make_features(is_lawful=True), steps=1)[0].steps == count_scout_steps(1) == 1
+
+
+def test_scouts_of_texts_of_any_length_run_the_same_programs():
+    read(make_features(is_lawful=True), steps=20)
+    with counted_compiling() as compiled:
+        read(make_features(is_lawful=True, n_rows=33), steps=32)
+    assert compiled == []
