@@ -127,8 +127,7 @@ causal_attention.defvjp(_forward, _backward)
 
 
 def _scale(q_BTNH: jax.Array) -> float:
-    width: int = q_BTNH.shape[-1]
-    return width**-0.5
+    return float(q_BTNH.shape[-1] ** -0.5)
 
 
 def _by_key_head(x_BTNH: jax.Array, n_kv: int) -> jax.Array:
