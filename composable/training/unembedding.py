@@ -111,8 +111,7 @@ def _frozen_loss_and_gradient(
         return (new_BT1, total_BT1, shrink_BT1 * weighted_BTD + part_BTD), None
 
     least_BT1 = jnp.full_like(x_BTD[..., :1], -jnp.inf, jnp.float32)
-    sums: tuple[jax.Array, ...]
-    sums = least_BT1, jnp.zeros_like(least_BT1), jnp.zeros_like(x_BTD, jnp.float32)
+    sums: Any = least_BT1, jnp.zeros_like(least_BT1), jnp.zeros_like(x_BTD, jnp.float32)
     n_parts = len(w_VD) // n_taken
     parts, rest = w_VD[: n_parts * n_taken], w_VD[n_parts * n_taken :]
     sums, _ = jax.lax.scan(add, sums, parts.reshape(n_parts, n_taken, -1))
