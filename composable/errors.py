@@ -14,6 +14,8 @@
     │   ├── ResolutionError       no set of versions satisfies the requirements
     │   ├── IntegrityError        bytes whose size or digest does not match
     │   │   └── MissingBlobError  a file that is missing from the store
+    │   ├── SignatureError        a registry whose signatures or signed versions are wrong
+    │   ├── KeyFileError          a signing key that is missing, locked or malformed
     │   ├── DiskError             a disk that is full, read-only or failing
     │   └── TensorFileError       a safetensors file that failed its check
     ├── ModelError                arrays or settings that the model does not accept
@@ -42,6 +44,20 @@ from composable.printable import printable
 _MAX_WHERE: Final = 500
 _MAX_MESSAGE: Final = 3000
 _MAX_HINT: Final = 1000
+# What a signed registry may be refused for.
+SIGNATURE_RULES: Final = {
+    "rollback": "an older state than this machine has seen",
+    "freeze": "a state that nobody has confirmed lately",
+    "mix-and-match": "parts of different states",
+    "wrong-signer": "signed by other keys than those in charge",
+    "wrong-publisher": "a package of somebody who may not publish it",
+    "revoked": "a publisher whose keys were revoked",
+    "expired": "a signature that is no longer valid",
+    "unsigned": "no signature where one is required",
+    "incomplete": "a registry that is only partly signed",
+    "wrong-content": "bytes that differ from what was signed",
+    "clock": "a clock that is wrong",
+}
 
 
 class ComposableError(Exception):
@@ -173,6 +189,28 @@ class IntegrityError(PackagingError):
 
 class MissingBlobError(IntegrityError):
     """A file that should be in the store and is missing."""
+
+
+class SignatureError(PackagingError):
+    """A signed registry that is not as its keys signed it; nothing of it was used.
+
+    Args:
+        message: What was wrong.
+        kind: Which rule it breaks, one of `SIGNATURE_RULES`.
+        where: Where.
+        hint: What to do.
+    """
+
+    def __init__(
+        self, message: str, *, kind: str, where: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        assert kind in SIGNATURE_RULES
+        self.kind = kind
+
+
+class KeyFileError(PackagingError):
+    """A signing key that is missing, locked or malformed."""
 
 
 class DiskError(PackagingError):

@@ -15,6 +15,9 @@ ROOMS = (
     "files",
     "packaging.versions",
     "packaging.manifests",
+    # The port alone: what signs files, and what lists releases, both use it.
+    "packaging.registry.storage",
+    "packaging.trust",
     "packaging.registry",
     "packaging.resolution",
     "packaging.install",
@@ -49,6 +52,7 @@ MEETINGS = {
 LATE_IMPORTS = {
     "packaging.manifests.packing": "only publishing checks tensors, which loads NumPy",
     "packaging.project.locking": "a project in sync needs no resolver; only a policy a backbone",
+    "packaging.registry.registry": "only a signed registry needs TUF",
     "packaging.registry.locations": "a folder needs no HTTP client and no cloud library",
     "packaging.resolution.explain": "only a failure needs suggestions",
     "packaging.resolution.resolver": "a caller may bring a solver, and only a failure is explained",

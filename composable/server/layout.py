@@ -19,8 +19,7 @@ from composable.files.atomic import CHUNK
 from composable.files.blobs import blob_path
 from composable.interface.digest import digest_bytes, is_digest
 from composable.packaging.registry.lines import CATALOG_FILE
-from composable.packaging.registry.registry import CONFIG_FILE
-from composable.packaging.registry.storage import Folder
+from composable.packaging.registry.storage import CONFIG_FILE, Folder
 from composable.packaging.versions.names import is_package_name
 from composable.server.access import can_read_blob, can_see, is_blob_public
 from composable.server.accounts import find_caller

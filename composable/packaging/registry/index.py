@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from composable.errors import ManifestError, PackagingError, RegistryError
@@ -117,6 +119,36 @@ def compile_index(storage: WritableStorage, name: str, current: Document | None)
     # Yanks are files beside the records; a release without a record is as it is in the index.
     for version in recorded.keys() & rows.keys():
         rows[version] = {**rows[version], "yanked": recorded[version]}
+    return format_document([rows[version] for version in sorted(rows)])
+
+
+@functools.lru_cache(maxsize=4)  # publishing reads what it wrote, and a project may ask repeatedly
+def parse_index(data: bytes, name: str, where: str) -> Mapping[Version, Release]:
+    """Return the releases that an index lists, by version.
+
+    Raises:
+        RegistryError: When a line is damaged, or a version is listed twice.
+    """
+    releases: dict[Version, Release] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        release = Release.from_line(line, name, f"{where}:{number}")
+        if release.version in releases:
+            raise RegistryError(f"{release.version} is listed twice", where=f"{where}:{number}")
+        releases[release.version] = release
+    return MappingProxyType(releases)
+
+
+def change_index(data: bytes | None, name: str, releases: Iterable[Release]) -> bytes:
+    """Return an index with some releases added, or changed if it lists them.
+
+    Args:
+        data: The index so far.
+        name: The package.
+        releases: The releases.
+    """
+    rows = {} if data is None else _read_rows(Document(data, None), name)
+    for release in releases:
+        rows[release.version] = release.to_row()
     return format_document([rows[version] for version in sorted(rows)])
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Final
 
 from composable.errors import RegistryError
 from composable.files.blobs import default_store
+from composable.interface.digest import digest_bytes
 from composable.packaging.registry.registry import Registry
+from composable.packaging.registry.signature_settings import SignatureSettings
 from composable.packaging.registry.storage import Folder, Storage
 
 # A publisher has no project whose name of the registry could be that of the token.
@@ -15,7 +18,13 @@ PUBLISH_NAME: Final = "publish"
 
 
 def open_registry(
-    location: str | Path, base: Path | None = None, *, name: str = "", is_offline: bool = False
+    location: str | Path,
+    base: Path | None = None,
+    *,
+    name: str = "",
+    is_offline: bool = False,
+    must_be_signed: bool = False,
+    max_stale: datetime.timedelta = datetime.timedelta(),
 ) -> Registry:
     """Open a registry for reading.
 
@@ -28,6 +37,8 @@ def open_registry(
         base: Directory that relative folders start from; by default the working directory.
         name: Its name in the project, under which its token is looked up.
         is_offline: Whether to read remote registries from the cache alone.
+        must_be_signed: Whether an unsigned registry is refused.
+        max_stale: How long after their end the signatures of a signed registry are accepted.
 
     Returns:
         The registry. Its existence is not checked before the first read.
@@ -39,15 +50,22 @@ def open_registry(
         >>> open_registry("no-such-folder").exists
         False
     """
-    storage = _open_storage(location, base or Path(), name)
-    if storage.is_remote:
+    files = storage = _open_storage(location, base or Path(), name)
+    is_cached = storage.is_remote
+    if is_cached:
         from composable.packaging.registry.cache import CachedStorage
 
-        storage = CachedStorage(storage, default_store() / "documents", is_offline=is_offline)
-    return Registry(storage)
+        storage = CachedStorage(files, default_store() / "documents", is_offline=is_offline)
+    settings = SignatureSettings(
+        state=signatures_folder(files),
+        is_required=must_be_signed,
+        max_stale=max_stale,
+        is_offline=is_offline and is_cached,
+    )
+    return Registry(storage, files=files, signatures=settings)
 
 
-def open_for_publishing(location: str | Path) -> Registry:
+def open_for_publishing(location: str | Path, *, keys: Path | None = None) -> Registry:
     """Open a registry for publishing.
 
     A server gets the token in `COMPOSABLE_TOKEN_PUBLISH`, if `COMPOSABLE_ORIGIN_PUBLISH` is its
@@ -56,6 +74,7 @@ def open_for_publishing(location: str | Path) -> Registry:
     Args:
         location: A folder, the URL of a folder, a bucket or a repository in an OCI registry, or
             that of a server which `composable registry serve` runs.
+        keys: Folder of the keys for a signed registry; by default that of the user.
 
     Returns:
         The registry. In a folder or a bucket, it is created by the first publication.
@@ -74,9 +93,21 @@ def open_for_publishing(location: str | Path) -> Registry:
 
         if isinstance(storage, WebStorage):
             return ServedRegistry(storage)
-    registry = Registry(storage)
+    settings = SignatureSettings(state=signatures_folder(storage), keys=keys)
+    registry = Registry(storage, signatures=settings)
     registry.writable_storage()
     return registry
+
+
+def signatures_folder(storage: Storage) -> Path:
+    """Return the folder of this machine for the pinned root keys of a registry.
+
+    A folder has one by its absolute path, so that every way to name it finds the same keys.
+    """
+    place = storage.location
+    if isinstance(storage, Folder):
+        place = str(storage.root.absolute().resolve())
+    return default_store() / "trust" / digest_bytes(place.encode())[7:39]
 
 
 def _open_storage(location: str | Path, base: Path, name: str) -> Storage:

@@ -29,13 +29,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import json
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, cast
 
 from composable.errors import (
@@ -62,18 +60,23 @@ from composable.packaging.registry.index import (
     index_path,
     is_index_behind,
     is_record_of,
+    list_records,
     parse_entry,
+    parse_index,
     read_record,
     record_path,
 )
 from composable.packaging.registry.lines import ADVISORIES_FILE, CATALOG_FILE, check_extent
-from composable.packaging.registry.release import TIME_FORMAT, Release, choose_newest
+from composable.packaging.registry.release import TIME_FORMAT, Release, Signer, choose_newest
+from composable.packaging.registry.signature_settings import SignatureSettings
 from composable.packaging.registry.storage import (
+    CONFIG_FILE,
     MAX_DOCUMENT_BYTES,
     Document,
     Folder,
     Storage,
     WritableStorage,
+    put_blob,
     read_from,
 )
 from composable.packaging.versions.names import check_package_name, confusable_key, is_package_name
@@ -82,9 +85,12 @@ from composable.progress import ByteProgress
 
 if TYPE_CHECKING:
     from composable.interface.contract import RouterInterface
+    from composable.packaging.registry.signed import Signatures
 
 SCHEMA: Final = 1
-CONFIG_FILE: Final = "config.json"
+SIGNED_FIELD: Final = "signed"
+# What the folder of a registry's verified state holds once its root keys are pinned.
+ROOT_FILE: Final = "root.json"
 MIN_ATTEMPTS: Final = 10
 SMALL_BLOB_ATTEMPTS: Final = 3
 
@@ -94,6 +100,8 @@ class Registry:
 
     Args:
         storage: The storage of its files; a `WritableStorage` for publishing.
+        files: The same storage without a cache, for what is signed; by default `storage`.
+        signatures: How signatures are treated; None ignores them.
 
     Example:
         >>> from composable.packaging import open_registry
@@ -102,9 +110,19 @@ class Registry:
         ('no-such-folder', False)
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        files: Storage | None = None,
+        signatures: SignatureSettings | None = None,
+    ) -> None:
         self.storage = storage
+        self._files = files or storage
+        self._settings = signatures
         self._is_checked = False
+        self._says_signed = False
+        self._signatures: Signatures | None = None
 
     @property
     def location(self) -> str:
@@ -131,7 +149,7 @@ class Registry:
             RegistryError: When the catalogue cannot be read.
         """
         self._check_config()
-        catalog = self.storage.read(CATALOG_FILE)
+        catalog = self._read(CATALOG_FILE)
         if catalog is not None:
             check_extent(catalog, f"{self.location}/{CATALOG_FILE}")
         return sorted(self._read_catalog(catalog).values(), key=lambda entry: entry.name)
@@ -142,17 +160,79 @@ class Registry:
         Raises:
             RegistryError: When the index cannot be read.
         """
+        signatures = self.find_signatures()
+        if signatures is None:
+            return self._read_unsigned(name)
+        where = f"{self.location}/{index_path(name)}"
+        document = signatures.read_index(name)
+        if document is None:
+            return ()
+        check_extent(document, where)
+        indexed = parse_index(document.data, name, where)
+        return tuple(indexed[version] for version in sorted(indexed))
+
+    def _read_unsigned(self, name: str) -> tuple[Release, ...]:
+        """Return the releases in the index of a package, whether or not they are signed."""
         path = index_path(name)
         self._check_config()
         where = f"{self.location}/{path}"
         document = self.storage.read(path)
-        indexed = _parse_index(document.data if document is not None else b"", name, where)
+        indexed = parse_index(document.data if document is not None else b"", name, where)
         if isinstance(self.storage, Folder) and is_index_behind(self.storage, name, indexed):
             document = Document(compile_index(self.storage, name, document), None)
-            indexed = _parse_index(document.data, name, where)
+            indexed = parse_index(document.data, name, where)
         if document is not None:
             check_extent(document, where)
         return tuple(indexed[version] for version in sorted(indexed))
+
+    def find_signatures(self) -> Signatures | None:
+        """Return the signatures of this registry; None if it is unsigned.
+
+        Raises:
+            RegistryError: When it is unsigned, and unsigned registries are refused.
+        """
+        if self._settings is None:
+            return None
+        self._check_config()
+        if self._signatures is None:
+            is_pinned = (self._settings.state / ROOT_FILE).is_file()
+            if not self._says_signed and not is_pinned:
+                if self._settings.is_required:
+                    raise RegistryError(
+                        "is unsigned, and [policy] in composable.toml refuses that",
+                        where=self.location,
+                        hint="use a signed registry, or remove `signed = true` under [policy]; "
+                        "its operator signs it with `composable registry init --signed`",
+                    )
+                return None
+            self._signatures = self.open_signatures()
+        return self._signatures
+
+    def open_signatures(self) -> Signatures:
+        """Return the signatures of this registry, which may have none yet.
+
+        Raises:
+            RegistryError: When this registry was opened without them.
+        """
+        from composable.packaging.registry.signed import Signatures
+
+        if self._settings is None:
+            raise RegistryError("cannot be signed", where=self.location)
+        return Signatures(self._files, self._settings)
+
+    def verify_release(self, release: Release) -> Signer | None:
+        """Verify the statement of its publisher on a release; None if the registry is unsigned.
+
+        Raises:
+            SignatureError: When it is missing, signed by another, or about other content.
+        """
+        signatures = self.find_signatures()
+        return None if signatures is None else signatures.verify_release(release)
+
+    def _read(self, path: str) -> Document | None:
+        """Return a document that a signed registry signs."""
+        signatures = self.find_signatures()
+        return self.storage.read(path) if signatures is None else signatures.read(path)
 
     def stream(self, digest: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a blob from offset `start` on; the caller verifies them.
@@ -246,12 +326,20 @@ class Registry:
         release = Release.of(manifest, now)
         _check_readable(manifest, release)
         self.create()
+        signatures = self.find_signatures()
+        if signatures is not None:
+            signatures.check_publisher(manifest.name)
         self.check_admissible(release)
         for file in manifest.files:
             source = read_from(directory / file.name)
             storage.upload(blob_path(file.digest), source, file, progress)
         self.record(release, manifest.to_toml().encode())
         self.write_index(manifest.name)
+        if signatures is not None:
+            recorded = read_record(storage, manifest.name, manifest.version)
+            assert recorded is not None
+            is_yanked = list_records(storage, manifest.name)[manifest.version]
+            signatures.publish(recorded.with_yank(is_yanked))
         return manifest
 
     def create(self) -> None:
@@ -295,7 +383,7 @@ class Registry:
                 looks like this one.
         """
         storage = self.writable_storage()
-        _put_blob(storage, release.manifest, manifest)
+        put_blob(storage, release.manifest, manifest)
         with self._claim_name(storage, release.name):
             self._create_record(storage, release, line or release.to_line())
 
@@ -345,8 +433,9 @@ class Registry:
         """
         storage = self.writable_storage()
         self._check_release(storage, name, version)
-        self.mark_yanked(name, version, True)
-        self.write_index(name)
+        with self._signing(name, version, is_yanked=True):
+            self.mark_yanked(name, version, True)
+            self.write_index(name)
 
     def unyank(self, name: str, version: Version) -> None:
         """Include a yanked release in new resolutions again.
@@ -357,8 +446,9 @@ class Registry:
         """
         storage = self.writable_storage()
         self._check_release(storage, name, version)
-        self.mark_yanked(name, version, False)
-        self.write_index(name)
+        with self._signing(name, version, is_yanked=False):
+            self.mark_yanked(name, version, False)
+            self.write_index(name)
 
     def advisories(self) -> tuple[Advisory, ...] | None:
         """Return what is known against releases; None if the registry has no feed of advisories.
@@ -367,7 +457,7 @@ class Registry:
             RegistryError: When the feed cannot be read.
         """
         self._check_config()
-        document = self.storage.read(ADVISORIES_FILE)
+        document = self._read(ADVISORIES_FILE)
         if document is None:
             return None
         where = f"{self.location}/{ADVISORIES_FILE}"
@@ -424,7 +514,24 @@ class Registry:
                 where=self.location,
                 hint=f"available: {have}",
             )
+        signatures = self.find_signatures()
+        if signatures is not None:
+            signatures.check_advisor()
         self.update_document(ADVISORIES_FILE, lambda seen: compile_feed(advisory, seen))
+        if signatures is not None:
+            signatures.advise(advisory)
+
+    @contextlib.contextmanager
+    def _signing(self, name: str, version: Version, *, is_yanked: bool) -> Iterator[None]:
+        """Check that the change in the block can be signed, and sign it afterwards."""
+        signatures = self.find_signatures()
+        if signatures is not None:
+            signatures.check_publisher(name)
+        yield
+        if signatures is not None:
+            release = read_record(self.writable_storage(), name, version)
+            assert release is not None
+            signatures.sign_index(name, [release.with_yank(is_yanked)])
 
     def writable_storage(self) -> WritableStorage:
         """Return the storage for publishing.
@@ -495,7 +602,7 @@ class Registry:
             self._read_owner(storage, key) for key in storage.names_in("names") if key not in listed
         ]
         for other in {*names, *filter(None, owners)}:
-            releases = self.versions(other)
+            releases = self._read_unsigned(other)
             if releases:
                 entries[other] = describe_newest(choose_newest(releases))
         return format_catalog(entries.values())
@@ -604,18 +711,8 @@ class Registry:
             raise RegistryError(
                 f"layout {schema!r} is not supported, expected {SCHEMA}", where=self.location
             )
+        self._says_signed = config.get(SIGNED_FIELD) is True
         self._is_checked = True
-
-
-@functools.lru_cache(maxsize=4)  # publishing reads what it wrote, and a project may ask repeatedly
-def _parse_index(data: bytes, name: str, where: str) -> Mapping[Version, Release]:
-    releases: dict[Version, Release] = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        release = Release.from_line(line, name, f"{where}:{number}")
-        if release.version in releases:
-            raise RegistryError(f"{release.version} is listed twice", where=f"{where}:{number}")
-        releases[release.version] = release
-    return MappingProxyType(releases)
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -628,17 +725,6 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         return Manifest.loads(data.decode(), where)
     except UnicodeDecodeError as error:
         raise ManifestError(f"not UTF-8 text: {error}", where=where) from error
-
-
-def _put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:
-    """Write a small blob unless it exists and is intact."""
-    path = blob_path(digest)
-    seen = storage.read(path)
-    while seen is None or digest_bytes(seen.data) != digest:
-        if storage.replace(path, data, seen):
-            return
-        seen = storage.read(path)
-    storage.settle(path)
 
 
 def _check_size(path: str, size: int, location: str) -> None:

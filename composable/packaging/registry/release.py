@@ -35,6 +35,19 @@ _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Signer:
+    """Who signed a release.
+
+    Args:
+        publisher: The name of the publisher in the registry.
+        key: Its public key, as `ed25519:` and 64 hexadecimal digits.
+    """
+
+    publisher: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Release:
     """One version of an expert as the index lists it.
 
@@ -91,6 +104,10 @@ class Release:
     def digests(self) -> tuple[str, ...]:
         """The digests of its manifest and its files."""
         return (self.manifest, *(file.digest for file in self.files))
+
+    def with_yank(self, is_yanked: bool) -> Self:
+        """Return this release, yanked or not."""
+        return dataclasses.replace(self, is_yanked=is_yanked)
 
     def to_row(self) -> dict[str, Any]:
         """Return the fields of its line in the index."""

@@ -13,10 +13,11 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from composable.errors import IntegrityError, RegistryError
 from composable.files import atomic
+from composable.files.blobs import blob_path
 from composable.files.reading import is_regular, open_file, read_bytes
 from composable.files.strays import drop_strays
 from composable.interface.digest import digest_bytes
@@ -27,6 +28,8 @@ from composable.progress import ByteProgress
 MAX_DOCUMENT_BYTES: Final = 64 << 20
 # Yields the bytes of a file from an offset on; may be called again, to resume.
 ReadFrom = Callable[[int], Iterator[bytes]]
+# The file that makes a storage a registry.
+CONFIG_FILE: Final = "config.json"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Storage(Protocol):
         """
 
 
+@runtime_checkable
 class WritableStorage(Storage, Protocol):
     """A storage for publishing. Writes survive power loss once they return."""
 
@@ -271,3 +275,14 @@ def read_verified(
             f"{file.name} is not what was expected: {file.size:,} bytes with digest {file.digest}",
             hint="the source is damaged, or changed while it was being published",
         )
+
+
+def put_blob(storage: WritableStorage, digest: str, data: bytes) -> None:
+    """Write a small blob unless it exists and is intact."""
+    path = blob_path(digest)
+    seen = storage.read(path)
+    while seen is None or digest_bytes(seen.data) != digest:
+        if storage.replace(path, data, seen):
+            return
+        seen = storage.read(path)
+    storage.settle(path)

@@ -1,0 +1,1 @@
+"""Signatures of registries: keys, statements on releases, and TUF metadata over what is listed."""
