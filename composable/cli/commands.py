@@ -54,7 +54,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "Registry": {
-        "registry": ("registry", "Copy registries; run and administer a registry server."),
+        "registry": ("registry", "Sign and copy registries; run and administer a registry server."),
     },
     "Store": {
         "verify": ("storage", "Verify the digests of all stored and installed files."),

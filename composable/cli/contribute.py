@@ -33,6 +33,7 @@ from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
     from composable.packaging.registry.compatibility import Step
+    from composable.packaging.registry.registry import Registry
     from composable.vetting.checks import Verdict
 
 app = typer.Typer(rich_markup_mode=None)
@@ -152,10 +153,10 @@ def publish(
     from composable.workflows.publish import publish_expert
 
     home = find_backbone(backbone or Manifest.read(folder).backbone)
+    target = open_for_publishing(registry)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
-        manifest = publish_expert(
-            folder, read_interface(home), open_for_publishing(registry), progress=progress
-        )
+        manifest = publish_expert(folder, read_interface(home), target, progress=progress)
+    _note_operator(target, is_quiet=is_quiet)
     show(
         f"published {manifest.name} {manifest.version} to {registry}",
         {
@@ -186,7 +187,9 @@ def yank(
     name, version = _parse_release(release)
     from composable.packaging.registry.locations import open_for_publishing
 
-    open_for_publishing(registry).yank(name, version, reason)
+    target = open_for_publishing(registry)
+    target.yank(name, version, reason)
+    _note_operator(target, is_quiet=is_quiet)
     show(f"yanked {name} {version}", {"yanked": release}, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -198,7 +201,9 @@ def unyank(
     name, version = _parse_release(release)
     from composable.packaging.registry.locations import open_for_publishing
 
-    open_for_publishing(registry).unyank(name, version)
+    target = open_for_publishing(registry)
+    target.unyank(name, version)
+    _note_operator(target, is_quiet=is_quiet)
     show(f"unyanked {name} {version}", {"unyanked": release}, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -278,12 +283,23 @@ def advise(
             published=now,
         )
     home.advise(advisory)
+    _note_operator(home, is_quiet=is_quiet)
     show(
         f"{'published' if withdraw is None else 'withdrew'} advisory {advisory.id}",
         advisory.to_row(),
         as_json=as_json,
         is_quiet=is_quiet,
     )
+
+
+def _note_operator(registry: Registry, *, is_quiet: bool) -> None:
+    """Say that a change of a signed registry is not visible yet, if its operator has to confirm."""
+    if registry.awaits_operator:
+        note(
+            "signed; clients see it once the operator has run `composable registry sign "
+            f"{registry.location}`",
+            is_quiet=is_quiet,
+        )
 
 
 def _report_verdict(verdict: Verdict) -> tuple[list[tuple[str, str, str]], dict[str, Any], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composable.cli.options import Json, LookupRegistry, Offline, Quiet, complete_names
+from composable.cli.options import Json, LookupRegistry, MaxStale, Offline, Quiet, complete_names
 from composable.cli.output import format_bytes, format_table, note, show
 from composable.cli.project import open_project
 from composable.errors import ComposableError
@@ -103,12 +104,17 @@ def why(
 
 
 @app.command()
-def outdated(is_offline: Offline = False, as_json: Json = False, is_quiet: Quiet = False) -> None:
+def outdated(
+    is_offline: Offline = False,
+    max_stale: MaxStale = 0,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
     """List installed experts that have a newer release."""
     from composable.packaging.install.lock import Lock
     from composable.packaging.project.queries import find_outdated
 
-    project, interface = open_project(is_offline)
+    project, interface = open_project(is_offline, max_stale)
     found = find_outdated(project, Lock.read(project.root), interface)
     rows = [(item.name, item.locked, item.allowed, item.newest) for item in found]
     data = [{key: str(value) for key, value in dataclasses.asdict(i).items()} for i in found]
@@ -121,13 +127,14 @@ def search(
     word: Annotated[str, typer.Argument(metavar="WORD", show_default=False)],
     registry: LookupRegistry = None,
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
     """Search the registries by name, description and tags."""
     from composable.packaging.project.queries import search_experts
 
-    found = list(search_experts(_open_registries(registry, is_offline), word))
+    found = list(search_experts(_open_registries(registry, is_offline, max_stale), word))
     rows = [(r.name, r.version, name, r.description) for name, r in found]
     data = [
         {
@@ -149,6 +156,7 @@ def info(
     requirement: Annotated[str, typer.Argument(metavar="NAME[@V]", show_default=False)],
     registry: LookupRegistry = None,
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
@@ -157,14 +165,19 @@ def info(
     from composable.packaging.versions.constraint import Requirement
 
     details = describe_expert(
-        _open_registries(registry, is_offline), Requirement.parse(requirement)
+        _open_registries(registry, is_offline, max_stale), Requirement.parse(requirement)
     )
     facts = dict(_facts(details))
     show(format_table((), facts.items()), _all_facts(details), as_json=as_json, is_quiet=is_quiet)
 
 
 @app.command()
-def audit(is_offline: Offline = False, as_json: Json = False, is_quiet: Quiet = False) -> None:
+def audit(
+    is_offline: Offline = False,
+    max_stale: MaxStale = 0,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
     """Check the locked experts against advisories.
 
     Reads the feed of advisories of every registry in the lock. Exits with 1 if one of them affects
@@ -174,7 +187,9 @@ def audit(is_offline: Offline = False, as_json: Json = False, is_quiet: Quiet = 
     from composable.packaging.project.audit import audit_lock
     from composable.packaging.project.project import Project
 
-    project = dataclasses.replace(Project.find(), is_offline=is_offline)
+    project = dataclasses.replace(
+        Project.find(), is_offline=is_offline, max_stale=datetime.timedelta(days=max_stale)
+    )
     lock = Lock.read(project.root)
     found = audit_lock(project, lock)
     for registry, n in found.feeds.items():
@@ -221,6 +236,7 @@ def bom(
         typer.Option(metavar="FILE", help="Output file. Default: print it.", show_default=False),
     ] = None,
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
@@ -240,7 +256,7 @@ def bom(
     from composable.packaging.install.store import Store
 
     time = read_source_date()
-    project, interface = open_project(is_offline)
+    project, interface = open_project(is_offline, max_stale)
     inventory = take_inventory(project, Lock.read(project.root), Store(), interface)
     format_bom = format_cyclonedx if kind == "cyclonedx" else format_spdx
     text = format_bom(inventory, __version__, time)
@@ -319,18 +335,20 @@ def _finding_to_dict(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _open_registries(registry: str | None, is_offline: bool) -> Project:
+def _open_registries(registry: str | None, is_offline: bool, max_stale_days: float) -> Project:
     """Return the project, or an empty one with a single registry."""
     from composable.packaging.project.project import Project
 
+    max_stale = datetime.timedelta(days=max_stale_days)
     if registry is None:
-        return dataclasses.replace(Project.find(), is_offline=is_offline)
+        return dataclasses.replace(Project.find(), is_offline=is_offline, max_stale=max_stale)
     return Project(
         root=Path.cwd(),
         backbone="",
         registries={"default": registry},
         default_registry="default",
         is_offline=is_offline,
+        max_stale=max_stale,
     )
 
 

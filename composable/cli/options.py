@@ -48,6 +48,17 @@ Offline = Annotated[
     bool,
     typer.Option("--offline", help="Do not use the network.", envvar="COMPOSABLE_OFFLINE"),
 ]
+MaxStale = Annotated[
+    float,
+    typer.Option(
+        "--max-stale",
+        metavar="DAYS",
+        min=0,
+        help="Accept signatures that expired up to this many days ago, for rare mirrors.",
+        envvar="COMPOSABLE_MAX_STALE",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would change, without writing anything.")
 ]

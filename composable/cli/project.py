@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from composable.cli.options import (
     Editable,
     ExcludeNewer,
     Json,
+    MaxStale,
     Offline,
     Quiet,
     RegistryName,
@@ -32,12 +34,16 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode=None)
 
 
-def open_project(is_offline: bool = False) -> tuple[Project, RouterInterface]:
+def open_project(
+    is_offline: bool = False, max_stale_days: float = 0
+) -> tuple[Project, RouterInterface]:
     """Return the project around the working directory and its backbone's router interface."""
     from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
     from composable.packaging.project.project import Project
 
-    project = dataclasses.replace(Project.find(), is_offline=is_offline)
+    project = dataclasses.replace(
+        Project.find(), is_offline=is_offline, max_stale=datetime.timedelta(days=max_stale_days)
+    )
     return project, read_interface(find_backbone(project.backbone, project.root))
 
 
@@ -78,6 +84,7 @@ def add(
     is_editable: Editable = False,
     exclude_newer: ExcludeNewer = None,
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -85,7 +92,7 @@ def add(
     """Add experts to composable.toml."""
     from composable.packaging.project.edits import add_experts, read_wanted
 
-    project, interface = open_project(is_offline)
+    project, interface = open_project(is_offline, max_stale)
     wanted = read_wanted(project, requirements, registry=registry, is_editable=is_editable)
     cutoff = _read_cutoff(exclude_newer)
     add_experts(project, wanted, interface, exclude_newer=cutoff, is_dry_run=is_dry_run)
@@ -141,6 +148,7 @@ def lock(
     ] = None,
     exclude_newer: ExcludeNewer = None,
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -148,7 +156,7 @@ def lock(
     """Resolve versions and write composable.lock."""
     from composable.packaging.project.locking import lock_project
 
-    project, interface = open_project(is_offline)
+    project, interface = open_project(is_offline, max_stale)
     before = _read_lock(project)
     after = lock_project(
         project,
@@ -158,6 +166,7 @@ def lock(
         exclude_newer=_read_cutoff(exclude_newer),
         is_dry_run=is_dry_run,
     )
+    _note_signers(before, after, is_quiet=is_quiet or as_json)
     _report(before, after, is_dry_run, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -177,6 +186,7 @@ def sync(
     ] = None,
     exclude_newer: ExcludeNewer = None,
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -186,13 +196,14 @@ def sync(
     from composable.packaging.project.edits import refresh_lock
     from composable.packaging.project.locking import check_lock
 
-    project, interface = open_project(is_offline)
+    project, interface = open_project(is_offline, max_stale)
     if is_frozen:
         wanted = Lock.read(project.root)
         check_lock(project, wanted, interface)
     else:
-        cutoff = _read_cutoff(exclude_newer)
+        cutoff, before = _read_cutoff(exclude_newer), _read_lock(project)
         wanted = refresh_lock(project, interface, exclude_newer=cutoff, is_dry_run=is_dry_run)
+        _note_signers(before, wanted, is_quiet=is_quiet or as_json)
     _install(
         project, wanted, interface, is_dry_run, source=source, as_json=as_json, is_quiet=is_quiet
     )
@@ -205,6 +216,7 @@ def install(
     is_editable: Editable = False,
     exclude_newer: ExcludeNewer = None,
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -212,14 +224,15 @@ def install(
     """Add experts to the project, lock and sync."""
     from composable.packaging.project.edits import add_experts, read_wanted
 
-    project, interface = open_project(is_offline)
+    project, interface = open_project(is_offline, max_stale)
     wanted = read_wanted(project, requirements, registry=registry, is_editable=is_editable)
-    cutoff = _read_cutoff(exclude_newer)
+    cutoff, before = _read_cutoff(exclude_newer), _read_lock(project)
     project, chosen = add_experts(
         project, wanted, interface, exclude_newer=cutoff, is_dry_run=is_dry_run
     )
     if not is_dry_run:
         chosen.write(project.lock_path)
+    _note_signers(before, chosen, is_quiet=is_quiet or as_json)
     _install(project, chosen, interface, is_dry_run, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -236,6 +249,7 @@ def upgrade(
     ] = None,
     exclude_newer: ExcludeNewer = None,
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     is_dry_run: DryRun = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -243,7 +257,8 @@ def upgrade(
     """Lock the newest compatible versions and sync."""
     from composable.packaging.project.locking import lock_project
 
-    project, interface = open_project(is_offline)
+    project, interface = open_project(is_offline, max_stale)
+    before = _read_lock(project)
     chosen = lock_project(
         project,
         interface,
@@ -251,6 +266,7 @@ def upgrade(
         exclude_newer=_read_cutoff(exclude_newer),
         is_dry_run=is_dry_run,
     )
+    _note_signers(before, chosen, is_quiet=is_quiet or as_json)
     _install(project, chosen, interface, is_dry_run, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -278,6 +294,7 @@ def export(
         typer.Argument(metavar="OUT", help="Output folder or .tar file.", show_default=False),
     ],
     is_offline: Offline = False,
+    max_stale: MaxStale = 0,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
@@ -290,7 +307,7 @@ def export(
     from composable.packaging.project.export import export_project
     from composable.packaging.project.sync import sync_project
 
-    project, interface = open_project(is_offline)
+    project, interface = open_project(is_offline, max_stale)
     lock = refresh_lock(project, interface)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
         sync_project(project, lock, interface=interface, progress=progress)
@@ -353,6 +370,14 @@ def _report(
     versions = {name: str(version) for name, version in after.versions.items()}
     data: dict[str, Any] = {"packages": versions, "changes": [_change_to_dict(c) for c in changes]}
     show(text, data, as_json=as_json, is_quiet=is_quiet)
+
+
+def _note_signers(before: Lock | None, after: Lock, *, is_quiet: bool) -> None:
+    """Say which registries are unsigned, once each, and whose releases another signs now."""
+    from composable.packaging.project.locking import describe_signers
+
+    for line in describe_signers(before, after):
+        note(f"note: {line}", is_quiet=is_quiet)
 
 
 def _format_change(change: VersionChange) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from composable.cli import bars
+from composable.cli import bars, signing
 from composable.cli.options import Json, Quiet
 from composable.cli.output import format_bytes, format_table, note, show
 
@@ -22,9 +22,10 @@ app = typer.Typer(rich_markup_mode=None)
 registry = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Copy registries; run and administer a registry server.",
+    help="Sign and copy registries; run and administer a registry server.",
 )
 app.add_typer(registry, name="registry")
+registry.add_typer(signing.app)
 
 Location = Annotated[
     str, typer.Argument(metavar="[DIR]", help="Folder or bucket that holds the bytes.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +22,17 @@ app.add_typer(cache, name="cache")
 
 
 @app.command()
-def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
+def verify(
+    signatures: Annotated[
+        bool,
+        typer.Option(
+            "--signatures",
+            help="Verify the signatures of what is installed here too, without the network.",
+        ),
+    ] = False,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
     """Verify the digests of all stored and installed files.
 
     The installed files are those of every project that uses the store. Damaged files are moved
@@ -31,7 +42,7 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     from composable.errors import PackagingError
     from composable.packaging.install.store import Store
     from composable.packaging.project.project import Project
-    from composable.packaging.project.verification import verify_everything
+    from composable.packaging.project.verification import verify_everything, verify_signatures
 
     store = Store()
     try:
@@ -50,6 +61,12 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     rows += [("not verified", f"{root}: {why}") for root, why in damage.unverified.items()]
     is_damaged = bool(rows)
     rows += [("policy", f"{root}: {why}") for root, each in damage.refused.items() for why in each]
+    checked = verify_signatures(here[0]) if signatures and here else []
+    rows += [
+        ("signature", f"{each.name} {each.version}: {each.problem}".split("\n")[0])
+        for each in checked
+        if each.problem is not None
+    ]
     n = len(store.digests())
     text = format_table((), rows) or f"no damage found: {n} file{'s' * (n != 1)} in the store"
     if is_damaged and damage.projects == here:
@@ -57,7 +74,14 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
     elif damage.projects:
         text += "\nrun `composable sync` in each of these projects to fetch them again:"
         text += "".join(f"\n  {printable(str(root))}" for root in damage.projects)
-    data = {
+    signed = {each.name: each.signer for each in checked if each.problem is None}
+    text += "".join(
+        f"\n{name} is signed by {signer.publisher} ({signer.key})"
+        if signer
+        else f"\n{name} is unsigned"
+        for name, signer in signed.items()
+    )
+    data: dict[str, Any] = {
         "corrupt": [blob.digest for blob in damage.corrupt],
         "files": {blob.digest: names.get(blob.digest) for blob in damage.corrupt},
         "damaged": [str(path) for paths in damage.installed.values() for path in paths],
@@ -65,6 +89,15 @@ def verify(as_json: Json = False, is_quiet: Quiet = False) -> None:
         "refused": {str(root): each for root, each in damage.refused.items()},
         "unverified": {str(root): why for root, why in damage.unverified.items()},
     }
+    if signatures:
+        data["signatures"] = {
+            each.name: {
+                "version": str(each.version),
+                "signer": dataclasses.asdict(each.signer) if each.signer else None,
+                "problem": str(each.problem) if each.problem else None,
+            }
+            for each in checked
+        }
     show(text, data, as_json=as_json, is_quiet=is_quiet and not rows)
     if rows:
         raise typer.Exit(1)

@@ -82,7 +82,10 @@ def _replace_statement(world: World) -> None:
     """Sign a statement on the release with a key of another publisher."""
     release = world.open("attacker").versions("german")[-1]
     source = world.open("attacker").versions("french")[-1]
-    shutil.copy(world.folder / statement_path(source), world.folder / statement_path(release))
+    shutil.copy(
+        world.folder / statement_path(source.name, source.version),
+        world.folder / statement_path(release.name, release.version),
+    )
 
 
 def _add_release(world: World) -> None:
@@ -163,7 +166,10 @@ def _steal_publisher_key_for_other(world: World) -> None:
     _copy_key(world, "alice", "alice", "thief")
     release = world.open("attacker").versions("french")[-1]
     other = world.open("attacker").versions("german")[-1]
-    shutil.copy(world.folder / statement_path(other), world.folder / statement_path(release))
+    shutil.copy(
+        world.folder / statement_path(other.name, other.version),
+        world.folder / statement_path(release.name, release.version),
+    )
 
 
 def _revoke_after_theft(world: World) -> None:

@@ -20,7 +20,7 @@ from composable.interface.digest import is_digest
 from composable.packaging.manifests.licenses import MAX_LICENSE_LENGTH
 from composable.packaging.manifests.manifest import EXPERT_FILE, PackageFile
 from composable.packaging.manifests.toml import Table, find_conflict, format_toml, parse_toml
-from composable.packaging.registry.release import Release
+from composable.packaging.registry.release import Release, Signer
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.names import check_file_name, check_package_name
 from composable.packaging.versions.version import Version
@@ -63,6 +63,8 @@ class LockedExpert:
             made before locks had licences.
         wanted_by: Its dependents with their ranges, such as `composable.toml: ^1.2`.
         files: Its files except the manifest.
+        signer: Who signed it; None if its registry is unsigned, or if the lock was made before
+            locks had signers.
         release: What the registry's index listed, if the lock was made in this process. It is no
             field of the file.
     """
@@ -79,6 +81,7 @@ class LockedExpert:
     license: str | None = None
     wanted_by: tuple[str, ...]
     files: tuple[PackageFile, ...]
+    signer: Signer | None = None
     release: Release | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -269,6 +272,7 @@ def _expert_fields(expert: LockedExpert) -> dict[str, object]:
         "manifest": expert.manifest,
         "interface": expert.interface,
         "license": expert.license,
+        "signer": dataclasses.asdict(expert.signer) if expert.signer is not None else None,
         "requires": _to_texts(expert.requires) or None,
         "extras": {name: _to_texts(ranges) for name, ranges in sorted(expert.extras.items())}
         or None,
@@ -327,9 +331,19 @@ def _read_expert(table: Table, registries: Mapping[str, str]) -> LockedExpert:
         license=table.text("license", None, max_length=MAX_LICENSE_LENGTH),
         wanted_by=table.texts("wanted-by"),
         files=tuple(files),
+        signer=_read_signer(table.table("signer")) if "signer" in table else None,
     )
-    table.finish(also=("interface",))
+    table.finish(also=("interface", "signer"))
     return expert
+
+
+def _read_signer(table: Table) -> Signer:
+    signer = Signer(
+        publisher=check_package_name(table.text("publisher"), table.where("publisher")),
+        key=table.text("key", max_length=100),
+    )
+    table.finish()
+    return signer
 
 
 def _read_digest(table: Table, field: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from composable.errors import IntegrityError, LockError, ResolutionError
+from composable.errors import IntegrityError, LockError, ResolutionError, SignatureError
 from composable.packaging.install.agreement import find_differences
 from composable.packaging.install.lock import LOCK_FILE, Lock, LockedExpert, LockedInterface
 from composable.packaging.install.salvage import read_lock_to_keep
@@ -13,7 +13,7 @@ from composable.packaging.manifests.manifest import EXPERT_FILE, BackbonePackage
 from composable.packaging.manifests.packing import fit_interface, pack_named
 from composable.packaging.project.project import PROJECT_FILE, Project, Wanted
 from composable.packaging.project.sources import ProjectSource, shorten_digest
-from composable.packaging.registry.release import Release
+from composable.packaging.registry.release import Release, Signer
 from composable.packaging.versions.version import Version
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def check_unchanged(project: Project, before: Lock, after: Lock, source: Project
         IntegrityError: With the digests of both, and how to accept what the registry has now.
     """
     changes: dict[str, str] = {}
+    unsigned: list[str] = []
     for old in before.experts:
         if old.registry is None or old.name not in after:
             continue
@@ -106,6 +107,8 @@ def check_unchanged(project: Project, before: Lock, after: Lock, source: Project
             new.registry != old.registry and after.registries[new.registry] != place
         ):
             continue
+        if old.signer is not None and new.signer is None:
+            unsigned.append(old.name)
         if new.version == old.version:
             for file in sorted(old.digests.keys() | new.digests.keys(), key=_manifest_first):
                 locked, found = old.digests.get(file), new.digests.get(file)
@@ -120,9 +123,17 @@ def check_unchanged(project: Project, before: Lock, after: Lock, source: Project
                 f"{old.name} {old.version} is locked, but its registry no longer lists it; the "
                 f"newest release that fits is {new.version}"
             )
+    is_project = project.path.is_file()
+    if unsigned:
+        raise SignatureError(
+            f"{', '.join(unsigned)}: signed when it was locked, and its registry is unsigned now",
+            kind="unsigned",
+            where=LOCK_FILE if is_project else str(project.lock_path),
+            hint="somebody removed the signatures: ask the operator of the registry; to accept it, "
+            + f"run `composable lock {' '.join(f'--forget {name}' for name in unsigned)}`",
+        )
     if changes:
         names = " ".join(f"--forget {name}" for name in changes)
-        is_project = project.path.is_file()
         raise IntegrityError(
             "; ".join(changes.values()) + ". Published releases cannot change: the registry was "
             "restored from an old copy, damaged or tampered with",
@@ -162,9 +173,11 @@ def _resolve_lock(
         locked=kept,
         solver=solver,
     )
+    releases = [source.release(name, version) for name, version in resolution.packages.items()]
+    signers = source.verify_releases(releases)
     experts = [
-        _lock_expert(project, source, source.release(name, version), resolution)
-        for name, version in resolution.packages.items()
+        _lock_expert(project, source, release, resolution, signers.get(release.name))
+        for release in releases
     ]
     used = sorted({expert.registry for expert in experts if expert.registry is not None})
     return Lock(
@@ -175,7 +188,11 @@ def _resolve_lock(
 
 
 def _lock_expert(
-    project: Project, source: ProjectSource, release: Release, resolution: Resolution
+    project: Project,
+    source: ProjectSource,
+    release: Release,
+    resolution: Resolution,
+    signer: Signer | None,
 ) -> LockedExpert:
     wanted = project.experts.get(release.name, Wanted())
     wanted_by = []
@@ -196,6 +213,7 @@ def _lock_expert(
         license=source.find_license(release),
         wanted_by=tuple(wanted_by),
         files=() if wanted.is_editable else release.files,
+        signer=signer,
         release=None if wanted.path else release,
     )
 
@@ -242,6 +260,11 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
                 f"{shorten_digest(expert.interface)}, which {interface.name} {interface.version} "
                 "does not honour"
             )
+        if project.policy.must_be_signed and expert.registry and expert.signer is None:
+            refuse(
+                f"{expert.name} {expert.version} is not signed, as [policy] in {PROJECT_FILE} "
+                "requires"
+            )
         if refused := project.policy.find_refusal(expert.license):
             refuse(f"{expert.name} {expert.version} {refused.reason}")
     if backbone_refused := find_backbone_refusal(project):
@@ -255,6 +278,38 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
     for name, location in lock.registries.items():
         if project.registries.get(name) != location:
             refuse(f"registry {name!r} is no longer at {location!r}")
+
+
+def describe_signers(before: Lock | None, after: Lock) -> list[str]:
+    """Return, as sentences, who signs what in a new lock that nobody or another signed before.
+
+    A registry is named once, when the first lock with it is written.
+
+    Args:
+        before: The previous lock, if there was one.
+        after: The new lock.
+    """
+    old = before or Lock()
+    lines = []
+    for name in sorted(after.registries.keys() - old.registries.keys()):
+        experts = [expert for expert in after.experts if expert.registry == name]
+        if not any(expert.signer for expert in experts):
+            lines.append(
+                f"registry {name!r} is unsigned: whoever can write to it can change what it offers"
+            )
+    for expert in after.experts:
+        if expert.name not in old or expert.signer is None:
+            continue
+        signed = old[expert.name].signer
+        if signed is not None and signed != expert.signer:
+            new_key = expert.signer.publisher == signed.publisher
+            lines.append(
+                f"{expert.name} {expert.version} is signed by {expert.signer.publisher}"
+                + (" with another key" * new_key)
+                + f" ({expert.signer.key}); {old[expert.name].version} was signed by "
+                + (f"{signed.key}" if new_key else f"{signed.publisher} ({signed.key})")
+            )
+    return lines
 
 
 def find_backbone_refusal(project: Project) -> str | None:

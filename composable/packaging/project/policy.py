@@ -28,6 +28,7 @@ class Policy:
 
     Args:
         licenses: The allowed licences; None allows all, and releases without one.
+        must_be_signed: Whether registries without signatures are refused.
 
     Example:
         >>> policy = Policy(licenses=frozenset({"Apache-2.0", "MIT"}))
@@ -38,6 +39,7 @@ class Policy:
     """
 
     licenses: frozenset[str] | None = None
+    must_be_signed: bool = False
 
     @classmethod
     def from_table(cls, table: Table) -> Self:
@@ -59,8 +61,9 @@ class Policy:
                 _parse_at(text, table.where(f"licenses[{index}]"))
                 for index, text in enumerate(texts)
             )
+        must_be_signed = table.boolean("signed", False)
         table.finish(also=("licenses",))
-        return cls(licenses=licenses)
+        return cls(licenses=licenses, must_be_signed=must_be_signed)
 
     def find_refusal(self, license_: str | None) -> Refusal | None:
         """Return why a release is refused for its licence; None if it is accepted.

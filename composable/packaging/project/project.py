@@ -6,6 +6,7 @@ The text edits themselves are in `project_file.py`; resolving is in `locking.py`
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Project:
         policy: Which releases the project accepts.
         is_offline: Whether remote registries are read from the cache alone. Not a field of the
             file.
+        max_stale: How long after their end the signatures of registries are accepted. Not a field
+            of the file.
 
     Example:
         >>> import tempfile
@@ -78,6 +81,7 @@ class Project:
     bindings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     policy: Policy = dataclasses.field(default_factory=Policy)
     is_offline: bool = False
+    max_stale: datetime.timedelta = datetime.timedelta()
 
     @property
     def path(self) -> Path:
@@ -146,7 +150,12 @@ class Project:
                 hint=did_you_mean(name, self.registries),
             )
         return open_registry(
-            self.registries[name], self.root, name=name, is_offline=self.is_offline
+            self.registries[name],
+            self.root,
+            name=name,
+            is_offline=self.is_offline,
+            must_be_signed=self.policy.must_be_signed,
+            max_stale=self.max_stale,
         )
 
     @classmethod

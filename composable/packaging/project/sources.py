@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from composable.errors import PackagingError, RegistryError, UnknownExpertError, did_you_mean
-from composable.packaging.install.download import run_concurrently
+from composable.packaging.install.download import MAX_THREADS, run_concurrently
 from composable.packaging.manifests.packing import pack_named
 from composable.packaging.project.project import Project
 from composable.packaging.registry.index import Entry
 from composable.packaging.registry.registry import Registry
-from composable.packaging.registry.release import Release
+from composable.packaging.registry.release import Release, Signer
 from composable.packaging.resolution.universe import Candidate
 from composable.packaging.versions.version import Version
 
@@ -94,6 +94,29 @@ class ProjectSource:
                 self._licenses[key] = registry.read_manifest(release).license
             return self._licenses[key] or None
         return release.license or None
+
+    def verify_releases(self, releases: Sequence[Release]) -> dict[str, Signer]:
+        """Verify the statements on releases of signed registries, and return who signed each.
+
+        Args:
+            releases: The releases, of which those from folders have no signer.
+
+        Raises:
+            SignatureError: When a release of a signed registry is not signed by its publisher.
+            RegistryError: When a registry is unsigned, and the policy of the project refuses that.
+        """
+        from_registries = [
+            (release, self._open_registry(self._project.registry_of(release.name)))
+            for release in releases
+            if self._project.folder_of(release.name) is None
+        ]
+        is_remote = any(registry.storage.is_remote for _, registry in from_registries)
+        signers = run_concurrently(
+            [partial(registry.verify_release, release) for release, registry in from_registries],
+            n_threads=MAX_THREADS if is_remote else 1,
+        )
+        found = zip(from_registries, signers, strict=True)
+        return {release.name: signer for (release, _), signer in found if signer is not None}
 
     def require_releases(self, name: str) -> tuple[Release, ...]:
         """Return all releases of a package, oldest first.

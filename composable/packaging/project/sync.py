@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from composable.errors import MissingBlobError
+from composable.errors import MissingBlobError, SignatureError
 from composable.packaging.install.agreement import check_manifest
 from composable.packaging.install.download import (
     MAX_THREADS,
@@ -168,9 +168,30 @@ def _fetch_manifest(expert: LockedExpert, registry: Registry, store: Store) -> M
     what = f"{expert.name} {expert.version} {EXPERT_FILE}"
     data = store.read(expert.manifest)
     if data is None:
+        _check_signature(expert, registry)
         data = registry.read_blob(expert.manifest, what, MAX_TOML_BYTES)
         store.add(data, expert.manifest)
     return parse_manifest(data, what)
+
+
+def _check_signature(expert: LockedExpert, registry: Registry) -> None:
+    """Check that a release which was signed when it was locked still is, by a key in charge.
+
+    Raises:
+        SignatureError: When it is not, for example since the key was revoked.
+    """
+    if expert.signer is None or registry.find_signatures() is None:
+        return  # an export has no signatures; the lock has the digests that were signed
+    for release in registry.versions(expert.name):
+        if release.version == expert.version and release.manifest == expert.manifest:
+            registry.verify_release(release)
+            return
+    raise SignatureError(
+        f"{expert.name} {expert.version} is locked, but its publisher no longer signs it",
+        kind="unsigned",
+        where=registry.location,
+        hint=f"find out why, and choose another release: `composable upgrade {expert.name}`",
+    )
 
 
 def _copy_folder(folder: Path, expert: LockedExpert, store: Store) -> None:

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from composable.errors import PackagingError
+from composable.errors import PackagingError, SignatureError
 from composable.files.blobs import digest_file
 from composable.packaging.install.environment import FOLDER, Environment
 from composable.packaging.install.lock import LOCK_FILE, Lock
 from composable.packaging.install.store import CorruptBlob, Store
 from composable.packaging.project.locking import find_backbone_refusal
 from composable.packaging.project.project import PROJECT_FILE, Project
+from composable.packaging.registry.locations import verify_kept_statement
+from composable.packaging.registry.release import Signer
+from composable.packaging.versions.version import Version
 from composable.progress import ByteProgress
 
 
@@ -118,6 +121,11 @@ def find_refused(root: Path) -> Iterator[str]:
     if not (root / PROJECT_FILE).exists():
         return
     project = Project.read(root)
+    lock = project.environment.lock
+    if project.policy.must_be_signed and lock is not None:
+        for expert in lock.experts:
+            if expert.registry is not None and expert.signer is None:
+                yield f"{expert.name} {expert.version} is not signed"
     if project.policy.licenses is None:
         return
     if refused := find_backbone_refusal(project):
@@ -125,6 +133,62 @@ def find_refused(root: Path) -> Iterator[str]:
     for manifest in project.environment.manifests():
         if refusal := project.policy.find_refusal(manifest.license):
             yield f"{manifest.name} {manifest.version} {refusal.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What `verify_signatures` found about one installed expert.
+
+    Args:
+        name: The expert.
+        version: Its version.
+        signer: Who signed it; None if its registry is unsigned, or if it is not signed validly.
+        problem: What is wrong with its signature; None if nothing is.
+    """
+
+    name: str
+    version: Version
+    signer: Signer | None
+    problem: PackagingError | None = None
+
+
+def verify_signatures(root: Path) -> list[Checked]:
+    """Verify the signed statements on what a project has installed, without a network.
+
+    The statements and the keys are those that this machine verified and kept when it locked or
+    fetched the releases. The files themselves are compared by `verify_everything`.
+
+    Args:
+        root: The folder of the project.
+
+    Raises:
+        PackagingError: When the project or its environment cannot be read.
+    """
+    project = Project.read(root)
+    lock = project.environment.lock or Lock()
+    found = []
+    for expert in lock.experts:
+        signer, problem = None, None
+        if expert.registry is not None:
+            location = lock.registries[expert.registry]
+            try:
+                signer = verify_kept_statement(
+                    location, root, expert.name, expert.version, {**expert.digests}
+                )
+                if signer is None and expert.signer is not None:
+                    raise SignatureError(
+                        f"{expert.name} {expert.version} was signed when it was locked, and this "
+                        "machine has no keys for its registry",
+                        kind="incomplete",
+                        where=location,
+                        hint="run `composable lock`, which fetches them",
+                    )
+            except PackagingError as error:
+                problem = error
+        found.append(
+            Checked(name=expert.name, version=expert.version, signer=signer, problem=problem)
+        )
+    return found
 
 
 def find_uses(store: Store) -> dict[str, list[Use]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from composable.errors import RegistryError
 from composable.files.blobs import default_store
 from composable.interface.digest import digest_bytes
-from composable.packaging.registry.registry import Registry
+from composable.packaging.registry.registry import ROOT_FILE, Registry
+from composable.packaging.registry.release import Signer
 from composable.packaging.registry.signature_settings import SignatureSettings
 from composable.packaging.registry.storage import Folder, Storage
+from composable.packaging.versions.version import Version
 
 # A publisher has no project whose name of the registry could be that of the token.
 PUBLISH_NAME: Final = "publish"
@@ -97,6 +100,33 @@ def open_for_publishing(location: str | Path, *, keys: Path | None = None) -> Re
     registry = Registry(storage, signatures=settings)
     registry.writable_storage()
     return registry
+
+
+def verify_kept_statement(
+    location: str, base: Path, name: str, version: Version, digests: Mapping[str, str]
+) -> Signer | None:
+    """Verify what this machine keeps of a publisher's statement, without reading the registry.
+
+    Args:
+        location: The registry.
+        base: Directory that relative folders start from.
+        name: The package.
+        version: The release.
+        digests: The digest of every file of it, by name.
+
+    Returns:
+        Who signed it; None if this machine has no keys for the registry.
+
+    Raises:
+        SignatureError: When the statement is missing, not signed by the publisher, or about other
+            content; or when the publisher's keys were revoked.
+    """
+    storage = _open_storage(location, base, "")
+    settings = SignatureSettings(state=signatures_folder(storage), is_offline=True)
+    if not (settings.state / ROOT_FILE).is_file():
+        return None
+    signatures = Registry(storage, signatures=settings).open_signatures()
+    return signatures.verify_kept(name, version, digests)
 
 
 def signatures_folder(storage: Storage) -> Path:

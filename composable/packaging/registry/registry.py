@@ -134,6 +134,11 @@ class Registry:
         """Whether the registry exists; the first publication creates it."""
         return self.storage.read(CONFIG_FILE) is not None
 
+    @property
+    def awaits_operator(self) -> bool:
+        """Whether clients see what was signed here only once the operator has confirmed it."""
+        return self._signatures is not None and self._signatures.awaits_operator
+
     def names(self) -> list[str]:
         """Return all package names, sorted.
 

@@ -10,10 +10,13 @@ is never read from a signed registry: not the indexes, only the signed copies of
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
+
+from securesystemslib.signer import Key
 
 from composable.errors import (
     PackagingError,
@@ -58,6 +61,7 @@ from composable.packaging.trust.statement import (
     verify_statement,
 )
 from composable.packaging.versions.constraint import Requirement
+from composable.packaging.versions.version import Version
 
 ROOT_NAMES: Final = tuple(f"root-{number}" for number in range(1, ROOT_KEYS + 1))
 ONLINE_NAME: Final = "online"
@@ -127,36 +131,65 @@ class Signatures:
         Raises:
             SignatureError: When it is missing, not signed by the publisher, or about other content.
         """
-        found = self.documents.find(release.name)
-        path = statement_path(release)
-        if found is None or found.publisher is None:
-            raise self._refuse_statement(release, "no publisher has signed this package")
-        kept = self.state / path
-        data = _read_kept(kept)
+        path = statement_path(release.name, release.version)
         if not self.documents.is_offline:
             document = self._files.read(path)
             if document is None or len(document.data) > MAX_STATEMENT_BYTES:
-                raise self._refuse_statement(release, "its publisher has not signed this release")
-            data = document.data
+                raise self._refuse_statement(release)
+            self._check_statement(document.data, make_statement(release))
+            if _read_kept(self.state / path) != document.data:
+                atomic.write_bytes(self.state / path, document.data)
+        return self.verify_kept(release.name, release.version, make_statement(release).digests)
+
+    def verify_kept(self, name: str, version: Version, digests: Mapping[str, str]) -> Signer:
+        """Verify the statement on a release that this machine keeps, and return who signed it.
+
+        Args:
+            name: The package.
+            version: The release.
+            digests: The digest of every file of it, by name.
+
+        Raises:
+            SignatureError: When it is missing, not signed by the publisher, or about other content.
+        """
+        data = _read_kept(self.state / statement_path(name, version))
         if data is None:
             raise SignatureError(
-                "not cached, and --offline is set",
+                f"this machine keeps no statement on {name} {version}",
                 kind="incomplete",
-                where=f"{self.documents.location}/{path}",
-                hint="run this once without --offline",
+                where=self.documents.location,
+                hint="run `composable lock`, which fetches it",
             )
-        signer = check_statement(
-            data, release, found.publisher, found.keys, f"{self.documents.location}/{path}"
-        )
-        if _read_kept(kept) != data:
-            atomic.write_bytes(kept, data)
-        return signer
+        stated = {"name": name, "version": str(version), "digests": dict(digests)}
+        return self._check_statement(data, stated)
 
-    def _refuse_statement(self, release: Release, why: str) -> SignatureError:
+    def _check_statement(self, data: bytes, expected: Statement | Mapping[str, object]) -> Signer:
+        """Check that a statement is signed by its publisher and states what is expected."""
+        if isinstance(expected, Statement):
+            expected = dataclasses.asdict(expected)
+        name = str(expected["name"])
+        where = (
+            f"{self.documents.location}/{statement_path(name, Version(str(expected['version'])))}"
+        )
+        role = self.documents.find_role(name)
+        if role is None or not role.keys:
+            raise SignatureError(
+                f"no publisher may publish {name!r}"
+                if role is None
+                else f"the keys of publisher {role.publisher!r} were revoked",
+                kind="wrong-publisher" if role is None else "revoked",
+                where=where,
+                hint="do not use it: `composable remove` it, or wait until its publisher has "
+                "signed with a new key",
+            )
+        return check_statement(data, expected, role.publisher, role.keys, where)
+
+    def _refuse_statement(self, release: Release) -> SignatureError:
+        path = statement_path(release.name, release.version)
         return SignatureError(
-            f"{release.name} {release.version}: {why}",
+            f"the publisher of {release.name} has not signed {release.version}",
             kind="unsigned",
-            where=f"{self.documents.location}/{statement_path(release)}",
+            where=f"{self.documents.location}/{path}",
             hint="do not use it; its publisher signs it, if it is genuine, with `composable "
             f"registry sign --vouch {release.name}@{release.version}`",
         )
@@ -328,18 +361,19 @@ class Signatures:
         """Write the statement on a release, signed; return whether there was none like it."""
         storage = self._writable()
         publisher, keys = self._signatory().find_publisher(release.name)
-        path = statement_path(release)
+        path = statement_path(release.name, release.version)
+        expected = dataclasses.asdict(make_statement(release))
         seen = storage.read(path)
         here = [signer.public_key for signer in keys]
         if seen is not None:
             with contextlib.suppress(PackagingError):
-                check_statement(seen.data, release, publisher, here, path)
+                check_statement(seen.data, expected, publisher, here, path)
                 return False
         if only_if_signed_by_others:
             held = self._authority().load()
             all_keys = held.grants[publisher].keys
             try:
-                check_statement(seen.data if seen else b"", release, publisher, all_keys, path)
+                check_statement(seen.data if seen else b"", expected, publisher, all_keys, path)
             except SignatureError:
                 return False  # nobody vouches for it
         data = sign_statement(make_statement(release), keys[0])
@@ -370,9 +404,27 @@ class Signatures:
         return self._files
 
 
-def statement_path(release: Release) -> str:
+def describe_signers(signatures: Signatures) -> list[dict[str, str]]:
+    """Return the keys of a registry: whose each is, and what for, in the order of their power."""
+    root, grants = signatures.documents.root, signatures.documents.read_grants()
+    until = f"until {root.expires:%Y-%m-%d}"
+    rows = []
+    for role, what in (("root", f"who may sign ({until})"), ("timestamp", "what is current")):
+        for keyid in root.roles[role].keyids:
+            name = "root" if role == "root" else "online"
+            key = format_public_key(root.keys[keyid])
+            rows.append({"signer": name, "key": key, "for": what})
+    for grant in grants.values():
+        texts = [format_public_key(key) for key in grant.keys] or ["revoked"]
+        rows += [
+            {"signer": grant.publisher, "key": text, "for": " ".join(grant.names)} for text in texts
+        ]
+    return rows
+
+
+def statement_path(name: str, version: Version) -> str:
     """Return the path of the statement on a release."""
-    return record_path(release.name, release.version).replace("records/", "statements/", 1)
+    return record_path(name, version).replace("records/", "statements/", 1)
 
 
 def make_statement(release: Release) -> Statement:
@@ -390,17 +442,16 @@ def make_statement(release: Release) -> Statement:
 
 
 def check_statement(
-    data: bytes, release: Release, publisher: str, keys: Iterable[object], where: str
+    data: bytes, expected: Mapping[str, object], publisher: str, keys: Iterable[Key], where: str
 ) -> Signer:
-    """Check that a statement is signed by a publisher and is about the content of a release.
+    """Check that a statement is signed by a publisher and states what is expected.
 
     Raises:
         SignatureError: When it is not.
     """
-    statement, key = verify_statement(data, list(keys), where)  # type: ignore[arg-type]
-    expected = make_statement(release)
-    for field in ("name", "version", "digests", "interface"):
-        stated, listed = getattr(statement, field), getattr(expected, field)
+    statement, key = verify_statement(data, list(keys), where)
+    for field, listed in expected.items():
+        stated = getattr(statement, field)
         if stated != listed:
             raise SignatureError(
                 f"states another {field} than the index lists: {str(stated)[:200]}, expected "

@@ -35,8 +35,10 @@ from composable.packaging.trust.metadata import (
     FOLDER,
     ISSUED,
     PUBLISHER,
+    Grant,
     keys_of,
     metadata_path,
+    read_grants,
     roles_for,
 )
 
@@ -148,6 +150,16 @@ class SignedDocuments:
         """One short text for the root keys, to compare with that of the operator."""
         root = self.root
         return fingerprint(root.keys[keyid] for keyid in root.roles[_ROOT].keyids)
+
+    def read_grants(self) -> dict[str, Grant]:
+        """Return who may publish what, by publisher."""
+        trusted = self._get_trusted()
+        targets = trusted.targets
+        roles = targets.delegations.roles if targets.delegations is not None else None
+        bins = [name for name in roles or () if name.startswith(BIN)]
+        with self._guard:
+            parts = [self._load_targets(trusted, name, _TARGETS) for name in bins]
+        return read_grants(parts or [targets])
 
     def refresh(self) -> None:
         """Read and verify the current state of the registry.
@@ -491,8 +503,8 @@ class SignedDocuments:
             f"the signature of {_describe_role(role)} has expired ({moment})",
             kind="expired",
             where=f"{self.location}/{self._folder}/{role}",
-            hint="the operator signs it again with `composable registry sign`, where two root keys are; "
-            "to use it until then: --max-stale DAYS",
+            hint="the operator signs it again with `composable registry sign`, where two root keys "
+            "are; to use it until then: --max-stale DAYS",
         )
 
     def _refuse_signer(

@@ -170,7 +170,9 @@ def create_key(folder: Path, name: str, passphrase: str | None) -> KeyFile:
         folder.chmod(0o700)
     if not atomic.create_bytes(path, canonical_json(fields) + b"\n"):
         raise KeyFileError(
-            "already exists", where=str(path), hint="choose another name, or another --keys folder"
+            "already exists",
+            where=str(path),
+            hint="choose another name, or another folder in COMPOSABLE_KEYS",
         )
     with contextlib.suppress(OSError, NotImplementedError):
         path.chmod(0o600)

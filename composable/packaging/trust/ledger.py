@@ -230,7 +230,7 @@ class Ledger:
             raise KeyFileError(
                 f"no key of {what} is here ({names})",
                 where=str(self.keyring.folder),
-                hint="copy the key file there, or name its folder with --keys",
+                hint="copy the key file there, or set COMPOSABLE_KEYS to its folder",
             )
         return [self.keyring.unlock(file) for file in files]
 

@@ -322,7 +322,7 @@ class Authority(Ledger):
             raise KeyFileError(
                 f"none of the root keys is here ({names})",
                 where=str(self.keyring.folder),
-                hint="copy the key file of a root key there, or name its folder with --keys",
+                hint="copy the key file of a root key there, or set COMPOSABLE_KEYS to its folder",
             )
         signers = [self.keyring.unlock(file) for file in files]
         for metadata in changes.values():
@@ -409,7 +409,7 @@ class Authority(Ledger):
             raise KeyFileError(
                 f"{len(signers)} key of {what} is here, {threshold} are needed",
                 where=str(self.keyring.folder),
-                hint="copy the key files there, or name their folder with --keys",
+                hint="copy the key files there, or set COMPOSABLE_KEYS to their folder",
             )
         metadata = Metadata(signed)
         sign_metadata(metadata, signers)
