@@ -69,7 +69,7 @@ def init(
         f"signed {location} with new keys in {signatures.keyring.folder}\n"
         f"root keys: {fingerprint}\n"
         "Tell this to those who use the registry. Move the files root-1, root-2 and root-3 to\n"
-        "three places that are offline; keep the file online where you run `composable registry sign`.",
+        "three places that are offline; keep online where you run `composable registry sign`.",
         {
             "registry": location,
             "signed": True,
