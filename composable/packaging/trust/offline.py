@@ -459,6 +459,8 @@ def _count_missing(held: Held, root: Root, role: str, metadata: Metadata[Any]) -
 
 def _describe_change(held: Held, changes: Mapping[str, Any]) -> list[str]:
     """Return what a change of offline metadata changes, as sentences."""
+    if not changes:
+        return []
     lines = []
     if "root" in changes:
         root = cast(Root, changes["root"])
