@@ -63,10 +63,11 @@ def verify(
     rows += [("policy", f"{root}: {why}") for root, each in damage.refused.items() for why in each]
     checked = verify_signatures(here[0]) if signatures and here else []
     rows += [
-        ("signature", f"{each.name} {each.version}: {each.problem}".split("\n")[0])
+        ("signature", f"{each.name} {each.version}: {each.problem.message}")
         for each in checked
         if each.problem is not None
     ]
+    hints = {each.problem.hint: None for each in checked if each.problem and each.problem.hint}
     n = len(store.digests())
     text = format_table((), rows) or f"no damage found: {n} file{'s' * (n != 1)} in the store"
     if is_damaged and damage.projects == here:
@@ -74,6 +75,7 @@ def verify(
     elif damage.projects:
         text += "\nrun `composable sync` in each of these projects to fetch them again:"
         text += "".join(f"\n  {printable(str(root))}" for root in damage.projects)
+    text += "".join(f"\nhint: {printable(hint)}" for hint in hints if hint)
     signed = {each.name: each.signer for each in checked if each.problem is None}
     text += "".join(
         f"\n{name} is signed by {signer.publisher} ({signer.key})"

@@ -14,7 +14,7 @@ import pytest
 import composable
 from composable.assembly.experts import load_expert
 from composable.errors import ComposableError
-from composable.files.blobs import digest_file
+from composable.files.blobs import default_store, digest_file
 from composable.packaging.install.lock import Lock
 from composable.packaging.project.project import Project
 
@@ -427,6 +427,63 @@ def test_what_audit_says(cli, works, cure, project):
     works("audit")
 
 
+@pytest.fixture
+def signed(works, make_fakes, project, monkeypatch, tmp_path):
+    """Make a project that has german 1.0.0 from a registry that alice signs."""
+    monkeypatch.setenv("COMPOSABLE_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("COMPOSABLE_PASSPHRASE", "secret")
+    works("registry", "init", "registry", "--signed")
+    key = works("registry", "key", "alice").out.strip()
+    works("registry", "grant", "registry", "alice", "german", "physics", "--key", key)
+    works("registry", "sign", "registry", "--vouch", "german", "--vouch", "physics")
+    works("lock")
+    works("sync")
+    return make_fakes("registry")
+
+
+def test_an_unsigned_registry(cli, cure, project, monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPOSABLE_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("COMPOSABLE_PASSPHRASE", "secret")
+    cure(fails(cli, "registry", "sign", "registry"))
+    assert cli("registry", "sign", "registry").code == 0
+
+
+def test_signatures_that_this_machine_lacks(cli, works, cure, signed, tmp_path, monkeypatch):
+    """Another machine has the installed files and not the statements, or not the keys either."""
+    works("verify", "--signatures")
+    folder = next(path for path in (default_store() / "trust").iterdir())
+    shutil.rmtree(folder / "statements")
+    cure(cli("verify", "--signatures").out)
+    works("verify", "--signatures")
+    shutil.rmtree(folder)
+    cure(cli("verify", "--signatures").out)
+    works("verify", "--signatures")
+
+
+def test_a_revoked_publisher(cli, works, cure, signed):
+    """The statements stay where they are; the keys that signed them no longer count."""
+    works("registry", "revoke", "registry", "alice")
+    assert "revoked" in fails(cli, "lock")
+    hint = cure(cli("verify", "--signatures").out)
+    assert "composable remove german" in hint
+
+
+def test_a_release_that_is_no_longer_signed(cli, works, cure, signed, tmp_path):
+    """Its publisher signs other releases of the package, with a new key, and not the locked one."""
+    signed.publish("german", "1.1.0", seed=5)
+    works("registry", "revoke", "registry", "alice")
+    key = works("registry", "key", "alice-2").out.strip()
+    works("registry", "grant", "registry", "alice", "--key", key)
+    (tmp_path / "keys" / "alice.key").unlink()
+    works("registry", "sign", "registry", "--vouch", "german>=1.1", "--vouch", "physics")
+    shutil.rmtree(default_store())
+    shutil.rmtree(tmp_path / ".composable")
+    told = fails(cli, "sync")
+    assert "german 1.0.0 is locked, but its publisher no longer signs it" in told
+    cure(told)
+    works("sync")
+
+
 # Every hint that is a command: the file that has it, the command, and the test that runs it.
 COVERED = {
     ("assembly.experts", "verify"): "test_a_damaged_file_of_an_installed_expert",
@@ -440,6 +497,11 @@ COVERED = {
     ("packaging.install.lock", "lock"): "test_a_damaged_lock",
     ("packaging.project.edits", "lock"): "test_the_lock_of_another_project_when_pruning",
     ("packaging.project.locking", "lock"): "test_a_lock_out_of_date",
+    ("packaging.project.sync", "upgrade"): "test_a_release_that_is_no_longer_signed",
+    ("packaging.project.verification", "lock"): "test_signatures_that_this_machine_lacks",
+    ("packaging.registry.signed", "lock"): "test_signatures_that_this_machine_lacks",
+    ("packaging.registry.signed", "remove"): "test_a_revoked_publisher",
+    ("cli.signing", "registry"): "test_an_unsigned_registry",
     ("packaging.project.project", "init"): "test_no_project",
     ("packaging.project.sources", "add"): "test_a_name_that_another_registry_has",
     ("vetting.card", "check"): "test_a_command_with_a_path_can_be_pasted",
@@ -453,6 +515,14 @@ NAMED = {
     ("packaging.install.mirror", "registry"),  # what an administrator of a server runs there
     ("packaging.registry.cache", "export"),
     ("packaging.registry.http", "registry"),  # what else could be published to
+    # What an operator or a publisher does on another machine; run in tests/cli/test_signing.py.
+    ("cli.contribute", "registry"),
+    ("packaging.registry.signed", "registry"),
+    ("packaging.trust.client", "registry"),
+    ("packaging.trust.keys", "registry"),
+    ("packaging.trust.offline", "registry"),
+    ("packaging.trust.signing", "registry"),
+    ("packaging.trust.statement", "registry"),
     ("packaging.registry.registry", "publish"),  # how an empty folder becomes a registry
     ("packaging.registry.registry", "registry"),
     ("packaging.registry.served", "yank"),  # what a server can do instead

@@ -179,8 +179,8 @@ class Signatures:
                 else f"the keys of publisher {role.publisher!r} were revoked",
                 kind="wrong-publisher" if role is None else "revoked",
                 where=where,
-                hint="do not use it: `composable remove` it, or wait until its publisher has "
-                "signed with a new key",
+                hint=f"do not use it: `composable remove {name}`, or wait until its publisher has "
+                "signed it with a new key",
             )
         return check_statement(data, expected, role.publisher, role.keys, where)
 
