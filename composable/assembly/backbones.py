@@ -111,7 +111,7 @@ def load_backbone(name: str) -> LoadedBackbone:
     folder = find_backbone(name)
     cfg, interface = _read_config(folder)
     check_listed(folder, WEIGHTS_FILE)
-    blank = nnx.eval_shape(partial(_make, cfg, interface.n_classes))
+    blank = nnx.eval_shape(partial(_shape_backbone, cfg, interface.n_classes))
     expected = {name: _spec(name, shape) for name, shape in shapes_of(blank).items()}
     tensors = TensorFile(folder / WEIGHTS_FILE, expected)
     tokenizer = _read_tokenizer(folder)
@@ -340,9 +340,9 @@ def _describe(path: Path) -> PackageFile:
     return PackageFile(name=path.name, size=path.stat().st_size, digest=digest_file(path))
 
 
-def _make(cfg: BackboneConfig, n_classes: int) -> Backbone:
+def _shape_backbone(cfg: BackboneConfig, n_classes: int) -> Backbone:
     identity_V = jnp.zeros(cfg.vocab_size, jnp.int32)
-    return Backbone(cfg, identity_V, n_classes, rngs=nnx.Rngs(0))
+    return Backbone(cfg, identity_V, n_classes, rngs=None)
 
 
 def _spec(name: str, shape: tuple[int, ...]) -> TensorSpec:

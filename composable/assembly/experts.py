@@ -22,20 +22,20 @@ from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manif
 from composable.packaging.manifests.packing import fit_interface
 
 
-def make_expert(backbone: Backbone, manifest: Manifest, seed: int = 0) -> Expert:
+def make_expert(backbone: Backbone, manifest: Manifest, seed: int | None = 0) -> Expert:
     """Return an untrained expert of the kind that a manifest describes.
 
     Args:
         backbone: Its backbone.
         manifest: Its manifest.
-        seed: Seed of its weights.
+        seed: Seed of its weights; None where only shapes are needed.
     """
     return Expert(
         backbone,
         kind=manifest.body.kind,
         rank=manifest.body.rank,
         scout_width=manifest.scout_width,
-        rngs=nnx.Rngs(seed),
+        rngs=None if seed is None else nnx.Rngs(seed),
     )
 
 
@@ -62,7 +62,7 @@ def load_expert(loaded: LoadedBackbone, folder: Path) -> Pluggable:
         **_prefixed("body", read_tensors(folder / BODY_FILE, body_spec)),
         **_prefixed("scout", read_tensors(folder / SCOUT_FILE, scout_spec)),
     }
-    make = partial(make_expert, loaded.backbone, manifest)
+    make = partial(make_expert, loaded.backbone, manifest, None)
     expert = from_tensors(nnx.eval_shape(make), tensors)
     # 32 bits of the manifest's digest: the same release has the same key everywhere.
     key = int(manifest.digest.removeprefix("sha256:")[:8], 16)

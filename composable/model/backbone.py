@@ -32,7 +32,7 @@ FeedForwardFn = Callable[[int, jax.Array], jax.Array]
 class Layer(nnx.Module):
     """One transformer layer: attention and feed-forward, with a norm before or after each."""
 
-    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs | None) -> None:
         self.attention_norm = ones("D", (cfg.d_model,), cfg)
         self.attention = Attention(cfg, rngs=rngs)
         self.ffn_norm = ones("D", (cfg.d_model,), cfg)
@@ -77,7 +77,7 @@ class Backbone(nnx.Module):
         cfg: Architecture.
         class_map_V: Class of every token; the identity where there are as many classes as tokens.
         n_classes: Number of classes C.
-        rngs: Source of the initial weights.
+        rngs: Source of the initial weights; None where only shapes are needed.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Backbone(nnx.Module):
         class_map_V: jax.typing.ArrayLike,
         n_classes: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
         self.cfg = cfg
         shape, scale = (cfg.vocab_size, cfg.d_model), cfg.d_model**-0.5

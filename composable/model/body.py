@@ -16,6 +16,7 @@ from composable.errors import ModelError
 from composable.interface import BodyKind
 from composable.interface.contract import SLOT_DIMS
 from composable.model.backbone import Backbone, FeedForwardFn, Layer
+from composable.model.initial import draw
 from composable.model.layers import changed_swiglu, swiglu
 from composable.model.scout import Scout
 
@@ -42,9 +43,11 @@ class LowRank(nnx.Module):
         Hu et al. 2021, arXiv:2106.09685, with the scale folded into `b`.
     """
 
-    def __init__(self, shape: tuple[int, ...], dims: str, rank: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dims: str, rank: int, *, rngs: nnx.Rngs | None
+    ) -> None:
         rows, columns = shape
-        initial = jax.random.normal(rngs.params(), (rows, rank)) * rows**-0.5
+        initial = draw(rngs, (rows, rank), rows**-0.5)
         self.a = nnx.Param(initial, dims=dims[0] + "R")
         self.b = nnx.Param(jnp.zeros((rank, columns)), dims="R" + dims[1])
 
@@ -52,7 +55,7 @@ class LowRank(nnx.Module):
 class LowRankSlot(nnx.Module):
     """A low-rank change to each of a slot's three matrices."""
 
-    def __init__(self, matrices: SlotMatrices, rank: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, matrices: SlotMatrices, rank: int, *, rngs: nnx.Rngs | None) -> None:
         for name, dims in SLOT_DIMS.items():
             setattr(self, name, LowRank(matrices[name].shape, dims, rank, rngs=rngs))
 
@@ -64,14 +67,15 @@ class Body(nnx.Module):
         backbone: The backbone whose feed-forward blocks it starts from.
         kind: "ffn" replaces them, "lora" changes them by a product of rank `rank`.
         rank: Rank R of a "lora" body; None for "ffn".
-        rngs: Source of the initial weights; only "lora" draws any.
+        rngs: Source of the initial weights; only "lora" draws any. None where only shapes are
+            needed.
 
     Raises:
         ModelError: For an unknown kind, a rank with "ffn", or no rank with "lora".
     """
 
     def __init__(
-        self, backbone: Backbone, kind: BodyKind, rank: int | None = None, *, rngs: nnx.Rngs
+        self, backbone: Backbone, kind: BodyKind, rank: int | None = None, *, rngs: nnx.Rngs | None
     ) -> None:
         if kind not in ("ffn", "lora"):
             raise ModelError(f"{kind!r} is not a body kind (ffn, lora)", where="body.kind")
@@ -136,7 +140,7 @@ class Expert(nnx.Module):
         kind: Kind of the body.
         rank: Rank of a "lora" body.
         scout_width: Hidden width of the scout.
-        rngs: Source of the initial weights.
+        rngs: Source of the initial weights; None where only shapes are needed.
     """
 
     def __init__(
@@ -146,7 +150,7 @@ class Expert(nnx.Module):
         kind: BodyKind,
         scout_width: int,
         rank: int | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
         self.body = Body(backbone, kind, rank, rngs=rngs)
         n_classes = backbone.scout.b_out[...].shape[0]

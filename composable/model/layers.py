@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from composable.model.causal_attention import causal_attention
 from composable.model.config import DTYPE_NAMES, BackboneConfig, RopeScaling
+from composable.model.initial import draw
 
 # Names of the results of the gate and up products, for policies that keep them.
 GATE_AND_UP: Final = "gate and up"
@@ -36,10 +37,10 @@ class KVCache(NamedTuple):
 
 
 def normal(
-    rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], scale: float, cfg: BackboneConfig
+    rngs: nnx.Rngs | None, dims: str, shape: tuple[int, ...], scale: float, cfg: BackboneConfig
 ) -> nnx.Param[jax.Array]:
     """Return a parameter drawn from a normal distribution, in the config's dtype."""
-    drawn = jax.random.normal(rngs.params(), shape) * scale
+    drawn = draw(rngs, shape, scale)
     return nnx.Param(drawn.astype(DTYPE_NAMES[cfg.dtype]), dims=dims)
 
 
@@ -106,7 +107,7 @@ class Attention(nnx.Module):
         al. 2020, arXiv:2010.04245, and Dehghani et al. 2023, arXiv:2302.05442, section 2.
     """
 
-    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs | None) -> None:
         d, n, k, h = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
         self.w_q = normal(rngs, "DNH", (d, n, h), d**-0.5, cfg)
         self.w_k = normal(rngs, "DKH", (d, k, h), d**-0.5, cfg)
@@ -228,7 +229,7 @@ class FeedForward(nnx.Module):
         Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
 
-    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs | None) -> None:
         d, f = cfg.d_model, cfg.d_ff
         residual = f**-0.5 * (2 * cfg.n_layers) ** -0.5
         self.w_gate = normal(rngs, "DF", (d, f), d**-0.5, cfg)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from composable.model.initial import draw
+
 
 class Scout(nnx.Module):
     """A perceptron with one hidden layer: features D to hidden W to classes C.
@@ -18,17 +20,14 @@ class Scout(nnx.Module):
         d_model: Width D of the trunk's features.
         width: Hidden width W.
         n_classes: Classes C.
-        rngs: Source of the initial weights.
+        rngs: Source of the initial weights; None where only shapes are needed.
     """
 
-    def __init__(self, d_model: int, width: int, n_classes: int, *, rngs: nnx.Rngs) -> None:
-        normal = jax.random.normal
-        self.w_in = nnx.Param(normal(rngs.params(), (d_model, width)) * d_model**-0.5, dims="DW")
+    def __init__(self, d_model: int, width: int, n_classes: int, *, rngs: nnx.Rngs | None) -> None:
+        self.w_in = nnx.Param(draw(rngs, (d_model, width), d_model**-0.5), dims="DW")
         self.b_in = nnx.Param(jnp.zeros(width), dims="W")
         # Near-uniform at first: no tokens are routed to an untrained scout's expert.
-        self.w_out = nnx.Param(
-            normal(rngs.params(), (width, n_classes)) * 0.1 * width**-0.5, dims="WC"
-        )
+        self.w_out = nnx.Param(draw(rngs, (width, n_classes), 0.1) * width**-0.5, dims="WC")
         self.b_out = nnx.Param(jnp.zeros(n_classes), dims="C")
 
     def __call__(self, feature_BTD: jax.Array) -> jax.Array:

@@ -57,7 +57,7 @@ def measure_heldout(
     window = max(1, min(cfg.window, len(stream_M) - 1))
     rows = run_trunk(loaded, cut_rows(stream_M, window, _TOKENS), cache)
     parts, manifest = load_expert(loaded, folder), Manifest.read(folder)
-    expert: Expert = nnx.eval_shape(lambda: make_expert(loaded.backbone, manifest))
+    expert: Expert = nnx.eval_shape(lambda: make_expert(loaded.backbone, manifest, None))
     expert.body, expert.scout = parts.body, parts.scout
     graph, params = nnx.split(expert)
     objective = jax.jit(tapped_objective(graph))

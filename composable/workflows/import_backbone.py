@@ -308,7 +308,7 @@ def load_checkpoint(checkpoint: Checkpoint, compute_dtype: str = "F32") -> Backb
     scout = Scout(cfg.d_model, cfg.scout_width, n_classes, rngs=nnx.Rngs(0))
     extra = _scout_tensors(classes_V, scout)
 
-    blank = nnx.eval_shape(lambda: Backbone(cfg, classes_V, n_classes, rngs=nnx.Rngs(0)))
+    blank = nnx.eval_shape(lambda: Backbone(cfg, classes_V, n_classes, rngs=None))
     return from_tensors(blank, ChainMap(extra, checkpoint))  # type: ignore[arg-type]
 
 

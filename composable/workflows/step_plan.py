@@ -159,7 +159,7 @@ def plan_expert(
     backbone = _shape_backbone(cfg, n_classes)
 
     def make(backbone: Backbone) -> Expert:
-        return Expert(backbone, kind=kind, rank=rank, scout_width=scout_width, rngs=nnx.Rngs(0))
+        return Expert(backbone, kind=kind, rank=rank, scout_width=scout_width, rngs=None)
 
     graph, params = nnx.split(nnx.eval_shape(make, backbone))
     scout = scout_width, n_classes
@@ -243,7 +243,7 @@ def count_numbers(tree: Any) -> int:
 def _shape_backbone(cfg: BackboneConfig, n_classes: int) -> Backbone:
     """Return the shapes of a backbone."""
     classes_V = np.arange(cfg.vocab_size) % n_classes
-    shapes: Backbone = nnx.eval_shape(lambda: Backbone(cfg, classes_V, n_classes, rngs=nnx.Rngs(0)))
+    shapes: Backbone = nnx.eval_shape(lambda: Backbone(cfg, classes_V, n_classes, rngs=None))
     return shapes
 
 
