@@ -13,14 +13,11 @@ from typing import Final, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from composable.model.causal_attention import causal_attention
 from composable.model.config import DTYPE_NAMES, BackboneConfig, RopeScaling
 from composable.model.initial import draw
 
-# Names of the results of the gate and up products, for policies that keep them.
-GATE_AND_UP: Final = "gate and up"
 # Cached keys are read in blocks of this many positions, up to the last filled block.
 CACHE_BLOCK: Final = 128
 
@@ -256,16 +253,52 @@ def changed_swiglu(
     """Return `swiglu` with low-rank changes: `x w + (x a) b` for every `x w`.
 
     Args:
-        x_BTD: Array of any shape.
-        matrices: "w_gate", "w_up" and "w_down".
+        x_BTD: Array of any shape; for a gradient, of two dimensions.
+        matrices: "w_gate", "w_up" and "w_down"; they are frozen and have no gradient.
         changes: Factors `a` and `b` for each of them.
     """
 
     def multiply(name: str, x: jax.Array) -> jax.Array:
-        a, b = changes[name]
-        return x @ matrices[name] + (x @ a) @ b
+        x = _multiply_changed(x, jax.lax.stop_gradient(matrices[name]), *changes[name])
+        return x
 
-    gate_BTF, up_BTF = (
-        checkpoint_name(multiply(name, x_BTD), GATE_AND_UP) for name in ("w_gate", "w_up")
-    )
-    return multiply("w_down", jax.nn.silu(gate_BTF) * up_BTF)
+    return multiply("w_down", jax.nn.silu(multiply("w_gate", x_BTD)) * multiply("w_up", x_BTD))
+
+
+@jax.custom_vjp
+def _multiply_changed(
+    x_MD: jax.Array, w_DF: jax.Array, a_DR: jax.Array, b_RF: jax.Array
+) -> jax.Array:
+    """Return `x w + (x a) b`; there is no gradient with respect to `w`."""
+    return x_MD @ w_DF + (x_MD @ a_DR) @ b_RF
+
+
+def _multiply_changed_forward(
+    x_MD: jax.Array, w_DF: jax.Array, a_DR: jax.Array, b_RF: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return the result as one product, and what the gradient needs.
+
+    XLA adds two products where their sum is used. Until the backward pass it would keep both.
+    """
+    between_MR = x_MD @ a_DR
+    left, right = jnp.concatenate([x_MD, between_MR], axis=1), jnp.concatenate([w_DF, b_RF])
+    return left @ right, (x_MD, between_MR, w_DF, a_DR, b_RF)
+
+
+def _multiply_changed_backward(
+    kept: tuple[jax.Array, ...], dy_MF: jax.Array
+) -> tuple[jax.Array, None, jax.Array, jax.Array]:
+    """Return the gradients, that of `x` after those of the factors.
+
+    XLA's CPU backend would postpone the gradients of the factors of all layers to the end, and
+    keep what they are made of. It drops barriers before it orders operations, so what makes it wait
+    is a number that is computed from them, and is zero.
+    """
+    x_MD, between_MR, w_DF, a_DR, b_RF = kept
+    dbetween_MR = dy_MF @ b_RF.T
+    da_DR, db_RF = x_MD.T @ dbetween_MR, between_MR.T @ dy_MF
+    zero = jnp.minimum(jnp.abs(da_DR[0, 0]) + jnp.abs(db_RF[0, 0]), 0)
+    return dy_MF @ w_DF.T + dbetween_MR @ a_DR.T + zero, None, da_DR, db_RF
+
+
+_multiply_changed.defvjp(_multiply_changed_forward, _multiply_changed_backward)
