@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig
 from composable.model.model import Model, Pluggable
 from composable.model.subwords import SubwordTokenizer
-from composable.model.tensors import from_tensors, shapes_of, to_tensors
+from composable.model.tensors import dtypes_of, from_tensors, shapes_of, to_tensors
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
 from composable.packaging.manifests.backbone_folder import (
     ANCHOR_FILE,
@@ -81,7 +80,7 @@ class LoadedBackbone:
         experts: Sequence[Pluggable] = (),
         capacity: int | None = None,
         *,
-        factor_rank: int = 0,
+        factor_rank: int | None = None,
     ) -> Model:
         """Return the model with experts plugged in; arguments as for `Model`."""
         return Model(
@@ -111,8 +110,9 @@ def load_backbone(name: str) -> LoadedBackbone:
     folder = find_backbone(name)
     cfg, interface = _read_config(folder)
     check_listed(folder, WEIGHTS_FILE)
-    blank = nnx.eval_shape(partial(_shape_backbone, cfg, interface.n_classes))
-    expected = {name: _spec(name, shape) for name, shape in shapes_of(blank).items()}
+    blank = make_blank(cfg, interface.n_classes)
+    dtypes = dtypes_of(blank)
+    expected = {name: _spec(shape, dtypes[name]) for name, shape in shapes_of(blank).items()}
     tensors = TensorFile(folder / WEIGHTS_FILE, expected)
     tokenizer = _read_tokenizer(folder)
     for field, digest in {**digests(tensors, cfg), "tokenizer": tokenizer.digest}.items():
@@ -300,8 +300,8 @@ def _anchor_text(anchor: Sequence[Document]) -> str:
 
 def digests(tensors: Mapping[str, np.ndarray], cfg: BackboneConfig) -> dict[str, Any]:
     """Return the digests that an interface names: all weights, the trunk's, the class map's."""
-    below = tuple(f"layers.{layer}." for layer in range(cfg.tap))
-    trunk = [name for name in tensors if name == "embed" or name.startswith(below)]
+    below = ("embed.", *(f"layers.{layer}." for layer in range(cfg.tap)))
+    trunk = [name for name in tensors if f"{name}.".startswith(below)]
     return {
         "backbone": digest_tensors(tensors),
         "trunk": digest_tensors(_Selection(tensors, trunk)),
@@ -340,10 +340,30 @@ def _describe(path: Path) -> PackageFile:
     return PackageFile(name=path.name, size=path.stat().st_size, digest=digest_file(path))
 
 
-def _shape_backbone(cfg: BackboneConfig, n_classes: int) -> Backbone:
-    identity_V = jnp.zeros(cfg.vocab_size, jnp.int32)
-    return Backbone(cfg, identity_V, n_classes, rngs=None)
+def make_blank(cfg: BackboneConfig, n_classes: int) -> Backbone:
+    """Return a backbone without arrays, whose variables have shapes and dtypes only.
+
+    Args:
+        cfg: Architecture.
+        n_classes: Number of classes C.
+
+    Example:
+        >>> cfg, interface = read_config("tiny-bytes")
+        >>> make_blank(cfg, interface.n_classes).embed.get_value().shape
+        (256, 192)
+    """
+
+    def make() -> Backbone:
+        identity_V = jnp.zeros(cfg.vocab_size, jnp.int32)
+        return Backbone(cfg, identity_V, n_classes, rngs=None)
+
+    blank: Backbone = nnx.eval_shape(make)
+    return blank
 
 
-def _spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(shape=shape, dtypes=("I32",) if name == _CLASS_MAP else ("BF16", "F32"))
+def _spec(shape: tuple[int, ...], dtype: np.dtype[Any]) -> TensorSpec:
+    """Return what a file must hold for a variable; floating-point numbers may be rounded."""
+    dtypes = {"int32": ("I32",), "int8": ("I8",), "uint16": ("BF16",)}.get(
+        dtype.name, ("BF16", "F32")
+    )
+    return TensorSpec(shape=shape, dtypes=dtypes)

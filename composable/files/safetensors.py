@@ -33,11 +33,12 @@ MAX_TENSORS: Final = 4096
 MAX_RANK: Final = 8
 METADATA: Final = "__metadata__"
 # Bytes per element, and the exponent bits that are all set in NaN and infinity.
-_ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "U8": 1}
+_ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8, "U8": 1}
 _EXPONENTS: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000}
 _NUMPY_NAMES: Final = {
     "F16": "<f2",
     "F32": "<f4",
+    "I8": "|i1",
     "I32": "<i4",
     "I64": "<i8",
     "U8": "|u1",
@@ -180,7 +181,7 @@ def write_tensors(
 
     Args:
         path: The file, replaced atomically.
-        tensors: Arrays by name; float32, bfloat16, float16, int32, int64 or uint8.
+        tensors: Arrays by name; float32, bfloat16, float16, int8, int32, int64 or uint8.
         metadata: Text by key, stored in the header.
 
     Raises:

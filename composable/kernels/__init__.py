@@ -15,17 +15,37 @@ from composable.kernels.dispatch import (
 )
 from composable.kernels.grouped_matmul import grouped_matmul
 from composable.kernels.grouped_swiglu import grouped_swiglu, swiglu_of_few
+from composable.kernels.quantized import (
+    Matrix,
+    Quantized,
+    describe_products,
+    multiply,
+    multiply_transposed,
+    quantize,
+    quantize_like,
+    take_rows,
+    widen,
+)
 
 __all__ = [
     "Dispatch",
+    "Matrix",
+    "Quantized",
     "changed_swiglu_of_few",
     "combine_rows",
     "count_blocks",
     "default_block",
+    "describe_products",
     "gather_rows",
     "grouped_changed_swiglu",
     "grouped_matmul",
     "grouped_swiglu",
     "make_dispatch",
+    "multiply",
+    "multiply_transposed",
+    "quantize",
+    "quantize_like",
     "swiglu_of_few",
+    "take_rows",
+    "widen",
 ]

@@ -22,6 +22,7 @@ from jax import Array
 from composable.kernels.blocks import run_blocks
 from composable.kernels.dispatch import Dispatch, gather_rows
 from composable.kernels.grouped_matmul import grouped_matmul
+from composable.kernels.quantized import Matrix, Quantized, multiply
 from composable.kernels.tpu import Arrays, BlockOutputs
 
 # Matrix name -> factors.
@@ -30,11 +31,11 @@ _NAMES: Final = ("w_gate", "w_up", "w_down")
 
 
 def grouped_changed_swiglu(
-    x_PD: Array, matrices: Mapping[str, Array], changes: Factors, dispatch: Dispatch
+    x_PD: Array, matrices: Mapping[str, Matrix], changes: Factors, dispatch: Dispatch
 ) -> Array:
     """Apply to each row the body of its own expert: the shared one, a change of it, or a full one.
 
-    Differentiable once in all arrays, in reverse mode.
+    Differentiable once in all arrays, in reverse mode, unless the matrices are quantized.
 
     Args:
         x_PD: Rows, from `gather_rows`.
@@ -61,8 +62,8 @@ def grouped_changed_swiglu(
     # In one order, not in that of the mappings.
     stacks = [matrices[name] for name in _NAMES]
     factors = [factor for name in _NAMES for factor in changes[name]]
-    run = _fused if len(stacks[0]) == 1 else _multiply_by_parts
-    y_PD: Array = run(x_PD, (*factors, *stacks), dispatch)
+    run = _fused if stacks[0].shape[0] == 1 else _multiply_by_parts
+    y_PD: Array = run(x_PD, (*factors, *stacks), dispatch)  # type: ignore[arg-type]  # or quantized
     return y_PD
 
 
@@ -96,13 +97,13 @@ def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block: factors of gate, up and down, then the shared matrices."""
     (x_PD,), factors, (w_gate_DF, w_up_DF, w_down_FD) = rows, weights[:6], weights[6:]
 
-    def multiply(left: Array, w: Array, a_DR: Array, b_RF: Array) -> Array:
+    def run(left: Array, w: Matrix, a_DR: Array, b_RF: Array) -> Array:
         between = _product(left, a_DR).astype(left.dtype)
         return (_product(left, w) + _product(between, b_RF)).astype(left.dtype)
 
-    gate_PF = multiply(x_PD, w_gate_DF, *factors[:2])
-    hidden_PF = jax.nn.silu(gate_PF) * multiply(x_PD, w_up_DF, *factors[2:4])
-    return (multiply(hidden_PF, w_down_FD, *factors[4:]),), ()
+    gate_PF = run(x_PD, w_gate_DF, *factors[:2])
+    hidden_PF = jax.nn.silu(gate_PF) * run(x_PD, w_up_DF, *factors[2:4])
+    return (run(hidden_PF, w_down_FD, *factors[4:]),), ()
 
 
 def _stream_body(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
@@ -113,7 +114,7 @@ def _stream_body(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutp
 
 def _multiply_by_parts(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Array:
     """Run the products one after the other, each for all rows."""
-    n_full, n_changes = len(weights[6]), len(weights[0])
+    n_full, n_changes = weights[6].shape[0], len(weights[0])
     n_others = dispatch.n_experts - n_full
     shared = dataclasses.replace(
         dispatch,
@@ -126,21 +127,23 @@ def _multiply_by_parts(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Arra
         end_block_E=dispatch.end_block_E[:n_changes],
     )
 
-    def multiply(index: int, x: Array) -> Array:
+    def run(index: int, x: Array) -> Array:
         a, b = weights[2 * index : 2 * index + 2]
         change = grouped_matmul(grouped_matmul(x, a, changed), b, changed)
         return grouped_matmul(x, weights[6 + index], shared) + change
 
-    return multiply(2, jax.nn.silu(multiply(0, x_PD)) * multiply(1, x_PD))
+    return run(2, jax.nn.silu(run(0, x_PD)) * run(1, x_PD))
 
 
-def _product(left: Array, right: Array) -> Array:
+def _product(left: Array, right: Matrix) -> Array:
+    if isinstance(right, Quantized):
+        return multiply(left, right)
     return jnp.einsum("PD,DF->PF", left, right, preferred_element_type=jnp.float32)
 
 
 def changed_swiglu_of_few(
     x_MD: Array,
-    matrices: Mapping[str, Array],
+    matrices: Mapping[str, Matrix],
     changes: Sequence[Factors],
     body_A: Array,
     n_changes: int,
@@ -200,10 +203,12 @@ def changed_swiglu_of_few(
 
     def run(x_MD: Array) -> Array:
         x_PD = gather_rows(x_MD, dispatch)
-        both = [gather_rows(x_MD @ matrices[name], dispatch) for name in ("w_gate", "w_up")]
+        both = [
+            gather_rows(multiply(x_MD, matrices[name]), dispatch) for name in ("w_gate", "w_up")
+        ]
         gate_PF, up_PF = add_changes(("w_gate", "w_up"), both, x_PD)
         hidden_PF = jax.nn.silu(gate_PF) * up_PF
-        (y_PD,) = add_changes(("w_down",), [hidden_PF @ matrices["w_down"]], hidden_PF)
+        (y_PD,) = add_changes(("w_down",), [multiply(hidden_PF, matrices["w_down"])], hidden_PF)
         return jnp.where(is_in(0, end_E[n_changes])[:, None], y_PD, 0)
 
     def skip(x_MD: Array) -> Array:

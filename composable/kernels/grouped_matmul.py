@@ -20,13 +20,15 @@ from jax import Array
 
 from composable.kernels.blocks import run_blocks
 from composable.kernels.dispatch import Dispatch
+from composable.kernels.quantized import Matrix, Quantized, group_leaves, multiply, widen
 from composable.kernels.tpu import Arrays, BlockOutputs, Tiling, stream_blocks
 
 
-def grouped_matmul(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
+def grouped_matmul(x_PD: Array, w_EDF: Matrix, dispatch: Dispatch) -> Array:
     """Multiply each row by the matrix of its own expert.
 
-    Differentiable once, in x_PD and w_EDF, in reverse mode. Sums run in float32 whatever the types.
+    Differentiable once, in x_PD and w_EDF, in reverse mode, unless w_EDF is quantized. Sums run in
+    float32 whatever the types.
 
     Args:
         x_PD: Rows, from `gather_rows`.
@@ -47,7 +49,12 @@ def grouped_matmul(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
     chex.assert_rank([x_PD, w_EDF], [2, 3])
     chex.assert_shape(w_EDF, (dispatch.n_experts, x_PD.shape[1], None))
     chex.assert_axis_dimension(x_PD, 0, dispatch.choice_P.shape[0])
-    return _grouped_matmul(x_PD, w_EDF, dispatch)
+    if isinstance(w_EDF, Quantized):
+        run, leaves = _multiply_quantized, tuple(jax.tree.leaves(w_EDF))
+        (y_PF,), _ = run_blocks(run, (x_PD,), leaves, dispatch, _stream_quantized)
+    else:
+        y_PF = _grouped_matmul(x_PD, w_EDF, dispatch)
+    return y_PF
 
 
 def multiply_rows(x_PD: Array, w_EDF: Array, dispatch: Dispatch) -> Array:
@@ -101,6 +108,16 @@ def _multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
     (x_PD,), (w_DF,) = rows, weights
     y_PF = jnp.einsum("PD,DF->PF", x_PD, w_DF, preferred_element_type=jnp.float32)
     return (y_PF.astype(x_PD.dtype),), ()
+
+
+def _multiply_quantized(rows: Arrays, leaves: Arrays) -> BlockOutputs:
+    (x_PD,), (w,) = rows, group_leaves(leaves, 1)
+    return (multiply(x_PD, w),), ()
+
+
+def _stream_quantized(rows: Arrays, leaves: Arrays, dispatch: Dispatch) -> BlockOutputs:
+    """Run on a TPU, with a matrix that is widened in memory."""
+    return _stream_multiply(rows, tuple(map(widen, group_leaves(leaves, 1))), dispatch)
 
 
 def _multiply_transposed(rows: Arrays, weights: Arrays) -> BlockOutputs:

@@ -27,16 +27,17 @@ from jax import Array
 
 from composable.kernels.blocks import run_blocks
 from composable.kernels.dispatch import Dispatch
+from composable.kernels.quantized import Matrix, Quantized, group_leaves, multiply, widen
 from composable.kernels.tpu import Arrays, BlockOutputs, Tiling, fits_on_chip, stream_blocks
 
 
 def grouped_swiglu(
-    x_PD: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array, dispatch: Dispatch
+    x_PD: Array, w_gate_EDF: Matrix, w_up_EDF: Matrix, w_down_EFD: Matrix, dispatch: Dispatch
 ) -> Array:
     """Apply to each row the gated feed-forward body of its own expert.
 
-    Differentiable once, in x_PD and the weights, in reverse mode. Sums run in float32; the hidden
-    activations are rounded to the type of x_PD before the last product.
+    Differentiable once, in x_PD and the weights, in reverse mode, unless they are quantized. Sums
+    run in float32; the hidden activations are rounded to the type of x_PD before the last product.
 
     Args:
         x_PD: Rows, from `gather_rows`.
@@ -68,11 +69,17 @@ def grouped_swiglu(
     chex.assert_shape(x_PD, (dispatch.choice_P.shape[0], width))
     chex.assert_shape(w_gate_EDF, (dispatch.n_experts, width, hidden))
     chex.assert_shape(w_down_EFD, (dispatch.n_experts, hidden, width))
-    return _grouped_swiglu(x_PD, (w_gate_EDF, w_up_EDF, w_down_EFD), dispatch)
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    if isinstance(w_gate_EDF, Quantized):
+        run, leaves = _run_quantized_body, tuple(jax.tree.leaves(weights))
+        (y_PD,), _ = run_blocks(run, (x_PD,), leaves, dispatch, _stream_quantized_body)
+    else:
+        y_PD = _grouped_swiglu(x_PD, weights, dispatch)
+    return y_PD
 
 
 def swiglu_of_few(
-    x_PD: Array, bodies: Sequence[Sequence[Array]], expert_A: Array, dispatch: Dispatch
+    x_PD: Array, bodies: Sequence[Sequence[Matrix]], expert_A: Array, dispatch: Dispatch
 ) -> Array:
     """Apply to each row the body of its own expert, where few experts have rows.
 
@@ -107,7 +114,7 @@ def swiglu_of_few(
     y_PD = jnp.zeros((x_PD.shape[0], bodies[0][-1].shape[1]), x_PD.dtype)
     for a, body in enumerate(bodies):
 
-        def run_block(index: Array, y_PD: Array, body: Sequence[Array] = body) -> Array:
+        def run_block(index: Array, y_PD: Array, body: Sequence[Matrix] = body) -> Array:
             rows_PD = jax.lax.dynamic_slice_in_dim(x_PD, index * block, block)
             ((new_PD,), _) = _run_body((rows_PD,), tuple(body))
             return jax.lax.dynamic_update_slice_in_dim(y_PD, new_PD, index * block, axis=0)
@@ -169,24 +176,31 @@ def _backward(
 _grouped_swiglu.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _product(subscripts: str, left: Array, right: Array) -> Array:
+def _product(subscripts: str, left: Array, right: Matrix) -> Array:
+    if isinstance(right, Quantized):  # forwards only
+        return multiply(left, right)
     return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
 
 
-def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
+def _run_quantized_body(rows: Arrays, leaves: Arrays) -> BlockOutputs:
+    """One block forward, with the arrays of quantized matrices."""
+    return _run_body(rows, group_leaves(leaves, 3))
+
+
+def _run_body(rows: Arrays, weights: Sequence[Matrix]) -> BlockOutputs:
     """One block forward: 3 products."""
     (y_PD, _, _), _ = _run_body_and_keep(rows, weights)
     return (y_PD,), ()
 
 
-def _run_body_and_keep(rows: Arrays, weights: Arrays) -> BlockOutputs:
+def _run_body_and_keep(rows: Arrays, weights: Sequence[Matrix]) -> BlockOutputs:
     """One block forward, with the values that the backward pass needs."""
     (hidden_PF, gate_PF, up_PF), _ = _run_gate_and_up(rows, weights[:2])
     (y_PD,), _ = _run_down((hidden_PF,), weights[2:])
     return (y_PD, gate_PF, up_PF), ()
 
 
-def _run_gate_and_up(rows: Arrays, weights: Arrays) -> BlockOutputs:
+def _run_gate_and_up(rows: Arrays, weights: Sequence[Matrix]) -> BlockOutputs:
     """One block's hidden activations, with the values that the backward pass needs: 2 products."""
     (x_PD,), (w_gate_DF, w_up_DF) = rows, weights
     gate_PF = _product("PD,DF->PF", x_PD, w_gate_DF)
@@ -195,7 +209,7 @@ def _run_gate_and_up(rows: Arrays, weights: Arrays) -> BlockOutputs:
     return tuple(out.astype(x_PD.dtype) for out in (hidden_PF, gate_PF, up_PF)), ()
 
 
-def _run_down(rows: Arrays, weights: Arrays) -> BlockOutputs:
+def _run_down(rows: Arrays, weights: Sequence[Matrix]) -> BlockOutputs:
     """One block's output from its hidden activations: 1 product."""
     (hidden_PF,), (w_down_FD,) = rows, weights
     return (_product("PF,FD->PD", hidden_PF, w_down_FD).astype(hidden_PF.dtype),), ()
@@ -250,6 +264,11 @@ def _sum_down(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block's part in the gradient of the down matrix: 1 product."""
     hidden_PF, dy_PD = rows
     return (), (_product("PF,PD->FD", hidden_PF, dy_PD),)
+
+
+def _stream_quantized_body(rows: Arrays, leaves: Arrays, dispatch: Dispatch) -> BlockOutputs:
+    """Forward on a TPU, of matrices that are widened in memory."""
+    return _stream_body(rows, tuple(map(widen, group_leaves(leaves, 3))), dispatch)
 
 
 def _stream_body(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:

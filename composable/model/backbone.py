@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from composable.model.config import BackboneConfig
+from composable.kernels import Matrix, Quantized, multiply_transposed, take_rows
+from composable.model.config import DTYPE_NAMES, BackboneConfig
 from composable.model.layers import (
     CACHE_BLOCK,
     Attention,
@@ -90,11 +91,11 @@ class Backbone(nnx.Module):
     ) -> None:
         self.cfg = cfg
         shape, scale = (cfg.vocab_size, cfg.d_model), cfg.d_model**-0.5
-        self.embed = normal(rngs, "VD", shape, scale, cfg)
+        self.embed = normal(rngs, "VD", "D", shape, scale, cfg)
         self.layers = nnx.List([Layer(cfg, rngs=rngs) for _ in range(cfg.n_layers)])
         self.norm = ones("D", (cfg.d_model,), cfg)
         if not cfg.is_tied:
-            self.unembed = normal(rngs, "VD", shape, scale, cfg)
+            self.unembed = normal(rngs, "VD", "D", shape, scale, cfg)
         self.scout = Scout(cfg.d_model, cfg.scout_width, n_classes, rngs=rngs)
         self.class_map = nnx.Variable(jnp.asarray(class_map_V, jnp.int32))
 
@@ -124,7 +125,7 @@ class Backbone(nnx.Module):
         Returns:
             The residual stream at the tap, shape BTD, and the new caches.
         """
-        x_BTD = self.embed[...][tokens_BT]
+        x_BTD = take_rows(self.embed[...], tokens_BT)
         layers = range(self.cfg.tap)
         x_BTD, caches = self.run_layers(layers, x_BTD, self.own_feed_forward, position, caches)
         # The barrier keeps the compiler from fusing the trunk with its consumers, so that its bits
@@ -158,10 +159,14 @@ class Backbone(nnx.Module):
         """
         x_BTD, caches = self.run_layers(self.cfg.slots, x_BTD, feed_forward, position, caches)
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.unembedding())
+        w_VD = self.unembedding()
+        if isinstance(w_VD, Quantized):
+            logits_BTV = multiply_transposed(x_BTD, w_VD)
+        else:
+            logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD)
         return logits_BTV.astype(jnp.float32), caches
 
-    def unembedding(self) -> jax.Array:
+    def unembedding(self) -> Matrix:
         """Return the matrix of shape VD that turns the last norm's output into logits."""
         w_VD = self.embed if self.cfg.is_tied else self.unembed
         return w_VD[...]
@@ -200,5 +205,5 @@ class Backbone(nnx.Module):
         if length > CACHE_BLOCK:
             length = -(-length // CACHE_BLOCK) * CACHE_BLOCK
         shape = (batch, self.cfg.n_kv_heads, length, self.cfg.d_head)
-        dtype = self.embed[...].dtype
+        dtype = DTYPE_NAMES[self.cfg.dtype]
         return [KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.interface import RouterInterface
+from composable.kernels import widen
 from composable.model.backbone import Backbone
 from composable.model.body import MATRICES, Body, SlotChanges, SlotMatrices, backbone_slot
 from composable.model.router import ScoutBank
@@ -85,8 +86,9 @@ class Bank:
 
     @property
     def has_full(self) -> bool:
-        """Whether there is room for full matrices."""
-        return bool(self.slots[0]["w_gate"].shape[0] == self.capacity)
+        """Whether there is room for full matrices; not beside changes in a bank of one entry."""
+        is_alone = self.capacity == 1 and bool(self.changes)
+        return self.slots[0]["w_gate"].shape[0] == self.capacity and not is_alone
 
 
 @jax.tree_util.register_dataclass
@@ -279,7 +281,7 @@ def average_slots(bank: Bank) -> tuple[SlotMatrices, ...]:
 
     def average(slot: int, name: str) -> jax.Array:
         stack = bank.slots[slot][name]
-        array: jax.Array = jnp.einsum("E,E...->...", full_E[: stack.shape[0]], stack)
+        array: jax.Array = jnp.einsum("E,E...->...", full_E[: stack.shape[0]], widen(stack))
         if bank.changes:
             a, b = bank.changes[slot][name]
             array = array + jnp.einsum("E,EDR,ERF->DF", weight_E, a, b)
@@ -304,10 +306,10 @@ def merge_entry(bank: Bank, slot: int, index: jax.Array | int) -> SlotMatrices:
     # A change is of the backbone's matrices, entry 0.
     is_own = bank.is_changed_E[jnp.asarray(index)] | (not bank.has_full)
     row = jnp.where(is_own, 0, index)
-    merged = {name: bank.slots[slot][name][row] for name in MATRICES}
+    merged: SlotMatrices = {name: bank.slots[slot][name][row] for name in MATRICES}
     if bank.changes:
         for name, (a, b) in bank.changes[slot].items():
-            merged[name] = merged[name] + a[index] @ b[index]
+            merged[name] = widen(merged[name]) + a[index] @ b[index]
     return merged
 
 

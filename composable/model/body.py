@@ -15,14 +15,16 @@ from flax import nnx
 from composable.errors import ModelError
 from composable.interface import BodyKind
 from composable.interface.contract import SLOT_DIMS
+from composable.kernels import Matrix, quantize_like, widen
 from composable.model.backbone import Backbone, FeedForwardFn, Layer
+from composable.model.config import DTYPE_NAMES
 from composable.model.initial import draw
 from composable.model.layers import changed_swiglu, swiglu
 from composable.model.scout import Scout
 
 MATRICES: Final = tuple(SLOT_DIMS)
-# Matrix name -> array, for one slot.
-SlotMatrices = dict[str, jax.Array]
+# Matrix name -> matrix, for one slot.
+SlotMatrices = dict[str, Matrix]
 # Matrix name -> factors `a` and `b` of a low-rank change, for one slot.
 SlotChanges = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -32,7 +34,7 @@ class FullSlot(nnx.Module):
 
     def __init__(self, matrices: SlotMatrices) -> None:
         for name, dims in SLOT_DIMS.items():
-            matrix = jnp.asarray(matrices[name], jnp.float32)
+            matrix = jnp.asarray(widen(matrices[name]), jnp.float32)
             setattr(self, name, nnx.Param(matrix, dims=dims))
 
 
@@ -93,12 +95,22 @@ class Body(nnx.Module):
         )
 
     def merged(self, backbone: Backbone, layer: int) -> SlotMatrices:
-        """Return the full matrices of one slot, as the bank holds them: in the backbone's dtype."""
+        """Return the full matrices of one slot, as the bank holds them: kept as the backbone's.
+
+        Raises:
+            ModelError: For a low-rank body on quantized matrices: it would be rounded away.
+        """
         slot, own = self.slots[str(layer)], backbone_slot(backbone, layer)
         if self.kind == "ffn":
-            return {name: getattr(slot, name)[...].astype(own[name].dtype) for name in MATRICES}
+            return {name: quantize_like(getattr(slot, name)[...], own[name]) for name in MATRICES}
+        if backbone.cfg.matrix_dtype is not None:
+            raise ModelError(
+                f"a body of rank {self.rank} cannot be merged into matrices of "
+                f"{backbone.cfg.matrix_dtype}",
+                hint="make room for its factors: Model(..., factor_rank=RANK)",
+            )
         changes = {name: getattr(slot, name).a[...] @ getattr(slot, name).b[...] for name in own}
-        return {name: (own[name] + changes[name]).astype(own[name].dtype) for name in MATRICES}
+        return {name: (widen(own[name]) + changes[name]).astype(own[name].dtype) for name in own}
 
     def changes(self, backbone: Backbone, layer: int, rank: int) -> SlotChanges:
         """Return the factors of one slot of a low-rank body, in the backbone's dtype.
@@ -108,7 +120,7 @@ class Body(nnx.Module):
             layer: The slot's layer.
             rank: Rank to fill up to, with zeros.
         """
-        slot, dtype = self.slots[str(layer)], backbone.embed[...].dtype
+        slot, dtype = self.slots[str(layer)], DTYPE_NAMES[backbone.cfg.dtype]
         more = rank - self.rank
 
         def pad(low: LowRank) -> tuple[jax.Array, jax.Array]:

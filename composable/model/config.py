@@ -16,6 +16,8 @@ from composable.files.records import convert, convert_exactly
 
 # Names of dtypes as tensor files spell them, and as NumPy and jax do.
 DTYPE_NAMES: Final = {"F32": "float32", "BF16": "bfloat16"}
+# How matrices are kept in memory; `kernels.quantized` says why bfloat16 is kept as bits.
+MATRIX_DTYPE_NAMES: Final = {"I8": "int8", "BF16": "uint16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,9 @@ class BackboneConfig:
         rope_scaling: Stretching of the rotary frequencies, if there is any.
         dtype: Type of weights and activations, "F32" or "BF16"; scouts, the sums of norms and
             softmaxes always use float32.
+        matrix_dtype: Type that matrices and embeddings are kept in if it has fewer bytes: "I8",
+            with a scale for each output, or "BF16". The computation, which must be "F32", widens
+            them where it multiplies them; such a backbone is for use, not for training.
 
     Raises:
         ModelError: For a value out of range or an impossible combination; `where` names the field.
@@ -107,6 +112,7 @@ class BackboneConfig:
     is_tied: bool = True
     rope_scaling: RopeScaling | None = None
     dtype: str = "F32"
+    matrix_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -120,6 +126,13 @@ class BackboneConfig:
         self._require_one_of("qk_norm", ("none", "head", "projection"))
         self._require_one_of("is_tied", (True, False))
         self._require_one_of("dtype", DTYPE_NAMES)
+        if self.matrix_dtype is not None:
+            self._require_one_of("matrix_dtype", MATRIX_DTYPE_NAMES)
+            if self.dtype != "F32":
+                raise ModelError(
+                    f"{self.dtype} does not go with matrices of {self.matrix_dtype}, expected F32",
+                    where="config.dtype",
+                )
         if self.n_heads % self.n_kv_heads:
             raise ModelError(
                 f"{self.n_heads} query heads do not share {self.n_kv_heads} key heads evenly",

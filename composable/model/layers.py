@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import EllipsisType
 from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from composable.kernels import Matrix, Quantized, multiply
 from composable.model.causal_attention import causal_attention
-from composable.model.config import DTYPE_NAMES, BackboneConfig, RopeScaling
+from composable.model.config import (
+    DTYPE_NAMES,
+    MATRIX_DTYPE_NAMES,
+    BackboneConfig,
+    RopeScaling,
+)
 from composable.model.initial import draw
 
 # Cached keys are read in blocks of this many positions, up to the last filled block.
@@ -33,10 +40,49 @@ class KVCache(NamedTuple):
     v_BKSH: jax.Array
 
 
+class QuantizedParam(nnx.Module):
+    """A matrix of a backbone that is kept in fewer bytes; it has no values until it is loaded.
+
+    Args:
+        dims: Letters of its dimensions.
+        inputs: Those that products sum over.
+        shape: Size of each dimension.
+        dtype: "I8" or "BF16".
+    """
+
+    def __init__(self, dims: str, inputs: str, shape: tuple[int, ...], dtype: str) -> None:
+        values = jnp.zeros(shape, MATRIX_DTYPE_NAMES[dtype])
+        self.values = nnx.Param(values, dims=dims)
+        if dtype == "I8":
+            sizes = [1 if d in inputs else n for d, n in zip(dims, shape, strict=True)]
+            self.scale = nnx.Param(jnp.zeros(sizes, jnp.float32))
+
+    def __getitem__(self, index: EllipsisType) -> Quantized:
+        """Return the matrix; its index is `...`, as for a parameter that is an array."""
+        scale = self.scale[...] if hasattr(self, "scale") else None
+        return Quantized(values=self.values[...], scale=scale)
+
+
 def normal(
-    rngs: nnx.Rngs | None, dims: str, shape: tuple[int, ...], scale: float, cfg: BackboneConfig
-) -> nnx.Param[jax.Array]:
-    """Return a parameter drawn from a normal distribution, in the config's dtype."""
+    rngs: nnx.Rngs | None,
+    dims: str,
+    inputs: str,
+    shape: tuple[int, ...],
+    scale: float,
+    cfg: BackboneConfig,
+) -> nnx.Param[jax.Array] | QuantizedParam:
+    """Return a matrix drawn from a normal distribution, or an empty one if it is quantized.
+
+    Args:
+        rngs: Source of the values; None where only shapes are needed.
+        dims: Letters of the dimensions.
+        inputs: Those that products sum over.
+        shape: Size of each dimension.
+        scale: Standard deviation.
+        cfg: Names the dtype.
+    """
+    if cfg.matrix_dtype is not None:
+        return QuantizedParam(dims, inputs, shape, cfg.matrix_dtype)
     drawn = draw(rngs, shape, scale)
     return nnx.Param(drawn.astype(DTYPE_NAMES[cfg.dtype]), dims=dims)
 
@@ -106,11 +152,11 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs | None) -> None:
         d, n, k, h = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-        self.w_q = normal(rngs, "DNH", (d, n, h), d**-0.5, cfg)
-        self.w_k = normal(rngs, "DKH", (d, k, h), d**-0.5, cfg)
-        self.w_v = normal(rngs, "DKH", (d, k, h), d**-0.5, cfg)
+        self.w_q = normal(rngs, "DNH", "D", (d, n, h), d**-0.5, cfg)
+        self.w_k = normal(rngs, "DKH", "D", (d, k, h), d**-0.5, cfg)
+        self.w_v = normal(rngs, "DKH", "D", (d, k, h), d**-0.5, cfg)
         residual = (n * h) ** -0.5 * (2 * cfg.n_layers) ** -0.5
-        self.w_o = normal(rngs, "NHD", (n, h, d), residual, cfg)
+        self.w_o = normal(rngs, "NHD", "NH", (n, h, d), residual, cfg)
         if cfg.qk_norm == "head":
             self.q_norm, self.k_norm = ones("H", (h,), cfg), ones("H", (h,), cfg)
         if cfg.qk_norm == "projection":
@@ -152,16 +198,19 @@ class Attention(nnx.Module):
         return _project(y_BTNH, self.w_o[...], "BTNH,NHD->BTD"), cache
 
 
-def _project(x: jax.Array, w: jax.Array, axes: str) -> jax.Array:
+def _project(x: jax.Array, w: Matrix, axes: str) -> jax.Array:
     """Return the einsum of `x` and `w`; for a single token, as a product of matrices.
 
     XLA's CPU backend runs an einsum over three axes five times slower when there is one token.
     """
-    if x.shape[1] > 1:
-        return jnp.einsum(axes, x, w)
     contracted = x.ndim - 2
     rows = math.prod(w.shape[:contracted])
-    y = x.reshape(x.shape[0], rows) @ w.reshape(rows, -1)
+    if isinstance(w, Quantized):
+        y = multiply(x.reshape(*x.shape[:2], rows), w.flatten(contracted))
+    elif x.shape[1] > 1:
+        return jnp.einsum(axes, x, w)
+    else:
+        y = x.reshape(x.shape[0], rows) @ w.reshape(rows, -1)
     return y.reshape(*x.shape[:2], *w.shape[contracted:])
 
 
@@ -229,25 +278,24 @@ class FeedForward(nnx.Module):
     def __init__(self, cfg: BackboneConfig, *, rngs: nnx.Rngs | None) -> None:
         d, f = cfg.d_model, cfg.d_ff
         residual = f**-0.5 * (2 * cfg.n_layers) ** -0.5
-        self.w_gate = normal(rngs, "DF", (d, f), d**-0.5, cfg)
-        self.w_up = normal(rngs, "DF", (d, f), d**-0.5, cfg)
-        self.w_down = normal(rngs, "FD", (f, d), residual, cfg)
+        self.w_gate = normal(rngs, "DF", "D", (d, f), d**-0.5, cfg)
+        self.w_up = normal(rngs, "DF", "D", (d, f), d**-0.5, cfg)
+        self.w_down = normal(rngs, "FD", "F", (f, d), residual, cfg)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Return the block's output, shape BTD."""
         return swiglu(x_BTD, self.w_gate[...], self.w_up[...], self.w_down[...])
 
 
-def swiglu(
-    x_BTD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
-) -> jax.Array:
+def swiglu(x_BTD: jax.Array, w_gate_DF: Matrix, w_up_DF: Matrix, w_down_FD: Matrix) -> jax.Array:
     """Return `(silu(x w_gate) * (x w_up)) w_down`, shape BTD."""
-    return (jax.nn.silu(x_BTD @ w_gate_DF) * (x_BTD @ w_up_DF)) @ w_down_FD
+    hidden_BTF = jax.nn.silu(multiply(x_BTD, w_gate_DF)) * multiply(x_BTD, w_up_DF)
+    return multiply(hidden_BTF, w_down_FD)
 
 
 def changed_swiglu(
     x_BTD: jax.Array,
-    matrices: Mapping[str, jax.Array],
+    matrices: Mapping[str, Matrix],
     changes: Mapping[str, tuple[jax.Array, jax.Array]],
 ) -> jax.Array:
     """Return `swiglu` with low-rank changes: `x w + (x a) b` for every `x w`.
@@ -258,11 +306,14 @@ def changed_swiglu(
         changes: Factors `a` and `b` for each of them.
     """
 
-    def multiply(name: str, x: jax.Array) -> jax.Array:
-        x = _multiply_changed(x, jax.lax.stop_gradient(matrices[name]), *changes[name])
+    def run(name: str, x: jax.Array) -> jax.Array:
+        w, (a, b) = matrices[name], changes[name]
+        if isinstance(w, Quantized):
+            return multiply(x, w) + (x @ a) @ b
+        x = _multiply_changed(x, jax.lax.stop_gradient(w), a, b)
         return x
 
-    return multiply("w_down", jax.nn.silu(multiply("w_gate", x_BTD)) * multiply("w_up", x_BTD))
+    return run("w_down", jax.nn.silu(run("w_gate", x_BTD)) * run("w_up", x_BTD))
 
 
 @jax.custom_vjp

@@ -63,7 +63,8 @@ class Model:
         factor_rank: Low-rank bodies of at most this rank are kept as factors, which take little
             memory. The others are merged into full matrices, and by default all are. Outputs
             agree up to rounding. With factors only, the first body that is merged needs room that
-            has to be made, which compiles the programs again.
+            has to be made, which compiles the programs again. A backbone with quantized matrices
+            merges none: there the default is the highest rank that its interface allows.
         tokenizer: The backbone's tokenizer; the one for bytes by default.
 
     Raises:
@@ -84,7 +85,7 @@ class Model:
         experts: Sequence[Pluggable] = (),
         *,
         capacity: int | None = None,
-        factor_rank: int = 0,
+        factor_rank: int | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
@@ -95,6 +96,8 @@ class Model:
                 where="interface.tokenizer",
                 hint="a backbone package has its own: tokenizer=loaded.tokenizer",
             )
+        if factor_rank is None:
+            factor_rank = interface.lora_max_rank if backbone.cfg.matrix_dtype else 0
         needed = len(experts) + 1
         capacity = max(capacity or 1, _power_of_two(needed))
         # How a body is kept depends on nothing else that is installed: no bit of its output may.

@@ -32,6 +32,7 @@ from composable.model.composed import (
     run_trunk_and_scouts,
     writing_state,
 )
+from composable.model.config import DTYPE_NAMES
 from composable.model.guard import Tally
 from composable.model.layers import KVCache
 from composable.model.mix import Bodies, MixState, Reading, mix_state, predict_mix, read_mix
@@ -259,7 +260,7 @@ class SafeSteps:
         self._cache_length, self._n_read = cache_length, 0
         self._trunk = tuple(self._empty_caches(range(parts.backbone.cfg.tap)))
         self._state: SafeState = _start_safe(self._flat)
-        dtype = parts.backbone.embed[...].dtype
+        dtype = DTYPE_NAMES[parts.backbone.cfg.dtype]
         self._x_BSD = jnp.zeros((1, cache_length, interface.d_model), dtype)
         self._paths: dict[int, _Path] = {}
         none_BTV = jnp.zeros((1, 1, interface.vocab_size), jnp.float32)

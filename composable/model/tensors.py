@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,12 @@ def shapes_of(module: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {_name(path): tuple(variable.get_value().shape) for path, variable in flat}
 
 
+def dtypes_of(module: nnx.Module) -> dict[str, np.dtype[Any]]:
+    """Return the dtypes of a module's variables by name; its argument as for `shapes_of`."""
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {_name(path): np.dtype(variable.get_value().dtype) for path, variable in flat}
+
+
 def from_tensors(module: M, tensors: Mapping[str, np.ndarray]) -> M:
     """Return a module whose variables are the given arrays, in the dtypes that it declares.
 
@@ -66,7 +72,10 @@ def from_tensors(module: M, tensors: Mapping[str, np.ndarray]) -> M:
         if array.shape != shape:
             raise ModelError(f"tensor {_name(path)!r} has shape {array.shape}, expected {shape}")
         # Converted on the host: on the device every shape would need a program of its own.
-        host = np.asarray(array, variable.get_value().dtype)
+        dtype = variable.get_value().dtype
+        # Bits of bfloat16, as quantized matrices are kept.
+        is_bits = dtype == np.uint16
+        host = np.asarray(array, jnp.bfloat16).view(dtype) if is_bits else np.asarray(array, dtype)
         value = jax.device_put(host, may_alias=False)
         filled.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -156,7 +156,8 @@ def train_expert(
     Raises:
         ManifestError, InterfaceError: If the manifest is invalid or for another interface.
         TextError: If there is no text, or only one document.
-        TrainingError: If an earlier run in this folder started with other text or settings.
+        TrainingError: If an earlier run in this folder started with other text or settings, or the
+            backbone is quantized.
     """
     manifest = _read_manifest(loaded, folder)
     train, heldout = read_texts(data, salt or manifest.name)
@@ -257,6 +258,12 @@ def _make_start(
     backbone: Backbone, manifest: Manifest, seed: int, parent: Pluggable | None
 ) -> Expert:
     """Return the expert that training starts from."""
+    if backbone.cfg.matrix_dtype is not None:
+        raise TrainingError(
+            f"the backbone's matrices are kept in {backbone.cfg.matrix_dtype}, which is for use",
+            where=f"{manifest.name}: backbone",
+            hint="train for the release that it was made from, whose digest its card names",
+        )
     expert = make_expert(backbone, manifest, seed)
     if parent is not None:
         expert.body, expert.scout = nnx.clone((parent.body, parent.scout))

@@ -24,6 +24,7 @@ from composable.errors import TextError
 from composable.files.atomic import Sink
 from composable.interface import canonical_json, digest_bytes
 from composable.model.backbone import Backbone
+from composable.model.config import DTYPE_NAMES
 from composable.progress import CountProgress
 from composable.training.config import TrainConfig
 from composable.training.data import TappedRows
@@ -159,7 +160,7 @@ def run_trunk(
         progress: Called with positions done and in all.
     """
     cfg = loaded.backbone.cfg
-    dtype = np.dtype(loaded.backbone.embed[...].dtype)
+    dtype = np.dtype(DTYPE_NAMES[cfg.dtype])
     tokens_BU = np.ascontiguousarray(tokens_BU, np.int32)
     shape = (len(tokens_BU), tokens_BU.shape[1] - 1, cfg.d_model)
     key = {

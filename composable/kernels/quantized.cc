@@ -1,0 +1,383 @@
+// Products of rows of float32 with a matrix that is kept in fewer bytes, for XLA's foreign function
+// interface.
+//
+// A matrix is int8, with one scale for each output, or bfloat16. It is widened to float32 in
+// registers, or in a panel that stays in cache, and never in memory. Each output is one sum over the
+// inputs in their order (or one for each lane of a register, if the outputs are the matrix's rows),
+// so it does not depend on how many rows there are, on the others, or on the number of threads.
+//
+// Weights are read once for every token, so the speed of memory is the limit. Where the processor
+// does not prefetch by itself, as in many virtual machines, prefetching here triples the speed.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float WidenOne(int8_t value) { return value; }
+inline float WidenOne(BFloat16 value) {
+  uint32_t bits = uint32_t{value.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+template <typename T>
+inline Lanes Widen(const T* values) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 1) {
+    return (Lanes)_mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))));
+  } else {
+    return (Lanes)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))), 16);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 1) {
+    return (Lanes)_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values))));
+  } else {
+    return (Lanes)_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))), 16);
+  }
+#else
+  Lanes wide;
+  for (int lane = 0; lane < kLanes; ++lane) wide[lane] = WidenOne(values[lane]);
+  return wide;
+#endif
+}
+
+// Compiled without contraction: whether a sum is fused may depend on nothing that is around it.
+inline float MultiplyAdd(float x, float w, float sum) {
+#if defined(FP_FAST_FMAF)
+  return __builtin_fmaf(x, w, sum);
+#else
+  return x * w + sum;
+#endif
+}
+
+inline Lanes MultiplyAdd(Lanes x, Lanes w, Lanes sum) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_fmadd_ps((__m512)x, (__m512)w, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Lanes)_mm256_fmadd_ps((__m256)x, (__m256)w, (__m256)sum);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) sum[lane] = MultiplyAdd(x[lane], w[lane], sum[lane]);
+  return sum;
+#endif
+}
+
+inline float Sum(Lanes lanes) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)lanes);
+#else
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+#endif
+}
+
+inline Lanes Spread(float value) { return value - Lanes{}; }
+
+inline Lanes Load(const float* values) { return *reinterpret_cast<const Lanes*>(values); }
+inline void Store(float* values, Lanes lanes) { *reinterpret_cast<Lanes*>(values) = lanes; }
+
+// One product: y = (x w) scale, or (x w^T) scale. Scales are null for none.
+template <typename T>
+struct Product {
+  const float* x;  // rows by inputs
+  const T* w;      // inputs by outputs; outputs by inputs if it is transposed
+  const float* scale;
+  float* y;  // rows by outputs
+  int64_t rows, inputs, outputs;
+
+  float scaled(float sum, int64_t output) const { return scale ? sum * scale[output] : sum; }
+};
+
+constexpr int kInputs = 8;      // rows of the matrix that are added to the outputs at a time
+constexpr int kPanel = 64;      // outputs of a panel
+constexpr int kTile = 4;        // rows that share what was loaded of a panel
+constexpr int64_t kAhead = 12 << 10;  // bytes between what is read and what is prefetched
+
+// One row: adds `kInputs` rows of the matrix to the outputs at a time, which stay in cache.
+template <typename T>
+void MultiplyRow(const Product<T>& p, int64_t begin, int64_t end) {
+  float* y = p.y;
+  std::fill(y + begin, y + end, 0.0f);
+  const int64_t width = (end - begin) * sizeof(T);
+  const int64_t rows_ahead = std::max<int64_t>(1, kAhead / (width * kInputs)) * kInputs;
+  int64_t d = 0;
+  for (; d + kInputs <= p.inputs; d += kInputs) {
+    const T* w = p.w + d * p.outputs;
+    const float* x = p.x + d;
+    int64_t f = begin;
+    for (; f + kLanes <= end; f += kLanes) {
+      if ((f - begin) * sizeof(T) % 64 < kLanes * sizeof(T)) {
+        for (int k = 0; k < kInputs; ++k) {
+          __builtin_prefetch(w + (rows_ahead + k) * p.outputs + f);
+        }
+      }
+      Lanes sum = Load(y + f);
+#pragma GCC unroll 8
+      for (int k = 0; k < kInputs; ++k) {
+        sum = MultiplyAdd(Spread(x[k]), Widen(w + k * p.outputs + f), sum);
+      }
+      Store(y + f, sum);
+    }
+    for (; f < end; ++f) {
+      for (int k = 0; k < kInputs; ++k) {
+        y[f] = MultiplyAdd(x[k], WidenOne(w[k * p.outputs + f]), y[f]);
+      }
+    }
+  }
+  for (; d < p.inputs; ++d) {
+    const T* w = p.w + d * p.outputs;
+    int64_t f = begin;
+    for (; f + kLanes <= end; f += kLanes) {
+      Store(y + f, MultiplyAdd(Spread(p.x[d]), Widen(w + f), Load(y + f)));
+    }
+    for (; f < end; ++f) y[f] = MultiplyAdd(p.x[d], WidenOne(w[f]), y[f]);
+  }
+  if (p.scale) {
+    for (int64_t f = begin; f < end; ++f) y[f] = p.scaled(y[f], f);
+  }
+}
+
+// Several rows and a panel of outputs, which is widened once.
+template <int kRows>
+void MultiplyPanel(const float* x, int64_t inputs, const float* panel, Lanes* sums) {
+  constexpr int kParts = kPanel / kLanes;
+  Lanes sum[kRows][kParts] = {};
+  for (int64_t d = 0; d < inputs; ++d) {
+    for (int part = 0; part < kParts; ++part) {
+      const Lanes w = Load(panel + d * kPanel + part * kLanes);
+      for (int row = 0; row < kRows; ++row) {
+        sum[row][part] = MultiplyAdd(Spread(x[row * inputs + d]), w, sum[row][part]);
+      }
+    }
+  }
+  std::memcpy(sums, sum, sizeof(sum));
+}
+
+template <typename T>
+void MultiplyRows(const Product<T>& p, int64_t begin, int64_t end) {
+  std::vector<float> panel(p.inputs * kPanel);
+  Lanes sums[kTile * kPanel / kLanes];
+  for (int64_t first = begin; first < end; first += kPanel) {
+    const int64_t width = std::min<int64_t>(kPanel, end - first);
+    for (int64_t d = 0; d < p.inputs; ++d) {
+      const T* w = p.w + d * p.outputs + first;
+      __builtin_prefetch(w + 2 * kInputs * p.outputs);
+      float* wide = panel.data() + d * kPanel;
+      int64_t f = 0;
+      for (; f + kLanes <= width; f += kLanes) Store(wide + f, Widen(w + f));
+      for (; f < width; ++f) wide[f] = WidenOne(w[f]);
+    }
+    for (int64_t row = 0; row < p.rows;) {
+      const bool is_tile = row + kTile <= p.rows;
+      const int n_rows = is_tile ? kTile : 1;
+      const float* x = p.x + row * p.inputs;
+      if (is_tile) {
+        MultiplyPanel<kTile>(x, p.inputs, panel.data(), sums);
+      } else {
+        MultiplyPanel<1>(x, p.inputs, panel.data(), sums);
+      }
+      const float* sum = reinterpret_cast<const float*>(sums);
+      for (int i = 0; i < n_rows; ++i) {
+        float* y = p.y + (row + i) * p.outputs + first;
+        for (int64_t f = 0; f < width; ++f) y[f] = p.scaled(sum[i * kPanel + f], first + f);
+      }
+      row += n_rows;
+    }
+  }
+}
+
+// Rows of x by `kTile` rows of a transposed matrix, whose inputs are `W`.
+template <int kRows, typename W>
+void MultiplyTransposedTile(const float* x, int64_t stride, const W* w, int64_t inputs, bool is_ahead,
+                            float (*sums)[kTile]) {
+  Lanes sum[kRows][kTile] = {};
+  for (int64_t d = 0; d + kLanes <= inputs; d += kLanes) {
+    Lanes wide[kTile];
+    for (int k = 0; k < kTile; ++k) {
+      const W* values = w + k * inputs + d;
+      if (is_ahead && d * sizeof(W) % 64 < kLanes * sizeof(W)) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + kAhead / 2);
+      }
+      if constexpr (sizeof(W) == sizeof(float)) {
+        wide[k] = Load(values);
+      } else {
+        wide[k] = Widen(values);
+      }
+    }
+    for (int row = 0; row < kRows; ++row) {
+      const Lanes own = Load(x + row * stride + d);
+      for (int k = 0; k < kTile; ++k) sum[row][k] = MultiplyAdd(own, wide[k], sum[row][k]);
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int k = 0; k < kTile; ++k) {
+      float total = Sum(sum[row][k]);
+      for (int64_t d = inputs - inputs % kLanes; d < inputs; ++d) {
+        float wide;
+        if constexpr (sizeof(W) == sizeof(float)) {
+          wide = w[k * inputs + d];
+        } else {
+          wide = WidenOne(w[k * inputs + d]);
+        }
+        total = MultiplyAdd(x[row * stride + d], wide, total);
+      }
+      sums[row][k] = total;
+    }
+  }
+}
+
+template <typename T>
+void MultiplyTransposed(const Product<T>& p, int64_t begin, int64_t end) {
+  std::vector<float> panel(kTile * p.inputs);
+  float sums[kTile][kTile];
+  for (int64_t first = begin; first < end; first += kTile) {
+    const T* w = p.w + first * p.inputs;
+    const int64_t height = std::min<int64_t>(kTile, end - first);
+    // Rows of the panel beyond the height are multiplied as well, and not used.
+    const bool is_wide = p.rows > 1 || height < kTile;
+    if (is_wide) {
+      for (int64_t i = 0; i < height * p.inputs; ++i) panel[i] = WidenOne(w[i]);
+    }
+    for (int64_t row = 0; row < p.rows;) {
+      const bool is_tile = row + kTile <= p.rows;
+      const int n_rows = is_tile ? kTile : 1;
+      const float* x = p.x + row * p.inputs;
+      if (is_tile) {
+        MultiplyTransposedTile<kTile>(x, p.inputs, panel.data(), p.inputs, false, sums);
+      } else if (is_wide) {
+        MultiplyTransposedTile<1>(x, p.inputs, panel.data(), p.inputs, false, sums);
+      } else {
+        MultiplyTransposedTile<1>(x, p.inputs, w, p.inputs, true, sums);
+      }
+      for (int i = 0; i < n_rows; ++i) {
+        for (int64_t k = 0; k < height; ++k) {
+          p.y[(row + i) * p.outputs + first + k] = p.scaled(sums[i][k], first + k);
+        }
+      }
+      row += n_rows;
+    }
+  }
+}
+
+// What threads share: each takes pieces until none is left. The caller takes part and waits for
+// pieces that others have begun only, so it cannot wait for a thread that never starts.
+template <typename Run>
+struct Pieces {
+  Run run;
+  int64_t n_pieces;
+  std::atomic<int64_t> next{0}, done{0};
+
+  Pieces(Run run, int64_t n_pieces) : run(std::move(run)), n_pieces(n_pieces) {}
+
+  void Work() {
+    for (int64_t piece; (piece = next.fetch_add(1)) < n_pieces;) {
+      run(piece);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+template <typename Run>
+void RunPieces(ffi::ThreadPool& pool, int64_t n_pieces, Run run) {
+  if (n_pieces <= 1) {
+    run(0);
+    return;
+  }
+  auto pieces = std::make_shared<Pieces<Run>>(std::move(run), n_pieces);
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), n_pieces) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([pieces] { pieces->Work(); });
+  pieces->Work();
+  while (pieces->done.load(std::memory_order_acquire) < n_pieces) std::this_thread::yield();
+}
+
+// Weights times rows of a piece; starting another thread takes as long as some ten thousands.
+constexpr int64_t kWorkOfPiece = 1 << 20;
+
+template <typename T>
+void Multiply(ffi::ThreadPool& pool, const Product<T>& p, bool is_transposed) {
+  const int64_t work = p.rows * p.inputs * p.outputs;
+  const int64_t units = (p.outputs + kPanel - 1) / kPanel;
+  const int64_t most = p.rows > 1 ? units : std::min<int64_t>(units, pool.num_threads());
+  const int64_t n_pieces = std::clamp<int64_t>(work / kWorkOfPiece, 1, std::max<int64_t>(1, most));
+  RunPieces(pool, n_pieces, [=](int64_t piece) {
+    const int64_t begin = units * piece / n_pieces * kPanel;
+    const int64_t end = std::min(p.outputs, units * (piece + 1) / n_pieces * kPanel);
+    if (is_transposed) {
+      MultiplyTransposed(p, begin, end);
+    } else if (p.rows == 1) {
+      MultiplyRow(p, begin, end);
+    } else {
+      MultiplyRows(p, begin, end);
+    }
+  });
+}
+
+ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+               ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, bool is_transposed) {
+  const auto sizes = w.dimensions();
+  const int64_t inputs = sizes[is_transposed ? 1 : 0], outputs = sizes[is_transposed ? 0 : 1];
+  const int64_t rows = x.dimensions()[0];
+  const float* scales = scale.element_count() ? scale.typed_data() : nullptr;
+  if (y->element_count() == 0) return ffi::Error::Success();
+  switch (w.element_type()) {
+    case ffi::S8:
+      Multiply(pool,
+               Product<int8_t>{x.typed_data(), static_cast<const int8_t*>(w.untyped_data()), scales,
+                               y->typed_data(), rows, inputs, outputs},
+               is_transposed);
+      return ffi::Error::Success();
+    case ffi::U16:  // bits of bfloat16
+      Multiply(pool,
+               Product<BFloat16>{x.typed_data(), static_cast<const BFloat16*>(w.untyped_data()),
+                                 scales, y->typed_data(), rows, inputs, outputs},
+               is_transposed);
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("the matrix is neither int8 nor bits of bfloat16");
+  }
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ComposableMultiply, Run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // x
+                                  .Arg<ffi::AnyBuffer>()         // w
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // scale, empty for none
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // y
+                                  .Attr<bool>("is_transposed"));

@@ -1,0 +1,183 @@
+"""Products with quantized matrices: values, rows on their own, gradients, and nothing inflated."""
+
+import re
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from composable.kernels import native, quantized
+from composable.kernels.quantized import (
+    multiply,
+    multiply_transposed,
+    quantize,
+    take_rows,
+    widen,
+)
+
+# Sums of a hundred terms in another order, relative to the largest output.
+REORDERED_SUMS = 3e-6
+# Rows, inputs and outputs: below, at and above what the kernel takes at a time, and uneven.
+SHAPES = [(1, 100, 200), (5, 37, 19), (130, 40, 72)]
+DTYPES = ["I8", "BF16"]
+
+
+@pytest.fixture(params=["native", "portable"])
+def path(request, monkeypatch):
+    """Run products by the native kernel, if there is a compiler, and by the portable loop."""
+    if request.param == "portable":
+        monkeypatch.setattr(
+            quantized, "load_native", lambda: native.NativeKernel(False, "not wanted")
+        )
+    elif not native.load_native().is_loaded:
+        pytest.skip(native.load_native().reason)
+    # What was traced with the other path is not used again.
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def draw(rows, inputs, outputs, dtype, is_transposed):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, inputs)).astype(np.float32)
+    shape = (outputs, inputs) if is_transposed else (inputs, outputs)
+    w = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return x, _quantize(w, dtype, (1,) if is_transposed else (0,))
+
+
+_quantize = jax.jit(quantize, static_argnums=(1, 2))
+
+
+def product_of(is_transposed):
+    return jax.jit(multiply_transposed if is_transposed else multiply)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_products_are_those_of_the_widened_matrix(path, dtype, is_transposed):
+    for shape in SHAPES:
+        x, w = draw(*shape, dtype, is_transposed)
+        found = product_of(is_transposed)(x, w)
+        wide = np.asarray(widen(w), np.float64)
+        expected = np.asarray(x, np.float64) @ (wide.T if is_transposed else wide)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, atol=REORDERED_SUMS * scale, err_msg=str(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_row_does_not_depend_on_the_others(dtype, is_transposed):
+    """To the bit, also on how many there are; the sums of a product in XLA do."""
+    if not native.load_native().is_loaded:
+        pytest.skip(native.load_native().reason)
+    for shape in SHAPES:
+        x, w = draw(*shape, dtype, is_transposed)
+        product = product_of(is_transposed)
+        together = np.asarray(product(x, w))
+        for row in {0, shape[0] // 2, shape[0] - 1}:
+            alone = np.asarray(product(x[row : row + 1], w))
+            np.testing.assert_array_equal(alone[0], together[row], err_msg=str(shape))
+
+
+def test_pieces_on_several_threads_cover_every_output():
+    """With a matrix large enough to be split, and more rows than a tile."""
+    if not native.load_native().is_loaded:
+        pytest.skip(native.load_native().reason)
+    for rows, is_transposed in ((1, False), (1, True), (6, False), (6, True)):
+        x, w = draw(rows, 1024, 3000, "I8", is_transposed)
+        found = np.asarray(jax.jit(product_of(is_transposed))(x, w))
+        wide = np.asarray(widen(w))
+        expected = np.asarray(x) @ (wide.T if is_transposed else wide)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_gradients_of_rows_are_those_of_the_widened_matrix(path):
+    for is_transposed in (False, True):
+        x, w = draw(3, 20, 36, "I8", is_transposed)
+        wide = widen(w).T if is_transposed else widen(w)
+
+        def loss(x, product):
+            return jnp.sum(jnp.sin(product(x)))
+
+        found = jax.grad(loss)(x, lambda x, t=is_transposed, w=w: product_of(t)(x, w))
+        expected = jax.grad(loss)(x, lambda x, wide=wide: x @ wide)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_products_can_be_vmapped(path):
+    x, w = draw(6, 20, 36, "I8", False)
+    found = jax.vmap(lambda row: multiply(row[None], w)[0])(x)
+    np.testing.assert_allclose(found, multiply(x, w), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 32])
+def test_no_matrix_is_widened_in_memory(path, dtype, is_transposed, rows):
+    """Not in a scan over layers either, out of which XLA would hoist it, for all layers at once."""
+    x, w = draw(rows, 96, 96, dtype, is_transposed)
+    stack = jax.tree.map(lambda array: jnp.stack([array] * 3), w)
+
+    def run(x, stack):
+        return jax.lax.scan(lambda x, w: (product_of(is_transposed)(x, w), None), x, stack)[0]
+
+    text = jax.jit(run).lower(x, stack).compile().as_text()
+    assert re.search(r"(s8|u16)\[(3,)?96,96\]", text)  # the matrices are there
+    assert not re.search(r"f32\[(3,)?96,96\]", text)
+
+
+def test_int8_has_one_scale_for_each_output():
+    w = jnp.array([[1.0, 0.0, -3.0], [0.5, 0.0, 1.0]])
+    found = quantize(w, "I8", inputs=(0,))
+    assert found.scale.shape == (1, 3)
+    np.testing.assert_allclose(widen(found), w, atol=np.asarray(found.scale).max() / 2)
+    assert found.values[:, 1].tolist() == [0, 0]
+    assert np.abs(np.asarray(found.values)).max(axis=0).tolist() == [127, 0, 127]
+
+
+def test_rows_of_embeddings_are_widened():
+    _, w = draw(1, 8, 20, "I8", True)
+    np.testing.assert_array_equal(take_rows(w, jnp.array([[3, 5]])), widen(w)[None, [3, 5]])
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Return `load_native` as a process that has not called it has it."""
+    monkeypatch.delenv("CXX", raising=False)
+    return native.load_native.__wrapped__
+
+
+def test_without_a_compiler_the_portable_path_is_used(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert fresh() == native.NativeKernel(False, "no C++ compiler (c++, g++, clang++)")
+    monkeypatch.setenv(native.VARIABLE, "portable")
+    assert fresh() == native.NativeKernel(False, "COMPOSABLE_KERNELS=portable")
+
+
+def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    fails = "{ echo 'error: no' >&2; exit 3; }"
+    broken.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 1 || {fails}\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    kernel = fresh()
+    assert not kernel.is_loaded
+    assert kernel.reason == f"{broken} made no library: error: no"
+
+
+def test_the_library_is_compiled_once(fresh, monkeypatch):
+    if not native.load_native().is_loaded:
+        pytest.skip(native.load_native().reason)
+    assert fresh().is_loaded
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return real(command, **options)
+
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", run)
+    assert fresh().is_loaded
+    assert [command[1:] for command in commands] == [("--version",)]
