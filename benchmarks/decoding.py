@@ -9,7 +9,8 @@ minutes, so it is in no environment of the project; `--llama PATH` names a folde
 
     pip install --no-deps --target PATH llama-cpp-python
 
-The floor is the time to read as many bytes as the weights have.
+The floor is the time to read as many bytes as the weights have in float32. The backbone alone is
+measured with its matrices in float32, bfloat16 and int8, round by round in one process.
 
 Every contender runs in a process of its own, in turns. Models with experts are compared with the
 backbone alone in one process, round by round in turns, so that other load on the machine meets
@@ -42,19 +43,26 @@ from flax import nnx
 
 from benchmarks.demo_seeds import fill
 from benchmarks.parity import PROMPT, Endless, find_gguf, save_smollm2
+from composable.assembly.backbones import make_blank
 from composable.interop.checkpoint import Checkpoint, open_source
 from composable.interop.tokenizer import make_tokenizer
+from composable.kernels import describe_products
 from composable.model.bank import empty_bank, install, make_entry
 from composable.model.body import Body
 from composable.model.composed import Parts
 from composable.model.decoding import Decoder, Mode
 from composable.model.scout import Scout
+from composable.model.tensors import from_tensors
 from composable.workflows.import_backbone import load_checkpoint
+from composable.workflows.quantize_backbone import quantize_tensors
 from tests.support.parity import parts_of
 
 N_DRAWN: Final = 24
 N_READ: Final = 512
+N_READS: Final = 3
 LENGTH: Final = 1024
+# How matrices are kept in fewer bytes.
+QUANTIZED: Final = {"bf16": "BF16", "int8": "I8"}
 RANK: Final = 16
 # How much likelier a class of the prompt is to the scout that the text belongs to, in nats.
 _ADVANTAGE: Final = 6.0
@@ -193,11 +201,33 @@ def child_cases(indices: list[int], rounds: int, reads: int) -> list[dict[str, A
     return rows
 
 
+def quantize(parts: Parts, dtype: str) -> Parts:
+    """Return the backbone alone with matrices of "I8" or "BF16"."""
+    cfg = dataclasses.replace(parts.backbone.cfg, matrix_dtype=dtype)
+    blank = make_blank(cfg, parts.interface.n_classes)
+    return parts_of(from_tensors(blank, quantize_tensors(parts.backbone, cfg)))
+
+
 def child_ours(rounds: int) -> dict[str, Any]:
+    """Measure the backbone alone as its matrices are kept, round by round in turns."""
     parts, tokenizer, prompt_T, text_T = load()
-    alone = Contender(parts, tokenizer)
-    alone.decode(prompt_T), alone.read(text_T)
-    return _row(lambda: alone.decode(prompt_T), lambda: alone.read(text_T), rounds)
+    print(describe_products("cpu"), file=sys.stderr)
+    kept = {"ours": parts} | {f"ours_{name}": quantize(parts, d) for name, d in QUANTIZED.items()}
+    contenders = {name: Contender(parts, tokenizer) for name, parts in kept.items()}
+    for contender in contenders.values():  # compiles
+        contender.decode(prompt_T), contender.read(text_T)
+    times, reads = ({name: [] for name in contenders} for _ in range(2))
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            times[name].append(contender.decode(prompt_T))
+    for _ in range(N_READS):
+        for name, contender in contenders.items():
+            reads[name].append(contender.read(text_T))
+    rows = {name: _row(times[name], reads[name]) for name in contenders}
+    for name, row in rows.items():
+        pairs = zip(times["ours"], times[name], strict=True)
+        row["speed"] = _spread([a[0] / b[0] for a, b in pairs])
+    return rows
 
 
 def child_transformers(folder: str, rounds: int) -> dict[str, Any]:
@@ -222,7 +252,7 @@ def child_transformers(folder: str, rounds: int) -> dict[str, Any]:
 
     with torch.inference_mode():
         decode()
-        return _row(decode, lambda: _seconds(lambda: read(text_T)), rounds)
+        return {"transformers": _measure(decode, lambda: _seconds(lambda: read(text_T)), rounds)}
 
 
 def child_llama_cpp(folder: str, rounds: int) -> dict[str, Any]:
@@ -254,7 +284,7 @@ def child_llama_cpp(folder: str, rounds: int) -> dict[str, Any]:
         return (time.perf_counter() - start) / N_DRAWN, (time.process_time() - cpu) / N_DRAWN
 
     decode()
-    return _row(decode, lambda: _seconds(lambda: read(text_T)), rounds)
+    return {"llama_cpp": _measure(decode, lambda: _seconds(lambda: read(text_T)), rounds)}
 
 
 def child_floor(rounds: int) -> dict[str, Any]:
@@ -269,20 +299,23 @@ def child_floor(rounds: int) -> dict[str, Any]:
             _seconds(lambda: list(pool.map(lambda x: x.dot(x), parts)))[0]  # releases the GIL
             for _ in range(4 * rounds)
         ]
-    return {
+    row = {
         "megabytes": round(n_bytes / 1e6, 1),
         "gigabytes_per_second": round(n_bytes / min(seconds) / 1e9, 1),
         "tokens_per_second": _rate(seconds),
     }
+    return {"floor": row}
 
 
-def _row(
+def _measure(
     decode: Callable[[], tuple[float, float]],
     read: Callable[[], tuple[float, float]],
     rounds: int,
 ) -> dict[str, Any]:
-    times = [decode() for _ in range(rounds)]
-    reads = [read() for _ in range(3)]
+    return _row([decode() for _ in range(rounds)], [read() for _ in range(N_READS)])
+
+
+def _row(times: list[tuple[float, float]], reads: list[tuple[float, float]]) -> dict[str, Any]:
     return {
         "tokens_per_second": _rate([wall for wall, _ in times]),
         "cpu_ms_per_token": round(1e3 * min(cpu for _, cpu in times), 1),
@@ -342,13 +375,11 @@ def measure(
                 given = {"transformers": (str(folder),), "llama_cpp": (str(llama),)}.get(name, ())
                 if given and not Path(given[0]).exists():
                     continue
-                row = run_child(name, *given, rounds)
-                if row is None:
-                    continue
-                best = contenders.get(name)
-                speed = row["tokens_per_second"]["best"]
-                if best is None or speed > best["tokens_per_second"]["best"]:
-                    contenders[name] = row
+                for key, row in (run_child(name, *given, rounds) or {}).items():
+                    best = contenders.get(key)
+                    speed = row["tokens_per_second"]["best"]
+                    if best is None or speed > best["tokens_per_second"]["best"]:
+                        contenders[key] = row
     return {
         "contenders": contenders,
         "cases": run_child("cases", cases, rounds, reads) if cases else [],
@@ -365,6 +396,8 @@ def measure(
 NAMES: Final = {
     "floor": "floor: the weights are read once",
     "ours": "ours, backbone alone, float32",
+    "ours_bf16": "ours, matrices of bfloat16",
+    "ours_int8": "ours, matrices of int8",
     "transformers": "transformers, float32",
     "llama_cpp": "llama.cpp, the 4-bit file",
 }
@@ -374,14 +407,15 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     """Return Markdown by marker, of what was measured."""
     texts, rows = {}, result["contenders"]
     floor = rows["floor"]["tokens_per_second"]["best"] if rows else 0.0
-    alone = "| | tokens/s, best | median | of the floor | CPU ms per token | "
-    alone += f"{N_READ} tokens read, tokens/s | CPU ms per token read |\n" + "|---" * 7 + "|\n"
+    alone = "| | tokens/s, best | median | of the floor | of float32 | CPU ms per token | "
+    alone += f"{N_READ} tokens read, tokens/s | CPU ms per token read |\n" + "|---" * 8 + "|\n"
     for key, name in NAMES.items():
         if key not in rows:
             continue
         row = rows[key]
         speed = row["tokens_per_second"]
         cells = [name, speed["best"], speed["median"], f"{speed['best'] / floor:.0%}"]
+        cells.append(_cell(row["speed"]) if "speed" in row else "–")
         keys = ("cpu_ms_per_token", "tokens_per_second_read", "cpu_ms_per_token_read")
         cells += [row.get(key, "–") for key in keys]
         alone += "| " + " | ".join(map(str, cells)) + " |\n"

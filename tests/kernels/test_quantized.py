@@ -1,7 +1,6 @@
 """Products with quantized matrices: values, rows on their own, gradients, and nothing inflated."""
 
 import re
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -167,17 +166,15 @@ def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
     assert kernel.reason == f"{broken} made no library: error: no"
 
 
-def test_the_library_is_compiled_once(fresh, monkeypatch):
-    if not native.load_native().is_loaded:
-        pytest.skip(native.load_native().reason)
-    assert fresh().is_loaded
-    commands = []
-
-    def run(command, **options):
-        commands.append(command)
-        return real(command, **options)
-
-    real = subprocess.run
-    monkeypatch.setattr(subprocess, "run", run)
-    assert fresh().is_loaded
-    assert [command[1:] for command in commands] == [("--version",)]
+def test_a_library_is_compiled_once_for_a_compiler_and_a_processor(monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
+    compiler.chmod(0o755)
+    made = native._compile(str(compiler), "version 1")
+    assert str(native._SOURCE) in made.read_text()
+    other = native._compile(str(compiler), "version 2")
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_describe_processor", lambda: ["another"])
+        assert len({made, other, native._compile(str(compiler), "version 1")}) == 3
+    compiler.unlink()
+    assert native._compile(str(compiler), "version 1") == made
