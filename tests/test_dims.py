@@ -21,7 +21,7 @@ SCALARS = {
     *("e", "i", "index", "is_drawn", "k", "key", "position", "rank", "width", "_"),
     *("condition", "min_p", "penalty", "repetition_penalty", "temperature", "top_k", "top_p"),
 }
-ANY_SHAPE = {"array", "left", "right", "log_prob", "stack", "w", "x"}
+ANY_SHAPE = {"array", "dy", "left", "log_prob", "right", "scale", "stack", "values", "w", "x", "y"}
 EINSUM = re.compile(r"[A-Za-z]+(,[A-Za-z]+)*->[A-Za-z]*")
 ARRAYS = {"Array", "jax.Array", "np.ndarray", "jax.Array | None", "np.ndarray | None"}
 

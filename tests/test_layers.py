@@ -77,6 +77,7 @@ READERS = {
     "demo.page": "a resource of this package",
     "demo.sandbox": "names folders to the kernel, and reads nothing",
     "files.cloning": "makes a file",
+    "kernels.native": "a file of this package, and one of the kernel",
     "packaging.manifests.template": "a folder of this package",
     "packaging.project.export": "writes a tar file",
     "workflows.capacity": "a file of the kernel",

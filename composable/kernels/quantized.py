@@ -206,8 +206,7 @@ def describe_products(platform: str) -> str:
 def _to_float(values: Array) -> Array:
     if values.dtype == jnp.int8:
         return values.astype(jnp.float32)
-    wide: Array = lax.bitcast_convert_type(values.astype(jnp.uint32) << 16, jnp.float32)
-    return wide
+    return jnp.asarray(lax.bitcast_convert_type(values.astype(jnp.uint32) << 16, jnp.float32))
 
 
 def _multiply(x: Array, w: Quantized, *, is_transposed: bool) -> Array:

@@ -9,13 +9,12 @@ they are stacked within the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from composable.kernels import take_rows, widen
 from composable.model.backbone import Backbone
 from composable.model.body import FullSlot, LowRankSlot, layer_slot, run_slot
 from composable.model.causal_attention import ATTENTION
@@ -85,9 +84,9 @@ def run_trunk_loop(backbone: Backbone, tokens_BT: jax.Array) -> jax.Array:
         backbone: The model; its weights may have a wider dtype than its activations.
         tokens_BT: Token ids.
     """
-    w_VD = gather_weights(backbone.embed)[...]
+    w_VD = cast(jax.Array, gather_weights(backbone.embed)[...])  # none is quantized in training
     # Cast after the look-up: a frequent token's gradient is a sum over many positions.
-    x_BTD = keep_batch_split(cast_weights(take_rows(w_VD, tokens_BT), backbone.cfg))
+    x_BTD = keep_batch_split(cast_weights(w_VD[tokens_BT], backbone.cfg))
     x_BTD = run_layer_loop(backbone, range(backbone.cfg.tap), x_BTD)
     isolated_BTD: jax.Array = jax.lax.optimization_barrier(x_BTD)
     return isolated_BTD
@@ -108,7 +107,8 @@ def final_loss(
     norm, w = backbone.norm, backbone.embed if cfg.is_tied else backbone.unembed
     norm, w = gather_weights(cast_weights((norm, w), cfg))
     h_BTD = rms_norm(h_BTD, norm[...], cfg.norm_eps)
-    return unembedded_loss(h_BTD, widen(w[...]), targets_BT, is_trained=is_trained)
+    w_VD = cast(jax.Array, w[...])
+    return unembedded_loss(h_BTD, w_VD, targets_BT, is_trained=is_trained)
 
 
 def run_layer_loop(
