@@ -17,8 +17,9 @@ from flax import nnx
 
 from composable.model.backbone import Backbone
 from composable.model.body import FullSlot, LowRankSlot, layer_slot, run_slot
+from composable.model.causal_attention import ATTENTION
 from composable.model.config import DTYPE_NAMES, BackboneConfig
-from composable.model.layers import ATTENTION, rms_norm
+from composable.model.layers import rms_norm
 from composable.parallel import count_batch_shards, gather_weights, keep_batch_split
 from composable.training.unembedding import unembedded_loss
 
