@@ -22,7 +22,8 @@
     ├── InteropError              a foreign file that cannot be imported exactly
     ├── TextError                 text that cannot be trained on, scored or continued
     ├── TrainingError             training that cannot start, resume or continue
-    │   └── PreemptedError        training that was asked to stop, and did; run again to resume
+    │   ├── PreemptedError        training that was asked to stop, and did; run again to resume
+    │   └── PeerError             another process of the run failed or died; run again to resume
     └── VettingError              an expert that failed vetting
 
 Warnings descend from `ComposableWarning`. `ContributionWarning` reports contributions that a
@@ -71,7 +72,7 @@ class ComposableError(Exception):
 
     # Lines that a message may have, printed as they are; any other newline is quoted from outside.
     has_lines: ClassVar[bool] = False
-    # Of a command that fails with it. 75 is EX_TEMPFAIL: the same command again goes on.
+    # Of a command that fails with it. After 75 (EX_TEMPFAIL) and 76 the same command again goes on.
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
@@ -241,6 +242,12 @@ class PreemptedError(TrainingError):
     """Training that was asked to stop and has written its checkpoint; run again to resume."""
 
     exit_code = 75
+
+
+class PeerError(TrainingError):
+    """Another process of the run failed or died, so this one cannot go on; run again to resume."""
+
+    exit_code = 76
 
 
 class VettingError(ComposableError):

@@ -1,15 +1,15 @@
 """The Typer application: loads commands on demand and turns errors into exit codes.
 
 A command's file is imported when the command is used. Deliberate errors of the library are printed
-here and exit with 1, or 75 if the same command again would go on; usage errors exit with 2; any
-other exception is a bug and keeps its traceback.
+here and exit with 1, or with 75 (asked to stop) or 76 (another process failed) if the same command
+again would go on; usage errors exit with 2; any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import click
 import typer
@@ -17,9 +17,13 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from composable.cli.commands import COMMANDS, format_help
+from composable.cli.group import report_to_group
 from composable.cli.output import note_warnings, show_error
 from composable.errors import ComposableError, TextError
 from composable.files.text import check_text
+
+# 128 and the number of SIGINT, as shells have it.
+_INTERRUPTED: Final = 130
 
 
 class Commands(TyperGroup):
@@ -52,7 +56,11 @@ class Commands(TyperGroup):
                 return super().invoke(ctx)
         except ComposableError as error:
             show_error(error, ctx)
+            report_to_group(error, ctx, error.exit_code)
             raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            report_to_group(error, ctx, _INTERRUPTED)
+            raise
 
 
 class _Text(click.types.StringParamType):

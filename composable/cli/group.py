@@ -1,4 +1,4 @@
-"""What commands that train share: joining a group of processes, and the table of a plan."""
+"""What commands that train share: joining and leaving a group of processes, and plans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from composable.cli.options import PROCESS
-from composable.cli.output import format_bytes, format_table, show
+from composable.cli.output import format_bytes, format_table, show, show_error
 
 if TYPE_CHECKING:
     from composable.workflows.step_plan import StepPlan
@@ -21,11 +21,29 @@ def join_group(
     """Join the processes of this run; return whether this one prints for all."""
     from composable.parallel import current_process, is_first_process, start_processes
 
-    start_processes(coordinator, n_processes, process, init_timeout=init_timeout)
+    ctx = click.get_current_context()
+    start_processes(
+        coordinator,
+        n_processes,
+        process,
+        init_timeout=init_timeout,
+        report=lambda error: show_error(error, ctx),
+    )
     if (index := current_process()) is not None:
-        click.get_current_context().meta[PROCESS] = index
+        ctx.meta[PROCESS] = index
         _divert_output_of_libraries()
     return is_first_process()
+
+
+def report_to_group(error: BaseException, ctx: click.Context, code: int) -> None:
+    """Let the other processes of a run, if this is part of one, end after an error of this one.
+
+    Then it does not return.
+    """
+    if PROCESS in ctx.meta:
+        from composable.parallel import leave_group
+
+        leave_group(error, code)
 
 
 def _divert_output_of_libraries() -> None:

@@ -4,7 +4,9 @@ from composable.parallel.batch import split_batch, sum_over_batch
 from composable.parallel.mesh import make_mesh, parse_mesh
 from composable.parallel.processes import (
     current_process,
+    exchange,
     is_first_process,
+    leave_group,
     start_processes,
     wait_for_all,
 )
@@ -26,10 +28,12 @@ __all__ = [
     "BATCH_SPEC",
     "count_batch_shards",
     "current_process",
+    "exchange",
     "fetch_tree",
     "gather_weights",
     "is_first_process",
     "keep_batch_split",
+    "leave_group",
     "make_mesh",
     "parse_mesh",
     "place_batch",

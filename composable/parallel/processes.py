@@ -5,23 +5,33 @@ Nothing here touches a device before the group has started: jax counts devices o
 
 from __future__ import annotations
 
+import atexit
+import itertools
+import json
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
 from typing import Final, NamedTuple
 
 import jax
 from jax._src.clusters import ClusterEnv  # jax detects clusters only where it also joins them
 from jax._src.distributed import global_state  # and has barriers only in its client
 
-from composable.errors import ComposableWarning, TrainingError
+from composable.errors import ComposableWarning, PeerError, PreemptedError, TrainingError
+from composable.parallel.peers import Peers
 from composable.parallel.rendezvous import meet
 
 _VARIABLES: Final = ("COMPOSABLE_COORDINATOR", "COMPOSABLE_PROCESSES", "COMPOSABLE_PROCESS")
 # jax prefers this one to what a cluster's scheduler says.
 _JAX_COORDINATOR: Final = "JAX_COORDINATOR_ADDRESS"
 INIT_SECONDS: Final = 300.0
+# Long: a process that died ends the others by `peers`, not by a deadline here.
 _WAIT_MILLISECONDS: Final = 7 * 24 * 3600 * 1000
+_rounds = itertools.count()
+_peers: list[Peers] = []
 
 
 class _Group(NamedTuple):
@@ -39,6 +49,7 @@ def start_processes(
     process: int | None = None,
     *,
     init_timeout: float = INIT_SECONDS,
+    report: Callable[[PeerError], None] | None = None,
 ) -> None:
     """Join the other processes of a multi-process run, if this is one.
 
@@ -47,11 +58,16 @@ def start_processes(
     Open MPI). Without any of them this does nothing. Call it before anything else touches jax;
     a second call does nothing.
 
+    From then on a process that dies or fails ends all others with exit code 76, so that none waits
+    for it; each shows which one it was.
+
     Args:
         coordinator: Address of process 0, `host:port`.
         n_processes: Number of processes.
         process: Index of this one.
         init_timeout: Seconds that all processes have to start.
+        report: Shows the error with which this process ends when another one has; by default a line
+            on standard error.
 
     Raises:
         TrainingError: If the group is described in part, or processes are missing.
@@ -71,7 +87,9 @@ def start_processes(
         )
     os.environ.pop(_JAX_COORDINATOR, None)
     if n_processes > 1:
-        meet(coordinator, n_processes, process, init_timeout)
+        connections = meet(coordinator, n_processes, process, init_timeout)
+        _peers.append(Peers(process, connections, report or partial(_print_error, process)))
+        _fail_on_uncaught()
     jax.distributed.initialize(
         coordinator,
         n_processes,
@@ -80,6 +98,57 @@ def start_processes(
         cluster_detection_method="deactivate",
         initialization_timeout=max(1, round(init_timeout)),
     )
+    # After jax's own, so that it runs before jax waits for the others.
+    atexit.register(leave_group)
+
+
+def leave_group(error: BaseException | None = None, code: int = 1) -> None:
+    """Tell the other processes of a run, if there are any, that this one is about to end.
+
+    After an error it does not return: this process ends, and the others then do with exit code 76.
+    An interpreter that exits, or fails with an uncaught error, calls this by itself.
+
+    Args:
+        error: What it ended with, already shown; None if its work is done.
+        code: The exit code for the error.
+
+    Example:
+        >>> leave_group()  # one process: nobody to tell
+    """
+    for peers in _peers:
+        if error is None or isinstance(error, PreemptedError):
+            peers.leave()
+        else:
+            peers.fail(error, code)
+
+
+def exchange(text: str) -> list[str]:
+    """Return what every process of the run gave, in their order.
+
+    All processes call it equally often, and in the same order; it is for a few kilobytes.
+
+    Args:
+        text: What this process gives.
+
+    Example:
+        >>> exchange("the only process")
+        ['the only process']
+    """
+    client = global_state.client
+    if client is None or jax.process_count() == 1:
+        return [text]
+    number, n = next(_rounds), jax.process_count()
+    mine, answer = f"composable/{number}/given", f"composable/{number}/all"
+    client.key_value_set(f"{mine}/{jax.process_index()}", text)
+    if is_first_process():
+        given = [client.blocking_key_value_get(f"{mine}/{i}", _WAIT_MILLISECONDS) for i in range(n)]
+        client.key_value_set(answer, json.dumps(given))
+        # All have read the answer before they came here again.
+        if number:
+            client.key_value_delete(f"composable/{number - 1}/")
+        return given
+    found: list[str] = json.loads(client.blocking_key_value_get(answer, _WAIT_MILLISECONDS))
+    return found
 
 
 def current_process() -> int | None:
@@ -114,6 +183,21 @@ def wait_for_all(what: str) -> None:
     # Not by the devices: their collectives give up before another process is done.
     if (client := global_state.client) is not None:
         client.wait_at_barrier(f"composable: {what}", _WAIT_MILLISECONDS)
+
+
+def _print_error(process: int, error: PeerError) -> None:
+    print(f"error: process {process}: {error}", file=sys.stderr)
+
+
+def _fail_on_uncaught() -> None:
+    """Let an error that no code catches end the other processes too, after it was shown."""
+    show = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        show(kind, error, trace)
+        leave_group(error, 130 if isinstance(error, KeyboardInterrupt) else 1)
+
+    sys.excepthook = hook
 
 
 def _given_group(

@@ -2,6 +2,7 @@
 
 jax aborts the process when its group does not form in time. Here process 0 waits at the
 coordinator's address until every other has reported its index, and then frees the address for jax.
+The connections stay, for `peers` to watch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ _RETRY_SECONDS: Final = 0.1
 _GO: Final = b"go\n"
 
 
-def meet(coordinator: str, n_processes: int, process: int, timeout: float) -> None:
+def meet(
+    coordinator: str, n_processes: int, process: int, timeout: float
+) -> dict[int, socket.socket]:
     """Return when all processes of a group have called this.
 
     Args:
@@ -25,6 +28,9 @@ def meet(coordinator: str, n_processes: int, process: int, timeout: float) -> No
         n_processes: Number of processes.
         process: Index of this one.
         timeout: Seconds to wait for the others.
+
+    Returns:
+        The connections of process 0 to all others, by their index, or of another to process 0.
 
     Raises:
         TrainingError: If the address is malformed, or processes are missing; they are named.
@@ -34,12 +40,13 @@ def meet(coordinator: str, n_processes: int, process: int, timeout: float) -> No
         raise TrainingError(f"{coordinator!r} is not an address such as host:1234", where="group")
     deadline = time.monotonic() + timeout
     if process == 0:
-        _wait_for_others(int(port), n_processes, deadline, timeout)
-    else:
-        _report((host.strip("[]"), int(port)), process, deadline, timeout)
+        return _wait_for_others(int(port), n_processes, deadline, timeout)
+    return {0: _report((host.strip("[]"), int(port)), process, deadline, timeout)}
 
 
-def _wait_for_others(port: int, n_processes: int, deadline: float, timeout: float) -> None:
+def _wait_for_others(
+    port: int, n_processes: int, deadline: float, timeout: float
+) -> dict[int, socket.socket]:
     """Wait until every other process has reported, and let them all go."""
     arrived: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
@@ -74,17 +81,24 @@ def _wait_for_others(port: int, n_processes: int, deadline: float, timeout: floa
         for connection in arrived.values():
             with contextlib.suppress(OSError):
                 connection.sendall(_GO)
+        server.close()
+        stack.pop_all()  # the connections stay open
+        return arrived
 
 
-def _report(address: tuple[str, int], process: int, deadline: float, timeout: float) -> None:
+def _report(
+    address: tuple[str, int], process: int, deadline: float, timeout: float
+) -> socket.socket:
     """Report this process to process 0, and wait until all are there."""
     reason = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection(address, timeout=left) as connection:
+            with contextlib.ExitStack() as stack:
+                connection = stack.enter_context(socket.create_connection(address, timeout=left))
                 connection.sendall(b"%d\n" % process)
                 if connection.recv(len(_GO)) == _GO:
-                    return
+                    stack.pop_all()  # the connection stays open
+                    return connection
                 reason = "it ended"
         except OSError as error:
             reason = error.strerror or "no answer"

@@ -1,5 +1,6 @@
 """Start-up of groups of processes, over loopback."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -28,7 +30,9 @@ def joined(monkeypatch):
     """Record what jax would be started with, and return it."""
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda *args, **_: calls.append(args))
-    monkeypatch.setattr(processes, "meet", lambda *args: None)
+    monkeypatch.setattr(processes, "meet", lambda *args: {})
+    monkeypatch.setattr(processes, "_peers", [])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     return calls
 
 
@@ -107,13 +111,16 @@ def test_an_address_without_host_or_port_is_refused(address):
 
 def test_all_processes_meet_and_free_the_address():
     address = f"127.0.0.1:{free_port()}"
-    others = [threading.Thread(target=meet, args=(address, 3, index, 10)) for index in (1, 2)]
-    for thread in others:
-        thread.start()
-    meet(address, 3, 0, 10)
-    for thread in others:
-        thread.join(timeout=10)
-        assert not thread.is_alive()
+    with ThreadPoolExecutor(2) as threads, contextlib.ExitStack() as stack:
+        others = [threads.submit(meet, address, 3, index, 10) for index in (1, 2)]
+        mine = meet(address, 3, 0, 10)
+        theirs = [other.result(timeout=10)[0] for other in others]
+        for connection in (*mine.values(), *theirs):
+            stack.enter_context(connection)
+        assert sorted(mine) == [1, 2]
+        for index, connection in mine.items():
+            connection.sendall(b"%d" % index)
+        assert [connection.recv(1) for connection in theirs] == [b"1", b"2"]
     with socket.create_server(("", int(address.rpartition(":")[2]))):
         pass
 
