@@ -1,13 +1,14 @@
-"""Checkpoints of a training run: parameters, optimiser state, position in the data.
+"""Checkpoints of a training run: parameters, optimiser state, every process's position in the data.
 
-A checkpoint carries digests of what it holds. One that is damaged, or whose weights are not finite,
-is passed over for the one before it.
+A checkpoint carries sums of what it holds, which do not depend on how arrays are split. One that is
+damaged, or whose weights are not finite, is passed over by all processes for the one before it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import logging
 import signal
 import sys
@@ -26,12 +27,15 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from composable.errors import ComposableError, ComposableWarning, TrainingError
-from composable.interface import canonical_json, digest_bytes, digest_tensors
+from composable.interface import canonical_json, digest_bytes
+from composable.parallel import exchange
 
 if TYPE_CHECKING:
     from composable.training.config import TrainConfig
 
 _LATE_READS_SECONDS: Final = 0.3
+_NOT_FINITE: Final = "its weights are not finite"
+_CHANGED: Final = "its bytes have changed"
 
 
 class Restored(NamedTuple):
@@ -41,7 +45,7 @@ class Restored(NamedTuple):
         step: Steps done.
         trained: The trained tree.
         opt_state: The optimiser's state.
-        data_state: The position in the data, as plain data.
+        data_state: The position of this process in the data, as plain data.
     """
 
     step: int
@@ -53,7 +57,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The newest two checkpoints of a run, written in the background, each atomically.
 
-    As a context manager, it finishes the last write on the way out, after an error or Ctrl-C too.
+    All processes of a run make it and call its methods, and each writes what its devices hold. As a
+    context manager, it finishes the last write on the way out, after an error or Ctrl-C too.
 
     Args:
         directory: Their folder, made if missing.
@@ -69,7 +74,7 @@ class Checkpoints:
         self._newest: int | None = None
         self._damaged: list[int] = []
         _silence_orbax()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         with self._explain("the folder of checkpoints cannot be used"):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -97,13 +102,17 @@ class Checkpoints:
             step: Steps done.
             trained: The trained tree.
             opt_state: The optimiser's state.
-            data_state: The position in the data, as plain data.
+            data_state: The position of this process in the data, as plain data.
 
         Raises:
             TrainingError: If this checkpoint, or the one before it, cannot be written.
         """
         arrays = _plain((trained, opt_state))
-        run = {"data": data_state, "settings": self.settings, **_digest_arrays(arrays)}
+        run = {
+            "data": [json.loads(state) for state in exchange(json.dumps(data_state))],
+            "settings": self.settings,
+            "sums": _sum_arrays(arrays),
+        }
         with self._explain(f"the checkpoint of step {step} cannot be written"), _finish_first():
             for damaged in self._damaged:
                 self._manager.delete(damaged)
@@ -132,14 +141,12 @@ class Checkpoints:
             TrainingError: If it was written with other settings, or all are damaged.
         """
         reasons: list[str] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                with _quiet_failure():
-                    found = self._read(step, trained, opt_state)
-            except TrainingError:
-                raise
-            except Exception as error:  # damaged bytes fail anywhere in orbax
-                reasons.append(f"the checkpoint of step {step} is damaged ({_first_line(error)})")
+        # A folder on the network may look different elsewhere; the first process decides.
+        steps = json.loads(exchange(json.dumps(list(self._manager.all_steps())))[0])
+        for step in sorted(steps, reverse=True):
+            found, reason = self._try(step, trained, opt_state)
+            if found is None:
+                reasons.append(f"the checkpoint of step {step} is damaged ({reason})")
                 self._damaged.append(step)
                 continue
             for reason in reasons:
@@ -176,17 +183,39 @@ class Checkpoints:
             f"{self.directory} and start with other text or settings, such as a lower learning rate"
         )
 
-    def _read(self, step: int, trained: Any, opt_state: Any) -> Restored:
-        """Return a checkpoint.
+    def _try(self, step: int, trained: Any, opt_state: Any) -> tuple[Restored | None, str]:
+        """Return a checkpoint, or what is wrong with it: the same in all processes."""
+        found, reason = None, ""
+        try:
+            with _quiet_failure():
+                found = self._read(step, trained, opt_state)
+        except TrainingError:
+            raise
+        except Exception as error:  # damaged bytes fail anywhere in orbax
+            reason = _first_line(error)
+        # What is damaged may be what one process alone reads.
+        if (reason := next(filter(None, exchange(reason)), "")) or found is None:
+            return None, reason
+        restored, sums = found
+        if sums is not None and sums != _sum_arrays(_plain((restored.trained, restored.opt_state))):
+            return None, _CHANGED
+        return (restored, "") if is_finite(restored.trained) else (None, _NOT_FINITE)
+
+    def _read(
+        self, step: int, trained: Any, opt_state: Any
+    ) -> tuple[Restored, dict[str, str] | None]:
+        """Return a checkpoint and the sums of its arrays, as this process finds them on disk.
 
         Raises:
-            TrainingError: If it was written with other settings.
+            TrainingError: If it was written with other settings, or by processes that were at
+                different positions.
             Exception: Any other, if it is damaged.
         """
-        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-        # Checkpoints of versions before 0.3 have no digests.
-        if digest := run.pop("digest", None):
-            _require_digest(digest, digest_bytes(canonical_json(run)))
+        folder = self.directory / str(step)
+        run = _read_alone(folder, run=ocp.args.JsonRestore()).run
+        # Checkpoints of versions before 0.3 have no digest.
+        if (digest := run.pop("digest", None)) and digest != digest_bytes(canonical_json(run)):
+            raise ValueError(_CHANGED)
         changed = [k for k, v in self.settings.items() if run["settings"].get(k) != v]
         if changed:
             raise TrainingError(
@@ -196,16 +225,33 @@ class Checkpoints:
             )
         leaves, structure = jax.tree.flatten((trained, opt_state))
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain((trained, opt_state)))
-        arrays = self._manager.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
-        ).arrays
-        if "arrays" in run:
-            _require_digest({"arrays": run["arrays"]}, _digest_arrays(arrays))
+        arrays = _read_alone(folder, arrays=ocp.args.StandardRestore(target)).arrays
         restored = [arrays[str(i)] for i in range(len(leaves))]
         trained, opt_state = jax.tree.unflatten(structure, restored)
-        if not is_finite(trained):
-            raise ValueError("its weights are not finite")
-        return Restored(step, trained, opt_state, run["data"])
+        data_state = self._own_position(run["data"])
+        return Restored(step, trained, opt_state, data_state), run.get("sums")
+
+    def _own_position(self, states: Any) -> dict[str, Any]:
+        """Return the position of this process from those of the processes that wrote a checkpoint.
+
+        Raises:
+            TrainingError: If another number of processes wrote it, at different positions.
+        """
+        if isinstance(states, dict):  # before 0.3 only that of the first process was kept
+            states = [states]
+        state: dict[str, Any]
+        if len(states) == jax.process_count():
+            state = states[jax.process_index()]
+        elif all(other == states[0] for other in states):
+            state = states[0]  # batches are counted over all processes
+        else:
+            raise TrainingError(
+                f"{len(states)} processes wrote the checkpoint at different positions in the data, "
+                f"and there are {jax.process_count()} now",
+                where=str(self.directory),
+                hint=f"resume with {len(states)} processes",
+            )
+        return state
 
     @contextmanager
     def _explain(self, what: str) -> Iterator[None]:
@@ -243,16 +289,50 @@ def _plain(tree: Any) -> dict[str, jax.Array]:
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(nnx.as_pure(tree)))}
 
 
-def _digest_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Return the digest of arrays as a field; none where other processes hold parts of them."""
-    if not all(leaf.is_fully_addressable for leaf in arrays.values()):
-        return {}
-    return {"arrays": digest_tensors({name: np.asarray(leaf) for name, leaf in arrays.items()})}
+def _sum_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+    """Return a sum of each array; the same however the arrays are split over devices."""
+    sums = jax.device_get({name: _sum_bits(leaf) for name, leaf in arrays.items()})
+    return {name: f"{first:08x}{second:08x}" for name, (first, second) in sums.items()}
 
 
-def _require_digest(expected: object, found: object) -> None:
-    if found != expected:
-        raise ValueError("its bytes have changed")
+@jax.jit
+def _sum_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return two sums, modulo 2^32, of an array's elements mixed with their positions.
+
+    Each element is mixed one to one, so that a change of any one of them changes both sums. Integer
+    sums do not depend on the order, so each device adds up what it holds.
+
+    References:
+        The mixing steps are those of MurmurHash3 (Appleby, 2011).
+    """
+    kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, kind)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        position = position * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+    def add_up(seed: int) -> jax.Array:
+        mixed = bits.astype(jnp.uint32) ^ (position * np.uint32(0x9E3779B1) + np.uint32(seed))
+        mixed = mixed * np.uint32(0x85EBCA6B)
+        mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+    return add_up(0), add_up(0x27D4EB2F)
+
+
+def _read_alone(folder: Path, **items: Any) -> Any:
+    """Return items of a checkpoint without waiting for other processes, which may fail to."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        run=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(folder, args=ocp.args.Composite(**items))
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from composable.errors import ComposableWarning, TrainingError
-from composable.training.checkpoints import Checkpoints
+from composable.training.checkpoints import Checkpoints, _sum_arrays
 from composable.training.config import TrainConfig
 
 pytestmark = pytest.mark.slow
@@ -187,6 +187,35 @@ def test_checkpoints_without_digests_are_read(tmp_path):
     assert restore(tmp_path).step == 1
 
 
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    save(tmp_path, 1)
+    left = tmp_path / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "1", left)
+    assert restore(tmp_path).step == 1
+    save(tmp_path, 3)
+    assert not left.exists()
+
+
+def test_positions_of_several_processes_are_kept(tmp_path):
+    """As many processes have their own again; other numbers go on only from a common one."""
+    checkpoints = Checkpoints(tmp_path, CFG)
+    assert checkpoints._own_position([{"done": 3}]) == {"done": 3}
+    assert checkpoints._own_position([{"done": 3}, {"done": 3}]) == {"done": 3}
+    with pytest.raises(TrainingError, match="2 processes wrote .* different positions") as caught:
+        checkpoints._own_position([{"done": 3}, {"done": 4}])
+    assert "with 2 processes" in caught.value.hint
+    checkpoints.close()
+
+
+def test_sums_notice_values_and_positions():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+    assert _sum_arrays({"x": x}) == _sum_arrays({"x": x + 0})
+    for changed in (x.at[3, 5].set(7.0), x.T, x[::-1], x.at[0, 0].set(-x[0, 0])):
+        assert _sum_arrays({"x": changed}) != _sum_arrays({"x": x})
+    kinds = {"b": x > 0, "h": x.astype(jnp.bfloat16), "i": jnp.arange(3)}
+    assert len({*_sum_arrays(kinds).values()}) == 3
+
+
 def test_a_save_while_another_is_written_is_not_left_out(tmp_path):
     save(tmp_path, *range(1, 8))
     assert restore(tmp_path).step == 7
@@ -206,15 +235,17 @@ def test_a_write_that_fails_is_reported_in_our_words(tmp_path):
 
 def test_an_error_in_the_block_is_not_replaced_by_one_of_the_write(tmp_path):
     with (
-        pytest.warns(ComposableWarning, match="of step 1 cannot be written"),
+        pytest.warns(ComposableWarning, match="of step 2 cannot be written"),
         pytest.raises(ZeroDivisionError),
         Checkpoints(tmp_path / "run", CFG) as checkpoints,
     ):
+        checkpoints.save(1, *state_of(1), {})
+        checkpoints._manager.wait_until_finished()
         shutil.rmtree(tmp_path / "run")
         (tmp_path / "run").write_text("a file where the folder was")
         with contextlib.suppress(TrainingError):
-            checkpoints.save(1, *state_of(1), {})
-        checkpoints._newest = 1
+            checkpoints.save(2, *state_of(2), {})
+        checkpoints._newest = 2
         raise ZeroDivisionError
 
 
