@@ -67,6 +67,7 @@ WRITERS = {
     "demo.contribution": "training text that the next run copies again, and a log",
     "packaging.project.export": "a tar file, into a sink of files.atomic",
     "corpora.documents": "training text that the next run writes again, alike to the byte",
+    "training.ledger": "whole lines at the end of a file, whose last one may be cut",
 }
 # Files other than `files.reading` that open a file to read it, and why nothing can go wrong there.
 READERS = {
@@ -80,8 +81,10 @@ READERS = {
     "kernels.native": "a file of this package, and one of the kernel",
     "packaging.manifests.template": "a folder of this package",
     "packaging.project.export": "writes a tar file",
+    "training.ledger": "the last byte of a file of its own, and files of the kernel",
     "workflows.capacity": "a file of the kernel",
     "workflows.diff_page": "a resource of this package",
+    "workflows.goodput": "a resource of this package",
     "workflows.pretrain": "a file of our own",
     "workflows.smollm2": "a package whose digest was checked",
     "workflows.trunk_cache": "maps a file of our own cache, whose size was checked",

@@ -27,6 +27,7 @@ from composable.cli.options import (
     ProcessId,
     PublicText,
     Quiet,
+    Report,
     ScoutTokens,
     StoredDtype,
     Tap,
@@ -175,6 +176,7 @@ def train(
     ] = None,
     mesh: MeshSizes = None,
     plan: PlanTopology = None,
+    report: Report = False,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -201,6 +203,11 @@ def train(
         show_plan(
             plan_backbone(wanted.shape, classes, wanted.training, plan, sizes), as_json=as_json
         )
+        return
+    if report:
+        from composable.cli.group import show_goodput
+
+        show_goodput(work or Path("runs") / name, as_json=as_json)
         return
     if recipe is None:
         raise typer.BadParameter("the folder of a data recipe is needed", param_hint="RECIPE")

@@ -1,4 +1,4 @@
-"""What commands that train share: joining and leaving a group of processes, and plans."""
+"""What commands that train share: joining and leaving a group, plans, and reports of their time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from composable.cli.options import PROCESS
 from composable.cli.output import format_bytes, format_table, show, show_error
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from composable.workflows.step_plan import StepPlan
 
 
@@ -85,3 +87,30 @@ def show_plan(plan: StepPlan, *, as_json: bool) -> None:
         ("compiled in", f"{plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} s of CPU)")
     )
     show(format_table((), rows), plan.to_dict(), as_json=as_json)
+
+
+def show_goodput(folder: Path, *, as_json: bool) -> None:
+    """Print where the time of a training run went, and draw it as a page beside its ledger."""
+    from composable.workflows.goodput import (
+        KINDS,
+        PAGE_FILE,
+        find_ledger,
+        read_goodput,
+        write_page,
+    )
+
+    ledger = find_ledger(folder)
+    goodput = read_goodput(ledger)
+    page = ledger.with_name(PAGE_FILE)
+    write_page(page, goodput, str(folder))
+    wall = goodput.seconds.total()
+    rows = [
+        (name, f"{goodput.seconds[kind]:,.1f} s", f"{goodput.seconds[kind] / wall:.1%}")
+        for kind, name in KINDS.items()
+    ]
+    rows.append(("in all", f"{wall:,.1f} s", f"{len(goodput.starts)} starts"))
+    show(
+        f"{format_table((), rows)}\ndrawn in {page}",
+        {**goodput.to_dict(), "page": str(page)},
+        as_json=as_json,
+    )

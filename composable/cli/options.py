@@ -243,6 +243,12 @@ PlanTopology = Annotated[
         show_default=False,
     ),
 ]
+Report = Annotated[
+    bool,
+    typer.Option(
+        "--report", help="Train nothing: print where the time of this training went, and draw it."
+    ),
+]
 Coordinator = Annotated[
     str | None,
     typer.Option(

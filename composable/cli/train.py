@@ -22,6 +22,7 @@ from composable.cli.options import (
     PlanTopology,
     ProcessId,
     Quiet,
+    Report,
 )
 from composable.cli.output import format_table, show
 
@@ -60,6 +61,7 @@ def train(
     window: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 256,
     mesh: MeshSizes = None,
     plan: PlanTopology = None,
+    report: Report = False,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -81,12 +83,21 @@ def train(
     With --sweep, all combinations of the values are trained on one pass of the backbone's lower
     layers, and the best one on held-out text is kept.
 
+    With --report, nothing is trained: a table shows where the time of the training in DIR went
+    (start-up, compiling, waiting for data, steps, checkpoints, work lost to interruptions), and a
+    page beside it draws it.
+
     On many processes, such as those of a TPU pod, run the same command on each. The group is
     detected on Cloud TPU, GKE, Slurm and Open MPI; elsewhere give --coordinator, --num-processes
     and --process-id, or COMPOSABLE_COORDINATOR, COMPOSABLE_PROCESSES and COMPOSABLE_PROCESS.
     """
     from composable.packaging.manifests.manifest import Manifest
 
+    if report:
+        from composable.cli.group import show_goodput
+
+        show_goodput(folder, as_json=as_json)
+        return
     if plan:
         _show_expert_plan(
             Manifest.read(folder), backbone, plan, mesh, rows, window, as_json=as_json

@@ -33,6 +33,7 @@ from composable.parallel import (
 from composable.progress import StepProgress
 from composable.training.checkpoints import Checkpoints, is_finite
 from composable.training.config import TrainConfig
+from composable.training.ledger import Ledger
 from composable.training.optimizers import adamw, learning_rate
 from composable.training.preemption import Preemption
 
@@ -93,7 +94,8 @@ def fit(
         optimizer: `adamw(cfg)` by default. Its update gets the learning rate of `cfg` as `rate`, if
             it takes more arguments (`optax.GradientTransformationExtraArgs`).
         mesh: Devices; all of them as data parallel by default.
-        directory: Folder of checkpoints and TensorBoard curves; none are written without it.
+        directory: Folder of checkpoints, TensorBoard curves and the ledger of the run's time; none
+            are written without it.
         progress: Called at every step with the newest figures.
 
     Returns:
@@ -112,18 +114,28 @@ def fit(
     # The step's outputs are donated inputs of the next; a copy keeps the caller's arrays alive.
     trained = jax.tree.map(jnp.copy, trained)
     kept = Checkpoints(directory / "checkpoints", cfg) if directory else nullcontext()
-    # The objective splits activations over the mesh in use.
-    with jax.set_mesh(mesh), kept as checkpoints, Preemption() as preemption:
+    # The objective splits activations over the mesh in use. The ledger is closed last, since it has
+    # the wait for the last checkpoint.
+    with (
+        Ledger(directory) as ledger,
+        jax.set_mesh(mesh),
+        kept as checkpoints,
+        Preemption() as preemption,
+    ):
         done = 0
         if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
             done, trained, opt_state, data_state = restored
             data.set_state(data_state)
         with _Log(cfg, directory, done) as log:
             start = time.perf_counter()
+            ledger.start(done)
             for step in range(done + 1, cfg.steps + 1):
-                batch = place_batch(next(data), mesh)
+                with ledger.charge("data"):
+                    batch = place_batch(next(data), mesh)
                 rate = np.float32(learning_rate(cfg, step - 1))
-                trained, opt_state, figures = run_step(trained, opt_state, frozen, batch, rate)
+                # The first call compiles, and only starts the step.
+                with ledger.charge("compile" if step == done + 1 else "step"):
+                    trained, opt_state, figures = run_step(trained, opt_state, frozen, batch, rate)
                 is_last = step == cfg.steps
                 is_stopped = not is_last and preemption.stops_after(step)
                 is_due = step % cfg.checkpoint_every == 0 or is_stopped
@@ -135,7 +147,9 @@ def fit(
                 if progress:
                     progress(step, cfg.steps, log.history[-1] if log.history else {})
                 if checkpoints and is_kept:
-                    checkpoints.save(step, trained, opt_state, data.get_state())
+                    with ledger.charge("checkpoint"):
+                        checkpoints.save(step, trained, opt_state, data.get_state())
+                ledger.end_step(step, is_due=is_last or is_stopped)
                 if is_stopped:
                     raise _describe_stop(step, cfg, checkpoints)
             jax.block_until_ready(trained)

@@ -201,7 +201,7 @@ def test_positions_of_several_processes_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, CFG)
     assert checkpoints._own_position([{"done": 3}]) == {"done": 3}
     assert checkpoints._own_position([{"done": 3}, {"done": 3}]) == {"done": 3}
-    with pytest.raises(TrainingError, match="2 processes wrote .* different positions") as caught:
+    with pytest.raises(TrainingError, match=r"2 processes wrote .* different positions") as caught:
         checkpoints._own_position([{"done": 3}, {"done": 4}])
     assert "with 2 processes" in caught.value.hint
     checkpoints.close()
