@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import click
+import typer
 
 from composable.cli.options import PROCESS
 from composable.cli.output import format_bytes, format_table, show, show_error
@@ -23,7 +24,7 @@ def join_group(
     """Join the processes of this run; return whether this one prints for all."""
     from composable.parallel import current_process, is_first_process, start_processes
 
-    ctx = click.get_current_context()
+    ctx: typer.Context = click.get_current_context()  # type: ignore[assignment]  # it is one
     start_processes(
         coordinator,
         n_processes,
@@ -103,7 +104,7 @@ def show_goodput(folder: Path, *, as_json: bool) -> None:
     goodput = read_goodput(ledger)
     page = ledger.with_name(PAGE_FILE)
     write_page(page, goodput, str(folder))
-    wall = goodput.seconds.total()
+    wall = goodput.seconds.total
     rows = [
         (name, f"{goodput.seconds[kind]:,.1f} s", f"{goodput.seconds[kind] / wall:.1%}")
         for kind, name in KINDS.items()

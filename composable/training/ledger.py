@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self, TextIO
@@ -23,6 +22,30 @@ LEDGER_FILE: Final = "goodput.jsonl"
 # A line is due after a second, and after a thousandth of the run: long runs have short ledgers.
 _LINE_SECONDS: Final = 1.0
 _LINE_SHARE: Final = 1e-3
+
+
+class Seconds(dict[str, float]):
+    """Seconds by kind; those of a kind that is missing are 0.
+
+    Example:
+        >>> seconds = Seconds(step=2.0)
+        >>> seconds.add({"step": 1.0, "data": 0.5})
+        >>> seconds, seconds.total, seconds["lost"]
+        ({'step': 3.0, 'data': 0.5}, 3.5, 0.0)
+    """
+
+    def __missing__(self, kind: str) -> float:
+        return 0.0
+
+    def add(self, other: Mapping[str, float]) -> None:
+        """Add the seconds of each kind."""
+        for kind, value in other.items():
+            self[kind] += value
+
+    @property
+    def total(self) -> float:
+        """Seconds of all kinds."""
+        return sum(self.values())
 
 
 class Ledger:
@@ -41,7 +64,7 @@ class Ledger:
     def __init__(self, directory: Path | None) -> None:
         self._path = directory / LEDGER_FILE if directory and jax.process_index() == 0 else None
         self._file: TextIO | None = None
-        self._seconds: Counter[str] = Counter()
+        self._seconds = Seconds()
         self._step = 0
         self._began = self._line_at = _find_begin(Ledger._ended)
 
@@ -99,7 +122,7 @@ class Ledger:
         """Write a line; what was charged to nothing is charged to `rest`."""
         if self._file is None:
             return
-        self._seconds[rest] += max(now - self._line_at - self._seconds.total(), 0.0)
+        self._seconds[rest] += max(now - self._line_at - self._seconds.total, 0.0)
         seconds = {kind: round(value, 4) for kind, value in self._seconds.items()}
         line = {"at": round(time.time(), 3), "step": self._step, "seconds": seconds, **about}
         self._file.write(json.dumps(line) + "\n")

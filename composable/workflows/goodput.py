@@ -6,7 +6,6 @@ The page is one HTML file without scripts that fetches nothing.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from composable.errors import TrainingError
 from composable.files import atomic
 from composable.files.reading import read_bytes
-from composable.training.ledger import LEDGER_FILE
+from composable.training.ledger import LEDGER_FILE, Seconds
 from composable.workflows.workspace import WORK
 
 PAGE_FILE: Final = "goodput.html"
@@ -48,12 +47,12 @@ class Line:
 
     at: float
     step: int
-    seconds: Counter[str]
+    seconds: Seconds
 
     @property
     def began(self) -> float:
         """When the time of this line began."""
-        return self.at - self.seconds.total()
+        return self.at - self.seconds.total
 
 
 @dataclass(kw_only=True)
@@ -73,9 +72,9 @@ class Start:
     lines: list[Line] = field(default_factory=list)
 
     @property
-    def seconds(self) -> Counter[str]:
+    def seconds(self) -> Seconds:
         """Wall time by kind."""
-        return sum((line.seconds for line in self.lines), Counter())
+        return _add_up(self.lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,19 +86,19 @@ class Goodput:
         starts: The starts, in their order.
     """
 
-    seconds: Counter[str]
+    seconds: Seconds
     starts: list[Start]
 
     @property
     def share(self) -> float:
         """Share of the time that went into steps that were not lost."""
-        return self.seconds["step"] / max(self.seconds.total(), 1e-9)
+        return self.seconds["step"] / max(self.seconds.total, 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain data."""
         return {
             "goodput": round(self.share, 4),
-            "wall_seconds": round(self.seconds.total(), 3),
+            "wall_seconds": round(self.seconds.total, 3),
             "seconds": {kind: round(self.seconds[kind], 3) for kind in KINDS},
             "starts": [
                 {
@@ -149,12 +148,12 @@ def read_goodput(path: Path) -> Goodput:
     starts = list(_split_starts(_read_lines(path)))
     if not starts:
         raise TrainingError("the ledger has no start", where=str(path))
-    total: Counter[str] = Counter()
+    total = Seconds()
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         if following is not None:
             _mark_lost(start, following.first_step)
             total["down"] += max(following.lines[0].began - start.lines[-1].at, 0.0)
-        total += start.seconds
+        total.add(start.seconds)
     return Goodput(seconds=total, starts=starts)
 
 
@@ -185,7 +184,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for text in read_bytes(path).decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
-            line["seconds"] = Counter({str(k): float(v) for k, v in line["seconds"].items()})
+            line["seconds"] = Seconds({str(k): float(v) for k, v in line["seconds"].items()})
             line["at"], line["step"] = float(line["at"]), int(line["step"])
         except (ValueError, TypeError, KeyError, AttributeError):
             continue  # cut by the end of a process
@@ -210,6 +209,14 @@ def _split_starts(lines: Iterator[dict[str, Any]]) -> Iterator[Start]:
         yield start
 
 
+def _add_up(lines: Sequence[Line]) -> Seconds:
+    """Return the seconds of lines by kind."""
+    seconds = Seconds()
+    for line in lines:
+        seconds.add(line.seconds)
+    return seconds
+
+
 def _mark_lost(start: Start, resumed: int) -> None:
     """Charge steps, and the data for them, that the next start did again to lost work."""
     before = start.first_step
@@ -232,7 +239,7 @@ def _pieces(start: Start, began: float, wall: float) -> Iterator[tuple[str, floa
     groups += [others[i : i + size] for i in range(0, len(others), size)]
     for group in groups:
         at = group[0].began
-        seconds = sum((line.seconds for line in group), Counter[str]())
+        seconds = _add_up(group)
         for kind in ("startup", "compile", "data", "step", "lost", "checkpoint"):
             if seconds[kind] > 0:
                 yield kind, (at - began) / wall, seconds[kind] / wall

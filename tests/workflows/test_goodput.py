@@ -34,7 +34,7 @@ def test_steps_that_were_done_again_are_lost(ledger):
     assert goodput.seconds["step"] == pytest.approx(2.5 + 1.0 + 3.0)
     assert goodput.seconds["down"] == pytest.approx(7.0), "from the last line to the next start"
     assert goodput.seconds["checkpoint"] == pytest.approx(1.0)
-    assert goodput.seconds.total() == pytest.approx(126.0 - 100.0)
+    assert goodput.seconds.total == pytest.approx(126.0 - 100.0)
     assert goodput.share == pytest.approx(6.5 / 26.0)
 
 
