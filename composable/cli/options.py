@@ -195,7 +195,7 @@ PublishRegistry = Annotated[
     typer.Option(
         "--registry",
         metavar="LOCATION",
-        help="Registry: a folder, a bucket, oci://HOST/REPOSITORY or a server.",
+        help="Registry: a folder, a bucket, a server, oci://HOST/REPO or hf://OWNER/REPO.",
         envvar="COMPOSABLE_REGISTRY",
         show_default=False,
     ),

@@ -20,7 +20,7 @@ from composable.files import atomic
 from composable.files.blobs import blob_path, digest_file
 from composable.files.reading import is_regular, open_file
 from composable.packaging.manifests.manifest import PackageFile
-from composable.packaging.registry.storage import read_from
+from composable.packaging.registry.storage import LocalFile
 from composable.server import audit
 from composable.server.documents import REMOVED
 from composable.server.services import Services
@@ -123,7 +123,7 @@ def _copy_blobs(services: Services, folder: Path, lines: list[dict[str, Any]]) -
         if not is_regular(source) or digest_file(source) != row["digest"]:
             raise IntegrityError("is missing or damaged", where=str(source))
         file = PackageFile(name=row["name"], size=row["size"], digest=row["digest"])
-        services.storage.upload(blob_path(row["digest"]), read_from(source), file, None)
+        services.storage.upload(blob_path(row["digest"]), LocalFile(source), file, None)
         copied.add(row["digest"])
     return len(copied)
 

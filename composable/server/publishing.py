@@ -32,7 +32,7 @@ from composable.packaging.manifests.manifest import (
 from composable.packaging.manifests.packing import REQUIRED_FILES
 from composable.packaging.registry.registry import parse_manifest
 from composable.packaging.registry.release import Release as Listed
-from composable.packaging.registry.storage import WritableStorage, read_from
+from composable.packaging.registry.storage import LocalFile, WritableStorage
 from composable.packaging.versions.names import confusable_key
 from composable.server import audit, claims, documents, rules, uploads
 from composable.server.access import can_read_blob
@@ -214,7 +214,7 @@ class Publishing:
             rules.check_bump(rules.read_card(folder), previous, manifest)
         readme = _read_readme(folder)
         for file in (*manifest.files, _describe_manifest(manifest)):
-            self._storage.upload(blob_path(file.digest), read_from(folder / file.name), file, None)
+            self._storage.upload(blob_path(file.digest), LocalFile(folder / file.name), file, None)
         with self._database.write() as session:
             release = self._insert(session, caller, manifest, publication, card, readme)
             session.execute(delete(Publication).where(Publication.id == publication.id))

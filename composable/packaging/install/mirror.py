@@ -160,7 +160,16 @@ def mirror_registry(
         )
     if source.location == target.location:
         raise RegistryError("is both the source and the target", where=source.location)
-    job = _Mirror(source, target, selection or Selection(), is_checking, progress)
+    chosen = selection or Selection()
+    return target.change(
+        f"Mirror {source.location}",
+        lambda: _copy(_Mirror(source, target, chosen, is_checking, progress)),
+    )
+
+
+def _copy(job: _Mirror) -> Mirrored:
+    """Copy until no signature changed meanwhile."""
+    source = job.source
     for _ in range(_MAX_ROUNDS):
         signed = read_signed(source.storage) if job.selection.is_everything else {}
         job.copy_releases()

@@ -13,6 +13,7 @@ from composable.packaging.manifests.manifest import EXPERT_FILE, BackbonePackage
 from composable.packaging.manifests.packing import fit_interface, pack_named
 from composable.packaging.project.project import PROJECT_FILE, Project, Wanted
 from composable.packaging.project.sources import ProjectSource, shorten_digest
+from composable.packaging.registry.locations import unpin
 from composable.packaging.registry.release import Release, Signer
 from composable.packaging.versions.version import Version
 
@@ -102,9 +103,9 @@ def check_unchanged(project: Project, before: Lock, after: Lock, source: Project
         if old.registry is None or old.name not in after:
             continue
         new = after[old.name]
-        place = before.registries[old.registry]
+        place = unpin(before.registries[old.registry])
         if new.registry is None or (
-            new.registry != old.registry and after.registries[new.registry] != place
+            new.registry != old.registry and unpin(after.registries[new.registry]) != place
         ):
             continue
         if old.signer is not None and new.signer is None:
@@ -182,7 +183,7 @@ def _resolve_lock(
     used = sorted({expert.registry for expert in experts if expert.registry is not None})
     return Lock(
         interface=None if interface is None else _lock_interface(interface),
-        registries={name: project.registries[name] for name in used},
+        registries={name: source.locate_registry(name) for name in used},
         experts=tuple(experts),
     )
 
@@ -276,7 +277,7 @@ def check_lock(project: Project, lock: Lock, interface: RouterInterface | None =
         if name not in needed:
             refuse(f"{name} is locked but no longer required")
     for name, location in lock.registries.items():
-        if project.registries.get(name) != location:
+        if project.registries.get(name) not in (location, unpin(location)):
             refuse(f"registry {name!r} is no longer at {location!r}")
 
 

@@ -21,7 +21,7 @@ from composable.packaging.install.lock import LOCK_FILE, Lock
 from composable.packaging.manifests.toml import Table, format_toml, parse_toml, read_toml_text
 from composable.packaging.project.policy import Policy
 from composable.packaging.project.project_file import edit_experts
-from composable.packaging.registry.locations import open_registry
+from composable.packaging.registry.locations import open_registry, unpin
 from composable.packaging.registry.registry import Registry
 from composable.packaging.versions.constraint import ANY, Constraint, Requirement
 from composable.packaging.versions.names import check_package_name
@@ -137,8 +137,12 @@ class Project:
             '`registry = "NAME"` under [project]',
         )
 
-    def open_registry(self, name: str) -> Registry:
+    def open_registry(self, name: str, locked: str | None = None) -> Registry:
         """Open a registry by its name in this project.
+
+        Args:
+            name: Its name.
+            locked: Its location in the lock, which may name a commit.
 
         Raises:
             ManifestError: When the project has no registry of that name.
@@ -149,8 +153,11 @@ class Project:
                 where=f"{PROJECT_FILE}: registries",
                 hint=did_you_mean(name, self.registries),
             )
+        location = self.registries[name]
+        if locked is not None and unpin(locked) == location:
+            location = locked
         return open_registry(
-            self.registries[name],
+            location,
             self.root,
             name=name,
             is_offline=self.is_offline,

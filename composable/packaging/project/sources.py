@@ -13,6 +13,7 @@ from composable.packaging.install.download import MAX_THREADS, run_concurrently
 from composable.packaging.manifests.packing import pack_named
 from composable.packaging.project.project import Project
 from composable.packaging.registry.index import Entry
+from composable.packaging.registry.locations import pin
 from composable.packaging.registry.registry import Registry
 from composable.packaging.registry.release import Release, Signer
 from composable.packaging.resolution.universe import Candidate
@@ -217,6 +218,10 @@ class ProjectSource:
     def _open_origin(self, name: str) -> Path | Registry:
         """Return the folder or the registry that a package comes from."""
         return self._project.folder_of(name) or self._open_registry(self._project.registry_of(name))
+
+    def locate_registry(self, registry: str) -> str:
+        """Return the location of a registry, with the commit that was read if it has commits."""
+        return pin(self._project.registries[registry], self._open_registry(registry).commit)
 
     def _open_registry(self, registry: str) -> Registry:
         if registry not in self._registries:

@@ -134,7 +134,7 @@ def fetch_missing(
             continue
         name = expert.registry or ""
         if source is None and name not in registries:
-            registries[name] = project.open_registry(name)
+            registries[name] = project.open_registry(name, lock.registries.get(name))
         missing.append((expert, source or registries[name]))
     requests = [
         request

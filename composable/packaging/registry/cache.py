@@ -55,6 +55,11 @@ class CachedStorage:
         """Whether reads go over a network; false when offline."""
         return self._inner.is_remote and not self._is_offline
 
+    @property
+    def commit(self) -> str | None:
+        """The commit that is read, of a storage that has commits."""
+        return getattr(self._inner, "commit", None)
+
     def read(self, path: str, known: Document | None = None) -> Document | None:
         """Return the current state of a document; offline, its cached state.
 

@@ -16,6 +16,9 @@ TOKEN_PREFIX: Final = "COMPOSABLE_TOKEN_"
 ORIGIN_PREFIX: Final = "COMPOSABLE_ORIGIN_"
 KEYRING_SERVICE: Final = "composable"
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+# Another Hub than the public one.
+HUB_VARIABLE: Final = "HF_ENDPOINT"
+_HUB: Final = "https://huggingface.co"
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -55,13 +58,15 @@ def find_token(registry: str, location: str) -> str | None:
 
 
 def web_url(location: str) -> str:
-    """Return the URL of the server that an `oci://` location names; any other is one already.
+    """Return the URL of the server that an `oci://` or `hf://` location names, or a URL as it is.
 
     Example:
         >>> web_url("oci://ghcr.io/team/experts"), web_url("oci://localhost:5000/experts")
         ('https://ghcr.io/team/experts', 'http://localhost:5000/experts')
     """
     scheme, _, rest = location.partition("://")
+    if scheme == "hf":
+        return f"{os.environ.get(HUB_VARIABLE) or _HUB}/{rest}"
     if scheme != "oci":
         return location
     try:

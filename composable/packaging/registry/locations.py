@@ -18,6 +18,7 @@ from composable.packaging.versions.version import Version
 
 # A publisher has no project whose name of the registry could be that of the token.
 PUBLISH_NAME: Final = "publish"
+HUB: Final = "hf://"
 
 
 def open_registry(
@@ -35,8 +36,8 @@ def open_registry(
 
     Args:
         location: A folder, absolute or relative to `base`; an export in one file; or a URL with
-            `file:`, `http:`, `https:`, of a bucket with `s3:`, `gs:` or `az:`, or of a repository
-            in an OCI registry with `oci:`.
+            `file:`, `http:`, `https:`, of a bucket with `s3:`, `gs:` or `az:`, of a repository in
+            an OCI registry with `oci:`, or of one on the Hugging Face Hub with `hf:`.
         base: Directory that relative folders start from; by default the working directory.
         name: Its name in the project, under which its token is looked up.
         is_offline: Whether to read remote registries from the cache alone.
@@ -75,8 +76,8 @@ def open_for_publishing(location: str | Path, *, keys: Path | None = None) -> Re
     origin, or the one in the keyring.
 
     Args:
-        location: A folder, the URL of a folder, a bucket or a repository in an OCI registry, or
-            that of a server which `composable registry serve` runs.
+        location: A folder, the URL of a folder, a bucket or a repository in an OCI registry or on
+            the Hugging Face Hub, or that of a server which `composable registry serve` runs.
         keys: Folder of the keys for a signed registry; by default that of the user.
 
     Returns:
@@ -97,6 +98,11 @@ def open_for_publishing(location: str | Path, *, keys: Path | None = None) -> Re
         if isinstance(storage, WebStorage):
             return ServedRegistry(storage)
     settings = SignatureSettings(state=signatures_folder(storage), keys=keys)
+    if str(location).startswith(HUB):
+        from composable.packaging.registry.hub import HubRegistry, HubStorage
+
+        if isinstance(storage, HubStorage):
+            return HubRegistry(storage, signatures=settings)
     registry = Registry(storage, signatures=settings)
     registry.writable_storage()
     return registry
@@ -134,10 +140,26 @@ def signatures_folder(storage: Storage) -> Path:
 
     A folder has one by its absolute path, so that every way to name it finds the same keys.
     """
-    place = storage.location
+    place = unpin(storage.location)
     if isinstance(storage, Folder):
         place = str(storage.root.absolute().resolve())
     return default_store() / "trust" / digest_bytes(place.encode())[7:39]
+
+
+def pin(location: str, commit: str | None) -> str:
+    """Return a location that names the commit that was read, if it is on the Hub and names none.
+
+    Example:
+        >>> pin("hf://team/experts", "0" * 40)[:20], pin("../registry", None)
+        ('hf://team/experts@00', '../registry')
+    """
+    is_open = location.startswith(HUB) and "@" not in location
+    return f"{location}@{commit}" if is_open and commit else location
+
+
+def unpin(location: str) -> str:
+    """Return a location on the Hub without its commit, and any other as it is."""
+    return location.partition("@")[0] if location.startswith(HUB) else location
 
 
 def _open_storage(location: str | Path, base: Path, name: str) -> Storage:
@@ -159,6 +181,11 @@ def _open_storage(location: str | Path, base: Path, name: str) -> Storage:
         from composable.packaging.registry.oci import OciStorage
 
         return OciStorage(location, find_token(name, location))
+    if scheme == "hf":
+        from composable.packaging.registry.credentials import find_token
+        from composable.packaging.registry.hub import HubStorage
+
+        return HubStorage(location, find_token(name, unpin(location)))
     from composable.packaging.registry.bucket import SCHEMES, BucketStorage
 
     if scheme in SCHEMES:
@@ -166,5 +193,6 @@ def _open_storage(location: str | Path, base: Path, name: str) -> Storage:
     raise RegistryError(
         f"{scheme!r} registries are not supported",
         where=location,
-        hint="expected a folder, or a URL that starts with https://, s3://, gs://, az:// or oci://",
+        hint="expected a folder, or a URL that starts with https://, s3://, gs://, az://, oci:// "
+        "or hf://",
     )

@@ -34,7 +34,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from composable.errors import (
     IntegrityError,
@@ -74,10 +74,10 @@ from composable.packaging.registry.storage import (
     MAX_DOCUMENT_BYTES,
     Document,
     Folder,
+    LocalFile,
     Storage,
     WritableStorage,
     put_blob,
-    read_from,
 )
 from composable.packaging.versions.names import check_package_name, confusable_key, is_package_name
 from composable.packaging.versions.version import Version
@@ -93,6 +93,7 @@ SIGNED_FIELD: Final = "signed"
 ROOT_FILE: Final = "root.json"
 MIN_ATTEMPTS: Final = 10
 SMALL_BLOB_ATTEMPTS: Final = 3
+T = TypeVar("T")
 
 
 class Registry:
@@ -128,6 +129,11 @@ class Registry:
     def location(self) -> str:
         """The location, without secrets, for error messages."""
         return self.storage.location
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that is read, of a registry in a repository; None for any other."""
+        return getattr(self.storage, "commit", None)
 
     @property
     def exists(self) -> bool:
@@ -336,7 +342,7 @@ class Registry:
             signatures.check_publisher(manifest.name)
         self.check_admissible(release)
         for file in manifest.files:
-            source = read_from(directory / file.name)
+            source = LocalFile(directory / file.name)
             storage.upload(blob_path(file.digest), source, file, progress)
         self.record(release, manifest.to_toml().encode())
         self.write_index(manifest.name)
@@ -346,6 +352,18 @@ class Registry:
             is_yanked = list_records(storage, manifest.name)[manifest.version]
             signatures.publish(recorded.with_yank(is_yanked))
         return manifest
+
+    def change(self, message: str, work: Callable[[], T]) -> T:
+        """Make changes that belong together; where the storage can, all at once.
+
+        Args:
+            message: What changes, where the storage records it.
+            work: Makes the changes; called again if those of somebody else came first.
+
+        Returns:
+            What `work` returns.
+        """
+        return work()
 
     def create(self) -> None:
         """Create an empty registry unless it exists.

@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
@@ -165,7 +164,7 @@ class Folder:
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from offset `start` on."""
         try:
-            yield from read_from(self.root / path)(start)
+            yield from LocalFile(self.root / path)(start)
         except FileNotFoundError as error:
             raise RegistryError("has no such file", where=f"{self.location}: {path}") from error
 
@@ -231,16 +230,22 @@ class Folder:
         atomic.settle(self.root / path)
 
 
-def read_from(path: Path) -> ReadFrom:
-    """Return a function that yields the bytes of a local file from an offset on."""
-    return partial(_read_pieces, path)
+@dataclass(frozen=True)
+class LocalFile:
+    """Yields the bytes of a file of this machine from an offset on; see `ReadFrom`.
 
+    Args:
+        path: The file.
+    """
 
-def _read_pieces(path: Path, start: int) -> Iterator[bytes]:
-    with open_file(path) as file, atomic.explained(path, "read"):
-        file.seek(start)
-        while data := file.read(atomic.CHUNK):
-            yield data
+    path: Path
+
+    def __call__(self, start: int) -> Iterator[bytes]:
+        """Yield its bytes from an offset on."""
+        with open_file(self.path) as file, atomic.explained(self.path, "read"):
+            file.seek(start)
+            while data := file.read(atomic.CHUNK):
+                yield data
 
 
 def read_verified(
