@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from composable.errors import ModelError
 from composable.interface import RouterInterface
-from composable.kernels import widen
+from composable.kernels import quantize_like, widen
 from composable.model.backbone import Backbone
 from composable.model.body import MATRICES, Body, SlotChanges, SlotMatrices, backbone_slot
 from composable.model.router import ScoutBank
@@ -129,9 +130,12 @@ def make_entry(
         scout: Its scout.
         key: Its own number.
         rank: The bank's rank; a low-rank body of at most this rank is kept as factors.
+
+    Raises:
+        ModelError: For a low-rank body that would have to be merged into quantized matrices.
     """
     is_change, layers = 0 < body.rank <= rank, interface.slots
-    slots = () if is_change else tuple(body.merged(backbone, layer) for layer in layers)
+    slots = () if is_change else tuple(_merge(backbone, body, layer) for layer in layers)
     changes = tuple(body.changes(backbone, layer, rank) for layer in layers) if is_change else ()
     return BankEntry(
         slots=slots,
@@ -140,6 +144,18 @@ def make_entry(
         width=_width(scout),
         key=jnp.uint32(key),
     )
+
+
+def _merge(backbone: Backbone, body: Body, layer: int) -> SlotMatrices:
+    """Return the full matrices of one slot, kept as the backbone's are."""
+    kept = backbone.cfg.matrix_dtype
+    if kept is not None and body.rank:  # most of its change would be rounded away
+        raise ModelError(
+            f"a body of rank {body.rank} cannot be merged into matrices of {kept}",
+            hint="make room for its factors: Model(..., factor_rank=RANK)",
+        )
+    own = backbone_slot(backbone, layer)
+    return {name: quantize_like(w, own[name]) for name, w in body.merged(backbone, layer).items()}
 
 
 @functools.partial(jax.jit, static_argnames=("interface", "capacity", "rank", "has_full"))

@@ -15,7 +15,7 @@ from flax import nnx
 from composable.errors import ModelError
 from composable.interface import BodyKind
 from composable.interface.contract import SLOT_DIMS
-from composable.kernels import Matrix, quantize_like, widen
+from composable.kernels import Matrix, widen
 from composable.model.backbone import Backbone, FeedForwardFn, Layer
 from composable.model.config import DTYPE_NAMES
 from composable.model.initial import draw
@@ -94,21 +94,11 @@ class Body(nnx.Module):
             }
         )
 
-    def merged(self, backbone: Backbone, layer: int) -> SlotMatrices:
-        """Return the full matrices of one slot, as the bank holds them: kept as the backbone's.
-
-        Raises:
-            ModelError: For a low-rank body on quantized matrices: it would be rounded away.
-        """
+    def merged(self, backbone: Backbone, layer: int) -> dict[str, jax.Array]:
+        """Return the full matrices of one slot, in the dtype that the backbone computes in."""
         slot, own = self.slots[str(layer)], backbone_slot(backbone, layer)
         if self.kind == "ffn":
-            return {name: quantize_like(getattr(slot, name)[...], own[name]) for name in MATRICES}
-        if backbone.cfg.matrix_dtype is not None:
-            raise ModelError(
-                f"a body of rank {self.rank} cannot be merged into matrices of "
-                f"{backbone.cfg.matrix_dtype}",
-                hint="make room for its factors: Model(..., factor_rank=RANK)",
-            )
+            return {name: getattr(slot, name)[...].astype(own[name].dtype) for name in MATRICES}
         changes = {name: getattr(slot, name).a[...] @ getattr(slot, name).b[...] for name in own}
         return {name: (widen(own[name]) + changes[name]).astype(own[name].dtype) for name in own}
 

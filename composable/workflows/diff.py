@@ -15,6 +15,7 @@ from scipy import stats
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import Document
+from composable.kernels import widen
 from composable.model.body import MATRICES, backbone_slot
 from composable.model.model import Model, Pluggable
 from composable.model.tensors import to_tensors
@@ -220,7 +221,7 @@ def _diff_matrices(
     loaded: LoadedBackbone, before: Pluggable, after: Pluggable
 ) -> Iterator[MatrixChange]:
     for layer in loaded.interface.slots:
-        own = backbone_slot(loaded.backbone, layer)
+        own = {name: widen(w) for name, w in backbone_slot(loaded.backbone, layer).items()}
         old, new = (expert.body.merged(loaded.backbone, layer) for expert in (before, after))
         for name in MATRICES:
             own_DF, old_DF, new_DF = (

@@ -106,6 +106,12 @@ def export_model(
     require_empty_folder(out)
     manifests = {manifest.name: manifest for manifest in map(Manifest.read, experts)}
     _check_plan(plan, manifests)
+    if loaded.backbone.cfg.matrix_dtype is not None:
+        raise InteropError(
+            f"matrices of {loaded.backbone.cfg.matrix_dtype} have no layout that is exact",
+            where="config.matrix_dtype",
+            hint="export the backbone that it was made from, which its card names",
+        )
     layout = None
     if manifests and plan.merge is None:
         layout = find_layout(loaded.backbone.cfg, plan.layout)

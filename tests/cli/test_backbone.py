@@ -64,6 +64,9 @@ def test_quantize_makes_another_backbone(cli, works, tiny_backbone):
     outcome = cli("backbone", "quantize", "half")
     assert outcome.code == 1
     assert "BF16 already" in outcome.err
+    outcome = cli("export-hf", "out", "--backbone", "half", "--alone")
+    assert outcome.code == 1
+    assert "config.matrix_dtype" in outcome.err
 
 
 def test_no_expert_is_trained_on_a_quantized_backbone(cli, works, tiny_backbone, text):
