@@ -46,7 +46,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "advise": ("contribute", "Publish an advisory on releases, or withdraw one."),
     },
     "Exchange": {
-        "backbone": ("backbone", "Import and train backbones."),
+        "backbone": ("backbone", "Import, train and quantize backbones."),
         "import-peft": ("exchange", "Convert a PEFT adapter into an expert."),
         "export-hf": (
             "exchange",
