@@ -12,14 +12,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from composable.errors import SignatureError
-from composable.packaging import Registry, Version
+from composable.packaging import Registry
 from composable.packaging.registry.index import compile_index, index_path
 from composable.packaging.registry.release import Release
 from composable.packaging.registry.signed import statement_path
 from composable.packaging.registry.storage import Folder
-from tests.support.signed_registries import OPERATOR, START, World
+from tests.support.signed_registries import OPERATOR, START, Place, World, use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,14 @@ class Attack:
         run: Changes the registry.
         refused_for: The rule that clients refuse it for; None if they see what they saw before.
         saw: What the client has seen before: `late`, `early`, or nothing.
+        asks_for: A package that the client asks for besides those it knows.
     """
 
     name: str
     run: Callable[[World], None]
     refused_for: str | None
     saw: str | None = "late"
+    asks_for: str | None = None
 
 
 def _restore_old(world: World) -> None:
@@ -244,7 +247,12 @@ ATTACKS = (
     Attack(name="added release under another's name", run=_add_under_other_name, refused_for=None),
     Attack(name="un-yank", run=_unyank, refused_for=None),
     Attack(name="withheld advisory", run=_drop_advisory, refused_for=None),
-    Attack(name="look-alike claim", run=_claim_lookalike, refused_for="wrong-publisher"),
+    Attack(
+        name="look-alike claim",
+        run=_claim_lookalike,
+        refused_for="wrong-publisher",
+        asks_for="gennan",
+    ),
     Attack(name="stolen online key: old list", run=_steal_online_key, refused_for="rollback"),
     Attack(
         name="stolen online key: new release",
@@ -331,10 +339,33 @@ def _sign_snapshot(world: World, thief: object, role: str, version: int, data: b
     path.write_bytes(timestamp.to_bytes())
 
 
-def ask_for_lookalike(registry: Registry) -> None:
-    """Ask for the name of the look-alike claim."""
-    registry.versions("gennan")
+def meet_attack(world: World, place: Place, attack: Attack) -> str | None:
+    """Let a client use the registry, then attack it, and let the client use it again.
 
+    Args:
+        world: A registry in its later state.
+        place: Where the client reads it.
+        attack: The attack.
 
-def version(text: str) -> Version:
-    return Version(text)
+    Returns:
+        The rule that the client refused the registry for; None if it saw what it saw before.
+
+    Raises:
+        AssertionError: When it saw anything else.
+    """
+    before: dict[str, Any] | None = None
+    if attack.saw is not None:
+        world.restore(attack.saw)
+        before = use(world.open("client", place.open(world)))
+        world.restore("late")
+    attack.run(world)
+    client = world.open("client", place.open(world))
+    try:
+        after = use(client)
+        if attack.asks_for is not None:
+            client.versions(attack.asks_for)
+    except SignatureError as error:
+        assert error.hint and error.where
+        return error.kind
+    assert after == before, attack.name
+    return None

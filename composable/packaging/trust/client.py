@@ -356,6 +356,13 @@ class SignedDocuments:
             targets = self._load_targets(trusted, role, delegator)
             file = targets.targets.get(target)
             if file is not None:
+                if "sha256" not in file.hashes:
+                    raise SignatureError(
+                        f"{_describe_role(role)} lists {target} without a SHA-256 digest",
+                        kind="wrong-content",
+                        where=f"{self.location}/{self._folder}/{role}",
+                        hint="its publisher signs it again with `composable registry sign`",
+                    )
                 return self._describe(trusted, file, role, delegator)
             visited.add(role)
             children = []

@@ -7,18 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from composable.errors import SignatureError
 from tests.packaging.conftest import make_interface
-from tests.support.registry_attacks import ATTACKS, Attack, ask_for_lookalike
+from tests.support.registry_attacks import ATTACKS, Attack, meet_attack
 from tests.support.servers import run_s3
-from tests.support.signed_registries import Place, World, build_world, serve_folder, use
-
-GENUINE = {
-    "names": ["french", "german"],
-    "german": [("1.0.0", True), ("1.1.0", False)],
-    "french": [("1.0.0", False)],
-    "advisories": ["german-1"],
-}
+from tests.support.signed_registries import Place, World, build_world, serve_folder
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +30,7 @@ def endpoint() -> Iterator[dict[str, str]]:
 
 
 def attack_and_use(world: World, place: Place, attack: Attack) -> None:
-    """Let a client see the registry, then the attack, and check what the client does."""
-    before = None
-    if attack.saw is not None:
-        world.restore(attack.saw)
-        before = use(world.open("client", place.open(world)))
-        world.restore("late")
-    attack.run(world)
-    client = world.open("client", place.open(world))
-    if attack.refused_for is None:
-        after = use(client)
-        assert after == before
-        assert {key: after[key] for key in GENUINE} == GENUINE
-        return
-    with pytest.raises(SignatureError) as refused:
-        use(client)
-        ask_for_lookalike(client)
-    assert refused.value.kind == attack.refused_for, str(refused.value)
-    assert refused.value.hint and refused.value.where
+    assert meet_attack(world, place, attack) == attack.refused_for
 
 
 IDS = [attack.name for attack in ATTACKS]

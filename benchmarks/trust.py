@@ -1,0 +1,210 @@
+"""What do signatures refuse, and what do they cost?
+
+    python -m benchmarks.trust [attacks] [refresh] [publish] [--publishers 1000] [--json FILE]
+
+`attacks` runs every attack of `tests/support/registry_attacks.py` against clients of a folder, a
+web server and a bucket. `refresh` measures a client that has never seen a registry of many publishers
+with ten experts each: reading and verifying its metadata, and finding one index. `publish` measures
+how much longer publishing takes in a signed registry, keys with a pass phrase, than in an unsigned
+one, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from composable.packaging import Registry
+from composable.packaging.registry.signature_settings import SignatureSettings
+from composable.packaging.registry.storage import Folder
+from composable.packaging.trust.client import SignedDocuments
+from composable.packaging.trust.keys import Keyring, create_key
+from composable.packaging.trust.metadata import Grant
+from composable.packaging.trust.signing import Signatory
+from tests.packaging.conftest import make_interface
+from tests.support.registry_attacks import ATTACKS, meet_attack
+from tests.support.servers import run_s3
+from tests.support.signed_registries import Place, World, build_world, serve_folder
+
+PARTS = ("attacks", "refresh", "publish")
+EXPERTS_EACH = 10
+TARGETS_SECONDS = {"refresh": 0.3, "publish": 0.2}
+COLD_START = """
+    import pathlib, sys, time
+    began = time.perf_counter()
+    from composable.packaging.registry.storage import Folder
+    from composable.packaging.trust.client import SignedDocuments
+    loaded = time.perf_counter()
+    documents = SignedDocuments(Folder(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))
+    documents.refresh()
+    assert documents.read(sys.argv[3]) is not None
+    print(loaded - began, time.perf_counter() - loaded)
+"""
+
+
+def run_attacks(home: Path) -> dict[str, Any]:
+    """Return, for each attack and kind of storage, the rule that the client refused it for."""
+    genuine = build_world(home / "genuine", make_interface())
+    table: dict[str, dict[str, str]] = {}
+    with run_s3() as endpoint:
+        os.environ.update(endpoint)
+        for number, attack in enumerate(ATTACKS):
+            row = table[attack.name] = {}
+            for kind in ("folder", "http", "bucket"):
+                world = genuine.copy(home / f"{number}-{kind}")
+                with serve_folder(world.folder) as url:
+                    url = url if kind == "http" else f"s3://experts/{number}"
+                    found = meet_attack(world, Place(kind, url), attack)
+                row[kind] = "no effect" if found is None else f"refused: {found}"
+            is_expected = set(row.values()) == {
+                "no effect" if attack.refused_for is None else f"refused: {attack.refused_for}"
+            }
+            print(f"{attack.name:44}", *(f"{text:24}" for text in row.values()), is_expected)
+            row["as expected"] = str(is_expected)
+    return table
+
+
+def fill_registry(home: Path, n_publishers: int) -> World:
+    """Return a signed registry in which every publisher has signed ten indexes."""
+    world = World(home, make_interface(), now=datetime.datetime.now(datetime.UTC))
+    world.create()
+    signatures = world.signatures("operator")
+    authority = signatures.authority()
+    grants = {}
+    for number in range(n_publishers):
+        key = create_key(home / "keys" / f"p{number}", "key", None)
+        names = tuple(f"expert-{number}-{index}" for index in range(EXPERTS_EACH))
+        name = f"p{number}"
+        grants[name] = Grant(publisher=name, keys=(key.public,), names=names)
+    held = authority.load()
+    authority._commit(held, authority._change_grants(held, grants))
+    # The content does not matter to a refresh; one blob keeps the disk out of it.
+    content = b"{}\n"
+    for name, grant in grants.items():
+        keyring = Keyring(home / "keys" / name)
+        signatory = Signatory(Folder(world.folder), signatures.documents, keyring)
+        files = dict.fromkeys(grant.names, content)
+        signatory.sign_targets(f"publisher-{name}", grant.keys, files, None)
+    Signatory(Folder(world.folder), signatures.documents, signatures.keyring).confirm(
+        lambda previous, indexes: b""
+    )
+    return world
+
+
+def measure_refresh(home: Path, n_publishers: int, repeats: int) -> dict[str, Any]:
+    """Return the seconds of a first refresh, in this process and in new ones."""
+    began = time.perf_counter()
+    world = fill_registry(home / "world", n_publishers)
+    print(f"filled {n_publishers} publishers in {time.perf_counter() - began:.0f} s")
+    target = f"expert-{n_publishers // 2}-5"
+    warm, loading, cold = [], [], []
+    for number in range(repeats):
+        began = time.perf_counter()
+        documents = SignedDocuments(Folder(world.folder), home / f"state{number}")
+        documents.refresh()
+        assert documents.read(target) is not None
+        warm.append(time.perf_counter() - began)
+        command = [sys.executable, "-c", textwrap.dedent(COLD_START), str(world.folder)]
+        told = subprocess.check_output([*command, str(home / f"other{number}"), target])
+        loading.append(float(told.split()[0]))
+        cold.append(float(told.split()[1]))
+    read = sum(path.stat().st_size for path in (home / "state0").glob("*.json"))
+    return {
+        "publishers": n_publishers,
+        "experts": n_publishers * EXPERTS_EACH,
+        "bytes": read,
+        "first refresh": describe(warm),
+        "first refresh, new process": describe(cold),
+        "loading the libraries": describe(loading),
+        "target": TARGETS_SECONDS["refresh"],
+    }
+
+
+def measure_publish(home: Path, repeats: int) -> dict[str, Any]:
+    """Return the seconds of publishing in an unsigned and in a signed registry, and between."""
+    os.environ["COMPOSABLE_PASSPHRASE"] = "correct horse"
+    world = World(home, make_interface(), now=datetime.datetime.now(datetime.UTC))
+    registry = world.open("operator")
+    registry.create()
+    registry.open_signatures().create("correct horse")
+    key = create_key(home / "keys" / "operator", "alice", "correct horse")
+    signatures = world.signatures("operator")
+    signatures.change(signatures.authority().grant("alice", ["german"], [key.public]))
+    times: dict[str, list[float]] = {"unsigned": [], "signed": []}
+    for number in range(repeats):
+        folder = world.make_expert("german", f"1.{number}.0", seed=number)
+        settings = SignatureSettings(state=home / "none")
+        plain = Registry(Folder(home / "plain"), signatures=settings)
+        for kind, target in (("unsigned", plain), ("signed", world.open("operator"))):
+            began = time.perf_counter()
+            target.publish(folder, interface=world.interface)
+            times[kind].append(time.perf_counter() - began)
+    costs = [b - a for a, b in zip(times["unsigned"], times["signed"], strict=True)]
+    return {
+        **{kind: describe(each) for kind, each in times.items()},
+        "cost": describe(costs),
+        "target": TARGETS_SECONDS["publish"],
+    }
+
+
+def describe(seconds: list[float]) -> dict[str, float]:
+    """Return the median and the range of durations."""
+    return {
+        "median": round(statistics.median(seconds), 4),
+        "min": round(min(seconds), 4),
+        "max": round(max(seconds), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default all")
+    parser.add_argument("--publishers", type=int, default=1000, help="for `refresh`")
+    parser.add_argument("--repeats", type=int, default=7, help="how often each is measured")
+    parser.add_argument(
+        "--folder", type=Path, help="where the registries are; else a temporary one"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    if unknown := {*arguments.parts} - {*PARTS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    parts = arguments.parts or PARTS
+    result: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}",
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+    }
+    print(result["machine"], result["date"])
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
+        if "attacks" in parts:
+            result["attacks"] = run_attacks(home / "attacks")
+        if "refresh" in parts:
+            found = measure_refresh(home / "refresh", arguments.publishers, arguments.repeats)
+            result["refresh"] = found
+            print(json.dumps(found, indent=2))
+        if "publish" in parts:
+            result["publish"] = measure_publish(home / "publish", arguments.repeats)
+            print(json.dumps(result["publish"], indent=2))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if any(row["as expected"] != "True" for row in result.get("attacks", {}).values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
