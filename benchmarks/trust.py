@@ -3,10 +3,10 @@
     python -m benchmarks.trust [attacks] [refresh] [publish] [--publishers 1000] [--json FILE]
 
 `attacks` runs every attack of `tests/support/registry_attacks.py` against clients of a folder, a
-web server and a bucket. `refresh` measures a client that has never seen a registry of many publishers
-with ten experts each: reading and verifying its metadata, and finding one index. `publish` measures
-how much longer publishing takes in a signed registry, keys with a pass phrase, than in an unsigned
-one, in turn.
+web server and a bucket. `refresh` measures a client that has never seen a registry of many
+publishers with ten experts each: reading and verifying its metadata, and one index. `publish`
+measures how much longer publishing takes in a signed registry, keys with a pass phrase, than in an
+unsigned one, in turn.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import http.server
 import shutil
@@ -163,8 +164,9 @@ def build_world(home: Path, interface: RouterInterface) -> World:
     return world
 
 
-def make_advisory() -> Advisory:
-    return Advisory(
+def make_advisory(**changes: Any) -> Advisory:
+    """Return an advisory on german 1.0.0, or what is like it but for changes."""
+    advisory = Advisory(
         id="german-1",
         name="german",
         kind="recalled",
@@ -173,6 +175,9 @@ def make_advisory() -> Advisory:
         text="Trained on its own held-out text.",
         published="2026-11-29T12:00:00Z",
     )
+    if "name" in changes:
+        changes = {"fixed": (), "affected": (Constraint("*"),), **changes}
+    return dataclasses.replace(advisory, **changes)
 
 
 def use(registry: Registry) -> dict[str, Any]:

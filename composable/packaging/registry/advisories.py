@@ -4,8 +4,8 @@
 
 A release never changes, so what is learned about it afterwards is stated here. Lines have the
 checksums and the extent of an index. An advisory is never removed, only withdrawn: a feed that lost
-one is an old copy. Nothing here is signed; fields that are not known here, such as `signature`, are
-kept and not read.
+one is an old copy. In a signed registry the feed is signed with a root key, see `signed.py`. Fields
+that are not known here are kept and not read.
 """
 
 from __future__ import annotations

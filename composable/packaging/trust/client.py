@@ -223,14 +223,15 @@ class SignedDocuments:
                 data = read_bytes(kept, MAX_DOCUMENT_BYTES)
                 found.file.verify_length_and_hashes(data)
                 return data
-        document = None if self.is_offline else self._files.read(path)
+        is_cut_off = self.is_offline and self._files.is_remote
+        document = None if is_cut_off else self._files.read(path)
         if document is None:
             raise SignatureError(
                 f"what was signed of {label} is missing",
                 kind="incomplete",
                 where=f"{self.location}/{path}",
                 hint="run this once without --offline"
-                if self.is_offline
+                if is_cut_off
                 else "publishing was interrupted or the file was removed: let its publisher run "
                 "`composable registry sign`",
             )

@@ -112,6 +112,14 @@ class Ledger:
         """
         root = self.documents.load_root().root
         versions = self.list_versions()
+        if not versions:
+            raise SignatureError(
+                "the registry was signed when this machine used it before, and is no longer",
+                kind="unsigned",
+                where=f"{self.location}/{FOLDER}",
+                hint="somebody removed its signatures: restore the folder from a backup or a "
+                "mirror; nothing was changed",
+            )
         targets = self.load_newest("targets", root, versions)
         if targets is None:
             raise SignatureError(

@@ -8,7 +8,7 @@
     trust/<n>.advisories.json         the feed of advisories; signed by one of the offline keys
     trust/<n>.snapshot.json           the current version of all of these; signed by the online key
     trust/timestamp.json              the current snapshot, and until when; signed by the online key
-    trust/pending/<n>.<role>.json     a change that still lacks signatures of offline keys
+    trust-pending/<n>.<role>.json     a change that still lacks signatures of offline keys
 
 A target is a document by its name: `german` is the index of that package, and `catalog.jsonl` and
 `advisories.jsonl` are themselves. Their bytes are stored as blobs, so that a client never mixes two

@@ -1,6 +1,6 @@
 """Changes that need offline keys: who may publish what, and the keys of the registry itself.
 
-A change needs the signatures of two root keys. Until it has them it waits in `trust/pending`, where
+A change needs the signatures of two root keys. Until it has them it waits in `trust-pending`, where
 the holder of another key adds one.
 """
 
@@ -54,7 +54,7 @@ from composable.packaging.trust.metadata import (
 )
 from composable.packaging.versions.names import confusable_key
 
-PENDING: Final = f"{FOLDER}/pending"
+PENDING: Final = f"{FOLDER}-pending"
 RENEW_DAYS: Final = 60
 _TOP: Final = ("root", "targets", "snapshot", "timestamp")
 

@@ -202,6 +202,15 @@ class Signatory(Ledger):
         previous = self.load_newest("snapshot", held.root, versions)
         old = {} if previous is None else dict(previous.meta)
         meta: dict[str, MetaFile] = dict(old)
+        for name, listed in old.items():
+            role = name.removesuffix(".json")
+            if listed.version not in versions.get(role, []):
+                raise SignatureError(
+                    f"lacks {metadata_path(role, listed.version)}, which it lists",
+                    kind="incomplete",
+                    where=self.location,
+                    hint="restore that file from a backup or a mirror; nothing was signed",
+                )
         changed: list[str] = []
         indexes: dict[str, bytes] = {}
         self._add_meta(meta, "targets", held.targets.version)

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.packaging.conftest import make_interface
 from tests.support.registry_attacks import ATTACKS, Attack, meet_attack
 from tests.support.servers import run_s3
-from tests.support.signed_registries import Place, World, build_world, serve_folder
-
-
-@pytest.fixture(scope="module")
-def genuine(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build_world(tmp_path_factory.mktemp("signed") / "world", make_interface())
-
-
-@pytest.fixture
-def world(genuine: World, tmp_path: Path) -> World:
-    return genuine.copy(tmp_path / "world")
+from tests.support.signed_registries import Place, World, serve_folder
 
 
 @pytest.fixture(scope="module")
