@@ -41,6 +41,18 @@ _shape = partial(
     dtype="BF16",
 )
 MODELS: Final = {
+    # SmolLM2-135M.
+    "135M": _shape(
+        vocab_size=49_152,
+        d_model=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        d_head=64,
+        d_ff=1536,
+        tap=8,
+        is_tied=True,
+    ),
     "1B": _shape(d_model=2048, n_layers=22, n_heads=32, n_kv_heads=4, d_head=64, d_ff=5632, tap=7),
     "7B": _shape(
         d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_head=128, d_ff=11_008, tap=10
@@ -48,33 +60,48 @@ MODELS: Final = {
 }
 
 
-def plan_case(model: str, body: str, topology: str, data: int = 1) -> StepPlan:
-    """Compile a backbone ("backbone"), or an expert ("ffn", or a rank of a low-rank one)."""
+TOPOLOGIES: Final = {
+    "v5e-16": "v5e:4x4",
+    "v5p-64": "v5p:4x4x4",
+    "v5p-256": "v5p:4x8x8",
+    "v6e-64": "v6e:8x8",
+}
+BODIES: Final = {"low-rank": ("lora", 16), "FFN": ("ffn", None)}
+# Weights of these models are split over as many chips, which leaves each 128 columns or more.
+_FSDP: Final = {"135M": 1, "1B": 16, "7B": 16}
+
+
+def plan_case(model: str, body: str, topology: str, fsdp: int | None = None) -> StepPlan:
+    """Compile the step of a backbone ("backbone") or of an expert (a name in `BODIES`)."""
     cfg = MODELS[model]
     n_devices = len(tpu_devices(topology))
     training = TrainConfig(steps=1000, batch_size=n_devices, window=WINDOW, learning_rate=1e-3)
-    mesh = {"data": data, "fsdp": n_devices // data, "tensor": 1}
+    mesh = {"data": -1, "fsdp": fsdp or _FSDP[model]}
     if body == "backbone":
         return plan_backbone(cfg, CLASSES, training, topology, mesh)
-    kind: Any = ("ffn", None) if body == "ffn" else ("lora", int(body))
-    return plan_expert(cfg, CLASSES, kind, SCOUT_WIDTH, training, topology, mesh)
+    return plan_expert(cfg, CLASSES, BODIES[body], SCOUT_WIDTH, training, topology, mesh)
 
 
-CASES: Final[dict[str, Callable[[], StepPlan]]] = {
-    "1B backbone": partial(plan_case, "1B", "backbone", "v5e:4x4"),
-    "1B low-rank expert": partial(plan_case, "1B", "16", "v5e:4x4"),
-    "1B FFN expert": partial(plan_case, "1B", "ffn", "v5e:4x4"),
-    "7B backbone": partial(plan_case, "7B", "backbone", "v5p:4x4x4"),
-    "7B backbone, data=4": partial(plan_case, "7B", "backbone", "v5p:4x4x4", data=4),
-    "7B low-rank expert": partial(plan_case, "7B", "16", "v5p:4x4x4"),
-    "7B FFN expert": partial(plan_case, "7B", "ffn", "v5p:4x4x4"),
-}
+def _name_cases() -> dict[str, Callable[[], StepPlan]]:
+    """Return all cases by name, the quickest to compile first."""
+    cases: dict[str, Callable[[], StepPlan]] = {}
+    for model in MODELS:
+        for name, topology in TOPOLOGIES.items():
+            for body in (*BODIES, "backbone"):
+                kind = body if body == "backbone" else f"{body} expert"
+                cases[f"{model} {kind}, {name}"] = partial(plan_case, model, body, topology)
+    cases["7B backbone, v5p-64, fsdp=64"] = partial(plan_case, "7B", "backbone", "v5p:4x4x4", 64)
+    return cases
+
+
+CASES: Final = _name_cases()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="results; kept cases are not compiled again")
+    parser.add_argument("--again", action="store_true", help="compile them nevertheless")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     head = {
@@ -84,14 +111,24 @@ def main() -> None:
         "jax": jax.__version__,
     }
     print(*(f"{key} {value}" for key, value in head.items()), sep=" | ", flush=True)
-    report: dict[str, Any] = {"environment": head, "cases": {}}
+    cases = _read_cases(arguments.json) if arguments.json else {}
     for name in arguments.cases:
         print(f"\n{name}", flush=True)
+        if name in cases and not arguments.again:
+            print("compiled before", flush=True)
+            continue
         plan = CASES[name]()
         show_plan(plan, as_json=False)
-        report["cases"][name] = plan.to_dict()
+        cases[name] = {"environment": head, **plan.to_dict()}
         if arguments.json:
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+            ordered = {name: cases[name] for name in CASES if name in cases}
+            arguments.json.write_text(json.dumps({"cases": ordered}, indent=2) + "\n")
+
+
+def _read_cases(file: Path) -> dict[str, Any]:
+    """Return the cases that an earlier run has compiled."""
+    cases: dict[str, Any] = json.loads(file.read_text())["cases"] if file.exists() else {}
+    return cases
 
 
 if __name__ == "__main__":

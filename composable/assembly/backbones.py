@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from composable.assembly.compile_cache import use_compile_cache
 from composable.assembly.compile_memory import return_compiler_memory
@@ -81,6 +82,7 @@ class LoadedBackbone:
         capacity: int | None = None,
         *,
         factor_rank: int | None = None,
+        mesh: Mesh | None = None,
     ) -> Model:
         """Return the model with experts plugged in; arguments as for `Model`."""
         return Model(
@@ -90,6 +92,7 @@ class LoadedBackbone:
             capacity=capacity,
             factor_rank=factor_rank,
             tokenizer=self.tokenizer,
+            mesh=mesh,
         )
 
 

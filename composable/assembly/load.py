@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import platformdirs
+from jax.sharding import Mesh
 
 from composable.assembly.backbones import LoadedBackbone, load_backbone
 from composable.assembly.experts import load_expert
@@ -20,6 +21,7 @@ from composable.packaging.project.locking import lock_project
 from composable.packaging.project.project import Project, Wanted
 from composable.packaging.project.sync import sync_project
 from composable.packaging.versions.constraint import Requirement
+from composable.parallel import make_mesh, parse_mesh
 
 REGISTRY_VARIABLE: Final = "COMPOSABLE_REGISTRY"
 
@@ -30,6 +32,7 @@ def load(
     *,
     registry: str | Path | None = None,
     capacity: int | None = None,
+    mesh: str | Mesh | None = None,
 ) -> Model:
     """Return a model: a backbone with experts plugged in.
 
@@ -45,11 +48,14 @@ def load(
             backbone alone.
         registry: The registry to install from: a folder, an export, or a URL.
         capacity: Entries of the bank; see `Model`.
+        mesh: Devices along each axis, such as "data=2,expert=4", or a mesh of `make_mesh`; see
+            `Model`.
 
     Returns:
-        The model, on the default device.
+        The model, by default on the default device.
 
     Raises:
+        TrainingError: If the mesh does not fit the devices.
         MissingProjectError: If no backbone is named outside a project.
         PackagingError: If something does not exist, does not resolve, or is damaged.
 
@@ -59,7 +65,9 @@ def load(
         ('backbone',)
     """
     loaded, folders = gather(backbone, experts, registry=registry)
-    return loaded.plug([load_expert(loaded, folder) for folder in folders], capacity=capacity)
+    devices = make_mesh(**parse_mesh(mesh)) if isinstance(mesh, str) else mesh
+    plugged = [load_expert(loaded, folder) for folder in folders]
+    return loaded.plug(plugged, capacity=capacity, mesh=devices)
 
 
 def gather(

@@ -31,6 +31,7 @@ DIMS: Final[dict[str, str]] = {
     "L": "slots: upper layers where bodies plug in",
     "J": "choices: experts chosen per token (top k)",
     "M": "tokens of a flat batch (B times T) or of a stream",
+    "X": "devices that share a bank",
     "P": "rows of a dispatched, block-padded batch",
     "Y": "blocks of a dispatched batch (P divided by the rows of a block)",
 }

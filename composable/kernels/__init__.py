@@ -11,6 +11,7 @@ from composable.kernels.dispatch import (
     count_blocks,
     default_block,
     gather_rows,
+    group_blocks,
     make_dispatch,
 )
 from composable.kernels.grouped_matmul import grouped_matmul
@@ -37,6 +38,7 @@ __all__ = [
     "default_block",
     "describe_products",
     "gather_rows",
+    "group_blocks",
     "grouped_changed_swiglu",
     "grouped_matmul",
     "grouped_swiglu",

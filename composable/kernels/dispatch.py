@@ -184,6 +184,38 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
     )
 
 
+def group_blocks(expert_Y: Array, n_experts: int, block: int) -> Dispatch:
+    """Sort whole blocks by expert, for rows that were grouped elsewhere.
+
+    The tokens of the result are the rows of all blocks, each with one choice. Blocks of an expert
+    keep their order, and rows their place in their block.
+
+    Args:
+        expert_Y: Expert of each block; a number outside 0 .. n_experts - 1 means none.
+        n_experts: Number of experts E; static.
+        block: Rows per block; static.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dispatch = group_blocks(jnp.array([1, 2, 0]), n_experts=2, block=2)
+        >>> dispatch.choice_P.tolist()  # the second block has no expert
+        [4, 5, 0, 1, 6, 6]
+    """
+    by_block = make_dispatch(expert_Y[:, None], n_experts, 1)
+    n_rows = expert_Y.shape[0] * block
+    row = jnp.arange(block, dtype=jnp.int32)
+
+    def rows_of(block_Y: Array) -> Array:
+        return jnp.minimum(block_Y.reshape(-1, 1) * block + row, n_rows).reshape(-1)
+
+    return dataclasses.replace(
+        by_block,
+        choice_P=rows_of(by_block.choice_P),
+        position_MJ=rows_of(by_block.position_MJ)[:, None],
+        block=block,
+    )
+
+
 def _check_routing(expert_MJ: Array, n_experts: int, block: int) -> None:
     """Raise an error unless there is a choice, an expert and a row per block."""
     chex.assert_rank(expert_MJ, 2)

@@ -6,12 +6,16 @@ traced index, and removing clears it; neither compiles anything.
 A bank has room for full matrices, for the factors of low-rank bodies up to a rank, or for both. A
 low-rank body is kept as factors where there is room for them, and merged into full matrices
 elsewhere.
+
+On a mesh with devices along `expert`, bodies are split over them by entry; scouts are not. Inside
+`split_batch` a bank then has the bodies of this device's entries, and everything else of all.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import jax
@@ -25,6 +29,7 @@ from composable.model.backbone import Backbone
 from composable.model.body import MATRICES, Body, SlotChanges, SlotMatrices, backbone_slot
 from composable.model.router import ScoutBank
 from composable.model.scout import Scout
+from composable.parallel import keep_entries_split, read_entry
 
 Tree = TypeVar("Tree")
 
@@ -46,6 +51,7 @@ class Bank:
         width_E: Hidden units of each scout before it was padded; 0 where there is none.
         alive_E: Which entries hold an expert.
         key_E: Each expert's own number, which settles ties; the backbone's is 0.
+        has_full: Whether there is room for full matrices.
     """
 
     slots: tuple[SlotMatrices, ...]
@@ -55,6 +61,7 @@ class Bank:
     width_E: jax.Array
     alive_E: jax.Array
     key_E: jax.Array
+    has_full: bool = field(metadata={"static": True})
 
     @property
     def capacity(self) -> int:
@@ -84,12 +91,6 @@ class Bank:
     def rank(self) -> int:
         """Largest rank R that is kept as factors, 0 without room for any."""
         return int(self.changes[0]["w_gate"][0].shape[-1]) if self.changes else 0
-
-    @property
-    def has_full(self) -> bool:
-        """Whether there is room for full matrices; not beside changes in a bank of one entry."""
-        is_alone = self.capacity == 1 and bool(self.changes)
-        return self.slots[0]["w_gate"].shape[0] == self.capacity and not is_alone
 
 
 @jax.tree_util.register_dataclass
@@ -196,6 +197,7 @@ def empty_bank(
         width_E=stack(own.width),
         alive_E=jnp.zeros(capacity, bool),
         key_E=jnp.full(capacity, 2**32 - 1, jnp.uint32),
+        has_full=has_full,
     )
     filled: Bank = install(bank, 0, own)
     return filled
@@ -212,13 +214,16 @@ def install(bank: Bank, index: jax.Array | int, entry: BankEntry) -> Bank:
     """
     put = functools.partial(jax.tree.map, lambda stack, one: stack.at[index].set(one))
     return Bank(
-        slots=put(bank.slots, entry.slots) if entry.slots else bank.slots,
-        changes=put(bank.changes, entry.changes) if entry.changes else bank.changes,
+        slots=keep_entries_split(put(bank.slots, entry.slots) if entry.slots else bank.slots),
+        changes=keep_entries_split(
+            put(bank.changes, entry.changes) if entry.changes else bank.changes
+        ),
         is_changed_E=bank.is_changed_E.at[index].set(bool(entry.changes)),
         scouts=put(bank.scouts, entry.scout),
         width_E=put(bank.width_E, entry.width),
         alive_E=bank.alive_E.at[index].set(True),
         key_E=bank.key_E.at[index].set(entry.key),
+        has_full=bank.has_full,
     )
 
 
@@ -227,16 +232,18 @@ def remove(bank: Bank, index: jax.Array | int) -> Bank:
     """Clear an entry in place: its arrays become zero and it counts as empty."""
     clear = functools.partial(jax.tree.map, lambda stack: stack.at[index].set(0))
     return Bank(
-        slots=clear(bank.slots) if bank.has_full else bank.slots,
-        changes=clear(bank.changes),
+        slots=keep_entries_split(clear(bank.slots) if bank.has_full else bank.slots),
+        changes=keep_entries_split(clear(bank.changes)),
         is_changed_E=bank.is_changed_E.at[index].set(False),
         scouts=clear(bank.scouts),
         width_E=clear(bank.width_E),
         alive_E=bank.alive_E.at[index].set(False),
         key_E=bank.key_E.at[index].set(jnp.uint32(2**32 - 1)),
+        has_full=bank.has_full,
     )
 
 
+@functools.partial(jax.jit, static_argnames=("capacity", "has_full"))
 def grow(bank: Bank, capacity: int | None = None, *, has_full: bool = False) -> Bank:
     """Return a copy of the bank with more room.
 
@@ -256,13 +263,14 @@ def grow(bank: Bank, capacity: int | None = None, *, has_full: bool = False) -> 
         pad, (bank.scouts, bank.width_E, bank.alive_E, bank.is_changed_E)
     )
     return Bank(
-        slots=jax.tree.map(lambda stack: pad(stack, rows), bank.slots),
-        changes=jax.tree.map(pad, bank.changes),
+        slots=keep_entries_split(jax.tree.map(lambda stack: pad(stack, rows), bank.slots)),
+        changes=keep_entries_split(jax.tree.map(pad, bank.changes)),
         is_changed_E=is_changed_E,
         scouts=scouts,
         width_E=width_E,
         alive_E=alive_E,
         key_E=pad(bank.key_E, value=2**32 - 1),
+        has_full=has_full or bank.has_full,
     )
 
 
@@ -322,10 +330,15 @@ def merge_entry(bank: Bank, slot: int, index: jax.Array | int) -> SlotMatrices:
     # A change is of the backbone's matrices, entry 0.
     is_own = bank.is_changed_E[jnp.asarray(index)] | (not bank.has_full)
     row = jnp.where(is_own, 0, index)
-    merged: SlotMatrices = {name: bank.slots[slot][name][row] for name in MATRICES}
+
+    def read(stack: Any, index: Any) -> Any:
+        return jax.tree.map(lambda x: read_entry(x, index, bank.capacity), stack)
+
+    own = read if bank.has_full else operator.getitem
+    merged: SlotMatrices = {name: own(bank.slots[slot][name], row) for name in MATRICES}
     if bank.changes:
         for name, (a, b) in bank.changes[slot].items():
-            merged[name] = widen(merged[name]) + a[index] @ b[index]
+            merged[name] = widen(merged[name]) + read(a, index) @ read(b, index)
     return merged
 
 

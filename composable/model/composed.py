@@ -8,9 +8,10 @@ share. Everything here is a pure function of (parts, tokens, state).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,9 @@ from composable.model.router import (
     switching_posterior,
     track_record,
 )
+from composable.parallel import spec_of_entries, split_batch
+
+_T = TypeVar("_T")
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +80,30 @@ class TrunkPass(NamedTuple):
     score_BTE: jax.Array  # log weights of mix mode, prior included
     # Scouts' log-probabilities of the next token's class; None without an output mixture.
     scout_log_prob_EBTC: jax.Array | None
+
+
+def split_documents(fn: Callable[..., _T], parts: Parts, *rows: Any) -> _T:
+    """Return `fn(parts, *rows)`, computed by every device on its own documents.
+
+    Every device has the backbone and the scouts, and of the bodies those of its own entries.
+
+    Args:
+        fn: A function of documents one by one; see `split_batch`.
+        parts: The model.
+        rows: Tokens and state.
+    """
+    bank = parts.bank
+    split = spec_of_entries(bank.capacity)
+    specs = jax.tree.map(lambda _: jax.P(), parts)
+    specs = dataclasses.replace(
+        specs,
+        bank=dataclasses.replace(
+            specs.bank,
+            slots=jax.tree.map(lambda _: split if bank.has_full else jax.P(), bank.slots),
+            changes=jax.tree.map(lambda _: split, bank.changes),
+        ),
+    )
+    return split_batch(fn, parts, *rows, specs=specs)
 
 
 def track_records(parts: Parts, tokens_BT: jax.Array, state: RouterState) -> jax.Array:

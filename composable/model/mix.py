@@ -29,13 +29,15 @@ from composable.model.composed import (
     empty_caches,
     mix_in_scouts,
     run_trunk_and_scouts,
+    split_documents,
     writing_state,
 )
 from composable.model.guard import Tally, empty_tally, exceeds, redistribute, tally_rows
 from composable.model.occupancy import IsDrawn
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
 from composable.model.router import Choice, RouterState, choose, dense_weights
-from composable.parallel import split_batch, sum_over_batch
+from composable.model.split_bank import plan_routes, run_split
+from composable.parallel import count_entry_shards, sum_over_batch
 
 
 class MixState(NamedTuple):
@@ -90,7 +92,7 @@ def trace_mix(
     Returns:
         Logits, shape BTV float32, router weights, shape BTE, and the new state.
     """
-    return split_batch(partial(_trace_mix, is_drawn=is_drawn), parts, tokens_BT, state)
+    return split_documents(partial(_trace_mix, is_drawn=is_drawn), parts, tokens_BT, state)
 
 
 def _trace_mix(
@@ -185,7 +187,7 @@ def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Arra
         Router weights for predicting the next token at every position, shape BTE, and the new
         state.
     """
-    return split_batch(_route, parts, tokens_BT, state)
+    return split_documents(_route, parts, tokens_BT, state)
 
 
 def _route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
@@ -223,7 +225,13 @@ def _mixed_feed_forward(
     expert_MJ = choice.expert_BTJ.reshape(-1, n_choices)
     weight_MJ = choice.weight_BTJ.reshape(-1, n_choices)
     block = default_block(batch * n_tokens, n_choices)
-    dispatch = make_dispatch(parts.bank.number_bodies(expert_MJ), parts.bank.n_bodies, block)
+    bank = parts.bank
+    n_shards = count_entry_shards(bank.capacity)
+    if n_shards > 1:
+        dispatch = make_dispatch(expert_MJ, bank.capacity, block)
+        routes = plan_routes(bank, dispatch, n_shards)
+    else:
+        dispatch = make_dispatch(bank.number_bodies(expert_MJ), bank.n_bodies, block)
 
     is_expert_P = jnp.repeat(dispatch.expert_Y, block) != 0
     zeroed: list[jax.Array] = []
@@ -232,11 +240,13 @@ def _mixed_feed_forward(
         index = parts.interface.slots.index(layer)
         bound = parts.interface.output_bounds[index]
         x_MD = x_BTD.reshape(batch * n_tokens, -1)
+        own = backbone_slot(parts.backbone, layer)
         if bodies is not None:
-            own = backbone_slot(parts.backbone, layer)
-            y_PD = _run_few(parts.bank, own, bodies, index, x_MD, dispatch)
+            y_PD = _run_few(bank, own, bodies, index, x_MD, dispatch)
+        elif n_shards > 1:
+            y_PD = run_split(bank, own, index, gather_rows(x_MD, dispatch), dispatch, routes)
         else:
-            y_PD = _run_bodies(parts.bank, index, gather_rows(x_MD, dispatch), dispatch)
+            y_PD = _run_bodies(bank, index, gather_rows(x_MD, dispatch), dispatch)
         # Out-of-bounds rows are replaced by zeros, not given weight zero: zero times an infinite
         # or NaN output is NaN.
         zeroed.append(is_expert_P & exceeds(y_PD, bound))

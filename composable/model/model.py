@@ -7,12 +7,15 @@ with its names and tokenizer as static data. The arithmetic is in `mix.py`, `saf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from composable.errors import InterfaceError, ModelError, TextError
 from composable.interface import RouterInterface
@@ -29,8 +32,10 @@ from composable.model.sampling import Sampling
 from composable.model.scout import Scout
 from composable.model.text import Conversation, Piece, stop_before, to_pieces
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
+from composable.parallel import place_rows, replicate_tree
 
 BACKBONE = "backbone"
+_Static = tuple[tuple[str | None, ...], Tokenizer, Mesh | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,10 @@ class Model:
             has to be made, which compiles the programs again. A backbone with quantized matrices
             merges none: there the default is the highest rank that its interface allows.
         tokenizer: The backbone's tokenizer; the one for bytes by default.
+        mesh: Devices to run on; by default the one that jax chooses. Documents are split over all
+            of them, and bodies over those along `expert`: each device holds its part of the bank,
+            whose capacity is rounded up to a multiple of their number. Functions of your own that
+            read `parts` run inside `jax.set_mesh(model.mesh)`.
 
     Raises:
         ModelError: If two experts have one name.
@@ -87,6 +96,7 @@ class Model:
         capacity: int | None = None,
         factor_rank: int | None = None,
         tokenizer: Tokenizer | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         if self.tokenizer.digest != interface.tokenizer:
@@ -102,24 +112,30 @@ class Model:
         capacity = max(capacity or 1, _power_of_two(needed))
         # How a body is kept depends on nothing else that is installed: no bit of its output may.
         has_full = not factor_rank or not all(0 < e.body.rank <= factor_rank for e in experts)
-        bank = banks.empty_bank(backbone, interface, capacity, rank=factor_rank, has_full=has_full)
+        self.mesh = mesh
+        if mesh is not None:
+            n_devices = mesh.shape["expert"]
+            capacity = -(-capacity // n_devices) * n_devices
+            backbone = replicate_tree(backbone, mesh)
+        with self._use_mesh():
+            bank = banks.empty_bank(
+                backbone, interface, capacity, rank=factor_rank, has_full=has_full
+            )
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
         self.names: tuple[str | None, ...] = (BACKBONE,) + (None,) * (capacity - 1)
         for expert in sorted(experts, key=lambda expert: expert.name):
             self.install(expert)
 
-    def tree_flatten(self) -> tuple[tuple[Parts], tuple[tuple[str | None, ...], Tokenizer]]:
-        """Split into arrays, and names and tokenizer, for jax."""
-        return (self.parts,), (self.names, self.tokenizer)
+    def tree_flatten(self) -> tuple[tuple[Parts], _Static]:
+        """Split into arrays, and names, tokenizer and mesh, for jax."""
+        return (self.parts,), (self.names, self.tokenizer, self.mesh)
 
     @classmethod
-    def tree_unflatten(
-        cls, static: tuple[tuple[str | None, ...], Tokenizer], children: tuple[Parts]
-    ) -> Model:
+    def tree_unflatten(cls, static: _Static, children: tuple[Parts]) -> Model:
         """Rebuild from what `tree_flatten` returned, for jax."""
         model = object.__new__(cls)
         (model.parts,) = children
-        model.names, model.tokenizer = static
+        model.names, model.tokenizer, model.mesh = static
         return model
 
     @property
@@ -146,16 +162,17 @@ class Model:
         if expert.name in self.names:
             raise ModelError(f"an expert named {expert.name!r} is already plugged in")
         backbone, interface, bank = self.parts.backbone, self.interface, self.parts.bank
-        if None not in self.names:
-            bank = banks.grow(bank, 2 * bank.capacity)
-            self.names += (None,) * (bank.capacity - len(self.names))
-        index = self.names.index(None)
-        if not bank.has_full and not 0 < expert.body.rank <= bank.rank:
-            bank = banks.grow(bank, has_full=True)
-        entry = banks.make_entry(
-            backbone, interface, expert.body, expert.scout, expert.key, rank=bank.rank
-        )
-        bank = banks.install(bank, index, entry)
+        with self._use_mesh():
+            if None not in self.names:
+                bank = banks.grow(bank, 2 * bank.capacity)
+                self.names += (None,) * (bank.capacity - len(self.names))
+            index = self.names.index(None)
+            if not bank.has_full and not 0 < expert.body.rank <= bank.rank:
+                bank = banks.grow(bank, has_full=True)
+            entry = banks.make_entry(
+                backbone, interface, expert.body, expert.scout, expert.key, rank=bank.rank
+            )
+            bank = banks.install(bank, index, entry)
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
         self.names = (*self.names[:index], expert.name, *self.names[index + 1 :])
 
@@ -166,7 +183,8 @@ class Model:
             ModelError: If no such expert is plugged in.
         """
         index = self._index(name, experts_only=True)
-        bank = banks.remove(self.parts.bank, index)
+        with self._use_mesh():
+            bank = banks.remove(self.parts.bank, index)
         self.parts = Parts(backbone=self.parts.backbone, bank=bank, interface=self.interface)
         self.names = (*self.names[:index], None, *self.names[index + 1 :])
 
@@ -180,16 +198,16 @@ class Model:
             Logits of the next token, shape BTV float32.
 
         Raises:
-            ModelError: If the tokens do not have two dimensions, or are not integers.
+            ModelError: If the tokens do not have two dimensions, are not integers, or do not divide
+                among the devices of the mesh.
             TextError: If they are longer than the context.
         """
-        tokens_BT = self._checked(tokens_BT)
-        logits_BTV: jax.Array = _mix(self.parts, tokens_BT)
+        logits_BTV: jax.Array = self._run(_mix, tokens_BT)
         return logits_BTV
 
     def safe(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
         """Return log-probabilities in safe mode, shape BTV; `model.safe.safe` states its bound."""
-        log_prob_BTV: jax.Array = _safe(self.parts, self._checked(tokens_BT))
+        log_prob_BTV: jax.Array = self._run(_safe, tokens_BT)
         return log_prob_BTV
 
     def route(self, tokens_BT: jax.typing.ArrayLike) -> jax.Array:
@@ -197,12 +215,12 @@ class Model:
 
         Entry e belongs to `names[e]`; the backbone comes first.
         """
-        weight_BTE: jax.Array = _route(self.parts, self._checked(tokens_BT))
+        weight_BTE: jax.Array = self._run(_route, tokens_BT)
         return weight_BTE
 
     def path(self, tokens_BT: jax.typing.ArrayLike, name: str = BACKBONE) -> jax.Array:
         """Return logits, shape BTV, with one expert or the backbone active at every token."""
-        logits_BTV: jax.Array = _path(self.parts, self._checked(tokens_BT), self._index(name))
+        logits_BTV: jax.Array = self._run(_path, tokens_BT, self._index(name))
         return logits_BTV
 
     def contributions(self, tokens_BT: jax.typing.ArrayLike) -> dict[str, Contributions]:
@@ -212,7 +230,7 @@ class Model:
         exceeds the interface's bound, it counts as zero and its weight goes to the token's other
         choices. A vetted expert should have none.
         """
-        return read_tally(self.names, _tally(self.parts, self._checked(tokens_BT)))
+        return read_tally(self.names, self._run(_tally, tokens_BT))
 
     def average_slots(self) -> tuple[SlotMatrices, ...]:
         """Return the mean of the installed bodies: a merge to compare composition with."""
@@ -290,6 +308,19 @@ class Model:
             mode=mode,
             report=make_reporter(self.names),
         )
+
+    def _use_mesh(self) -> AbstractContextManager[Any]:
+        """Return a context in which programs run on the model's devices."""
+        is_set = self.mesh is None or not jax.sharding.get_abstract_mesh().empty
+        return nullcontext() if is_set else jax.set_mesh(self.mesh)
+
+    def _run(self, fn: Callable[..., Any], tokens: jax.typing.ArrayLike, *more: Any) -> Any:
+        """Return `fn` of parts and tokens, computed on the model's devices."""
+        tokens_BT = self._checked(tokens)
+        if self.mesh is not None and not isinstance(tokens_BT, jax.core.Tracer):
+            tokens_BT = place_rows(tokens_BT, self.mesh)
+        with self._use_mesh():
+            return fn(self.parts, tokens_BT, *more)
 
     def _index(self, name: str, experts_only: bool = False) -> int:
         if name not in self.names or (experts_only and name == BACKBONE):

@@ -20,6 +20,7 @@ from composable.model.composed import (
     log_prior_of,
     mix_in_scouts,
     run_trunk_and_scouts,
+    split_documents,
     writing_state,
 )
 from composable.model.guard import Tally, empty_tally, tally_paths
@@ -27,7 +28,7 @@ from composable.model.layers import KVCache
 from composable.model.occupancy import IsDrawn, empty_occupancy, follow_given
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
 from composable.model.router import NEVER, RouterState, choose
-from composable.parallel import split_batch, sum_over_batch
+from composable.parallel import any_device, count_entry_shards, sum_over_batch
 
 
 class SafeState(NamedTuple):
@@ -107,7 +108,7 @@ def trace_safe(
     Returns:
         Log-probabilities, shape BTV float32, weights of the paths, shape BTE, and the new state.
     """
-    return split_batch(partial(_trace_safe, is_drawn=is_drawn), parts, tokens_BT, state)
+    return split_documents(partial(_trace_safe, is_drawn=is_drawn), parts, tokens_BT, state)
 
 
 def _trace_safe(
@@ -223,6 +224,8 @@ def _run_paths(
     """
     bank = parts.bank
     needed_E = awake_BTE.any(axis=(0, 1)) if caches is None else bank.alive_E[order_E]
+    if count_entry_shards(bank.capacity) > 1:
+        needed_E = any_device(needed_E)  # bodies are read from the device that has them, together
     vocab = parts.interface.vocab_size
     uniform_BTV = jnp.full((*x_BTD.shape[:2], vocab), -jnp.log(vocab), jnp.float32)
     own = () if caches is None else caches.upper

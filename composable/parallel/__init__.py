@@ -1,6 +1,16 @@
 """Start-up of many hosts, the device mesh, and which dimension is split over which mesh axis."""
 
 from composable.parallel.batch import split_batch, sum_over_batch
+from composable.parallel.entries import (
+    Traffic,
+    any_device,
+    count_entry_shards,
+    exchange_rows,
+    gather_tables,
+    keep_entries_split,
+    read_entry,
+    spec_of_entries,
+)
 from composable.parallel.mesh import make_mesh, parse_mesh
 from composable.parallel.processes import (
     current_process,
@@ -17,7 +27,9 @@ from composable.parallel.sharding import (
     gather_weights,
     keep_batch_split,
     place_batch,
+    place_rows,
     place_shapes,
+    replicate_tree,
     shard_tree,
     shardings_of,
     spec_of,
@@ -26,21 +38,31 @@ from composable.parallel.sharding import (
 
 __all__ = [
     "BATCH_SPEC",
+    "Traffic",
+    "any_device",
     "count_batch_shards",
+    "count_entry_shards",
     "current_process",
     "exchange",
+    "exchange_rows",
     "fetch_tree",
+    "gather_tables",
     "gather_weights",
     "is_first_process",
     "keep_batch_split",
     "leave_group",
+    "keep_entries_split",
     "make_mesh",
     "parse_mesh",
     "place_batch",
+    "place_rows",
     "place_shapes",
+    "read_entry",
+    "replicate_tree",
     "shard_tree",
     "shardings_of",
     "spec_of",
+    "spec_of_entries",
     "split_batch",
     "start_processes",
     "sum_over_batch",

@@ -25,7 +25,7 @@ _BATCH_AXES: Final[tuple[str, ...]] = BATCH_SPEC[0]
 _LETTERS: Final = re.compile(r".*_([A-Z]+)")
 
 
-def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any) -> _T:
+def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any, specs: Any = PartitionSpec()) -> _T:
     """Return `fn(shared, *rows)`, computed by every device on its own rows.
 
     The devices are those of the mesh in use (`jax.set_mesh`). Without one, with a single device
@@ -35,10 +35,12 @@ def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any) -> _T:
     Args:
         fn: Function of (shared, *rows). Its results depend on rows of the batch one by one, except
             for sums that it passes through `sum_over_batch`.
-        shared: Tree that every device needs whole, such as parameters.
+        shared: Tree that does not depend on the row, such as parameters.
         rows: Trees of arrays. In a named tuple, the letters at the end of a field's name say which
             dimension is the batch, B; a field without B is whole on every device. An array outside
             of named tuples has the batch first.
+        specs: How `shared` is split, as a tree or the first levels of one; by default every device
+            gets all of it.
 
     Returns:
         The result of `fn`, its arrays split like `rows`.
@@ -53,11 +55,10 @@ def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any) -> _T:
     axes = axes_of_batch(jax.tree.leaves(rows[0])[0].shape[0])
     if not axes:
         return fn(shared, *rows)
-    whole = jax.tree.map(lambda _: PartitionSpec(), shared)
     results = jax.eval_shape(fn, shared, *rows)
     run = jax.shard_map(
         fn,
-        in_specs=(whole, *(_specs_of(tree, axes) for tree in rows)),
+        in_specs=(specs, *(_specs_of(tree, axes) for tree in rows)),
         out_specs=_specs_of(results, axes),
         # Loops and kernels would have to declare over which axes each value varies.
         check_vma=False,

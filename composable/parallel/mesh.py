@@ -1,12 +1,14 @@
 """The device mesh.
 
-Three axes, always present, so that the same program runs everywhere: `data` replicates parameters,
+Four axes, always present, so that the same program runs everywhere: `data` replicates parameters,
 `fsdp` splits them along the model width and gathers them on use, `tensor` splits heads, hidden
-units and vocabulary. On one device all three have size 1.
+units and vocabulary, and `expert` the entries of a composed model's bank. On one device all four
+have size 1. The batch is split over all but `tensor`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -17,7 +19,7 @@ from jax.sharding import AxisType, Mesh
 
 from composable.errors import TrainingError
 
-AXES: Final = ("data", "fsdp", "tensor")
+AXES: Final = ("data", "fsdp", "tensor", "expert")
 # Size of an axis that takes the devices which the others leave.
 REST: Final = -1
 # Meshes that an error proposes.
@@ -25,7 +27,13 @@ _MAX_PROPOSALS: Final = 3
 
 
 def make_mesh(
-    devices: Sequence[Any] | None = None, /, *, data: int = REST, fsdp: int = 1, tensor: int = 1
+    devices: Sequence[Any] | None = None,
+    /,
+    *,
+    data: int = REST,
+    fsdp: int = 1,
+    tensor: int = 1,
+    expert: int = 1,
 ) -> Mesh:
     """Return a mesh over all devices; one axis may take what the others leave (-1).
 
@@ -34,6 +42,7 @@ def make_mesh(
         data: Copies of the parameters.
         fsdp: Devices that share one copy of the parameters.
         tensor: Devices that split one layer's heads and hidden units.
+        expert: Devices that share the experts of a composed model.
 
     Raises:
         TrainingError: If the devices do not divide evenly; it proposes meshes that fit.
@@ -41,10 +50,12 @@ def make_mesh(
     Example:
         >>> mesh = make_mesh()
         >>> mesh.axis_names
-        ('data', 'fsdp', 'tensor')
+        ('data', 'fsdp', 'tensor', 'expert')
     """
     n_devices = jax.device_count() if devices is None else len(devices)
-    shape = fit_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, n_devices)
+    shape = fit_mesh(
+        {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}, n_devices
+    )
     kinds = (AxisType.Auto,) * len(AXES)
     if devices is None:
         return jax.make_mesh(shape, AXES, axis_types=kinds)
@@ -63,7 +74,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
     Example:
         >>> parse_mesh("fsdp=8,tensor=2")
-        {'data': -1, 'fsdp': 8, 'tensor': 2}
+        {'data': -1, 'fsdp': 8, 'tensor': 2, 'expert': 1}
     """
     given: dict[str, int] = {}
     for pair in text.split(","):
@@ -92,7 +103,7 @@ def fit_mesh(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
 
     Example:
         >>> fit_mesh({"data": -1, "fsdp": 4, "tensor": 1}, 8)
-        (2, 4, 1)
+        (2, 4, 1, 1)
     """
     wanted = [sizes.get(axis, 1) for axis in AXES]
     fixed = math.prod(size for size in wanted if size != REST)
@@ -111,16 +122,15 @@ def fit_mesh(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
 def _propose_meshes(wanted: Sequence[int], n_devices: int) -> list[str]:
     """Return the meshes over that many devices that are closest to the wanted one."""
 
-    def distance(shape: tuple[int, ...]) -> float:
+    def distance(shape: Sequence[int]) -> float:
         pairs = zip(shape, wanted, strict=True)
         return sum(abs(math.log(size / asked)) for size, asked in pairs if asked > 0)
 
     divisors = [size for size in range(1, n_devices + 1) if n_devices % size == 0]
     shapes = [
-        (n_devices // (fsdp * tensor), fsdp, tensor)
-        for fsdp in divisors
-        for tensor in divisors
-        if n_devices % (fsdp * tensor) == 0
+        (n_devices // (fsdp * tensor * expert), fsdp, tensor, expert)
+        for fsdp, tensor, expert in itertools.product(divisors, repeat=3)
+        if n_devices % (fsdp * tensor * expert) == 0
     ]
     best = sorted(shapes, key=distance)[:_MAX_PROPOSALS]
     return [",".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True)) for shape in best]

@@ -31,7 +31,7 @@ _AXIS_OF: Final[dict[str, str]] = {
     "W": "tensor",
 }
 # A batch is split over every device that holds a different part of it.
-BATCH_SPEC: Final = PartitionSpec(("data", "fsdp"))
+BATCH_SPEC: Final = PartitionSpec(("data", "fsdp", "expert"))
 
 
 def spec_of(dims: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -242,6 +242,50 @@ def shard_tree(tree: Any, mesh: Mesh) -> Any:
         P()
     """
     return jax.tree.map(_put, tree, shardings_of(tree, mesh))
+
+
+def replicate_tree(tree: _T, mesh: Mesh) -> _T:
+    """Place a tree that every process holds whole on every device.
+
+    Args:
+        tree: Tree of arrays.
+        mesh: The device mesh.
+
+    Example:
+        >>> import numpy as np
+        >>> from composable.parallel import make_mesh
+        >>> replicate_tree({"scale": np.ones(3)}, make_mesh())["scale"].sharding.spec
+        P()
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed: _T = jax.tree.map(lambda value: _put(value, whole), tree)
+    return placed
+
+
+def place_rows(rows: Any, mesh: Mesh) -> jax.Array:
+    """Split rows that every process holds whole over the devices.
+
+    Args:
+        rows: Array whose first dimension is the batch.
+        mesh: The device mesh.
+
+    Raises:
+        ModelError: If the rows do not divide among the devices.
+
+    Example:
+        >>> import numpy as np
+        >>> from composable.parallel import make_mesh
+        >>> place_rows(np.zeros((4, 9), np.int32), make_mesh()).shape
+        (4, 9)
+    """
+    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
+    if len(rows) % n_shards:
+        raise ModelError(
+            f"{len(rows)} rows do not divide among the {n_shards} devices that share a batch",
+            where="mesh",
+            hint="repeat rows to fill the last device, and drop their results",
+        )
+    return _put(rows, NamedSharding(mesh, BATCH_SPEC))
 
 
 def fetch_tree(tree: Any) -> Any:
