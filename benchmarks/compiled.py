@@ -45,11 +45,11 @@ from composable.model import bank as banks
 from composable.model import mix as mix_mode
 from composable.model.body import Expert
 from composable.parallel import BATCH_SPEC
+from composable.parallel.mesh import AXES
 from composable.training.objectives import expert_objective
 from tests.support.compiled import collectives_in, shapes_on, tpu_mesh
 from tests.support.kernel_transfers import count_transfers, total_bytes
 
-AXES = ("data", "fsdp", "tensor")
 DOCUMENTS, LENGTH, CAPACITY = 16, 512, 4
 
 
@@ -126,7 +126,7 @@ def measure_mix(topology: str, n_devices: int) -> dict[str, Any]:
     """Compile mix mode of `tiny-bytes` with room for three experts."""
     parts = cx.load("tiny-bytes", experts=[]).parts
     parts = dataclasses.replace(parts, bank=banks.grow(parts.bank, CAPACITY))
-    mesh = tpu_mesh(topology, (n_devices, 1, 1), AXES)
+    mesh = tpu_mesh(topology, (n_devices, 1, 1, 1), AXES)
 
     def run(parts: Any, tokens_BT: jax.Array) -> jax.Array:
         return mix_mode.mix(parts, tokens_BT, mix_mode.mix_state(parts, DOCUMENTS))[0]
@@ -142,7 +142,7 @@ def measure_step(topology: str, n_devices: int) -> dict[str, Any]:
     backbone = cx.load("tiny-bytes", experts=[]).parts.backbone
     expert = Expert(backbone, kind="lora", rank=8, scout_width=64, rngs=nnx.Rngs(0))
     graph, params = nnx.split(expert)
-    mesh = tpu_mesh(topology, (n_devices, 1, 1), AXES)
+    mesh = tpu_mesh(topology, (n_devices, 1, 1, 1), AXES)
     tokens_BU = jax.ShapeDtypeStruct((DOCUMENTS, LENGTH + 1), jnp.int32)
     step = jax.grad(expert_objective(graph), has_aux=True)
     arguments = shapes_on(mesh, (params, backbone))

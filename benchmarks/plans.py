@@ -100,7 +100,9 @@ CASES: Final = _name_cases()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="results; kept cases are not compiled again")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="results; kept cases are not compiled again"
+    )
     parser.add_argument("--again", action="store_true", help="compile them nevertheless")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

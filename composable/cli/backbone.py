@@ -10,6 +10,7 @@ import typer
 
 from composable.cli import bars
 from composable.cli.options import (
+    Accumulate,
     BeginToken,
     Checkpoint,
     ComputeDtype,
@@ -175,6 +176,7 @@ def train(
         ),
     ] = None,
     mesh: MeshSizes = None,
+    accumulate: Accumulate = 1,
     plan: PlanTopology = None,
     report: Report = False,
     coordinator: Coordinator = None,
@@ -200,9 +202,8 @@ def train(
         wanted = PLANS[name]
         sizes = parse_mesh(mesh or "fsdp=1")
         classes = wanted.shape.vocab_size
-        show_plan(
-            plan_backbone(wanted.shape, classes, wanted.training, plan, sizes), as_json=as_json
-        )
+        cost = plan_backbone(wanted.shape, classes, wanted.training, plan, sizes, accumulate)
+        show_plan(cost, as_json=as_json)
         return
     if report:
         from composable.cli.group import show_goodput
@@ -215,7 +216,15 @@ def train(
     devices = make_mesh(**parse_mesh(mesh)) if mesh else None
     folder = out or Path(name)
     with bars.show_steps(name, is_quiet=is_quiet or not is_first) as progress:
-        card = train_backbone(PLANS[name], recipe, folder, work, mesh=devices, progress=progress)
+        card = train_backbone(
+            PLANS[name],
+            recipe,
+            folder,
+            work,
+            mesh=devices,
+            accumulate=accumulate,
+            progress=progress,
+        )
     if is_first:
         rows = [("folder", str(folder)), *((key, str(value)) for key, value in card.items())]
         show(

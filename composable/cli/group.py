@@ -66,7 +66,11 @@ def show_plan(plan: StepPlan, *, as_json: bool) -> None:
     rows = [
         ("topology", f"{plan.topology}, {plan.devices} chips: {axes or 'one device'}"),
         ("parameters", f"{plan.parameters:,}, {plan.trained:,} of them trained"),
-        ("a step", f"{plan.rows:,} rows of {plan.window:,} tokens"),
+        (
+            "a step",
+            f"{plan.rows:,} rows of {plan.window:,} tokens"
+            + (f" in {plan.accumulate} parts" if plan.accumulate > 1 else ""),
+        ),
         (
             "memory per chip",
             f"{format_bytes(cost.peak)} of {format_bytes(plan.chip_memory)}: {fits} "

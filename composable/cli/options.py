@@ -230,8 +230,16 @@ MeshSizes = Annotated[
     typer.Option(
         "--mesh",
         metavar="AXIS=N,...",
-        help="Devices along data, fsdp and tensor; -1 for the rest. Default: all along data.",
+        help="Devices along data, fsdp, tensor, expert; -1 for the rest. Default: all along data.",
         show_default=False,
+    ),
+]
+Accumulate = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Run the sequences of a step in N parts, to need less memory.",
+        metavar="N",
     ),
 ]
 PlanTopology = Annotated[

@@ -9,6 +9,7 @@ import typer
 
 from composable.cli import bars
 from composable.cli.options import (
+    Accumulate,
     Coordinator,
     Data,
     ExpertBackbone,
@@ -60,6 +61,7 @@ def train(
     ] = None,
     window: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 256,
     mesh: MeshSizes = None,
+    accumulate: Accumulate = 1,
     plan: PlanTopology = None,
     report: Report = False,
     coordinator: Coordinator = None,
@@ -100,7 +102,7 @@ def train(
         return
     if plan:
         _show_expert_plan(
-            Manifest.read(folder), backbone, plan, mesh, rows, window, as_json=as_json
+            Manifest.read(folder), backbone, plan, mesh, rows, window, accumulate, as_json=as_json
         )
         return
     folders, texts = _assign_texts(folder, more or (), data or ())
@@ -121,9 +123,9 @@ def train(
 
     schedule_for_memory()
     is_first = join_group(coordinator, num_processes, process_id, init_timeout)
-    if (sweep or len(folders) > 1) and (mesh or not is_first):
+    if (sweep or len(folders) > 1) and (mesh or accumulate > 1 or not is_first):
         raise typer.BadParameter(
-            "not on a mesh or many processes", param_hint="--sweep" if sweep else "DIR"
+            "not on a mesh, in parts or on many processes", param_hint="--sweep" if sweep else "DIR"
         )
     loaded = load_backbone(homes.pop())
     parents = {
@@ -131,7 +133,9 @@ def train(
         for folder, manifest in manifests.items()
         if (parent := find_parent(loaded, manifest, registry=registry))
     }
-    cfg = expert_config(steps, seed, rows=rows, window=window, backbone=loaded.backbone)
+    cfg = expert_config(
+        steps, seed, rows=rows, window=window, backbone=loaded.backbone, accumulate=accumulate
+    )
     parent, files = parents.get(folder), texts[folder]
     if len(folders) > 1:
         _train_several(loaded, texts, cfg, parents, as_json, is_quiet)
@@ -145,6 +149,7 @@ def train(
             cfg,
             parent,
             mesh,
+            accumulate,
             is_first=is_first,
             as_json=as_json,
             is_quiet=is_quiet,
@@ -187,6 +192,7 @@ def _train_one(
     cfg: TrainConfig,
     parent: Pluggable | None,
     mesh: str | None,
+    accumulate: int,
     *,
     is_first: bool,
     as_json: bool,
@@ -202,7 +208,14 @@ def _train_one(
     devices = make_mesh(**parse_mesh(mesh)) if mesh else None
     with bars.show_training(is_quiet=is_quiet or not is_first) as progress:
         record = train_expert(
-            loaded, folder, files, cfg, parent=parent, mesh=devices, progress=progress
+            loaded,
+            folder,
+            files,
+            cfg,
+            parent=parent,
+            mesh=devices,
+            accumulate=accumulate,
+            progress=progress,
         )
     if not is_first:
         return
@@ -268,6 +281,7 @@ def _show_expert_plan(
     mesh: str | None,
     rows: int,
     window: int,
+    accumulate: int,
     *,
     as_json: bool,
 ) -> None:
@@ -280,7 +294,10 @@ def _show_expert_plan(
     from composable.workflows.train import expert_config
 
     cfg, interface = read_config(backbone or manifest.backbone)
-    training = expert_config(1, rows=rows, window=window, n_devices=len(tpu_devices(topology)))
+    n_devices = len(tpu_devices(topology))
+    training = expert_config(
+        1, rows=rows, window=window, n_devices=n_devices, accumulate=accumulate
+    )
     plan = plan_expert(
         cfg,
         interface.n_classes,
@@ -289,6 +306,7 @@ def _show_expert_plan(
         training,
         topology,
         parse_mesh(mesh or "data=1,fsdp=-1"),
+        accumulate,
     )
     show_plan(plan, as_json=as_json)
 

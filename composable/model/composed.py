@@ -85,25 +85,30 @@ class TrunkPass(NamedTuple):
 def split_documents(fn: Callable[..., _T], parts: Parts, *rows: Any) -> _T:
     """Return `fn(parts, *rows)`, computed by every device on its own documents.
 
-    Every device has the backbone and the scouts, and of the bodies those of its own entries.
-
     Args:
         fn: A function of documents one by one; see `split_batch`.
         parts: The model.
         rows: Tokens and state.
     """
+    return split_batch(fn, parts, *rows, specs=specs_of_parts(parts))
+
+
+def specs_of_parts(parts: Parts) -> Parts:
+    """Return how a model is split over the mesh in use: bodies by entry, and nothing else.
+
+    Args:
+        parts: The model, or its shapes.
+
+    Returns:
+        The same tree with a partition spec in the place of every array.
+    """
     bank = parts.bank
-    split = spec_of_entries(bank.capacity)
-    specs = jax.tree.map(lambda _: jax.P(), parts)
-    specs = dataclasses.replace(
-        specs,
-        bank=dataclasses.replace(
-            specs.bank,
-            slots=jax.tree.map(lambda _: split if bank.has_full else jax.P(), bank.slots),
-            changes=jax.tree.map(lambda _: split, bank.changes),
-        ),
-    )
-    return split_batch(fn, parts, *rows, specs=specs)
+    split, whole = spec_of_entries(bank.capacity), jax.P()
+    slots = jax.tree.map(lambda _: split if bank.has_full else whole, bank.slots)
+    changes = jax.tree.map(lambda _: split, bank.changes)
+    specs: Parts = jax.tree.map(lambda _: whole, parts)
+    bank = dataclasses.replace(specs.bank, slots=slots, changes=changes)
+    return dataclasses.replace(specs, bank=bank)
 
 
 def track_records(parts: Parts, tokens_BT: jax.Array, state: RouterState) -> jax.Array:

@@ -198,8 +198,8 @@ class Model:
             Logits of the next token, shape BTV float32.
 
         Raises:
-            ModelError: If the tokens do not have two dimensions, are not integers, or do not divide
-                among the devices of the mesh.
+            ModelError: If the tokens do not have two dimensions, or are not integers.
+            TrainingError: If their rows do not divide among the devices of the mesh.
             TextError: If they are longer than the context.
         """
         logits_BTV: jax.Array = self._run(_mix, tokens_BT)

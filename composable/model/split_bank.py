@@ -123,13 +123,11 @@ def run_split(
         outputs.append(_ungroup(grouped_swiglu(grouped_PD, *stacks, routes.full), routes.full))
     if routes.changed is not None:
         grouped_PD = gather_rows(received_MD, routes.changed)
-        grouped_PD = grouped_changed_swiglu(
-            grouped_PD, shared, bank.changes[index], routes.changed
-        )
+        grouped_PD = grouped_changed_swiglu(grouped_PD, shared, bank.changes[index], routes.changed)
         outputs.append(_ungroup(grouped_PD, routes.changed))
     y_MD: jax.Array = sum(outputs[1:], outputs[0])  # each is zero at the other's rows
-    y: jax.Array = exchange_rows(y_MD.reshape(blocks), y_PD.reshape(blocks), routes.back)
-    return y.reshape(x_PD.shape)
+    x = exchange_rows(y_MD.reshape(blocks), y_PD.reshape(blocks), routes.back)
+    return x.reshape(x_PD.shape)
 
 
 def _ungroup(y_PD: jax.Array, groups: Dispatch) -> jax.Array:

@@ -22,6 +22,7 @@ from composable.parallel.processes import (
 )
 from composable.parallel.sharding import (
     BATCH_SPEC,
+    batch_share,
     count_batch_shards,
     fetch_tree,
     gather_weights,
@@ -30,9 +31,11 @@ from composable.parallel.sharding import (
     place_rows,
     place_shapes,
     replicate_tree,
+    require_divisible,
     shard_tree,
     shardings_of,
     spec_of,
+    split_rows,
     sum_shards,
 )
 
@@ -40,6 +43,7 @@ __all__ = [
     "BATCH_SPEC",
     "Traffic",
     "any_device",
+    "batch_share",
     "count_batch_shards",
     "count_entry_shards",
     "current_process",
@@ -59,11 +63,13 @@ __all__ = [
     "place_shapes",
     "read_entry",
     "replicate_tree",
+    "require_divisible",
     "shard_tree",
     "shardings_of",
     "spec_of",
     "spec_of_entries",
     "split_batch",
+    "split_rows",
     "start_processes",
     "sum_over_batch",
     "sum_shards",

@@ -20,12 +20,13 @@ from jax.sharding import PartitionSpec
 from composable.parallel.sharding import BATCH_SPEC, axes_of_batch
 
 _T = TypeVar("_T")
+_WHOLE: Final = PartitionSpec()
 _BATCH_AXES: Final[tuple[str, ...]] = BATCH_SPEC[0]
 # The letters at the end of a field's name: `posterior_BE`.
 _LETTERS: Final = re.compile(r".*_([A-Z]+)")
 
 
-def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any, specs: Any = PartitionSpec()) -> _T:
+def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any, specs: Any = _WHOLE) -> _T:
     """Return `fn(shared, *rows)`, computed by every device on its own rows.
 
     The devices are those of the mesh in use (`jax.set_mesh`). Without one, with a single device

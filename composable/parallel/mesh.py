@@ -53,9 +53,7 @@ def make_mesh(
         ('data', 'fsdp', 'tensor', 'expert')
     """
     n_devices = jax.device_count() if devices is None else len(devices)
-    shape = fit_mesh(
-        {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}, n_devices
-    )
+    shape = fit_mesh({"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}, n_devices)
     kinds = (AxisType.Auto,) * len(AXES)
     if devices is None:
         return jax.make_mesh(shape, AXES, axis_types=kinds)
@@ -110,9 +108,8 @@ def fit_mesh(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
     if fixed > 0 and wanted.count(REST) == 1 and n_devices % fixed == 0:
         wanted = [n_devices // fixed if size == REST else size for size in wanted]
     if min(wanted) < 1 or math.prod(wanted) != n_devices:
-        named = ",".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))
         raise TrainingError(
-            f"{named} does not fit {n_devices} devices",
+            f"{_name_mesh(wanted)} does not fit {n_devices} devices",
             where="mesh",
             hint=f"meshes that fit: {'; '.join(_propose_meshes(wanted, n_devices))}",
         )
@@ -133,4 +130,10 @@ def _propose_meshes(wanted: Sequence[int], n_devices: int) -> list[str]:
         if n_devices % (fsdp * tensor * expert) == 0
     ]
     best = sorted(shapes, key=distance)[:_MAX_PROPOSALS]
-    return [",".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True)) for shape in best]
+    return [_name_mesh(shape) for shape in best]
+
+
+def _name_mesh(sizes: Sequence[int]) -> str:
+    """Return the sizes as `parse_mesh` reads them, without axes of one device except the first."""
+    first, *others = (f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    return ",".join([first, *(text for text in others if not text.endswith("=1"))])

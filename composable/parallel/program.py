@@ -17,6 +17,7 @@ COLLECTIVES: Final = (
     "all-reduce",
     "reduce-scatter",
     "all-to-all",
+    "ragged-all-to-all",
     "collective-permute",
 )
 _COMPUTATION: Final = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -31,6 +32,8 @@ _ELEMENT: Final = re.compile(r"\), index=(\d+)\b")
 _OPERAND: Final = re.compile(r"%([\w.-]+)")
 _CONSTANT: Final = re.compile(r"^(\d+)\)")
 _CHANNEL: Final = re.compile(r"\bchannel_id=(\d+)")
+# As jax's own lowering numbers it.
+_MANUAL_CHANNEL: Final = "1"
 _ARRAY: Final = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CONTRACTED: Final = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
 _WINDOW: Final = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)")
@@ -116,7 +119,8 @@ def count_operations(text: str) -> tuple[int, dict[str, Collectives]]:
     computations, entry = _split_computations(text)
     runs = _count_runs(computations, entry)
     flops = 0
-    # Parts of an asynchronous operation share its channel.
+    # Parts of an asynchronous operation share its channel. So do all operations that a function
+    # within `jax.shard_map` asks for itself.
     between: dict[tuple[str, str], tuple[int, int]] = {}
     for name, instructions in computations.items():
         shapes = {one.name: one.result for one in instructions}
@@ -126,8 +130,9 @@ def count_operations(text: str) -> tuple[int, dict[str, Collectives]]:
                 flops += runs[name] * _product_flops(one, shapes)
             elif kind in COLLECTIVES and runs[name]:
                 channel = _CHANNEL.search(one.rest)
-                key = kind, channel[1] if channel else f"{name}.{one.name}"
-                between[key] = runs[name], _result_bytes(one)
+                own = channel[1] if channel else _MANUAL_CHANNEL
+                key = kind, f"{name}.{one.name}" if own == _MANUAL_CHANNEL else own
+                between[key] = runs[name], _exchanged_bytes(one, shapes)
     counts, sizes = Counter[str](), Counter[str]()
     for (kind, _), (times, size) in between.items():
         counts[kind] += times
@@ -236,6 +241,18 @@ def _count_pairs(n_left: int, n_kernel: int, n_result: int, window: Mapping[str,
         for i in range(n_result)
         for k in range(n_kernel)
     )
+
+
+def _exchanged_bytes(one: _Instruction, shapes: Mapping[str, str]) -> int:
+    """Return the bytes that a device receives in an operation, at most in one of uneven parts.
+
+    There, either what is sent or what is received has room for the most uneven case.
+    """
+    received = _result_bytes(one)
+    if one.kind != "ragged-all-to-all":
+        return received
+    sent = _ARRAY.search(shapes.get(_OPERAND.findall(one.rest)[0], ""))
+    return min(received, _array_bytes(*sent.groups())) if sent else received
 
 
 def _result_bytes(one: _Instruction) -> int:

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from composable.errors import ModelError
+from composable.errors import ModelError, TrainingError
 from composable.interface import DIMS
 
 _T = TypeVar("_T")
@@ -270,7 +270,7 @@ def place_rows(rows: Any, mesh: Mesh) -> jax.Array:
         mesh: The device mesh.
 
     Raises:
-        ModelError: If the rows do not divide among the devices.
+        TrainingError: If the rows do not divide among the devices.
 
     Example:
         >>> import numpy as np
@@ -278,14 +278,67 @@ def place_rows(rows: Any, mesh: Mesh) -> jax.Array:
         >>> place_rows(np.zeros((4, 9), np.int32), make_mesh()).shape
         (4, 9)
     """
-    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
-    if len(rows) % n_shards:
-        raise ModelError(
-            f"{len(rows)} rows do not divide among the {n_shards} devices that share a batch",
-            where="mesh",
-            hint="repeat rows to fill the last device, and drop their results",
-        )
+    require_divisible(len(rows), mesh)
     return _put(rows, NamedSharding(mesh, BATCH_SPEC))
+
+
+def require_divisible(n_rows: int, mesh: Mesh, n_parts: int = 1) -> None:
+    """Refuse rows that do not divide among the devices, or a device's among the parts of a step.
+
+    Args:
+        n_rows: Rows of the batch.
+        mesh: The device mesh.
+        n_parts: Parts that are run one after the other.
+
+    Raises:
+        TrainingError: If they do not.
+
+    Example:
+        >>> from composable.parallel import make_mesh
+        >>> require_divisible(8, make_mesh(), n_parts=4)
+    """
+    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
+    if n_rows % (n_shards * n_parts):
+        parts = f", in {n_parts} parts" if n_parts > 1 else ""
+        raise TrainingError(
+            f"{n_rows} rows do not divide among {n_shards} devices{parts}",
+            where="mesh",
+            hint=f"give a multiple of {n_shards * n_parts} rows",
+        )
+
+
+def split_rows(tree: _T, n_parts: int) -> _T:
+    """Return a batch as several smaller ones, each with an equal share of every device's rows.
+
+    Args:
+        tree: Tree of arrays whose first dimension is the batch.
+        n_parts: Number of parts; divides the rows of a device.
+
+    Returns:
+        The same tree with the parts in front of each array's dimensions.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> split_rows(jnp.zeros((4, 9)), 2).shape
+        (2, 2, 9)
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        axes = axes_of_batch(len(x))
+        n_shards = count_batch_shards(len(x))
+        # Rows stay on their device: its own are cut, not those of all.
+        parts = x.reshape(n_shards, n_parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        parts = parts.reshape(n_parts, -1, *x.shape[1:])
+        if not axes:
+            return parts
+        others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        kept: jax.Array = jax.lax.with_sharding_constraint(
+            parts, PartitionSpec(None, axes, *others)
+        )
+        return kept
+
+    parts: _T = jax.tree.map(split, tree)
+    return parts
 
 
 def fetch_tree(tree: Any) -> Any:
@@ -334,6 +387,35 @@ def _put(value: Any, sharding: NamedSharding) -> jax.Array:
     """Place a host value that every process holds whole."""
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Return which part of every batch this process loads: its index, and the number of parts.
+
+    Processes whose devices hold the same rows, such as along `tensor`, load the same part.
+
+    Args:
+        mesh: The device mesh.
+
+    Raises:
+        TrainingError: If the rows of this process's devices are not next to each other.
+
+    Example:
+        >>> from composable.parallel import make_mesh
+        >>> batch_share(make_mesh())
+        (0, 1)
+    """
+    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
+    indices = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((n_shards,))
+    held = {index[0].start or 0 for index in indices.values() if index is not None}
+    first, n_held = min(held), len(held)
+    if held != set(range(first, first + n_held)) or first % n_held or n_shards % n_held:
+        raise TrainingError(
+            f"the devices of this process hold the parts {sorted(held)} of a batch's {n_shards}",
+            where="mesh",
+            hint="choose sizes for which each process has one part, or several in a row",
+        )
+    return first // n_held, n_shards // n_held
 
 
 def place_batch(local: Any, mesh: Mesh) -> Any:

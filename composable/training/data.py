@@ -71,8 +71,8 @@ def batches(
         window: Positions to predict; a row holds one token more.
         batch_size: Rows over all processes; a multiple of `n_processes`.
         seed: Seed of order and offsets.
-        process: Index of this process.
-        n_processes: Number of processes, each of which gets its own rows.
+        process: Index of this process among those with rows of their own; see `batch_share`.
+        n_processes: Number of such processes.
 
     Returns:
         Batches of int32 tokens, shape BU: `batch_size` / `n_processes` rows of `window` + 1.
@@ -115,8 +115,8 @@ def tapped_batches(
         rows: All rows; the residual stream may be memory-mapped.
         batch_size: Rows over all processes; a multiple of `n_processes`.
         seed: Seed of the order.
-        process: Index of this process.
-        n_processes: Number of processes, each of which gets its own rows.
+        process: Index of this process among those with rows of their own; see `batch_share`.
+        n_processes: Number of such processes.
 
     Raises:
         TrainingError: If the rows do not divide among the processes.

@@ -27,8 +27,10 @@ from composable.parallel import (
     make_mesh,
     place_batch,
     place_shapes,
+    require_divisible,
     shard_tree,
     shardings_of,
+    split_rows,
 )
 from composable.progress import StepProgress
 from composable.training.checkpoints import Checkpoints, is_finite
@@ -80,6 +82,7 @@ def fit(
     *,
     optimizer: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
+    accumulate: int = 1,
     directory: Path | None = None,
     progress: StepProgress | None = None,
 ) -> Fitted:
@@ -94,6 +97,8 @@ def fit(
         optimizer: `adamw(cfg)` by default. Its update gets the learning rate of `cfg` as `rate`, if
             it takes more arguments (`optax.GradientTransformationExtraArgs`).
         mesh: Devices; all of them as data parallel by default.
+        accumulate: Parts that the rows of a step are run in, one after the other: the memory of
+            activations is that of one part, and the step is the same up to rounding.
         directory: Folder of checkpoints, TensorBoard curves and the ledger of the run's time; none
             are written without it.
         progress: Called at every step with the newest figures.
@@ -103,14 +108,16 @@ def fit(
 
     Raises:
         TrainingError: If the loss or a weight is not finite, the checkpoint belongs to another run,
-            or checkpoints cannot be read or written.
+            checkpoints cannot be read or written, or the rows of a step do not divide among devices
+            and parts.
         PreemptedError: After SIGTERM, when the step is done and its checkpoint written.
     """
     mesh = mesh or make_mesh()
+    require_divisible(cfg.batch_size, mesh, accumulate)
     optimizer = optimizer or adamw(cfg)
     trained, frozen = shard_tree(trained, mesh), shard_tree(frozen, mesh)
     opt_state = _init_optimizer(optimizer, trained, mesh)
-    run_step = _compile_step(objective, optimizer)
+    run_step = _compile_step(objective, optimizer, accumulate)
     # The step's outputs are donated inputs of the next; a copy keeps the caller's arrays alive.
     trained = jax.tree.map(jnp.copy, trained)
     kept = Checkpoints(directory / "checkpoints", cfg) if directory else nullcontext()
@@ -201,6 +208,7 @@ def lower_step(
     *,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    accumulate: int = 1,
 ) -> jax.stages.Lowered:
     """Return the step that `fit` runs, ready to compile for devices that need not be here.
 
@@ -211,6 +219,7 @@ def lower_step(
         batch: Shapes of a batch over all devices.
         optimizer: The optimiser.
         mesh: The devices.
+        accumulate: As for `fit`.
     """
     with jax.set_mesh(mesh):
         opt_state = jax.eval_shape(optimizer.init, trained)
@@ -218,7 +227,7 @@ def lower_step(
             place_shapes(tree, shardings_of(tree, mesh)) for tree in (trained, opt_state, frozen)
         ]
         rows = place_shapes(batch, jax.tree.map(lambda _: NamedSharding(mesh, BATCH_SPEC), batch))
-        lowered: jax.stages.Lowered = _compile_step(objective, optimizer).lower(
+        lowered: jax.stages.Lowered = _compile_step(objective, optimizer, accumulate).lower(
             *placed, rows, jax.ShapeDtypeStruct((), jnp.float32)
         )
         return lowered
@@ -226,19 +235,30 @@ def lower_step(
 
 @lru_cache(maxsize=16)
 def _compile_step(
-    objective: Objective, optimizer: optax.GradientTransformation
+    objective: Objective, optimizer: optax.GradientTransformation, accumulate: int
 ) -> jax.stages.Wrapped:
     """Return the compiled step.
 
     From trained, opt_state, frozen, batch and rate it returns the next two, and figures. For the
-    same two functions it is the same one, which compiles once for all runs. The memory of the first
-    two arguments is reused for the results.
+    same arguments it is the same one, which compiles once for all runs. The memory of the step's
+    first two arguments is reused for the results.
     """
     optimizer = optax.with_extra_args_support(optimizer)
+    grad_fn = jax.value_and_grad(objective, has_aux=True)
+
+    def sum_parts(trained: Any, frozen: Any, batch: Any) -> Any:
+        def add_part(total: Any, rows: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(trained, frozen, rows)), None
+
+        parts = split_rows(batch, accumulate)
+        shapes = jax.eval_shape(grad_fn, trained, frozen, jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add_part, zero, parts)
+        return jax.tree.map(lambda x: x / accumulate, total)
 
     def step_fn(trained: Any, opt_state: Any, frozen: Any, batch: Any, rate: Any) -> Any:
-        grad_fn = jax.value_and_grad(objective, has_aux=True)
-        (loss, figures), grads = grad_fn(trained, frozen, batch)
+        run = grad_fn if accumulate == 1 else sum_parts
+        (loss, figures), grads = run(trained, frozen, batch)
         updates, opt_state = optimizer.update(grads, opt_state, trained, rate=rate)
         figures = {"loss": loss, "grad_norm": optax.tree.norm(grads), **figures}
         return optax.apply_updates(trained, updates), opt_state, figures

@@ -28,7 +28,14 @@ from composable.interface import RouterInterface, byte_router
 from composable.model.backbone import Backbone
 from composable.model.config import BackboneConfig, small_bytes, tiny_bytes
 from composable.model.tokenizer import ByteTokenizer, Tokenizer
-from composable.parallel import fetch_tree, is_first_process, start_processes, wait_for_all
+from composable.parallel import (
+    batch_share,
+    fetch_tree,
+    is_first_process,
+    make_mesh,
+    start_processes,
+    wait_for_all,
+)
 from composable.progress import StepProgress, show_bars
 from composable.training.config import TrainConfig
 from composable.training.data import batches, token_stream
@@ -124,6 +131,7 @@ def train_backbone(
     work: Path | None = None,
     *,
     mesh: Mesh | None = None,
+    accumulate: int = 1,
     progress: StepProgress | None = None,
 ) -> dict[str, Any]:
     """Make the text of a recipe, train a backbone on it, and pack it.
@@ -136,6 +144,7 @@ def train_backbone(
         out: Folder of the package.
         work: Folder of text, checkpoints and curves; by default in `runs`.
         mesh: Devices; all of them as data parallel by default.
+        accumulate: Parts that the rows of a step are run in; see `fit`.
         progress: Called at every step.
 
     Returns:
@@ -147,7 +156,7 @@ def train_backbone(
         make_texts(loaded_recipe, text)
     wait_for_all("text")
     documents = read_documents([text / "train.jsonl"])
-    backbone = pretrain(plan, documents, work, mesh=mesh, progress=progress)
+    backbone = pretrain(plan, documents, work, mesh=mesh, accumulate=accumulate, progress=progress)
     heldout = read_documents([text / "heldout.jsonl"])
     if is_first_process():
         pack(plan, backbone, heldout, loaded_recipe.source.package, out)
@@ -163,6 +172,7 @@ def pretrain(
     work: Path,
     *,
     mesh: Mesh | None = None,
+    accumulate: int = 1,
     progress: StepProgress | None = None,
 ) -> Backbone:
     """Train a backbone together with its scout, and return it.
@@ -172,6 +182,7 @@ def pretrain(
         documents: Public text.
         work: Where checkpoints and curves go.
         mesh: Devices; all of them as data parallel by default.
+        accumulate: Parts that the rows of a step are run in; see `fit`.
         progress: Called at every step.
     """
     shape, cfg = plan.shape, plan.training
@@ -179,13 +190,14 @@ def pretrain(
     backbone = Backbone(shape, classes_V, shape.vocab_size, rngs=nnx.Rngs(cfg.seed))
     parts: Any = nnx.split(backbone, nnx.Param, ...)
     graph, params, rest = parts
+    part, n_parts = batch_share(mesh or make_mesh())
     data = batches(
         token_stream(documents, ByteTokenizer()),
         window=cfg.window,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
-        process=jax.process_index(),
-        n_processes=jax.process_count(),
+        process=part,
+        n_processes=n_parts,
     )
     masters = float32_masters(params)
     fitted = fit(
@@ -195,6 +207,7 @@ def pretrain(
         data,
         cfg,
         mesh=mesh,
+        accumulate=accumulate,
         directory=work,
         progress=progress,
     )

@@ -20,7 +20,7 @@ from composable.interface import BodyKind
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.model.config import BackboneConfig
-from composable.parallel import make_mesh
+from composable.parallel import make_mesh, require_divisible
 from composable.parallel.chips import find_chip, tpu_devices
 from composable.parallel.program import ProgramCost, measure_program
 from composable.training.config import TrainConfig
@@ -38,6 +38,7 @@ class StepPlan:
         devices: Number of chips.
         mesh: Devices along each axis.
         rows: Rows per step over all devices.
+        accumulate: Parts that they are run in.
         window: Positions of a row.
         parameters: Parameters of backbone and expert.
         trained: How many of them are trained.
@@ -54,6 +55,7 @@ class StepPlan:
     devices: int
     mesh: Mapping[str, int]
     rows: int
+    accumulate: int
     window: int
     parameters: int
     trained: int
@@ -107,6 +109,7 @@ def plan_backbone(
     training: TrainConfig,
     topology: str,
     mesh: Mapping[str, int],
+    accumulate: int = 1,
 ) -> StepPlan:
     """Return what a step of a backbone costs that is trained from nothing.
 
@@ -116,9 +119,11 @@ def plan_backbone(
         training: Rows and window of a step.
         topology: Kind of chip and shape, such as `v5e:4x4`.
         mesh: Devices along each axis.
+        accumulate: Parts that the rows of a step are run in.
 
     Raises:
-        TrainingError: If there is no such topology, or the mesh does not fit it.
+        TrainingError: If there is no such topology, the mesh does not fit it, or the rows do
+            not divide.
     """
     parts: Any = nnx.split(_shape_backbone(cfg, n_classes), nnx.Param, ...)
     graph, params, rest = parts
@@ -129,6 +134,7 @@ def plan_backbone(
         training,
         topology,
         mesh,
+        accumulate,
     )
 
 
@@ -140,6 +146,7 @@ def plan_expert(
     training: TrainConfig,
     topology: str,
     mesh: Mapping[str, int],
+    accumulate: int = 1,
 ) -> StepPlan:
     """Return what a step of an expert costs, body and scout together.
 
@@ -151,9 +158,11 @@ def plan_expert(
         training: Rows and window of a step.
         topology: Kind of chip and shape, such as `v5e:4x4`.
         mesh: Devices along each axis.
+        accumulate: Parts that the rows of a step are run in.
 
     Raises:
-        TrainingError: If there is no such topology, or the mesh does not fit it.
+        TrainingError: If there is no such topology, the mesh does not fit it, or the rows do
+            not divide.
     """
     kind, rank = body
     backbone = _shape_backbone(cfg, n_classes)
@@ -169,6 +178,7 @@ def plan_expert(
         training,
         topology,
         mesh,
+        accumulate,
     )
 
 
@@ -253,15 +263,17 @@ def _plan(
     training: TrainConfig,
     topology: str,
     mesh: Mapping[str, int],
+    accumulate: int,
 ) -> StepPlan:
     """Compile a step (objective, optimiser, trained, frozen) and report it."""
     chip, devices = find_chip(topology), tpu_devices(topology)
     placed = make_mesh(devices, **mesh)
+    require_divisible(training.batch_size, placed, accumulate)
     objective, optimizer, trained, frozen = step
     batch = jax.ShapeDtypeStruct((training.batch_size, training.window + 1), jnp.int32)
     start, start_cpu = time.perf_counter(), time.process_time()
     compiled = lower_step(
-        objective, trained, frozen, batch, optimizer=optimizer, mesh=placed
+        objective, trained, frozen, batch, optimizer=optimizer, mesh=placed, accumulate=accumulate
     ).compile()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     n_trained = count_numbers(trained)
@@ -271,6 +283,7 @@ def _plan(
         devices=len(devices),
         mesh=dict(placed.shape),
         rows=training.batch_size,
+        accumulate=accumulate,
         window=training.window,
         parameters=n_trained + n_frozen,
         trained=n_trained,

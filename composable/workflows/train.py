@@ -40,7 +40,7 @@ from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import fit_interface
-from composable.parallel import fetch_tree, is_first_process, make_mesh
+from composable.parallel import batch_share, fetch_tree, is_first_process, make_mesh
 from composable.progress import CountProgress, TrainingProgress
 from composable.training.config import TrainConfig
 from composable.training.data import batches, tapped_batches, token_stream
@@ -81,6 +81,7 @@ def expert_config(
     window: int = _WINDOW,
     backbone: Backbone | None = None,
     n_devices: int | None = None,
+    accumulate: int = 1,
 ) -> TrainConfig:
     """Return the settings that experts are trained with: rows of 256 tokens, for Muon.
 
@@ -90,23 +91,24 @@ def expert_config(
     Args:
         steps: Optimiser steps.
         seed: Seed of the initial weights and of the order of the data.
-        rows: Rows per step, rounded up so that every device gets as many.
+        rows: Rows per step, rounded up so that every device gets as many in each part.
         window: Positions of a row.
         backbone: The backbone: the larger, the fewer steps between checkpoints. Without it,
             there are 400.
         n_devices: Number of devices, by default those that are here.
+        accumulate: Parts that the rows of a step are run in.
 
     Example:
         >>> expert_config(steps=300).window
         256
     """
-    n_devices = n_devices or jax.device_count()
+    n_shares = (n_devices or jax.device_count()) * accumulate
     every = 400
     if backbone is not None:
         every = max(1, round(_CHECKPOINT_WORK / (count_upper_parameters(backbone) * rows * window)))
     return TrainConfig(
         steps=steps,
-        batch_size=-(-rows // n_devices) * n_devices,
+        batch_size=-(-rows // n_shares) * n_shares,
         window=window,
         learning_rate=1e-2,
         seed=seed,
@@ -124,6 +126,7 @@ def train_expert(
     optimizer: optax.GradientTransformation | None = None,
     trunk: Path | None = None,
     mesh: Mesh | None = None,
+    accumulate: int = 1,
     n_sharing: int = 1,
     salt: str | None = None,
     progress: TrainingProgress | None = None,
@@ -143,6 +146,7 @@ def train_expert(
         trunk: Folder for the trunk's outputs, which are then always kept there and read by every
             run on the same text; by default the run's own, if keeping them is worth while.
         mesh: Devices to train body and scout on; all of them as data parallel by default.
+        accumulate: Parts that the rows of a step are run in; see `fit`.
         n_sharing: Runs on the same text that read the trunk's outputs in `trunk`. The more there
             are, the more text their scouts are trained on.
         salt: What decides, with a document's id, whether it is held out; by default the expert's
@@ -179,6 +183,7 @@ def train_expert(
         trunk=trunk or work / "trunk",
         optimizer=optimizer or muon(cfg),
         mesh=mesh or make_mesh(),
+        accumulate=accumulate,
         progress=show,
     )
     fit_parts = _fit_on_cached_trunk if trunk or plan.caches_trunk else _fit_on_stream
@@ -203,6 +208,7 @@ class _Run:
     trunk: Path
     optimizer: optax.GradientTransformation
     mesh: Mesh
+    accumulate: int
     progress: TrainingProgress
 
 
@@ -274,13 +280,14 @@ def _fit_on_stream(
     loaded: LoadedBackbone, expert: Expert, stream_M: np.ndarray, run: _Run, plan: TrainingPlan
 ) -> _FittedExpert:
     """Train on rows cut anew in each epoch; the trunk runs at every step."""
+    part, n_parts = batch_share(run.mesh)
     data = batches(
         stream_M,
         window=run.cfg.window,
         batch_size=run.cfg.batch_size,
         seed=run.cfg.seed,
-        process=jax.process_index(),
-        n_processes=jax.process_count(),
+        process=part,
+        n_processes=n_parts,
     )
     trained, fitted = _fit_expert(expert_objective, expert, loaded.backbone, data, run)
     rows_BU = cut_rows(stream_M, run.cfg.window, plan.scout_tokens)
@@ -301,12 +308,9 @@ def _fit_on_cached_trunk(
     rows_BU = cut_rows(stream_M, cfg.window, cfg.tokens)
     rows = run_trunk(loaded, rows_BU, run.trunk, _count(run.progress, "trunk"))
     trunk_seconds = time.perf_counter() - start
+    part, n_parts = batch_share(run.mesh)
     data = tapped_batches(
-        rows,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        process=jax.process_index(),
-        n_processes=jax.process_count(),
+        rows, batch_size=cfg.batch_size, seed=cfg.seed, process=part, n_processes=n_parts
     )
     trained, fitted = _fit_expert(tapped_objective, expert, loaded.backbone, data, run)
     n_rows, window, _ = rows.x_BTD.shape
@@ -348,6 +352,7 @@ def _fit_expert(
         run.cfg,
         optimizer=run.optimizer,
         mesh=run.mesh,
+        accumulate=run.accumulate,
         directory=run.work,
         progress=partial(run.progress, "body and scout"),
     )

@@ -36,4 +36,12 @@ def test_the_compiled_program_multiplies_each_row_by_its_own_expert_only(seen, c
 
 
 def test_the_forward_pass_on_four_chips_has_no_collective(seen):
-    assert seen["v5e"]["mix on four"] == []
+    assert seen["v5e"]["mix on four"] == {}
+
+
+def test_rows_travel_to_a_shared_bank_and_nothing_else_does(seen):
+    """There and back in each of two slots; all devices get two tables of four numbers."""
+    found = seen["v5e"]["shared bank"]
+    n_slots, n_rows, width = 2, 16, 32
+    assert found.pop("ragged-all-to-all") == [2 * n_slots, 2 * n_slots * n_rows * width * 4]
+    assert sum(size for _, size in found.values()) == 2 * 4 * 4

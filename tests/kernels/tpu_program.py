@@ -5,13 +5,16 @@ libtpu can be loaded once in a process, and prints to the terminal.
 
 import json
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from composable.kernels import count_blocks, grouped_swiglu, make_dispatch
 from composable.model import mix as mix_mode
+from composable.model.composed import specs_of_parts
 from composable.parallel import BATCH_SPEC
+from composable.parallel.mesh import AXES
 from tests.support.compiled import collectives_in, shapes_on, tpu_mesh
 from tests.support.tiny import Tiny
 
@@ -45,10 +48,10 @@ def compile_body(mesh, width, hidden, products):
     }
 
 
-def compile_mix():
-    """Return the kinds of operations between devices in mix mode on four chips."""
+def compile_mix(data, expert):
+    """Return the operations between devices in mix mode on four chips: count and bytes by kind."""
     tiny = Tiny()
-    mesh = tpu_mesh(TOPOLOGIES["v5e"], (4, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = tpu_mesh(TOPOLOGIES["v5e"], (data, 1, 1, expert), AXES)
     parts = tiny.model(tiny.expert("a")).parts
     tokens_BT = jnp.asarray(tiny.tokens(batch=4, length=8))
 
@@ -56,8 +59,10 @@ def compile_mix():
         return mix_mode.mix(parts, tokens_BT, mix_mode.mix_state(parts, len(tokens_BT)))[0]
 
     with jax.set_mesh(mesh):
-        arguments = shapes_on(mesh, parts), shapes_on(mesh, tokens_BT, BATCH_SPEC)
-        return list(collectives_in(jax.jit(run).lower(*arguments).compile()))
+        placed = jax.tree.map(partial(shapes_on, mesh), parts, specs_of_parts(parts))
+        arguments = placed, shapes_on(mesh, tokens_BT, BATCH_SPEC)
+        found = collectives_in(jax.jit(run).lower(*arguments).compile())
+    return {kind: [operations.count, operations.bytes] for kind, operations in found.items()}
 
 
 def main():
@@ -65,7 +70,8 @@ def main():
     for chip, topology in TOPOLOGIES.items():
         mesh = tpu_mesh(topology)
         seen[chip] = {name: compile_body(mesh, *sizes) for name, sizes in BODIES.items()}
-    seen["v5e"]["mix on four"] = compile_mix()
+    seen["v5e"]["mix on four"] = compile_mix(data=4, expert=1)
+    seen["v5e"]["shared bank"] = compile_mix(data=2, expert=2)
     json.dump(seen, sys.stdout)
 
 

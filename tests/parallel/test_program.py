@@ -68,6 +68,23 @@ def test_the_parts_of_an_asynchronous_operation_are_one():
     assert collectives["all-gather"].bytes == 2 * 2048 * 64 * 2
 
 
+def test_operations_of_a_function_on_each_device_share_a_channel_and_are_counted_apart():
+    line = "  %sum.{} = f32[8]{{0}} all-reduce(%x), channel_id=1, to_apply=%add\n"
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{line.format(1)}{line.format(2)}}}\n"
+    assert count_operations(text)[1]["all-reduce"].count == 2
+
+
+def test_uneven_parts_are_at_most_what_a_device_sends():
+    text = """\
+ENTRY %main (x: f32[16,8]) -> f32[64,8] {
+  %x = f32[16,8]{1,0} parameter(0)
+  %o = f32[64,8]{1,0} parameter(1)
+  ROOT %r = f32[64,8]{1,0} ragged-all-to-all(%x, %o, %a, %b, %c, %d), channel_id=1
+}
+"""
+    assert count_operations(text)[1]["ragged-all-to-all"].bytes == 16 * 8 * 4
+
+
 def test_a_scalar_is_four_bytes():
     _, collectives = count_operations(PROGRAM)
     assert (collectives["all-reduce"].count, collectives["all-reduce"].bytes) == (1, 4)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from composable.errors import ModelError
-from composable.parallel import make_mesh, spec_of
+from composable.errors import ModelError, TrainingError
+from composable.parallel import batch_share, make_mesh, require_divisible, spec_of, split_rows
 
 pytestmark = pytest.mark.slow
 
@@ -66,3 +66,18 @@ def test_a_placed_tree_keeps_its_values(tiny):
     ):
         np.testing.assert_array_equal(found[...], expected[...], err_msg=str(path))
         assert found.get_metadata() == expected.get_metadata()
+
+
+def test_a_process_alone_loads_all_rows():
+    assert batch_share(make_mesh()) == (0, 1)
+
+
+def test_parts_of_a_batch_have_an_equal_share_of_every_device():
+    rows = np.arange(8)[:, None]
+    assert split_rows(rows, 4).tolist() == rows.reshape(4, 2, 1).tolist()
+
+
+def test_rows_that_do_not_divide_are_refused_with_a_number_that_does():
+    with pytest.raises(TrainingError, match="6 rows do not divide among 1 devices, in 4") as caught:
+        require_divisible(6, make_mesh(), n_parts=4)
+    assert "a multiple of 4" in caught.value.hint

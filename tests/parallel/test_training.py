@@ -96,13 +96,13 @@ def test_the_reference_learns(runs):
 def test_data_takes_the_devices_that_the_other_axes_leave(runs):
     meshes = {(fsdp, tensor): shape for fsdp, tensor, shape in runs["eight"][0]["meshes"]}
     assert len(meshes) == 10
-    assert meshes[1, 1] == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert meshes[4, 2] == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert meshes[1, 4] == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert meshes[1, 1] == {"data": 8, "fsdp": 1, "tensor": 1, "expert": 1}
+    assert meshes[4, 2] == {"data": 1, "fsdp": 4, "tensor": 2, "expert": 1}
+    assert meshes[1, 4] == {"data": 2, "fsdp": 1, "tensor": 4, "expert": 1}
 
 
 def test_eight_devices_train_what_one_does(runs):
-    assert runs["eight"][0]["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert runs["eight"][0]["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
     assert_same_training(runs["eight"], runs["one"])
 
 

@@ -16,9 +16,11 @@ from flax import nnx
 
 from composable.corpora.documents import Document
 from composable.errors import TrainingError
+from composable.parallel import make_mesh
+from composable.parallel.program import measure_program
 from composable.training.config import TrainConfig
 from composable.training.data import batches, token_stream
-from composable.training.loop import fit
+from composable.training.loop import fit, lower_step
 from composable.training.objectives import expert_objective
 from composable.training.optimizers import adamw, learning_rate, muon
 from tests.support.compiling import counted_compiling
@@ -215,7 +217,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import jax.numpy as jnp, numpy as np
 from pathlib import Path
 from composable.training.config import TrainConfig
-from composable.training.loop import fit
+from composable.training.loop import fit, lower_step
 
 class Data:
     def __next__(self): return np.ones((4, 8), np.int32)
@@ -370,3 +372,32 @@ def test_a_run_may_have_one_step_only():
         lambda x, y: (np.asarray(x) != np.asarray(y)).any(), fitted.trained, start
     )
     assert all(jax.tree.leaves(changed)), "at its full rate: there is nothing to warm up for"
+
+
+def test_a_step_in_parts_is_the_same_step(straight):
+    expected, _ = straight
+    found = fit_line(accumulate=2)
+    for x, y in zip(jax.tree.leaves(found.trained), jax.tree.leaves(expected.trained), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    for row, other in zip(found.history, expected.history, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_rows_that_do_not_divide_into_parts_are_refused():
+    with pytest.raises(TrainingError, match="4 rows do not divide"):
+        fit_line(accumulate=3)
+
+
+def test_parts_need_the_memory_of_one_of_them():
+    def objective(w_DF, _, x_BD):
+        return jnp.square(jnp.tanh(jnp.tanh(x_BD @ w_DF) @ w_DF)).mean(), {}
+
+    w_DF, x_BD = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 32), (4096, 32)))
+    settings = {"optimizer": optax.sgd(0.1), "mesh": make_mesh()}
+
+    def temporary(accumulate):
+        lowered = lower_step(objective, w_DF, (), x_BD, accumulate=accumulate, **settings)
+        return measure_program(lowered.compile()).temporary
+
+    assert temporary(8) < temporary(1) / 4

@@ -84,7 +84,7 @@ def test_a_plan_on_tpus(trained_folder, loaded, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     plan = json.loads(done.stdout[done.stdout.index("{") :])
-    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "expert": 1}
     assert plan["fits"]
     assert plan["cost"]["arguments"] < plan["cost"]["peak"] < plan["chip_memory"]
     # Of 64 tokens a step; the products of Muon are as many for any number of tokens.
