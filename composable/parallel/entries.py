@@ -114,7 +114,8 @@ def read_entry(stack: jax.Array, index: Any, n_entries: int) -> jax.Array:
 
 def any_device(x: jax.Array) -> jax.Array:
     """Return where a boolean array is true on any of the devices that share a bank."""
-    return lax.psum(x.astype(jnp.int32), _AXIS) > 0
+    is_any: jax.Array = lax.psum(x.astype(jnp.int32), _AXIS) > 0
+    return is_any
 
 
 def gather_tables(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -29,20 +29,15 @@ def seen():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("mode", ["__call__", "safe"])
 @pytest.mark.parametrize("bank", ["full", "both"])
-def test_a_split_bank_computes_what_one_device_does(seen, bank, mode):
+def test_a_split_bank_computes_what_one_device_does(seen, bank):
     """Bodies merged into full matrices; and factors of low-rank ones beside full ones."""
-    assert seen[bank][mode] < SAME
+    assert max(seen[bank].values()) < SAME
 
 
 def test_every_device_has_its_own_entries_only(seen):
     assert set(seen["held"]) == {8 // 4}
     assert set(seen["grown"]) == {16 // 4}
-
-
-def test_contributions_are_counted_over_all_devices(seen):
-    assert seen["contributions"]
 
 
 def test_isolation_holds_to_the_bit_wherever_an_expert_is(seen):
