@@ -169,9 +169,10 @@ class Model:
             index = self.names.index(None)
             if not bank.has_full and not 0 < expert.body.rank <= bank.rank:
                 bank = banks.grow(bank, has_full=True)
-            entry = banks.make_entry(
-                backbone, interface, expert.body, expert.scout, expert.key, rank=bank.rank
-            )
+            body, scout = expert.body, expert.scout
+            if self.mesh is not None:
+                body, scout = replicate_tree((body, scout), self.mesh)
+            entry = banks.make_entry(backbone, interface, body, scout, expert.key, rank=bank.rank)
             bank = banks.install(bank, index, entry)
         self.parts = Parts(backbone=backbone, bank=bank, interface=interface)
         self.names = (*self.names[:index], expert.name, *self.names[index + 1 :])

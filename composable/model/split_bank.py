@@ -112,15 +112,16 @@ def run_split(
         Outputs, shape PD.
     """
     shared = {name: own[name][None] for name in MATRICES}
-    y_PD = grouped_swiglu(x_PD, *(shared[name] for name in MATRICES), routes.own)
+    y_PD = _run_bodies(x_PD, shared, routes.own)
     blocks = (-1, dispatch.block, x_PD.shape[1])
     room = jnp.zeros((routes.n_received, *blocks[1:]), x_PD.dtype)
     received_MD = exchange_rows(x_PD.reshape(blocks), room, routes.outward).reshape(-1, blocks[2])
     outputs = []
     if routes.full is not None:
-        stacks = [bank.slots[index][name] for name in MATRICES]
-        grouped_PD = gather_rows(received_MD, routes.full)
-        outputs.append(_ungroup(grouped_swiglu(grouped_PD, *stacks, routes.full), routes.full))
+        grouped_PD = _run_bodies(
+            gather_rows(received_MD, routes.full), bank.slots[index], routes.full
+        )
+        outputs.append(_ungroup(grouped_PD, routes.full))
     if routes.changed is not None:
         grouped_PD = gather_rows(received_MD, routes.changed)
         grouped_PD = grouped_changed_swiglu(grouped_PD, shared, bank.changes[index], routes.changed)
@@ -128,6 +129,10 @@ def run_split(
     y_MD: jax.Array = sum(outputs[1:], outputs[0])  # each is zero at the other's rows
     x = exchange_rows(y_MD.reshape(blocks), y_PD.reshape(blocks), routes.back)
     return x.reshape(x_PD.shape)
+
+
+def _run_bodies(x_PD: jax.Array, slot: SlotMatrices, dispatch: Dispatch) -> jax.Array:
+    return grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
 
 
 def _ungroup(y_PD: jax.Array, groups: Dispatch) -> jax.Array:
