@@ -25,6 +25,11 @@ class Traffic(NamedTuple):
         size_X: Number of rows that are sent to each.
         place_X: Where they begin in what that device receives.
         received_X: Number of rows that come from each.
+
+    Example:
+        >>> nothing_X = jnp.zeros(2, jnp.int32)
+        >>> Traffic(nothing_X, nothing_X, nothing_X, nothing_X).size_X.tolist()
+        [0, 0]
     """
 
     begin_X: jax.Array
@@ -113,13 +118,35 @@ def read_entry(stack: jax.Array, index: Any, n_entries: int) -> jax.Array:
 
 
 def any_device(x: jax.Array) -> jax.Array:
-    """Return where a boolean array is true on any of the devices that share a bank."""
+    """Return where a boolean array is true on any of the devices that share a bank.
+
+    Args:
+        x: This device's array.
+
+    Example:
+        >>> from functools import partial
+        >>> from composable.parallel import make_mesh
+        >>> run = partial(jax.shard_map, mesh=make_mesh(), in_specs=jax.P(), out_specs=jax.P())
+        >>> run(any_device)(jnp.array([True, False])).tolist()
+        [True, False]
+    """
     is_any: jax.Array = lax.psum(x.astype(jnp.int32), _AXIS) > 0
     return is_any
 
 
 def gather_tables(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return a small array of all devices that share a bank, X first, and the index of this one."""
+    """Return a small array of all devices that share a bank, X first, and the index of this one.
+
+    Args:
+        x: This device's array.
+
+    Example:
+        >>> from functools import partial
+        >>> from composable.parallel import make_mesh
+        >>> run = partial(jax.shard_map, mesh=make_mesh(), in_specs=jax.P(), out_specs=jax.P())
+        >>> run(lambda x: gather_tables(x)[0], check_vma=False)(jnp.array([3, 4])).tolist()
+        [[3, 4]]
+    """
     return lax.all_gather(x, _AXIS), lax.axis_index(_AXIS)
 
 
@@ -130,6 +157,16 @@ def exchange_rows(x: jax.Array, out: jax.Array, traffic: Traffic) -> jax.Array:
         x: Rows of this device.
         out: Where rows from other devices are placed.
         traffic: Which go where.
+
+    Example:
+        >>> one_X, none_X = jnp.array([1]), jnp.array([0])
+        >>> traffic = Traffic(begin_X=one_X, size_X=one_X, place_X=none_X, received_X=one_X)
+        >>> from functools import partial
+        >>> from composable.parallel import make_mesh
+        >>> run = partial(jax.shard_map, mesh=make_mesh(), in_specs=jax.P(), out_specs=jax.P())
+        >>> exchange = run(lambda x: exchange_rows(x, jnp.zeros(2), traffic), check_vma=False)
+        >>> exchange(jnp.array([5.0, 6.0])).tolist()
+        [6.0, 0.0]
     """
     # XLA for CPUs has no all-to-all of parts of different sizes.
     result: jax.Array = lax.platform_dependent(
