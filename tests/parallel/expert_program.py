@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.model.model import Model
-from composable.parallel import exchange, make_mesh, parse_mesh
+from composable.parallel import entries, make_mesh, parse_mesh
 from tests.support.tiny import Tiny
 
 MESHES = ("data=1,expert=4", "data=2,expert=2")
@@ -80,7 +80,7 @@ def uneven_parts(model, tokens_BT):
     expected_BTV = np.asarray(model(tokens_BT))
     jax.clear_caches()
     jax.lax.ragged_all_to_all = simulated_parts
-    exchange._exchange_equal_parts = exchange._exchange_parts
+    entries._exchange_equal_parts = entries._exchange_parts
     return difference(model(tokens_BT), expected_BTV)
 
 
