@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -334,7 +335,7 @@ def merge_entry(bank: Bank, slot: int, index: jax.Array | int) -> SlotMatrices:
     def read(stack: Any, index: Any) -> Any:
         return jax.tree.map(lambda x: read_entry(x, index, bank.capacity), stack)
 
-    own = read if bank.has_full else operator.getitem
+    own: Callable[[Any, Any], Any] = read if bank.has_full else operator.getitem
     merged: SlotMatrices = {name: own(bank.slots[slot][name], row) for name in MATRICES}
     if bank.changes:
         for name, (a, b) in bank.changes[slot].items():
