@@ -40,6 +40,7 @@ from jax.sharding import Mesh
 
 import composable as cx
 from composable import kernels
+from composable.kernels import tpu
 from composable.kernels.grouped_swiglu import _stream_body
 from composable.model import bank as banks
 from composable.model import mix as mix_mode
@@ -93,7 +94,7 @@ def measure_body(shape: Shape, n_experts: int, n_choices: int, topology: str) ->
     item = bank[0].dtype.itemsize
     needed_flops = 6 * n_routed * D * F
     needed_bytes = (3 * n_experts * D * F + 2 * n_routed * D) * item
-    copied = total_bytes(count_transfers(_stream_body, (array(n_rows, D),), bank, dispatch))
+    copied = total_bytes(count_transfers(_stream_body, tpu, (array(n_rows, D),), bank, dispatch))
     mesh = tpu_mesh(topology)
     rows = jax.ShapeDtypeStruct((n_rows, D), shape.dtype)
     sorted_rows = jax.ShapeDtypeStruct((n_routed, D), shape.dtype)

@@ -34,6 +34,7 @@ DIMS: Final[dict[str, str]] = {
     "X": "devices that share a bank",
     "P": "rows of a dispatched, block-padded batch",
     "Y": "blocks of a dispatched batch (P divided by the rows of a block)",
+    "Z": "spans of a dispatched batch: runs of blocks of one expert",
 }
 
 

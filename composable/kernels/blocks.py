@@ -7,10 +7,11 @@ has one implementation per kind of platform, same meaning:
 - `loop_blocks` (CPU): a loop over the blocks in use, with a trip count known only at run time. No
   row is multiplied by another expert's weights and blocks that hold nothing cost nothing. One
   expert's weights are sliced once per group, and what a block computes on the way stays in cache.
-- `tpu.stream_blocks` (TPU): one kernel that reads the weights of each expert in use once.
-- `batch_blocks` (everything else): GPUs want one large batched product rather than many small ones
-  in a row, each waiting for the host to check the loop condition. Blocks are processed in a few
-  large chunks, each block with a copy of its expert's weights, and empty chunks are not computed.
+- `tpu.stream_blocks` (TPU) and `gpu.stream_blocks` (CUDA): kernels that read the weights of each
+  expert in use once, the first from memory to the chip, the second through its cache.
+- `batch_blocks` (everything else): one large batched product rather than many small ones in a row,
+  each waiting for the host to check the loop condition. Blocks are processed in a few large
+  chunks, each block with a copy of its expert's weights, and empty chunks are not computed.
 
 `lax.ragged_dot` is none of them: on CPU and GPU, XLA expands it to every row times every expert,
 and on TPU it is a kernel for one product, between which the hidden activations leave the chip.
@@ -23,13 +24,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from composable.kernels import gpu, tpu
 from composable.kernels.dispatch import Dispatch
-from composable.kernels.tpu import Arrays, BlockFunction, BlockOutputs, stream_blocks
+from composable.kernels.tpu import Arrays, BlockFunction, BlockOutputs, Tiling
+
+
+class Accelerator(Protocol):
+    """Kernels of a kind of device: the modules `tpu` and `gpu`."""
+
+    @staticmethod
+    def fits_on_chip(fn: BlockFunction, rows: Arrays, weights: Arrays, block: int) -> bool:
+        """Return whether one kernel can run all that a function does."""
+
+    @staticmethod
+    def stream_blocks(
+        fn: BlockFunction,
+        rows: Arrays,
+        weights: Arrays,
+        dispatch: Dispatch,
+        tiling: Tiling | None = None,
+    ) -> BlockOutputs:
+        """Run a function on every block in use, in one kernel."""
+
+
+# The same as a block function by kernels of a chip, for weights of any size.
+StreamFunction = Callable[[Accelerator, Arrays, Arrays, Dispatch], BlockOutputs]
 
 # A vmapped loop with a traced trip count would run every member to the longest count and select
 # after each step; one member after the other does only the work there is. A kernel cannot be
@@ -48,7 +73,7 @@ def run_blocks(
     rows: Arrays,
     weights: Arrays,
     dispatch: Dispatch,
-    stream: Callable[[Arrays, Arrays, Dispatch], BlockOutputs] | None = None,
+    stream: StreamFunction | None = None,
     shared: Arrays = (),
 ) -> BlockOutputs:
     """Run `fn` on every block in use, by the implementation for the platform compiled for.
@@ -63,8 +88,9 @@ def run_blocks(
         rows: Arrays whose first axis is P.
         weights: Arrays whose first axis is E.
         dispatch: The blocks and the expert of each.
-        stream: The same by `tpu.stream_blocks`, for weights of any size; by default the whole
-            weights of an expert must fit on the chip. Like `fn`, one object for all calls.
+        stream: The same by the kernels of a chip, for weights of any size. By default the whole
+            weights of an expert must fit on a TPU, and GPUs use no kernel. Like `fn`, one object
+            for all calls.
         shared: Arrays that `fn` takes whole, after the weights, for all blocks; `stream` as well,
             which must then be given.
 
@@ -76,11 +102,31 @@ def run_blocks(
     return outputs
 
 
+def product(subscripts: str, left: Any, right: Any) -> Array:
+    """Multiply two arguments of a block function; the sum runs in float32.
+
+    Args:
+        subscripts: As of `jnp.einsum`: two axes each, and one that is summed over.
+        left: Rows.
+        right: Rows or weights.
+
+    Returns:
+        The product, or, inside the kernel of a GPU, the tile that a program computes.
+
+    Example:
+        >>> product("PD,DF->PF", jnp.ones((2, 3)), jnp.ones((3, 1))).tolist()
+        [[3.0], [3.0]]
+    """
+    if isinstance(left, gpu.Operand):
+        return gpu.sum_products(subscripts, left, right)
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
 def describe_implementation(platform: str) -> str:
     """Return which implementation of `run_blocks` a platform has, and why.
 
     Args:
-        platform: As jax names it: "cpu", "tpu", "gpu".
+        platform: As jax names it: "cpu", "tpu", "cuda"; "gpu", as devices have it, is CUDA.
 
     Example:
         >>> describe_implementation("cpu")
@@ -89,6 +135,7 @@ def describe_implementation(platform: str) -> str:
     reasons = {
         "cpu": "loop_blocks: a loop over the blocks in use, whose number is known when it runs",
         "tpu": "stream_blocks: one kernel that reads the weights of each expert in use once",
+        "cuda": "stream_blocks: one kernel for each leg, without a copy of weights",
     }
     return reasons.get(platform, "batch_blocks: few large products, since many small ones wait")
 
@@ -100,7 +147,7 @@ def _run_on_platform(
     rows: Arrays,
     weights: Arrays,
     dispatch: Dispatch,
-    stream: Callable[[Arrays, Arrays, Dispatch], BlockOutputs] | None,
+    stream: StreamFunction | None,
     shared: Arrays,
 ) -> BlockOutputs:
     """Do the work of `run_blocks`."""
@@ -114,12 +161,12 @@ def _run_on_platform(
     def by_batch(rows: Arrays, weights: Arrays, shared: Arrays, dispatch: Dispatch) -> BlockOutputs:
         return batch_blocks(take(shared), rows, weights, dispatch)
 
-    def by_stream(
-        rows: Arrays, weights: Arrays, shared: Arrays, dispatch: Dispatch
+    def by_kernels(
+        chip: Accelerator, rows: Arrays, weights: Arrays, shared: Arrays, dispatch: Dispatch
     ) -> BlockOutputs:
         if stream is None:
-            return stream_blocks(fn, rows, weights, dispatch)
-        return stream(rows, (*weights, *shared), dispatch)
+            return chip.stream_blocks(fn, rows, weights, dispatch)
+        return stream(chip, rows, (*weights, *shared), dispatch)
 
     outputs: BlockOutputs = lax.platform_dependent(
         rows,
@@ -127,7 +174,8 @@ def _run_on_platform(
         shared,
         dispatch,
         cpu=_one_by_one(by_loop),
-        tpu=_one_by_one(by_stream),
+        tpu=_one_by_one(functools.partial(by_kernels, tpu)),
+        cuda=_one_by_one(functools.partial(by_kernels, gpu)) if stream else by_batch,
         default=by_batch,
     )
     return outputs

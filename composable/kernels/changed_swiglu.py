@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from composable.kernels.blocks import run_blocks
+from composable.kernels.blocks import Accelerator, run_blocks
 from composable.kernels.dispatch import Dispatch, gather_rows
 from composable.kernels.grouped_matmul import grouped_matmul
 from composable.kernels.quantized import Matrix, Quantized, multiply
@@ -106,8 +106,11 @@ def _run_body(rows: Arrays, weights: Arrays) -> BlockOutputs:
     return (run(hidden_PF, w_down_FD, *factors[4:]),), ()
 
 
-def _stream_body(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
-    """Run on a TPU."""
+def _stream_body(
+    chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Run on a chip with kernels, one for each product."""
+    del chip  # `grouped_matmul` finds it.
     (x_PD,), stacks = rows, (matrix[None] for matrix in weights[6:])
     return (_multiply_by_parts(x_PD, (*weights[:6], *stacks), dispatch),), ()
 

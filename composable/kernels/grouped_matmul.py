@@ -3,7 +3,7 @@
 The gradient has three legs, each a function of its own so that each can be given another kernel
 where one is better: `multiply_rows` (forward), `multiply_rows_transposed` (input gradient) and
 `sum_outer_products` (weight gradient). All of them run on `blocks.run_blocks`. Where one matrix is
-too large for a TPU's memory it is cut along the axis that the leg does not sum over.
+too large for a chip's memory it is cut along the axis that the leg does not sum over.
 
 The compiler drops a leg whose result is not used: frozen experts (weights that are not
 differentiated) pay for no weight gradient under jit.
@@ -11,17 +11,14 @@ differentiated) pay for no weight gradient under jit.
 
 from __future__ import annotations
 
-import functools
-
 import chex
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from composable.kernels.blocks import run_blocks
+from composable.kernels.blocks import Accelerator, product, run_blocks
 from composable.kernels.dispatch import Dispatch
 from composable.kernels.quantized import Matrix, Quantized, group_leaves, multiply, widen
-from composable.kernels.tpu import Arrays, BlockOutputs, Tiling, stream_blocks
+from composable.kernels.tpu import Arrays, BlockOutputs, Tiling
 
 
 def grouped_matmul(x_PD: Array, w_EDF: Matrix, dispatch: Dispatch) -> Array:
@@ -106,7 +103,7 @@ def sum_outer_products(x_PD: Array, dy_PF: Array, dispatch: Dispatch) -> Array:
 
 def _multiply(rows: Arrays, weights: Arrays) -> BlockOutputs:
     (x_PD,), (w_DF,) = rows, weights
-    y_PF = jnp.einsum("PD,DF->PF", x_PD, w_DF, preferred_element_type=jnp.float32)
+    y_PF = product("PD,DF->PF", x_PD, w_DF)
     return (y_PF.astype(x_PD.dtype),), ()
 
 
@@ -115,32 +112,44 @@ def _multiply_quantized(rows: Arrays, leaves: Arrays) -> BlockOutputs:
     return (multiply(x_PD, w),), ()
 
 
-def _stream_quantized(rows: Arrays, leaves: Arrays, dispatch: Dispatch) -> BlockOutputs:
-    """Run on a TPU, with a matrix that is widened in memory."""
-    return _stream_multiply(rows, tuple(map(widen, group_leaves(leaves, 1))), dispatch)
+def _stream_quantized(
+    chip: Accelerator, rows: Arrays, leaves: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Run on an accelerator, with a matrix that is widened in memory."""
+    return _stream_multiply(chip, rows, tuple(map(widen, group_leaves(leaves, 1))), dispatch)
 
 
 def _multiply_transposed(rows: Arrays, weights: Arrays) -> BlockOutputs:
     (dy_PF,), (w_DF,) = rows, weights
-    dx_PD = jnp.einsum("PF,DF->PD", dy_PF, w_DF, preferred_element_type=jnp.float32)
+    dx_PD = product("PF,DF->PD", dy_PF, w_DF)
     return (dx_PD.astype(dy_PF.dtype),), ()
 
 
 def _outer_product(rows: Arrays, weights: Arrays) -> BlockOutputs:
     x_PD, dy_PF = rows
-    dw_DF = jnp.einsum("PD,PF->DF", x_PD, dy_PF, preferred_element_type=jnp.float32)
+    dw_DF = product("PD,PF->DF", x_PD, dy_PF)
     return (), (dw_DF,)
 
 
-_stream_multiply = functools.partial(
-    stream_blocks, _multiply, tiling=Tiling(rows=(None,), weights=(1,), outs=(1,))
-)
-_stream_multiply_transposed = functools.partial(
-    stream_blocks, _multiply_transposed, tiling=Tiling(rows=(None,), weights=(0,), outs=(1,))
-)
-_stream_outer_product = functools.partial(
-    stream_blocks, _outer_product, tiling=Tiling(rows=(None, 1), sums=(1,))
-)
+def _stream_multiply(
+    chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    tiling = Tiling(rows=(None,), weights=(1,), outs=(1,))
+    return chip.stream_blocks(_multiply, rows, weights, dispatch, tiling)
+
+
+def _stream_multiply_transposed(
+    chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    tiling = Tiling(rows=(None,), weights=(0,), outs=(1,))
+    return chip.stream_blocks(_multiply_transposed, rows, weights, dispatch, tiling)
+
+
+def _stream_outer_product(
+    chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    tiling = Tiling(rows=(None, 1), sums=(1,))
+    return chip.stream_blocks(_outer_product, rows, weights, dispatch, tiling)
 
 
 @jax.custom_vjp

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from composable.kernels.blocks import run_blocks
+from composable.kernels.blocks import Accelerator, product, run_blocks
 from composable.kernels.dispatch import Dispatch
 from composable.kernels.quantized import Matrix, Quantized, group_leaves, multiply, widen
-from composable.kernels.tpu import Arrays, BlockOutputs, Tiling, fits_on_chip, stream_blocks
+from composable.kernels.tpu import Arrays, BlockOutputs, Tiling
 
 
 def grouped_swiglu(
@@ -179,7 +179,7 @@ _grouped_swiglu.defvjp(_forward, _backward, symbolic_zeros=True)
 def _product(subscripts: str, left: Array, right: Matrix) -> Array:
     if isinstance(right, Quantized):  # forwards only
         return multiply(left, right)
-    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+    return product(subscripts, left, right)
 
 
 def _run_quantized_body(rows: Arrays, leaves: Arrays) -> BlockOutputs:
@@ -207,6 +207,12 @@ def _run_gate_and_up(rows: Arrays, weights: Sequence[Matrix]) -> BlockOutputs:
     up_PF = _product("PD,DF->PF", x_PD, w_up_DF)
     hidden_PF = jax.nn.silu(gate_PF) * up_PF
     return tuple(out.astype(x_PD.dtype) for out in (hidden_PF, gate_PF, up_PF)), ()
+
+
+def _run_hidden(rows: Arrays, weights: Arrays) -> BlockOutputs:
+    """One block's hidden activations alone: 2 products."""
+    (hidden_PF, _, _), _ = _run_gate_and_up(rows, weights)
+    return (hidden_PF,), ()
 
 
 def _run_down(rows: Arrays, weights: Sequence[Matrix]) -> BlockOutputs:
@@ -237,10 +243,11 @@ def _differentiate_all(rows: Arrays, weights: Arrays) -> BlockOutputs:
 def _differentiate_hidden(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block's hidden activations again, and the gradients of gate and up: 1 product."""
     (dy_PD, gate_PF, up_PF), (w_down_FD,) = rows, weights
+    # First, so that a GPU's program does not hold gate and up in its registers meanwhile.
+    dhidden_PF = product("PD,FD->PF", dy_PD, w_down_FD)
     gate_PF, up_PF = gate_PF.astype(jnp.float32), up_PF.astype(jnp.float32)
     sigmoid_PF = jax.nn.sigmoid(gate_PF)
     silu_PF = gate_PF * sigmoid_PF
-    dhidden_PF = _product("PD,FD->PF", dy_PD, w_down_FD)
     # silu'(g) = s + g s (1 - s) = s + silu(g) (1 - s), with s = sigmoid(g).
     dgate_PF = dhidden_PF * up_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF))
     dup_PF = dhidden_PF * silu_PF
@@ -250,68 +257,84 @@ def _differentiate_hidden(rows: Arrays, weights: Arrays) -> BlockOutputs:
 def _differentiate_gate_and_up(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block's input gradient from those of gate and up: 2 products."""
     (dgate_PF, dup_PF), (w_gate_DF, w_up_DF) = rows, weights
-    dx_PD = _product("PF,DF->PD", dgate_PF, w_gate_DF) + _product("PF,DF->PD", dup_PF, w_up_DF)
+    dx_PD = product("PF,DF->PD", dgate_PF, w_gate_DF) + product("PF,DF->PD", dup_PF, w_up_DF)
     return (dx_PD.astype(dgate_PF.dtype),), ()
 
 
 def _sum_gate_and_up(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block's part in the gradients of the gate and up matrices: 2 products."""
     x_PD, dgate_PF, dup_PF = rows
-    return (), (_product("PD,PF->DF", x_PD, dgate_PF), _product("PD,PF->DF", x_PD, dup_PF))
+    return (), (product("PD,PF->DF", x_PD, dgate_PF), product("PD,PF->DF", x_PD, dup_PF))
 
 
 def _sum_down(rows: Arrays, weights: Arrays) -> BlockOutputs:
     """One block's part in the gradient of the down matrix: 1 product."""
     hidden_PF, dy_PD = rows
-    return (), (_product("PF,PD->FD", hidden_PF, dy_PD),)
+    return (), (product("PF,PD->FD", hidden_PF, dy_PD),)
 
 
-def _stream_quantized_body(rows: Arrays, leaves: Arrays, dispatch: Dispatch) -> BlockOutputs:
-    """Forward on a TPU, of matrices that are widened in memory."""
-    return _stream_body(rows, tuple(map(widen, group_leaves(leaves, 3))), dispatch)
+def _stream_quantized_body(
+    chip: Accelerator, rows: Arrays, leaves: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Forward on a chip with kernels, of matrices that are widened in memory."""
+    return _stream_body(chip, rows, tuple(map(widen, group_leaves(leaves, 3))), dispatch)
 
 
-def _stream_body(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
-    """Forward on a TPU."""
-    if fits_on_chip(_run_body, rows, weights, dispatch.block):
-        return stream_blocks(_run_body, rows, weights, dispatch)
-    (y_PD, _, _), _ = _stream_body_and_keep(rows, weights, dispatch)
-    return (y_PD,), ()
+def _stream_body(
+    chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Forward on a chip with kernels."""
+    if chip.fits_on_chip(_run_body, rows, weights, dispatch.block):
+        return chip.stream_blocks(_run_body, rows, weights, dispatch)
+    tiling = Tiling(rows=(None,), weights=(1, 1), outs=(1,))
+    hidden, _ = chip.stream_blocks(_run_hidden, rows, weights[:2], dispatch, tiling)
+    return _stream_down(chip, hidden, weights[2:], dispatch)
 
 
-def _stream_body_and_keep(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
-    """Forward on a TPU, with the values that the backward pass needs."""
-    if fits_on_chip(_run_body_and_keep, rows, weights, dispatch.block):
-        return stream_blocks(_run_body_and_keep, rows, weights, dispatch)
+def _stream_body_and_keep(
+    chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Forward on such a chip, with the values that the backward pass needs."""
+    if chip.fits_on_chip(_run_body_and_keep, rows, weights, dispatch.block):
+        return chip.stream_blocks(_run_body_and_keep, rows, weights, dispatch)
     tiling = Tiling(rows=(None,), weights=(1, 1), outs=(1, 1, 1))
-    hidden, _ = stream_blocks(_run_gate_and_up, rows, weights[:2], dispatch, tiling)
+    hidden, _ = chip.stream_blocks(_run_gate_and_up, rows, weights[:2], dispatch, tiling)
     hidden_PF, gate_PF, up_PF = hidden
-    tiling = Tiling(rows=(None,), weights=(1,), outs=(1,))
-    (y_PD,), _ = stream_blocks(_run_down, (hidden_PF,), weights[2:], dispatch, tiling)
+    (y_PD,), _ = _stream_down(chip, (hidden_PF,), weights[2:], dispatch)
     return (y_PD, gate_PF, up_PF), ()
 
 
-def _stream_backward(rows: Arrays, weights: Arrays, dispatch: Dispatch) -> BlockOutputs:
-    """Backward on a TPU, with weight gradients if the rows have x_PD."""
+def _stream_down(
+    chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """The output from the hidden activations, on such a chip."""
+    tiling = Tiling(rows=(None,), weights=(1,), outs=(1,))
+    return chip.stream_blocks(_run_down, rows, weights, dispatch, tiling)
+
+
+def _stream_backward(
+    chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
+) -> BlockOutputs:
+    """Backward on such a chip, with weight gradients if the rows have x_PD."""
     dy_PD, gate_PF, up_PF, *x = rows
     fused = _differentiate_all if x else _differentiate_rows
-    if fits_on_chip(fused, rows, weights, dispatch.block):
-        return stream_blocks(fused, rows, weights, dispatch)
+    if chip.fits_on_chip(fused, rows, weights, dispatch.block):
+        return chip.stream_blocks(fused, rows, weights, dispatch)
     tiling = Tiling(rows=(None, 1, 1), weights=(0,), outs=(1, 1, 1))
-    hidden, _ = stream_blocks(
+    hidden, _ = chip.stream_blocks(
         _differentiate_hidden, (dy_PD, gate_PF, up_PF), weights[2:], dispatch, tiling
     )
     hidden_PF, dgate_PF, dup_PF = hidden
     tiling = Tiling(rows=(None, None), weights=(0, 0), outs=(1,))
-    outs, _ = stream_blocks(
+    outs, _ = chip.stream_blocks(
         _differentiate_gate_and_up, (dgate_PF, dup_PF), weights[:2], dispatch, tiling
     )
     if not x:
         return outs, ()
     tiling = Tiling(rows=(None, 1, 1), sums=(1, 1))
-    _, by_gate_and_up = stream_blocks(
+    _, by_gate_and_up = chip.stream_blocks(
         _sum_gate_and_up, (*x, dgate_PF, dup_PF), (), dispatch, tiling
     )
     tiling = Tiling(rows=(1, None), sums=(0,))
-    _, by_down = stream_blocks(_sum_down, (hidden_PF, dy_PD), (), dispatch, tiling)
+    _, by_down = chip.stream_blocks(_sum_down, (hidden_PF, dy_PD), (), dispatch, tiling)
     return outs, (*by_gate_and_up, *by_down)

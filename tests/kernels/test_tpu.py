@@ -114,7 +114,7 @@ def test_the_entry_of_an_expert_and_what_others_hold_change_no_bit(on_tpu):
 
 def test_each_matrix_in_use_is_read_once():
     x_PD, weights, dispatch = make_case()
-    ((x, gate, up, down, y),) = count_transfers(_stream_body, (x_PD,), weights, dispatch)
+    ((x, gate, up, down, y),) = count_transfers(_stream_body, tpu, (x_PD,), weights, dispatch)
     n_experts_used, n_blocks = 4, dispatch.expert_Y.shape[0]
     assert int(dispatch.n_blocks_used) < n_blocks, "no block to skip"
     assert [t.copies for t in (gate, up, down)] == [n_experts_used] * 3
@@ -128,7 +128,7 @@ def test_in_pieces_each_matrix_is_still_read_once_and_written_once(monkeypatch):
     x_PD, weights, dispatch = make_case()
     hidden_PF = jnp.zeros((x_PD.shape[0], HIDDEN))
     rows = (x_PD, hidden_PF, hidden_PF, x_PD)
-    kernels = count_transfers(_stream_backward, rows, weights, dispatch)
+    kernels = count_transfers(_stream_backward, tpu, rows, weights, dispatch)
     of_matrices = [t for kernel in kernels for t in kernel if t.shape[0] == EXPERTS]
     assert len(kernels) == 4
     assert len(of_matrices) == 6  # three are read, three gradients are written
