@@ -76,15 +76,16 @@ def measure_work(shape: Shape, n_experts: int, n_choices: int) -> list[dict[str,
     def array(*sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    x_PD, dy_PF, w_EDF = array(n_rows, D), array(n_rows, F), array(n_experts, D, F)
-    bank = (w_EDF, w_EDF, array(n_experts, F, D))
+    # Arrays are told apart by their identity.
+    x_PD, dy_PD, dy_PF, gate_PF, up_PF = (array(n_rows, n) for n in (D, D, F, F, F))
+    bank = w_EDF, _, _ = tuple(array(n_experts, *size) for size in ((D, F), (D, F), (F, D)))
 
     def forward(chip: Any) -> None:
         _stream_body(chip, (x_PD,), bank, dispatch)
 
     def train(chip: Any) -> None:
         _stream_body_and_keep(chip, (x_PD,), bank, dispatch)
-        _stream_backward(chip, (x_PD, dy_PF, dy_PF, x_PD), bank, dispatch)
+        _stream_backward(chip, (dy_PD, gate_PF, up_PF, x_PD), bank, dispatch)
 
     item = np.dtype(dtype).itemsize
     matrix, wide, narrow = n_experts * D * F, n_routed * F * item, n_routed * D * item

@@ -38,12 +38,11 @@ from composable.kernels.tpu import Arrays, BlockFunction, BlockOutputs, Tiling
 class Accelerator(Protocol):
     """Kernels of a kind of device: the modules `tpu` and `gpu`."""
 
-    @staticmethod
-    def fits_on_chip(fn: BlockFunction, rows: Arrays, weights: Arrays, block: int) -> bool:
+    def fits_on_chip(self, fn: BlockFunction, rows: Arrays, weights: Arrays, block: int) -> bool:
         """Return whether one kernel can run all that a function does."""
 
-    @staticmethod
     def stream_blocks(
+        self,
         fn: BlockFunction,
         rows: Arrays,
         weights: Arrays,

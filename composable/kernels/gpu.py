@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -39,9 +40,9 @@ _TILE: Final = 128
 _LEAST: Final = 16
 # Bytes that a row of a chunk has along the axis that is summed over: a line of the cache.
 _CHUNK_BYTES: Final = 128
-# Spans whose programs take turns at a range of columns. About as many programs run at a time as a
-# square of this size has tiles, and a square has the fewest rows and columns to read.
-_SPANS_IN_TURN: Final = 16
+# Tiles of one range of columns that programs compute in turn, before those of the next. About as
+# many programs run at a time as a square of this size has tiles; a square reads the least.
+_TILES_IN_TURN: Final = 16
 
 
 @jax.tree_util.register_dataclass
@@ -102,8 +103,8 @@ def make_spans(dispatch: Dispatch) -> Spans:
     place_Z = jnp.where(is_used_Z, span_Z - begin_span_E[own_Z], span_Z - end_span_E[-1])
     first_Z = jnp.where(is_used_Z, begin_E[own_Z], end_E[-1]) + place_Z * per_span
     last_Z = jnp.minimum(first_Z + per_span, jnp.where(is_used_Z, end_E[own_Z], n_blocks))
-    turn_Z = jnp.where(is_used_Z, span_Z - place_Z % _SPANS_IN_TURN, span_Z)
-    turns_Z = jnp.where(is_used_Z, jnp.minimum(_SPANS_IN_TURN, end_span_E[own_Z] - turn_Z), 1)
+    turn_Z = jnp.where(is_used_Z, span_Z - place_Z % _TILES_IN_TURN, span_Z)
+    turns_Z = jnp.where(is_used_Z, jnp.minimum(_TILES_IN_TURN, end_span_E[own_Z] - turn_Z), 1)
     return Spans(
         expert_Z=expert_Z,
         begin_Z=first_Z * block,
@@ -131,6 +132,26 @@ def find_span_and_tile(program: Any, n_tiles: int, turn_Z: Any, turns_Z: Any) ->
     first, n_turns = turn_Z[near], turns_Z[near]
     place = program - first * n_tiles
     return first + lax.rem(place, n_turns), lax.div(place, n_turns)
+
+
+def find_expert_and_tiles(program: Any, n_down: int, n_across: int) -> tuple[Any, Any, Any]:
+    """Return what a program of sums computes: rows of tiles in turn, as spans.
+
+    Args:
+        program: Number of the program; they start in this order.
+        n_down: Tiles along the first axis of an expert's sum.
+        n_across: Tiles along the second.
+
+    Returns:
+        Expert, and tile along both axes.
+    """
+    per_expert = jnp.int32(n_down * n_across)
+    place = lax.rem(program, per_expert)
+    near = lax.div(place, jnp.int32(n_across))
+    first = near - lax.rem(near, jnp.int32(_TILES_IN_TURN))
+    n_turns = jnp.minimum(_TILES_IN_TURN, n_down - first)
+    place = place - first * n_across
+    return lax.div(program, per_expert), first + lax.rem(place, n_turns), lax.div(place, n_turns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,12 +210,12 @@ def sum_products(subscripts: str, left: Operand, right: Operand) -> Array:
 
     def add_chunk(k: Any, total: Any) -> Any:
         own = {**windows, shared: (begin + k * chunk, chunk)}
-        parts = (
+        x, y = (
             operand.read([own[name] for name in letters]).astype(dtype)
             for operand, letters in ((left, of_left), (right, of_right))
         )
         dimensions = (((axes[0],), (axes[1],)), ((), ()))
-        return total + lax.dot_general(*parts, dimensions, preferred_element_type=jnp.float32)
+        return total + lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
     sizes = tuple(size for _, size in left.windows)
     n_chunks = pl.cdiv(end - begin, chunk)
@@ -251,35 +272,34 @@ def _stream_rows(
     """Run a function whose results are rows: a program for each span and tile of columns."""
     (width,) = {out.shape[1] for out in outs}
     spans = make_spans(dispatch)
-    tile, n_rows = choose_tile(width), len(rows)
+    tile = choose_tile(width)
     n_tiles = pl.cdiv(width, tile)
     tables = (spans.expert_Z, spans.begin_Z, spans.end_Z, spans.turn_Z, spans.turns_Z)
 
     def run_program(*refs: Any) -> None:
         expert_Z, begin_Z, end_Z, turn_Z, turns_Z = refs[:5]
-        inputs, results = refs[5 : 5 + n_rows + len(weights)], refs[5 + n_rows + len(weights) :]
+        inputs, results = refs[5 : -len(outs)], refs[-len(outs) :]
         span, column = find_span_and_tile(pl.program_id(0), n_tiles, turn_Z, turns_Z)
         expert, begin, end = expert_Z[span], begin_Z[span], end_Z[span]
 
-        def run(size: int, *, is_used: bool = True) -> None:
-            windows: tuple[Window, Window] = ((begin, size), (column * tile, tile))
-            if is_used:
-                row_refs, weight_refs = inputs[:n_rows], inputs[n_rows:]
-                own_rows = (_rows(ref, begin, end, windows) for ref in row_refs)
-                own_weights = (_weights(ref, expert, windows) for ref in weight_refs)
-                values, _ = fn(tuple(own_rows), tuple(own_weights))  # type: ignore[arg-type]
-            else:
-                values = tuple(jnp.zeros((size, tile), out.dtype) for out in outs)
+        def run(n_rows: int, n_columns: int) -> None:
+            windows: tuple[Window, Window] = (begin, n_rows), (column * tile, n_columns)
+            own_rows = (_rows(ref, begin, end, windows) for ref in inputs[: len(rows)])
+            own_weights = (_weights(ref, expert, windows) for ref in inputs[len(rows) :])
+            values, _ = fn(tuple(own_rows), tuple(own_weights))  # type: ignore[arg-type]
             for ref, value in zip(results, values, strict=True):
                 _write(ref, windows, (end, width), value)
 
-        # The last span of an expert is half empty, or half of them are.
-        is_used, half = expert < dispatch.n_experts, spans.size // 2
-        is_half = (end - begin <= half) if half >= _LEAST else False
-        pl.when(is_used & ~jnp.bool_(is_half))(lambda: run(spans.size))
-        if half >= _LEAST:
-            pl.when(is_used & is_half)(lambda: run(half))
-        pl.when(~is_used)(lambda: run(spans.size, is_used=False))
+        def write_zeros() -> None:
+            windows: tuple[Window, Window] = (begin, spans.size), (column * tile, tile)
+            for ref in results:
+                value = jnp.zeros((spans.size, tile), ref.dtype)
+                _write(ref, windows, (end, width), value)
+
+        is_used = expert < dispatch.n_experts
+        down = _choose_window(spans.size, end - begin)
+        _run_one(run, down, _choose_window(tile, width - column * tile), is_used)
+        pl.when(~is_used)(write_zeros)
 
     call = _kernel(
         run_program,
@@ -305,19 +325,18 @@ def _stream_sums(
     begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_E[:-1]])
 
     def run_program(begin_E: Any, end_E: Any, *refs: Any) -> None:
-        program = pl.program_id(0)
-        expert = lax.div(program, jnp.int32(n_down * n_across))
-        place = lax.rem(program, jnp.int32(n_down * n_across))
-        down, across = lax.div(place, jnp.int32(n_across)), lax.rem(place, jnp.int32(n_across))
-        windows: tuple[Window, Window] = (
-            (down * tiles[0], tiles[0]),
-            (across * tiles[1], tiles[1]),
-        )
-        begin, end = begin_E[expert], end_E[expert]
-        own_rows = tuple(_rows(ref, begin, end, windows) for ref in refs[: len(rows)])
-        _, totals = fn(own_rows, ())  # type: ignore[arg-type]
-        for ref, total in zip(refs[len(rows) :], totals, strict=True):
-            _write(ref, windows, (height, width), total, expert)
+        expert, down, across = find_expert_and_tiles(pl.program_id(0), n_down, n_across)
+        starts, begin, end = (down * tiles[0], across * tiles[1]), begin_E[expert], end_E[expert]
+
+        def run(n_rows: int, n_columns: int) -> None:
+            windows: tuple[Window, Window] = (starts[0], n_rows), (starts[1], n_columns)
+            own_rows = tuple(_rows(ref, begin, end, windows) for ref in refs[: len(rows)])
+            _, totals = fn(own_rows, ())  # type: ignore[arg-type]
+            for ref, total in zip(refs[len(rows) :], totals, strict=True):
+                _write(ref, windows, (height, width), total, expert)
+
+        left = height - starts[0], width - starts[1]
+        _run_one(run, _choose_window(tiles[0], left[0]), _choose_window(tiles[1], left[1]))
 
     call = _kernel(
         run_program,
@@ -332,16 +351,36 @@ def _stream_sums(
 
 
 def choose_tile(width: int) -> int:
-    """Return the widest power of two that pads a number of columns by an eighth at most.
+    """Return how many columns a program computes, if not the last.
 
     Example:
-        >>> [choose_tile(width) for width in (1536, 576, 192, 8)]
-        [128, 128, 64, 16]
+        >>> [choose_tile(width) for width in (1536, 96, 8)]
+        [128, 128, 16]
     """
-    tile = _TILE
-    while tile > _LEAST and 8 * (pl.cdiv(width, tile) * tile - width) > width:
-        tile //= 2
-    return tile
+    return max(_LEAST, min(_TILE, pl.next_power_of_2(width)))
+
+
+def _choose_window(size: int, n_left: Any) -> list[tuple[int, Any]]:
+    """Return the sizes of a window, each with whether it is the one: half, if that holds the rest.
+
+    The last window of an axis then has fewer rows or columns that are not there.
+    """
+    half = size // 2
+    if half < _LEAST:
+        return [(size, True)]
+    return [(size, n_left > half), (half, n_left <= half)]
+
+
+def _run_one(
+    run: Callable[[int, int], None],
+    down: list[tuple[int, Any]],
+    across: list[tuple[int, Any]],
+    condition: Any = True,
+) -> None:
+    """Run a program at the one size of its window, of those that it is compiled for."""
+    for (n_rows, is_down), (n_columns, is_across) in itertools.product(down, across):
+        is_it = jnp.logical_and(condition, jnp.logical_and(is_down, is_across))
+        pl.when(is_it)(functools.partial(run, n_rows, n_columns))
 
 
 def _kernel(

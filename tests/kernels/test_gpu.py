@@ -223,7 +223,7 @@ def test_programs_of_one_tile_of_weights_follow_each_other(routing):
     expert = np.asarray(spans.expert_Z)[span]
     reads = 1 + ((expert[1:] != expert[:-1]) | (tile[1:] != tile[:-1])).sum()
     in_use, counts = np.unique(np.asarray(spans.expert_Z), return_counts=True)
-    turns = -(-counts // gpu._SPANS_IN_TURN)
+    turns = -(-counts // gpu._TILES_IN_TURN)
     turns[in_use == dispatch.n_experts] = counts[in_use == dispatch.n_experts]
     assert reads == turns.sum() * n_tiles
 
@@ -238,3 +238,15 @@ def test_a_program_for_cuda_holds_kernels_and_no_copy_of_weights():
     assert n_blocks == count_blocks(2 * TOKENS, EXPERTS, BLOCK)
     assert f"x{WIDTH}x{HIDDEN}xf32>" in text
     assert f"tensor<{n_blocks}x{WIDTH}x{HIDDEN}xf32>" not in text
+
+
+@pytest.mark.parametrize(("n_down", "n_across"), [(40, 3), (5, 70), (1, 1)])
+def test_programs_of_sums_compute_each_tile_once_in_squares(n_down, n_across):
+    programs = jnp.arange(2 * n_down * n_across, dtype=jnp.int32)
+    order = gpu.find_expert_and_tiles(programs, n_down, n_across)
+    found = list(zip(*(np.asarray(part).tolist() for part in order), strict=True))
+    assert sorted(found) == list(np.ndindex(2, n_down, n_across))
+    side = min(n_down, gpu._TILES_IN_TURN)
+    first = found[: side * min(n_across, 8)]
+    assert len({down for _, down, _ in first}) == side
+    assert len({across for _, _, across in first}) == min(n_across, 8)

@@ -77,13 +77,12 @@ class Counted:
             if expert[span] == dispatch.n_experts:
                 continue
             n_rows, n_columns = int(end[span] - begin[span]), min(tile, width - column * tile)
-            half = spans.size // 2
-            size = half if n_rows <= half and half >= gpu._LEAST else spans.size
+            size = _window(spans.size, n_rows) * _window(tile, n_columns)
             own = {(id(a), span, column): n_rows * n_columns * _item(a) for a in elementwise}
             for left, right, depth in products:
                 own[id(left), span] = n_rows * depth * _item(left)
                 own[id(right), "w", expert[span], column] = depth * n_columns * _item(right)
-                self.flops += 2 * size * tile * _pad(depth, left, right)
+                self.flops += 2 * size * _pad(depth, left, right)
             reads.append(own)
         self._read(reads)
 
@@ -93,14 +92,17 @@ class Counted:
         tiles = tuple(map(gpu.choose_tile, shape))
         grid = tuple(map(pl.cdiv, shape, tiles))
         reads = []
-        for expert, down, across in np.ndindex(dispatch.n_experts, *grid):
+        programs = jnp.arange(dispatch.n_experts * math.prod(grid), dtype=jnp.int32)
+        order = (np.asarray(part).tolist() for part in gpu.find_expert_and_tiles(programs, *grid))
+        for expert, down, across in zip(*order, strict=True):
             own, n_rows = {}, n_rows_E[expert]
             for left, right, _ in products:
                 height = min(tiles[0], shape[0] - down * tiles[0])
                 width = min(tiles[1], shape[1] - across * tiles[1])
                 own[id(left), "l", expert, down] = n_rows * height * _item(left)
                 own[id(right), "r", expert, across] = n_rows * width * _item(right)
-                self.flops += 2 * math.prod(tiles) * _pad(n_rows, left, right)
+                size = _window(tiles[0], height) * _window(tiles[1], width)
+                self.flops += 2 * size * _pad(n_rows, left, right)
             reads.append(own)
         self._read(reads)
 
@@ -125,6 +127,11 @@ class Counted:
 
 def _item(array):
     return array.dtype.itemsize
+
+
+def _window(size, n_left):
+    """Return the size of the window that is computed."""
+    return next(n for n, is_it in gpu._choose_window(size, n_left) if is_it)
 
 
 def _pad(depth, left, right):
