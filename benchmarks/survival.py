@@ -1,6 +1,6 @@
 """Does training survive being killed, and what do checkpoints and the ledger cost?
 
-    python -m benchmarks.survival [--kills 200] [--json FILE]
+    python -m benchmarks.survival [--kills 200] [--work DIR] [--json FILE]
 
 *Kills.* A small run with a checkpoint every third step is started in one, two or four processes
 over loopback, a random one (the coordinator too) gets SIGKILL or SIGTERM at a random moment
@@ -29,6 +29,7 @@ import signal
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,19 @@ def run_kills(work: Path, kills: int, seed: int) -> list[Kill]:
     raise AssertionError
 
 
-def run_broken(work: Path) -> dict[str, bool]:
-    """Return for each broken restore whether it was noticed."""
+def run_few(work: Path) -> list[Kill]:
+    """Stop two processes by SIGTERM, kill one of them after they resumed, and go on with one."""
+    references = {n: Reference.make(work / f"whole-{n}", n) for n in (1, 2)}
+    plan = iter([("step", signal.SIGTERM), ("write", signal.SIGKILL)])
+    counts = iter([2, 2, 1])
+    return list(live(work / "run", references, random.Random(0), 2, counts, plan=plan))
+
+
+def run_broken(work: Path, kinds: Sequence[str]) -> dict[str, bool]:
+    """Return for each kind of broken restore whether it was noticed."""
     references = {n: Reference.make(work / f"whole-{n}", n) for n in (1, 2)}
     noticed = {}
-    for how in BROKEN:
+    for how in kinds:
         rng = random.Random(how)
         kills = live(
             work / "run",
@@ -78,8 +87,7 @@ def run_broken(work: Path) -> dict[str, bool]:
             rng,
             1,
             itertools.repeat(2),
-            moments=("step",),
-            signals=(signal.SIGKILL,),
+            plan=itertools.repeat(("step", signal.SIGKILL)),
             broken=how,
             whole=2,
         )
@@ -136,6 +144,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=200, help="how many; 200 by default")
+    parser.add_argument("--quick", action="store_true", help="two kills of one run, in seconds")
     parser.add_argument("--seed", type=int, default=0, help="of moments, signals and victims")
     parser.add_argument("--work", type=Path, help="folder of the runs; the next call goes on in it")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -143,8 +152,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        kills = run_kills(work, arguments.kills, arguments.seed)
-        noticed = run_broken(work)
+        if arguments.quick:
+            kills, noticed = run_few(work), run_broken(work, BROKEN[:1])
+        else:
+            kills = run_kills(work, arguments.kills, arguments.seed)
+            noticed = run_broken(work, BROKEN)
     figures = {
         "machine": describe_machine(),
         **summarise(kills),
