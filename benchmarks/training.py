@@ -372,8 +372,10 @@ def run_child(name: str, arguments: argparse.Namespace, folder: Path, tap: int) 
     command = [sys.executable, "-m", "benchmarks.training", "--child", name]
     command += ["--backbone", str(arguments.backbone), "--steps", str(arguments.steps)]
     command += ["--folder", str(folder), "--tap", str(tap)]
-    # Every run compiles, as the first one of a contributor does.
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    # Every run compiles, as the first one of a contributor does. Without TPUs, their library, which
+    # the environment with PyTorch has for ahead-of-time compiling, is not loaded.
+    settings = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, **settings}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(done.stderr)
