@@ -37,6 +37,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks.demo_seeds import fill
+from benchmarks.first_token import COUNT
 from composable.assembly.backbones import load_backbone
 from composable.assembly.compile_memory import schedule_for_memory
 from composable.corpora.documents import read_documents
@@ -352,6 +353,39 @@ def measure_work(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def count_programs(_: argparse.Namespace) -> dict[str, Any]:
+    """Return how many programs two runs of `composable train` need, and how many they compile.
+
+    They share a cache of programs, which is empty at first. The second run is of another expert, on
+    another text, for more steps and from another seed.
+    """
+    texts = [shipped_folder(name) / "text" / "train.jsonl" for name in ("legal", "python-code")]
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        environment = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")}
+        environment["XDG_CACHE_HOME"] = str(folder / "cache")
+        for number, (name, text) in enumerate(zip(("first", "second"), texts, strict=True)):
+            lines = text.read_text().splitlines()[: 30 + 10 * number]
+            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+            train = ["train", name, f"{name}.jsonl", "--steps", str(12 + 8 * number)]
+            for command in (
+                ["-m", "composable.cli", "new", name],
+                ["-c", COUNT, *train, "--seed", str(number)],
+            ):
+                done = subprocess.run(
+                    [sys.executable, *command],
+                    cwd=folder,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+            programs, compiled = map(int, done.stderr.split()[-2:])
+            found[name] = {"programs": programs, "compiled": compiled}
+    return found
+
+
 CHILDREN: Final[Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "ours-lora": lambda arguments: train_ours("lora", arguments),
     "ours-ffn": lambda arguments: train_ours("ffn", arguments),
@@ -364,6 +398,7 @@ CHILDREN: Final[Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]] = 
     "memory": partial(measure_memory, is_for_memory=True),
     "memory-plain": partial(measure_memory, is_for_memory=False),
     "work": measure_work,
+    "programs": count_programs,
 }
 
 
