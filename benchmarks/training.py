@@ -97,6 +97,8 @@ class Clock:
 
 def train_ours(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train an expert, as `composable train` does."""
+    # TensorBoard's writer would load PyTorch, which a contributor's environment does not have.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     schedule_for_memory()
     compiling = count_compiling()
     loaded = load_backbone(str(arguments.backbone))
