@@ -13,14 +13,16 @@ Documents of the target that list more are merged instead.
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from composable.errors import IntegrityError, RegistryError, UnknownExpertError, did_you_mean
 from composable.files.blobs import blob_path
+from composable.interface.digest import digest_bytes
 from composable.packaging.install.download import (
     MAX_THREADS,
     download_file,
@@ -35,6 +37,7 @@ from composable.packaging.registry.index import (
     describe_newest,
     index_path,
     is_record_of,
+    parse_index,
     record_path,
 )
 from composable.packaging.registry.lines import (
@@ -48,15 +51,24 @@ from composable.packaging.registry.lines import (
 from composable.packaging.registry.registry import Registry
 from composable.packaging.registry.release import Release, choose_newest
 from composable.packaging.registry.served import ServedRegistry
-from composable.packaging.registry.storage import Document, Folder, Storage, read_verified
+from composable.packaging.registry.signed import statement_path
+from composable.packaging.registry.storage import (
+    CONFIG_FILE,
+    Document,
+    Folder,
+    Storage,
+    put_blob,
+    read_verified,
+)
+from composable.packaging.trust.metadata import metadata_path
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.version import Version
 from composable.progress import ByteProgress
 
 # Folders of files that are copied as they are, after all that they may refer to.
-SIGNED_FOLDERS: Final = ("trust",)
-# Of those, what a client reads first is written last: it names the state of all others.
-_LAST_SIGNED: Final = ("snapshot.json", "timestamp.json")
+SIGNED_FOLDERS: Final = ("statements", "trust")
+# What a client reads first is written last: it names the state of all others.
+_TIMESTAMP: Final = "trust/timestamp.json"
 # How often a mirror starts over because the source was signed anew in the meantime.
 _MAX_ROUNDS: Final = 3
 
@@ -161,19 +173,36 @@ def mirror_registry(
     if source.location == target.location:
         raise RegistryError("is both the source and the target", where=source.location)
     chosen = selection or Selection()
+    _check_signatures(source, target, chosen)
     return target.change(
         f"Mirror {source.location}",
         lambda: _copy(_Mirror(source, target, chosen, is_checking, progress)),
     )
 
 
+def _check_signatures(source: Registry, target: Registry, selection: Selection) -> None:
+    """Refuse to add releases to a signed registry that their signatures would not list.
+
+    Raises:
+        RegistryError: When it is signed, and the mirror does not bring its signatures.
+    """
+    is_signed = target.storage.read(_TIMESTAMP) is not None
+    if is_signed and not (selection.is_everything and source.storage.read(_TIMESTAMP) is not None):
+        raise RegistryError(
+            "is signed, and a mirror with a filter or of an unsigned registry has no signatures",
+            where=target.location,
+            hint="mirror all of the signed registry, or mirror to an unsigned one",
+        )
+
+
 def _copy(job: _Mirror) -> Mirrored:
     """Copy until no signature changed meanwhile."""
     source = job.source
     for _ in range(_MAX_ROUNDS):
-        signed = read_signed(source.storage) if job.selection.is_everything else {}
+        before = source.storage.read(_TIMESTAMP) if job.selection.is_everything else None
         job.copy_releases()
-        if not signed or read_signed(source.storage) == signed:
+        signed = {} if before is None else read_signed(source.storage, job.chosen)
+        if signed.get(_TIMESTAMP) == before:
             job.copy_signed(signed)
             return job.result()
     raise RegistryError(
@@ -183,16 +212,50 @@ def _copy(job: _Mirror) -> Mirrored:
     )
 
 
-def read_signed(storage: Storage) -> dict[str, Document]:
-    """Return the files that are copied as they are, by path, in the order to write them in."""
-    paths = [path for folder in SIGNED_FOLDERS for path in storage.files_under(folder) or ()]
+def read_signed(storage: Storage, chosen: Mapping[str, Sequence[Release]]) -> dict[str, Document]:
+    """Return the files that are copied as they are, by path, in the order to write them in.
 
-    def order(path: str) -> tuple[int, str]:
-        name = path.rpartition("/")[2]
-        return (_LAST_SIGNED.index(name) + 1 if name in _LAST_SIGNED else 0, path)
-
-    found = {path: storage.read(path) for path in sorted(paths, key=order)}
+    Args:
+        storage: A signed registry.
+        chosen: All its releases, for a storage that cannot list its files.
+    """
+    listed = [storage.files_under(folder) for folder in SIGNED_FOLDERS]
+    if None in listed:
+        paths = [*_follow_metadata(storage)]
+        for name, releases in chosen.items():
+            paths += [statement_path(name, release.version) for release in releases]
+    else:
+        paths = [path for group in listed for path in group or ()]
+    last = [path for path in paths if path == _TIMESTAMP]
+    found = {path: storage.read(path) for path in [*sorted({*paths} - {*last}), *last]}
     return {path: document for path, document in found.items() if document is not None}
+
+
+def _follow_metadata(storage: Storage) -> Iterator[str]:
+    """Yield the paths of the metadata that a client reads: each version of root, then the rest.
+
+    References:
+        The Update Framework specification 1.0, section 5.
+    """
+    version = 1
+    while storage.read(metadata_path("root", version)) is not None:
+        yield metadata_path("root", version)
+        version += 1
+    yield _TIMESTAMP
+    listing = _TIMESTAMP
+    for _ in range(2):  # the timestamp names the snapshot, and that all others
+        for name, newest in _read_section(storage.read(listing), "meta").items():
+            listing = metadata_path(name.removesuffix(".json"), newest["version"])
+            yield listing
+
+
+def _read_section(document: Document | None, section: str) -> dict[str, Any]:
+    """Return a table of signed metadata; whoever reads it for its content verifies it."""
+    try:
+        found = json.loads(document.data)["signed"].get(section, {}) if document else {}
+        return found if isinstance(found, dict) else {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def choose_releases(
@@ -295,7 +358,8 @@ class _Mirror:
         progress: ByteProgress | None,
     ) -> None:
         self.source = source
-        self.target = target
+        # Without its signatures, which may have expired and which it is about to get.
+        self.target = Registry(target.storage)
         self.selection = selection
         self._storage = target.writable_storage()
         self._is_checking = is_checking
@@ -306,11 +370,13 @@ class _Mirror:
         self._marked: dict[tuple[str, Version], bool] = {}
         self._documents: dict[str, None] = {}
         self._missing: tuple[str, ...] = ()
+        self.chosen: Mapping[str, Sequence[Release]] = {}
 
     def copy_releases(self) -> None:
         """Copy the releases, and the documents that list them."""
         catalog = self._read_checked(CATALOG_FILE)
         chosen, self._missing = choose_releases(self.source, self.selection)
+        self.chosen = chosen
         self._require_space(chosen)
         self.target.create()
         tasks = [partial(self._copy_package, name, chosen[name]) for name in sorted(chosen)]
@@ -320,9 +386,22 @@ class _Mirror:
         self._copy_advisories(chosen)
 
     def copy_signed(self, files: Mapping[str, Document]) -> None:
-        """Write files as they are, in their order."""
+        """Write what signatures are about, then files as they are in their order."""
+        for document in files.values():
+            for target in _read_section(document, "targets").values():
+                self._copy_signed_blob(f"sha256:{target['hashes']['sha256']}")
         for path, document in files.items():
             self._copy_document(path, document)
+        config = self._read_checked(CONFIG_FILE) if files else None
+        if config is not None:  # from now on, the target says that it is signed
+            self._copy_document(CONFIG_FILE, config)
+
+    def _copy_signed_blob(self, digest: str) -> None:
+        """Copy a signed document; those of earlier states may be gone."""
+        if self._storage.read(blob_path(digest)) is None:
+            document = self.source.storage.read(blob_path(digest))
+            if document is not None and digest_bytes(document.data) == digest:
+                put_blob(self._storage, digest, document.data)
 
     def result(self) -> Mirrored:
         """Return what was changed."""
@@ -359,8 +438,14 @@ class _Mirror:
                 self.target.mark_yanked(*key, release.is_yanked)
                 self._marked[key] = release.is_yanked
 
+        is_whole = self.selection.is_everything and index is not None
+        # An index that nobody signed may list more than the verified releases.
+        if index is not None and is_whole:
+            where = f"{self.source.location}/{path}"
+            is_whole = tuple(parse_index(index.data, name, where).values()) == tuple(releases)
+
         def compile_document(seen: Document | None) -> bytes:
-            if not self.selection.is_everything or index is None:
+            if index is None or not is_whole:
                 return compile_index(self._storage, name, seen)
             compiled = compile_index(self._storage, name, index)
             return index.data if has_same_lines(index.data, compiled) else compiled

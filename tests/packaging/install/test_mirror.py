@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,14 +36,21 @@ from composable.packaging.install import download
 from composable.packaging.install.mirror import Mirrored, Selection, mirror_registry
 from composable.packaging.project.export import export_project
 from composable.packaging.registry.advisories import Advisory
+from composable.packaging.registry.http import WebStorage
 from composable.packaging.registry.lines import format_document
 from composable.packaging.registry.storage import Folder
 from tests.support.servers import run_nginx
+from tests.support.signed_registries import build_world, serve_folder, use
 
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
 
-SIGNED = ("trust/1.root.json", "trust/ann.json", "trust/snapshot.json", "trust/timestamp.json")
+SIGNED = (
+    "statements/german/1.0.0.json",
+    "trust/1.root.json",
+    "trust/2.publisher-ann.json",
+    "trust/timestamp.json",
+)
 
 
 def all_files(folder: Path) -> dict[str, bytes]:
@@ -402,3 +410,55 @@ def test_from_an_export(
     export_project(project, lock, tmp_path / "carry.tar", interface=interface)
     mirror_registry(open_registry(tmp_path / "carry.tar"), target)
     assert listed(target) == {"zoology": ["1.0.0"]}
+
+
+def test_a_signed_registry_stays_signed(tmp_path: Path, interface: RouterInterface) -> None:
+    """Clients of the copy verify it with the same keys, and see each later state."""
+    world = build_world(tmp_path / "world", interface)
+    target = open_for_publishing(tmp_path / "target")
+    world.restore("early")
+    mirror_registry(world.open("carrier"), target)
+    assert use(world.open("early-client", Folder(tmp_path / "target"))) == use(
+        world.open("early-client")
+    )
+    shutil.rmtree(world.folder)
+    shutil.copytree(world.saved("late"), world.folder)
+    with serve_folder(world.folder) as url:  # which cannot list its files
+        mirror_registry(world.open("carrier", WebStorage(url)), target)
+    client = world.open("early-client", Folder(tmp_path / "target"))
+    assert use(client) == use(world.open("new-client"))
+    assert client.open_signatures() is not None
+    listed_here = all_files(tmp_path / "target")
+    signed = {p: d for p, d in all_files(world.folder).items() if p.startswith("trust/")}
+    assert listed_here["trust/timestamp.json"] == signed["trust/timestamp.json"]
+    assert listed_here["config.json"] == (world.folder / "config.json").read_bytes()
+    again = mirror_registry(world.open("carrier"), target)
+    assert (again.releases, again.documents) == ((), again.documents)
+    assert mirror_registry(world.open("carrier"), target).documents == ()
+
+
+def test_a_signed_registry_gets_no_releases_without_signatures(
+    source: Registry, tmp_path: Path, interface: RouterInterface
+) -> None:
+    world = build_world(tmp_path / "world", interface)
+    before = all_files(world.folder)
+    with pytest.raises(RegistryError, match="is signed, and a mirror"):
+        mirror_registry(source, world.open("operator"))
+    assert all_files(world.folder) == before
+    target = open_for_publishing(tmp_path / "target")
+    mirror_registry(world.open("carrier"), target, selecting("german"))
+    assert listed(target) == {"german": ["1.0.0", "1.1.0"]}
+    assert target.storage.read("trust/timestamp.json") is None
+
+
+def test_what_nobody_signed_is_not_copied(tmp_path: Path, interface: RouterInterface) -> None:
+    """An index beside the signed one may list more, and its files may exist."""
+    world = build_world(tmp_path / "world", interface)
+    path = world.folder / "index" / "ge" / "german.jsonl"
+    (signed, *_) = world.open("carrier").versions("german")
+    forged = dataclasses.replace(signed, version=Version("9.0.0"))
+    releases = [*world.open("carrier").versions("german"), forged]
+    path.write_bytes(format_document([release.to_row() for release in releases]))
+    target = open_for_publishing(tmp_path / "target")
+    mirror_registry(world.open("carrier"), target)
+    assert b"9.0.0" not in (tmp_path / "target" / "index" / "ge" / "german.jsonl").read_bytes()
