@@ -109,13 +109,14 @@ def measure_refresh(home: Path, n_publishers: int, repeats: int) -> dict[str, An
     world = fill_registry(home / "world", n_publishers)
     print(f"filled {n_publishers} publishers in {time.perf_counter() - began:.0f} s")
     target = f"expert-{n_publishers // 2}-5"
-    warm, loading, cold = [], [], []
+    warm, used, loading, cold = [], [], [], []
     for number in range(repeats):
-        began = time.perf_counter()
+        began, before = time.perf_counter(), time.process_time()
         documents = SignedDocuments(Folder(world.folder), home / f"state{number}")
         documents.refresh()
         assert documents.read(target) is not None
         warm.append(time.perf_counter() - began)
+        used.append(time.process_time() - before)
         command = [sys.executable, "-c", textwrap.dedent(COLD_START), str(world.folder)]
         told = subprocess.check_output([*command, str(home / f"other{number}"), target])
         loading.append(float(told.split()[0]))
@@ -126,6 +127,7 @@ def measure_refresh(home: Path, n_publishers: int, repeats: int) -> dict[str, An
         "experts": n_publishers * EXPERTS_EACH,
         "bytes": read,
         "first refresh": describe(warm),
+        "first refresh, processor": describe(used),
         "first refresh, new process": describe(cold),
         "loading the libraries": describe(loading),
         "target": TARGETS_SECONDS["refresh"],
@@ -142,21 +144,31 @@ def measure_publish(home: Path, repeats: int) -> dict[str, Any]:
     key = create_key(home / "keys" / "operator", "alice", "correct horse")
     signatures = world.signatures("operator")
     signatures.change(signatures.authority().grant("alice", ["german"], [key.public]))
-    times: dict[str, list[float]] = {"unsigned": [], "signed": []}
+    kinds = ("unsigned", "signed")
+    times: dict[str, list[float]] = {
+        f"{kind}{what}": [] for kind in kinds for what in ("", ", processor")
+    }
     for number in range(repeats):
         folder = world.make_expert("german", f"1.{number}.0", seed=number)
         settings = SignatureSettings(state=home / "none")
         plain = Registry(Folder(home / "plain"), signatures=settings)
         for kind, target in (("unsigned", plain), ("signed", world.open("operator"))):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             target.publish(folder, interface=world.interface)
             times[kind].append(time.perf_counter() - began)
-    costs = [b - a for a, b in zip(times["unsigned"], times["signed"], strict=True)]
+            times[f"{kind}, processor"].append(time.process_time() - used)
     return {
         **{kind: describe(each) for kind, each in times.items()},
-        "cost": describe(costs),
+        "cost": describe(subtract(times["signed"], times["unsigned"])),
+        "cost, processor": describe(
+            subtract(times["signed, processor"], times["unsigned, processor"])
+        ),
         "target": TARGETS_SECONDS["publish"],
     }
+
+
+def subtract(these: list[float], those: list[float]) -> list[float]:
+    return [a - b for a, b in zip(these, those, strict=True)]
 
 
 def describe(seconds: list[float]) -> dict[str, float]:
