@@ -252,6 +252,10 @@ def main() -> None:
     parser.add_argument("--questions", nargs="+", choices=questions, default=questions)
     names = [shape.name for shape in SHAPES]
     parser.add_argument("--shapes", nargs="+", choices=names, default=[names[0], names[2]])
+    every_bank = {f"{experts}:{choices}": (experts, choices) for experts, choices in BANKS}
+    parser.add_argument(
+        "--banks", nargs="+", choices=every_bank, default=[*every_bank], help="experts : choices"
+    )
     parser.add_argument(
         "--compiler", type=Path, default=cuda_compiler.FOLDER, metavar="DIR", help="the two wheels"
     )
@@ -278,7 +282,7 @@ def main() -> None:
             show(row)
 
     for shape in (shape for shape in SHAPES if shape.name in arguments.shapes):
-        for bank in BANKS:
+        for bank in map(every_bank.__getitem__, arguments.banks):
             if "work" in arguments.questions:
                 add(measure_work(shape, *bank))
             if "program" in arguments.questions:
