@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-fast test-server registry test-bits docs lint backbone smollm2 smollm2-experts parity clean
+.PHONY: setup demo test test-fast test-server test-launch registry test-bits docs lint backbone smollm2 smollm2-experts parity clean
 
 setup: .venv/.ready
 
@@ -22,14 +22,14 @@ demo: setup
 # Examples in docstrings are tests too, except in the file that needs lm-evaluation-harness.
 test: setup
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/packaging
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services --ignore tests/launch
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules composable \
 		--ignore composable/interop/lm_eval.py --ignore composable/server/migrations
 
 # Tests to run while working: none that trains, compiles much, or injects faults.
 test-fast: setup
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/packaging
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services --ignore tests/launch
 
 # Tests of the registry server that need PostgreSQL (several replicas on one database and one bucket)
 # or Chromium (its pages), and of registries in an OCI registry (docker-registry); all from apt-get.
@@ -38,6 +38,19 @@ test-server: .venv/.browser-ready
 
 .venv/.browser-ready: requirements-browser.lock .venv/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-browser.lock
+	@touch $@
+
+# Tests of scripts/launch by the launchers themselves: a Slurm and an sshd on this machine (apt-get
+# install slurmctld slurmd slurm-client munge openssh-server shellcheck), and the parsers
+# and schemas of SkyPilot, xpk and Kubernetes. COMPOSABLE_CRDS is a folder with the definitions of
+# JobSet and Kueue. What is missing is skipped, with its reason. Ten minutes; not a part of .ci/run.
+test-launch: setup .venv-launch/.ready
+	@$(BIN)/python -m pytest -r s tests/launch
+
+.venv-launch/.ready: requirements-launch.lock
+	@test -x .venv-launch/bin/python || $(PYTHON) -m venv .venv-launch
+	@echo "Installing the locked launchers into .venv-launch ..."
+	@.venv-launch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement requirements-launch.lock
 	@touch $@
 
 # Starts a registry server that is filled with the demo's experts: http://127.0.0.1:8470
@@ -96,4 +109,4 @@ parity: .venv-parity/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-parity demo runs build dist
+	rm -rf .venv .venv-parity .venv-launch demo runs build dist
