@@ -60,6 +60,7 @@ from composable.packaging.registry.storage import (
     put_blob,
     read_verified,
 )
+from composable.packaging.registry.updates import update_document
 from composable.packaging.trust.metadata import metadata_path
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.version import Version
@@ -528,7 +529,7 @@ class _Mirror:
         seen = self._storage.read(path)
         if seen is None or seen.data != compile_document(seen):
             self._documents[path] = None
-            self.target.update_document(path, compile_document)
+            update_document(self._storage, path, compile_document)
 
     def _read_checked(self, path: str) -> Document | None:
         """Read a document of the source, undamaged."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, TypeVar, get_args
 
-from composable.errors import ManifestError, PackagingError, RegistryError
+from composable.errors import ManifestError, PackagingError, RegistryError, UnknownExpertError
 from composable.packaging.manifests.manifest import MAX_FILES, check_digest
 from composable.packaging.manifests.toml import Table
 from composable.packaging.registry.lines import (
@@ -25,7 +25,7 @@ from composable.packaging.registry.lines import (
     format_document,
     parse_line,
 )
-from composable.packaging.registry.release import check_time
+from composable.packaging.registry.release import Release, check_time
 from composable.packaging.registry.storage import Document
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.names import check_package_name
@@ -265,3 +265,41 @@ def _read_each(table: Table, field: str, read: Callable[[str], T], most: int) ->
             where = table.where(f"{field}[{index}]")
             raise ManifestError(error.message, where=where, hint=error.hint) from error
     return tuple(found)
+
+
+def check_advisory(advisory: Advisory, known: Sequence[Release], where: str) -> None:
+    """Refuse an advisory that names releases which are not there.
+
+    Args:
+        advisory: The advisory.
+        known: All releases of its package.
+        where: The registry, for error messages.
+
+    Raises:
+        UnknownExpertError: When none of the releases that it affects, or one of those that fix it,
+            is published.
+        RegistryError: When one of its fields has a form that clients refuse.
+    """
+    Advisory.from_row(advisory.to_row(), "advisory")
+    releases = {release.version: release for release in known}
+    have = ", ".join(map(str, releases))
+    affected = {
+        version
+        for version, release in releases.items()
+        if advisory.affects(release.name, version, release.digests)
+    }
+    for version in advisory.fixed:
+        if version not in releases or version in affected:
+            raise UnknownExpertError(
+                f"{advisory.name} {version} is not a release that fixes anything: it is "
+                f"{'affected itself' if version in releases else 'not published'}",
+                where=where,
+                hint=f"available: {have}",
+            )
+    if advisory.affected and not advisory.is_withdrawn and not affected:
+        ranges = " or ".join(map(str, advisory.affected))
+        raise UnknownExpertError(
+            f"no release {advisory.name} {ranges}",
+            where=where,
+            hint=f"available: {have}",
+        )

@@ -30,8 +30,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import random
-import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
@@ -41,17 +39,19 @@ from composable.errors import (
     ManifestError,
     RegistryError,
     UnknownExpertError,
-    UnreachableError,
     did_you_mean,
 )
 from composable.files.blobs import blob_path
-from composable.files.strays import warn_about_stray
 from composable.interface.digest import canonical_json, digest_bytes
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.manifests.toml import MAX_TOML_BYTES
-from composable.packaging.registry.advisories import Advisory, compile_feed, parse_feed
-from composable.packaging.registry.budget import current_budget, format_time
+from composable.packaging.registry.advisories import (
+    Advisory,
+    check_advisory,
+    compile_feed,
+    parse_feed,
+)
 from composable.packaging.registry.index import (
     Entry,
     compile_index,
@@ -67,11 +67,11 @@ from composable.packaging.registry.index import (
     record_path,
 )
 from composable.packaging.registry.lines import ADVISORIES_FILE, CATALOG_FILE, check_extent
+from composable.packaging.registry.name_claims import check_name, claim_name, read_owner
 from composable.packaging.registry.release import TIME_FORMAT, Release, Signer, choose_newest
 from composable.packaging.registry.signature_settings import SignatureSettings
 from composable.packaging.registry.storage import (
     CONFIG_FILE,
-    MAX_DOCUMENT_BYTES,
     Document,
     Folder,
     LocalFile,
@@ -79,7 +79,8 @@ from composable.packaging.registry.storage import (
     WritableStorage,
     put_blob,
 )
-from composable.packaging.versions.names import check_package_name, confusable_key, is_package_name
+from composable.packaging.registry.updates import check_size, update_document
+from composable.packaging.versions.names import check_package_name, confusable_key
 from composable.packaging.versions.version import Version
 from composable.progress import ByteProgress
 
@@ -91,7 +92,6 @@ SCHEMA: Final = 1
 SIGNED_FIELD: Final = "signed"
 # What the folder of a registry's verified state holds once its root keys are pinned.
 ROOT_FILE: Final = "root.json"
-MIN_ATTEMPTS: Final = 10
 SMALL_BLOB_ATTEMPTS: Final = 3
 T = TypeVar("T")
 
@@ -391,7 +391,7 @@ class Registry:
         self._check_same_content(release, existing)
         if existing is None:
             self._check_room(storage, release)
-        self._check_name(storage, release.name)
+        check_name(storage, release.name)
 
     def record(self, release: Release, manifest: bytes, line: bytes | None = None) -> None:
         """Record a release whose files are stored; `write_index` makes it visible.
@@ -407,7 +407,7 @@ class Registry:
         """
         storage = self.writable_storage()
         put_blob(storage, release.manifest, manifest)
-        with self._claim_name(storage, release.name):
+        with claim_name(storage, release.name):
             self._create_record(storage, release, line or release.to_line())
 
     def mark_yanked(self, name: str, version: Version, is_yanked: bool) -> None:
@@ -421,13 +421,15 @@ class Registry:
     def write_index(self, name: str) -> None:
         """Update the index of a package, then the catalogue, until both match the records."""
         storage = self.writable_storage()
-        self.update_document(index_path(name), lambda seen: compile_index(storage, name, seen))
+        update_document(storage, index_path(name), lambda seen: compile_index(storage, name, seen))
         self.write_catalog([name])
 
     def write_catalog(self, names: Collection[str]) -> None:
         """Update the entries of packages in the catalogue, and add those that it lacks."""
         storage = self.writable_storage()
-        self.update_document(CATALOG_FILE, lambda seen: self._compile_catalog(storage, seen, names))
+        update_document(
+            storage, CATALOG_FILE, lambda seen: self._compile_catalog(storage, seen, names)
+        )
 
     def _create_record(self, storage: WritableStorage, release: Release, line: bytes) -> None:
         """Create the record of a release, unless there is one with the same content."""
@@ -507,40 +509,19 @@ class Registry:
             UnknownExpertError: When the registry has no such package, or none of these releases.
             RegistryError: When the registry is read only, or its feed is damaged.
         """
-        self.writable_storage()
-        Advisory.from_row(advisory.to_row(), "advisory")
-        releases = {release.version: release for release in self.versions(advisory.name)}
-        if not releases:
+        storage = self.writable_storage()
+        known = self.versions(advisory.name)
+        if not known:
             raise UnknownExpertError(
                 f"no expert {advisory.name!r}",
                 where=self.location,
                 hint=did_you_mean(advisory.name, self.names()),
             )
-        have = ", ".join(map(str, releases))
-        affected = {
-            version
-            for version, release in releases.items()
-            if advisory.affects(release.name, version, release.digests)
-        }
-        for version in advisory.fixed:
-            if version not in releases or version in affected:
-                raise UnknownExpertError(
-                    f"{advisory.name} {version} is not a release that fixes anything: it is "
-                    f"{'affected itself' if version in releases else 'not published'}",
-                    where=self.location,
-                    hint=f"available: {have}",
-                )
-        if advisory.affected and not advisory.is_withdrawn and not affected:
-            ranges = " or ".join(map(str, advisory.affected))
-            raise UnknownExpertError(
-                f"no release {advisory.name} {ranges}",
-                where=self.location,
-                hint=f"available: {have}",
-            )
+        check_advisory(advisory, known, self.location)
         signatures = self.find_signatures()
         if signatures is not None:
             signatures.check_advisor()
-        self.update_document(ADVISORIES_FILE, lambda seen: compile_feed(advisory, seen))
+        update_document(storage, ADVISORIES_FILE, lambda seen: compile_feed(advisory, seen))
         if signatures is not None:
             signatures.advise(advisory)
 
@@ -570,51 +551,6 @@ class Registry:
             )
         return cast(WritableStorage, self.storage)
 
-    def update_document(
-        self, path: str, compile_document: Callable[[Document | None], bytes]
-    ) -> None:
-        """Write the content that a document should have; repeat until a read confirms it.
-
-        Other publishers may change it in between. They are waited for as long as for a server.
-
-        Args:
-            path: Path of the document.
-            compile_document: Returns the content that follows from the one that is there.
-
-        Raises:
-            RegistryError: When the registry is read only, or the document would be too large.
-            UnreachableError: When other publishers change it all the time.
-        """
-        storage = self.writable_storage()
-        budget = current_budget()
-        began = time.monotonic()
-        until = began + min(budget.request_seconds, max(budget.left, 0.0))
-        attempts = 0
-        while True:
-            seen = storage.read(path)
-            wanted = compile_document(seen)
-            _check_size(path, len(wanted), self.location)
-            if seen is not None and seen.data == wanted:
-                storage.settle(path)
-                return
-            attempts += 1
-            if not storage.replace(path, wanted, seen):
-                pause = random.uniform(0, min(0.01 * 2 ** min(attempts, 10), 1.0))
-                time.sleep(pause)
-                budget.charge(pause)
-            now = time.monotonic()
-            if now > until and attempts >= MIN_ATTEMPTS:
-                raise UnreachableError(
-                    f"other publishers changed it {attempts} times in {now - began:.0f} s",
-                    where=f"{self.location}/{path}",
-                    hint="the release is recorded: run the same command again to list it",
-                )
-            if now - began > budget.notice_seconds:
-                budget.notify(
-                    f"{self.location}/{path}: other publishers are changing it; trying until "
-                    f"{format_time(until - now)} at the latest"
-                )
-
     def _compile_catalog(
         self, storage: WritableStorage, seen: Document | None, names: Collection[str]
     ) -> bytes:
@@ -622,7 +558,7 @@ class Registry:
         entries = self._read_catalog(seen)
         listed = {confusable_key(known) for known in entries}
         owners = [
-            self._read_owner(storage, key) for key in storage.names_in("names") if key not in listed
+            read_owner(storage, key) for key in storage.names_in("names") if key not in listed
         ]
         for other in {*names, *filter(None, owners)}:
             releases = self._read_unsigned(other)
@@ -655,55 +591,7 @@ class Registry:
         }
         for path, line in lines.items():
             seen = storage.read(path)
-            _check_size(path, (len(seen.data) if seen else 0) + len(line), self.location)
-
-    def _check_name(self, storage: WritableStorage, name: str) -> None:
-        """Refuse a name that looks like the name of another package."""
-        key = confusable_key(name)
-        owner = self._read_owner(storage, key)
-        if owner in (None, name):
-            return
-        if storage.names_in(f"records/{owner}"):
-            raise RegistryError(
-                f"{name!r} looks like {owner!r}, which is already published",
-                where=self.location,
-                hint="choose a name that differs in more than look-alike letters or hyphens",
-            )
-        raise RegistryError(
-            f"{name!r} looks like {owner!r}, which is being published, or whose publication was "
-            "interrupted",
-            where=self.location,
-            hint=f"choose another name; if nobody publishes {owner}, remove names/{key} there",
-        )
-
-    @contextlib.contextmanager
-    def _claim_name(self, storage: WritableStorage, name: str) -> Iterator[None]:
-        """Reserve a name for the block, which creates a record; release it if the block fails."""
-        path = f"names/{confusable_key(name)}"
-        is_new = storage.create(path, name.encode())
-        if not is_new:
-            self._check_name(storage, name)
-            claimed = storage.read(path)
-            if claimed is None or claimed.data != name.encode():  # a stray file is replaced
-                is_new = storage.replace(path, name.encode(), claimed)
-                self._check_name(storage, name)
-        try:
-            yield
-        except BaseException:
-            if is_new and not storage.names_in(f"records/{name}"):
-                storage.remove(path)
-            raise
-
-    def _read_owner(self, storage: WritableStorage, key: str) -> str | None:
-        """Return the name that has claimed a key; None if there is none, or for a stray file."""
-        claimed = storage.read(f"names/{key}")
-        if claimed is None:
-            return None
-        owner = claimed.data.decode(errors="replace")
-        if is_package_name(owner) and confusable_key(owner) == key:
-            return owner
-        warn_about_stray(key, f"{self.location}/names", "the claim of a package name")
-        return None
+            check_size(path, (len(seen.data) if seen else 0) + len(line), self.location)
 
     def _check_same_content(self, release: Release, existing: Release | None) -> None:
         """Refuse to publish other content under a version that exists."""
@@ -748,20 +636,6 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         return Manifest.loads(data.decode(), where)
     except UnicodeDecodeError as error:
         raise ManifestError(f"not UTF-8 text: {error}", where=where) from error
-
-
-def _check_size(path: str, size: int, location: str) -> None:
-    """Refuse a document that clients would refuse to read.
-
-    Raises:
-        RegistryError: For more bytes than a document may have.
-    """
-    if size > MAX_DOCUMENT_BYTES:
-        raise RegistryError(
-            f"would have {size:,} bytes, of which clients read at most {MAX_DOCUMENT_BYTES:,}",
-            where=f"{location}/{path}",
-            hint="publish under another name, or to another registry",
-        )
 
 
 def _check_readable(manifest: Manifest, release: Release) -> None:

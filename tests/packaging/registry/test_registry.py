@@ -523,7 +523,7 @@ def test_a_publisher_that_never_gets_its_turn_says_what_it_waits_for_and_gives_u
     registry.publish(make_expert(), interface=interface)
     budget = TimeBudget(0.4, notice_seconds=0.1)
     folder = make_expert("german", "1.1.0", seed=1)
-    home = "composable.packaging.registry.registry"
+    home = "composable.packaging.registry.updates"
     with monkeypatch.context() as patch:
         patch.setattr(f"{home}.current_budget", lambda: budget)
         patch.setattr(f"{home}.MIN_ATTEMPTS", 3)
@@ -561,7 +561,7 @@ def test_a_release_that_an_index_has_no_room_for_is_refused_before_it_is_uploade
         registry.publish(make_expert(name), interface=interface)
     root = Path(registry.location)
     limit = (root / document).stat().st_size + 10
-    monkeypatch.setattr("composable.packaging.registry.registry.MAX_DOCUMENT_BYTES", limit)
+    monkeypatch.setattr("composable.packaging.registry.updates.MAX_DOCUMENT_BYTES", limit)
     before = all_files(root)
     name = "french" if others else "german"
     with pytest.raises(RegistryError, match="of which clients read at most") as caught:

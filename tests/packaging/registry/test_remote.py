@@ -262,8 +262,8 @@ def test_what_breaks_off_is_resumed_and_a_byte_a_time_is_given_up() -> None:
 
 
 def test_a_caller_that_wants_no_more_ends_the_attempt() -> None:
-    before = threading.active_count()
     with serve(lambda c, _: c.sendall(reply("200 OK", b"x" * (8 << 20)))) as (url, _):
+        before = threading.active_count()
         pieces = WebStorage(url, budget=hurried(5.0)).stream("blob")
         next(pieces)
         pieces.close()  # type: ignore[attr-defined]
