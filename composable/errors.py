@@ -23,7 +23,7 @@
     ├── TextError                 text that cannot be trained on, scored or continued
     ├── TrainingError             training that cannot start, resume or continue
     │   ├── PreemptedError        training that was asked to stop, and did; run again to resume
-    │   └── PeerError             another process of the run failed or died; run again to resume
+    │   └── PeerError             another process of the run failed or is gone; run again
     └── VettingError              an expert that failed vetting
 
 Warnings descend from `ComposableWarning`. `ContributionWarning` reports contributions that a
@@ -245,7 +245,7 @@ class PreemptedError(TrainingError):
 
 
 class PeerError(TrainingError):
-    """Another process of the run failed or died, so this one cannot go on; run again to resume."""
+    """Another process of the run failed, died or never came, so this one cannot go on; run again."""
 
     exit_code = 76
 

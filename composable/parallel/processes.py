@@ -70,7 +70,8 @@ def start_processes(
             on standard error.
 
     Raises:
-        TrainingError: If the group is described in part, or processes are missing.
+        TrainingError: If the group is described in part.
+        PeerError: If processes are missing.
 
     Example:
         >>> start_processes()  # one process: nothing to join

@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Final
 
-from composable.errors import TrainingError
+from composable.errors import PeerError, TrainingError
 
 _RETRY_SECONDS: Final = 0.1
 _GO: Final = b"go\n"
@@ -33,7 +33,8 @@ def meet(
         The connections of process 0 to all others, by their index, or of another to process 0.
 
     Raises:
-        TrainingError: If the address is malformed, or processes are missing; they are named.
+        TrainingError: If the address is malformed.
+        PeerError: If processes are missing; they are named.
     """
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdigit()):
@@ -69,7 +70,7 @@ def _wait_for_others(
                     continue  # a process that ended while it reported
                 missing = sorted({*range(1, n_processes)} - arrived.keys())
                 names = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
-                raise TrainingError(
+                raise PeerError(
                     f"{len(missing)} of {n_processes} processes did not start within {timeout:g} s:"
                     f" {names}",
                     where="group",
@@ -103,7 +104,7 @@ def _report(
         except OSError as error:
             reason = error.strerror or "no answer"
         time.sleep(_RETRY_SECONDS)
-    raise TrainingError(
+    raise PeerError(
         f"process {process} did not find all others at {address[0]}:{address[1]} within "
         f"{timeout:g} s ({reason})",
         where="group",

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from composable.errors import ComposableWarning, TrainingError
+from composable.errors import ComposableWarning, PeerError, TrainingError
 from composable.parallel import processes, start_processes
 from composable.parallel.rendezvous import meet
 
@@ -129,12 +129,12 @@ def test_missing_processes_are_named():
     address = f"127.0.0.1:{free_port()}"
 
     def arrive_alone():
-        with pytest.raises(TrainingError, match="process 2 did not find all others"):
+        with pytest.raises(PeerError, match="process 2 did not find all others"):
             meet(address, 4, 2, 1.0)
 
     present = threading.Thread(target=arrive_alone)
     present.start()
-    with pytest.raises(TrainingError, match="2 of 4 processes did not start within 1 s: 1, 3"):
+    with pytest.raises(PeerError, match="2 of 4 processes did not start within 1 s: 1, 3"):
         meet(address, 4, 0, 1.0)
     present.join(timeout=10)
     assert not present.is_alive()
@@ -142,7 +142,7 @@ def test_missing_processes_are_named():
 
 def test_a_missing_coordinator_is_named():
     start = time.monotonic()
-    with pytest.raises(TrainingError, match="process 1 did not find all others"):
+    with pytest.raises(PeerError, match="process 1 did not find all others"):
         meet(f"127.0.0.1:{free_port()}", 2, 1, 0.3)
     assert time.monotonic() - start < 5
 
