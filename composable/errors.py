@@ -245,7 +245,7 @@ class PreemptedError(TrainingError):
 
 
 class PeerError(TrainingError):
-    """Another process of the run failed, died or never came, so this one cannot go on; run again."""
+    """Another process of the run failed, died or never came, so this one ends; run again."""
 
     exit_code = 76
 
