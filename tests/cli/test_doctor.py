@@ -17,7 +17,7 @@ def test_it_reports_what_a_run_would_use():
     assert report["jax"] == jax.__version__
     assert report["devices"] == "1 x cpu (cpu)"
     assert report["processes"] == "1, this is 0"
-    assert report["mesh"] == "data=1, fsdp=1, tensor=1"
+    assert report["mesh"] == "data=1, fsdp=1, tensor=1, expert=1"
     assert report["expert bodies"].startswith("loop_blocks")
     assert len(run().stdout.splitlines()) == len(report)
 
@@ -25,4 +25,4 @@ def test_it_reports_what_a_run_would_use():
 def test_a_mesh_that_does_not_fit_is_refused():
     done = run("--mesh", "fsdp=2")
     assert done.exit_code == 1
-    assert "data=1,fsdp=1,tensor=1" in done.output
+    assert "meshes that fit: data=1" in done.output

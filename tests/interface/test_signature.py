@@ -86,5 +86,5 @@ def test_dimension_letters_stand_for_their_sizes():
     assert shape_of("DF", {"D": 3, "F": 5}) == (3, 5)
     assert shape_of("", {}) == ()
     with pytest.raises(KeyError):
-        shape_of("DX", {"D": 3, "X": 5})
+        shape_of("Dx", {"D": 3, "x": 5})
     assert all(len(letter) == 1 and letter.isupper() for letter in DIMS)

@@ -35,7 +35,7 @@ def test_on_one_device_everything_may_be_split_by_one():
     assert spec_of("DF", (31, 7), mesh) == PartitionSpec("fsdp", "tensor")
 
 
-@pytest.mark.parametrize(("dims", "shape"), [("DF", (32,)), ("D", (32, 64)), ("Z", (3,))])
+@pytest.mark.parametrize(("dims", "shape"), [("DF", (32,)), ("D", (32, 64)), ("z", (3,))])
 def test_letters_that_do_not_fit_are_refused(dims, shape):
     with pytest.raises(ModelError, match=repr(dims)):
         spec_of(dims, shape, MESH)
