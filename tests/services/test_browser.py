@@ -97,7 +97,7 @@ def test_plots_are_not_cut_off(site: Served, context) -> None:
             return a.left < b.left - 1 || a.right > b.right + 1
         }).map(text => text.textContent)"""
     )
-    assert page.locator("svg.plot").count() == 2
+    assert page.locator("svg.plot").count() == 3
     assert cut == []
     page.close()
 
