@@ -84,7 +84,7 @@ def ratio_interval(
     Example:
         >>> low, high = ratio_interval(np.array([1.0, 2.1, 2.9]), np.array([2.0, 4.0, 6.0]))
         >>> round(low, 2), round(high, 2)
-        (0.43, 0.57)
+        (0.42, 0.57)
     """
     n = len(numerator_B)
     if n < 2:
