@@ -21,15 +21,11 @@ from composable.files.blobs import blob_path
 from composable.interface import RouterInterface
 from composable.interface.digest import digest_bytes
 from composable.packaging import (
-    Project,
     Registry,
-    Requirement,
     Store,
     Version,
-    lock_project,
     open_for_publishing,
     open_registry,
-    sync_project,
 )
 from composable.packaging.install.mirror import mirror_registry
 from composable.packaging.manifests.manifest import PackageFile
@@ -47,6 +43,7 @@ from tests.support.oci_registries import (
     run_relay,
 )
 from tests.support.registries import fetch
+from tests.support.storages import check_releases, read_files
 
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
@@ -96,29 +93,7 @@ def test_publish_find_yank_and_install(
     store: Store,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    manifest = bucket.publish(make_expert(), interface=interface)
-    bucket.publish(make_expert("german", "1.1.0", seed=1), interface=interface)
-    bucket.publish(make_expert(), interface=interface)  # again: changes nothing
-    remote = open_registry(url)
-    assert remote.names() == ["german"]
-    assert [str(release.version) for release in remote.versions("german")] == ["1.0.0", "1.1.0"]
-    assert remote.read_manifest(remote.versions("german")[0]) == manifest
-    bucket.yank("german", Version("1.1.0"))
-    assert [release.is_yanked for release in remote.versions("german")] == [False, True]
-    project = Project.create(tmp_path / "project", "tiny-bytes", {"cloud": url})
-    project = project.add(Requirement.parse("german"))
-    lock = lock_project(project, interface)
-    assert str(lock.versions["german"]) == "1.0.0"
-    sync_project(project, lock, store, interface=interface)
-    assert store.verify() == []
-    offline = dataclasses.replace(project, is_offline=True)
-    assert lock_project(offline, interface, upgrade=True) == lock
-    bucket.unyank("german", Version("1.1.0"))
-    assert [release.is_yanked for release in remote.versions("german")] == [False, False]
-    with pytest.raises(RegistryError, match="already published with other content"):
-        bucket.publish(make_expert(seed=9), interface=interface)
-    with pytest.raises(RegistryError, match="looks like 'german'"):
-        bucket.publish(make_expert("gerrnan"), interface=interface)
+    check_releases(bucket, url, make_expert, interface, store, tmp_path)
 
 
 def test_other_tools_see_a_model_with_its_files(
@@ -182,15 +157,7 @@ def test_a_mirror_there_and_back_is_the_same(
     assert mirror_registry(registry, bucket).documents == ()
     back = open_for_publishing(tmp_path / "back")
     mirror_registry(open_registry(url), back)
-
-    def files(folder: Path) -> dict[str, bytes]:
-        return {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file() and "locks" not in path.parts
-        }
-
-    assert files(tmp_path / "back") == files(registry.storage.root)
+    assert read_files(tmp_path / "back") == read_files(registry.storage.root)
 
 
 def test_a_state_that_was_not_seen_is_not_replaced(url: str) -> None:

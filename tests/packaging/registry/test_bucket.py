@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -15,20 +14,16 @@ import pytest
 from composable.errors import IntegrityError, RegistryError, UnreachableError
 from composable.interface import RouterInterface
 from composable.packaging import (
-    Project,
     Registry,
-    Requirement,
     Store,
-    Version,
-    lock_project,
     open_for_publishing,
     open_registry,
-    sync_project,
 )
 from composable.packaging.manifests.manifest import PackageFile
 from composable.packaging.registry.bucket import BucketStorage
 from composable.packaging.registry.index import index_path
 from tests.support.servers import run_s3
+from tests.support.storages import check_releases
 
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
@@ -65,27 +60,7 @@ def test_publish_find_yank_and_install(
     store: Store,
     tmp_path: Path,
 ) -> None:
-    manifest = bucket.publish(make_expert(), interface=interface)
-    bucket.publish(make_expert("german", "1.1.0", seed=1), interface=interface)
-    bucket.publish(make_expert(), interface=interface)  # again: changes nothing
-    remote = open_registry(url)
-    assert remote.names() == ["german"]
-    assert [str(release.version) for release in remote.versions("german")] == ["1.0.0", "1.1.0"]
-    assert remote.read_manifest(remote.versions("german")[0]) == manifest
-    bucket.yank("german", Version("1.1.0"))
-    assert [release.is_yanked for release in remote.versions("german")] == [False, True]
-    project = Project.create(tmp_path / "project", "tiny-bytes", {"cloud": url})
-    project = project.add(Requirement.parse("german"))
-    lock = lock_project(project, interface)
-    assert str(lock.versions["german"]) == "1.0.0"
-    sync_project(project, lock, store, interface=interface)
-    assert store.verify() == []
-    offline = dataclasses.replace(project, is_offline=True)
-    assert lock_project(offline, interface, upgrade=True) == lock
-    with pytest.raises(RegistryError, match="already published with other content"):
-        bucket.publish(make_expert(seed=9), interface=interface)
-    with pytest.raises(RegistryError, match="looks like 'german'"):
-        bucket.publish(make_expert("gerrnan"), interface=interface)
+    check_releases(bucket, url, make_expert, interface, store, tmp_path)
 
 
 def test_no_registry(url: str) -> None:

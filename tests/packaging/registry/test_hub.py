@@ -30,6 +30,7 @@ from composable.packaging.registry.budget import TimeBudget
 from composable.packaging.registry.hub import HubStorage
 from composable.packaging.registry.storage import Folder
 from tests.support.hub import Hub, run_hub
+from tests.support.storages import read_files
 
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
@@ -257,17 +258,9 @@ def test_a_mirror_there_and_back_is_the_same(
     assert len(hub.commits[NAME]) == 2
     back = open_for_publishing(tmp_path / "back")
     mirror_registry(open_registry(URL), back)
-
-    def files(folder: Path) -> dict[str, bytes]:
-        return {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file() and "locks" not in path.parts
-        }
-
-    assert files(tmp_path / "back") == files(registry.storage.root)
+    assert read_files(tmp_path / "back") == read_files(registry.storage.root)
     copied = {p: d for p, d in hub.files(NAME).items() if p not in (".gitattributes", "README.md")}
-    assert copied == files(registry.storage.root), "a clone of it is a folder registry"
+    assert copied == read_files(registry.storage.root), "a clone of it is a folder registry"
 
 
 def test_wrong_bytes_are_noticed(
