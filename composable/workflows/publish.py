@@ -64,13 +64,16 @@ def _require_own_texts(folder: Path) -> None:
         template = _list_texts(Manifest.read(find_template()))
     except PackagingError:
         return  # this installation has no template to compare with
-    for field, text in _list_texts(Manifest.read(folder)).items():
-        if text and text == template[field]:
-            raise ManifestError(
-                f"{text!r} is the placeholder of the template",
-                where=f"{folder / EXPERT_FILE}: {field}",
-                hint=f"edit {field} in {folder / EXPERT_FILE}, or remove it",
-            )
+    own = _list_texts(Manifest.read(folder))
+    left = {field: text for field, text in own.items() if text and text == template[field]}
+    if left:
+        is_one, fields = len(left) == 1, ", ".join(left)
+        raise ManifestError(
+            f"{', '.join(map(repr, left.values()))} "
+            f"{'is the placeholder' if is_one else 'are placeholders'} of the template",
+            where=f"{folder / EXPERT_FILE}: {fields}",
+            hint=f"edit {fields} in {folder / EXPERT_FILE}, or remove {'it' if is_one else 'them'}",
+        )
 
 
 def _require_license(folder: Path) -> None:

@@ -336,7 +336,7 @@ def test_from_new_to_published(cli, works, tiny_backbone, monkeypatch):
     manifest.write_text(text)
     if card["passed"]:
         refused = cli("publish", "my-expert", "--registry", "registry", *backbone)
-        assert "is the placeholder of the template" in refused.err
+        assert "are placeholders of the template" in refused.err, "all of them at once"
     template = Manifest.read(find_template())
     for placeholder in (template.description, template.training.data):
         text = text.replace(placeholder, "Chosen.")
