@@ -76,7 +76,7 @@ def measure_work(shape: Shape, n_experts: int, n_choices: int) -> list[dict[str,
     def array(*sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    # Arrays are told apart by their identity.
+    # Arrays are distinguished by identity.
     x_PD, dy_PD, dy_PF, gate_PF, up_PF = (array(n_rows, n) for n in (D, D, F, F, F))
     bank = w_EDF, _, _ = tuple(array(n_experts, *size) for size in ((D, F), (D, F), (F, D)))
 

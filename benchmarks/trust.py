@@ -118,9 +118,9 @@ def measure_refresh(home: Path, n_publishers: int, repeats: int) -> dict[str, An
         warm.append(time.perf_counter() - began)
         used.append(time.process_time() - before)
         command = [sys.executable, "-c", textwrap.dedent(COLD_START), str(world.folder)]
-        told = subprocess.check_output([*command, str(home / f"other{number}"), target])
-        loading.append(float(told.split()[0]))
-        cold.append(float(told.split()[1]))
+        output = subprocess.check_output([*command, str(home / f"other{number}"), target])
+        loading.append(float(output.split()[0]))
+        cold.append(float(output.split()[1]))
     read = sum(path.stat().st_size for path in (home / "state0").glob("*.json"))
     return {
         "publishers": n_publishers,
