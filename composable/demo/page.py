@@ -102,7 +102,7 @@ def _list_tiles(result: DemoResult) -> dict[str, str]:
     return {
         "recovery in mix mode": f"{result.recovery.mix:.1%}",
         "recovery in safe mode": f"{result.recovery.safe:.1%}",
-        "bits on public text, safe mode": f"{change:+.2%}".replace("-", "−"),
+        "bits on public text, safe mode": f"{change:+z.2%}".replace("-", "−"),
         "properties that held": f"{held} of {len(result.properties)}",
     }
 
