@@ -14,6 +14,7 @@
     │   ├── ResolutionError       no set of versions satisfies the requirements
     │   ├── IntegrityError        bytes whose size or digest does not match
     │   │   └── MissingBlobError  a file that is missing from the store
+    │   ├── ProposalError         a proposal that was changed, or a verdict that no longer holds
     │   ├── SignatureError        a registry whose signatures or signed versions are wrong
     │   ├── KeyFileError          a signing key that is missing, locked or malformed
     │   ├── DiskError             a disk that is full, read-only or failing
@@ -190,6 +191,10 @@ class IntegrityError(PackagingError):
 
 class MissingBlobError(IntegrityError):
     """A file that should be in the store and is missing."""
+
+
+class ProposalError(PackagingError):
+    """A proposal that is damaged or was changed, or a verdict that does not hold for it."""
 
 
 class SignatureError(PackagingError):

@@ -86,6 +86,7 @@ READERS = {
     "workflows.diff_page": "a resource of this package",
     "workflows.goodput": "a resource of this package",
     "workflows.pretrain": "a file of our own",
+    "workflows.review_page": "a resource of this package",
     "workflows.smollm2": "a package whose digest was checked",
     "workflows.trunk_cache": "maps a file of our own cache, whose size was checked",
 }

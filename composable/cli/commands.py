@@ -41,6 +41,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("train", "Train an expert on text; run again to resume."),
         "check": ("contribute", "Check an expert and write its card."),
         "publish": ("contribute", "Publish a checked expert to a registry."),
+        "propose": ("review", "Propose a change of a published expert to its maintainers."),
+        "review": ("review", "List the proposals of a registry, or vet one of them."),
         "yank": ("contribute", "Exclude a release from new resolutions."),
         "unyank": ("contribute", "Undo a yank."),
         "advise": ("contribute", "Publish an advisory on releases, or withdraw one."),

@@ -92,7 +92,7 @@ def check(
     if --against requires a larger version bump than the one in expert.toml. Of many processes, the
     first one checks.
     """
-    texts = dict(_parse_pair(pair) for pair in beside_data or ())
+    texts = dict(parse_pair(pair) for pair in beside_data or ())
     from composable.packaging.manifests.manifest import Manifest
 
     manifest = Manifest.read(folder)
@@ -184,7 +184,7 @@ def yank(
 
     Existing locks with this release keep working.
     """
-    name, version = _parse_release(release)
+    name, version = parse_release(release)
     from composable.packaging.registry.locations import open_for_publishing
 
     target = open_for_publishing(registry)
@@ -198,7 +198,7 @@ def unyank(
     release: Release, registry: PublishRegistry, as_json: Json = False, is_quiet: Quiet = False
 ) -> None:
     """Undo a yank."""
-    name, version = _parse_release(release)
+    name, version = parse_release(release)
     from composable.packaging.registry.locations import open_for_publishing
 
     target = open_for_publishing(registry)
@@ -345,7 +345,7 @@ def _version_to_dict(name: str, step: Step) -> dict[str, Any]:
     }
 
 
-def _parse_pair(text: str) -> tuple[str, Path]:
+def parse_pair(text: str) -> tuple[str, Path]:
     """Parse `NAME=FILE`."""
     name, equals, file = text.partition("=")
     if not (name and equals and file):
@@ -353,7 +353,7 @@ def _parse_pair(text: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
-def _parse_release(text: str) -> tuple[str, Any]:
+def parse_release(text: str) -> tuple[str, Any]:
     """Parse `NAME@VERSION`."""
     from composable.packaging.versions.constraint import Requirement
 

@@ -201,6 +201,15 @@ PublishRegistry = Annotated[
     ),
 ]
 Release = Annotated[str, typer.Argument(metavar="NAME@VERSION", show_default=False)]
+InboxRegistry = Annotated[
+    str,
+    typer.Argument(
+        metavar="REGISTRY", help="A folder, or the URL of a bucket or server.", show_default=False
+    ),
+]
+ProposalId = Annotated[
+    str, typer.Argument(metavar="ID", help="The first digits of its id.", show_default=False)
+]
 Beside = Annotated[
     list[str] | None,
     typer.Option(

@@ -62,6 +62,7 @@ class Verdict:
         checks: In the order they ran.
         measured: Bits per byte and shares, as the card records them.
         evidence: Measurements of each document, for comparisons; None if the expert cannot run.
+        before: The same of the previous release that it was compared with; None if there was none.
         regressions: What is worse than in a previous release, in words; None if it was not
             compared with one.
         warnings: What is suspicious but does not keep an expert from being published, in words.
@@ -70,6 +71,7 @@ class Verdict:
     checks: tuple[Check, ...]
     measured: dict[str, Any]
     evidence: Evidence | None = field(default=None, compare=False)
+    before: Evidence | None = field(default=None, compare=False)
     regressions: tuple[str, ...] | None = None
     warnings: tuple[str, ...] = ()
 

@@ -185,6 +185,35 @@ def trace_routing(
     return traces[: len(documents)]
 
 
+def score_rows(
+    scorer: Scorer, rows: Sequence[np.ndarray], *, context: int, skip: int
+) -> np.ndarray:
+    """Score the end of a batch of token rows, which need not be any text.
+
+    Args:
+        scorer: How to use the model.
+        rows: Tokens from the start of a document on, one batch at most; what exceeds a window is
+            left out.
+        context: Length of a window in tokens; at most 512 are used.
+        skip: Tokens at the start of each row that are read and not scored.
+
+    Returns:
+        Negative log-likelihoods in nats, one for each row.
+    """
+    window = _make_window(rows, context, skip)
+    nll_BT, _ = scorer.step(window.inputs_BT, window.targets_BT, None)
+    scored_BT = np.where(window.is_scored_BT, np.asarray(nll_BT, np.float64), 0)
+    nats_B: np.ndarray = scored_BT.sum(axis=1)[: len(rows)]
+    return nats_B
+
+
+def trace_rows(model: Model, rows: Sequence[np.ndarray], *, skip: int) -> list[np.ndarray]:
+    """Return the router weights, shape (tokens, E), at the end of each row; see `score_rows`."""
+    window = _make_window(rows, model.context, skip)
+    weight_BTE = np.asarray(_route(model.parts, window.inputs_BT, None)[0])
+    return [weight_BTE[row][window.is_scored_BT[row]] for row in range(len(rows))]
+
+
 def measure_norms(
     model: Model, name: str, documents: Sequence[bytes], *, max_bytes: int | None = None
 ) -> np.ndarray:
@@ -261,6 +290,18 @@ def _truncate(documents: Sequence[bytes], max_bytes: int | None) -> Sequence[byt
     if max_bytes is None:
         return documents
     return [truncate_utf8(document, max_bytes) for document in documents]
+
+
+def _make_window(rows: Sequence[np.ndarray], context: int, skip: int) -> _Window:
+    """Return the first window of token rows, of the shape that `_read_windows` uses."""
+    length = min(context, _MAX_WINDOW)
+    tokens_BT = np.zeros((BATCH, length + 1), np.int32)
+    is_scored_BT = np.zeros((BATCH, length), bool)
+    for index, row_T in enumerate(rows):
+        start_T = row_T[: length + 1]
+        tokens_BT[index, : len(start_T)] = start_T
+        is_scored_BT[index, skip - 1 : len(start_T) - 1] = True
+    return _Window(tokens_BT[:, :-1], tokens_BT[:, 1:], is_scored_BT)
 
 
 def _read_windows(

@@ -244,13 +244,25 @@ def _expand(
             source = registries.open_registry(place)
             for name in source.names():
                 if name != newcomer and registries.registry_of(name) == place:
-                    fitting = [
-                        release
-                        for release in source.versions(name)
-                        if _fits(release, interface) and not release.is_yanked
-                    ]
-                    if fitting:
-                        yield f"{name}@{choose_newest(fitting).version}"
+                    newest = find_newest(source, name, interface)
+                    if newest is not None:
+                        yield f"{name}@{newest.version}"
+
+
+def find_newest(source: Registry, name: str, interface: RouterInterface) -> Release | None:
+    """Return the newest release of an expert that fits a backbone and is not yanked.
+
+    Args:
+        source: The registry.
+        name: The expert.
+        interface: The backbone's contract.
+    """
+    fitting = [
+        release
+        for release in source.versions(name)
+        if _fits(release, interface) and not release.is_yanked
+    ]
+    return choose_newest(fitting) if fitting else None
 
 
 def _choose_release(source: Registry, wanted: Requirement, version: Version) -> Release:

@@ -119,12 +119,14 @@ def _vet(
             *parts, expert, peers, anchor, tokenizer=loaded.tokenizer, progress=progress
         )
         checks = (*checks, *more)
-    regressions = None
+    regressions = before = None
     if previous is not None and previous.expert is not None and verdict.evidence is not None:
         model = loaded.plug([previous.expert])
         before = gather_evidence(model, previous.expert.name, heldout, anchor)
         regressions = tuple(compare_evidence(before, verdict.evidence))
-    return dataclasses.replace(verdict, checks=checks, measured=measured, regressions=regressions)
+    return dataclasses.replace(
+        verdict, checks=checks, measured=measured, before=before, regressions=regressions
+    )
 
 
 def _check_format(

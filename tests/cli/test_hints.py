@@ -525,6 +525,13 @@ NAMED = {
     ("packaging.trust.statement", "registry"),
     ("packaging.registry.registry", "publish"),  # how an empty folder becomes a registry
     ("packaging.registry.registry", "registry"),
+    # What those who propose and those who maintain do next; run in tests/workflows/test_review.py.
+    ("cli.review", "registry"),
+    ("cli.review", "review"),
+    ("packaging.registry.inbox", "publish"),
+    ("packaging.registry.inbox", "registry"),
+    ("packaging.registry.inbox", "review"),
+    ("packaging.registry.locations", "registry"),
     ("packaging.registry.served", "yank"),  # what a server can do instead
     ("server.publishing", "publish"),  # a server's answer to what no command of ours sends
     ("server.rules", "check"),

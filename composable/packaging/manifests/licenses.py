@@ -97,6 +97,29 @@ def list_alternatives(text: str) -> list[frozenset[str]]:
     return list(read_either())
 
 
+def covers_license(old: str, new: str) -> bool:
+    """Return whether all who may use something under a licence may use it under another one.
+
+    Identifiers are compared as text: for each set of licences that satisfies the old expression,
+    one that satisfies the new one has no further licence in it.
+
+    Args:
+        old: The expression until now; empty for none.
+        new: The expression from now on; empty for none.
+
+    Raises:
+        ManifestError: When one of them is not an SPDX expression.
+
+    Example:
+        >>> covers_license("MIT", "MIT OR Apache-2.0"), covers_license("MIT OR Apache-2.0", "MIT")
+        (True, False)
+    """
+    if not old or not new:
+        return not old
+    offered = list_alternatives(new)
+    return all(any(one <= accepted for one in offered) for accepted in list_alternatives(old))
+
+
 def parse_allowed_license(text: str) -> str:
     """Return one licence in its one spelling, with its exception if it has one.
 

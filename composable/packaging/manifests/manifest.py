@@ -126,6 +126,23 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How a proposal became a release: who proposed it, from what, and what it was accepted on.
+
+    Args:
+        proposal: Digest of the proposal's statement.
+        proposer: The public key that signed it; empty if it was unsigned.
+        base: The release that it was a change of, as `NAME@VERSION`.
+        verdict: Digest of the verdict of its review.
+    """
+
+    proposal: str
+    proposer: str = ""
+    base: str
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of `expert.toml`.
 
@@ -148,6 +165,7 @@ class Manifest:
         conflicts: Experts that it cannot be installed with, by name.
         training: Provenance.
         origin: What it was imported from, if it was not trained with composable.
+        provenance: How it became a release, if it was proposed and accepted.
         files: The package's files except the manifest; empty until packed.
 
     Example:
@@ -181,6 +199,7 @@ class Manifest:
     conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
     training: Training | None = None
     origin: Origin | None = None
+    provenance: Provenance | None = None
     files: tuple[PackageFile, ...] = ()
 
     @property
@@ -222,7 +241,7 @@ class Manifest:
             languages=read_tags(expert, "languages"),
             domains=read_tags(expert, "domains"),
             provides=read_tags(expert, "provides"),
-            derives_from=_read_derives_from(expert),
+            derives_from=_read_release(expert, "derives-from"),
             interface=InterfaceNeed(
                 name=check_package_name(interface.text("name"), interface.where("name")),
                 requires=interface.value("requires", Constraint),
@@ -235,11 +254,12 @@ class Manifest:
             conflicts=top.ranges("conflicts"),
             training=_read_training(top.table("training")) if "training" in top else None,
             origin=_read_origin(top.table("origin")) if "origin" in top else None,
+            provenance=_read_provenance(top.table("provenance")) if "provenance" in top else None,
             files=_read_files(top),
         )
         for table in (expert, interface, body, scout):
             table.finish()
-        top.finish(also=("training", "origin"))
+        top.finish(also=("training", "origin", "provenance"))
         extras = {f"extras.{extra}": ranges for extra, ranges in manifest.extras.items()}
         named = {"requires": manifest.requires, "conflicts": manifest.conflicts, **extras}
         for field, ranges in named.items():
@@ -280,6 +300,7 @@ class Manifest:
                 ("conflicts", {name: str(r) for name, r in sorted(self.conflicts.items())}),
                 ("training", {key: value for key, value in training.items() if value != ""}),
                 ("origin", dataclasses.asdict(self.origin) if self.origin else {}),
+                ("provenance", _format_provenance(self.provenance)),
                 *_format_files(self.files),
             ]
         )
@@ -394,19 +415,19 @@ def read_tags(table: Table, field: str) -> tuple[str, ...]:
     return tags
 
 
-def _read_derives_from(expert: Table) -> str | None:
-    """Read `derives-from`: one exact release."""
-    text = expert.text("derives-from", None)
+def _read_release(table: Table, field: str) -> str | None:
+    """Read one exact release, such as that of `derives-from`; None if the field is missing."""
+    text = table.text(field, None)
     if text is None:
         return None
-    origin = expert.value("derives-from", Requirement.parse)
-    if origin.constraint.pinned is None:
+    release = table.value(field, Requirement.parse)
+    if release.constraint.pinned is None:
         raise ManifestError(
             f"{text!r} is not one release, expected an exact version",
-            where=expert.where("derives-from"),
-            hint=f"write '{origin.name}@1.2.0'",
+            where=table.where(field),
+            hint=f"write '{release.name}@1.2.0'",
         )
-    return f"{origin.name}@{origin.constraint.pinned}"
+    return f"{release.name}@{release.constraint.pinned}"
 
 
 def _read_body(table: Table) -> BodySpec:
@@ -464,6 +485,22 @@ def _read_origin(table: Table) -> Origin:
     )
     table.finish()
     return origin
+
+
+def _read_provenance(table: Table) -> Provenance:
+    provenance = Provenance(
+        proposal=table.value("proposal", check_digest),
+        proposer=table.text("proposer", "", max_length=100),
+        base=_read_release(table, "base") or table.text("base"),
+        verdict=table.value("verdict", check_digest),
+    )
+    table.finish()
+    return provenance
+
+
+def _format_provenance(provenance: Provenance | None) -> dict[str, str]:
+    fields = {} if provenance is None else dataclasses.asdict(provenance)
+    return {name: text for name, text in fields.items() if text}
 
 
 def _read_files(top: Table) -> tuple[PackageFile, ...]:

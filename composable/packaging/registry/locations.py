@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from composable.errors import RegistryError
 from composable.files.blobs import default_store
@@ -16,9 +16,14 @@ from composable.packaging.registry.signature_settings import SignatureSettings
 from composable.packaging.registry.storage import Folder, Storage
 from composable.packaging.versions.version import Version
 
+if TYPE_CHECKING:
+    from composable.packaging.registry.inbox import Inbox
+
 # A publisher has no project whose name of the registry could be that of the token.
 PUBLISH_NAME: Final = "publish"
 HUB: Final = "hf://"
+# Repositories of releases and of nothing else.
+_WITHOUT_INBOX: Final = ("oci://", HUB)
 
 
 def open_registry(
@@ -106,6 +111,33 @@ def open_for_publishing(location: str | Path, *, keys: Path | None = None) -> Re
     registry = Registry(storage, signatures=settings)
     registry.writable_storage()
     return registry
+
+
+def open_inbox(location: str | Path, *, keys: Path | None = None) -> Inbox:
+    """Open the inbox of a registry: proposals to change its experts.
+
+    Args:
+        location: A folder or the URL of one, of a bucket, or of a server.
+        keys: Folder of the keys to sign with; by default that of the user.
+
+    Returns:
+        The inbox.
+
+    Raises:
+        RegistryError: When the registry can have none.
+    """
+    from composable.packaging.registry.inbox import Inbox
+    from composable.packaging.trust.keys import Keyring
+
+    if str(location).startswith(_WITHOUT_INBOX):
+        raise RegistryError(
+            "has no inbox",
+            where=str(location),
+            hint="propose to a folder, a bucket or a server; `composable registry mirror` copies "
+            "to this registry from there",
+        )
+    registry = open_for_publishing(location, keys=keys)
+    return Inbox(registry, Keyring(keys))
 
 
 def verify_kept_statement(

@@ -1,0 +1,428 @@
+"""Review a proposal: everything it claims is measured again, here, on the maintainer's own text.
+
+The verdict is a record without times and without paths: the same proposal, registry and text give
+the same bytes. It names all that it was made from, so that a later change of any of it shows.
+Nothing is decided here; that is in `accept.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from composable.assembly.backbones import LoadedBackbone
+from composable.assembly.experts import load_expert
+from composable.errors import InterfaceError, ManifestError, ProposalError, TextError
+from composable.files import atomic
+from composable.files.reading import read_bytes
+from composable.files.records import format_record, parse_record
+from composable.interface import RouterInterface, digest_bytes
+from composable.packaging.manifests.licenses import covers_license
+from composable.packaging.manifests.manifest import BODY_FILE, EXPERT_FILE, SCOUT_FILE, Manifest
+from composable.packaging.registry.compatibility import Bump, Change
+from composable.packaging.registry.inbox import Inbox, Received
+from composable.packaging.registry.registry import Registry
+from composable.packaging.versions.version import Version
+from composable.progress import CountProgress
+from composable.vetting.card import Check, tensor_digests
+from composable.vetting.checks import Verdict, figure
+from composable.vetting.evaluation import Score
+from composable.vetting.peers import Peer
+from composable.vetting.probes import vet_triggers
+from composable.vetting.statistics import ratio_interval
+from composable.workflows.references import (
+    ALL,
+    PreviousRelease,
+    compare_releases,
+    find_newest,
+    find_peers,
+    find_previous,
+)
+from composable.workflows.vet import check_expert
+from composable.workflows.workspace import vetted_texts
+
+VERDICT_FILE: Final = "verdict.json"
+SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a verdict was made from.
+
+    Args:
+        backbone: Name of the backbone.
+        interface: Digest of its router interface.
+        releases: The published releases that it was compared with: of the expert itself the
+            newest one, and of every peer; by name, as `VERSION MANIFEST-DIGEST`.
+        texts: Digests of the texts that were scored, by name: `own`, `anchor`, and peers'.
+    """
+
+    backbone: str
+    interface: str
+    releases: dict[str, str]
+    texts: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentBits:
+    """Bits per byte of one document of the maintainer's text.
+
+    Args:
+        backbone: With the backbone alone.
+        base: With the base in mix mode.
+        proposed: With the proposed expert in mix mode.
+    """
+
+    backbone: float | None
+    base: float | None
+    proposed: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewVerdict:
+    """The outcome of a review.
+
+    Args:
+        schema: Version of this record.
+        proposal: The proposal's id.
+        name: The expert.
+        base: The release that it is a change of, `NAME@VERSION`.
+        base_manifest: Digest of that release's manifest.
+        proposer: The public key that signed it; empty if unsigned.
+        passed: Whether every check passed.
+        summary: The outcome in words.
+        checks: The checks.
+        warnings: What is suspicious but fails no check, in words.
+        needs: The version bump that the changes need.
+        version: The lowest version after the base that permits them.
+        changes: The changes that dependents can notice.
+        regressions: What is worse than in the base beyond noise, in words.
+        tensors: Digests of the tensor files that were vetted.
+        measured: The figures behind the checks.
+        documents: The figures of each document of the maintainer's text.
+        inputs: What it was made from.
+    """
+
+    schema: int = SCHEMA
+    proposal: str
+    name: str
+    base: str
+    base_manifest: str
+    proposer: str
+    passed: bool
+    summary: str
+    checks: tuple[Check, ...]
+    warnings: tuple[str, ...]
+    needs: Bump
+    version: str
+    changes: tuple[Change, ...]
+    regressions: tuple[str, ...]
+    tensors: dict[str, str]
+    measured: dict[str, Any]
+    documents: tuple[DocumentBits, ...]
+    inputs: Inputs
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [check.name for check in self.checks if not check.passed]
+
+
+def review_proposal(
+    loaded: LoadedBackbone,
+    inbox: Inbox,
+    received: Received,
+    folder: Path,
+    data: Sequence[Path],
+    *,
+    beside: Sequence[str] = (ALL,),
+    texts: Mapping[str, Path] | None = None,
+    registry: str,
+    progress: CountProgress | None = None,
+) -> ReviewVerdict:
+    """Vet a proposal with evidence that is measured here.
+
+    Args:
+        loaded: The backbone.
+        inbox: Where the proposal is.
+        received: The proposal.
+        folder: An empty folder; the proposed expert is rebuilt in it.
+        data: Text of the expert's domain that its proposer does not have.
+        beside: Published experts to install it with: requirements, or `all`.
+        texts: Held-out text of those, by name.
+        registry: Location of the registry.
+        progress: Called with the number of passes over text done and in all.
+
+    Raises:
+        ProposalError: If the proposal was changed since it was made.
+        ManifestError: If it is not a change of its base.
+        TextError: If there is no text.
+    """
+    if not data:
+        raise TextError(
+            "there is no text to review on",
+            where="--data",
+            hint="give text of the expert's domain that its proposer does not have",
+        )
+    proposal = received.proposal
+    assert proposal is not None
+    source = inbox.registry
+    manifest = _unpack(folder, inbox.fetch(received, folder))
+    previous = find_previous(loaded, folder, proposal.base_release, registry=registry)
+    peers = [
+        # The path of a text differs from one machine to another; its digest is in the inputs.
+        dataclasses.replace(peer, source=Path(peer.source).name)
+        for peer in find_peers(
+            loaded,
+            manifest.name,
+            beside,
+            texts or {},
+            derives_from=manifest.derives_from,
+            registry=registry,
+        )
+    ]
+    vetted = _vet(loaded, folder, data, peers, previous, progress)
+    step = compare_releases(folder, loaded.interface, previous, vetted)
+    checks = (
+        _check_provenance(source, manifest, folder),
+        _check_license(previous.manifest, manifest),
+        *vetted.checks,
+        *_check_against(proposal.base_release, vetted),
+    )
+    passed = all(check.passed for check in checks)
+    warnings = (*_find_warnings(inbox, received), *vetted.warnings)
+    return ReviewVerdict(
+        proposal=received.id,
+        name=manifest.name,
+        base=proposal.base_release,
+        base_manifest=proposal.base_manifest,
+        proposer=proposal.key,
+        passed=passed,
+        summary=_summarise(proposal.base_release, step.needed, str(step.version), checks, vetted),
+        checks=checks,
+        warnings=warnings,
+        needs=step.needed,
+        version=str(step.version),
+        changes=step.changes,
+        regressions=vetted.regressions or (),
+        tensors=tensor_digests(folder),
+        measured=vetted.measured,
+        documents=tuple(_list_documents(vetted)),
+        inputs=Inputs(
+            backbone=loaded.interface.name,
+            interface=loaded.interface.digest,
+            releases=list_releases(
+                source, loaded.interface, [manifest.name, *(peer.expert.name for peer in peers)]
+            ),
+            texts={
+                "own": str(vetted.measured.get("documents", {}).get("own_digest", "")),
+                "anchor": loaded.interface.anchor,
+                **{
+                    peer.expert.name: digest_bytes(b"\\0".join(peer.texts))
+                    for peer in peers
+                    if peer.texts
+                },
+            },
+        ),
+    )
+
+
+def list_releases(
+    source: Registry, interface: RouterInterface, names: Sequence[str]
+) -> dict[str, str]:
+    """Return the newest fitting release of each expert, as a verdict records it.
+
+    Args:
+        source: The registry.
+        interface: The backbone's contract.
+        names: The experts; one that has no fitting release is left out.
+    """
+    newest = {name: find_newest(source, name, interface) for name in sorted(names)}
+    return {
+        name: f"{release.version} {release.manifest}"
+        for name, release in newest.items()
+        if release is not None
+    }
+
+
+def write_verdict(folder: Path, verdict: ReviewVerdict) -> Path:
+    """Write a verdict into a folder, and return its path."""
+    path = folder / VERDICT_FILE
+    atomic.write_text(path, format_record(verdict))
+    return path
+
+
+def read_verdict(path: Path) -> tuple[ReviewVerdict, str]:
+    """Return a verdict and its digest.
+
+    Args:
+        path: The file, or the folder that `composable review` wrote.
+
+    Raises:
+        ProposalError: If there is none, or it is not one.
+    """
+    path = path / VERDICT_FILE if path.is_dir() else path
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError as error:
+        raise ProposalError(
+            "no verdict", where=str(path), hint="review the proposal first, or give --verdict DIR"
+        ) from error
+    return parse_record(ReviewVerdict, data, str(path), ProposalError), digest_bytes(data)
+
+
+def _unpack(folder: Path, manifest: Manifest) -> Manifest:
+    """Let the manifest in a folder list no files: vetting writes a card of its own."""
+    unpacked = dataclasses.replace(manifest, files=())
+    atomic.write_text(folder / EXPERT_FILE, unpacked.to_toml())
+    return unpacked
+
+
+def _vet(
+    loaded: LoadedBackbone,
+    folder: Path,
+    data: Sequence[Path],
+    peers: Sequence[Peer],
+    previous: PreviousRelease,
+    progress: CountProgress | None,
+) -> Verdict:
+    """Run all checks that run the expert; an expert that cannot run fails `format`."""
+    try:
+        verdict = check_expert(
+            loaded, folder, data, peers=peers, previous=previous, progress=progress
+        )
+    except (InterfaceError, ManifestError) as error:
+        failed = Check(
+            name="format", passed=False, found=str(error), expected="an expert that fits"
+        )
+        return Verdict(checks=(failed,), measured={})
+    checks = [
+        dataclasses.replace(check, found=check.found.replace(f"{folder}/", ""))
+        for check in verdict.checks
+    ]
+    measured = dict(verdict.measured)
+    if verdict.evidence is not None:
+        probe, measured["triggers"] = vet_triggers(
+            loaded.backbone,
+            loaded.interface,
+            load_expert(loaded, folder),
+            vetted_texts(loaded.anchor),
+            tokenizer=loaded.tokenizer,
+        )
+        checks.append(probe)
+    return dataclasses.replace(verdict, checks=tuple(checks), measured=measured)
+
+
+def _check_provenance(source: Registry, manifest: Manifest, folder: Path) -> Check:
+    """Check that no tensor file is that of a release of another package."""
+    own = tensor_digests(folder)
+    taken = [
+        f"{file} is that of {release.name}@{release.version}"
+        for name in source.names()
+        if name != manifest.name
+        for release in source.versions(name)
+        for file in (BODY_FILE, SCOUT_FILE)
+        if own[file] in {listed.digest for listed in release.files}
+    ]
+    authors = ", ".join(manifest.authors) or "none stated"
+    return Check(
+        name="provenance",
+        passed=not taken,
+        found="; ".join(taken)
+        or f"derives from {manifest.derives_from}; no tensor file of another package; "
+        f"authors: {authors}",
+        expected="tensors of its own",
+    )
+
+
+def _check_license(base: Manifest, manifest: Manifest) -> Check:
+    """Check that whoever may use the base may use the proposed expert."""
+    try:
+        passed = covers_license(base.license, manifest.license)
+        found = f"{base.license or 'none'} to {manifest.license or 'none'}"
+    except ManifestError as error:
+        passed, found = False, error.message
+    return Check(
+        name="license",
+        passed=passed,
+        found=found,
+        expected="an SPDX expression that permits all that the base's permits",
+    )
+
+
+def _check_against(base: str, vetted: Verdict) -> Iterator[Check]:
+    """Yield the check that nothing is worse than in the base, if both could run."""
+    if vetted.evidence is None:
+        return
+    change = _measure_change(vetted)
+    found = "the two could not be compared" if change is None else _describe_change(*change)
+    worse = vetted.regressions
+    yield Check(
+        name="against",
+        passed=worse is not None and not worse,
+        found="; ".join([found, *(worse or ())]),
+        expected=f"nothing worse than in {base} beyond noise",
+    )
+
+
+def _measure_change(vetted: Verdict) -> tuple[Score, Score] | None:
+    """Return the scores of base and proposal on the maintainer's text, in mix mode."""
+    if vetted.evidence is None or vetted.before is None:
+        return None
+    return vetted.before.scores["own_mix"], vetted.evidence.scores["own_mix"]
+
+
+def _describe_change(before: Score, after: Score) -> str:
+    """Return what a proposal changes on the maintainer's text, in words."""
+    low, high = ratio_interval(after.nats_B, before.nats_B)
+    share = after.bits_per_byte / before.bits_per_byte - 1
+    interval = f", 95% interval {low - 1:+.1%} to {high - 1:+.1%}" if np.isfinite(low) else ""
+    return (
+        f"{before.bits_per_byte:.3f} to {after.bits_per_byte:.3f} bits per byte on your text in "
+        f"mix mode ({share:+.1%}{interval}, {len(after.nats_B)} documents)"
+    )
+
+
+def _summarise(
+    base: str, needs: Bump, version: str, checks: Sequence[Check], vetted: Verdict
+) -> str:
+    """Return the outcome in a sentence or two."""
+    failed = [check.name for check in checks if not check.passed]
+    change = _measure_change(vetted)
+    effect = "" if change is None else f" It takes {_describe_change(*change)}."
+    if failed:
+        return f"Do not accept this change of {base}: {', '.join(failed)} failed.{effect}"
+    return (
+        f"This change of {base} can be accepted: all {len(checks)} checks passed.{effect} "
+        f"It is a {needs} change, so at least version {Version(version)}."
+    )
+
+
+def _find_warnings(inbox: Inbox, received: Received) -> Iterator[str]:
+    """Yield what is suspicious about who proposed it."""
+    proposal = received.proposal
+    assert proposal is not None
+    if not proposal.key:
+        yield "the proposal is unsigned: anybody may have made it"
+    elif inbox.registry.find_signatures() is not None and inbox.find_publisher(proposal) is None:
+        yield f"no publisher of this signed registry has the key {proposal.key}"
+
+
+def _list_documents(vetted: Verdict) -> Iterator[DocumentBits]:
+    if vetted.evidence is None or vetted.before is None:
+        return
+    runs = (
+        vetted.evidence.scores["own_backbone"],
+        vetted.before.scores["own_mix"],
+        vetted.evidence.scores["own_mix"],
+    )
+    for index in range(len(runs[0].nats_B)):
+        backbone, base, proposed = (
+            figure(float(run.nats_B[index] / run.n_bytes_B[index] / np.log(2))) for run in runs
+        )
+        yield DocumentBits(backbone=backbone, base=base, proposed=proposed)
