@@ -18,23 +18,28 @@ setup: .venv/.ready
 demo: setup
 	@$(BIN)/composable demo demo --json demo/result.json
 
-# Packaging tests run in a process without jax: some of them fork, which jax does not support.
+# Two workers take file after file in their order, which ends with short ones, so that none is idle.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+REST := --ignore tests/packaging --ignore tests/services --ignore tests/launch
+
+# Packaging tests run in a process without jax: some of them fork, which jax does not support. They
+# wait for disks and servers, hence three workers. Tests of equal bits compile as users do, once.
 # Examples in docstrings are tests too, except in the file that needs lm-evaluation-harness.
-test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/packaging
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services --ignore tests/launch
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules composable \
+test: setup test-bits
+	@$(PYTEST) -n 3 tests/packaging
+	@$(PYTEST) -m "not bits" $(REST)
+	@$(PYTEST) --doctest-modules composable \
 		--ignore composable/interop/lm_eval.py --ignore composable/server/migrations
 
 # Tests to run while working: none that trains, compiles much, or injects faults.
 test-fast: setup
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/packaging
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/packaging --ignore tests/services --ignore tests/launch
+	@$(PYTEST) -n 3 -m "not slow" tests/packaging
+	@$(PYTEST) -m "not slow" $(REST)
 
 # Tests of the registry server that need PostgreSQL (several replicas on one database and one bucket)
 # or Chromium (its pages), and of registries in an OCI registry (docker-registry); all from apt-get.
 test-server: .venv/.browser-ready
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/services
+	@$(PYTEST) tests/services
 
 .venv/.browser-ready: requirements-browser.lock .venv/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-browser.lock
@@ -62,7 +67,7 @@ registry: setup
 
 # Tests that results agree to the bit, with all optimisations: the other calls compile quickly.
 test-bits: setup
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m bits -n 2 tests/model tests/kernels tests/vetting
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) --dist worksteal -m bits $(REST)
 
 docs: setup
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
@@ -98,7 +103,7 @@ smollm2-experts: smollm2
 # The tests against transformers and PEFT, with PyTorch, and those that compile for TPUs, in a separate
 # environment.
 parity: .venv-parity/.ready
-	@.venv-parity/bin/python -m pytest tests/interop tests/kernels/test_tpu_compiler.py tests/workflows/test_step_plan.py
+	@$(subst .venv,.venv-parity,$(PYTEST)) -m parity $(REST)
 
 .venv-parity/.ready: requirements.lock requirements-parity.lock pyproject.toml
 	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity

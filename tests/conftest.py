@@ -4,6 +4,8 @@ jax is imported by the fixtures that need it and not by this file, so that the t
 run without it.
 """
 
+import gc
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -30,14 +32,29 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
 
 # Fixtures that train.
 TRAINED = {"loaded", "trained_folder"}
+# What tests marked `parity` need: libraries that `make parity` installs apart.
+APART = ("torch", "transformers", "peft", "lm_eval", "libtpu")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark every test of a trained model as slow, before `-m` chooses."""
+    """Mark every test of a trained model as slow, before `-m` chooses; skip those for `parity`."""
+    missing = [name for name in APART if importlib.util.find_spec(name) is None]
     for item in items:
         if TRAINED & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        if missing and item.get_closest_marker("parity"):
+            reason = f"needs {', '.join(missing)}; run `make parity`"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish():
+    """Let the garbage collector leave alone what was imported, and look less often.
+
+    It takes a seventh of the time of tests that trace programs, which make many small objects.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from composable.errors import InteropError
 
 @pytest.fixture(scope="module")
 def adapter():
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness")
     return importlib.import_module("composable.interop.lm_eval")
 
 
@@ -31,6 +30,7 @@ def ask(*arguments):
     return SimpleNamespace(args=arguments)
 
 
+@pytest.mark.parity
 def test_a_continuation_is_as_likely_as_the_model_says(adapter, model):
     lm = adapter.ComposableLM(model)
     requests = [
@@ -54,6 +54,7 @@ def test_a_continuation_is_as_likely_as_the_model_says(adapter, model):
     assert answers[2] == (pytest.approx(again[0], abs=1e-4), again[1])
 
 
+@pytest.mark.parity
 def test_the_likeliest_continuation_is_known_as_such(adapter, model):
     lm = adapter.ComposableLM(model)
     (made,) = lm.generate_until([ask("the of and", {"until": [], "max_gen_toks": 8})])
@@ -62,6 +63,7 @@ def test_the_likeliest_continuation_is_known_as_such(adapter, model):
     assert not lm.loglikelihood([ask("the of and", made[:-1] + "Q")])[0][1]
 
 
+@pytest.mark.parity
 def test_texts_are_as_likely_as_cards_say(adapter, model):
     from composable.vetting.evaluation import mix_scorer, safe_scorer, score_documents
 
@@ -72,6 +74,7 @@ def test_texts_are_as_likely_as_cards_say(adapter, model):
         assert lm.loglikelihood_rolling([ask(text)]) == [pytest.approx(-score.nats_B[0])]
 
 
+@pytest.mark.parity
 def test_generation_stops_where_it_is_told(adapter, model):
     lm = adapter.ComposableLM(model)
     settings = {"max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
@@ -86,6 +89,7 @@ def test_generation_stops_where_it_is_told(adapter, model):
     assert made
 
 
+@pytest.mark.parity
 def test_generation_takes_the_sampling_settings_of_transformers(adapter, model):
     lm = adapter.ComposableLM(model)
     settings = {"until": [], "max_gen_toks": 12}
@@ -97,6 +101,7 @@ def test_generation_takes_the_sampling_settings_of_transformers(adapter, model):
     assert lm.generate_until([ask("the of and", penalized)]) != [greedy]
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")  # other people's
 def test_the_harness_runs_local_tasks(adapter, model, tmp_path, monkeypatch):
     import lm_eval
@@ -166,6 +171,7 @@ def test_a_missing_harness_is_named(monkeypatch):
     assert "composable[lm-eval]" in caught.value.hint
 
 
+@pytest.mark.parity
 def test_a_token_that_spans_context_and_continuation(adapter, loaded, tiny, monkeypatch):
     """The continuation is encoded alone: it is never certain for nothing."""
 
@@ -188,6 +194,7 @@ def test_a_token_that_spans_context_and_continuation(adapter, loaded, tiny, monk
     assert nats < 0
 
 
+@pytest.mark.parity
 def test_continuations_without_an_answer_are_refused(adapter, model):
     lm = adapter.ComposableLM(model)
     with pytest.raises(InteropError, match="the continuation is empty"):
@@ -198,6 +205,7 @@ def test_continuations_without_an_answer_are_refused(adapter, model):
     assert lm.loglikelihood_rolling([ask("")]) == [0.0]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("limit", [128, 129, 32768])
 def test_a_prompt_is_never_dropped_whole(adapter, model, limit):
     lm = adapter.ComposableLM(model)
@@ -208,6 +216,7 @@ def test_a_prompt_is_never_dropped_whole(adapter, model, limit):
         adapter.ComposableLM(model, max_tokens=limit).generate_until([ask("the of", {})])
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -228,6 +237,7 @@ def test_settings_of_another_type_are_refused_by_name(adapter, model, name, valu
     assert caught.value.where == f"generation_kwargs.{name}"
 
 
+@pytest.mark.parity
 def test_settings_mean_what_they_mean_in_the_harness(adapter, model):
     lm = adapter.ComposableLM(model)
     greedy = {"max_gen_toks": 6, "do_sample": False}

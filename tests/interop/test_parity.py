@@ -8,16 +8,16 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="PyTorch is not installed; run `make parity`")
-pytest.importorskip("transformers", reason="transformers is not installed; run `make parity`")
-
 from composable.errors import InteropError
 from composable.interop.chat import write_conversation
 from composable.interop.checkpoint import Checkpoint, open_source
 from tests.support.chat_models import MODELS, read_template
 from tests.support.subword_kinds import KINDS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's code
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),  # of other people's code
+]
 
 # Sums of 64 products in another order, four layers deep; logits are of order 1.
 SAME_LOGITS = 1e-4
@@ -191,7 +191,6 @@ SAME_NATS = 2e-3  # float32 sums of up to 256 log-probabilities in another order
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory, subwords):
     """Return one random model as that of the harness and as ours."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     import tokenizers
     import transformers
     from lm_eval.models.huggingface import HFLM

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="PyTorch is not installed; run `make parity`")
-pytest.importorskip("transformers", reason="transformers is not installed; run `make parity`")
-
 from composable.model.decoding import continue_tokens
 from composable.model.sampling import Sampling, make_draw, penalize_seen, restrict_logits
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's code
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),  # of other people's code
+]
 
 N_TOKENS = 200  # of the vocabulary
 ALL = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("libtpu")
+pytestmark = pytest.mark.parity
 
 PROGRAM = Path(__file__).with_name("tpu_program.py")
 

@@ -36,10 +36,11 @@ ADAPTER = {
     **{"rank_pattern": {"1.mlp.up_proj": 2}, "alpha_pattern": {"up_proj": 3.5}},
     **{"layers_pattern": "layers", "base_model_name_or_path": "a/b", "revision": None},
 }
+# Without its template, which a process renders: ten times as fast.
+NO_TEMPLATE = TOKENIZER_CONFIG | {"chat_template": [{"name": "default"}]}
 JSON_DOCUMENTS = {
     "hf-config": CONFIG,
-    # Without its template, which a process renders: ten times as fast.
-    "hf-tokenizer-config": TOKENIZER_CONFIG | {"chat_template": [{"name": "default"}]},
+    "hf-tokenizer-config": NO_TEMPLATE,
     "hf-generation": GENERATION,
     "hf-adapter": ADAPTER,
 }
@@ -69,7 +70,7 @@ def make_readers(scratch: Path):
     files = {
         "config.json": json.dumps(CONFIG),
         "tokenizer.json": KINDS["unigram"](),
-        "tokenizer_config.json": json.dumps(TOKENIZER_CONFIG),
+        "tokenizer_config.json": json.dumps(NO_TEMPLATE),
         "generation_config.json": json.dumps(GENERATION),
     }
 

@@ -38,8 +38,8 @@ def text(tiny):
 @pytest.fixture
 def elsewhere():
     """Return a function that loads a folder with transformers: the model and its logits."""
-    torch = pytest.importorskip("torch", reason="needs torch")
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    import torch
+    import transformers
 
     def run(folder):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -112,6 +112,7 @@ def test_a_merged_expert_goes_out_and_comes_back_to_the_bit(imported, write_expe
         np.testing.assert_array_equal(array, expected, err_msg=name)
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")  # other people's
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_expert_is_the_expert_always_on(
@@ -125,6 +126,7 @@ def test_a_merged_expert_is_the_expert_always_on(
     assert np.abs(logits(TOKENS_BT) - expected_BTV).max() < FLOAT32_TOLERANCE
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_a_mixture_is_ours_but_for_its_routers(
@@ -217,6 +219,7 @@ def test_an_expert_that_the_text_never_asked_for_is_named(
     assert any(line.startswith("Nearly all use of a:") for line in record["lost"])
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_large_models_are_written_in_several_files(imported, elsewhere, monkeypatch, tmp_path):
     loaded, _ = imported("llama")
@@ -229,9 +232,11 @@ def test_large_models_are_written_in_several_files(imported, elsewhere, monkeypa
     assert np.abs(logits(TOKENS_BT) - expected_BTV).max() < FLOAT32_TOLERANCE
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_text_becomes_the_same_tokens_elsewhere(imported, loaded, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    import transformers
+
     subword_release, _ = imported("smollm")
     for name, source in (("subwords", subword_release), ("bytes", loaded)):
         export_model(source, [], tmp_path / name, ExportPlan())
@@ -243,6 +248,7 @@ def test_text_becomes_the_same_tokens_elsewhere(imported, loaded, tmp_path):
         assert tokenizer.bos_token_id == source.tokenizer.begin
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_a_byte_level_backbone_computes_the_same_elsewhere(loaded, elsewhere, tiny, tmp_path):
     export_model(loaded, [], tmp_path / "out", ExportPlan())

@@ -32,9 +32,9 @@ def sample(tiny):
 @pytest.fixture
 def adapt(tmp_path):
     """Return a function that makes a random adapter with PEFT: its folder and its logits."""
-    torch = pytest.importorskip("torch", reason="parity with PEFT needs torch")
-    peft = pytest.importorskip("peft", reason="parity with PEFT needs peft")
-    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    import peft
+    import torch
+    import transformers
 
     def run(checkpoint, tokens_BT, **options):
         torch.manual_seed(0)
@@ -70,6 +70,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")  # other people's
 @pytest.mark.parametrize("family", ADAPTERS)
 def test_logits_are_those_of_peft(imported, adapt, sample, tmp_path, family):

@@ -71,9 +71,9 @@ def test_the_operations_of_an_expert_are_those_counted_by_hand(cfg, backbone, ra
     assert found == pytest.approx(expected, rel=BY_HAND)
 
 
+@pytest.mark.parity
 def test_a_plan_on_tpus(trained_folder, loaded, tmp_path):
     """Weights are gathered and gradients summed; the batch is not gathered."""
-    pytest.importorskip("libtpu")
     folder = tmp_path / "logic"
     shutil.copytree(trained_folder, folder)
     command = [sys.executable, "-m", "composable.cli", "train", folder]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import time
@@ -189,6 +190,7 @@ def test_odd_fields_in_a_tensor_header(targets: Mapping[str, Target], data: st.D
     read(targets["tensors"], length.to_bytes(8, "little") + header + tail)
 
 
+@functools.cache
 def attacks_in_toml() -> dict[str, bytes]:
     """Return long texts, each hard on one part of a reader.
 
@@ -219,6 +221,7 @@ def attacks_in_toml() -> dict[str, bytes]:
     }
 
 
+@functools.cache
 def attacks_in_json() -> dict[str, bytes]:
     n = MAX_TOML_BYTES // 16
     many = {f"p{i}": {f"{j}.0.0": {} for j in range(50)} for i in range(100)}
@@ -238,6 +241,7 @@ def attacks_in_json() -> dict[str, bytes]:
     }
 
 
+@functools.cache
 def attacks_on_tensors() -> dict[str, bytes]:
     n = 1 << 20
     entry = '"dtype":"U8","shape":[0],"data_offsets":[0,0]'
