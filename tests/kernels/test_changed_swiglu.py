@@ -14,6 +14,9 @@ from composable.kernels import (
 
 D, F, R, N_CHANGES = 6, 10, 2, 3
 SIZES = {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)}
+# Compiled whole: run one by one, its operations would be a hundred programs.
+dispatch_of = jax.jit(make_dispatch, static_argnums=(1, 2))
+run_few = jax.jit(changed_swiglu_of_few, static_argnums=4)
 # Sums in another order; outputs are of order 1.
 REORDERED_SUMS = 1e-5
 
@@ -23,13 +26,14 @@ def draw(n_full):
     rng = np.random.default_rng(0)
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape) * shape[-2] ** -0.5, jnp.float32)
+        return (rng.normal(size=shape) * shape[-2] ** -0.5).astype(np.float32)
 
     matrices = {name: normal(n_full + 1, *size) for name, size in SIZES.items()}
     changes = {}
     for name, (rows, columns) in SIZES.items():
         a, b = normal(N_CHANGES + 1, rows, R), normal(N_CHANGES + 1, R, columns)
-        changes[name] = a.at[0].set(0), b.at[0].set(0)
+        a[0] = b[0] = 0
+        changes[name] = a, b
     return matrices, changes
 
 
@@ -53,7 +57,7 @@ def test_values_and_gradients_are_those_of_dense_products(n_full):
     body_M = np.arange(12) * 5 % n_bodies
     assert len(np.unique(body_M)) == n_bodies
     x_MD = jnp.asarray(np.random.default_rng(1).normal(size=(12, D)), jnp.float32)
-    dispatch = make_dispatch(jnp.asarray(body_M)[:, None], n_bodies, block=2)
+    dispatch = dispatch_of(body_M[:, None], n_bodies, 2)
 
     def run_grouped(x_MD, matrices, changes):
         y_PD = grouped_changed_swiglu(gather_rows(x_MD, dispatch), matrices, changes, dispatch)
@@ -81,13 +85,13 @@ def test_few_changes_are_those_of_dense_products(bodies):
     matrices, changes = draw(n_full=2)
     body_M = np.resize(bodies, 5)
     x_MD = jnp.asarray(np.random.default_rng(1).normal(size=(5, D)), jnp.float32)
-    dispatch = make_dispatch(jnp.asarray(body_M)[:, None], N_CHANGES + 3, block=1)
+    dispatch = dispatch_of(body_M[:, None], N_CHANGES + 3, 1)
     used = [body for body in bodies if 0 < body <= N_CHANGES]
     body_A = jnp.asarray([*used, N_CHANGES + 3])  # the last stands for none
     few = [{name: (a[body], b[body]) for name, (a, b) in changes.items()} for body in [*used, 1]]
     own = {name: stack[0] for name, stack in matrices.items()}
-    y_PD = changed_swiglu_of_few(x_MD, own, few, body_A, N_CHANGES, dispatch)
-    expected_MD = run_dense(x_MD, matrices, changes, body_M)
-    expected_MD = jnp.where((body_M <= N_CHANGES)[:, None], expected_MD, 0)
+    y_PD = run_few(x_MD, own, few, body_A, N_CHANGES, dispatch)
+    expected_MD = jax.jit(run_dense)(x_MD, matrices, changes, body_M)
+    expected_MD = np.where((body_M <= N_CHANGES)[:, None], expected_MD, 0)
     found_MD = y_PD[dispatch.position_MJ[:, 0]]
     np.testing.assert_allclose(found_MD, expected_MD, atol=REORDERED_SUMS)

@@ -46,15 +46,22 @@ def choose_experts(seed=0):
     return np.random.default_rng(seed).integers(-1, EXPERTS - 1, (TOKENS, 2)).astype(np.int32)
 
 
+# Compiled whole: run one by one, their operations would be a hundred programs.
+dispatch_of = jax.jit(make_dispatch, static_argnums=(1, 2))
+gather = jax.jit(gather_rows)
+swiglu_by_reference = jax.jit(reference.grouped_swiglu)
+
+
+@functools.cache
 def make_case(dtype="float32", block=BLOCK):
     """Return rows, bodies and dispatch."""
     rng = np.random.default_rng(0)
     shapes = [(TOKENS, WIDTH), *[(EXPERTS, WIDTH, HIDDEN)] * 2, (EXPERTS, HIDDEN, WIDTH)]
     x_MD, *weights = (
-        jnp.asarray(rng.normal(size=shape) / shape[-2] ** 0.5, dtype) for shape in shapes
+        jnp.asarray((rng.normal(size=shape) / shape[-2] ** 0.5).astype(dtype)) for shape in shapes
     )
-    dispatch = make_dispatch(choose_experts(), EXPERTS, block)
-    return gather_rows(x_MD, dispatch), tuple(weights), dispatch
+    dispatch = dispatch_of(choose_experts(), EXPERTS, block)
+    return gather(x_MD, dispatch), tuple(weights), dispatch
 
 
 def value_and_gradients(fn, x_PD, weights, dispatch):
@@ -93,7 +100,7 @@ def test_values_and_gradients_match_the_reference(on_gpu, name, dtype):
 def test_blocks_of_any_size(on_gpu, block):
     x_PD, weights, dispatch = make_case(block=block)
     found = jax.jit(grouped_swiglu)(x_PD, *weights, dispatch)
-    assert_close(found, reference.grouped_swiglu(x_PD, *weights, dispatch), ROUNDING["float32"])
+    assert_close(found, swiglu_by_reference(x_PD, *weights, dispatch), ROUNDING["float32"])
 
 
 def test_changes_of_a_shared_body(on_gpu):
@@ -101,25 +108,25 @@ def test_changes_of_a_shared_body(on_gpu):
     rng = np.random.default_rng(1)
     _, weights, _ = make_case()
     names, rank = ("w_gate", "w_up", "w_down"), 4
-    shared = {name: w[:1] for name, w in zip(names, weights, strict=True)}
+    shared = {name: np.asarray(w)[:1] for name, w in zip(names, weights, strict=True)}
     changes = {
         name: tuple(
-            jnp.asarray(rng.normal(size=shape), jnp.float32).at[0].set(0)
+            (rng.normal(size=shape) * (np.arange(4) > 0)[:, None, None]).astype(np.float32)
             for shape in ((4, w.shape[1], rank), (4, rank, w.shape[2]))
         )
         for name, w in shared.items()
     }
-    dispatch = make_dispatch(choose_experts(), 4, BLOCK)
-    x_PD = gather_rows(jnp.asarray(rng.normal(size=(TOKENS, WIDTH)), jnp.float32), dispatch)
+    dispatch = dispatch_of(choose_experts(), 4, BLOCK)
+    x_PD = gather(rng.normal(size=(TOKENS, WIDTH)).astype(np.float32), dispatch)
     found = jax.jit(grouped_changed_swiglu)(x_PD, shared, changes, dispatch)
     merged = (shared[name] + a @ b for name, (a, b) in changes.items())
-    expected = reference.grouped_swiglu(x_PD, *merged, dispatch)
+    expected = swiglu_by_reference(x_PD, *merged, dispatch)
     assert_close(found, expected, ROUNDING["float32"])
 
 
 def test_a_batch_without_any_expert_is_zero(on_gpu):
     x_PD, weights, _ = make_case()
-    dispatch = make_dispatch(np.full((TOKENS, 2), -1, np.int32), EXPERTS, BLOCK)
+    dispatch = dispatch_of(np.full((TOKENS, 2), -1, np.int32), EXPERTS, BLOCK)
     found = value_and_gradients(grouped_swiglu, x_PD, weights, dispatch)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(found))
 
@@ -131,9 +138,9 @@ def test_the_entry_of_an_expert_and_what_others_hold_change_no_bit(on_gpu):
     y_PD = jax.jit(grouped_swiglu)(x_PD, *weights, dispatch)
     moved_E, expert_MJ = np.array([6, 2, 7, 0, 5]), choose_experts()
     bank = tuple(jnp.full((9, *w.shape[1:]), jnp.nan).at[moved_E].set(w) for w in weights)
-    moved = make_dispatch(np.where(expert_MJ < 0, -1, moved_E[expert_MJ]), 9, BLOCK)
+    moved = dispatch_of(np.where(expert_MJ < 0, -1, moved_E[expert_MJ]), 9, BLOCK)
     x_MD = jnp.take(x_PD, dispatch.position_MJ.min(axis=1), axis=0, mode="fill", fill_value=0)
-    x_moved_PD = gather_rows(x_MD, moved).at[int(moved.n_blocks_used) * BLOCK :].set(jnp.nan)
+    x_moved_PD = gather(x_MD, moved).at[int(moved.n_blocks_used) * BLOCK :].set(jnp.nan)
     y_moved_PD = jax.jit(grouped_swiglu)(x_moved_PD, *bank, moved)
 
     def by_token(y_PD, dispatch):
@@ -192,7 +199,7 @@ def route(n_tokens, n_experts, block, share):
     rng = np.random.default_rng(2)
     expert_MJ = rng.integers(0, n_experts, (n_tokens, 2)).astype(np.int32)
     expert_MJ[rng.random(expert_MJ.shape) < share] = -1
-    return make_dispatch(expert_MJ, n_experts, block)
+    return dispatch_of(expert_MJ, n_experts, block)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -1,5 +1,6 @@
 """The kernel of TPUs: equal to the loop under interpretation, one read per matrix, isolation."""
 
+import functools
 import re
 
 import chex
@@ -46,17 +47,23 @@ def on_tpu(monkeypatch):
     assert kernels.called
 
 
-def make_case(seed=0):
+# Compiled whole: run one by one, their operations would be a hundred programs.
+dispatch_of = jax.jit(make_dispatch, static_argnums=(1, 2))
+gather = jax.jit(gather_rows)
+
+
+@functools.cache
+def make_case():
     """Return rows, bodies and dispatch; expert 4 has no row, and some choices no expert."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     expert_MJ = rng.integers(-1, EXPERTS - 1, (24, 2)).astype(np.int32)
     shapes = ((24, WIDTH), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH, HIDDEN))
     x_MD, w_gate_EDF, w_up_EDF, w_down_EFD = (
-        jnp.asarray(rng.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)
+        jnp.asarray((rng.normal(size=shape) / shape[-2] ** 0.5).astype(np.float32))
         for shape in (*shapes, (EXPERTS, HIDDEN, WIDTH))
     )
-    dispatch = make_dispatch(expert_MJ, EXPERTS, BLOCK)
-    return gather_rows(x_MD, dispatch), (w_gate_EDF, w_up_EDF, w_down_EFD), dispatch
+    dispatch = dispatch_of(expert_MJ, EXPERTS, BLOCK)
+    return gather(x_MD, dispatch), (w_gate_EDF, w_up_EDF, w_down_EFD), dispatch
 
 
 def value_and_gradients(fn, x_PD, weights, dispatch):
@@ -89,7 +96,7 @@ def test_values_and_gradients_match_the_reference(pieces, on_tpu, name):
 
 def test_a_batch_without_any_expert_is_zero(on_tpu):
     x_PD, weights, _ = make_case()
-    dispatch = make_dispatch(np.full((24, 2), -1, np.int32), EXPERTS, BLOCK)
+    dispatch = dispatch_of(np.full((24, 2), -1, np.int32), EXPERTS, BLOCK)
     (_, y_PD), gradients = value_and_gradients(grouped_swiglu, x_PD, weights, dispatch)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves((y_PD, gradients)))
 
@@ -102,9 +109,9 @@ def test_the_entry_of_an_expert_and_what_others_hold_change_no_bit(on_tpu):
     expert_MJ = np.random.default_rng(0).integers(-1, EXPERTS - 1, (24, 2))
     moved_E = np.array([6, 2, 7, 0, 5])
     bank = tuple(jnp.full((9, *w.shape[1:]), jnp.nan).at[moved_E].set(w) for w in weights)
-    moved = make_dispatch(np.where(expert_MJ < 0, -1, moved_E[expert_MJ]), 9, BLOCK)
+    moved = dispatch_of(np.where(expert_MJ < 0, -1, moved_E[expert_MJ]), 9, BLOCK)
     x_MD = jnp.take(x_PD, dispatch.position_MJ.min(axis=1), axis=0, mode="fill", fill_value=0)
-    y_moved_PD = value_and_gradients(grouped_swiglu, gather_rows(x_MD, moved), bank, moved)[0][1]
+    y_moved_PD = value_and_gradients(grouped_swiglu, gather(x_MD, moved), bank, moved)[0][1]
 
     def by_token(y_PD, dispatch):
         return jnp.take(y_PD, dispatch.position_MJ, axis=0, mode="fill", fill_value=0)

@@ -163,7 +163,7 @@ def test_a_mixture_is_ours_but_for_its_routers(
     order = [model.names.index(name) for name in expert_names(model)]
     weight_BTE = np.asarray(model.route(tokens_BT))[..., order]
     weight_ME = torch.tensor(weight_BTE.reshape(-1, len(order)))
-    weight_MJ, expert_MJ = weight_ME.topk(2)
+    weight_MJ, expert_MJ = weight_ME.topk(model.interface.mix.top_k)
     assert len(set(expert_MJ[:, 0].tolist())) > 1  # it does choose
     for layer in (1, 2):
         gate = theirs.model.layers[layer].mlp.gate
