@@ -43,6 +43,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "publish": ("contribute", "Publish a checked expert to a registry."),
         "propose": ("review", "Propose a change of a published expert to its maintainers."),
         "review": ("review", "List the proposals of a registry, or vet one of them."),
+        "accept": ("review", "Publish a proposal that was reviewed, as the next release."),
+        "reject": ("review", "Reject a proposal, and say why."),
         "yank": ("contribute", "Exclude a release from new resolutions."),
         "unyank": ("contribute", "Undo a yank."),
         "advise": ("contribute", "Publish an advisory on releases, or withdraw one."),

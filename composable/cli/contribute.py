@@ -156,7 +156,7 @@ def publish(
     target = open_for_publishing(registry)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
         manifest = publish_expert(folder, read_interface(home), target, progress=progress)
-    _note_operator(target, is_quiet=is_quiet)
+    note_operator(target, is_quiet=is_quiet)
     show(
         f"published {manifest.name} {manifest.version} to {registry}",
         {
@@ -189,7 +189,7 @@ def yank(
 
     target = open_for_publishing(registry)
     target.yank(name, version, reason)
-    _note_operator(target, is_quiet=is_quiet)
+    note_operator(target, is_quiet=is_quiet)
     show(f"yanked {name} {version}", {"yanked": release}, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -203,7 +203,7 @@ def unyank(
 
     target = open_for_publishing(registry)
     target.unyank(name, version)
-    _note_operator(target, is_quiet=is_quiet)
+    note_operator(target, is_quiet=is_quiet)
     show(f"unyanked {name} {version}", {"unyanked": release}, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -283,7 +283,7 @@ def advise(
             published=now,
         )
     home.advise(advisory)
-    _note_operator(home, is_quiet=is_quiet)
+    note_operator(home, is_quiet=is_quiet)
     show(
         f"{'published' if withdraw is None else 'withdrew'} advisory {advisory.id}",
         advisory.to_row(),
@@ -292,7 +292,7 @@ def advise(
     )
 
 
-def _note_operator(registry: Registry, *, is_quiet: bool) -> None:
+def note_operator(registry: Registry, *, is_quiet: bool) -> None:
     """Say that a change of a signed registry is not visible yet, if its operator has to confirm."""
     if registry.awaits_operator:
         note(

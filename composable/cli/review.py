@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composable.cli import bars
-from composable.cli.contribute import parse_pair, parse_release
+from composable.cli.contribute import note_operator, parse_pair, parse_release
 from composable.cli.options import (
     BesideData,
     Data,
@@ -19,6 +19,7 @@ from composable.cli.options import (
     ExpertFolder,
     InboxRegistry,
     Json,
+    ProposalId,
     Quiet,
 )
 from composable.cli.output import format_bytes, format_table, note, show
@@ -171,6 +172,107 @@ def review(
     _show_verdict(verdict, path, page, as_json=as_json, is_quiet=is_quiet and verdict.passed)
     if not verdict.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def accept(
+    registry: InboxRegistry,
+    proposal: ProposalId,
+    verdict: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where `composable review` wrote the verdict. Default: review-ID.",
+            show_default=False,
+        ),
+    ] = None,
+    may_be_worse: Annotated[
+        bool,
+        typer.Option(
+            "--allow-worse",
+            help="Accept what is worse than its base and fails no other check: a major version.",
+        ),
+    ] = False,
+    backbone: ExpertBackbone = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Publish a proposal that was reviewed, as the next release.
+
+    The version is the lowest one that the changes permit. The card has the figures of the review,
+    and the manifest names the proposal, its proposer's key, its base and the verdict. A verdict no
+    longer counts once other releases are published.
+    """
+    from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+    from composable.packaging.registry.locations import open_inbox
+    from composable.workflows.accept import accept_proposal
+    from composable.workflows.review import read_verdict
+
+    inbox = open_inbox(registry)
+    received = inbox.find(proposal)
+    found, digest = read_verdict(verdict or default_folder(received))
+    home = find_backbone(backbone or found.inputs.backbone)
+    with (
+        bars.show_bytes(is_quiet=is_quiet) as progress,
+        tempfile.TemporaryDirectory(prefix="composable-accept-") as scratch,
+    ):
+        manifest = accept_proposal(
+            inbox,
+            received,
+            Path(scratch),
+            read_interface(home),
+            found,
+            digest,
+            may_be_worse=may_be_worse,
+            progress=progress,
+        )
+    note_operator(inbox.registry, is_quiet=is_quiet)
+    release = f"{manifest.name}@{manifest.version}"
+    show(
+        f"accepted {received.id[: _shown_digits()]} and published {release} to {registry}",
+        {
+            "id": received.id,
+            "release": release,
+            "manifest": manifest.digest,
+            "verdict": digest,
+            "registry": registry,
+        },
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
+
+
+@app.command()
+def reject(
+    registry: InboxRegistry,
+    proposal: ProposalId,
+    reason: Annotated[str, typer.Option(help="Why; shown to its proposer.", show_default=False)],
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Reject a proposal, and say why.
+
+    Its files are removed; what it stated, and the reason, stay in the list of `composable review`.
+    """
+    from composable.errors import ProposalError
+    from composable.packaging.registry.inbox import Outcome
+    from composable.packaging.registry.locations import open_inbox
+
+    if not reason.strip():
+        raise typer.BadParameter("say why", param_hint="--reason")
+    inbox = open_inbox(registry)
+    id_ = inbox.complete(proposal)
+    try:
+        inbox.decide(inbox.find(id_), Outcome(state="rejected", reason=reason))
+    except ProposalError as error:
+        inbox.discard(id_)
+        note(f"removed a damaged proposal: {error.message}", is_quiet=is_quiet)
+    show(
+        f"rejected {id_[: _shown_digits()]}",
+        {"id": id_, "reason": reason, "registry": registry},
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
 
 
 def default_folder(received: Received) -> Path:

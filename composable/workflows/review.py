@@ -27,6 +27,7 @@ from composable.packaging.manifests.manifest import BODY_FILE, EXPERT_FILE, SCOU
 from composable.packaging.registry.compatibility import Bump, Change
 from composable.packaging.registry.inbox import Inbox, Received
 from composable.packaging.registry.registry import Registry
+from composable.packaging.trust.proposal import Proposal
 from composable.packaging.versions.version import Version
 from composable.progress import CountProgress
 from composable.vetting.card import Check, tensor_digests
@@ -48,6 +49,8 @@ from composable.workflows.workspace import vetted_texts
 
 VERDICT_FILE: Final = "verdict.json"
 SCHEMA: Final = 1
+# The check that nothing is worse than in the newest release.
+AGAINST: Final = "against"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +196,7 @@ def review_proposal(
         _check_license(previous.manifest, manifest),
         *vetted.checks,
         *_check_against(proposal.base_release, vetted),
+        _check_base(source, loaded.interface, proposal),
     )
     passed = all(check.passed for check in checks)
     warnings = (*_find_warnings(inbox, received), *vetted.warnings)
@@ -363,10 +367,22 @@ def _check_against(base: str, vetted: Verdict) -> Iterator[Check]:
     found = "the two could not be compared" if change is None else _describe_change(*change)
     worse = vetted.regressions
     yield Check(
-        name="against",
+        name=AGAINST,
         passed=worse is not None and not worse,
         found="; ".join([found, *(worse or ())]),
         expected=f"nothing worse than in {base} beyond noise",
+    )
+
+
+def _check_base(source: Registry, interface: RouterInterface, proposal: Proposal) -> Check:
+    """Check that the base is still the newest release."""
+    newest = find_newest(source, proposal.name, interface)
+    found = "none" if newest is None else f"{newest.name}@{newest.version}"
+    return Check(
+        name="base",
+        passed=found == proposal.base_release,
+        found=f"the newest release is {found}",
+        expected=f"{proposal.base_release}, of which it is a change",
     )
 
 

@@ -528,6 +528,7 @@ NAMED = {
     # What those who propose and those who maintain do next; run in tests/workflows/test_review.py.
     ("cli.review", "registry"),
     ("cli.review", "review"),
+    ("workflows.accept", "reject"),
     ("packaging.registry.inbox", "publish"),
     ("packaging.registry.inbox", "registry"),
     ("packaging.registry.inbox", "review"),

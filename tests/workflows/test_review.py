@@ -12,15 +12,18 @@ from typer.testing import CliRunner
 from composable.assembly.experts import load_expert, save_expert
 from composable.cli.app import app
 from composable.corpora.documents import Document, write_documents
-from composable.errors import TextError
-from composable.files.records import format_record
+from composable.errors import ProposalError, TextError
+from composable.files.records import format_record, to_plain
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.registry.inbox import Inbox
 from composable.packaging.registry.locations import open_for_publishing
-from composable.packaging.trust.keys import Keyring
+from composable.packaging.trust.keys import Keyring, create_key
+from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
+from composable.vetting.card import Check
 from composable.vetting.probes import measure_triggers, vet_triggers
-from composable.workflows.review import review_proposal
+from composable.workflows.accept import accept_proposal
+from composable.workflows.review import read_verdict, review_proposal, write_verdict
 from composable.workflows.review_page import write_page
 from composable.workflows.workspace import vetted_texts
 from tests.support.tiny import PRIVATE_WORDS
@@ -117,7 +120,7 @@ def test_an_honest_change_passes_and_the_verdict_is_the_same_anywhere(
     assert "can be accepted" in first.summary and "1.0.1" in first.summary
     names = [check.name for check in first.checks]
     assert {"provenance", "license", "format", "gain", "beside sets", "copied"} < {*names}
-    assert names[-2:] == ["triggers", "against"]
+    assert names[-3:] == ["triggers", "against", "base"]
     assert first.inputs.releases.keys() == {"logic", "sets"}
     assert (first.needs, first.version) == ("patch", "1.0.1")
     assert [one.proposed < one.backbone for one in first.documents] == [True] * 8
@@ -140,16 +143,11 @@ def test_what_the_proposer_claims_does_not_count(review, folder, loaded, tmp_pat
     assert "<script" not in page
 
 
-def test_the_scout_of_another_expert_is_detected(review, folder, place):
+def test_the_scout_of_another_expert_and_a_licence_with_fewer_permissions(review, folder, place):
     shutil.copy(place / "sets" / "scout.safetensors", folder)
-    verdict = review(folder)
-    assert {"provenance", "copied"} <= {*verdict.failed}
+    verdict = review(edit(folder, license="GPL-3.0-only"))
+    assert {"provenance", "license", "copied"} <= {*verdict.failed}
     assert "scout.safetensors is that of sets@1.0.0" in found(verdict, "provenance").found
-
-
-def test_the_licence_may_not_take_permissions_away(review, folder):
-    verdict = review(edit(folder, license="GPL-3.0-only"), beside=["sets"])
-    assert verdict.failed == ["license"]
     assert found(verdict, "license").found == "Apache-2.0 to GPL-3.0-only"
 
 
@@ -213,3 +211,207 @@ def test_commands(review, folder, place, loaded, tmp_path, monkeypatch):
     assert verdict["passed"] and verdict["proposal"] == id_
     page = (out / "verdict.html").read_text()
     assert page.count("<circle") == 8 and "<script" not in page and "http" not in page
+
+
+# What a maintainer decides.
+
+
+@pytest.fixture(scope="module")
+def reviewed_place(loaded, place, tmp_path_factory):
+    """Return a folder with a registry, a proposal in its inbox, and the verdict on it."""
+    root = tmp_path_factory.mktemp("reviewed")
+    shutil.copytree(place / "registry", root / "registry")
+    inbox = Inbox(open_for_publishing(root / "registry"), Keyring(root / "keys"))
+    create_key(root / "keys", "ann", None)
+    proposal = inbox.propose(place / "better", BASE, interface=loaded.interface)
+    (root / "scratch").mkdir()
+    verdict = review_proposal(
+        loaded,
+        inbox,
+        inbox.find(proposal.id),
+        root / "scratch",
+        [place / "text.jsonl"],
+        registry=str(root / "registry"),
+    )
+    write_verdict(root, verdict)
+    return root
+
+
+class Maintainer:
+    """A registry with one proposal, and the verdict on it."""
+
+    def __init__(self, root, loaded):
+        self.root = root
+        self.interface = loaded.interface
+        self.registry = open_for_publishing(root / "registry", keys=root / "keys")
+        self.inbox = Inbox(self.registry, Keyring(root / "keys"))
+        self.verdict, self.digest = read_verdict(root)
+        self.number = 0
+
+    @property
+    def received(self):
+        return self.inbox.entries()[0]
+
+    def accept(self, **options):
+        self.number += 1
+        scratch = self.root / f"accept-{self.number}"
+        scratch.mkdir()
+        verdict = options.pop("verdict", self.verdict)
+        return accept_proposal(
+            self.inbox, self.received, scratch, self.interface, verdict, self.digest, **options
+        )
+
+    def versions(self, name="logic"):
+        return [str(release.version) for release in self.registry.versions(name)]
+
+
+@pytest.fixture
+def maintainer(reviewed_place, loaded, tmp_path):
+    return Maintainer(shutil.copytree(reviewed_place, tmp_path / "maintainer"), loaded)
+
+
+def refuse(maintainer, **options):
+    with pytest.raises(ProposalError) as caught:
+        maintainer.accept(**options)
+    assert maintainer.versions() == ["1.0.0"], "nothing was published"
+    return str(caught.value)
+
+
+def test_an_accepted_proposal_is_a_release_with_its_provenance(maintainer):
+    received = maintainer.received
+    manifest = maintainer.accept()
+    assert maintainer.versions() == ["1.0.0", "1.0.1"]
+    assert dataclasses.asdict(manifest.provenance) == {
+        "proposal": f"sha256:{received.id}",
+        "proposer": received.proposal.key,
+        "base": "logic@1.0.0",
+        "verdict": maintainer.digest,
+    }
+    assert manifest.derives_from == "logic@1.0.0"
+    assert maintainer.registry.read_manifest(maintainer.registry.versions("logic")[1]) == manifest
+    outcome = maintainer.received.outcome
+    assert (outcome.state, outcome.release) == ("accepted", "logic@1.0.1")
+    assert maintainer.accept() == manifest, "accepting it again changes nothing"
+    assert maintainer.versions() == ["1.0.0", "1.0.1"]
+    (card,) = (f.digest for f in manifest.files if f.name == "card.json")
+    card = json.loads(maintainer.registry.read_blob(card, "card.json", 1 << 20))
+    assert card["measured"] == to_plain(maintainer.verdict.measured)
+    assert card["against"]["release"] == "logic@1.0.0"
+
+
+def test_an_interrupted_accept_is_finished_by_the_same_command(maintainer):
+    """Killed after the release was published, before the outcome was recorded."""
+    manifest = maintainer.accept()
+    folder = maintainer.root / "registry" / "inbox" / maintainer.received.id
+    (folder / "outcome.json").unlink()
+    assert maintainer.received.state == "open"
+    assert maintainer.accept() == manifest
+    assert maintainer.versions() == ["1.0.0", "1.0.1"]
+    assert maintainer.received.state == "accepted"
+
+
+def test_a_proposal_that_was_edited_after_its_review(maintainer):
+    path = maintainer.root / "registry" / "inbox" / maintainer.received.id / "body.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    assert "is not the file that was proposed" in refuse(maintainer)
+
+
+def test_verdicts_that_do_not_count(maintainer, place):
+    verdict = maintainer.verdict
+    other = dataclasses.replace(verdict, proposal="0" * 64)
+    assert "is of another proposal, 000000000000" in refuse(maintainer, verdict=other)
+    old, *rest = verdict.checks
+    failed = dataclasses.replace(verdict, checks=(dataclasses.replace(old, passed=False), *rest))
+    assert "checks failed: provenance" in refuse(maintainer, verdict=failed)
+    assert "checks failed" in refuse(maintainer, verdict=failed, may_be_worse=True)
+    assert "none ran" in refuse(maintainer, verdict=dataclasses.replace(verdict, checks=()))
+    tensors = dict.fromkeys(verdict.tensors, "sha256:" + "0" * 64)
+    other = dataclasses.replace(verdict, tensors=tensors)
+    assert "of other tensors" in refuse(maintainer, verdict=other)
+    inputs = dataclasses.replace(verdict.inputs, interface="sha256:" + "1" * 64)
+    other = dataclasses.replace(verdict, inputs=inputs)
+    assert "for another interface" in refuse(maintainer, verdict=other)
+    with pytest.raises(ProposalError, match="no verdict"):
+        read_verdict(maintainer.root / "elsewhere")
+    (maintainer.root / "verdict.json").write_text('{"passed": true}')
+    with pytest.raises(ProposalError, match="not a valid ReviewVerdict"):
+        read_verdict(maintainer.root)
+
+
+def test_a_verdict_no_longer_holds_once_other_releases_are_published(maintainer, place):
+    for name, version, said in (
+        ("sets", "1.1.0", "sets was 1.0.0, is 1.1.0"),
+        ("graphs", "1.0.0", "graphs 1.0.0 was not looked at"),
+    ):
+        folder = shutil.copytree(place / "sets", maintainer.root / f"{name}-{version}")
+        edit(folder, name=name, version=Version(version))
+        maintainer.registry.publish(folder, interface=maintainer.interface)
+        assert said in refuse(maintainer)
+    maintainer.registry.yank("sets", Version("1.0.0"))
+    maintainer.registry.yank("sets", Version("1.1.0"))
+    assert "sets 1.0.0 is gone" in refuse(maintainer)
+
+
+def test_a_base_that_is_no_longer_the_newest(maintainer, place):
+    folder = shutil.copytree(place / "logic", maintainer.root / "newer")
+    edit(folder, version=Version("1.0.1"))
+    maintainer.registry.publish(folder, interface=maintainer.interface)
+    with pytest.raises(ProposalError, match=r"logic was 1\.0\.0, is 1\.0\.1"):
+        maintainer.accept()
+
+
+def test_what_is_worse_needs_consent_and_a_major_version(maintainer):
+    *rest, _, base = maintainer.verdict.checks
+    worse = Check(name="against", passed=False, found="3 to 4", expected="not worse")
+    verdict = dataclasses.replace(
+        maintainer.verdict,
+        passed=False,
+        checks=(*rest, worse, base),
+        regressions=("3 to 4 bits per byte",),
+        needs="major",
+    )
+    assert "--allow-worse" in refuse(maintainer, verdict=verdict)
+    manifest = maintainer.accept(verdict=verdict, may_be_worse=True)
+    assert str(manifest.version) == "2.0.0"
+
+
+def test_a_signed_registry_is_signed_by_its_maintainer(maintainer):
+    keys = maintainer.root / "keys"
+    signatures = maintainer.registry.open_signatures()
+    signatures.create(None)
+    maintainer.registry = open_for_publishing(maintainer.root / "registry", keys=keys)
+    signatures = maintainer.registry.open_signatures()
+    key = create_key(keys, "maintainer", None).public
+    signatures.change(signatures.authority().grant("maintainer", ["logic", "sets"], [key]))
+    signatures.sign([Requirement.parse("logic"), Requirement.parse("sets")])
+    maintainer.inbox = Inbox(maintainer.registry, Keyring(keys))
+    assert maintainer.inbox.describe_proposer(maintainer.received).startswith("unknown key")
+    maintainer.accept()
+    release = maintainer.registry.versions("logic")[-1]
+    signer = maintainer.registry.verify_release(release)
+    assert (str(release.version), signer.publisher) == ("1.0.1", "maintainer")
+
+
+def test_rejecting(maintainer, monkeypatch):
+    monkeypatch.chdir(maintainer.root)
+    id_ = maintainer.received.id
+
+    def call(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    assert call("reject", "registry", id_[:8], "--reason", " ").exit_code == 2
+    assert call("reject", "registry", id_[:8], "--reason", "worse on proofs").exit_code == 0
+    listed = call("review", "registry").stdout
+    assert "rejected" in listed and "worse on proofs" in listed
+    accepted = call("accept", "registry", id_[:8], "--verdict", ".", "--backbone", "tiny-bytes")
+    assert accepted.exit_code == 1
+    assert "was rejected already: worse on proofs" in accepted.stderr
+    folder = maintainer.root / "registry" / "inbox" / id_
+    (folder / "proposal.json").chmod(0o644)
+    (folder / "proposal.json").write_text("{}")
+    assert "damaged" in call("review", "registry").stdout
+    assert call("reject", "registry", id_, "--reason", "damaged").exit_code == 0
+    assert call("review", "registry").stdout == "no proposals\n"

@@ -206,6 +206,14 @@ class Inbox:
             RegistryError: When there is none, or several.
             ProposalError: When it was changed since it was made.
         """
+        return self._read(self.complete(text))
+
+    def complete(self, text: str) -> str:
+        """Return the id that starts with these digits.
+
+        Raises:
+            RegistryError: When there is none, or several.
+        """
         prefix = text.strip().lower()
         ids = [id_ for id_ in self._list_ids() if id_.startswith(prefix)]
         if len(prefix) < _MIN_DIGITS or len(ids) != 1:
@@ -216,7 +224,7 @@ class Inbox:
                 hint=f"give at least {_MIN_DIGITS} digits of an id that `composable review "
                 f"{self.registry.location}` lists",
             )
-        return self._read(ids[0])
+        return ids[0]
 
     def fetch(
         self, received: Received, folder: Path, progress: ByteProgress | None = None
@@ -268,6 +276,11 @@ class Inbox:
         assert received.proposal is not None
         for name in received.proposal.digests:
             self._storage.remove(_path(received.id, name))
+
+    def discard(self, id_: str) -> None:
+        """Remove all files of a proposal that cannot be read."""
+        for path in self._storage.files_under(f"{FOLDER}/{id_}") or []:
+            self._storage.remove(path)
 
     def find_base(self, name: str, version: Version) -> Release:
         """Return the release that a proposal changes.
