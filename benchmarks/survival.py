@@ -1,4 +1,4 @@
-"""Does training survive being killed, and what do checkpoints and the ledger cost?
+"""Does training survive being killed?
 
     python -m benchmarks.survival [--kills 200] [--work DIR] [--json FILE]
 
