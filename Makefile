@@ -100,8 +100,8 @@ smollm2-experts: smollm2
 		$(BIN)/composable publish $$folder --registry $(WORK)/registry --backbone runs/smollm2-135m || exit 1; \
 	done
 
-# The tests against transformers and PEFT, with PyTorch, and those that compile for TPUs, in a separate
-# environment.
+# The tests against transformers and PEFT, with PyTorch, those that compile for TPUs, and those of
+# checkpoints on Google Cloud Storage, in a separate environment.
 parity: .venv-parity/.ready
 	@$(subst .venv,.venv-parity,$(PYTEST)) -m parity $(REST)
 

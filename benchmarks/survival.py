@@ -11,8 +11,8 @@ For each kill it is counted whether all processes ended (`ends`) as documented (
 newest checkpoint was not too old (`kept`) and bit for bit that of a run that was never stopped
 (`same bits`), the next start began there (`newest restored`), read the rows that follow, none twice
 (`data order`) and had the same losses, and the run came to the same end. With the same processes
-losses and end are equal to the bit, with others within a tolerance. Last, three restores are broken
-on purpose, and each has to be noticed.
+losses and end are equal to the bit, with others within a tolerance. Last, the newest checkpoint of
+two processes is destroyed, and three restores are broken on purpose; each has to be noticed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.killed_runs import BROKEN, Kill, Reference, live
+from tests.support.killed_runs import BROKEN, Kill, Reference, damage_newest, live
 
 KILLS_PER_RUN = 5
 # What notices each broken restore.
@@ -157,16 +157,19 @@ def main() -> None:
         else:
             kills = run_kills(work, arguments.kills, arguments.seed)
             noticed = run_broken(work, BROKEN)
+        damaged = damage_newest(work / "damaged", Reference.make(work / "whole-2", 2), 2)
     figures = {
         "machine": describe_machine(),
         **summarise(kills),
         "broken restores noticed": noticed,
+        "damaged checkpoint": damaged,
     }
     text = json.dumps(figures, indent=2)
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n")
-    if figures["all kept"] < len(kills) or not all(noticed.values()):
+    is_noticed = all(noticed.values()) and all(damaged.values())
+    if figures["all kept"] < len(kills) or not is_noticed:
         sys.exit(1)
 
 

@@ -244,7 +244,7 @@ class TrainingError(ComposableError):
 
 
 class PreemptedError(TrainingError):
-    """Training that was asked to stop and has written its checkpoint; run again to resume."""
+    """Training that was asked to stop and has kept its steps; run again to resume."""
 
     exit_code = 75
 

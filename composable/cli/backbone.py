@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from composable.cli import bars
+from composable.cli.group import join_group, show_goodput, show_plan, stop_on_request
 from composable.cli.options import (
     Accumulate,
     BeginToken,
     Checkpoint,
+    CheckpointHome,
     ComputeDtype,
     Coordinator,
     Description,
@@ -160,6 +162,7 @@ def quantize(
 
 
 @backbone.command()
+@stop_on_request()
 def train(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="Which backbone, such as tiny-bytes.")
@@ -177,6 +180,7 @@ def train(
     ] = None,
     mesh: MeshSizes = None,
     accumulate: Accumulate = 1,
+    checkpoints: CheckpointHome = None,
     plan: PlanTopology = None,
     report: Report = False,
     coordinator: Coordinator = None,
@@ -190,8 +194,8 @@ def train(
 
     On many processes, run the same command on each, as for `composable train`.
     """
-    from composable.cli.group import join_group, show_plan
     from composable.parallel import make_mesh, parse_mesh
+    from composable.training.checkpoints import find_home
     from composable.workflows.pretrain import PLANS, train_backbone
 
     if name not in PLANS:
@@ -206,12 +210,12 @@ def train(
         show_plan(cost, as_json=as_json)
         return
     if report:
-        from composable.cli.group import show_goodput
-
         show_goodput(work or Path("runs") / name, as_json=as_json)
         return
     if recipe is None:
         raise typer.BadParameter("the folder of a data recipe is needed", param_hint="RECIPE")
+    if checkpoints:
+        find_home(checkpoints)
     is_first = join_group(coordinator, num_processes, process_id, init_timeout)
     devices = make_mesh(**parse_mesh(mesh)) if mesh else None
     folder = out or Path(name)
@@ -223,6 +227,7 @@ def train(
             work,
             mesh=devices,
             accumulate=accumulate,
+            checkpoints=checkpoints,
             progress=progress,
         )
     if is_first:

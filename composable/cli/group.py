@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -11,11 +14,39 @@ import typer
 
 from composable.cli.options import PROCESS
 from composable.cli.output import format_bytes, format_table, show, show_error
+from composable.errors import PreemptedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from composable.workflows.step_plan import StepPlan
+
+
+@contextmanager
+def stop_on_request() -> Iterator[None]:
+    """Let SIGTERM end a command that trains as documented also while no step is running.
+
+    During the steps `training.preemption` has the signal, and in a group of processes jax does.
+
+    Raises:
+        PreemptedError: On SIGTERM; only the main thread receives it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise PreemptedError(
+            "asked to stop (SIGTERM) while no step was running",
+            hint="run again; it resumes from the newest checkpoint, or starts if there is none",
+        )
+
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def join_group(

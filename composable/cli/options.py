@@ -251,6 +251,15 @@ Accumulate = Annotated[
         metavar="N",
     ),
 ]
+CheckpointHome = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoints",
+        metavar="DIR|gs://BUCKET/PATH",
+        help="Where checkpoints are kept, seen by all processes. Default: beside the curves.",
+        show_default=False,
+    ),
+]
 PlanTopology = Annotated[
     str | None,
     typer.Option(

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from composable.cli import bars
+from composable.cli.group import join_group, show_goodput, show_plan, stop_on_request
 from composable.cli.options import (
     Accumulate,
+    CheckpointHome,
     Coordinator,
     Data,
     ExpertBackbone,
@@ -44,6 +46,7 @@ def _commands() -> None:
 
 
 @app.command()
+@stop_on_request()
 def train(
     folder: ExpertFolder,
     more: MoreData = None,
@@ -62,6 +65,7 @@ def train(
     window: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 256,
     mesh: MeshSizes = None,
     accumulate: Accumulate = 1,
+    checkpoints: CheckpointHome = None,
     plan: PlanTopology = None,
     report: Report = False,
     coordinator: Coordinator = None,
@@ -96,8 +100,6 @@ def train(
     from composable.packaging.manifests.manifest import Manifest
 
     if report:
-        from composable.cli.group import show_goodput
-
         show_goodput(folder, as_json=as_json)
         return
     if plan:
@@ -117,15 +119,19 @@ def train(
         raise typer.BadParameter("only one expert can be swept", param_hint="--sweep")
     from composable.assembly.backbones import load_backbone
     from composable.assembly.compile_memory import schedule_for_memory
-    from composable.cli.group import join_group
+    from composable.training.checkpoints import find_home
     from composable.workflows.references import find_parent
     from composable.workflows.train import expert_config
 
     schedule_for_memory()
+    if checkpoints:
+        find_home(checkpoints)  # an address that cannot be used fails here, not after the trunk
     is_first = join_group(coordinator, num_processes, process_id, init_timeout)
-    if (sweep or len(folders) > 1) and (mesh or accumulate > 1 or not is_first):
+    is_spread = bool(mesh or checkpoints or accumulate > 1 or not is_first)
+    if is_spread and (sweep or len(folders) > 1):
         raise typer.BadParameter(
-            "not on a mesh, in parts or on many processes", param_hint="--sweep" if sweep else "DIR"
+            "not on a mesh, in parts, with --checkpoints or on many processes",
+            param_hint="--sweep" if sweep else "DIR",
         )
     loaded = load_backbone(homes.pop())
     parents = {
@@ -150,6 +156,7 @@ def train(
             parent,
             mesh,
             accumulate,
+            checkpoints,
             is_first=is_first,
             as_json=as_json,
             is_quiet=is_quiet,
@@ -193,6 +200,7 @@ def _train_one(
     parent: Pluggable | None,
     mesh: str | None,
     accumulate: int,
+    checkpoints: str | None,
     *,
     is_first: bool,
     as_json: bool,
@@ -215,6 +223,7 @@ def _train_one(
             parent=parent,
             mesh=devices,
             accumulate=accumulate,
+            checkpoints=checkpoints,
             progress=progress,
         )
     if not is_first:
@@ -287,7 +296,6 @@ def _show_expert_plan(
 ) -> None:
     """Print what a step of an expert costs on TPUs that are not here."""
     from composable.assembly.backbones import read_config
-    from composable.cli.group import show_plan
     from composable.parallel import parse_mesh
     from composable.parallel.chips import tpu_devices
     from composable.workflows.step_plan import plan_expert

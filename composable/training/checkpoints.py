@@ -1,5 +1,7 @@
 """Checkpoints of a training run: parameters, optimiser state, every process's position in the data.
 
+They are in a folder that all processes see, or in a bucket of Google Cloud Storage.
+
 A checkpoint carries sums of what it holds, which do not depend on how arrays are split. One that is
 damaged, or whose weights are not finite, is passed over by all processes for the one before it.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import json
 import logging
 import signal
@@ -24,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 
 from composable.errors import ComposableError, ComposableWarning, TrainingError
@@ -33,6 +37,7 @@ from composable.parallel import exchange
 if TYPE_CHECKING:
     from composable.training.config import TrainConfig
 
+_BUCKET: Final = "gs://"
 _LATE_READS_SECONDS: Final = 0.3
 _NOT_FINITE: Final = "its weights are not finite"
 _CHANGED: Final = "its bytes have changed"
@@ -54,6 +59,36 @@ class Restored(NamedTuple):
     data_state: dict[str, Any]
 
 
+def find_home(home: Path | str) -> epath.Path:
+    """Return the folder of checkpoints that a path or an address names.
+
+    Args:
+        home: A local path, or `gs://BUCKET/PATH`.
+
+    Raises:
+        TrainingError: If orbax cannot keep checkpoints there, or the library for it is missing.
+
+    Example:
+        >>> find_home("/shared/run").name
+        'run'
+    """
+    scheme, separator, _ = str(home).partition("://")
+    if separator and scheme != "gs":
+        raise TrainingError(
+            f"orbax cannot keep checkpoints on {scheme}://; it can in a folder and on {_BUCKET}",
+            where=str(home),
+            hint="mount the bucket on every host (mountpoint-s3, gcsfuse) and give the folder",
+        )
+    if separator and importlib.util.find_spec("gcsfs") is None:
+        raise TrainingError(
+            f"checkpoints on {_BUCKET} need the `gcsfs` library",
+            where=str(home),
+            hint="pip install 'composable[gcs]'",
+        )
+    place = epath.Path(home)
+    return place if separator else place.absolute()
+
+
 class Checkpoints:
     """The newest two checkpoints of a run, written in the background, each atomically.
 
@@ -61,15 +96,15 @@ class Checkpoints:
     context manager, it finishes the last write on the way out, after an error or Ctrl-C too.
 
     Args:
-        directory: Their folder, made if missing.
+        directory: Their folder, made if missing; see `find_home`.
         cfg: The run's settings; checkpoints written with other settings are refused.
 
     Raises:
         TrainingError: If the folder cannot be used.
     """
 
-    def __init__(self, directory: Path, cfg: TrainConfig) -> None:
-        self.directory = directory.absolute()
+    def __init__(self, directory: Path | str, cfg: TrainConfig) -> None:
+        self.directory = find_home(directory)
         self.settings = dataclasses.asdict(cfg)
         self._newest: int | None = None
         self._damaged: list[int] = []
@@ -264,7 +299,7 @@ class Checkpoints:
             raise TrainingError(
                 f"{what}: {_first_line(error)}",
                 where=str(self.directory),
-                hint="make room and check the folder's permissions, then run again",
+                hint="check room, permissions and credentials, then run again",
             ) from error
 
 
@@ -320,7 +355,7 @@ def _sum_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return add_up(0), add_up(0x27D4EB2F)
 
 
-def _read_alone(folder: Path, **items: Any) -> Any:
+def _read_alone(folder: epath.Path, **items: Any) -> Any:
     """Return items of a checkpoint without waiting for other processes, which may fail to."""
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(

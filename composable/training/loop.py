@@ -84,9 +84,10 @@ def fit(
     mesh: Mesh | None = None,
     accumulate: int = 1,
     directory: Path | None = None,
+    checkpoints: Path | str | None = None,
     progress: StepProgress | None = None,
 ) -> Fitted:
-    """Train a tree to lower an objective, resuming from the last checkpoint in `directory`.
+    """Train a tree to lower an objective, resuming from its last checkpoint.
 
     Args:
         objective: Loss of (trained, frozen, batch).
@@ -101,6 +102,7 @@ def fit(
             activations is that of one part, and the step is the same up to rounding.
         directory: Folder of checkpoints, TensorBoard curves and the ledger of the run's time; none
             are written without it.
+        checkpoints: Where checkpoints are instead, a folder or `gs://BUCKET/PATH`.
         progress: Called at every step with the newest figures.
 
     Returns:
@@ -120,17 +122,18 @@ def fit(
     run_step = _compile_step(objective, optimizer, accumulate)
     # The step's outputs are donated inputs of the next; a copy keeps the caller's arrays alive.
     trained = jax.tree.map(jnp.copy, trained)
-    kept = Checkpoints(directory / "checkpoints", cfg) if directory else nullcontext()
+    home = checkpoints or (directory / "checkpoints" if directory else None)
+    keeping = Checkpoints(home, cfg) if home else nullcontext()
     # The objective splits activations over the mesh in use. The ledger is closed last, since it has
     # the wait for the last checkpoint.
     with (
         Ledger(directory) as ledger,
         jax.set_mesh(mesh),
-        kept as checkpoints,
+        keeping as kept,
         Preemption() as preemption,
     ):
         done = 0
-        if checkpoints and (restored := checkpoints.restore(trained, opt_state)):
+        if kept and (restored := kept.restore(trained, opt_state)):
             done, trained, opt_state, data_state = restored
             data.set_state(data_state)
         with _Log(cfg, directory, done) as log:
@@ -146,19 +149,19 @@ def fit(
                 is_last = step == cfg.steps
                 is_stopped = not is_last and preemption.stops_after(step)
                 is_due = step % cfg.checkpoint_every == 0 or is_stopped
-                is_kept = is_last or bool(checkpoints and is_due)
+                is_kept = is_last or bool(kept and is_due)
                 if is_kept or step % cfg.log_every == 0 or step == 1:
-                    _require_finite(step, figures, trained if is_kept else (), checkpoints)
+                    _require_finite(step, figures, trained if is_kept else (), kept)
                 if is_last or step % cfg.log_every == 0 or step == 1:
                     log.add(step, figures)
                 if progress:
                     progress(step, cfg.steps, log.history[-1] if log.history else {})
-                if checkpoints and is_kept:
+                if kept and is_kept:
                     with ledger.charge("checkpoint"):
-                        checkpoints.save(step, trained, opt_state, data.get_state())
+                        kept.save(step, trained, opt_state, data.get_state())
                 ledger.end_step(step, is_due=is_last or is_stopped)
                 if is_stopped:
-                    raise _describe_stop(step, cfg, checkpoints)
+                    raise _describe_stop(step, cfg, kept)
             jax.block_until_ready(trained)
             seconds = time.perf_counter() - start
     return Fitted(trained=trained, history=log.history, seconds=seconds)

@@ -132,6 +132,7 @@ def train_backbone(
     *,
     mesh: Mesh | None = None,
     accumulate: int = 1,
+    checkpoints: Path | str | None = None,
     progress: StepProgress | None = None,
 ) -> dict[str, Any]:
     """Make the text of a recipe, train a backbone on it, and pack it.
@@ -145,6 +146,7 @@ def train_backbone(
         work: Folder of text, checkpoints and curves; by default in `runs`.
         mesh: Devices; all of them as data parallel by default.
         accumulate: Parts that the rows of a step are run in; see `fit`.
+        checkpoints: Where checkpoints are, a folder or `gs://BUCKET/PATH`; by default in `work`.
         progress: Called at every step.
 
     Returns:
@@ -156,7 +158,15 @@ def train_backbone(
         make_texts(loaded_recipe, text)
     wait_for_all("text")
     documents = read_documents([text / "train.jsonl"])
-    backbone = pretrain(plan, documents, work, mesh=mesh, accumulate=accumulate, progress=progress)
+    backbone = pretrain(
+        plan,
+        documents,
+        work,
+        mesh=mesh,
+        accumulate=accumulate,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
     heldout = read_documents([text / "heldout.jsonl"])
     if is_first_process():
         pack(plan, backbone, heldout, loaded_recipe.source.package, out)
@@ -173,6 +183,7 @@ def pretrain(
     *,
     mesh: Mesh | None = None,
     accumulate: int = 1,
+    checkpoints: Path | str | None = None,
     progress: StepProgress | None = None,
 ) -> Backbone:
     """Train a backbone together with its scout, and return it.
@@ -183,6 +194,7 @@ def pretrain(
         work: Where checkpoints and curves go.
         mesh: Devices; all of them as data parallel by default.
         accumulate: Parts that the rows of a step are run in; see `fit`.
+        checkpoints: Where checkpoints are, a folder or `gs://BUCKET/PATH`; by default in `work`.
         progress: Called at every step.
     """
     shape, cfg = plan.shape, plan.training
@@ -209,6 +221,7 @@ def pretrain(
         mesh=mesh,
         accumulate=accumulate,
         directory=work,
+        checkpoints=checkpoints,
         progress=progress,
     )
     trained_params = fetch_tree(fitted.trained)

@@ -129,6 +129,7 @@ def train_expert(
     accumulate: int = 1,
     n_sharing: int = 1,
     salt: str | None = None,
+    checkpoints: Path | str | None = None,
     progress: TrainingProgress | None = None,
 ) -> TrainingRecord:
     """Train the expert of a folder on text, and write its tensors there.
@@ -151,6 +152,8 @@ def train_expert(
             are, the more text their scouts are trained on.
         salt: What decides, with a document's id, whether it is held out; by default the expert's
             name. Experts with one salt hold out the same documents of one text.
+        checkpoints: Where checkpoints are, a folder or `gs://BUCKET/PATH`; by default in the
+            expert's folder.
         progress: Called with the stage (the trunk, where its output is cached; body and scout;
             features; scout alone), steps or positions done and in all, and the newest figures.
 
@@ -184,6 +187,7 @@ def train_expert(
         optimizer=optimizer or muon(cfg),
         mesh=mesh or make_mesh(),
         accumulate=accumulate,
+        checkpoints=checkpoints,
         progress=show,
     )
     fit_parts = _fit_on_cached_trunk if trunk or plan.caches_trunk else _fit_on_stream
@@ -209,6 +213,7 @@ class _Run:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     accumulate: int
+    checkpoints: Path | str | None
     progress: TrainingProgress
 
 
@@ -354,6 +359,7 @@ def _fit_expert(
         mesh=run.mesh,
         accumulate=run.accumulate,
         directory=run.work,
+        checkpoints=run.checkpoints,
         progress=partial(run.progress, "body and scout"),
     )
     trained: Expert = nnx.merge(graph, jax.tree.map(jnp.asarray, fetch_tree(fitted.trained)))

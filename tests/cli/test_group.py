@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from composable.cli.app import app
+from composable.errors import PreemptedError
 
 pytestmark = pytest.mark.slow
 
@@ -87,3 +91,46 @@ def test_two_processes_train_and_check_one_expert(experts):
     first, second = run_group(2, "check", two, "--data", text, *options)
     assert second == ""
     assert {check["name"] for check in json.loads(first)["checks"]} > {"format"}
+
+
+def test_sigterm_before_the_first_step_ends_with_its_own_exit_code(experts):
+    """As soon as the command listens, which is before it imports jax."""
+    expert, _, text, backbone = experts
+
+    def send():
+        while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    command = ["train", expert, "--data", text, "--backbone", backbone]
+    stopped = CliRunner().invoke(app, [*map(str, command)])
+    sender.join()
+    assert stopped.exit_code == PreemptedError.exit_code == 75
+    assert "while no step was running" in stopped.stderr
+    assert not (expert / "body.safetensors").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_report_adds_up_the_ledger_of_a_run_and_draws_it(trained_folder, tmp_path):
+    folder = shutil.copytree(trained_folder, tmp_path / "logic")
+    said = CliRunner().invoke(app, ["train", str(folder), "--report"])
+    assert said.exit_code == 0, said.stderr
+    page = folder / ".work" / "goodput.html"
+    assert f"drawn in {page}" in said.stdout
+    assert "<svg" in page.read_text()
+    found = json.loads(CliRunner().invoke(app, ["train", str(folder), "--report", "--json"]).stdout)
+    (start,) = found["starts"]
+    assert (start["first_step"], start["last_step"], start["processes"]) == (0, 60, 1)
+    seconds = found["seconds"]
+    assert seconds["compile"] > 0 and seconds["startup"] > 0 and seconds["lost"] == 0
+    assert sum(seconds.values()) == pytest.approx(found["wall_seconds"], abs=0.1)
+    for kind in ("start-up", "compiling", "checkpoints", "1 starts"):
+        assert kind in said.stdout
+
+
+def test_report_without_a_ledger_says_where_it_looked(tmp_path):
+    said = CliRunner().invoke(app, ["train", str(tmp_path), "--report"])
+    assert said.exit_code == 1
+    assert "no goodput.jsonl here nor in .work" in said.stderr

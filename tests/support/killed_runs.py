@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from composable.cli.group import stop_on_request
 from composable.errors import ComposableError
 from composable.parallel import leave_group, start_processes
 from composable.training import checkpoints
@@ -205,7 +206,9 @@ class Group:
         self.codes: dict[int, int] = {}
         self.pids = [
             fork(
-                lambda i=i: train(folder, address, n, i, run, every, broken),  # type: ignore[misc]
+                lambda i=i: stop_on_request()(train)(  # type: ignore[misc]
+                    folder, address, n, i, run, every, broken
+                ),
                 folder / f"log-{run}-{i}",
             )
             for i in range(n)
@@ -364,9 +367,7 @@ def has_right_codes(kill: Kill, number: signal.Signals) -> bool:
     if number == signal.SIGKILL:
         others = [code for rank, code in enumerate(kill.codes) if rank != kill.rank]
         return kill.codes[kill.rank] == -number and set(others) <= {PEER_FAILED}
-    # A process alone listens from its first step on.
-    allowed = {PREEMPTED, -number} if kill.n == 1 and not kill.step else {PREEMPTED}
-    return set(kill.codes) <= allowed
+    return set(kill.codes) == {PREEMPTED}
 
 
 def live(
@@ -431,11 +432,43 @@ def live(
         n = next(counts)
 
 
+def damage_newest(folder: Path, reference: Reference, n: int) -> dict[str, bool]:
+    """Stop a run, destroy its newest checkpoint, and return what the resumed run did.
+
+    Args:
+        folder: Its folder.
+        reference: A run of as many processes that nothing stopped.
+        n: Number of processes.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    group = Group(folder, n, "0")
+    group.wait_until(lambda: len(whole_steps(folder)) >= 2)
+    os.kill(group.pids[0], signal.SIGTERM)
+    group.wait_until(lambda: False)
+    group.end()
+    before, newest = whole_steps(folder)[-2:]
+    for path in (folder / "checkpoints" / str(newest) / "arrays").rglob("*"):
+        if path.is_file():
+            path.write_bytes(bytes(path.stat().st_size))
+    group = Group(folder, n, "1")
+    group.wait_until(lambda: False)
+    group.end()
+    said = [(folder / f"log-1-{index}").read_text() for index in range(n)]
+    names = (f"step {newest} is damaged", f"resuming from step {before}")
+    return {
+        "completes": set(group.codes.values()) == {0},
+        "named": all(name in text for text in said for name in names),
+        "the one before": all(group.trace(i)[0]["step"] == before + 1 for i in range(n)),
+        "same end": read_sums(folder, STEPS) == reference.sums[STEPS],
+    }
+
+
 def look_at_disk(kill: Kill, folder: Path, reference: Reference, *, is_same: bool) -> None:
     """Check the newest whole checkpoint that a kill left."""
     steps = whole_steps(folder)
     newest = steps[-1] if steps else 0
-    if PREEMPTED in kill.codes:
+    if PREEMPTED in kill.codes and kill.step:
         kill.promises["kept"] = newest == kill.step
     else:
         # One checkpoint may have been on its way when the next was due.

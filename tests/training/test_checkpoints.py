@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 from composable.errors import ComposableWarning, TrainingError
-from composable.training.checkpoints import Checkpoints, _sum_arrays
+from composable.training.checkpoints import Checkpoints, _sum_arrays, find_home
 from composable.training.config import TrainConfig
 
 pytestmark = pytest.mark.slow
@@ -41,6 +42,21 @@ def restore(directory, cfg=CFG):
         return checkpoints.restore(*state_of(99))
     finally:
         checkpoints.close()
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "az://bucket/run", "S3://bucket"])
+def test_an_address_that_orbax_cannot_write_to_is_refused(address):
+    with pytest.raises(TrainingError, match=f"cannot keep checkpoints on {address[:5]}") as caught:
+        Checkpoints(address, CFG)
+    assert caught.value.where == address
+    assert "mount the bucket" in caught.value.hint
+
+
+def test_without_its_library_a_bucket_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(TrainingError, match="gs:// need the `gcsfs` library") as caught:
+        find_home("gs://bucket/run")
+    assert caught.value.hint == "pip install 'composable[gcs]'"
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):

@@ -1,4 +1,7 @@
-"""Two processes are stopped, resumed, killed, and resumed as one; a broken restore is noticed."""
+"""Two processes are stopped, resumed, killed, and resumed as one.
+
+A restore that is broken on purpose is noticed, and a damaged checkpoint passed over.
+"""
 
 import json
 import os
@@ -45,3 +48,9 @@ def test_two_kills_of_one_run(tmp_path):
         "same end",
     }
     assert found["broken restores noticed"] == {"data": True}
+    assert found["damaged checkpoint"] == {
+        "completes": True,
+        "named": True,
+        "the one before": True,
+        "same end": True,
+    }
