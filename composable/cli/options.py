@@ -208,7 +208,12 @@ InboxRegistry = Annotated[
     ),
 ]
 ProposalId = Annotated[
-    str, typer.Argument(metavar="ID", help="The first digits of its id.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="ID",
+        help="The first digits of its id; or the expert, if one proposal of it is open.",
+        show_default=False,
+    ),
 ]
 Beside = Annotated[
     list[str] | None,

@@ -46,11 +46,13 @@ def propose(
         ),
     ],
     base: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="NAME@VERSION", help="Release that this is a change of.", show_default=False
+            metavar="NAME@VERSION",
+            help="Release that this is a change of. Default: derives-from in expert.toml.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     message: Annotated[
         str, typer.Option("--message", "-m", metavar="TEXT", help="Why; shown to its maintainers.")
     ] = "",
@@ -73,12 +75,19 @@ def propose(
     expert.toml must have derives-from = "NAME@VERSION". `composable review REGISTRY` shows what
     became of it.
     """
-    name, version = parse_release(base)
     from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
-    from composable.packaging.manifests.manifest import Manifest
+    from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
     from composable.packaging.registry.locations import open_inbox
 
-    home = find_backbone(backbone or Manifest.read(folder).backbone)
+    manifest = Manifest.read(folder)
+    wanted = base or manifest.derives_from
+    if wanted is None:
+        raise typer.BadParameter(
+            f"expected NAME@VERSION, for {folder / EXPERT_FILE} has no derives-from",
+            param_hint="--base",
+        )
+    name, version = parse_release(wanted)
+    home = find_backbone(backbone or manifest.backbone)
     inbox = open_inbox(to)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
         proposal = inbox.propose(
@@ -105,7 +114,10 @@ def review(
     proposal: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ID]", help="Proposal to vet: the first digits.", show_default=False
+            metavar="[ID]",
+            help="Proposal to vet: the first digits of its id; or the expert, if one proposal of "
+            "it is open.",
+            show_default=False,
         ),
     ] = None,
     data: Data = None,
@@ -122,7 +134,7 @@ def review(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where to write verdict.json and verdict.html. Default: review-ID.",
+            help="Where to write verdict.json, verdict.html and verdict.md. Default: review-ID.",
             show_default=False,
         ),
     ] = None,
@@ -148,7 +160,7 @@ def review(
     from composable.assembly.backbones import load_backbone
     from composable.workflows.references import ALL
     from composable.workflows.review import review_proposal, write_verdict
-    from composable.workflows.review_page import write_page
+    from composable.workflows.review_page import write_page, write_summary
 
     loaded = load_backbone(backbone or _backbone_of(inbox, received))
     with (
@@ -169,6 +181,7 @@ def review(
     folder = out or default_folder(received)
     path = write_verdict(folder, verdict)
     page = write_page(folder, verdict)
+    write_summary(folder, verdict)
     _show_verdict(verdict, path, page, as_json=as_json, is_quiet=is_quiet and verdict.passed)
     if not verdict.passed:
         raise typer.Exit(1)

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from composable import __version__
 from composable.errors import ComposableError
 from composable.server import layout
-from composable.server.api import accounts, openapi, packages, publications
+from composable.server.api import accounts, openapi, packages, proposals, publications
 from composable.server.database import MAX_CONNECTIONS
 from composable.server.gateway import Gateway, to_response
 from composable.server.pages import routes as pages
@@ -26,7 +26,12 @@ from composable.server.services import Services
 
 # Headers of an error that hold for its page too.
 _KEPT: Final = ("www-authenticate", "retry-after", "cache-control")
-OPERATIONS: Final = (*accounts.OPERATIONS, *publications.OPERATIONS, *packages.OPERATIONS)
+OPERATIONS: Final = (
+    *accounts.OPERATIONS,
+    *publications.OPERATIONS,
+    *proposals.OPERATIONS,
+    *packages.OPERATIONS,
+)
 
 
 def make_app(services: Services) -> Starlette:

@@ -28,8 +28,8 @@ from composable.server.tables import Account, Base, File, Head, Release
 
 ROWS_FILE: Final = "database.jsonl"
 SCHEMA: Final = 1
-# Not worth keeping: chunks of unfinished uploads are not in a backup.
-_SKIPPED: Final = ("publications",)
+# Not worth keeping: chunks of unfinished uploads are not in a backup, nor are files of proposals.
+_SKIPPED: Final = ("publications", "proposals")
 
 
 def write_backup(services: Services, folder: Path) -> tuple[int, int]:

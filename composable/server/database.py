@@ -78,7 +78,8 @@ class Database:
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
                 config = alembic.config.Config(attributes={"connection": connection})
                 config.set_main_option("script_location", str(_MIGRATIONS))
-                alembic.command.upgrade(config, "head")
+                # Changes that do not build on each other may be written at the same time.
+                alembic.command.upgrade(config, "heads")
         except SQLAlchemyError as error:
             raise RegistryError(
                 f"the database cannot be opened: {str(error).splitlines()[0][:300]}",

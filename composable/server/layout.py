@@ -18,6 +18,7 @@ from composable.errors import RegistryError
 from composable.files.atomic import CHUNK
 from composable.files.blobs import blob_path
 from composable.interface.digest import digest_bytes, is_digest
+from composable.packaging.registry.inbox import FOLDER
 from composable.packaging.registry.lines import CATALOG_FILE
 from composable.packaging.registry.storage import CONFIG_FILE, Folder
 from composable.packaging.versions.names import is_package_name
@@ -104,6 +105,18 @@ def get_blob(request: Request) -> Response:
     return _stream(request, storage, path, size or 0, headers, kind)
 
 
+def get_proposed(request: Request) -> Response:
+    """Return a file of a proposal that the caller made, or may decide on."""
+    services: Services = request.app.state.services
+    id_, name = request.path_params["id"], request.path_params["name"]
+    with services.database.read() as session:
+        caller = find_caller(session, request.headers.get("authorization"))
+    caller.require("read")
+    size, pieces = services.proposals.read_file(caller, id_, name)
+    headers = {"Content-Length": str(size), "Cache-Control": "private, no-store"}
+    return StreamingResponse(pieces, 200, headers, "application/octet-stream")
+
+
 def _stream(
     request: Request, storage: Any, path: str, size: int, headers: dict[str, str], kind: str
 ) -> Response:
@@ -163,4 +176,5 @@ ROUTES: Final = (
     (f"/{CATALOG_FILE}", get_catalog),
     ("/index/{shard}/{name}.jsonl", get_index),
     ("/blobs/{shard}/{hex}", get_blob),
+    (f"/{FOLDER}/{{id}}/{{name}}", get_proposed),
 )

@@ -14,6 +14,7 @@ from composable.server.database import Database
 from composable.server.identities import Identities
 from composable.server.limits import RateLimit
 from composable.server.metrics import Metrics
+from composable.server.proposals import Proposals
 from composable.server.publishing import Publishing
 from composable.server.search import SearchIndex
 from composable.server.settings import Settings
@@ -30,6 +31,7 @@ class Services:
         storage: Blobs and chunks.
         settings: What is allowed.
         publishing: The steps of publishing.
+        proposals: The inbox.
         search: The index of words.
         identities: Verifies CI identities.
         reads: The limit on requests that change nothing.
@@ -41,6 +43,7 @@ class Services:
     storage: WritableStorage
     settings: Settings
     publishing: Publishing
+    proposals: Proposals
     search: SearchIndex
     identities: Identities
     reads: RateLimit
@@ -92,6 +95,7 @@ def open_services(
         storage=storage,
         settings=settings,
         publishing=Publishing(opened, storage, settings),
+        proposals=Proposals(opened, storage, settings),
         search=SearchIndex(),
         identities=Identities(settings),
         reads=RateLimit(settings.reads_per_minute),

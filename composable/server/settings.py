@@ -23,7 +23,9 @@ class Settings:
         max_file_bytes: Maximum size of a file.
         max_release_bytes: Maximum size of all files of a release.
         max_open_publications: How many unfinished publications an account may have.
-        publication_hours: How long an unfinished publication is kept.
+        publication_hours: How long an unfinished publication or proposal is kept.
+        max_open_proposals: How many undecided proposals an account may have.
+        max_proposal_bytes: Maximum size of all files of a proposal.
         reads_per_minute: Requests of one address or token, except changes.
         writes_per_minute: Requests of one address or token that change something.
 
@@ -41,6 +43,8 @@ class Settings:
     max_release_bytes: int = 40 << 30
     max_open_publications: int = 20
     publication_hours: float = 24.0
+    max_open_proposals: int = 20
+    max_proposal_bytes: int = 8 << 30
     reads_per_minute: int = 6000
     writes_per_minute: int = 1200
 
@@ -61,6 +65,8 @@ class Settings:
             max_file_bytes=5 << 30,
             max_release_bytes=10 << 30,
             max_open_publications=3,
+            max_open_proposals=3,
+            max_proposal_bytes=1 << 30,
             reads_per_minute=600,
             writes_per_minute=120,
         )

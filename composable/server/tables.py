@@ -154,6 +154,25 @@ class Publication(Base):
     created: Mapped[str]
 
 
+class Proposal(Base):
+    """A proposal to change a package. Its files are in the storage, under `inbox/`.
+
+    `state` is `arriving` until all files are there, then `open`, and in the end that of `outcome`.
+    """
+
+    __tablename__ = "proposals"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    account_id: Mapped[int] = mapped_column(ForeignKey("accounts.id"), index=True)
+    package_id: Mapped[int] = mapped_column(ForeignKey("packages.id"), index=True)
+    state: Mapped[str]
+    created: Mapped[str]
+    envelope: Mapped[str]
+    manifest: Mapped[str]
+    outcome: Mapped[dict[str, Any]]
+    account: Mapped[Account] = relationship(lazy="joined")
+    package: Mapped[Package] = relationship(lazy="joined")
+
+
 class Publisher(Base):
     """A trusted publisher: a CI identity that may publish a package."""
 

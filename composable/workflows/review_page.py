@@ -1,4 +1,7 @@
-"""The page of a review: one HTML file without scripts that fetches nothing."""
+"""What people read of a review: a page, one HTML file without scripts that fetches nothing.
+
+A summary in Markdown is for the pull requests of a forge.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from composable.printable import printable
 from composable.workflows.review import ReviewVerdict
 
 PAGE_FILE: Final = "verdict.html"
+SUMMARY_FILE: Final = "verdict.md"
+# What Markdown or HTML would read as more than text.
+_MARKUP: Final = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]()<>|#!~&@"})
 
 
 def write_page(folder: Path, verdict: ReviewVerdict) -> Path:
@@ -46,6 +52,40 @@ def write_page(folder: Path, verdict: ReviewVerdict) -> Path:
     path = folder / PAGE_FILE
     atomic.write_text(path, page)
     return path
+
+
+def write_summary(folder: Path, verdict: ReviewVerdict) -> Path:
+    """Write a verdict as Markdown, and return its path.
+
+    Args:
+        folder: Where to write it.
+        verdict: The verdict.
+    """
+    rows = [
+        f"| {_escape(check.name)} | {'ok' if check.passed else '**failed**'} "
+        f"| {_escape(check.found)} | {_escape(check.expected)} |"
+        for check in verdict.checks
+    ]
+    lines = [
+        f"## Review of a change of {_escape(verdict.base)}",
+        "",
+        _escape(verdict.summary),
+        "",
+        *(f"**Warning:** {_escape(warning)}\n" for warning in verdict.warnings),
+        "| check | outcome | found | expected |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        f"Proposal `{verdict.proposal}`",
+    ]
+    path = folder / SUMMARY_FILE
+    atomic.write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _escape(text: str) -> str:
+    """Return text that others wrote as Markdown that shows it and nothing else."""
+    return printable(text).translate(_MARKUP)
 
 
 def _peer_changes(figures: dict[str, dict[str, float | None] | None]) -> dict[str, float]:

@@ -200,7 +200,7 @@ class Inbox:
         )
 
     def find(self, text: str) -> Received:
-        """Return the proposal whose id starts with these digits.
+        """Return one proposal; see `complete`.
 
         Raises:
             RegistryError: When there is none, or several.
@@ -209,20 +209,31 @@ class Inbox:
         return self._read(self.complete(text))
 
     def complete(self, text: str) -> str:
-        """Return the id that starts with these digits.
+        """Return the id of a proposal.
+
+        Args:
+            text: The first digits of its id; or the name of an expert with one open proposal.
 
         Raises:
             RegistryError: When there is none, or several.
         """
-        prefix = text.strip().lower()
-        ids = [id_ for id_ in self._list_ids() if id_.startswith(prefix)]
-        if len(prefix) < _MIN_DIGITS or len(ids) != 1:
+        known = self._list_ids()
+        ids = [id_ for id_ in known if id_.startswith(text.lower())]
+        if len(text) < _MIN_DIGITS or not ids:
+            ids = [
+                received.id
+                for received in self.entries()
+                if received.state == "open"
+                and received.proposal is not None
+                and received.proposal.name == text
+            ]
+        if len(ids) != 1:
             what = "no proposal" if not ids else f"{len(ids)} proposals"
             raise RegistryError(
-                f"{what} with an id that starts with {prefix[:_ID_LENGTH]!r}",
+                f"{what} of the id or the expert {text[:_ID_LENGTH]!r}",
                 where=self.registry.location,
-                hint=f"give at least {_MIN_DIGITS} digits of an id that `composable review "
-                f"{self.registry.location}` lists",
+                hint=f"give the first digits, at least {_MIN_DIGITS}, of an id that `composable "
+                f"review {self.registry.location}` lists",
             )
         return ids[0]
 
@@ -338,6 +349,7 @@ class Inbox:
         """Write the files of a proposal, then the proposal."""
         storage = self._storage
         if storage.read(_path(proposal.id, PROPOSAL_FILE)) is not None:
+            require_open(self._read(proposal.id), self.registry.location)
             return
         n_open = sum(received.outcome is None for received in self.entries())
         if n_open >= MAX_OPEN:

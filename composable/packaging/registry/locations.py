@@ -137,6 +137,12 @@ def open_inbox(location: str | Path, *, keys: Path | None = None) -> Inbox:
             "to this registry from there",
         )
     registry = open_for_publishing(location, keys=keys)
+    if registry.storage.is_remote and not hasattr(registry.storage, "create"):
+        from composable.packaging.registry.served import ServedRegistry
+        from composable.packaging.registry.served_inbox import ServedInbox
+
+        if isinstance(registry, ServedRegistry):
+            return ServedInbox(registry, Keyring(keys))
     return Inbox(registry, Keyring(keys))
 
 

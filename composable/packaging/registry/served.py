@@ -40,7 +40,7 @@ class ServedRegistry(Registry):
 
     def __init__(self, storage: WebStorage) -> None:
         super().__init__(storage)
-        self._server = storage
+        self.server = storage
 
     def publish(
         self,
@@ -68,24 +68,24 @@ class ServedRegistry(Registry):
         """
         manifest = pack_expert(directory, interface=interface)
         request = {"manifest": manifest.to_toml()}
-        publication = self._ask("POST", "publications", request)
+        publication = self.ask("POST", "publications", request)
         if publication["is_published"]:
             return manifest
         home = f"publications/{publication['id']}"
         missing = {entry["digest"]: entry["missing"] for entry in publication["files"]}
         for file in manifest.files:
             numbers = missing.get(file.digest, [])
-            self._upload(home, directory / file.name, file, numbers, progress)
+            self.send_chunks(home, directory / file.name, file, numbers, progress)
         seconds = sum(file.size for file in manifest.files) / VERIFIED_BYTES_PER_SECOND
         try:
-            self._ask("POST", f"{home}/commit", {}, seconds)
+            self.ask("POST", f"{home}/commit", {}, seconds)
         except UnreachableError:
             raise
         except RegistryError:
             # An answer that was lost on its way may have been that it is published.
-            now = self._ask("POST", "publications", request)
+            now = self.ask("POST", "publications", request)
             if not now["is_published"]:
-                self._server.send("DELETE", f"{API}/publications/{now['id']}", b"", _JSON)
+                self.server.send("DELETE", f"{API}/publications/{now['id']}", b"", _JSON)
                 raise
         return manifest
 
@@ -95,7 +95,7 @@ class ServedRegistry(Registry):
         Raises:
             RegistryError: When the server refuses it.
         """
-        self._ask("POST", f"packages/{name}/{version}/yank", {"reason": reason})
+        self.ask("POST", f"packages/{name}/{version}/yank", {"reason": reason})
 
     def unyank(self, name: str, version: Version) -> None:
         """Include a yanked release in new resolutions again.
@@ -103,7 +103,7 @@ class ServedRegistry(Registry):
         Raises:
             RegistryError: When the server refuses it.
         """
-        self._ask("POST", f"packages/{name}/{version}/unyank", {})
+        self.ask("POST", f"packages/{name}/{version}/unyank", {})
 
     def advise(self, advisory: Advisory) -> None:
         """Refuse: a server has no feed of advisories.
@@ -117,7 +117,7 @@ class ServedRegistry(Registry):
             hint=f"yank the release, with a reason: `composable yank {advisory.name}@VERSION`",
         )
 
-    def _upload(
+    def send_chunks(
         self,
         home: str,
         source: Path,
@@ -132,16 +132,19 @@ class ServedRegistry(Registry):
                 stream.seek(number * CHUNK_BYTES)
                 data = stream.read(CHUNK_BYTES)
                 path = f"{API}/{home}/files/{file.digest}/{number}"
-                self._server.send("PUT", path, data, _OCTETS)
+                self.server.send("PUT", path, data, _OCTETS)
                 done += len(data)
                 if progress is not None:
                     progress(file.name, done, file.size)
 
-    def _ask(
-        self, method: str, path: str, body: Mapping[str, Any], seconds: float = 0.0
+    def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float = 0.0
     ) -> dict[str, Any]:
-        """Send a request of the API and return the answer."""
-        data = self._server.send(method, f"{API}/{path}", json.dumps(body).encode(), _JSON, seconds)
+        """Send a request of the API and return the answer; empty if there is none."""
+        sent = b"" if body is None else json.dumps(body).encode()
+        data = self.server.send(method, f"{API}/{path}", sent, _JSON, seconds)
+        if not data:
+            return {}
         try:
             answer = json.loads(data)
             if not isinstance(answer, dict):

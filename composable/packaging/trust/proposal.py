@@ -169,18 +169,18 @@ def seal(proposal: Proposal, signer: Signer | None = None) -> bytes:
     return _format_envelope(envelope)
 
 
-def open_envelope(data: bytes, id_: str, where: str = "") -> Proposal:
+def open_envelope(data: bytes, id_: str | None = None, where: str = "") -> Proposal:
     """Return the proposal in an envelope, verified to the last byte.
 
     Args:
         data: The envelope.
-        id_: The proposal's id.
+        id_: The proposal's id; None for one that arrives, which may have any.
         where: Where the envelope comes from, for errors.
 
     Raises:
         ProposalError: When it is damaged, another proposal, or not signed by the key that it names.
     """
-    where = where or f"proposal {id_[:12]}"
+    where = where or f"proposal {id_[:12] if id_ else ''}".strip()
     try:
         envelope = Envelope.from_dict(json.loads(data))
         if envelope.payload_type != PAYLOAD_TYPE or _format_envelope(envelope) != data:
@@ -190,7 +190,7 @@ def open_envelope(data: bytes, id_: str, where: str = "") -> Proposal:
         raise _refuse(f"is no proposal: {error.message}", where) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _refuse(f"is no proposal: {error}", where) from error
-    if proposal.id != id_:
+    if id_ is not None and proposal.id != id_:
         raise _refuse(f"was changed: its digest is {proposal.id}, expected {id_}", where)
     if len(envelope.signatures) != bool(proposal.key):
         raise _refuse(f"has {len(envelope.signatures)} signatures, expected one of its key", where)

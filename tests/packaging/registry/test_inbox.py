@@ -377,6 +377,8 @@ def test_a_decision_is_made_once(inbox: Inbox, propose: Any) -> None:
         inbox.decide(received, Outcome(state="accepted", release="german@1.0.1"))
     with pytest.raises(RegistryError, match="was rejected already"):
         require_open(only(inbox), "here")
+    with pytest.raises(RegistryError, match="was rejected already"):
+        propose()
     files = sorted(
         path.name for path in (Path(inbox.registry.location) / "inbox" / proposal.id).iterdir()
     )
@@ -386,6 +388,12 @@ def test_a_decision_is_made_once(inbox: Inbox, propose: Any) -> None:
 def test_ids_are_found_by_their_first_digits(inbox: Inbox, propose: Any) -> None:
     proposal = propose()
     for text in (proposal.id[:3], "zzzz", "../.."):
-        with pytest.raises(RegistryError, match="with an id that starts with"):
+        with pytest.raises(RegistryError, match="no proposal of the id or the expert"):
             inbox.find(text)
     assert inbox.find(proposal.id[:4].upper()).id == proposal.id
+    assert inbox.find("german").id == proposal.id
+    propose(message="another")
+    with pytest.raises(RegistryError, match="2 proposals of the id or the expert 'german'"):
+        inbox.find("german")
+    inbox.decide(inbox.find(proposal.id), Outcome(state="rejected", reason="no"))
+    assert inbox.find("german").id != proposal.id
