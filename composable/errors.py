@@ -19,13 +19,16 @@
     │   ├── KeyFileError          a signing key that is missing, locked or malformed
     │   ├── DiskError             a disk that is full, read-only or failing
     │   └── TensorFileError       a safetensors file that failed its check
+    │       └── StatisticsError   statistics that are damaged, or do not fit the tensors
     ├── ModelError                arrays or settings that the model does not accept
     ├── InteropError              a foreign file that cannot be imported exactly
     ├── TextError                 text that cannot be trained on, scored or continued
     ├── TrainingError             training that cannot start, resume or continue
     │   ├── PreemptedError        training that was asked to stop, and did; run again to resume
     │   └── PeerError             another process of the run failed or is gone; run again
-    └── VettingError              an expert that failed vetting
+    ├── VettingError              an expert that failed vetting
+    └── MergeError                experts that cannot be merged
+        └── MergeConflictError    no method gives an expert that is good enough
 
 Warnings descend from `ComposableWarning`. `ContributionWarning` reports contributions that a
 running model counted as zero, `StrayWarning` a file that was ignored.
@@ -227,6 +230,10 @@ class TensorFileError(PackagingError):
     """A safetensors file that failed the check before loading."""
 
 
+class StatisticsError(TensorFileError):
+    """Statistics of an expert are damaged, or were computed from other tensors."""
+
+
 class ModelError(ComposableError):
     """Arrays or settings that the model does not accept."""
 
@@ -257,6 +264,14 @@ class PeerError(TrainingError):
 
 class VettingError(ComposableError):
     """An expert that failed vetting and must not be published."""
+
+
+class MergeError(ComposableError):
+    """Experts cannot be merged."""
+
+
+class MergeConflictError(MergeError):
+    """No method merges the experts into one that is good enough."""
 
 
 class ComposableWarning(UserWarning):

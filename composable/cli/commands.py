@@ -40,6 +40,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "new": ("contribute", "Create an expert from the template."),
         "train": ("train", "Train an expert on text; run again to resume."),
         "check": ("contribute", "Check an expert and write its card."),
+        "merge": ("merge", "Merge experts that derive from one release into one."),
         "publish": ("contribute", "Publish a checked expert to a registry."),
         "propose": ("review", "Propose a change of a published expert to its maintainers."),
         "review": ("review", "List the proposals of a registry, or vet one of them."),

@@ -77,6 +77,13 @@ def check(
     beside: Beside = None,
     beside_data: BesideData = None,
     against: Against = None,
+    statistics: Annotated[
+        bool,
+        typer.Option(
+            "--statistics",
+            help="Also write statistics of the text, to publish for those who merge the expert.",
+        ),
+    ] = False,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -91,6 +98,10 @@ def check(
     Without --data, uses the text held out by `composable train`. Exits with 1 if a check fails, or
     if --against requires a larger version bump than the one in expert.toml. Of many processes, the
     first one checks.
+
+    With --statistics, an expert that passes also gets statistics.safetensors: figures about that
+    text, from which others can merge the expert without the text. The contributor guide describes
+    what they reveal. To publish without them, delete the file.
     """
     texts = dict(parse_pair(pair) for pair in beside_data or ())
     from composable.packaging.manifests.manifest import Manifest
@@ -120,6 +131,15 @@ def check(
     with bars.show_counts("check", is_quiet=is_quiet) as progress:
         verdict = check_expert(
             loaded, folder, files, peers=peers, previous=previous, progress=progress
+        )
+    if statistics and verdict.passed:
+        from composable.workflows.vet import write_heldout_statistics
+
+        with bars.show_counts("statistics", is_quiet=is_quiet) as progress:
+            written = write_heldout_statistics(loaded, folder, files, progress=progress)
+        note(
+            f"wrote {written}, which `composable publish` will publish with the expert",
+            is_quiet=is_quiet,
         )
     wait_for_all("check")
     for warning in verdict.warnings:

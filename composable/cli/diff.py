@@ -102,8 +102,14 @@ def _find_lock(side: str) -> Lock | None:
     return None
 
 
-def _find_expert(side: str, loaded: LoadedBackbone, registry: str | None) -> Path:
-    """Return the folder of an expert: the one named, or that of an installed release."""
+def find_expert(side: str, loaded: LoadedBackbone, registry: str | None) -> Path:
+    """Return the folder of an expert: the one named, or that of an installed release.
+
+    Args:
+        side: The folder, or NAME@V.
+        loaded: The backbone that it is for.
+        registry: Registry to install from; by default as for `load`.
+    """
     from composable.assembly.load import install_experts
     from composable.packaging.manifests.manifest import EXPERT_FILE
     from composable.packaging.versions.constraint import Requirement
@@ -131,7 +137,7 @@ def _compare_experts(
 
     documents = read_documents(data) if data else []
     loaded = load_backbone(backbone or default_backbone())
-    old, new = (_find_expert(side, loaded, registry) for side in (before, after))
+    old, new = (find_expert(side, loaded, registry) for side in (before, after))
     with bars.show_counts("documents", is_quiet=is_quiet or not documents) as progress:
         found = diff_experts(loaded, old, new, documents, progress)
     texts = {"": found.text} if found.text else {}

@@ -391,6 +391,7 @@ def _facts(details: Details) -> Iterator[tuple[str, str]]:
         "languages": ", ".join(manifest.languages),
         "domains": ", ".join(manifest.domains),
         "derives from": manifest.derives_from or "",
+        "merges": ", ".join(manifest.merges),
         "requires": requires,
         "extras": "; ".join(
             f"{extra}: {', '.join(f'{name} {range_}' for name, range_ in ranges.items())}"

@@ -83,6 +83,27 @@ def read_header(path: Path, name: re.Pattern[str] = NAME) -> dict[str, TensorInf
         return _read_header(file, path, name)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a tensor file, without its data; empty if it has none.
+
+    Args:
+        path: The file.
+
+    Raises:
+        TensorFileError: As `read_header`.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "scout.safetensors"
+        >>> write_tensors(path, {"b_in": np.zeros(3, np.float32)}, {"format": "composable"})
+        >>> read_metadata(path)
+        {'format': 'composable'}
+    """
+    with _open(path) as file:
+        return _read_parts(file, path, NAME)[0]
+
+
 def check_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> None:
     """Check that a file holds exactly the expected tensors, all finite, in bounded memory.
 
@@ -298,6 +319,13 @@ def _encode_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str])
 def _read_header(
     file: BinaryIO, path: Path, pattern: re.Pattern[str] = NAME
 ) -> dict[str, TensorInfo]:
+    return _read_parts(file, path, pattern)[1]
+
+
+def _read_parts(
+    file: BinaryIO, path: Path, pattern: re.Pattern[str]
+) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Read and check the header: its metadata, and its tensors in the order of their bytes."""
     file_bytes = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -323,7 +351,7 @@ def _read_header(
         name: _parse_info(name, entry, 8 + header_bytes, path) for name, entry in table.items()
     }
     _check_coverage(infos, 8 + header_bytes, file_bytes, path)
-    return dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)))
+    return metadata, dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)))
 
 
 def _parse_json(text: bytes, path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from composable.interface.settings import (
     byte_router,
     subword_router,
 )
-from composable.interface.signature import body_signature, scout_signature
+from composable.interface.signature import body_signature, scout_signature, statistics_signature
 
 __all__ = [
     "BODY_KINDS",
@@ -34,5 +34,6 @@ __all__ = [
     "hash_classes",
     "is_digest",
     "scout_signature",
+    "statistics_signature",
     "subword_router",
 ]

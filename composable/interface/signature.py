@@ -5,9 +5,15 @@ Tensor names are the on-disk format; renaming one is a major version.
 
 from __future__ import annotations
 
+from typing import Final
+
 from composable.errors import InterfaceError
 from composable.interface.contract import SLOT_DIMS, BodyKind, RouterInterface, TensorSpec
 from composable.interface.dims import shape_of
+
+# Eigenvectors that statistics keep of a Gram matrix, and singular vectors of a gradient, at most.
+GRAM_RANK: Final = 16
+GRADIENT_RANK: Final = 4
 
 
 def body_signature(
@@ -79,3 +85,40 @@ def scout_signature(interface: RouterInterface, width: int) -> dict[str, TensorS
     sizes = {"D": interface.d_model, "W": width, "C": interface.n_classes}
     dims = {"w_in": "DW", "b_in": "W", "w_out": "WC", "b_out": "C"}
     return {name: TensorSpec(shape=shape_of(letters, sizes)) for name, letters in dims.items()}
+
+
+def statistics_signature(interface: RouterInterface, width: int) -> dict[str, TensorSpec]:
+    """Return the tensors of the statistics that may accompany an expert, by name.
+
+    For each matrix of the body as it acts in a slot, whatever its kind, and of the scout, whose
+    bias is one more row: `NAME.gram`, `NAME.rest`, `NAME.rows`, `NAME.columns`, `NAME.gradient_a`
+    and `NAME.gradient_b`, with the meanings that `composable.merging.statistics` gives.
+
+    Args:
+        interface: The contract.
+        width: Hidden width W of the scout.
+
+    Example:
+        >>> from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
+        >>> interface = read_interface(find_backbone("tiny-bytes"))
+        >>> statistics_signature(interface, 64)["scout.w_in.gram"].shape
+        (193, 16)
+    """
+    body = body_signature(interface, "ffn")
+    matrices = {f"body.{name}": spec.shape for name, spec in body.items()}
+    matrices["scout.w_in"] = (interface.d_model + 1, width)
+    matrices["scout.w_out"] = (width + 1, interface.n_classes)
+    specs = {}
+    for name, (rows, columns) in matrices.items():
+        rank = min(GRADIENT_RANK, rows, columns)
+        shapes = {
+            "gram": (rows, min(GRAM_RANK, rows)),
+            "rest": (rows,),
+            "rows": (rows,),
+            "columns": (columns,),
+            "gradient_a": (rows, rank),
+            "gradient_b": (rank, columns),
+        }
+        for part, shape in shapes.items():
+            specs[f"{name}.{part}"] = TensorSpec(shape=shape, dtypes=("BF16",))
+    return specs

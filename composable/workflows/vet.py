@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
-from composable.corpora.documents import read_documents
+from composable.corpora.documents import Document, read_documents
 from composable.errors import TensorFileError, TextError, VettingError
 from composable.files.reading import read_bytes
 from composable.files.records import parse_record
 from composable.interface import RouterInterface, body_signature, digest_bytes, scout_signature
 from composable.model.model import Pluggable
-from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manifest
+from composable.packaging.manifests.manifest import (
+    BODY_FILE,
+    SCOUT_FILE,
+    STATISTICS_FILE,
+    Manifest,
+)
 from composable.progress import CountProgress
 from composable.training.record import TrainingRecord
 from composable.vetting.card import Against, Check, write_card
@@ -24,6 +29,7 @@ from composable.vetting.checks import Verdict, vet
 from composable.vetting.evidence import gather_evidence
 from composable.vetting.peers import Peer, vet_with_peers
 from composable.vetting.regression import compare_evidence
+from composable.workflows.statistics import write_statistics
 from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK, vetted_texts
 
 if TYPE_CHECKING:
@@ -87,8 +93,39 @@ def check_expert(
     return verdict
 
 
+def write_heldout_statistics(
+    loaded: LoadedBackbone,
+    folder: Path,
+    data: Sequence[Path] = (),
+    *,
+    progress: CountProgress | None = None,
+) -> Path:
+    """Write statistics of held-out text beside an expert, for those who merge it.
+
+    Args:
+        loaded: The backbone.
+        folder: The expert, trained.
+        data: Held-out text; by default what training held out.
+        progress: Called with rows of text done and in all.
+
+    Returns:
+        The file.
+
+    Raises:
+        TextError: If there is no held-out text.
+    """
+    documents = _read_heldout(folder, data)
+    write_statistics(loaded, folder, load_expert(loaded, folder), documents, progress)
+    return folder / STATISTICS_FILE
+
+
 def _find_heldout(folder: Path, data: Sequence[Path]) -> list[bytes]:
     """Return the given text, or else what training held out, as vetting scores it."""
+    return vetted_texts(_read_heldout(folder, data))
+
+
+def _read_heldout(folder: Path, data: Sequence[Path]) -> list[Document]:
+    """Return the documents given, or else those that training held out."""
     heldout = folder / WORK / HELDOUT_FILE
     if not data and not heldout.exists():
         raise TextError(
@@ -96,7 +133,7 @@ def _find_heldout(folder: Path, data: Sequence[Path]) -> list[bytes]:
             where=str(folder),
             hint="train first, or give text with --data",
         )
-    return vetted_texts(read_documents(data or [heldout]))
+    return read_documents(data or [heldout])
 
 
 def _vet(

@@ -273,7 +273,8 @@ class _Reader:
 def _describe_expert(
     lock: Lock, expert: LockedExpert, manifest: Manifest, card: Mapping[str, Any], backbone: Part
 ) -> Part:
-    made_from = (manifest.derives_from, manifest.origin.base if manifest.origin else None)
+    origin = manifest.origin.base if manifest.origin else None
+    made_from = (manifest.derives_from, *manifest.merges, origin)
     rank = f" of rank {manifest.body.rank}" if manifest.body.rank else ""
     source = lock.registries.get(expert.registry or "", expert.path or "")
     return Part(

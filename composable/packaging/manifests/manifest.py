@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from composable.errors import ManifestError, did_you_mean
+from composable.errors import ManifestError, PackagingError, did_you_mean
 from composable.interface.contract import BODY_KINDS, DTYPES, BodyKind
 from composable.interface.digest import digest_bytes, is_digest
 from composable.packaging.manifests.licenses import MAX_LICENSE_LENGTH
@@ -27,8 +27,9 @@ EXPERT_FILE: Final = "expert.toml"
 BACKBONE_FILE: Final = "backbone.toml"
 BODY_FILE: Final = "body.safetensors"
 SCOUT_FILE: Final = "scout.safetensors"
+STATISTICS_FILE: Final = "statistics.safetensors"
 # The files that an expert may publish besides its manifest; the first two are required.
-EXPERT_FILES: Final = (BODY_FILE, SCOUT_FILE, "card.json", "README.md")
+EXPERT_FILES: Final = (BODY_FILE, SCOUT_FILE, STATISTICS_FILE, "card.json", "README.md")
 MAX_FILES: Final = 256
 MAX_TAG_LENGTH: Final = 256
 MAX_DESCRIPTION_LENGTH: Final = 500
@@ -160,6 +161,7 @@ class Manifest:
         domains: Subjects, as tags.
         provides: Names of capabilities, for search.
         derives_from: The release that training started from, as `NAME@VERSION`.
+        merges: The releases that it was merged from, all of which derive from that one.
         requires: Ranges of experts that this one depends on, by name.
         extras: Ranges of experts that each optional extra depends on in addition, by extra.
         conflicts: Experts that it cannot be installed with, by name.
@@ -194,6 +196,7 @@ class Manifest:
     domains: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
     derives_from: str | None = None
+    merges: tuple[str, ...] = ()
     requires: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
     extras: Mapping[str, Mapping[str, Constraint]] = dataclasses.field(default_factory=dict)
     conflicts: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
@@ -242,6 +245,7 @@ class Manifest:
             domains=read_tags(expert, "domains"),
             provides=read_tags(expert, "provides"),
             derives_from=_read_release(expert, "derives-from"),
+            merges=_read_merges(expert),
             interface=InterfaceNeed(
                 name=check_package_name(interface.text("name"), interface.where("name")),
                 requires=interface.value("requires", Constraint),
@@ -280,6 +284,7 @@ class Manifest:
             "domains": list(self.domains) or None,
             "provides": list(self.provides) or None,
             "derives-from": self.derives_from,
+            "merges": list(self.merges) or None,
         }
         interface = {
             "name": self.interface.name,
@@ -418,16 +423,30 @@ def read_tags(table: Table, field: str) -> tuple[str, ...]:
 def _read_release(table: Table, field: str) -> str | None:
     """Read one exact release, such as that of `derives-from`; None if the field is missing."""
     text = table.text(field, None)
-    if text is None:
-        return None
-    release = table.value(field, Requirement.parse)
-    if release.constraint.pinned is None:
+    return None if text is None else _check_release(text, table.where(field))
+
+
+def _read_merges(expert: Table) -> tuple[str, ...]:
+    """Read `merges`: several exact releases, or none."""
+    return tuple(
+        _check_release(text, expert.where(f"merges[{i}]"))
+        for i, text in enumerate(expert.texts("merges"))
+    )
+
+
+def _check_release(text: str, where: str) -> str:
+    """Return a text as `NAME@VERSION` if it names one release."""
+    try:
+        found = Requirement.parse(text)
+    except PackagingError as error:
+        raise ManifestError(error.message, where=where, hint=error.hint) from error
+    if found.constraint.pinned is None:
         raise ManifestError(
             f"{text!r} is not one release, expected an exact version",
-            where=table.where(field),
-            hint=f"write '{release.name}@1.2.0'",
+            where=where,
+            hint=f"write '{found.name}@1.2.0'",
         )
-    return f"{release.name}@{release.constraint.pinned}"
+    return f"{found.name}@{found.constraint.pinned}"
 
 
 def _read_body(table: Table) -> BodySpec:

@@ -17,6 +17,7 @@ from composable.packaging.manifests.manifest import (
     EXPERT_FILE,
     EXPERT_FILES,
     SCOUT_FILE,
+    STATISTICS_FILE,
     Manifest,
     PackageFile,
 )
@@ -68,6 +69,10 @@ def pack_expert(directory: Path, *, interface: RouterInterface | None = None) ->
             hint="leave out [[files]]: packing fills it in",
         )
     check_expert_tensors(directory, packed, interface=interface)
+    if any(file.name == STATISTICS_FILE for file in files):
+        from composable.packaging.manifests.statistics import check_statistics
+
+        check_statistics(directory, manifest.scout_width, interface)
     return packed
 
 

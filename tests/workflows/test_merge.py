@@ -1,0 +1,157 @@
+"""Merging experts: what is chosen, written, and refused."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from composable.assembly.experts import load_expert
+from composable.corpora.documents import Document
+from composable.errors import MergeError
+from composable.packaging.manifests.manifest import Manifest
+from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.versions.version import Version
+from composable.workflows.expert_matrices import to_matrices
+from composable.workflows.merge import UnmergedError, merge_experts
+from composable.workflows.merge_page import write_page
+from composable.workflows.statistics import write_statistics
+from tests.support.families import write_family
+from tests.support.tiny import PRIVATE_WORDS, PUBLIC_WORDS
+
+
+@pytest.fixture(scope="module")
+def texts(tiny):
+    words = {"ours": PRIVATE_WORDS, "theirs": PUBLIC_WORDS}
+    return {
+        name: [Document(str(i), tiny.text(words[name], seed=i, length=30)) for i in range(4)]
+        for name in words
+    }
+
+
+def describe(loaded, folders, texts):
+    for folder in folders[1:]:
+        write_statistics(loaded, folder, load_expert(loaded, folder), texts[folder.name])
+
+
+def change(folder, **fields):
+    path = folder / "expert.toml"
+    path.write_text(dataclasses.replace(Manifest.read(folder), **fields).to_toml())
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora"])
+def test_small_changes_merge_by_text(loaded, texts, tmp_path, kind):
+    base, *sides = write_family(tmp_path, loaded, noise=0.002, kind=kind)
+    change(sides[0], license="Apache-2.0", domains=("noise", "more"))
+    out = tmp_path / "out"
+    report = merge_experts(loaded, base, sides, out, texts=texts)
+    assert report.is_good and report.evidence == "text" and report.release == "base@1.1.0"
+    assert {row.method for row in report.tried["body"]} == {"linear", "ties", "dare", "low-rank"}
+    worst = [row.worst for row in report.tried["body"]]
+    assert worst == sorted(worst)
+    manifest = pack_expert(out, interface=loaded.interface)
+    assert manifest.derives_from == "base@1.0.0"
+    assert manifest.merges == ("ours@1.0.0", "theirs@1.0.0")
+    assert manifest.license == "(MIT) AND (Apache-2.0)" and manifest.domains == ("noise", "more")
+    merged, root = (to_matrices(loaded, load_expert(loaded, folder)) for folder in (out, base))
+    assert not np.array_equal(merged["scout.w_in"], root["scout.w_in"])
+    assert (out / ".work" / "heldout.jsonl").exists()
+
+
+def test_small_changes_merge_by_statistics(loaded, texts, tmp_path):
+    base, *sides = folders = write_family(tmp_path, loaded, noise=0.002)
+    describe(loaded, folders, texts)
+    report = merge_experts(loaded, base, sides, tmp_path / "out", methods=["regmean", "fisher"])
+    assert report.evidence == "statistics"
+    assert {row.method for row in report.tried["scout"]} == {"fisher", "regmean"}
+    assert report.tried["body"][0].changes.keys() == {"ours@1.0.0", "theirs@1.0.0"}
+    assert report.chosen["body"] == str(report.tried["body"][0].candidate)
+
+
+def test_a_conflict_is_reported_and_nothing_is_written(loaded, texts, tmp_path):
+    base, *sides = folders = write_family(tmp_path, loaded, noise=3.0)
+    describe(loaded, folders, texts)
+    with pytest.raises(UnmergedError, match="no method gives") as caught:
+        merge_experts(loaded, base, sides, tmp_path / "out")
+    report = caught.value.report
+    assert not (tmp_path / "out").exists() and "--method group" in caught.value.hint
+    assert any(judgement.is_worse for judgement in report.judgements)
+    assert {c.name.split(".")[0] for c in report.conflicts} == {"body", "scout"}
+    assert max(max(c.losses.values()) for c in report.conflicts) > 0
+    write_page(tmp_path / "page.html", report)
+    page = (tmp_path / "page.html").read_text()
+    assert "Conflict" in page and "<circle" in page and "scout.w_in" in page
+
+
+def test_a_group_requires_its_sides_and_keeps_the_base(loaded, tmp_path):
+    base, *sides = write_family(tmp_path, loaded, noise=3.0)
+    out = tmp_path / "out"
+    report = merge_experts(loaded, base, sides, out, methods=["group"])
+    manifest = pack_expert(out, interface=loaded.interface)
+    assert {name: str(range_) for name, range_ in manifest.requires.items()} == {
+        "ours": "^1.0.0",
+        "theirs": "^1.0.0",
+    }
+    assert manifest.version == Version("1.1.0") and report.chosen["scout"] == "group"
+    for file in ("body.safetensors", "scout.safetensors"):
+        assert (out / file).read_bytes() == (base / file).read_bytes()
+
+
+def test_a_group_of_releases_of_one_package_is_refused(loaded, tmp_path):
+    base, ours, theirs = write_family(tmp_path, loaded)
+    change(theirs, name="ours", version=Version("1.1.0"))
+    with pytest.raises(MergeError, match="different names"):
+        merge_experts(loaded, base, [ours, theirs], tmp_path / "out", methods=["group"])
+
+
+REFUSED = {
+    "another base": (
+        {"derives_from": "base@0.9.0"},
+        "derives from base@0.9.0, expected base@1.0.0",
+    ),
+    "no base": ({"derives_from": None}, "derives from no release"),
+    "the same release": ({"name": "ours"}, "ours@1.0.0 is given twice"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_manifests_that_do_not_go_together_are_refused(loaded, tmp_path, case):
+    fields, message = REFUSED[case]
+    base, *sides = write_family(tmp_path, loaded)
+    change(sides[1], **fields)
+    with pytest.raises(MergeError, match=message):
+        merge_experts(loaded, base, sides, tmp_path / "out")
+
+
+def test_other_interfaces_kinds_and_equal_tensors_are_refused(loaded, texts, tmp_path):
+    base, ours, theirs = write_family(tmp_path, loaded)
+    out = tmp_path / "out"
+    need = Manifest.read(theirs).interface
+    change(theirs, interface=dataclasses.replace(need, name="other"))
+    with pytest.raises(MergeError, match="router interface other"):
+        merge_experts(loaded, base, [ours, theirs], out)
+    change(theirs, interface=dataclasses.replace(need, digest="sha256:" + "0" * 64))
+    with pytest.raises(MergeError, match="another version of the interface"):
+        merge_experts(loaded, base, [ours, theirs], out)
+    low = write_family(tmp_path / "low", loaded, kind="lora")[2]
+    with pytest.raises(MergeError, match=r"a lora body of rank 2.*a ffn body") as caught:
+        merge_experts(loaded, base, [ours, low], out)
+    assert "can be merged" in caught.value.hint
+    change(theirs, interface=need)
+    for file in ("body.safetensors", "scout.safetensors"):
+        shutil.copy(ours / file, theirs / file)
+    with pytest.raises(MergeError, match="same tensors as ours"):
+        merge_experts(loaded, base, [ours, theirs], out)
+    with pytest.raises(MergeError, match="two at least"):
+        merge_experts(loaded, base, [ours], out)
+    with pytest.raises(MergeError, match="not a method"):
+        merge_experts(loaded, base, [ours, theirs], out, methods=["mean"])
+
+
+def test_without_evidence_nothing_is_merged(loaded, texts, tmp_path):
+    base, *sides = write_family(tmp_path, loaded)
+    with pytest.raises(MergeError, match=r"no statistics were published by ours@1.0.0") as caught:
+        merge_experts(loaded, base, sides, tmp_path / "out")
+    assert "--data ours=FILES" in caught.value.hint
+    with pytest.raises(MergeError, match="fisher needs the statistics"):
+        merge_experts(loaded, base, sides, tmp_path / "out", texts=texts, methods=["fisher"])
