@@ -75,9 +75,9 @@ def merge(
     the text of any side: the text of --data, or else what the statistics that every side published
     predict.
 
-    If the merged expert would be worse than a side on any text, nothing is written and a conflict is
-    reported, with exit code 1. The method group keeps all sides: the release that it writes requires
-    them. It is the last resort where there is text, and can be asked for without.
+    If the merged expert would be worse than a side on any text, nothing is written and a conflict
+    is reported, with exit code 1. The method group keeps all sides: the release that it writes
+    requires them. It is the last resort where there is text, and can be asked for without.
     """
     from composable.assembly.backbones import load_backbone
     from composable.assembly.load import default_backbone

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Final, Literal
 
@@ -234,31 +234,83 @@ def merge_experts(
         PackagingError: If a folder holds no valid expert, or `out` is in use.
     """
     require_empty_folder(out)
+    comparison = compare_methods(
+        loaded, base, sides, texts=texts, methods=methods, name=name, progress=progress
+    )
+    if not comparison.report.is_good:
+        raise UnmergedError(comparison.report, _advise(comparison))
+    comparison.write(out)
+    return comparison.report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The best merged expert, whether it is good enough or not.
+
+    Args:
+        report: What was tried, and what was chosen.
+        manifest: Manifest of the merged expert.
+        expert: The expert; of a group, the base.
+        texts: The text that it was judged on; none if statistics decided.
+    """
+
+    report: MergeReport
+    manifest: Manifest
+    expert: Pluggable
+    texts: Mapping[str, Sequence[Document]]
+
+    def write(self, out: Path) -> None:
+        """Write the expert's folder.
+
+        Args:
+            out: The folder. The text given is what `composable check` scores the expert on.
+        """
+        atomic.make_directory(out)
+        write_tensors(out / BODY_FILE, to_tensors(self.expert.body, self.manifest.body.dtype))
+        write_tensors(out / SCOUT_FILE, to_tensors(self.expert.scout))
+        if self.texts:
+            atomic.make_directory(out / WORK)
+            write_documents(out / WORK / HELDOUT_FILE, list(_mix_texts(self.texts)))
+        atomic.write_text(out / "README.md", _describe(self.manifest, self.report))
+        atomic.write_text(out / EXPERT_FILE, self.manifest.to_toml())
+
+
+def compare_methods(
+    loaded: LoadedBackbone,
+    base: Path,
+    sides: Sequence[Path],
+    *,
+    texts: Mapping[str, Sequence[Document]] | None = None,
+    methods: Sequence[str] | None = None,
+    name: str | None = None,
+    progress: CountProgress | None = None,
+) -> Comparison:
+    """Return the best merged expert with what the evidence says of it, and write nothing.
+
+    Arguments and errors are those of `merge_experts`, except that a conflict is returned: its
+    report is not good.
+    """
     wanted = _check_methods(methods)
     root, members = _read_all(loaded, base, sides)
-    name = name or root.manifest.name
+    name, texts = name or root.manifest.name, texts or {}
     merged = [method for method in wanted if method != GROUP]
     may_group = GROUP in wanted and (bool(texts) or methods is not None)
-    if not texts and any(side.statistics is None for side in members) and merged:
+    if not texts and merged and any(side.statistics is None for side in members):
         _refuse_without_evidence(members)
     scored = {
-        label: prepare_text(loaded, documents[:MAX_DOCUMENTS])
-        for label, documents in (texts or {}).items()
+        label: prepare_text(loaded, documents[:MAX_DOCUMENTS]) for label, documents in texts.items()
     }
-    judge = _Judge(loaded, root, members, scored, progress)
-    report, expert = judge.choose(merged, name) if merged else (None, None)
+    report, expert = None, root.expert
+    if merged:
+        report, expert = _Judge(loaded, root, members, scored, progress).choose(merged, name)
     if (report is None or not report.is_good) and may_group:
-        grouped = _judge_group(loaded, root, members, texts or {}, name, report)
+        grouped = _judge_group(loaded, root, members, texts, name, report)
         if grouped.is_good or report is None:
             report, expert = grouped, root.expert
     assert report is not None  # there is a method
-    if not report.is_good:
-        raise UnmergedError(report, _advise(members, name, is_tried=may_group))
-    assert expert is not None
     manifest = _make_manifest(loaded, root, members, name, report)
     report = dataclasses.replace(report, release=f"{manifest.name}@{manifest.version}")
-    _write(out, manifest, expert, report, texts or {})
-    return report
+    return Comparison(report=report, manifest=manifest, expert=expert, texts=texts)
 
 
 def _check_methods(methods: Sequence[str] | None) -> tuple[str, ...]:
@@ -591,9 +643,9 @@ def _judge_group(
     )
 
 
-def _advise(members: Sequence[_Side], name: str, *, is_tried: bool) -> str:
-    if is_tried:
-        return "install the sides one beside the other, or have one side trained further"
+def _advise(comparison: Comparison) -> str:
+    if comparison.texts:
+        return "install the sides one beside the other, or train one of them further"
     return (
         "give held-out text with --data, by which more can be told apart, or keep all sides behind "
         f"one name with --method {GROUP}"
@@ -691,37 +743,11 @@ def _join_licenses(manifests: Sequence[Manifest]) -> str:
     return parse_license(" AND ".join(f"({text})" for text in licenses))
 
 
-def _write(
-    out: Path,
-    manifest: Manifest,
-    expert: Pluggable,
-    report: MergeReport,
-    texts: Mapping[str, Sequence[Document]],
-) -> None:
-    """Write the folder of the merged expert; the text given is what `check` scores it on."""
-    atomic.make_directory(out)
-    write_tensors(out / BODY_FILE, to_tensors(expert.body, manifest.body.dtype))
-    write_tensors(out / SCOUT_FILE, to_tensors(expert.scout))
-    if texts:
-        atomic.make_directory(out / WORK)
-        write_documents(
-            out / WORK / HELDOUT_FILE,
-            [
-                dataclasses.replace(document, id=f"{label}/{document.id}")
-                for group in zip(*_evenly(texts), strict=True)
-                for label, document in group
-            ],
-        )
-    atomic.write_text(out / "README.md", _describe(manifest, report))
-    atomic.write_text(out / EXPERT_FILE, manifest.to_toml())
-
-
-def _evenly(
-    texts: Mapping[str, Sequence[Document]],
-) -> list[list[tuple[str, Document]]]:
-    """Return as many documents of each text, so that the first of all are of every text."""
-    n = min(len(documents) for documents in texts.values())
-    return [[(label, document) for document in texts[label][:n]] for label in texts]
+def _mix_texts(texts: Mapping[str, Sequence[Document]]) -> Iterator[Document]:
+    """Yield documents of all texts in turn: vetting reads the first ones alone."""
+    for group in zip_longest(*([(label, d) for d in texts[label]] for label in texts)):
+        for label, document in filter(None, group):
+            yield dataclasses.replace(document, id=f"{label}/{document.id}")
 
 
 def _describe(manifest: Manifest, report: MergeReport) -> str:

@@ -1,4 +1,4 @@
-"""Experts that derive from one: a base of random numbers, and sides that differ from it by noise."""
+"""Experts that derive from one: a base of random numbers, and sides that differ by noise."""
 
 import dataclasses
 
