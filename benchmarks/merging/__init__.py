@@ -1,0 +1,1 @@
+"""What do four contributors of one domain lose by being merged into one expert?"""

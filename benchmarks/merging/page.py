@@ -1,0 +1,158 @@
+"""The tables and plots of `docs/results/merging.md`, from the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.demo_seeds import fill
+
+
+def write_docs(results: Mapping[str, Any], folder: Path) -> None:
+    """Fill in the page, and write a plot of every setting beside it."""
+    texts = {}
+    for name, result in results.items():
+        if name == "smoke":
+            continue
+        texts[name] = _methods_table(result) + _agreement_table(result) + _rounds_table(result)
+        _plot(result, folder / f"merging_{name.replace('-', '_')}.png", name)
+    fill(folder / "merging.md", texts)
+
+
+def _seeds(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(result["seeds"].values())
+
+
+def _means(result: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return the mean bits per byte over parts of every row, by seed."""
+    found: dict[str, list[float]] = {}
+    for seed in _seeds(result):
+        for name, row in seed["rows"].items():
+            found.setdefault(name, []).append(float(np.mean(list(row.values()))))
+    return found
+
+
+def _methods_table(result: Mapping[str, Any]) -> str:
+    means = _means(result)
+    n = len(_seeds(result))
+    lines = [
+        f"| bits per byte, mean of four parts, {n} seed{'s' * (n > 1)} | mean | range |",
+        "|---|---|---|",
+    ]
+    for name, values in sorted(means.items(), key=lambda item: float(np.mean(item[1]))):
+        lines.append(f"| {name} | {np.mean(values):.3f} | {min(values):.3f}–{max(values):.3f} |")
+    seeds = _seeds(result)
+    pairs = [pair for seed in seeds for pair in seed["pairs"]]
+    fours = [seed["worse_than_a_side"] for seed in seeds]
+    refused = [seed["refused"] for seed in seeds]
+    counts = [
+        f"Merges of two: {len(pairs)}, of which held-out text refuses "
+        f"{sum(pair['refused'] for pair in pairs)}. {_count(pairs)}",
+        f"Merges of four: {len(fours)}, of which held-out text refuses "
+        f"{sum(row['text'] for row in refused)} and statistics "
+        f"{sum(row['statistics'] for row in refused)}. {_count(fours)}",
+    ]
+    return "\n".join([*lines, "", *counts]) + "\n"
+
+
+def _count(rows: list[Any]) -> str:
+    return (
+        f"On test text the merged expert is worse than a side, beyond noise, on "
+        f"{sum(row['worse'] for row in rows)} of {sum(row['of'] for row in rows)} pairs of text "
+        "and side."
+    )
+
+
+def _agreement_table(result: Mapping[str, Any]) -> str:
+    lines = [
+        "\n| choice by statistics | rank correlation with text | best by text | its choice, on text"
+        " | as it predicted | median candidate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, seed in result["seeds"].items():
+        for part, row in seed["agreement"].items():
+            lines.append(
+                f"| {part}, seed {number} | {row['rank_correlation']:.2f} | {row['best']:+.1%} "
+                f"| {row['of_statistics_choice']:+.1%} | {row['predicted']:+.1%} "
+                f"| {row['median']:+.1%} |"
+            )
+    sizes = _seeds(result)[0]["bytes"]
+    share = sizes["statistics"] / sizes["expert"]
+    return "\n".join(lines) + (
+        f"\n\nChange of the loss on the part where it is largest. Statistics take "
+        f"{sizes['statistics'] / 1e3:.0f} kB, {share:.1%} of an expert's tensors.\n"
+    )
+
+
+def _rounds_table(result: Mapping[str, Any]) -> str:
+    seeds = [seed for seed in _seeds(result) if "rounds" in seed]
+    stamp = f"\n*{result['machine']}; {result['date']}.*\n"
+    if not seeds:
+        return stamp
+    n_rounds = len(seeds[0]["rounds"])
+    lines = [
+        "\n| round | bits per byte | range | refused |",
+        "|---|---|---|---|",
+    ]
+    for number in range(n_rounds):
+        bits = [float(np.mean(list(s["rounds"][number]["bits"].values()))) for s in seeds]
+        refused = sum(s["rounds"][number]["refused"] for s in seeds)
+        lines.append(
+            f"| {number} | {np.mean(bits):.3f} | {min(bits):.3f}–{max(bits):.3f} "
+            f"| {refused} of {len(seeds)} |"
+        )
+    alone = [float(np.mean(list(s["alone"].values()))) for s in seeds]
+    lines.append(
+        f"| one alone, {n_rounds - 1} rounds | {np.mean(alone):.3f} "
+        f"| {min(alone):.3f}–{max(alone):.3f} | |"
+    )
+    return "\n".join(lines) + "\n" + stamp
+
+
+def _plot(result: Mapping[str, Any], path: Path, name: str) -> None:
+    """Draw every row, and bits per byte over rounds."""
+    means = _means(result)
+    order = sorted(means, key=lambda row: -float(np.mean(means[row])))
+    has_rounds = any("rounds" in seed for seed in _seeds(result))
+    figure, axes = plt.subplots(
+        1, 1 + has_rounds, figsize=(6.5 * (1 + has_rounds), 0.3 * len(order) + 1.5), squeeze=False
+    )
+    axis = axes[0][0]
+    for place, row in enumerate(order):
+        colour = "tab:blue" if row.startswith("merged") else "0.5"
+        axis.plot(means[row], [place] * len(means[row]), "o", color=colour, alpha=0.5, ms=5)
+        axis.plot(np.mean(means[row]), place, "|", color=colour, ms=14, mew=2)
+    axis.set_yticks(range(len(order)), order)
+    axis.set_xlabel("bits per byte, mean of four parts (points: seeds)")
+    axis.set_title(name, fontsize=10)
+    if has_rounds:
+        _draw_rounds(axes[0][1], [seed for seed in _seeds(result) if "rounds" in seed])
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_rounds(axis: Any, seeds: list[Mapping[str, Any]]) -> None:
+    for seed in seeds:
+        bits = [float(np.mean(list(row["bits"].values()))) for row in seed["rounds"]]
+        axis.plot(range(len(bits)), bits, "o-", color="tab:blue", alpha=0.6)
+        last = len(bits) - 1
+        alone = float(np.mean(list(seed["alone"].values())))
+        axis.plot(last, alone, "x", color="tab:red")
+        every = float(np.mean(list(seed["rows"]["trained on all parts"].values())))
+        axis.plot(1, every, "s", color="0.5", ms=5)
+    axis.plot([], [], "o-", color="tab:blue", label="merged after each round")
+    axis.plot([], [], "s", color="0.5", label="trained on all parts, the steps of one round")
+    axis.plot([], [], "x", color="tab:red", label="one contributor alone")
+    axis.set_xlabel("round")
+    axis.set_ylabel("bits per byte, mean of four parts")
+    axis.legend(frameon=False, fontsize=8)
