@@ -99,7 +99,7 @@ def check(
     if --against requires a larger version bump than the one in expert.toml. Of many processes, the
     first one checks.
 
-    With --statistics, an expert that passes also gets statistics.safetensors: figures about that
+    With --statistics, the expert also gets statistics.safetensors: figures about that
     text, from which others can merge the expert without the text. The contributor guide describes
     what they reveal. To publish without them, delete the file.
     """
@@ -132,7 +132,7 @@ def check(
         verdict = check_expert(
             loaded, folder, files, peers=peers, previous=previous, progress=progress
         )
-    if statistics and verdict.passed:
+    if statistics and verdict.evidence is not None:
         from composable.workflows.vet import write_heldout_statistics
 
         with bars.show_counts("statistics", is_quiet=is_quiet) as progress:

@@ -18,8 +18,10 @@ from composable.model.layers import swiglu
 from composable.model.scout import class_log_probs
 from composable.vetting.evaluation import BATCH
 
-# Positions of each document, from its start, at most.
+# Positions of each document, from its start, at most; rows are padded to a multiple of the second,
+# so that few programs serve texts of any length.
 _WINDOW = 512
+_MULTIPLE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ def prepare_text(loaded: LoadedBackbone, documents: Sequence[Document]) -> Score
         raise TextError("there are no documents to judge on, or one is empty")
     window = min(_WINDOW, loaded.backbone.cfg.context)
     rows = [loaded.tokenizer.encode(text)[: window + 1] for text in texts]
+    longest = max(len(tokens_T) for tokens_T in rows) - 1
+    window = min(window, -(-longest // _MULTIPLE) * _MULTIPLE)
     batches = []
     for start in range(0, len(rows), BATCH):
         tokens_BU = np.zeros((BATCH, window + 1), np.int32)

@@ -7,7 +7,7 @@ from tests.support.families import write_family
 
 @pytest.fixture
 def family(tiny_backbone, tmp_path):
-    """Write a base and two sides; return the arguments that name them, and their loaded backbone."""
+    """Return a function that writes a base and two sides, and returns the arguments for them."""
     from composable.assembly.backbones import load_backbone
 
     def make(**options):
@@ -32,11 +32,12 @@ def test_merge_by_text(works, family, tmp_path):
     assert 'merges = ["ours@1.0.0", "theirs@1.0.0"]' in (tmp_path / "out/expert.toml").read_text()
 
 
-def test_merge_by_statistics_and_conflicts(cli, works, family, tmp_path):
+def test_merge_by_statistics_and_conflicts(cli, family, tmp_path):
     arguments = family(noise=3.0)
     backbone = arguments[-2:]
     for side in arguments[1:3]:
-        works("check", side, "--data", f"{side.name}.txt", "--statistics", *backbone)
+        outcome = cli("check", side, "--data", f"{side.name}.txt", "--statistics", *backbone)
+        assert "will publish" in outcome.err and (side / "statistics.safetensors").exists()
     command = ("merge", *arguments, "--method", "regmean", "--html", "page.html")
     outcome = cli(*command)
     assert outcome.code == 1 and "no method gives" in outcome.err
