@@ -11,7 +11,7 @@ from composable.interface import DIMS
 ROOT = Path(__file__).parents[1] / "composable"
 FILES = sorted(
     path
-    for room in ("model", "kernels", "training", "vetting")
+    for room in ("model", "kernels", "merging", "training", "vetting")
     for path in (ROOT / room).glob("*.py")
 )
 # `x_BTD`; a 1 is a dimension of size one, as in `weight_BT1`.

@@ -13,6 +13,7 @@ ROOMS = (
     "progress",
     "interface",
     "files",
+    "merging",
     "packaging.versions",
     "packaging.manifests",
     # The port alone: what signs files, and what lists releases, both use it.
@@ -51,6 +52,7 @@ MEETINGS = {
 # only here, because of what they save when a command starts.
 LATE_IMPORTS = {
     "packaging.manifests.packing": "only publishing checks tensors, which loads NumPy",
+    "packaging.manifests.statistics": "only publishing and merging read tensors, which loads NumPy",
     "packaging.project.locking": "a project in sync needs no resolver; only a policy a backbone",
     "packaging.registry.registry": "only a signed registry needs TUF",
     "packaging.registry.locations": "a folder needs no HTTP client and no cloud library",
@@ -85,6 +87,7 @@ READERS = {
     "workflows.capacity": "a file of the kernel",
     "workflows.diff_page": "a resource of this package",
     "workflows.goodput": "a resource of this package",
+    "workflows.merge_page": "a resource of this package",
     "workflows.pretrain": "a file of our own",
     "workflows.review_page": "a resource of this package",
     "workflows.smollm2": "a package whose digest was checked",

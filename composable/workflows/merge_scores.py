@@ -81,11 +81,11 @@ def prepare_text(loaded: LoadedBackbone, documents: Sequence[Document]) -> Score
     rows = [loaded.tokenizer.encode(text)[: window + 1] for text in texts]
     longest = max(len(tokens_T) for tokens_T in rows) - 1
     window = min(window, -(-longest // _MULTIPLE) * _MULTIPLE)
-    batches = []
-    for start in range(0, len(rows), BATCH):
-        tokens_BU = np.zeros((BATCH, window + 1), np.int32)
-        is_scored_BT = np.zeros((BATCH, window), bool)
-        for i, tokens_T in enumerate(rows[start : start + BATCH]):
+    batches, size = [], min(BATCH, len(rows))
+    for start in range(0, len(rows), size):
+        tokens_BU = np.zeros((size, window + 1), np.int32)
+        is_scored_BT = np.zeros((size, window), bool)
+        for i, tokens_T in enumerate(rows[start : start + size]):
             tokens_BU[i, : len(tokens_T)] = tokens_T
             is_scored_BT[i, : len(tokens_T) - 1] = True
         x_BTD = _tap(loaded.backbone, tokens_BU[:, :-1])

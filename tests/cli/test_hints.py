@@ -510,9 +510,14 @@ COVERED = {
 # Commands that a message names without offering them as the cure of an error.
 NAMED = {
     ("cli.look", "why"),  # shows who asks for a release that cannot be replaced
+    ("cli.contribute", "publish"),  # what will be done with statistics
     ("cli.project", "export"),  # the page of help that explains `sync --from`
     ("model.text", "generate"),  # what else there is for a model that cannot chat
     ("packaging.install.mirror", "registry"),  # what an administrator of a server runs there
+    # What the author of an expert does, who has its text; run in tests/cli/test_merge.py.
+    ("packaging.manifests.statistics", "check"),
+    ("workflows.merge", "check"),
+    ("workflows.statistics", "check"),
     ("packaging.registry.cache", "export"),
     ("packaging.registry.http", "registry"),  # what else could be published to
     # What an operator or a publisher does on another machine; run in tests/cli/test_signing.py.
