@@ -106,8 +106,8 @@ class Judgement:
     Args:
         text: The text.
         side: The side that it is compared with.
-        before: Loss of the side: bits per byte in mix mode, or nats per token of the part that
-            grows most in `side`'s statistics.
+        before: Loss of the side: bits per byte in mix mode, or from its statistics nats per token
+            of its body.
         after: The same of the merged expert.
         is_worse: Whether it is worse beyond noise and beyond what matters.
     """
@@ -532,19 +532,16 @@ class _Judge:
             )
             return
         for side in self._sides:
-            changes = self._predict(side, matrices)
-            grown = {
-                part: sum(x for name, x in changes.items() if name.startswith(part))
-                for part in PARTS
-            }
-            part = max(PARTS, key=lambda part: grown[part] / _own_nats(side, part))
-            before = _own_nats(side, part)
+            # The loss of a scout is predicted in order, but many times too large: its changes are
+            # far outside the range of a quadratic (docs/results/merging.md).
+            before, change = _own_nats(side, "body"), self._measure("body", matrices, {})
+            grown = change[side.release]
             yield Judgement(
                 text=side.release,
                 side=side.release,
                 before=before,
-                after=before + grown[part],
-                is_worse=grown[part] > MAX_PREDICTED * before,
+                after=before * (1 + grown),
+                is_worse=grown > MAX_PREDICTED,
             )
 
     def _find_conflicts(self, matrices: Matrices) -> Iterator[Conflict]:
