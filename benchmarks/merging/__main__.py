@@ -5,8 +5,8 @@
 
 The merged expert beside the best single one, all four installed, and one trained on all parts with
 as many steps; every method; how well the statistics' choice agrees with the text's; and rounds of
-merging from a moving base. Seeds that FILE has already are not measured again, and trainings in the
-working folder are not repeated, so a run that was stopped goes on.
+merging from a moving base. What FILE has already is not measured again, and trainings in the working
+folder are not repeated, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import jax
 
 from benchmarks.merging.community import SETTINGS
 from benchmarks.merging.page import write_docs
-from benchmarks.merging.run import measure_seed
+from benchmarks.merging.run import measure_one_merge, measure_rounds
 from composable.assembly.backbones import load_backbone
 from composable.files import atomic
 
@@ -49,15 +50,17 @@ def main() -> None:
         parser.error(f"{arguments.json} has {arguments.setting} with another setting: remove it")
     loaded = load_backbone(arguments.backbone)
     start = time.perf_counter()
-    for seed in arguments.seeds:
-        if str(seed) in known["seeds"]:
+    for seed, measure in product(arguments.seeds, (measure_one_merge, measure_rounds)):
+        found = known["seeds"].setdefault(str(seed), {})
+        is_rounds = measure is measure_rounds
+        if ("rounds" if is_rounds else "rows") in found or (is_rounds and not setting.rounds):
             continue
 
         def log(line: str, seed: int = seed) -> None:
             print(f"{time.perf_counter() - start:6.0f} s  seed {seed}: {line}", flush=True)
 
         work = arguments.work / arguments.setting / str(seed)
-        known["seeds"][str(seed)] = measure_seed(loaded, setting, seed, work, log)
+        found |= measure(loaded, setting, seed, work, log)
         known |= {
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, virtual machine, "
             f"{jax.devices()[0].platform}, jax {jax.__version__}, "

@@ -21,8 +21,14 @@ def write_docs(results: Mapping[str, Any], folder: Path) -> None:
     for name, result in results.items():
         if name == "smoke":
             continue
-        texts[name] = _methods_table(result) + _agreement_table(result) + _rounds_table(result)
-        _plot(result, folder / f"merging_{name.replace('-', '_')}.png", name)
+        image = f"merging_{name.replace('-', '_')}.png"
+        texts[name] = (
+            f"![Bits per byte of every way, and over rounds]({image})\n\n"
+            + _methods_table(result)
+            + _agreement_table(result)
+            + _rounds_table(result)
+        )
+        _plot(result, folder / image, name)
     fill(folder / "merging.md", texts)
 
 

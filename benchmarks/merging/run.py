@@ -38,10 +38,10 @@ from composable.workflows.statistics import read_statistics, write_statistics
 Log = Callable[[str], None]
 
 
-def measure_seed(
+def measure_one_merge(
     loaded: LoadedBackbone, setting: Setting, seed: int, work: Path, log: Log
 ) -> dict[str, Any]:
-    """Return the figures of one seed."""
+    """Return the figures of one merge of four contributors."""
     start = time.perf_counter()
     first, parts = cut_parts(setting, seed)
     tests = {f"part-{i}": part.test for i, part in enumerate(parts)}
@@ -107,8 +107,6 @@ def measure_seed(
         },
     }
     log("measured pairs")
-    if setting.rounds:
-        found |= _measure_rounds(loaded, setting, seed, work, log, table, rows["base"])
     return {**found, "seconds": round(time.perf_counter() - start)}
 
 
@@ -210,22 +208,20 @@ def _measure_pair(
     }
 
 
-def _measure_rounds(
-    loaded: LoadedBackbone,
-    setting: Setting,
-    seed: int,
-    work: Path,
-    log: Log,
-    table: _Table,
-    start: Mapping[str, float],
+def measure_rounds(
+    loaded: LoadedBackbone, setting: Setting, seed: int, work: Path, log: Log
 ) -> dict[str, Any]:
     """Return figures of rounds: all contributors train from one base, and are merged into the next.
 
     Beside it one contributor that trains alone for as many rounds. A merge that would be refused is
     counted, and is the next base all the same.
     """
+    start = time.perf_counter()
     _, parts = cut_parts(setting, seed)
-    base, rows = work / "base", [{"bits": _round(start), "refused": False}]
+    table = _Table(loaded, {f"part-{i}": part.test for i, part in enumerate(parts)})
+    base = work / "base"
+    first = table.score(loaded.plug([load_expert(loaded, base)]))
+    rows: list[dict[str, Any]] = [{"bits": _round(first), "refused": False}]
     for number in range(1, setting.rounds + 1):
         place = work if number == 1 else work / f"round-{number}"
         sides = [
@@ -262,6 +258,7 @@ def _measure_rounds(
     log("trained one alone")
     return {
         "rounds": rows,
+        "rounds_seconds": round(time.perf_counter() - start),
         "alone": _round(table.score(loaded.plug([load_expert(loaded, alone)]))),
     }
 
