@@ -5,8 +5,8 @@
 
 The merged expert beside the best single one, all four installed, and one trained on all parts with
 as many steps; every method; how well the statistics' choice agrees with the text's; and rounds of
-merging from a moving base. What FILE has already is not measured again, and trainings in the working
-folder are not repeated, so a run that was stopped goes on.
+merging from a moving base. What FILE has already is not measured again, and trainings in the
+working folder are not repeated, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
