@@ -44,6 +44,7 @@ from composable.packaging.registry.compatibility import (
     next_version,
 )
 from composable.packaging.versions.constraint import Constraint
+from composable.packaging.versions.names import check_package_name
 from composable.packaging.versions.version import Version
 from composable.progress import CountProgress
 from composable.vetting.card import tensor_digests
@@ -292,7 +293,8 @@ def compare_methods(
     """
     wanted = _check_methods(methods)
     root, members = _read_all(loaded, base, sides)
-    name, texts = name or root.manifest.name, texts or {}
+    name = check_package_name(name or root.manifest.name, "--name")
+    texts = texts or {}
     merged = [method for method in wanted if method != GROUP]
     may_group = GROUP in wanted and (bool(texts) or methods is not None)
     if not texts and merged and any(side.statistics is None for side in members):
@@ -699,9 +701,10 @@ def _make_manifest(
         derives_from=base.release,
         merges=tuple(side.release for side in sides),
         requires=requires,
-        conflicts=_join_ranges([manifest.conflicts for manifest in manifests]),
+        conflicts=_join_conflicts(manifests),
         training=Training(data=f"Merged from {', '.join(report.sides)} ({how})."),
         origin=None,
+        provenance=None,
         files=(),
     )
     return dataclasses.replace(merged, version=_propose_version(old, merged, manifests))
@@ -728,6 +731,21 @@ def _join_ranges(tables: Sequence[Mapping[str, Constraint]]) -> dict[str, Constr
             if str(range_) not in found.setdefault(name, []):
                 found[name].append(str(range_))
     return {name: Constraint(", ".join(ranges)) for name, ranges in found.items()}
+
+
+def _join_conflicts(manifests: Sequence[Manifest]) -> dict[str, Constraint]:
+    """Return the conflicts of all; a range cannot stand for either of two ranges."""
+    found: dict[str, Constraint] = {}
+    for manifest in manifests:
+        for name, range_ in manifest.conflicts.items():
+            if found.setdefault(name, range_) != range_:
+                raise MergeError(
+                    f"{manifest.name}@{manifest.version} conflicts with {name} {range_}, another "
+                    f"with {name} {found[name]}",
+                    where=f"{manifest.name}@{manifest.version}: conflicts.{name}",
+                    hint="give both the same range",
+                )
+    return found
 
 
 def _join_licenses(manifests: Sequence[Manifest]) -> str:

@@ -11,6 +11,7 @@ from composable.corpora.documents import Document
 from composable.errors import MergeError
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.version import Version
 from composable.workflows.expert_matrices import to_matrices
 from composable.workflows.merge import UnmergedError, merge_experts
@@ -146,6 +147,22 @@ def test_other_interfaces_kinds_and_equal_tensors_are_refused(loaded, texts, tmp
         merge_experts(loaded, base, [ours], out)
     with pytest.raises(MergeError, match="not a method"):
         merge_experts(loaded, base, [ours, theirs], out, methods=["mean"])
+
+
+def test_what_sides_state_is_joined_or_refused(loaded, tmp_path):
+    base, ours, theirs = write_family(tmp_path, loaded)
+    change(ours, requires={"words": Constraint(">=1.2")}, conflicts={"old": Constraint("<1")})
+    change(theirs, requires={"words": Constraint("<3"), "more": Constraint("^2")})
+    merge_experts(loaded, base, [ours, theirs], tmp_path / "out", methods=["group"], name="both")
+    manifest = Manifest.read(tmp_path / "out")
+    assert {name: str(range_) for name, range_ in manifest.requires.items()} == {
+        **{"words": ">=1.2, <3", "more": "^2"},
+        **{"ours": "^1.0.0", "theirs": "^1.0.0"},
+    }
+    assert manifest.name == "both" and manifest.version == Version("1.0.0")
+    change(theirs, conflicts={"old": Constraint("<2")})
+    with pytest.raises(MergeError, match="conflicts with old <2, another with old <1"):
+        merge_experts(loaded, base, [ours, theirs], tmp_path / "second", methods=["group"])
 
 
 def test_without_evidence_nothing_is_merged(loaded, texts, tmp_path):
