@@ -41,7 +41,7 @@ are exact; as text (`str`), an error is safe to print whoever wrote what it quot
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from composable.printable import printable
 
@@ -94,10 +94,23 @@ class ComposableError(Exception):
             text = f"{_shorten(printable(self.where), _MAX_WHERE)}: {text}"
         return f"{text}\n  hint: {_shorten(printable(self.hint), _MAX_HINT)}" if self.hint else text
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what copies of it are made of, in other processes too, whatever it was made of."""
+        return _restore, (type(self), self.args, vars(self))
+
     def within(self, prefix: str) -> ComposableError:
         """Return this error with `prefix` prepended to its location, on the way out of a table."""
         self.where = f"{prefix}.{self.where}" if self.where else prefix
         return self
+
+
+def _restore(
+    kind: type[ComposableError], args: tuple[Any, ...], state: dict[str, Any]
+) -> ComposableError:
+    """Return an error of a kind and state, without calling its initialiser."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 def _shorten(text: str, size: int) -> str:

@@ -64,9 +64,24 @@ def load_expert(loaded: LoadedBackbone, folder: Path) -> Pluggable:
     }
     make = partial(make_expert, loaded.backbone, manifest, None)
     expert = from_tensors(nnx.eval_shape(make), tensors)
-    # 32 bits of the manifest's digest: the same release has the same key everywhere.
-    key = int(manifest.digest.removeprefix("sha256:")[:8], 16)
-    return Pluggable(name=manifest.name, body=expert.body, scout=expert.scout, key=max(1, key))
+    key = key_of(manifest.digest)
+    return Pluggable(name=manifest.name, body=expert.body, scout=expert.scout, key=key)
+
+
+def key_of(manifest: str) -> int:
+    """Return the number of an expert that settles ties: the same for a release everywhere.
+
+    Args:
+        manifest: Digest of its manifest.
+
+    Returns:
+        32 bits of it, at least 1.
+
+    Example:
+        >>> key_of("sha256:00000102" + 56 * "0")
+        258
+    """
+    return max(1, int(manifest.removeprefix("sha256:")[:8], 16))
 
 
 def save_expert(folder: Path, expert: Expert, manifest: Manifest) -> None:

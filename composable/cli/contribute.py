@@ -20,6 +20,7 @@ from composable.cli.options import (
     ExpertBackbone,
     ExpertFolder,
     InitTimeout,
+    Jobs,
     Json,
     MoreData,
     NumProcesses,
@@ -28,13 +29,17 @@ from composable.cli.options import (
     Quiet,
     ReferenceRegistry,
     Release,
+    Results,
+    Shard,
 )
 from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
     from composable.packaging.registry.compatibility import Step
     from composable.packaging.registry.registry import Registry
+    from composable.progress import CountProgress
     from composable.vetting.checks import Verdict
+    from composable.workflows.peer_units import PeerWorker
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -84,6 +89,9 @@ def check(
             help="Also write statistics of the text, to publish for those who merge the expert.",
         ),
     ] = False,
+    jobs: Jobs = None,
+    results: Results = None,
+    shard: Shard = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -102,8 +110,13 @@ def check(
     With --statistics, the expert also gets statistics.safetensors: figures about that
     text, from which others can merge the expert without the text. The contributor guide describes
     what they reveal. To publish without them, delete the file.
+
+    With --beside, what was measured is kept in the folder of --results, and is not measured again.
+    Other machines can do a part of it: each runs the same command with --shard, which writes no
+    card; the command without --shard then measures what is missing and writes it.
     """
     texts = dict(parse_pair(pair) for pair in beside_data or ())
+    share = _parse_share(shard, beside, results)
     from composable.packaging.manifests.manifest import Manifest
 
     manifest = Manifest.read(folder)
@@ -114,12 +127,14 @@ def check(
         wait_for_all("check")
         return
     from composable.assembly.backbones import load_backbone
-    from composable.workflows.references import compare_releases, find_peers, find_previous
+    from composable.workflows.peer_units import PeerWorker, make_job
+    from composable.workflows.references import compare_releases, find_previous, list_peers
     from composable.workflows.vet import check_expert
+    from composable.workflows.worker_pool import compute_units, vet_in_units
 
     files = [*(data or ()), *(more or ())]
     loaded = load_backbone(backbone or manifest.backbone)
-    peers = find_peers(
+    peers = list_peers(
         loaded,
         manifest.name,
         beside or (),
@@ -127,10 +142,27 @@ def check(
         derives_from=manifest.derives_from,
         registry=registry,
     )
+    job = make_job(loaded, folder, peers, registry=registry, results=results, share=share)
+    if shard is not None:
+        with bars.show_counts("check", is_quiet=is_quiet) as progress:
+            worker = PeerWorker(job, loaded)
+            compute_units(worker, loaded, n_jobs=jobs, progress=progress)
+        wait_for_all("check")
+        _show_share(worker, shard, as_json=as_json, is_quiet=is_quiet)
+        return
+
+    def vet_peers(progress: CountProgress | None) -> Any:
+        return vet_in_units(job, loaded, n_jobs=jobs, progress=progress)
+
     previous = find_previous(loaded, folder, against, registry=registry) if against else None
     with bars.show_counts("check", is_quiet=is_quiet) as progress:
         verdict = check_expert(
-            loaded, folder, files, peers=peers, previous=previous, progress=progress
+            loaded,
+            folder,
+            files,
+            vet_peers=vet_peers if peers else None,
+            previous=previous,
+            progress=progress,
         )
     if statistics and verdict.evidence is not None:
         from composable.workflows.vet import write_heldout_statistics
@@ -363,6 +395,40 @@ def _version_to_dict(name: str, step: Step) -> dict[str, Any]:
         "write": None if step.is_enough else str(step.version),
         "changes": [dataclasses.asdict(change) for change in step.changes],
     }
+
+
+def _parse_share(
+    shard: str | None, beside: list[str] | None, results: Path | None
+) -> tuple[int, int]:
+    """Parse `I/N`, a part of the peers and of how many."""
+    if shard is None:
+        return 1, 1
+    if not beside or results is None:
+        raise typer.BadParameter(
+            "needs --beside, and --results with a folder that all machines see",
+            param_hint="--shard",
+        )
+    part, slash, n_parts = shard.partition("/")
+    if slash and part.isdecimal() and n_parts.isdecimal() and 1 <= int(part) <= int(n_parts):
+        return int(part), int(n_parts)
+    raise typer.BadParameter(f"{shard!r}: expected I/N, with I from 1 to N", param_hint="--shard")
+
+
+def _show_share(worker: PeerWorker, shard: str, *, as_json: bool, is_quiet: bool) -> None:
+    """Report that a part of the peers is measured."""
+    ledger = worker.results.count(unit.key for group in worker.groups for unit in group)
+    show(
+        f"shard {shard}: {ledger.n_recorded} of {ledger.n_units} results are in "
+        f"{worker.results.root}",
+        {
+            "shard": shard,
+            "results": str(worker.results.root),
+            "units": ledger.n_units,
+            "done": ledger.n_recorded,
+        },
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
 
 
 def parse_pair(text: str) -> tuple[str, Path]:

@@ -229,6 +229,32 @@ BesideData = Annotated[
         metavar="NAME=FILE", help="Held-out text of an expert of --beside.", show_default=False
     ),
 ]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        "-j",
+        min=1,
+        help="Processes for --beside. Default: what cores and memory allow; one for few experts.",
+        show_default=False,
+    ),
+]
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of what --beside measured. Default: in your cache.",
+        show_default=False,
+    ),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Only measure part I of N of the experts of --beside, and write no card.",
+        show_default=False,
+    ),
+]
 Against = Annotated[
     str | None,
     typer.Option(

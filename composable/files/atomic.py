@@ -270,6 +270,25 @@ def create_bytes(path: Path, data: bytes) -> bool:
             temporary.unlink()
 
 
+def create_marker(path: Path, data: bytes) -> bool:
+    """Create a short file unless it exists; of concurrent calls exactly one succeeds.
+
+    Quicker than `create_bytes`: nothing is synced, so that a power failure may take the file away
+    again, and a process that is killed may leave it without its content.
+
+    Returns:
+        Whether this call created the file.
+    """
+    make_directory(path.parent)
+    with explained(path):
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+    return True
+
+
 def make_directory(path: Path) -> None:
     """Create `path` and its parents, each one synced into its parent."""
     if path.is_dir():

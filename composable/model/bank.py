@@ -142,7 +142,7 @@ def make_entry(
     return BankEntry(
         slots=slots,
         changes=changes,
-        scout=_pad(scout, interface),
+        scout=pad_scout(scout, interface),
         width=_width(scout),
         key=jnp.uint32(key),
     )
@@ -181,7 +181,7 @@ def empty_bank(
     own = BankEntry(
         slots=tuple(backbone_slot(backbone, layer) for layer in interface.slots),
         changes=(),
-        scout=_pad(backbone.scout, interface),
+        scout=pad_scout(backbone.scout, interface),
         width=_width(backbone.scout),
         key=jnp.uint32(0),
     )
@@ -377,8 +377,13 @@ def _width(scout: Scout) -> jax.Array:
     return width
 
 
-def _pad(scout: Scout, interface: RouterInterface) -> ScoutBank:
-    """Return a scout with its hidden width padded to the interface's bound."""
+def pad_scout(scout: Scout, interface: RouterInterface) -> ScoutBank:
+    """Return one scout's arrays, without E, its hidden width padded to the interface's bound.
+
+    Args:
+        scout: The scout.
+        interface: The contract.
+    """
     more = interface.scout_max_width - scout.b_in[...].shape[0]
     return ScoutBank(
         jnp.pad(scout.w_in[...], ((0, 0), (0, more))).astype(jnp.float32),

@@ -164,6 +164,7 @@ def run_trunk_and_scouts(
     state: RouterState,
     caches: Caches | None,
     is_drawn: IsDrawn = False,
+    x_BTD: jax.Array | None = None,
 ) -> tuple[TrunkPass, RouterState, Caches | None]:
     """Run the trunk and the scouts.
 
@@ -173,17 +174,19 @@ def run_trunk_and_scouts(
         state: Router state before the first of them.
         caches: Caches when decoding, or None.
         is_drawn: Whether the model drew the tokens, which are then no evidence.
+        x_BTD: The residual stream at the tap for these tokens, if it is known: then the trunk does
+            not run, and there are no caches.
 
     Returns:
         Their results, the router state after the last token, and caches with the trunk's updated.
     """
     backbone, interface = parts.backbone, parts.interface
-    if caches is None:
-        x_BTD, _ = backbone.trunk(tokens_BT)
-    else:
+    if caches is not None:
         x_BTD, written = backbone.trunk(tokens_BT, caches.position, caches.trunk)
         position = caches.position + tokens_BT.shape[1]
         caches = caches._replace(trunk=tuple(written), position=position)
+    elif x_BTD is None:
+        x_BTD, _ = backbone.trunk(tokens_BT)
     feature_BTD = backbone.features(x_BTD)
     classes_BT = backbone.class_map[...][tokens_BT]
     bank, scout_log_prob_EBTC = parts.bank, None

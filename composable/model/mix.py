@@ -78,6 +78,34 @@ def mix(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array,
     return logits_BTV, state
 
 
+def mix_from_tap(
+    parts: Parts, tokens_BT: jax.Array, x_BTD: jax.Array, state: MixState
+) -> tuple[jax.Array, MixState]:
+    """Return logits in mix mode, from the trunk's output for the same tokens.
+
+    The trunk depends on nothing that is installed, so its output serves many models. The bits are
+    those of `mix`.
+
+    Args:
+        parts: The model.
+        tokens_BT: Token ids, continuing from the state.
+        x_BTD: The residual stream at the tap, as `Backbone.trunk` returns it.
+        state: State before the first of them, without caches.
+
+    Returns:
+        As `mix`.
+    """
+
+    def run(
+        parts: Parts, tokens_BT: jax.Array, x_BTD: jax.Array, state: MixState
+    ) -> tuple[jax.Array, MixState]:
+        reading, state = read_mix(parts, tokens_BT, state, x_BTD=x_BTD)
+        logits_BTV, _, state = predict_mix(parts, reading, state)
+        return logits_BTV, state
+
+    return split_documents(run, parts, tokens_BT, x_BTD, state)
+
+
 def trace_mix(
     parts: Parts, tokens_BT: jax.Array, state: MixState, is_drawn: IsDrawn = False
 ) -> tuple[jax.Array, jax.Array, MixState]:
@@ -125,15 +153,26 @@ class Reading(NamedTuple):
 
 
 def read_mix(
-    parts: Parts, tokens_BT: jax.Array, state: MixState, is_drawn: IsDrawn = False
+    parts: Parts,
+    tokens_BT: jax.Array,
+    state: MixState,
+    is_drawn: IsDrawn = False,
+    x_BTD: jax.Array | None = None,
 ) -> tuple[Reading, MixState]:
     """Run the trunk and the router: the first half of `trace_mix`, with its arguments.
+
+    Args:
+        parts: As for `trace_mix`.
+        tokens_BT: As for `trace_mix`.
+        state: As for `trace_mix`.
+        is_drawn: As for `trace_mix`.
+        x_BTD: The residual stream at the tap, if it is known, in place of the trunk.
 
     Returns:
         The results, and the state, whose upper caches do not hold the tokens yet.
     """
     trunk, router, caches = run_trunk_and_scouts(
-        parts, tokens_BT, state.router, state.caches, is_drawn
+        parts, tokens_BT, state.router, state.caches, is_drawn, x_BTD
     )
     position = 0 if state.caches is None else state.caches.position
     choice = choose_experts(parts, trunk.score_BTE)

@@ -21,21 +21,27 @@ import numpy as np
 
 from composable.corpora.documents import truncate_utf8
 from composable.errors import TextError
+from composable.interface import RouterInterface
 from composable.model import bank as banks
 from composable.model import composed
 from composable.model import mix as mix_mode
 from composable.model import safe as safe_mode
+from composable.model.bank import pad_scout
 from composable.model.body import SlotMatrices
 from composable.model.composed import Parts
 from composable.model.model import BACKBONE, Model
-from composable.model.router import scout_evidence
+from composable.model.router import ScoutBank, scout_evidence
+from composable.model.scout import Scout
 from composable.model.tokenizer import Tokenizer
 from composable.progress import CountProgress
+from composable.vetting.trunk import Trunk
 
 # Documents scored at once: fixed, so that every call runs the same compiled program.
 BATCH: Final = 8
 # Longest window, in tokens: logits of a large vocabulary must fit, and figures must compare.
 _MAX_WINDOW: Final = 512
+# Tokens that are scored at once, at most.
+WINDOW_TOKENS: Final = BATCH * _MAX_WINDOW
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,24 @@ class _Window:
     is_scored_BT: np.ndarray
 
 
-def mix_scorer(model: Model) -> Scorer:
-    """Return the scorer of mix mode."""
-    return Scorer(partial(_score_mix, model.parts), model.tokenizer)
+def mix_scorer(model: Model, trunk: Trunk | None = None) -> Scorer:
+    """Return the scorer of mix mode.
+
+    Args:
+        model: The model.
+        trunk: Its trunk, if outputs of it are to be used again; scores are the same to the bit.
+    """
+    if trunk is None:
+        return Scorer(partial(_score_mix, model.parts), model.tokenizer)
+    tap = trunk.tap
+
+    def step(tokens_BT: Any, targets_BT: Any, state: Any) -> tuple[jax.Array, Any]:
+        scored: tuple[jax.Array, Any] = _score_mix_from_tap(
+            model.parts, tokens_BT, tap(tokens_BT), targets_BT, state
+        )
+        return scored
+
+    return Scorer(step, model.tokenizer)
 
 
 def safe_scorer(model: Model) -> Scorer:
@@ -260,6 +281,39 @@ def measure_evidence(
     return np.concatenate(pieces, axis=1)
 
 
+def measure_scout(
+    trunk: Trunk,
+    interface: RouterInterface,
+    scout: Scout,
+    documents: Sequence[bytes],
+    tokenizer: Tokenizer,
+    *,
+    max_bytes: int | None = None,
+) -> np.ndarray:
+    """Return the log-probability that one scout gives to each token's class.
+
+    Args:
+        trunk: The backbone's trunk.
+        interface: Its contract.
+        scout: The scout.
+        documents: UTF-8 texts, not empty.
+        tokenizer: The backbone's.
+        max_bytes: Read at most this many bytes of each document, without splitting a character.
+
+    Returns:
+        Log-probabilities in nats, shape M: the bits of the scout's entry of `measure_evidence`,
+        whatever else is installed there.
+    """
+    padded, classes_V = pad_scout(scout, interface), trunk.backbone.class_map[...]
+    context, pieces = trunk.backbone.cfg.context, []
+    for windows in _read_windows(_truncate(documents, max_bytes), tokenizer, context):
+        for window in windows:
+            feature_BTD = trunk.features(window.inputs_BT)
+            evidence_BT = _scout_evidence(padded, classes_V, feature_BTD, window.targets_BT)
+            pieces.append(np.asarray(evidence_BT, np.float64)[window.is_scored_BT])
+    return np.concatenate(pieces)
+
+
 def measure_class_evidence(
     model: Model, name: str, documents: Sequence[bytes], *, max_bytes: int | None = None
 ) -> np.ndarray:
@@ -342,6 +396,15 @@ def _score_mix(
 
 
 @jax.jit
+def _score_mix_from_tap(
+    parts: Parts, tokens_BT: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, state: Any
+) -> tuple[jax.Array, Any]:
+    state = mix_mode.mix_state(parts, tokens_BT.shape[0]) if state is None else state
+    logits_BTV, state = mix_mode.mix_from_tap(parts, tokens_BT, x_BTD, state)
+    return _pick(jax.nn.log_softmax(logits_BTV), targets_BT), state
+
+
+@jax.jit
 def _score_safe(
     parts: Parts, tokens_BT: jax.Array, targets_BT: jax.Array, state: Any
 ) -> tuple[jax.Array, Any]:
@@ -380,6 +443,16 @@ def _evidence(
         lambda scout: scout_evidence(scout, feature_BTD, classes_BT), parts.bank.scouts
     )
     return evidence_EBT
+
+
+@jax.jit
+def _scout_evidence(
+    scout: ScoutBank,
+    classes_V: jax.Array,
+    feature_BTD: jax.Array,
+    targets_BT: jax.typing.ArrayLike,
+) -> jax.Array:
+    return scout_evidence(scout, feature_BTD, classes_V[targets_BT])
 
 
 @jax.jit

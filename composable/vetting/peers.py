@@ -15,20 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
+import jax
 import numpy as np
+from flax import nnx
 from scipy import stats
 
 from composable.interface import RouterInterface
 from composable.model.backbone import Backbone
-from composable.model.model import BACKBONE, Model, Pluggable
+from composable.model.config import DTYPE_NAMES
+from composable.model.model import Model, Pluggable
+from composable.model.scout import Scout
 from composable.model.tokenizer import Tokenizer
 from composable.progress import CountProgress
 from composable.vetting.card import Check
 from composable.vetting.checks import figure
-from composable.vetting.evaluation import measure_evidence, mix_scorer, score_documents
+from composable.vetting.evaluation import (
+    WINDOW_TOKENS,
+    Score,
+    measure_scout,
+    mix_scorer,
+    score_documents,
+)
 from composable.vetting.evidence import MAX_BYTES
+from composable.vetting.trunk import Trunk
 
 # A new expert may raise the bits per byte of a peer's text, or of public text, by this share.
 MAX_CHANGE: Final = 0.005
@@ -65,6 +76,124 @@ class Peer:
     source: str = ""
     is_related: bool = False
 
+    @property
+    def name(self) -> str:
+        """The expert's name."""
+        return self.expert.name
+
+
+class NamedPeer(Protocol):
+    """What checks report of a peer; its tensors may be elsewhere."""
+
+    @property
+    def name(self) -> str:
+        """The expert's name."""
+
+    @property
+    def release(self) -> str:
+        """Its release, `NAME@VERSION`."""
+
+    @property
+    def source(self) -> str:
+        """Where text of its domain comes from."""
+
+    @property
+    def is_related(self) -> bool:
+        """Whether one of the two derives from the other, or both from a third."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What changes when an expert is installed with a peer.
+
+    Args:
+        before: Scores of each kind of text with the peer alone, `own` and `anchor`; without its own
+            text only `anchor`.
+        after: The same with both.
+        correlation: Of the two scouts on public text.
+    """
+
+    before: Mapping[str, Score]
+    after: Mapping[str, Score]
+    correlation: float
+
+
+class PeerMeter:
+    """Measures experts alone and in pairs, on one backbone.
+
+    What depends on the backbone and public text alone is computed once: programs, and the trunk's
+    outputs.
+
+    Args:
+        backbone: The frozen model.
+        interface: Its contract.
+        anchor: Public text.
+        tokenizer: The backbone's; the one for bytes by default.
+        trunk: The trunk, for public text; by default one that starts with nothing.
+
+    Attributes:
+        trunk: The trunk, for public text.
+        own_trunk: The trunk, for experts' own text.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        interface: RouterInterface,
+        anchor: Sequence[bytes],
+        *,
+        tokenizer: Tokenizer | None = None,
+        trunk: Trunk | None = None,
+    ) -> None:
+        self._backbone, self._interface, self._anchor = backbone, interface, anchor
+        self._tokenizer = tokenizer
+        self._model = self._make_model()
+        self._had_full = self._model.parts.bank.has_full
+        self.trunk = trunk or Trunk(backbone)
+        self.own_trunk = Trunk(backbone)
+
+    def score_alone(self, peer: Peer) -> dict[str, Score]:
+        """Return the scores of a peer's text and of public text with the peer alone, by kind."""
+        return self._score([peer.expert], peer.texts)
+
+    def score_together(self, peer: Peer, newcomer: Pluggable) -> dict[str, Score]:
+        """Return the same scores with a new expert installed as well."""
+        return self._score([peer.expert, newcomer], peer.texts)
+
+    def measure_scout(self, scout: Scout) -> np.ndarray:
+        """Return a scout's log-probabilities of public text, in nats, shape M."""
+        return measure_scout(
+            self.trunk,
+            self._interface,
+            scout,
+            self._anchor,
+            self._model.tokenizer,
+            max_bytes=MAX_BYTES,
+        )
+
+    def _make_model(self) -> Model:
+        return Model(self._backbone, self._interface, capacity=_CAPACITY, tokenizer=self._tokenizer)
+
+    def _score(self, experts: Sequence[Pluggable], own: Sequence[bytes]) -> dict[str, Score]:
+        """Install experts, score both kinds of text in mix mode, and remove the experts again."""
+        if self._model.parts.bank.has_full != self._had_full:
+            # An earlier expert made room for full matrices: another program, and maybe other bits.
+            self._model = self._make_model()
+        model = self._model
+        for expert in experts:
+            model.install(expert)
+        kinds = (("own", own, self.own_trunk), ("anchor", self._anchor, self.trunk))
+        scores = {
+            kind: score_documents(
+                mix_scorer(model, trunk), documents, context=model.context, max_bytes=MAX_BYTES
+            )
+            for kind, documents, trunk in kinds
+            if documents
+        }
+        for expert in experts:
+            model.remove(expert.name)
+        return scores
+
 
 def vet_with_peers(
     backbone: Backbone,
@@ -91,21 +220,58 @@ def vet_with_peers(
         A check for every peer, one of the newcomer's scout, and the figures behind them by
         name.
     """
-    model = Model(backbone, interface, capacity=_CAPACITY, tokenizer=tokenizer)
-    checks, measured = [], {}
-    correlations: list[tuple[Peer, float]] = []
+    meter = PeerMeter(backbone, interface, anchor, tokenizer=tokenizer)
+    own_M, backbone_M = (meter.measure_scout(scout) for scout in (newcomer.scout, backbone.scout))
+    effects = []
     for done, peer in enumerate(peers, start=1):
-        effect = _measure_effect(
-            model, newcomer, peer.expert, {"own": peer.texts, "anchor": anchor}
+        peer_M = meter.measure_scout(peer.expert.scout)
+        effects.append(
+            Effect(
+                before=meter.score_alone(peer),
+                after=meter.score_together(peer, newcomer),
+                correlation=correlate_scouts(own_M, peer_M, backbone_M),
+            )
         )
-        checks.append(_check_effect(peer, effect.before, effect.after))
-        measured[peer.expert.name] = {"release": peer.release, **_list_figures(effect)}
-        correlations.append((peer, effect.correlation))
         if progress:
             progress(done, len(peers))
-    if correlations:
-        checks.append(_check_copied(correlations))
+    return judge_effects(peers, effects)
+
+
+def judge_effects(
+    peers: Sequence[NamedPeer], effects: Sequence[Effect]
+) -> tuple[list[Check], dict[str, Any]]:
+    """Return the checks of measured effects.
+
+    Args:
+        peers: The peers.
+        effects: What the new expert changes for each, in their order.
+
+    Returns:
+        As `vet_with_peers`.
+    """
+    checks, measured = [], {}
+    for peer, effect in zip(peers, effects, strict=True):
+        checks.append(_check_effect(peer, effect))
+        measured[peer.name] = {"release": peer.release, **_list_figures(effect)}
+    if peers:
+        correlations = [effect.correlation for effect in effects]
+        checks.append(_check_copied(list(zip(peers, correlations, strict=True))))
     return checks, measured
+
+
+def count_bytes(backbone: Backbone) -> int:
+    """Return the memory that a `PeerMeter` takes, roughly: weights, bank, and logits of a window.
+
+    Args:
+        backbone: The model.
+    """
+    cfg = backbone.cfg
+    weights: int = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(backbone)))
+    entry: int = (
+        3 * len(cfg.slots) * cfg.d_model * cfg.d_ff * np.dtype(DTYPE_NAMES[cfg.dtype]).itemsize
+    )
+    # While an expert is installed its matrices exist twice, and logits in three stages.
+    return weights + (_CAPACITY + 1) * entry + 3 * 4 * WINDOW_TOKENS * cfg.vocab_size
 
 
 def correlate_scouts(own_M: np.ndarray, other_M: np.ndarray, backbone_M: np.ndarray) -> float:
@@ -144,62 +310,14 @@ def correlate_scouts(own_M: np.ndarray, other_M: np.ndarray, backbone_M: np.ndar
     return float(stats.pearsonr(*residuals).statistic)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Effect:
-    """What changes when an expert is installed with a peer.
-
-    Args:
-        before: Bits per byte of each kind of text with the peer alone.
-        after: The same with both.
-        correlation: Of the two scouts on public text.
-    """
-
-    before: dict[str, float]
-    after: dict[str, float]
-    correlation: float
-
-
-def _measure_effect(
-    model: Model, newcomer: Pluggable, peer: Pluggable, texts: Mapping[str, Sequence[bytes]]
-) -> _Effect:
-    """Install a peer, then both, and remove them again.
-
-    Args:
-        model: The backbone without experts.
-        newcomer: The new expert.
-        peer: The published one.
-        texts: Documents by kind, `own` and `anchor`; a kind without documents is skipped.
-    """
-    model.install(peer)
-    before = _score_texts(model, texts)
-    model.install(newcomer)
-    after = _score_texts(model, texts)
-    evidence_EM = measure_evidence(model, texts["anchor"], max_bytes=MAX_BYTES)
-    scouts = (model.names.index(name) for name in (newcomer.name, peer.name, BACKBONE))
-    correlation = correlate_scouts(*(evidence_EM[index] for index in scouts))
-    for expert in (peer, newcomer):
-        model.remove(expert.name)
-    return _Effect(before=before, after=after, correlation=correlation)
-
-
-def _score_texts(model: Model, texts: Mapping[str, Sequence[bytes]]) -> dict[str, float]:
-    """Return bits per byte in mix mode, by kind of text."""
-    scorer = mix_scorer(model)
-    return {
-        kind: score_documents(
-            scorer, documents, context=model.context, max_bytes=MAX_BYTES
-        ).bits_per_byte
-        for kind, documents in texts.items()
-        if documents
-    }
-
-
-def _list_figures(effect: _Effect) -> dict[str, Any]:
+def _list_figures(effect: Effect) -> dict[str, Any]:
     """Return the figures of one peer as the card records them; None for text that is missing."""
-    before, after = effect.before, effect.after
     rows = {
-        kind: {"without": figure(before[kind]), "with": figure(after[kind])}
-        if kind in before
+        kind: {
+            "without": figure(effect.before[kind].bits_per_byte),
+            "with": figure(effect.after[kind].bits_per_byte),
+        }
+        if kind in effect.before
         else None
         for kind in ("own", "anchor")
     }
@@ -211,7 +329,7 @@ def _centre(x_M: np.ndarray) -> np.ndarray:
     return centred_M
 
 
-def _check_copied(correlations: Sequence[tuple[Peer, float]]) -> Check:
+def _check_copied(correlations: Sequence[tuple[NamedPeer, float]]) -> Check:
     """Check that the newcomer's scout is not a copy of another expert's."""
     unrelated = sorted((value, peer.release) for peer, value in correlations if not peer.is_related)
     copied = [pair for pair in unrelated if pair[0] > MAX_CORRELATION]
@@ -231,8 +349,12 @@ def _check_copied(correlations: Sequence[tuple[Peer, float]]) -> Check:
     )
 
 
-def _check_effect(peer: Peer, before: dict[str, float], after: dict[str, float]) -> Check:
+def _check_effect(peer: NamedPeer, effect: Effect) -> Check:
     """Check that neither the peer's text nor public text costs much more."""
+    before, after = (
+        {kind: score.bits_per_byte for kind, score in scores.items()}
+        for scores in (effect.before, effect.after)
+    )
     change = {kind: after[kind] / before[kind] - 1 for kind in before}
 
     def describe(kind: str, what: str) -> str:
@@ -246,7 +368,7 @@ def _check_effect(peer: Peer, before: dict[str, float], after: dict[str, float])
         else "none of its own text is available, so the effect there is unknown"
     )
     return Check(
-        name=f"beside {peer.expert.name}",
+        name=f"beside {peer.name}",
         passed=all(value <= MAX_CHANGE for value in change.values()),
         found=f"{own}; {describe('anchor', 'public text')}",
         expected=f"at most {MAX_CHANGE:+.1%}",

@@ -56,6 +56,31 @@ class PreviousRelease:
     expert: Pluggable | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PeerRelease:
+    """A published expert that may not be on this machine yet.
+
+    Args:
+        name: Its name.
+        release: Its release, `NAME@VERSION`.
+        manifest: Digest of its manifest.
+        tensors: Digests of its tensor files, by name.
+        place: What to load it from: a folder, or `NAME@VERSION` in a registry.
+        texts: Text of its domain that it was not trained on, if any is available.
+        source: Where that text comes from.
+        is_related: As `Peer` has it.
+    """
+
+    name: str
+    release: str
+    manifest: str
+    tensors: Mapping[str, str]
+    place: str
+    texts: tuple[bytes, ...] = ()
+    source: str = ""
+    is_related: bool = False
+
+
 def find_peers(
     loaded: LoadedBackbone,
     newcomer: str,
@@ -65,6 +90,22 @@ def find_peers(
     derives_from: str | None = None,
     registry: str | None = None,
 ) -> list[Peer]:
+    """Return published experts, loaded; arguments and errors as for `list_peers`."""
+    found = list_peers(
+        loaded, newcomer, wanted, texts, derives_from=derives_from, registry=registry
+    )
+    return [load_peer(loaded, peer, registry=registry) for peer in found]
+
+
+def list_peers(
+    loaded: LoadedBackbone,
+    newcomer: str,
+    wanted: Sequence[str],
+    texts: Mapping[str, Path],
+    *,
+    derives_from: str | None = None,
+    registry: str | None = None,
+) -> list[PeerRelease]:
     """Return published experts, with their texts where these are available.
 
     Args:
@@ -82,14 +123,7 @@ def find_peers(
         VettingError: If one of them is the newcomer itself, or a text belongs to none of them.
     """
     peers = []
-    for text in _expand(loaded.interface, newcomer, wanted, registry):
-        if is_folder(text):
-            folder = Path(text).expanduser()
-        else:
-            requirement = Requirement.parse(text)
-            environment = install_experts(loaded, [requirement], registry)
-            folder = environment.expert_path(requirement.name)
-        manifest = Manifest.read(folder)
+    for folder, manifest, tensors in _expand(loaded, newcomer, wanted, registry):
         if manifest.name == newcomer:
             raise VettingError(
                 f"{newcomer!r} cannot be its own peer",
@@ -97,10 +131,14 @@ def find_peers(
                 hint=f"to compare it with a previous release: --against {newcomer}",
             )
         file = texts.get(manifest.name) or _find_text(manifest, folder)
+        release = f"{manifest.name}@{manifest.version}"
         peers.append(
-            Peer(
-                expert=load_expert(loaded, folder),
-                release=f"{manifest.name}@{manifest.version}",
+            PeerRelease(
+                name=manifest.name,
+                release=release,
+                manifest=manifest.digest,
+                tensors=tensors,
+                place=release if folder is None else str(folder.absolute()),
                 texts=tuple(vetted_texts(read_documents([file]))) if file else (),
                 source=str(file or ""),
                 is_related=bool(
@@ -108,13 +146,43 @@ def find_peers(
                 ),
             )
         )
-    for name in texts.keys() - {peer.expert.name for peer in peers}:
+    for name in texts.keys() - {peer.name for peer in peers}:
         raise VettingError(
             f"text of {name!r} is given, but {name!r} is not one of the peers",
             where="--beside-data",
             hint=f"add --beside {name}",
         )
     return peers
+
+
+def load_peer(loaded: LoadedBackbone, peer: PeerRelease, *, registry: str | None = None) -> Peer:
+    """Return a published expert, installed if it is in a registry, and loaded.
+
+    Args:
+        loaded: The backbone.
+        peer: What `list_peers` returned.
+        registry: Registry to look in; by default as for `load`.
+
+    Raises:
+        PackagingError: If it does not resolve any more, or is damaged.
+        VettingError: If its tensors are others than when it was listed.
+    """
+    if is_folder(peer.place):
+        folder = Path(peer.place)
+    else:
+        environment = install_experts(loaded, [Requirement.parse(peer.place)], registry)
+        folder = environment.expert_path(peer.name)
+    if tensor_digests(folder) != peer.tensors:
+        raise VettingError(
+            "the tensors changed while the expert was vetted with", where=str(folder)
+        )
+    return Peer(
+        expert=load_expert(loaded, folder),
+        release=peer.release,
+        texts=peer.texts,
+        source=peer.source,
+        is_related=peer.is_related,
+    )
 
 
 def find_previous(
@@ -152,10 +220,9 @@ def find_previous(
         exactly = Requirement(new.name, Constraint.exactly(release.version))
         environment = install_experts(loaded, [exactly], registry)
         expert = load_expert(loaded, environment.expert_path(new.name))
-    tensors = {
-        file.name: file.digest for file in release.files if file.name in (BODY_FILE, SCOUT_FILE)
-    }
-    return PreviousRelease(manifest=source.read_manifest(release), tensors=tensors, expert=expert)
+    return PreviousRelease(
+        manifest=source.read_manifest(release), tensors=_tensors_of(release), expert=expert
+    )
 
 
 def find_parent(
@@ -232,21 +299,46 @@ def is_folder(text: str) -> bool:
 
 
 def _expand(
-    interface: RouterInterface, newcomer: str, wanted: Sequence[str], registry: str | None
-) -> Iterator[str]:
-    """Yield the wanted experts, with every expert that fits in place of `all`."""
+    loaded: LoadedBackbone, newcomer: str, wanted: Sequence[str], registry: str | None
+) -> Iterator[tuple[Path | None, Manifest, Mapping[str, str]]]:
+    """Yield the wanted experts, with every expert that fits in place of `all`.
+
+    Yields:
+        The expert's folder, None for a release that is not installed yet; its manifest; and the
+        digests of its tensor files by name.
+    """
     for text in wanted:
-        if text != ALL:
-            yield text
+        if text == ALL:
+            yield from _list_fitting(loaded.interface, newcomer, registry)
             continue
-        registries = find_registries(registry)
-        for place in registries.registries:
-            source = registries.open_registry(place)
-            for name in source.names():
-                if name != newcomer and registries.registry_of(name) == place:
-                    newest = find_newest(source, name, interface)
-                    if newest is not None:
-                        yield f"{name}@{newest.version}"
+        if is_folder(text):
+            folder = Path(text).expanduser()
+        else:
+            requirement = Requirement.parse(text)
+            folder = install_experts(loaded, [requirement], registry).expert_path(requirement.name)
+        yield folder, Manifest.read(folder), tensor_digests(folder)
+
+
+def _list_fitting(
+    interface: RouterInterface, newcomer: str, registry: str | None
+) -> Iterator[tuple[None, Manifest, Mapping[str, str]]]:
+    """Yield the newest release of every expert in the registries that fits; installs nothing."""
+    registries = find_registries(registry)
+    for place in registries.registries:
+        source = registries.open_registry(place)
+        for name in source.names():
+            if name == newcomer or registries.registry_of(name) != place:
+                continue
+            release = find_newest(source, name, interface)
+            if release is not None:
+                yield None, source.read_manifest(release), _tensors_of(release)
+
+
+def _tensors_of(release: Release) -> dict[str, str]:
+    """Return the digests of a release's tensor files, by name."""
+    return {
+        file.name: file.digest for file in release.files if file.name in (BODY_FILE, SCOUT_FILE)
+    }
 
 
 def find_newest(source: Registry, name: str, interface: RouterInterface) -> Release | None:
@@ -311,9 +403,9 @@ def _require_name(found: str, expected: str) -> None:
         )
 
 
-def _find_text(manifest: Manifest, folder: Path) -> Path | None:
+def _find_text(manifest: Manifest, folder: Path | None) -> Path | None:
     """Return the held-out text of an expert, if its folder or this installation has it."""
-    places = [folder / "text" / HELDOUT_FILE, folder / WORK / HELDOUT_FILE]
+    places = [] if folder is None else [folder / name / HELDOUT_FILE for name in ("text", WORK)]
     try:
         shipped = shipped_folder(manifest.name)
         if Manifest.read(shipped / EXPERT_FILE).backbone == manifest.backbone:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.errors import TextError
+from composable.files import atomic
 from composable.files.atomic import Sink
 from composable.interface import canonical_json, digest_bytes
 from composable.model.backbone import Backbone
@@ -29,6 +31,7 @@ from composable.progress import CountProgress
 from composable.training.config import TrainConfig
 from composable.training.data import TappedRows
 from composable.training.scouts import Features
+from composable.vetting.trunk import Output, Trunk
 
 # Rows of text that go through the trunk at once, for the residual stream and for features. Batches
 # of another size may round differently, and cached files are compared by their bytes.
@@ -175,6 +178,40 @@ def run_trunk(
         with Sink(path) as sink:
             _write_batches(sink, batches, shape, progress)
     return TappedRows(tokens_BU, np.memmap(path, dtype, "r", shape=shape))
+
+
+class StoredTrunk(Trunk):
+    """A trunk whose outputs for public text are kept on disk, for other processes.
+
+    Args:
+        loaded: The backbone.
+        folder: Folder of the outputs.
+    """
+
+    def __init__(self, loaded: LoadedBackbone, folder: Path) -> None:
+        super().__init__(loaded.backbone)
+        self._folder = folder
+        self._identity = {"config": loaded.backbone.cfg.to_dict(), "trunk": loaded.interface.trunk}
+
+    def compute(self, output: Output, tokens_BT: np.ndarray) -> jax.Array:
+        """Run the trunk, or read what another process computed."""
+        key = {
+            **self._identity,
+            "output": output,
+            "tokens": digest_bytes(tokens_BT.tobytes()),
+            "shape": list(tokens_BT.shape),
+            "jax": jax.__version__,
+            "platform": jax.default_backend(),
+        }
+        cfg = self.backbone.cfg
+        path = self._folder / f"{_cache_name(key)}.{output}"
+        dtype = np.dtype(DTYPE_NAMES[cfg.dtype] if output == "tap" else np.float32)
+        shape = (*tokens_BT.shape, cfg.d_model)
+        # Without the lock, processes that start together would all run the trunk.
+        with atomic.advisory_lock(path.with_suffix(".lock")):
+            if not path.is_file() or path.stat().st_size != math.prod(shape) * dtype.itemsize:
+                atomic.write_bytes(path, np.asarray(super().compute(output, tokens_BT)).tobytes())
+        return jnp.asarray(np.memmap(path, dtype, "r", shape=shape))
 
 
 def compute_features(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
@@ -35,6 +36,9 @@ from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK, ve
 if TYPE_CHECKING:
     from composable.workflows.references import PreviousRelease
 
+# Vets an expert with others: from a callback for progress to checks and figures.
+VetPeers = Callable[[CountProgress | None], tuple[list[Check], dict[str, Any]]]
+
 
 def check_expert(
     loaded: LoadedBackbone,
@@ -42,6 +46,7 @@ def check_expert(
     data: Sequence[Path] = (),
     *,
     peers: Sequence[Peer] = (),
+    vet_peers: VetPeers | None = None,
     previous: PreviousRelease | None = None,
     progress: CountProgress | None = None,
 ) -> Verdict:
@@ -52,6 +57,8 @@ def check_expert(
         folder: The expert, trained.
         data: Held-out text; by default what training held out.
         peers: Published experts to install it with, one at a time.
+        vet_peers: Vets it with published experts in place of `peers`, such as those that many
+            processes share: called with `progress`, it returns what `vet_with_peers` does.
         previous: A previous release to compare it with.
         progress: Called with the number of passes over text done and in all.
 
@@ -78,7 +85,9 @@ def check_expert(
             checks=(_check_format(loaded.interface, folder, manifest, error),), measured={}
         )
     else:
-        verdict = _vet(loaded, expert, heldout, anchor, peers, previous, progress)
+        if vet_peers is None and peers:
+            vet_peers = partial(_vet_peers, loaded, expert, peers, anchor)
+        verdict = _vet(loaded, expert, heldout, anchor, vet_peers, previous, progress)
         format_check = _check_format(loaded.interface, folder, manifest)
         verdict = dataclasses.replace(verdict, checks=(format_check, *verdict.checks))
     write_card(
@@ -141,7 +150,7 @@ def _vet(
     expert: Pluggable,
     heldout: Sequence[bytes],
     anchor: Sequence[bytes],
-    peers: Sequence[Peer],
+    vet_peers: VetPeers | None,
     previous: PreviousRelease | None,
     progress: CountProgress | None,
 ) -> Verdict:
@@ -151,10 +160,8 @@ def _vet(
     measured = {**verdict.measured}
     measured["documents"] |= {"own_digest": digest_bytes(b"\0".join(heldout))}
     checks = verdict.checks
-    if peers:
-        more, measured["beside"] = vet_with_peers(
-            *parts, expert, peers, anchor, tokenizer=loaded.tokenizer, progress=progress
-        )
+    if vet_peers is not None:
+        more, measured["beside"] = vet_peers(progress)
         checks = (*checks, *more)
     regressions = before = None
     if previous is not None and previous.expert is not None and verdict.evidence is not None:
@@ -163,6 +170,25 @@ def _vet(
         regressions = tuple(compare_evidence(before, verdict.evidence))
     return dataclasses.replace(
         verdict, checks=checks, measured=measured, before=before, regressions=regressions
+    )
+
+
+def _vet_peers(
+    loaded: LoadedBackbone,
+    expert: Pluggable,
+    peers: Sequence[Peer],
+    anchor: Sequence[bytes],
+    progress: CountProgress | None,
+) -> tuple[list[Check], dict[str, Any]]:
+    """Vet an expert with others that are in memory."""
+    return vet_with_peers(
+        loaded.backbone,
+        loaded.interface,
+        expert,
+        peers,
+        anchor,
+        tokenizer=loaded.tokenizer,
+        progress=progress,
     )
 
 
