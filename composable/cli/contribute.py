@@ -129,7 +129,7 @@ def check(
     from composable.assembly.backbones import load_backbone
     from composable.workflows.peer_units import PeerWorker, make_job
     from composable.workflows.references import compare_releases, find_previous, list_peers
-    from composable.workflows.vet import check_expert
+    from composable.workflows.vet import check_expert, require_trained
     from composable.workflows.worker_pool import compute_units, vet_in_units
 
     files = [*(data or ()), *(more or ())]
@@ -142,6 +142,7 @@ def check(
         derives_from=manifest.derives_from,
         registry=registry,
     )
+    require_trained(folder)
     job = make_job(loaded, folder, peers, registry=registry, results=results, share=share)
     if shard is not None:
         with bars.show_counts("check", is_quiet=is_quiet) as progress:

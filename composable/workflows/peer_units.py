@@ -168,11 +168,18 @@ def make_job(
         tensors=tensor_digests(folder),
         manifest=manifest.digest,
         peers=tuple(peers),
-        registry=registry,
+        registry=_anchor(registry),
         results=str((results or default_results()).absolute()),
         lease_seconds=lease_seconds,
         share=share,
     )
+
+
+def _anchor(registry: str | None) -> str | None:
+    """Return the location of a registry for processes in other folders."""
+    if registry is None or "://" in registry:
+        return registry
+    return str(Path(registry).expanduser().absolute())
 
 
 def default_results() -> Path:

@@ -71,12 +71,7 @@ def check_expert(
         VettingError: If the expert was not trained yet.
     """
     manifest = Manifest.read(folder)
-    if not (folder / BODY_FILE).exists():
-        raise VettingError(
-            "the expert was not trained yet",
-            where=str(folder),
-            hint=f"run `composable train {shlex.quote(str(folder))} --data FILES`",
-        )
+    require_trained(folder)
     heldout, anchor = _find_heldout(folder, data), vetted_texts(loaded.anchor)
     try:
         expert = load_expert(loaded, folder)
@@ -126,6 +121,20 @@ def write_heldout_statistics(
     documents = _read_heldout(folder, data)
     write_statistics(loaded, folder, load_expert(loaded, folder), documents, progress)
     return folder / STATISTICS_FILE
+
+
+def require_trained(folder: Path) -> None:
+    """Refuse an expert without tensors.
+
+    Raises:
+        VettingError: If it was not trained yet.
+    """
+    if not (folder / BODY_FILE).exists():
+        raise VettingError(
+            "the expert was not trained yet",
+            where=str(folder),
+            hint=f"run `composable train {shlex.quote(str(folder))} --data FILES`",
+        )
 
 
 def _find_heldout(folder: Path, data: Sequence[Path]) -> list[bytes]:

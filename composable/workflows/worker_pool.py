@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Final
@@ -90,34 +89,30 @@ def count_processes(loaded: LoadedBackbone, n_units: int) -> int:
     if memory is not None:
         each = _PROCESS_BYTES + count_bytes(loaded.backbone)
         fitting = int(_MEMORY_SHARE * memory / each)
-    return max(1, min(len(_list_cores()), fitting, n_units))
+    return max(1, min(_count_cores(), fitting, n_units))
 
 
-def work(job: PeerJob, cores: Sequence[int] = ()) -> int:
+def work(job: PeerJob, n_threads: int) -> int:
     """Work on a job in a process of its own; return the number of units that it computed.
 
     Args:
         job: The job.
-        cores: The cores to run on; by default those of the process.
+        n_threads: Cores that the process has; no bit of a result depends on it.
     """
-    if cores and hasattr(os, "sched_setaffinity"):
-        # Before jax starts its threads, of which there are as many as cores.
-        os.sched_setaffinity(0, cores)
+    # Read by jax when it uses its first device.
+    os.environ["PJRT_NPROC"] = str(n_threads)
     return PeerWorker(job).run()
 
 
 def _run_pool(worker: PeerWorker, n_jobs: int, progress: CountProgress | None) -> None:
     """Run processes until every unit has a result."""
-    n_groups, n_deaths, done = len(worker.groups), 0, worker.count_done()
-    running = [_Process(worker.job, cores) for cores in _share_cores(n_jobs)]
+    deaths, done = Deaths(worker, n_jobs), worker.count_done()
+    n_threads = max(1, _count_cores() // n_jobs)
+    running = [_Process(worker.job, n_threads) for _ in range(n_jobs)]
     try:
         while running:
             connection.wait([it.process.sentinel for it in running], timeout=_POLL_SECONDS)
-            before, done = done, worker.count_done()
-            if done > before:
-                n_deaths = 0
-                if progress:
-                    progress(done, n_groups)
+            done = report_done(worker, done, progress)
             for it in [it for it in running if not it.process.is_alive()]:
                 running.remove(it)
                 it.raise_error()
@@ -128,19 +123,52 @@ def _run_pool(worker: PeerWorker, n_jobs: int, progress: CountProgress | None) -
                     raise VettingError(
                         f"a process of the pool failed with exit code {code}; see above"
                     )
-                n_deaths += 1
-                if n_deaths > _MAX_DEATHS * n_jobs:
-                    raise VettingError(
-                        f"{n_deaths} processes were killed one after the other, the last by "
-                        f"signal {-code}",
-                        where=worker.job.results,
-                        hint="if memory is short, use fewer processes: --jobs 1",
-                    )
-                running.append(_Process(worker.job, it.cores))
+                deaths.count(f"signal {-code}")
+                running.append(_Process(worker.job, n_threads))
     finally:
         for it in running:
             it.process.kill()
             it.process.join()
+
+
+def report_done(worker: PeerWorker, before: int, progress: CountProgress | None) -> int:
+    """Report how many peers are done, if there are more than before, and return that."""
+    done = worker.count_done()
+    if progress and done > before:
+        progress(done, len(worker.groups))
+    return done
+
+
+class Deaths:
+    """Counts processes that are killed one after the other, without a result in between.
+
+    Args:
+        worker: A worker on the same job.
+        n_jobs: Processes at once.
+    """
+
+    def __init__(self, worker: PeerWorker, n_jobs: int) -> None:
+        self._worker, self._most = worker, _MAX_DEATHS * n_jobs
+        self._n, self._n_done = 0, worker.count_done()
+
+    def count(self, cause: str) -> None:
+        """Count one more.
+
+        Args:
+            cause: What ended the process.
+
+        Raises:
+            VettingError: If there are too many: the machine kills them, or a unit does.
+        """
+        n_done = self._worker.count_done()
+        self._n = 1 if n_done > self._n_done else self._n + 1
+        self._n_done = n_done
+        if self._n > self._most:
+            raise VettingError(
+                f"{self._n} processes were killed one after the other, the last by {cause}",
+                where=self._worker.job.results,
+                hint="if memory is short, use fewer processes: --jobs 1",
+            )
 
 
 class _Process:
@@ -148,14 +176,13 @@ class _Process:
 
     Args:
         job: The job.
-        cores: The cores that it runs on.
+        n_threads: Cores that it has.
     """
 
-    def __init__(self, job: PeerJob, cores: Sequence[int]) -> None:
-        self.cores = cores
+    def __init__(self, job: PeerJob, n_threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._errors, sender = context.Pipe(duplex=False)
-        self.process: SpawnProcess = context.Process(target=_run, args=(job, cores, sender))
+        self.process: SpawnProcess = context.Process(target=_run, args=(job, n_threads, sender))
         self.process.start()
         sender.close()
 
@@ -169,12 +196,12 @@ class _Process:
             raise error
 
 
-def _run(job: PeerJob, cores: Sequence[int], errors: connection.Connection) -> None:
+def _run(job: PeerJob, n_threads: int, errors: connection.Connection) -> None:
     """Be a process of the pool."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        work(job, cores)
+        work(job, n_threads)
     except ComposableError as error:
         errors.send(error)
         sys.exit(error.exit_code)
@@ -187,14 +214,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _list_cores() -> list[int]:
-    """Return the cores that this process may use."""
+def _count_cores() -> int:
+    """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _share_cores(n_jobs: int) -> list[list[int]]:
-    """Return the cores of each process: every core is in use, and shared only if it must be."""
-    cores = _list_cores()
-    return [cores[index::n_jobs] or [cores[index % len(cores)]] for index in range(n_jobs)]
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -55,6 +55,22 @@ def test_bad_manifest_is_named_by_dotted_path(cli, works):
     assert "did you mean 'ffn'?" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--beside", "all", "--results", "results", "--shard", "3/2"), "'3/2': expected I/N"),
+        (("--beside", "all", "--results", "results", "--shard", "half"), "'half': expected I/N"),
+        (("--beside", "all", "--shard", "1/2"), "needs --beside, and --results"),
+        (("--results", "results", "--shard", "1/2"), "needs --beside, and --results"),
+    ],
+)
+def test_check_refuses_a_part_that_is_none(cli, works, options, message):
+    works("new", "my-expert")
+    outcome = cli("check", "my-expert", *options)
+    assert outcome.code == 2
+    assert message in outcome.err.replace("\n", " ")
+
+
 def test_publish_refuses_what_was_not_vetted(cli, fakes):
     folder = fakes.write("german")
     (folder / "card.json").unlink()
@@ -327,6 +343,16 @@ def test_from_new_to_published(cli, works, tiny_backbone, monkeypatch):
     assert outcome_beside.code == 1
     assert not checks["copied"]["passed"]
     assert "1.00 with that of older@0.1.0" in checks["copied"]["found"]
+    card_beside = Path("my-expert/card.json").read_bytes()
+    shard = ("check", "my-expert", "--beside", "./older", "--results", "results", "--shard")
+    for part, units in (("1/2", 4), ("2/2", 0)):  # both experts have one scout
+        found = works(*shard, part, "--json", *backbone).json
+        assert (found["shard"], found["units"], found["done"]) == (part, units, units)
+    assert "shard 1/2: 4 of 4 results are in" in works(*shard, "1/2", *backbone).out
+    records = sorted(path.stat().st_mtime_ns for path in Path("results/records").rglob("*"))
+    assert cli(*shard[:-1], "--jobs", 1, *backbone).code == 1
+    assert Path("my-expert/card.json").read_bytes() == card_beside
+    assert sorted(path.stat().st_mtime_ns for path in Path("results/records").rglob("*")) == records
     shutil.copy(Path("my-expert/expert.toml"), copied)
     cli("check", "my-expert", *backbone)
     manifest.write_text(text.replace("languages = []", 'languages = ["en"]'))
