@@ -84,11 +84,12 @@ def merge(
     from composable.cli.diff import find_expert
     from composable.files.records import to_plain
     from composable.workflows.merge import UnmergedError as Unmerged
-    from composable.workflows.merge import merge_experts
+    from composable.workflows.merge import merge_experts, require_published_base
 
     texts = _read_texts(data or ())
     loaded = load_backbone(backbone or default_backbone())
     root, *sides = (find_expert(side, loaded, registry) for side in (base, ours, *theirs))
+    require_published_base(root, registry)
     conflict: UnmergedError | None = None
     try:
         with bars.show_counts("methods", is_quiet=is_quiet) as progress:

@@ -18,8 +18,15 @@ import numpy as np
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
+from composable.assembly.load import find_registries
 from composable.corpora.documents import Document, write_documents
-from composable.errors import InterfaceError, MergeConflictError, MergeError
+from composable.errors import (
+    InterfaceError,
+    MergeConflictError,
+    MergeError,
+    PackagingError,
+    UnreachableError,
+)
 from composable.files import atomic
 from composable.files.folders import require_empty_folder
 from composable.files.safetensors import write_tensors
@@ -242,6 +249,40 @@ def merge_experts(
         raise UnmergedError(comparison.report, _advise(comparison))
     comparison.write(out)
     return comparison.report
+
+
+def require_published_base(base: Path, registry: str | None = None) -> None:
+    """Refuse a folder with other tensors than the release of that name and version.
+
+    Sides name the release that they derive from. Its digests are in the registry, if there is one
+    that has it; where there is none, the folder's manifest is all there is to go by.
+
+    Args:
+        base: Folder of the base.
+        registry: Registry to look in; by default as for `load`.
+
+    Raises:
+        MergeError: If the tensors differ.
+    """
+    manifest = Manifest.read(base)
+    try:
+        registries = find_registries(registry)
+        source = registries.open_registry(registries.registry_of(manifest.name))
+        releases = source.versions(manifest.name) if source.exists else ()
+    except UnreachableError:
+        raise
+    except PackagingError:
+        return  # no registry, or none that has it
+    digests = tensor_digests(base)
+    for release in releases:
+        published = {file.name: file.digest for file in release.files if file.name in digests}
+        if release.version == manifest.version and published != digests:
+            raise MergeError(
+                f"not the {manifest.name}@{manifest.version} of {source.location}, from which the "
+                "sides derive: its tensors have other digests",
+                where=str(base),
+                hint=f"give {manifest.name}@{manifest.version} as BASE instead of the folder",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ from composable.corpora.documents import Document
 from composable.errors import MergeError
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.registry.locations import open_for_publishing
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.version import Version
 from composable.workflows.expert_matrices import to_matrices
-from composable.workflows.merge import UnmergedError, merge_experts
+from composable.workflows.merge import UnmergedError, merge_experts, require_published_base
 from composable.workflows.merge_page import write_page
 from composable.workflows.statistics import write_statistics
 from tests.support.families import write_family
@@ -163,6 +164,19 @@ def test_what_sides_state_is_joined_or_refused(loaded, tmp_path):
     change(theirs, conflicts={"old": Constraint("<2")})
     with pytest.raises(MergeError, match="conflicts with old <2, another with old <1"):
         merge_experts(loaded, base, [ours, theirs], tmp_path / "second", methods=["group"])
+
+
+def test_a_folder_that_is_not_the_published_base_is_refused(loaded, tmp_path):
+    base, ours, _ = write_family(tmp_path, loaded)
+    require_published_base(base)  # no registry knows better
+    registry = open_for_publishing(str(tmp_path / "registry"))
+    registry.publish(base, interface=loaded.interface)
+    require_published_base(base, registry.location)
+    require_published_base(ours, registry.location)
+    shutil.copy(ours / "body.safetensors", base / "body.safetensors")
+    with pytest.raises(MergeError, match="other digests") as caught:
+        require_published_base(base, registry.location)
+    assert "give base@1.0.0 as BASE" in caught.value.hint
 
 
 def test_without_evidence_nothing_is_merged(loaded, texts, tmp_path):

@@ -27,6 +27,7 @@ languages = ["de"]
 domains = ["news"]
 provides = ["translation"]
 derives-from = "european@1.0.0"
+merges = ["bavarian@1.1.0", "swiss@1.0.2"]
 
 [interface]
 name = "tiny-bytes"
@@ -88,6 +89,7 @@ def test_every_field() -> None:
     assert (manifest.body.kind, manifest.body.rank, manifest.body.dtype) == ("lora", 8, "BF16")
     assert manifest.requires == {"european": Constraint("^1")}
     assert manifest.derives_from == "european@1.0.0"
+    assert manifest.merges == ("bavarian@1.1.0", "swiss@1.0.2")
     assert manifest.training is not None
     assert manifest.training.seconds == 95.5
     assert [file.name for file in manifest.files] == ["body.safetensors", "scout.safetensors"]
@@ -133,6 +135,8 @@ def test_read_from_a_directory(tmp_path: Path) -> None:
         ('authors = ["A.', 'authors = [1, "A.', "expert.authors[0]", "not text"),
         ('languages = ["de"]', 'languages = ["de\\n"]', "expert.languages[0]", "not a tag"),
         ('"european@1.0.0"', '"european"', "expert.derives-from", "not one release"),
+        ('"swiss@1.0.2"', '"swiss"', "expert.merges[1]", "not one release"),
+        ('"swiss@1.0.2"', '"swiss@one"', "expert.merges[1]", "one"),
         ('requires = ">=1.2, <2"', 'requires = "1 - 2"', "interface.requires", ">=1, <=2"),
         (f'digest = "sha256:{SHA}"', 'digest = "sha256:x"', "interface.digest", "not a digest"),
         ('kind = "lora"', 'kind = "lorra"', "body.kind", "did you mean 'lora'"),
