@@ -162,6 +162,16 @@ def _train_backbone(tiny, folder):
     )
 
 
+@pytest.fixture(scope="module")
+def one_scout_pass():
+    """Let scouts read their text once and not twenty times, where no test asks how well they do."""
+    from composable.workflows import trunk_cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trunk_cache, "_SCOUT_PASSES", (1, 1))
+        yield
+
+
 @pytest.fixture
 def write_checkpoint(tmp_path, subwords):
     """Return a function that writes a checkpoint of a family and returns its folder and tensors."""

@@ -250,6 +250,7 @@ def test_yank_of_a_release_that_is_not_there(cli, project):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_scout_pass")
 def test_from_new_to_published(cli, works, tiny_backbone, monkeypatch):
     """The whole path on a backbone of noise: whatever vetting says, publishing obeys."""
     # Training changes it for its process, which is that of all tests here.
@@ -265,7 +266,7 @@ def test_from_new_to_published(cli, works, tiny_backbone, monkeypatch):
 
     Path("texts").mkdir()
     for index in range(12):
-        Path(f"texts/{index}.txt").write_text(f"{index} and {index} is {2 * index}. " * 40)
+        Path(f"texts/{index}.txt").write_text(f"{index} and {index} is {2 * index}. " * 10)
     Path("empty.txt").touch()
     outcome = cli("train", "my-expert", "--data", "empty.txt", *backbone)
     assert outcome.code == 1

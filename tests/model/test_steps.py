@@ -1,5 +1,6 @@
 """Decoding steps equal full passes, copy no matrix, and run no path that sleeps."""
 
+import functools
 import re
 
 import jax
@@ -102,26 +103,31 @@ def matrices_made(compiled, shape):
     return [name for name in found if name not in ALIASES]
 
 
-def compile_halves(model, n_tokens=1):
-    """Return the two programs that read a token in mix mode."""
-    steps = MixSteps(model.parts, 128)
-    tokens_BT, state = np.zeros((1, n_tokens), np.int32), steps._state
-    lower = state._replace(caches=state.caches._replace(upper=()))
-    upper = state._replace(caches=state.caches._replace(trunk=()))
-    read = _read.lower(steps._flat, tokens_BT, lower, True)
-    reading, _ = read.out_info
-    bodies = steps._gather([1, 2])
-    predict = _predict.lower(steps._flat, reading, upper, True, bodies)
-    return read.compile(), predict.compile()
+@pytest.fixture(scope="module")
+def compile_halves(tiny):
+    """Return a function that compiles, once, the two programs that read a token in mix mode."""
+
+    @functools.cache
+    def compile_both(kinds, n_tokens, capacity):
+        steps = MixSteps(model_of(tiny, kinds, capacity).parts, 128)
+        tokens_BT, state = np.zeros((1, n_tokens), np.int32), steps._state
+        lower = state._replace(caches=state.caches._replace(upper=()))
+        upper = state._replace(caches=state.caches._replace(trunk=()))
+        read = _read.lower(steps._flat, tokens_BT, lower, True)
+        reading, _ = read.out_info
+        bodies = steps._gather([1, 2])
+        predict = _predict.lower(steps._flat, reading, upper, True, bodies)
+        return read.compile(), predict.compile()
+
+    return lambda kinds, n_tokens=1, capacity=8: compile_both(kinds, n_tokens, capacity)
 
 
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("n_tokens", [1, 8])
-def test_no_matrix_is_copied(tiny, kinds, n_tokens):
+def test_no_matrix_is_copied(tiny, compile_halves, kinds, n_tokens):
     """Inside one program the bodies would be sliced out of the bank first."""
-    model = model_of(tiny, kinds)
     d, f, rank = tiny.cfg.d_model, tiny.cfg.d_ff, BANK_RANK
-    for program in compile_halves(model, n_tokens):
+    for program in compile_halves(kinds, n_tokens):
         for shape in ((d, f), (d, rank), (f, rank)):
             assert matrices_made(program, shape) == []
 
@@ -135,9 +141,9 @@ def test_a_program_with_bodies_of_its_own_copies_matrices(tiny, experts):
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_the_bytes_of_a_decoded_token_do_not_grow_with_the_bank(tiny, kinds):
+def test_the_bytes_of_a_decoded_token_do_not_grow_with_the_bank(tiny, compile_halves, kinds):
     def bytes_of(capacity):
-        _, predict = compile_halves(model_of(tiny, kinds, capacity=capacity))
+        _, predict = compile_halves(kinds, capacity=capacity)
         return predict.cost_analysis()["bytes accessed"]
 
     few, many = bytes_of(8), bytes_of(32)
@@ -153,12 +159,12 @@ def products_with(compiled, shape):
     return sum(bool(names & set(pair)) for pair in operands)
 
 
-def test_low_rank_bodies_share_the_products_with_the_backbones_matrices(tiny):
+def test_low_rank_bodies_share_the_products_with_the_backbones_matrices(tiny, compile_halves):
     """Full bodies have products of their own, as many as a token may mix."""
     d, f, slots = tiny.cfg.d_model, tiny.cfg.d_ff, len(tiny.interface.slots)
     counts = {}
     for kinds in ("ffn", "lora"):
-        _, predict = compile_halves(model_of(tiny, kinds))
+        _, predict = compile_halves(kinds)
         counts[kinds] = products_with(predict, (d, f)) + products_with(predict, (f, d))
     # The backbone's block is there again for tokens without a contribution that counts.
     assert counts == {"ffn": 3 * slots * (4 + 1), "lora": 3 * slots * (1 + 1)}

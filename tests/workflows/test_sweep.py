@@ -20,7 +20,7 @@ from composable.workflows.sweep import parse_sweep, train_variants
 from composable.workflows.train import train_expert
 from tests.support.tiny import PRIVATE_WORDS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_scout_pass")]
 
 CFG = TrainConfig(steps=4, batch_size=2, window=16, learning_rate=1e-2, seed=7)
 SEEDS, RANKS = (0, 1), (2, 3)

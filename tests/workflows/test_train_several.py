@@ -15,7 +15,7 @@ from composable.workflows.train import train_expert
 from composable.workflows.train_several import train_experts
 from tests.support.tiny import PRIVATE_WORDS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_scout_pass")]
 
 CFG = TrainConfig(steps=4, batch_size=2, window=16, learning_rate=1e-2)
 NAMES = ("first", "second", "third")
