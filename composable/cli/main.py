@@ -6,6 +6,7 @@ call goes to `app`, which imports the file that holds the command.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -17,6 +18,9 @@ def run() -> None:
     if sys.argv[1:] in ([], ["-h"], ["--help"]) and "_COMPOSABLE_COMPLETE" not in os.environ:
         print(format_help(), end="")
         return
+    # Libraries make hundreds of thousands of objects while they load, of which few are garbage: to
+    # look for it as often as Python does takes a tenth of the start of a command that needs jax.
+    gc.set_threshold(10_000, 10, 10)
     from composable.cli.app import app
 
     app(prog_name="composable")
