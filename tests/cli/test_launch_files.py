@@ -13,7 +13,7 @@ import pytest
 import typer.main
 import yaml
 
-from composable.cli import train
+from composable.cli import contribute, train
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "launch"
 # Options of the launchers themselves.
@@ -30,10 +30,17 @@ OF_LAUNCHERS = {
         *("--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task"),
         *("--time", "--signal", "--requeue", "--open-mode", "--kill-on-bad-exit"),
     },
+    "check-slurm.sbatch": {
+        *("--job-name", "--ntasks", "--cpus-per-task", "--time", "--requeue", "--open-mode"),
+        *("--parsable", "--array", "--dependency"),
+    },
+    "check-job.yaml": {"--for", "--timeout"},
+    "check_ray.py": {"--workers", "--work", "--address"},
     "ray_driver.py": {"--workers", "--work", "--gpus", "--restarts"},
 }
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file() and path.name != "README.md")
-RUNS = [path for path in FILES if path.name != "kueue.yaml"]
+CHECKS = [path for path in FILES if path.name.startswith("check")]
+RUNS = [path for path in FILES if path not in CHECKS and path.name != "kueue.yaml"]
 STOPPED = 75
 
 
@@ -44,8 +51,56 @@ def test_every_option_of_the_command_exists(path):
     assert used - OF_LAUNCHERS.get(path.name, set()) <= options_of_train()
 
 
+@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.name)
+def test_every_option_of_a_check_exists(path):
+    used = set(re.findall(r"(?<![\w-])--[a-z-]+", path.read_text()))
+    assert {"--beside", "--registry", "--results"} <= used
+    assert used - OF_LAUNCHERS[path.name] <= options_of(contribute.app, "check")
+
+
+def run_check(path, tmp_path, **env):
+    """Run a script with a `composable` that prints how it is called; return that."""
+    program = tmp_path / "composable"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "WORK": "/work", **env}
+    run = subprocess.run(path, env=env, check=True, capture_output=True, text=True)
+    return run.stdout.splitlines()
+
+
+def test_the_parts_of_an_array_are_all_parts_and_the_last_job_has_none(tmp_path):
+    script = ["bash", FOLDER / "check-slurm.sbatch", "--jobs", "4"]
+    array = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+    parts = [
+        run_check(script, tmp_path, SLURM_ARRAY_TASK_ID=index, **array) for index in ("3", "4")
+    ]
+    last = run_check(script, tmp_path)
+    assert last[:2] == ["check", "/work/expert"]
+    assert last[-2:] == ["--jobs", "4"]
+    assert "--shard" not in last
+    for number, part in enumerate(parts, start=1):
+        assert part == [*last[:-2], "--shard", f"{number}/2", *last[-2:]]
+
+
+def test_every_index_of_the_job_is_a_part(tmp_path):
+    job = yaml.safe_load((FOLDER / "check-job.yaml").read_text())["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    found = []
+    for index in range(job["completions"]):
+        words = run_check(container["command"], tmp_path, JOB_COMPLETION_INDEX=str(index))
+        found.append(words[words.index("--shard") + 1])
+    assert found == [f"{part}/{len(found)}" for part in range(1, len(found) + 1)]
+    rules = job["podFailurePolicy"]["rules"]
+    assert [rule["action"] for rule in rules] == ["Ignore", "FailIndex"]
+    assert rules[1]["onExitCodes"]["values"] == [1, 2]
+
+
 def options_of_train():
-    command = typer.main.get_command(train.app).commands["train"]
+    return options_of(train.app, "train")
+
+
+def options_of(app, name):
+    command = typer.main.get_command(app).commands[name]
     return {option for parameter in command.params for option in parameter.opts}
 
 
@@ -59,7 +114,9 @@ def test_the_table_names_every_file():
     assert set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)) == {path.name for path in FILES}
 
 
-@pytest.mark.parametrize("name", ["queued-resource.sh", "slurm.sbatch", "ssh.sh"])
+@pytest.mark.parametrize(
+    "name", ["queued-resource.sh", "slurm.sbatch", "ssh.sh", "check-slurm.sbatch"]
+)
 def test_shell_can_parse_it(name):
     subprocess.run(["bash", "-n", FOLDER / name], check=True)
 

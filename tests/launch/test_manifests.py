@@ -84,6 +84,14 @@ def test_the_job_of_the_set_is_valid_by_the_schema_of_kubernetes(tools, tmp_path
     assert validate(tools, tmp_path, found).returncode != 0
 
 
+def test_the_job_of_parts_is_valid_by_the_schema_of_kubernetes(tools, tmp_path):
+    found = yaml.safe_load((LAUNCH / "check-job.yaml").read_text())
+    run = validate(tools, tmp_path, found)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found["spec"]["backoffLimitPerIndexes"] = 1
+    assert validate(tools, tmp_path, found).returncode != 0
+
+
 def validate(tools, folder, found):
     """Run kubernetes-validate on an object."""
     file = folder / "object.yaml"
@@ -193,7 +201,9 @@ def test_every_option_is_one_of_gcloud(verb, tmp_path):
     assert used <= known
 
 
-@pytest.mark.parametrize("name", ["queued-resource.sh", "slurm.sbatch", "ssh.sh"])
+@pytest.mark.parametrize(
+    "name", ["queued-resource.sh", "slurm.sbatch", "ssh.sh", "check-slurm.sbatch"]
+)
 def test_shellcheck_finds_nothing(name):
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck; apt-get install shellcheck")
