@@ -116,7 +116,9 @@ def check(
     card; the command without --shard then measures what is missing and writes it.
     """
     texts = dict(parse_pair(pair) for pair in beside_data or ())
-    share = _parse_share(shard, beside, results)
+    share = parse_share(shard, results)
+    if shard is not None and not beside:
+        raise typer.BadParameter("needs --beside", param_hint="--shard")
     from composable.packaging.manifests.manifest import Manifest
 
     manifest = Manifest.read(folder)
@@ -149,7 +151,7 @@ def check(
             worker = PeerWorker(job, loaded)
             compute_units(worker, loaded, n_jobs=jobs, progress=progress)
         wait_for_all("check")
-        _show_share(worker, shard, as_json=as_json, is_quiet=is_quiet)
+        show_share(worker, shard, as_json=as_json, is_quiet=is_quiet)
         return
 
     def vet_peers(progress: CountProgress | None) -> Any:
@@ -398,16 +400,13 @@ def _version_to_dict(name: str, step: Step) -> dict[str, Any]:
     }
 
 
-def _parse_share(
-    shard: str | None, beside: list[str] | None, results: Path | None
-) -> tuple[int, int]:
+def parse_share(shard: str | None, results: Path | None) -> tuple[int, int]:
     """Parse `I/N`, a part of the peers and of how many."""
     if shard is None:
         return 1, 1
-    if not beside or results is None:
+    if results is None:
         raise typer.BadParameter(
-            "needs --beside, and --results with a folder that all machines see",
-            param_hint="--shard",
+            "needs --results with a folder that all machines see", param_hint="--shard"
         )
     part, slash, n_parts = shard.partition("/")
     if slash and part.isdecimal() and n_parts.isdecimal() and 1 <= int(part) <= int(n_parts):
@@ -415,7 +414,7 @@ def _parse_share(
     raise typer.BadParameter(f"{shard!r}: expected I/N, with I from 1 to N", param_hint="--shard")
 
 
-def _show_share(worker: PeerWorker, shard: str, *, as_json: bool, is_quiet: bool) -> None:
+def show_share(worker: PeerWorker, shard: str, *, as_json: bool, is_quiet: bool) -> None:
     """Report that a part of the peers is measured."""
     ledger = worker.results.count(unit.key for group in worker.groups for unit in group)
     show(

@@ -11,16 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composable.cli import bars
-from composable.cli.contribute import note_operator, parse_pair, parse_release
+from composable.cli.contribute import (
+    note_operator,
+    parse_pair,
+    parse_release,
+    parse_share,
+    show_share,
+)
 from composable.cli.options import (
     BesideData,
     Data,
     ExpertBackbone,
     ExpertFolder,
     InboxRegistry,
+    Jobs,
     Json,
     ProposalId,
     Quiet,
+    Results,
+    Shard,
 )
 from composable.cli.output import format_bytes, format_table, note, show
 
@@ -138,6 +147,9 @@ def review(
             show_default=False,
         ),
     ] = None,
+    jobs: Jobs = None,
+    results: Results = None,
+    shard: Shard = None,
     backbone: ExpertBackbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -148,8 +160,12 @@ def review(
     that its proposer does not have: the checks of `composable check`, alone, against the base, and
     with every published expert for the same backbone; and what public text costs after prefixes
     that lead to the expert. Exits with 1 if a check fails.
+
+    With --shard, only measures a part of the published experts, into the folder of --results; the
+    command without --shard then measures what is missing, and the rest.
     """
     texts = dict(parse_pair(pair) for pair in beside_data or ())
+    share = parse_share(shard, results)
     from composable.packaging.registry.locations import open_inbox
 
     inbox = open_inbox(registry)
@@ -159,10 +175,30 @@ def review(
     received = inbox.find(proposal)
     from composable.assembly.backbones import load_backbone
     from composable.workflows.references import ALL
-    from composable.workflows.review import review_proposal, write_verdict
+    from composable.workflows.review import measure_share, review_proposal, write_verdict
     from composable.workflows.review_page import write_page, write_summary
 
     loaded = load_backbone(backbone or _backbone_of(inbox, received))
+    if shard is not None and results is not None:
+        with (
+            bars.show_counts("review", is_quiet=is_quiet) as progress,
+            tempfile.TemporaryDirectory(prefix="composable-review-") as scratch,
+        ):
+            worker = measure_share(
+                loaded,
+                inbox,
+                received,
+                Path(scratch),
+                share=share,
+                beside=beside or (ALL,),
+                texts=texts,
+                registry=registry,
+                results=results,
+                n_jobs=jobs,
+                progress=progress,
+            )
+        show_share(worker, shard, as_json=as_json, is_quiet=is_quiet)
+        return
     with (
         bars.show_counts("review", is_quiet=is_quiet) as progress,
         tempfile.TemporaryDirectory(prefix="composable-review-") as scratch,
@@ -176,6 +212,8 @@ def review(
             beside=beside or (ALL,),
             texts=texts,
             registry=registry,
+            results=results,
+            n_jobs=jobs,
             progress=progress,
         )
     folder = out or default_folder(received)

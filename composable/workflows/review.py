@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,18 +34,20 @@ from composable.progress import CountProgress
 from composable.vetting.card import Check, tensor_digests
 from composable.vetting.checks import Verdict, figure
 from composable.vetting.evaluation import Score
-from composable.vetting.peers import Peer
 from composable.vetting.probes import vet_triggers
 from composable.vetting.statistics import ratio_interval
+from composable.workflows.peer_units import PeerWorker, make_job
 from composable.workflows.references import (
     ALL,
+    PeerRelease,
     PreviousRelease,
     compare_releases,
     find_newest,
-    find_peers,
     find_previous,
+    list_peers,
 )
-from composable.workflows.vet import check_expert
+from composable.workflows.vet import VetPeers, check_expert
+from composable.workflows.worker_pool import compute_units, vet_in_units
 from composable.workflows.workspace import vetted_texts
 
 VERDICT_FILE: Final = "verdict.json"
@@ -146,6 +149,8 @@ def review_proposal(
     beside: Sequence[str] = (ALL,),
     texts: Mapping[str, Path] | None = None,
     registry: str,
+    results: Path | None = None,
+    n_jobs: int | None = None,
     progress: CountProgress | None = None,
 ) -> ReviewVerdict:
     """Vet a proposal with evidence that is measured here.
@@ -159,6 +164,8 @@ def review_proposal(
         beside: Published experts to install it with: requirements, or `all`.
         texts: Held-out text of those, by name.
         registry: Location of the registry.
+        results: Folder of what is measured with other experts; by default one in the user's cache.
+        n_jobs: Processes that measure it; by default what cores and memory allow.
         progress: Called with the number of passes over text done and in all.
 
     Raises:
@@ -176,20 +183,11 @@ def review_proposal(
     assert proposal is not None
     source = inbox.registry
     manifest = _unpack(folder, inbox.fetch(received, folder))
+    peers = _list_peers(loaded, manifest, beside, texts, registry)
+    job = make_job(loaded, folder, peers, registry=registry, results=results)
+    vet_peers = partial(vet_in_units, job, loaded, n_jobs) if peers else None
     previous = find_previous(loaded, folder, proposal.base_release, registry=registry)
-    peers = [
-        # The path of a text differs from one machine to another; its digest is in the inputs.
-        dataclasses.replace(peer, source=Path(peer.source).name)
-        for peer in find_peers(
-            loaded,
-            manifest.name,
-            beside,
-            texts or {},
-            derives_from=manifest.derives_from,
-            registry=registry,
-        )
-    ]
-    vetted = _vet(loaded, folder, data, peers, previous, progress)
+    vetted = _vet(loaded, folder, data, vet_peers, previous, progress)
     step = compare_releases(folder, loaded.interface, previous, vetted)
     checks = (
         _check_provenance(source, manifest, folder),
@@ -221,19 +219,54 @@ def review_proposal(
             backbone=loaded.interface.name,
             interface=loaded.interface.digest,
             releases=list_releases(
-                source, loaded.interface, [manifest.name, *(peer.expert.name for peer in peers)]
+                source, loaded.interface, [manifest.name, *(peer.name for peer in peers)]
             ),
             texts={
                 "own": str(vetted.measured.get("documents", {}).get("own_digest", "")),
                 "anchor": loaded.interface.anchor,
                 **{
-                    peer.expert.name: digest_bytes(b"\\0".join(peer.texts))
-                    for peer in peers
-                    if peer.texts
+                    peer.name: digest_bytes(b"\\0".join(peer.texts)) for peer in peers if peer.texts
                 },
             },
         ),
     )
+
+
+def measure_share(
+    loaded: LoadedBackbone,
+    inbox: Inbox,
+    received: Received,
+    folder: Path,
+    *,
+    share: tuple[int, int],
+    beside: Sequence[str] = (ALL,),
+    texts: Mapping[str, Path] | None = None,
+    registry: str,
+    results: Path,
+    n_jobs: int | None = None,
+    progress: CountProgress | None = None,
+) -> PeerWorker:
+    """Measure a part of what a review measures with other experts; arguments as there.
+
+    Args:
+        loaded: The backbone.
+        inbox: Where the proposal is.
+        received: The proposal.
+        folder: An empty folder; the proposed expert is rebuilt in it.
+        share: Which part of the experts, from 1, and of how many.
+        beside: Published experts to install it with.
+        texts: Held-out text of those, by name.
+        registry: Location of the registry.
+        results: Folder of the results.
+        n_jobs: Processes.
+        progress: Called with the number of experts done and in all.
+    """
+    manifest = _unpack(folder, inbox.fetch(received, folder))
+    peers = _list_peers(loaded, manifest, beside, texts, registry)
+    job = make_job(loaded, folder, peers, registry=registry, results=results, share=share)
+    worker = PeerWorker(job, loaded)
+    compute_units(worker, loaded, n_jobs=n_jobs, progress=progress)
+    return worker
 
 
 def list_releases(
@@ -280,6 +313,26 @@ def read_verdict(path: Path) -> tuple[ReviewVerdict, str]:
     return parse_record(ReviewVerdict, data, str(path), ProposalError), digest_bytes(data)
 
 
+def _list_peers(
+    loaded: LoadedBackbone,
+    manifest: Manifest,
+    beside: Sequence[str],
+    texts: Mapping[str, Path] | None,
+    registry: str,
+) -> list[PeerRelease]:
+    """Return the experts to install a proposed one with."""
+    found = list_peers(
+        loaded,
+        manifest.name,
+        beside,
+        texts or {},
+        derives_from=manifest.derives_from,
+        registry=registry,
+    )
+    # The path of a text differs from one machine to another; its digest is in the inputs.
+    return [dataclasses.replace(peer, source=Path(peer.source).name) for peer in found]
+
+
 def _unpack(folder: Path, manifest: Manifest) -> Manifest:
     """Let the manifest in a folder list no files: vetting writes a card of its own."""
     unpacked = dataclasses.replace(manifest, files=())
@@ -291,14 +344,14 @@ def _vet(
     loaded: LoadedBackbone,
     folder: Path,
     data: Sequence[Path],
-    peers: Sequence[Peer],
+    vet_peers: VetPeers | None,
     previous: PreviousRelease,
     progress: CountProgress | None,
 ) -> Verdict:
     """Run all checks that run the expert; an expert that cannot run fails `format`."""
     try:
         verdict = check_expert(
-            loaded, folder, data, peers=peers, previous=previous, progress=progress
+            loaded, folder, data, vet_peers=vet_peers, previous=previous, progress=progress
         )
     except (InterfaceError, ManifestError) as error:
         failed = Check(

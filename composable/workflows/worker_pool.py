@@ -40,7 +40,6 @@ _MAX_DEATHS: Final = 3
 def vet_in_units(
     job: PeerJob,
     loaded: LoadedBackbone,
-    *,
     n_jobs: int | None = None,
     progress: CountProgress | None = None,
 ) -> tuple[list[Check], dict[str, Any]]:

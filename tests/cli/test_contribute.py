@@ -60,8 +60,8 @@ def test_bad_manifest_is_named_by_dotted_path(cli, works):
     [
         (("--beside", "all", "--results", "results", "--shard", "3/2"), "'3/2': expected I/N"),
         (("--beside", "all", "--results", "results", "--shard", "half"), "'half': expected I/N"),
-        (("--beside", "all", "--shard", "1/2"), "needs --beside, and --results"),
-        (("--results", "results", "--shard", "1/2"), "needs --beside, and --results"),
+        (("--beside", "all", "--shard", "1/2"), "needs --results"),
+        (("--results", "results", "--shard", "1/2"), "needs --beside"),
     ],
 )
 def test_check_refuses_a_part_that_is_none(cli, works, options, message):

@@ -70,7 +70,7 @@ def run_check(path, tmp_path, **env):
 
 def test_the_parts_of_an_array_are_all_parts_and_the_last_job_has_none(tmp_path):
     script = ["bash", FOLDER / "check-slurm.sbatch", "--jobs", "4"]
-    array = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+    array = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "4"}
     parts = [
         run_check(script, tmp_path, SLURM_ARRAY_TASK_ID=index, **array) for index in ("3", "4")
     ]

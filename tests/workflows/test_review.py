@@ -126,7 +126,8 @@ def test_an_honest_change_passes_and_the_verdict_is_the_same_anywhere(
     assert [one.proposed < one.backbone for one in first.documents] == [True] * 8
     text = format_record(first)
     assert str(tmp_path) not in text and str(place) not in text
-    assert format_record(review(folder)) == text
+    elsewhere = tmp_path / "elsewhere"  # nothing is measured yet there
+    assert format_record(review(folder, results=elsewhere)) == text
 
 
 def test_what_the_proposer_claims_does_not_count(review, folder, loaded, tmp_path):
@@ -202,7 +203,12 @@ def test_commands(review, folder, place, loaded, tmp_path, monkeypatch):
     assert "unsigned" in listed.stdout
     assert json.loads(call("review", "registry", "--json").stdout)[0]["state"] == "open"
     options = ("--data", place / "text.jsonl", *backbone)
-    result = call("review", "registry", id_[:8], *options)
+    results = ("--results", "results")
+    part = call("review", "registry", id_[:8], *backbone, *results, "--shard", "1/1", "--json")
+    assert json.loads(part.stdout)["done"] == json.loads(part.stdout)["units"] == 5
+    assert not list(tmp_path.glob("review-*")), "a part gives no verdict"
+    assert call("review", "registry", id_[:8], *backbone, "--shard", "1/1").exit_code == 2
+    result = call("review", "registry", id_[:8], *options, *results)
     assert result.exit_code == 0, result.stderr
     assert "can be accepted" in result.stdout
     assert "warning: the proposal is unsigned" in result.stderr
