@@ -26,9 +26,9 @@
     ├── TrainingError             training that cannot start, resume or continue
     │   ├── PreemptedError        training that was asked to stop, and did; run again to resume
     │   └── PeerError             another process of the run failed or is gone; run again
-    ├── VettingError              an expert that failed vetting
-    └── MergeError                experts that cannot be merged
-        └── MergeConflictError    no method gives an expert that is good enough
+    ├── MergeError                experts that cannot be merged
+    │   └── MergeConflictError    no method gives an expert that is good enough
+    └── VettingError              an expert that failed vetting
 
 Warnings descend from `ComposableWarning`. `ContributionWarning` reports contributions that a
 running model counted as zero, `StrayWarning` a file that was ignored.
@@ -284,7 +284,17 @@ class MergeError(ComposableError):
 
 
 class MergeConflictError(MergeError):
-    """No method merges the experts into one that is good enough."""
+    """No method merges the experts into one that is good enough.
+
+    Args:
+        message: What the best one loses.
+        report: The `MergeReport`: what was tried, and what conflicts.
+        hint: What else can be done.
+    """
+
+    def __init__(self, message: str, *, report: Any, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.report = report
 
 
 class ComposableWarning(UserWarning):

@@ -15,7 +15,7 @@ from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
     from composable.corpora.documents import Document
-    from composable.workflows.merge import Conflict, Judgement, MergeReport, Tried, UnmergedError
+    from composable.workflows.merge import Conflict, Judgement, MergeReport, Tried
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -82,21 +82,21 @@ def merge(
     from composable.assembly.backbones import load_backbone
     from composable.assembly.load import default_backbone
     from composable.cli.diff import find_expert
+    from composable.errors import MergeConflictError
     from composable.files.records import to_plain
-    from composable.workflows.merge import UnmergedError as Unmerged
     from composable.workflows.merge import merge_experts, require_published_base
 
     texts = _read_texts(data or ())
     loaded = load_backbone(backbone or default_backbone())
     root, *sides = (find_expert(side, loaded, registry) for side in (base, ours, *theirs))
     require_published_base(root, registry)
-    conflict: UnmergedError | None = None
+    conflict: MergeConflictError | None = None
     try:
         with bars.show_counts("methods", is_quiet=is_quiet) as progress:
             report = merge_experts(
                 loaded, root, sides, out, texts=texts, methods=method, name=name, progress=progress
             )
-    except Unmerged as error:
+    except MergeConflictError as error:
         conflict, report = error, error.report
     if html is not None:
         from composable.workflows.merge_page import write_page

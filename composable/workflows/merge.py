@@ -174,24 +174,6 @@ class MergeReport:
         return not any(judgement.is_worse for judgement in self.judgements)
 
 
-class UnmergedError(MergeConflictError):
-    """No method is good enough.
-
-    Args:
-        report: What was tried, and what conflicts.
-    """
-
-    def __init__(self, report: MergeReport, hint: str) -> None:
-        worse = [j for j in report.judgements if j.is_worse]
-        lost = "; ".join(
-            f"{j.before:.3f} to {j.after:.3f} on {j.text} against {j.side}" for j in worse
-        )
-        super().__init__(
-            f"no method gives an expert that is not worse than a side: at best {lost}", hint=hint
-        )
-        self.report = report
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Side:
     """One side, or the base."""
@@ -236,7 +218,7 @@ def merge_experts(
         What was tried, and what was chosen.
 
     Raises:
-        UnmergedError: If the merged expert would be worse than a side; nothing is written.
+        MergeConflictError: If the merged expert would be worse than a side; nothing is written.
         MergeError: If the experts cannot be merged, or there is no evidence to choose by.
         StatisticsError: If statistics are damaged, or do not fit a side's tensors.
         PackagingError: If a folder holds no valid expert, or `out` is in use.
@@ -246,7 +228,12 @@ def merge_experts(
         loaded, base, sides, texts=texts, methods=methods, name=name, progress=progress
     )
     if not comparison.report.is_good:
-        raise UnmergedError(comparison.report, _advise(comparison))
+        raise MergeConflictError(
+            f"no method gives an expert that is not worse than a side: at best "
+            f"{_describe_losses(comparison.report)}",
+            report=comparison.report,
+            hint=_advise(comparison),
+        )
     comparison.write(out)
     return comparison.report
 
@@ -680,6 +667,14 @@ def _judge_group(
         judgements=judgements,
         conflicts=report.conflicts if report else (),
         release=name,
+    )
+
+
+def _describe_losses(report: MergeReport) -> str:
+    return "; ".join(
+        f"{row.before:.3f} to {row.after:.3f} on {row.text} against {row.side}"
+        for row in report.judgements
+        if row.is_worse
     )
 
 

@@ -8,14 +8,14 @@ import pytest
 
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import Document
-from composable.errors import MergeError
+from composable.errors import MergeConflictError, MergeError
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry.locations import open_for_publishing
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.version import Version
 from composable.workflows.expert_matrices import to_matrices
-from composable.workflows.merge import UnmergedError, merge_experts, require_published_base
+from composable.workflows.merge import merge_experts, require_published_base
 from composable.workflows.merge_page import write_page
 from composable.workflows.statistics import write_statistics
 from tests.support.families import write_family
@@ -73,7 +73,7 @@ def test_small_changes_merge_by_statistics(loaded, texts, tmp_path):
 def test_a_conflict_is_reported_and_nothing_is_written(loaded, texts, tmp_path):
     base, *sides = folders = write_family(tmp_path, loaded, noise=3.0)
     describe(loaded, folders, texts)
-    with pytest.raises(UnmergedError, match="no method gives") as caught:
+    with pytest.raises(MergeConflictError, match="no method gives") as caught:
         merge_experts(loaded, base, sides, tmp_path / "out")
     report = caught.value.report
     assert not (tmp_path / "out").exists() and "--method group" in caught.value.hint
