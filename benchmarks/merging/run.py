@@ -88,6 +88,14 @@ def measure_one_merge(
     log("scored methods")
     found = {
         "rows": {name: _round(row) for name, row in rows.items()},
+        # The largest loss on a part, of each method with its best settings.
+        "methods": {
+            part: {
+                method: round(next(t.worst for t in tried if t.method == method), 4)
+                for method in METHODS
+            }
+            for part, tried in by_text.report.tried.items()
+        },
         "chosen": {"text": by_text.report.chosen, "statistics": by_statistics.report.chosen},
         "refused": {
             "text": not by_text.report.is_good,
