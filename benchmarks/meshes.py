@@ -5,6 +5,9 @@
 Every group of processes has 8 simulated CPU devices between its members. On every mesh of them, two
 steps of a small backbone and of an FFN and a low-rank expert are trained, and a composed model of
 four experts is evaluated in mix mode. Losses are compared with those of one process on one device.
+
+Processes wait for each other before a program that exchanges: gloo, by which CPUs do, gives up on
+one that comes 30 seconds after another.
 """
 
 from __future__ import annotations
@@ -41,8 +44,17 @@ def list_meshes(n_devices: int, kind: str) -> list[Mesh]:
     ]
 
 
-def measure_group(n_processes: int, n_devices: int, kinds: Sequence[str]) -> dict[str, Any]:
-    """Return the losses on every mesh, by a group of processes that share the devices."""
+def measure_group(
+    n_processes: int, n_devices: int, kinds: Sequence[str], cache: Path
+) -> dict[str, Any]:
+    """Return the losses on every mesh, by a group of processes that share the devices.
+
+    Args:
+        n_processes: Number of processes.
+        n_devices: Devices of all of them.
+        kinds: What to run.
+        cache: Folder of compiled programs.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -58,6 +70,8 @@ def measure_group(n_processes: int, n_devices: int, kinds: Sequence[str]) -> dic
             }
             env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
             env |= group if n_processes > 1 else {}
+            env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+            env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
             members.append(
                 subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors)
             )
@@ -119,11 +133,12 @@ def evaluate_mix(mesh: Any) -> list[float]:
     import numpy as np
 
     from composable.model.model import Model
-    from composable.parallel import fetch_tree
+    from composable.parallel import exchange, fetch_tree
 
     tiny = _tiny()
     model = Model(tiny.backbone, tiny.interface, [tiny.expert(n) for n in "abcd"], mesh=mesh)
     tokens_BT = tiny.tokens(batch=ROWS, length=WINDOW)
+    exchange("installed")
     log_prob_BTV = np.asarray(jax.nn.log_softmax(fetch_tree(model(tokens_BT))))
     picked = np.take_along_axis(log_prob_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)
     return [float(-picked.mean())]
@@ -169,13 +184,13 @@ _LOSSES: Final[dict[str, Any]] = {
 
 
 def compare(
-    groups: Sequence[int], n_devices: int, kinds: Sequence[str]
+    groups: Sequence[int], n_devices: int, kinds: Sequence[str], cache: Path
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return the largest difference of a loss, in nats, by kind, number of processes and mesh."""
-    reference = measure_group(1, 1, kinds)
+    reference = measure_group(1, 1, kinds, cache)
     differences: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in kinds}
     for n_processes in groups:
-        found = measure_group(n_processes, n_devices, kinds)
+        found = measure_group(n_processes, n_devices, kinds, cache)
         for kind in kinds:
             (expected,) = reference[kind].values()
             differences[kind][str(n_processes)] = {
@@ -190,6 +205,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--devices", type=int, default=8, help="of each group")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="of compiled programs, to keep")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--member", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -204,7 +220,9 @@ def main() -> None:
         "tolerance": TOLERANCE,
     }
     print(*(f"{key} {value}" for key, value in head.items()), sep=" | ", flush=True)
-    differences = compare(arguments.processes, arguments.devices, arguments.kinds)
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = arguments.cache or Path(scratch)
+        differences = compare(arguments.processes, arguments.devices, arguments.kinds, cache)
     for kind, by_group in differences.items():
         for n_processes, by_mesh in by_group.items():
             worst = max(by_mesh, key=by_mesh.__getitem__)

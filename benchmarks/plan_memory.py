@@ -52,12 +52,12 @@ SHAPE: Final = BackboneConfig(
     is_tied=False,
     dtype="F32",
     d_model=1024,
-    n_layers=6,
+    n_layers=3,
     n_heads=16,
     n_kv_heads=16,
     d_head=64,
     d_ff=4096,
-    tap=2,
+    tap=1,
 )
 TRAINING: Final = TrainConfig(steps=10, batch_size=DEVICES, window=256, learning_rate=1e-3)
 # Steps of which the most memory is taken.
@@ -163,6 +163,7 @@ def main() -> int:
         command = [sys.executable, "-m", __spec__.name, "--kind", kind]
         done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
         figures[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(kind, figures[kind], flush=True)
     text = json.dumps(figures, indent=2)
     print(text)
     if arguments.json:

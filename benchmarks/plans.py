@@ -5,9 +5,9 @@
 
 Each case is a training step of a Llama-shaped backbone, or of an expert on one, with one row of
 2,048 tokens a chip and weights split over all chips; or a composed model in mix mode whose bank is
-split over all chips, reading a row a chip, or writing a token of four documents a chip. Only shapes
-are made. Memory is XLA's, FLOPs are counted in the compiled program with every loop as often as it
-runs, and over those of the model. A case takes minutes of two cores to compile.
+split over all chips, reading 512 tokens a chip, or writing a token of four documents a chip. Only
+shapes are made. Memory is XLA's, FLOPs are counted in the compiled program with every loop as often
+as it runs, and over those of the model. A case takes minutes of two cores to compile.
 
 With --docs the tables of `pods.md` are written again from the JSON.
 """
@@ -43,10 +43,17 @@ from composable.parallel import BATCH_SPEC, make_mesh
 from composable.parallel.chips import find_chip, tpu_devices
 from composable.parallel.program import measure_program
 from composable.training.config import TrainConfig
-from composable.workflows.step_plan import count_numbers, plan_backbone, plan_expert
+from composable.workflows.step_plan import (
+    compile_to_fit,
+    count_numbers,
+    plan_backbone,
+    plan_expert,
+)
 
 WINDOW: Final = 2048
 CLASSES: Final = 256
+# Tokens of a document that a served model reads at a time.
+CHUNK: Final = 512
 # Of an expert or a fine-tuning, and of a backbone that is trained from nothing.
 TOKENS: Final = 100e6
 TOKENS_PER_PARAMETER: Final = 20
@@ -163,7 +170,7 @@ def plan_served(
     with jax.set_mesh(mesh):
         placed = jax.tree.map(place, specs_of_parts(parts), parts)
         lowered = jax.jit(run, donate_argnums=2).lower(placed, tokens_BT, state)
-    cost = measure_program(lowered.compile())
+    cost = measure_program(compile_to_fit(lowered, topology))
     plan = {
         "topology": topology,
         "devices": len(devices),
@@ -197,7 +204,7 @@ def _name_cases() -> dict[str, Callable[[], dict[str, Any]]]:
     cases["7B backbone, v5p-64, fsdp=64"] = partial(plan_case, "7B", "backbone", "v5p:4x4x4", 64)
     for name in ("v5p-64", "v6e-64"):
         served = partial(plan_served, "7B", 64, TOPOLOGIES[name])
-        cases[f"7B with 64 FFN experts reads, {name}"] = partial(served, rows=1, n_tokens=WINDOW)
+        cases[f"7B with 64 FFN experts reads, {name}"] = partial(served, rows=1, n_tokens=CHUNK)
         cases[f"7B with 64 FFN experts writes, {name}"] = partial(served, rows=4, n_tokens=1)
     return cases
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from composable.errors import PreemptedError, TrainingError
 from composable.parallel import (
     BATCH_SPEC,
+    exchange,
     make_mesh,
     place_batch,
     place_shapes,
@@ -145,7 +146,10 @@ def fit(
                 rate = np.float32(learning_rate(cfg, step - 1))
                 # The first call compiles, and only starts the step.
                 with ledger.charge("compile" if step == done + 1 else "step"):
-                    trained, opt_state, figures = run_step(trained, opt_state, frozen, batch, rate)
+                    arguments = (trained, opt_state, frozen, batch, rate)
+                    if step == done + 1:
+                        _compile_together(run_step, arguments)
+                    trained, opt_state, figures = run_step(*arguments)
                 is_last = step == cfg.steps
                 is_stopped = not is_last and preemption.stops_after(step)
                 is_due = step % cfg.checkpoint_every == 0 or is_stopped
@@ -165,6 +169,16 @@ def fit(
             jax.block_until_ready(trained)
             seconds = time.perf_counter() - start
     return Fitted(trained=trained, history=log.history, seconds=seconds)
+
+
+def _compile_together(run_step: jax.stages.Wrapped, arguments: tuple[Any, ...]) -> None:
+    """Return when all processes have compiled the step, which a call then finds compiled.
+
+    Otherwise the first would wait for the last within the step, and gloo gives up after 30 seconds.
+    """
+    if jax.process_count() > 1:
+        run_step.lower(*arguments).compile()
+        exchange("compiled")
 
 
 def _describe_stop(step: int, cfg: TrainConfig, checkpoints: Checkpoints | None) -> PreemptedError:

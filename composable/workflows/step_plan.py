@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from composable.errors import TrainingError
 from composable.interface import BodyKind
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
@@ -222,6 +223,29 @@ def count_expert_flops(
     return forward + backward + len(cfg.slots) * own + attention + _scout(cfg, *scout)
 
 
+def compile_to_fit(lowered: jax.stages.Lowered, topology: str) -> jax.stages.Compiled:
+    """Compile a program for chips that are not here.
+
+    Args:
+        lowered: The program.
+        topology: Kind of chip and shape.
+
+    Raises:
+        TrainingError: If the compiler refuses it because a chip's memory is too small.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in said:
+            raise
+        raise TrainingError(
+            f"the program does not fit: {said[:300]}",
+            where=topology,
+            hint="split weights over more chips with --mesh fsdp=N, or rows with --accumulate",
+        ) from error
+
+
 def _scout(cfg: BackboneConfig, width: int, n_classes: int) -> int:
     """Return the operations of training a scout, whose input has no gradient, for one token."""
     return 4 * cfg.d_model * width + 6 * width * n_classes
@@ -272,9 +296,18 @@ def _plan(
     objective, optimizer, trained, frozen = step
     batch = jax.ShapeDtypeStruct((training.batch_size, training.window + 1), jnp.int32)
     start, start_cpu = time.perf_counter(), time.process_time()
-    compiled = lower_step(
-        objective, trained, frozen, batch, optimizer=optimizer, mesh=placed, accumulate=accumulate
-    ).compile()
+    compiled = compile_to_fit(
+        lower_step(
+            objective,
+            trained,
+            frozen,
+            batch,
+            optimizer=optimizer,
+            mesh=placed,
+            accumulate=accumulate,
+        ),
+        topology,
+    )
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     n_trained = count_numbers(trained)
     n_frozen = count_numbers(nnx.state(frozen, nnx.Param)) if isinstance(frozen, nnx.Module) else 0
