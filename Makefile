@@ -46,7 +46,7 @@ test-server: .venv/.browser-ready
 	@touch $@
 
 # Tests of scripts/launch by the launchers themselves: a Slurm and an sshd on this machine (apt-get
-# install slurmctld slurmd slurm-client munge openssh-server shellcheck), and the parsers
+# install slurmctld slurmd slurm-client munge openssh-server shellcheck), a local Ray, and the parsers
 # and schemas of SkyPilot, xpk and Kubernetes. COMPOSABLE_CRDS is a folder with the definitions of
 # JobSet and Kueue. What is missing is skipped, with its reason. Ten minutes; not a part of .ci/run.
 test-launch: setup .venv-launch/.ready

@@ -33,6 +33,7 @@ from flax import nnx
 
 from benchmarks.demo_seeds import fill
 from composable.cli.group import show_plan
+from composable.cli.output import format_bytes
 from composable.model.backbone import Backbone
 from composable.model.bank import empty_bank
 from composable.model.composed import Parts, specs_of_parts
@@ -241,7 +242,7 @@ def tables(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         serving.append(
             f"| {name} | {_mesh(case)} | {case['entries']} | "
             f"{cost['peak'] / 1e9:.1f} of {case['chip_memory'] / 1e9:.0f} GB | "
-            f"{cost['arguments'] / 1e9:.1f} GB | {_traffic(case)} | {1e3 * seconds:.1f} ms | "
+            f"{cost['arguments'] / 1e9:.1f} GB | {_traffic(case)} | {1e3 * seconds:.2f} ms | "
             f"{case['compile_cpu_seconds']:.0f} s |"
         )
     found = {"plans": steps, "served": serving, "hours": _list_hours(trained)}
@@ -257,11 +258,16 @@ def _traffic(case: Mapping[str, Any]) -> str:
     found = case["cost"]["collectives"]
     total = sum(kind["bytes"] for kind in found.values())
     large = [
-        f"`{name}` {kind['bytes'] / 1e9:.2g} GB"
+        f"`{name}` {format_bytes(kind['bytes'])}"
         for name, kind in found.items()
         if kind["bytes"] > max(0.02 * total, 5e6)
     ]
-    return ", ".join(large) or f"{total / 1e6:.1f} MB"
+    return ", ".join(large) or format_bytes(total)
+
+
+def _round(value: float) -> str:
+    """Return a number with three digits that count."""
+    return f"{float(f'{value:.3g}'):,.{2 if value < 10 else 0}f}"
 
 
 def _list_hours(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -289,7 +295,7 @@ def _list_hours(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 *(hours(case, TOKENS) for case in (*experts, whole)),
                 hours(whole, pretraining),
             ]
-            cells = ["–" if value is None else f"{value:,.3g}" for value in found]
+            cells = ["–" if value is None else _round(value) for value in found]
             cells[-1] += f" ({pretraining / 1e9:,.3g} B tokens)"
             lines.append(f"| {model}, {name} | {' | '.join(cells)} |")
     return lines

@@ -19,7 +19,9 @@ from tests.support.servers import free_port
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "scripts" / "launch"
 TOOLS = REPOSITORY / ".venv-launch" / "bin"
-STEPS = 600
+# Checkpoints are written every 400 steps; a process is killed after the first.
+STEPS = 1200
+FIRST_CHECKPOINT = 400
 TIMEOUT_SECONDS = 600
 
 
@@ -39,6 +41,10 @@ class Work:
     env: dict[str, str]
     program: Path
 
+    def wait_for_process(self, index: int) -> int:
+        """Return the number of the process of an index, when it runs."""
+        return wait_until(lambda: self.find_process(index), lambda: self.said)
+
     @property
     def log(self) -> Path:
         return self.folder / "log"
@@ -48,6 +54,11 @@ class Work:
         """The end of what was printed."""
         return self.log.read_text()[-3000:] if self.log.exists() else ""
 
+    def wait_for_checkpoint(self) -> None:
+        """Wait until a checkpoint is whole."""
+        folder = self.folder / "expert" / ".work" / "checkpoints" / str(FIRST_CHECKPOINT)
+        wait_until(folder.exists, lambda: self.said)
+
     def weights(self) -> dict[str, np.ndarray]:
         """Return the weights that training ended with."""
         return load_file(self.folder / "expert" / "body.safetensors")
@@ -56,6 +67,20 @@ class Work:
         """Wait until the processes have met: until then SIGTERM just ends one."""
         folder = self.folder / "expert" / ".work" / "checkpoints"
         wait_until(folder.exists, lambda: self.said)
+
+    def find_process(self, index: int) -> int | None:
+        """Return the number of the running process of an index, if there is one."""
+        own = str(self.folder / "expert").encode()
+        for folder in Path("/proc").iterdir():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if own in words and b"--process-id" in words and b"train" in words:
+                at = words.index(b"--process-id")
+                if words[at + 1] == str(index).encode() and Path(words[0].decode()).name != "sh":
+                    return int(folder.name)
+        return None
 
 
 def wait_until(holds, describe):

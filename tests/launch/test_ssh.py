@@ -1,4 +1,4 @@
-"""The ssh script on two hosts that are both this machine: a run stopped and resumed."""
+"""The ssh script on two hosts that are both this machine: a process killed, and a run stopped."""
 
 from __future__ import annotations
 
@@ -60,6 +60,16 @@ def launch(ssh, work, *options):
     with work.log.open("ab") as log:
         command = [LAUNCH / "ssh.sh", *HOSTS, "--", *work.options, *options]
         return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+
+def test_a_run_that_lost_a_process_is_started_again_and_ends_as_if_it_had_not(ssh, work, straight):
+    script = launch(ssh, work)
+    work.wait_for_checkpoint()
+    killed = work.wait_for_process(1)
+    os.kill(killed, signal.SIGKILL)
+    assert script.wait(TIMEOUT_SECONDS) == 0, work.said
+    for name, array in work.weights().items():
+        np.testing.assert_array_equal(array, straight[name])
 
 
 def test_ctrl_c_stops_the_run_after_a_checkpoint_and_the_same_command_resumes(ssh, work, straight):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from composable.errors import TrainingError
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.parallel import make_mesh
@@ -22,7 +23,11 @@ from composable.training.config import TrainConfig
 from composable.training.loop import lower_step
 from composable.training.objectives import backbone_objective, expert_objective
 from composable.training.optimizers import adamw
-from composable.workflows.step_plan import count_backbone_flops, count_expert_flops
+from composable.workflows.step_plan import (
+    compile_to_fit,
+    count_backbone_flops,
+    count_expert_flops,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +74,16 @@ def test_the_operations_of_an_expert_are_those_counted_by_hand(cfg, backbone, ra
     found = flops_per_token(expert_objective(graph), params, backbone)
     expected = count_expert_flops(cfg, rank, (8, 256), TRAINING.window)
     assert found == pytest.approx(expected, rel=BY_HAND)
+
+
+def test_a_program_that_the_compiler_refuses_names_the_memory():
+    class Refused:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: total 104.11G exceeds 95.74G")
+
+    with pytest.raises(TrainingError, match=r"does not fit: .*104\.11G") as caught:
+        compile_to_fit(Refused(), "v5p:4x4x4")
+    assert (caught.value.where, "--accumulate" in caught.value.hint) == ("v5p:4x4x4", True)
 
 
 @pytest.mark.parity
