@@ -1,4 +1,4 @@
-"""Train on a Ray cluster: one worker per node, which runs the command. Not run on a pod, or at all.
+"""Train on a Ray cluster: one worker per node, which runs the command. Not run on a pod.
 
     pip install '.[ray]'
     python scripts/launch/ray_driver.py --workers 4 --work /mnt/work [OPTION...]
