@@ -1,6 +1,7 @@
 """Vetting beside many experts in units: the same card whoever computes them, and nothing twice."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import shutil
@@ -20,6 +21,7 @@ from composable.vetting.evaluation import measure_evidence, mix_scorer, score_do
 from composable.vetting.peers import vet_with_peers
 from composable.workflows import peer_units, worker_pool
 from composable.workflows.peer_units import PeerWorker, list_units, make_job
+from composable.workflows.ray_workers import compute_on_ray
 from composable.workflows.references import find_peers, list_peers
 from composable.workflows.worker_pool import compute_units, count_processes, vet_in_units
 from composable.workflows.workspace import vetted_texts
@@ -306,6 +308,42 @@ def test_a_pool_of_which_one_is_killed_makes_the_same_card(untrained, make, stra
     killer.start()
     compute_units(worker, untrained, n_jobs=2)
     killer.join()
+    assert worker.gather() == straight
+    ledger = count(worker)
+    assert (ledger.n_recorded, ledger.n_repeated) == (ledger.n_units, 0)
+    assert ledger.n_abandoned <= len(killed) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_of_which_a_worker_is_killed_makes_the_same_card(
+    untrained, make, straight, monkeypatch
+):
+    """On a node on this machine; not a part of CI, whose environment has no Ray."""
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    ray = pytest.importorskip("ray")
+    worker, killed = PeerWorker(make(), untrained), []
+
+    def kill_one():
+        while not killed:
+            for path in (worker.results.root / "claims").rglob("*.0"):
+                if text := path.read_text():
+                    killed.append(json.loads(text)["pid"])
+                    break
+            time.sleep(0.01)
+        os.kill(killed[0], signal.SIGKILL)
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        compute_on_ray(worker, 2)
+        broken = PeerWorker(make(results=worker.results.root / "other"), untrained)
+        broken.job = dataclasses.replace(broken.job, interface="sha256:1")
+        with pytest.raises(VettingError, match="another backbone than the job's"):
+            compute_on_ray(broken, 1)
+    finally:
+        killer.join()
+        ray.shutdown()
     assert worker.gather() == straight
     ledger = count(worker)
     assert (ledger.n_recorded, ledger.n_repeated) == (ledger.n_units, 0)
