@@ -413,6 +413,7 @@ def start_ray(n_workers: int) -> None:
     """Start a Ray node on this machine; on a busy one that takes minutes."""
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: others would run first
     import ray
 
     ray.init(

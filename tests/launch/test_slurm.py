@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from composable.packaging.registry.locations import open_for_publishing
+from composable.workflows.references import find_peers
+from composable.workflows.vet import check_expert
 from tests.launch.conftest import LAUNCH, wait_until
 from tests.support.slurm import find_missing, run_slurm
 
@@ -86,3 +90,38 @@ def test_each_task_sees_all_gpus_of_its_node(slurm, work):
     work.program.write_text('#!/bin/sh\necho "$SLURM_LOCALID sees $CUDA_VISIBLE_DEVICES"\n')
     wait_for_end(slurm, submit(slurm, work), work)
     assert sorted(work.log.read_text().splitlines()) == ["0 sees 0,1", "1 sees 0,1"]
+
+
+def test_parts_of_an_array_and_the_job_after_it_make_the_card_of_one_process(
+    slurm, new_work, loaded, trained_folder, tmp_path
+):
+    """Two tasks of an array measure a part each, beside two experts; a last job writes the card."""
+    work = new_work(tmp_path / "work")
+    registry = open_for_publishing(work.folder / "registry")
+    own = work.folder / "expert"
+    for folder, name in ((own, "newcomer"), (tmp_path / "a", "sets"), (tmp_path / "b", "lists")):
+        shutil.copytree(trained_folder, folder, dirs_exist_ok=True)
+        manifest = folder / "expert.toml"
+        manifest.write_text(manifest.read_text().replace('name = "logic"', f'name = "{name}"'))
+        if folder != own:
+            registry.publish(folder, interface=loaded.interface)
+    peers = find_peers(loaded, "newcomer", ["all"], {}, registry=str(work.folder / "registry"))
+    check_expert(loaded, own, peers=peers)
+    straight = (own / "card.json").read_bytes()
+    (own / "card.json").unlink()
+    env = {**slurm, **work.env, "PATH": f"{work.env['PATH']}:/usr/sbin", "WORK": str(work.folder)}
+    command = ["sbatch", "--parsable", "--cpus-per-task=1", f"--output={work.log}"]
+    options = [LAUNCH / "check-slurm.sbatch", "--backbone", loaded.folder]
+
+    def run(*more):
+        run = subprocess.run(
+            [*command, *more, *options], env=env, check=True, capture_output=True, text=True
+        )
+        return run.stdout.strip()
+
+    array = run("--array=1-2")
+    last = run(f"--dependency=afterany:{array}")
+    wait_for_end(slurm, last, work)
+    assert (own / "card.json").read_bytes() == straight, work.said
+    for part in (1, 2):
+        assert f"shard {part}/2: " in work.log.read_text()
