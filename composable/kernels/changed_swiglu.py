@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import jax
@@ -154,8 +154,9 @@ def changed_swiglu_of_few(
 ) -> Array:
     """Apply the shared body, or a change of it, to the rows of these, where few changes have rows.
 
-    For changes that are known before the program runs, as in decoding. Products with the shared
-    matrices run once for all rows, whatever their changes. Not differentiable.
+    For changes that are known before the program runs, as in decoding. In blocks of one row,
+    products with the shared matrices run once for all rows of a token, whatever their changes; in
+    larger ones, once for each block in use. Not differentiable.
 
     Args:
         x_MD: Tokens.
@@ -217,5 +218,46 @@ def changed_swiglu_of_few(
     def skip(x_MD: Array) -> Array:
         return jnp.zeros((len(row_P), x_MD.shape[1]), x_MD.dtype)
 
+    if block > 1:
+        return _change_blocks(
+            gather_rows(x_MD, dispatch), matrices, changes, body_A, n_changes, dispatch
+        )
     y_PD: Array = jax.lax.cond(end_E[n_changes] > 0, run, skip, x_MD)
+    return y_PD
+
+
+def _change_blocks(
+    x_PD: Array,
+    matrices: Mapping[str, Matrix],
+    changes: Sequence[Factors],
+    body_A: Array,
+    n_changes: int,
+    dispatch: Dispatch,
+) -> Array:
+    """Do the work of `changed_swiglu_of_few` block by block."""
+    block = dispatch.block
+    is_own_YA = dispatch.expert_Y[:, None] == body_A
+    # Which branch a block takes: 0 for the shared body, else its change's place, plus one.
+    branch_Y = jnp.where(is_own_YA.any(axis=1), 1 + jnp.argmax(is_own_YA, axis=1), 0)
+
+    def run_block(index: Array, y_PD: Array) -> Array:
+        start = index * block
+
+        def multiply_changed(names: Sequence[str], x: Array) -> Sequence[Array]:
+            def change(factors: Factors) -> Callable[[Sequence[Array]], Sequence[Array]]:
+                pairs = [factors[name] for name in names]
+                return lambda ys: [y + x @ a @ b for y, (a, b) in zip(ys, pairs, strict=True)]
+
+            branches = [lambda ys: ys, *(change(factors) for factors in changes)]
+            ys = [multiply(x, matrices[name]) for name in names]
+            changed: Sequence[Array] = jax.lax.switch(branch_Y[index], branches, ys)
+            return changed
+
+        x = jax.lax.dynamic_slice_in_dim(x_PD, start, block)
+        gate, up = multiply_changed(("w_gate", "w_up"), x)
+        (y,) = multiply_changed(("w_down",), jax.nn.silu(gate) * up)
+        return jax.lax.dynamic_update_slice_in_dim(y_PD, y, start, axis=0)
+
+    y_PD: Array = jnp.zeros((x_PD.shape[0], matrices["w_down"].shape[1]), x_PD.dtype)
+    y_PD = jax.lax.fori_loop(0, dispatch.end_block_E[n_changes], run_block, y_PD)
     return y_PD

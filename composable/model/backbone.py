@@ -158,13 +158,17 @@ class Backbone(nnx.Module):
             Logits, shape BTV float32, and the new caches.
         """
         x_BTD, caches = self.run_layers(self.cfg.slots, x_BTD, feed_forward, position, caches)
+        return self.predict(x_BTD), caches
+
+    def predict(self, x_BTD: jax.Array) -> jax.Array:
+        """Return logits, shape BTV float32, from the residual stream after the last layer."""
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
         w_VD = self.unembedding()
         if isinstance(w_VD, Quantized):
             logits_BTV = multiply_transposed(x_BTD, w_VD)
         else:
             logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD)
-        return logits_BTV.astype(jnp.float32), caches
+        return logits_BTV.astype(jnp.float32)
 
     def unembedding(self) -> Matrix:
         """Return the matrix of shape VD that turns the last norm's output into logits."""

@@ -20,6 +20,7 @@ from composable.interface import RouterInterface, SwitchingFilter
 from composable.model.backbone import Backbone, FeedForwardFn
 from composable.model.bank import Bank
 from composable.model.body import MATRICES, SlotChanges, SlotMatrices, backbone_slot
+from composable.model.chunks import Length, take_last
 from composable.model.layers import KVCache, changed_swiglu, swiglu
 from composable.model.occupancy import (
     IsDrawn,
@@ -80,6 +81,7 @@ class TrunkPass(NamedTuple):
     score_BTE: jax.Array  # log weights of mix mode, prior included
     # Scouts' log-probabilities of the next token's class; None without an output mixture.
     scout_log_prob_EBTC: jax.Array | None
+    length: Length = None  # tokens of the text; what follows them is padding
 
 
 def split_documents(fn: Callable[..., _T], parts: Parts, *rows: Any) -> _T:
@@ -165,6 +167,7 @@ def run_trunk_and_scouts(
     caches: Caches | None,
     is_drawn: IsDrawn = False,
     x_BTD: jax.Array | None = None,
+    length: Length = None,
 ) -> tuple[TrunkPass, RouterState, Caches | None]:
     """Run the trunk and the scouts.
 
@@ -176,14 +179,16 @@ def run_trunk_and_scouts(
         is_drawn: Whether the model drew the tokens, which are then no evidence.
         x_BTD: The residual stream at the tap for these tokens, if it is known: then the trunk does
             not run, and there are no caches.
+        length: Tokens of the text; those after it are padding.
 
     Returns:
-        Their results, the router state after the last token, and caches with the trunk's updated.
+        Their results, the router state after the last token of the text, and caches with the
+        trunk's updated.
     """
     backbone, interface = parts.backbone, parts.interface
     if caches is not None:
         x_BTD, written = backbone.trunk(tokens_BT, caches.position, caches.trunk)
-        position = caches.position + tokens_BT.shape[1]
+        position = caches.position + (tokens_BT.shape[1] if length is None else length)
         caches = caches._replace(trunk=tuple(written), position=position)
     elif x_BTD is None:
         x_BTD, _ = backbone.trunk(tokens_BT)
@@ -209,19 +214,24 @@ def run_trunk_and_scouts(
     occupancy_BEO = state.occupancy_BEO
     if isinstance(interface.mix, SwitchingFilter):
         posterior_BTE, score_BTE, occupancy_BEO = _filter_weights(
-            bank, interface.mix, evidence_BTE, state, is_drawn
+            bank, interface.mix, evidence_BTE, state, is_drawn, length
         )
     else:
         posterior_BTE = score_BTE = log_prior_of(parts) + track_BTE
     started_B = jnp.ones_like(state.started_B)
     after = RouterState(
-        track_BTE[:, -1], posterior_BTE[:, -1], feature_BTD[:, -1], started_B, occupancy_BEO
+        take_last(track_BTE, length),
+        take_last(posterior_BTE, length),
+        take_last(feature_BTD, length),
+        started_B,
+        occupancy_BEO,
     )
     # The first token of a document is no evidence for any expert: use the backbone alone.
     alone_E = jnp.full(bank.capacity, NEVER).at[0].set(0.0)
     first_BE = jnp.where(state.started_B[:, None], score_BTE[:, 0], alone_E)
     score_BTE = score_BTE.at[:, 0].set(first_BE)
-    return TrunkPass(x_BTD, classes_BT, track_BTE, score_BTE, scout_log_prob_EBTC), after, caches
+    trunk = TrunkPass(x_BTD, classes_BT, track_BTE, score_BTE, scout_log_prob_EBTC, length)
+    return trunk, after, caches
 
 
 def _filter_weights(
@@ -230,6 +240,7 @@ def _filter_weights(
     evidence_BTE: jax.Array,
     state: RouterState,
     is_drawn: IsDrawn,
+    length: Length,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return the filter's log posterior and the log weights to use, both BTE, and the occupancy.
 
@@ -258,6 +269,7 @@ def _filter_weights(
         rule.switch_rate,
         state.occupancy_BEO,
         is_drawn,
+        length,
     )
     score_BTE = posterior_BTE
     if is_drawn is not False:
@@ -302,6 +314,7 @@ def mix_in_scouts(
         started_B,
         state,
         is_drawn,
+        trunk.length,
         power=settings.power,
         prior=settings.prior,
         rate=settings.rate,

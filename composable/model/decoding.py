@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from composable.errors import ModelError, TextError
+from composable.model.chunks import cut_prompt, pad
 from composable.model.composed import Parts
 from composable.model.guard import Tally
 from composable.model.sampling import Draw, Sampling, draw_token, make_draw
-from composable.model.steps import CHUNK, MixSteps, SafeSteps
+from composable.model.steps import MixSteps, SafeSteps
 from composable.model.tokenizer import Tokenizer
 
 Mode = Literal["mix", "safe"]
-PREFILL: Final = CHUNK
 # The number of positions in a cache is a power of two, and at least this: shorter texts share one
 # compilation, longer ones need one per doubling.
 _MIN_CACHE: Final = 1024
@@ -69,12 +69,12 @@ class Decoder:
         sampling = sampling or Sampling()
         self._length, self._ends = length, frozenset(tokenizer.ends)
         self._report = report
-        n_cached, seed = cache_length(length, context), sampling.seed
+        self._n_cached, seed = cache_length(length, context), sampling.seed
         self._steps: MixSteps | SafeSteps
         if mode == "safe":
-            self._steps = SafeSteps(parts, n_cached, seed if sampling.temperature else None)
+            self._steps = SafeSteps(parts, self._n_cached, seed if sampling.temperature else None)
         else:
-            self._steps = MixSteps(parts, n_cached)
+            self._steps = MixSteps(parts, self._n_cached)
         vocab_size = parts.interface.vocab_size
         self._draw = make_draw(sampling, _banned(tokenizer, vocab_size))
         self._seen_V = jax.device_put(np.zeros(vocab_size, bool), may_alias=False)
@@ -111,12 +111,11 @@ class Decoder:
         for token in self._unfed:
             self._advance(jax.device_put(np.full((1, 1), token, np.int32)), is_drawn=True)
         self._unfed = []
-        whole = len(tokens_T) - len(tokens_T) % PREFILL
-        # Whole chunks first, then single tokens: a prompt of any length reuses the two programs.
-        pieces = [tokens_T[i : i + PREFILL] for i in range(0, whole, PREFILL)]
-        pieces += [tokens_T[i : i + 1] for i in range(whole, len(tokens_T))]
-        for piece in pieces:
-            self._advance(jax.device_put(piece[None]), is_drawn=False)
+        start = 0
+        for n_tokens, size in cut_prompt(len(tokens_T), self._n_cached - self._n_fed):
+            piece_BT = jax.device_put(pad(tokens_T[start : start + n_tokens], size))
+            self._advance(piece_BT, is_drawn=False, length=n_tokens if size > 1 else None)
+            start += n_tokens
 
     def draw(self, n_tokens: int) -> Iterator[Drawn]:
         """Yield up to `n_tokens` tokens as they are drawn; a token that ends a text is not yielded.
@@ -154,9 +153,9 @@ class Decoder:
                 return
             yield drawn
 
-    def _advance(self, tokens_BT: jax.Array, *, is_drawn: bool) -> None:
-        output = self._steps.advance(tokens_BT, is_drawn)
-        self._n_fed += tokens_BT.shape[1]
+    def _advance(self, tokens_BT: jax.Array, *, is_drawn: bool, length: int | None = None) -> None:
+        output = self._steps.advance(tokens_BT, is_drawn, length)
+        self._n_fed += tokens_BT.shape[1] if length is None else length
         self._piece_BT = tokens_BT
         self._draw_from(output)
 

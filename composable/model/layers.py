@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from types import EllipsisType
 from typing import Final, NamedTuple
 
@@ -178,9 +179,11 @@ class Attention(nnx.Module):
         """
         n_tokens = x_BTD.shape[1]
         position_T = position + jnp.arange(n_tokens)
-        q_BTNH = _project(x_BTD, self.w_q[...], "BTD,DNH->BTNH")
-        k_BTKH = _project(x_BTD, self.w_k[...], "BTD,DKH->BTKH")
-        v_BTKH = _project(x_BTD, self.w_v[...], "BTD,DKH->BTKH")
+        # Text that is scored whole keeps the bits that it had in earlier versions.
+        project = partial(_project, is_whole=cache is None)
+        q_BTNH = project(x_BTD, self.w_q[...], "BTD,DNH->BTNH")
+        k_BTKH = project(x_BTD, self.w_k[...], "BTD,DKH->BTKH")
+        v_BTKH = project(x_BTD, self.w_v[...], "BTD,DKH->BTKH")
         if self.cfg.qk_norm != "none":
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.cfg.norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.cfg.norm_eps)
@@ -195,22 +198,23 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.v_BKSH, v_BTKH.swapaxes(1, 2), at),
             )
             y_BTNH = _cached_attention(q_BTNH, cache, position_T)
-        return _project(y_BTNH, self.w_o[...], "BTNH,NHD->BTD"), cache
+        return project(y_BTNH, self.w_o[...], "BTNH,NHD->BTD"), cache
 
 
-def _project(x: jax.Array, w: Matrix, axes: str) -> jax.Array:
-    """Return the einsum of `x` and `w`; for a single token, as a product of matrices.
+def _project(x: jax.Array, w: Matrix, axes: str, *, is_whole: bool) -> jax.Array:
+    """Return the einsum of `x` and `w`; except for whole texts, as a product of matrices.
 
-    XLA's CPU backend runs an einsum over three axes five times slower when there is one token.
+    XLA's CPU backend copies the matrix for an einsum over three axes, and takes five times as long
+    when there is one token.
     """
     contracted = x.ndim - 2
     rows = math.prod(w.shape[:contracted])
     if isinstance(w, Quantized):
         y = multiply(x.reshape(*x.shape[:2], rows), w.flatten(contracted))
-    elif x.shape[1] > 1:
+    elif is_whole and x.shape[1] > 1:
         return jnp.einsum(axes, x, w)
     else:
-        y = x.reshape(x.shape[0], rows) @ w.reshape(rows, -1)
+        y = x.reshape(-1, rows) @ w.reshape(rows, -1)
     return y.reshape(*x.shape[:2], *w.shape[contracted:])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from composable.kernels import (
 from composable.model.backbone import FeedForwardFn
 from composable.model.bank import Bank
 from composable.model.body import MATRICES, SlotChanges, SlotMatrices, backbone_slot
+from composable.model.chunks import Length, is_text, take_last
 from composable.model.composed import (
     Caches,
     Parts,
@@ -35,9 +36,13 @@ from composable.model.composed import (
 from composable.model.guard import Tally, empty_tally, exceeds, redistribute, tally_rows
 from composable.model.occupancy import IsDrawn
 from composable.model.output_mixture import OutputMixtureState, empty_output_mixture
-from composable.model.router import Choice, RouterState, choose, dense_weights
+from composable.model.router import Choice, RouterState, choose, dense_weights, leave_out
 from composable.model.split_bank import plan_routes, run_split
 from composable.parallel import count_entry_shards, sum_over_batch
+
+# Rows of a block where few bodies run: a product of as many rows is nearly as fast as a larger one,
+# and each body adds half a block of padding.
+_FEW_BLOCK: Final = 64
 
 
 class MixState(NamedTuple):
@@ -134,13 +139,20 @@ def _trace_mix(
 class Bodies(NamedTuple):
     """The bodies of some experts, as arrays of their own.
 
-    Numbers are those of `Bank.number_bodies`, `n_bodies` where a body stands for none.
+    With room for changes the first place is that of the backbone's body, which they change; then
+    come the changes, then full bodies.
     """
 
-    full_A: jax.Array  # number of each full body
-    slots: tuple[tuple[SlotMatrices, ...], ...]
-    changed_A: jax.Array  # number of each low-rank change of the backbone's body
+    # Number of the body at each place, as `Bank.number_bodies` has it; `n_bodies` for none.
+    number_A: jax.Array
     changes: tuple[tuple[SlotChanges, ...], ...]
+    slots: tuple[tuple[SlotMatrices, ...], ...]
+
+    def find_places(self, number_MJ: jax.Array, n_bodies: int) -> jax.Array:
+        """Return the places of bodies by their numbers, one past the last for no body."""
+        is_here_MJA = (number_MJ[..., None] == self.number_A) & (self.number_A < n_bodies)
+        place_MJ = jnp.argmax(is_here_MJA, axis=-1)
+        return jnp.where(is_here_MJA.any(axis=-1), place_MJ, len(self.number_A))
 
 
 class Reading(NamedTuple):
@@ -158,6 +170,7 @@ def read_mix(
     state: MixState,
     is_drawn: IsDrawn = False,
     x_BTD: jax.Array | None = None,
+    length: Length = None,
 ) -> tuple[Reading, MixState]:
     """Run the trunk and the router: the first half of `trace_mix`, with its arguments.
 
@@ -167,15 +180,18 @@ def read_mix(
         state: As for `trace_mix`.
         is_drawn: As for `trace_mix`.
         x_BTD: The residual stream at the tap, if it is known, in place of the trunk.
+        length: Tokens of the text; those after it are padding, and choose no experts.
 
     Returns:
         The results, and the state, whose upper caches do not hold the tokens yet.
     """
     trunk, router, caches = run_trunk_and_scouts(
-        parts, tokens_BT, state.router, state.caches, is_drawn, x_BTD
+        parts, tokens_BT, state.router, state.caches, is_drawn, x_BTD, length
     )
     position = 0 if state.caches is None else state.caches.position
     choice = choose_experts(parts, trunk.score_BTE)
+    if length is not None:
+        choice = leave_out(choice, is_text(tokens_BT.shape[1], length), parts.bank.capacity)
     reading = Reading(trunk, choice, position, state.router.started_B)
     return reading, state._replace(router=router, caches=caches)
 
@@ -186,6 +202,8 @@ def predict_mix(
     state: MixState,
     is_drawn: IsDrawn = False,
     bodies: Bodies | None = None,
+    *,
+    is_next_alone: bool = False,
 ) -> tuple[jax.Array, jax.Array, MixState]:
     """Run the chosen bodies and predict: the second half of `trace_mix`.
 
@@ -195,26 +213,36 @@ def predict_mix(
         state: The state that it returned.
         is_drawn: Whether the model drew the tokens.
         bodies: Those of all experts chosen; without them, bodies are sliced out of the bank.
+        is_next_alone: Whether to predict the token after the text alone.
 
     Returns:
-        As `trace_mix`.
+        As `trace_mix`; with one position if it is the next token alone.
     """
     trunk, choice, caches = reading.trunk, reading.choice, state.caches
     feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice, bodies)
-    if caches is None:
-        logits_BTV, _ = parts.backbone.upper(trunk.x_BTD, feed_forward)
-    else:
-        logits_BTV, written = parts.backbone.upper(
-            trunk.x_BTD, feed_forward, reading.position, caches.upper
-        )
+    backbone, upper = parts.backbone, None if caches is None else caches.upper
+
+    def keep_next(x_BT: jax.Array) -> jax.Array:
+        return take_last(x_BT, trunk.length)[:, None] if is_next_alone else x_BT
+
+    x_BTD, written = backbone.run_layers(
+        backbone.cfg.slots, trunk.x_BTD, feed_forward, reading.position, upper
+    )
+    if caches is not None:
         caches = caches._replace(upper=tuple(written))
+    # The scouts' share depends on what was predicted for every token.
+    needs_all = parts.interface.output_mixture is not None
+    logits_BTV = backbone.predict(x_BTD if needs_all else keep_next(x_BTD))
     logits_BTV, mixture = mix_in_scouts(
         parts, logits_BTV, trunk, reading.started_B, state.output_mixture, is_drawn
     )
+    if needs_all:
+        logits_BTV = keep_next(logits_BTV)
     counted = tally_rows(empty_tally(parts.bank.capacity), zeroed, choice, dispatch)
     tally = jax.tree.map(jnp.add, state.tally, sum_over_batch(counted))
     after = MixState(state.router, tally, mixture, caches)
-    return logits_BTV, dense_weights(choice, parts.bank.capacity), after
+    weight_BTE = keep_next(dense_weights(choice, parts.bank.capacity))
+    return logits_BTV, weight_BTE, after
 
 
 def route(parts: Parts, tokens_BT: jax.Array, state: MixState) -> tuple[jax.Array, MixState]:
@@ -263,16 +291,23 @@ def _mixed_feed_forward(
     batch, n_tokens, n_choices = choice.expert_BTJ.shape
     expert_MJ = choice.expert_BTJ.reshape(-1, n_choices)
     weight_MJ = choice.weight_BTJ.reshape(-1, n_choices)
-    block = default_block(batch * n_tokens, n_choices)
     bank = parts.bank
     n_shards = count_entry_shards(bank.capacity)
-    if n_shards > 1:
+    if bodies is None:
+        block = default_block(batch * n_tokens, n_choices)
+    else:
+        block = min(_FEW_BLOCK, batch * n_tokens)
+    if bodies is not None:
+        place_MJ = bodies.find_places(bank.number_bodies(expert_MJ), bank.n_bodies)
+        dispatch = make_dispatch(place_MJ, len(bodies.number_A), block)
+    elif n_shards > 1:
         dispatch = make_dispatch(expert_MJ, bank.capacity, block)
         routes = plan_routes(bank, dispatch, n_shards)
     else:
         dispatch = make_dispatch(bank.number_bodies(expert_MJ), bank.n_bodies, block)
 
-    is_expert_P = jnp.repeat(dispatch.expert_Y, block) != 0
+    number_Y = dispatch.expert_Y if bodies is None else bodies.number_A[dispatch.expert_Y]
+    is_expert_P = jnp.repeat(number_Y, block) != 0
     zeroed: list[jax.Array] = []
 
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
@@ -281,7 +316,7 @@ def _mixed_feed_forward(
         x_MD = x_BTD.reshape(batch * n_tokens, -1)
         own = backbone_slot(parts.backbone, layer)
         if bodies is not None:
-            y_PD = _run_few(bank, own, bodies, index, x_MD, dispatch)
+            y_PD = _run_few(own, bodies, index, x_MD, dispatch)
         elif n_shards > 1:
             y_PD = run_split(bank, own, index, gather_rows(x_MD, dispatch), dispatch, routes)
         else:
@@ -314,17 +349,20 @@ def _run_bodies(bank: Bank, index: int, x_PD: jax.Array, dispatch: Dispatch) -> 
 
 
 def _run_few(
-    bank: Bank, own: SlotMatrices, bodies: Bodies, index: int, x_MD: jax.Array, dispatch: Dispatch
+    own: SlotMatrices, bodies: Bodies, index: int, x_MD: jax.Array, dispatch: Dispatch
 ) -> jax.Array:
     """Run tokens through the bodies that they choose in one slot, which are few."""
     full = [[slots[index][name] for name in MATRICES] for slots in bodies.slots]
     changes = [changes[index] for changes in bodies.changes]
+    place_A = jnp.arange(len(bodies.number_A))
+    first = 1 + len(changes) if changes else 0
     outputs = []
     if full:
         x_PD = gather_rows(x_MD, dispatch)
-        outputs.append(swiglu_of_few(x_PD, full, bodies.full_A, dispatch))
+        outputs.append(swiglu_of_few(x_PD, full, place_A[first:], dispatch))
     if changes:
-        last = bank.capacity - 1
-        outputs.append(changed_swiglu_of_few(x_MD, own, changes, bodies.changed_A, last, dispatch))
+        outputs.append(
+            changed_swiglu_of_few(x_MD, own, changes, place_A[1:first], len(changes), dispatch)
+        )
     y_PD: jax.Array = sum(outputs[1:], outputs[0])  # each is zero at the other's rows
     return y_PD

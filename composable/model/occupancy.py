@@ -40,6 +40,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from composable.model.chunks import Length, is_text
+
 # Whether the model drew a token: a Python False where that is known when compiling.
 IsDrawn = jax.Array | bool
 # The prior counts as this many tokens.
@@ -61,6 +63,7 @@ def update_occupancy(
     restart_BE: jax.Array,
     rate: jax.Array | float,
     is_given: jax.Array | bool = True,
+    length: Length = None,
 ) -> jax.Array:
     """Return the statistic after more tokens.
 
@@ -71,6 +74,7 @@ def update_occupancy(
         rate: Probability of a restart per token, in [0, 1).
         is_given: Whether the tokens were given; tokens that the model drew are not counted, and
             age no others.
+        length: Tokens of the text; those after it change nothing.
 
     Returns:
         The statistic after the last of the tokens, shape BEO.
@@ -79,15 +83,21 @@ def update_occupancy(
     counted_EO = jnp.where(is_given, jnp.eye(occupancy_BEO.shape[-1]), 0.0)
     kept = jnp.where(is_given, 1 - 1 / HORIZON, 1.0)
 
-    def step(occupancy_BEO: jax.Array, posterior_BE: jax.Array) -> tuple[jax.Array, None]:
+    def step(
+        occupancy_BEO: jax.Array, at: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, None]:
+        posterior_BE, is_kept = at
         weight_BE = jnp.exp(posterior_BE)
         stayed_BE = jnp.maximum(weight_BE - restarted_BE, 0.0)
         mean_BO = jnp.einsum("BE,BEO->BO", stayed_BE / (1 - rate), occupancy_BEO)
         stay_BE1 = (stayed_BE / jnp.maximum(weight_BE, _TINY))[..., None]
-        occupancy_BEO = stay_BE1 * occupancy_BEO + (1 - stay_BE1) * mean_BO[:, None]
-        return kept * occupancy_BEO + counted_EO, None
+        moved_BEO = stay_BE1 * occupancy_BEO + (1 - stay_BE1) * mean_BO[:, None]
+        moved_BEO = kept * moved_BEO + counted_EO
+        return moved_BEO if is_kept is None else jnp.where(is_kept, moved_BEO, occupancy_BEO), None
 
-    occupancy_BEO, _ = jax.lax.scan(step, occupancy_BEO, jnp.moveaxis(posterior_BTE, 1, 0))
+    is_kept_T = None if length is None else is_text(posterior_BTE.shape[1], length)
+    along_T = jnp.moveaxis(posterior_BTE, 1, 0), is_kept_T
+    occupancy_BEO, _ = jax.lax.scan(step, occupancy_BEO, along_T)
     return occupancy_BEO
 
 
@@ -114,6 +124,7 @@ def follow_given(
     rate: float,
     occupancy_BEO: jax.Array,
     is_drawn: IsDrawn,
+    length: Length = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the log posterior that takes tokens as given or as drawn, and the new statistic.
 
@@ -124,6 +135,7 @@ def follow_given(
         rate: Probability of a switch per given token, in [0, 1).
         occupancy_BEO: The statistic S before the first.
         is_drawn: Whether the model drew the tokens; then there is one token.
+        length: Tokens of the text; those after it do not change the statistic.
 
     Returns:
         The posterior, shape BTE: unchanged if the tokens were given. The statistic, shape BEO.
@@ -137,7 +149,7 @@ def follow_given(
     moved = jnp.where(is_drawn, WRITING_RATE, rate)
     is_given = jnp.logical_not(is_drawn)
     return posterior_BTE, update_occupancy(
-        occupancy_BEO, posterior_BTE, restart_BE, moved, is_given
+        occupancy_BEO, posterior_BTE, restart_BE, moved, is_given, length
     )
 
 

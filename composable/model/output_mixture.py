@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from composable.model.chunks import Length, take_last
 from composable.model.occupancy import IsDrawn
 
 # An expert with less weight at a token is left out; its weight goes to the backbone.
@@ -63,6 +64,7 @@ def mix_outputs(
     started_B: jax.Array,
     state: OutputMixtureState,
     is_drawn: IsDrawn = False,
+    length: Length = None,
     *,
     power: float,
     prior: float,
@@ -81,12 +83,13 @@ def mix_outputs(
         started_B: Whether a position precedes these, so that their first token was predicted.
         state: State before the first position.
         is_drawn: Whether the model drew these tokens, which are then no evidence for the share.
+        length: Tokens of the text.
         power: Exponent on Q, in (0, 1].
         prior: Share of G at the start of a document, in (0, 1).
         rate: Probability per token that the share restarts from `prior`, in (0, 1).
 
     Returns:
-        Logits, shape BTV, and the state after the last position.
+        Logits, shape BTV, and the state after the last position of the text.
 
     References:
         Genest and Zidek 1986, "Combining probability distributions" (logarithmic pool); Herbster
@@ -112,11 +115,12 @@ def mix_outputs(
         return share_B, share_B
 
     was_predicted_BT = jnp.ones(classes_BT.shape, bool).at[:, 0].set(started_B)
-    share_B, share_TB = jax.lax.scan(update_share, state.share_B, (gain_BT.T, was_predicted_BT.T))
+    _, share_TB = jax.lax.scan(update_share, state.share_B, (gain_BT.T, was_predicted_BT.T))
     change_BTC = jnp.log1p(share_TB.T[..., None] * (ratio_BTC - 1))
     is_identity = change_BTC.shape[-1] == logits_BTV.shape[-1]
     change_BTV = change_BTC if is_identity else change_BTC[..., class_map_V]
-    return logits_BTV + change_BTV, OutputMixtureState(share_B, ratio_BTC[:, -1])
+    after = OutputMixtureState(take_last(share_TB.T, length), take_last(ratio_BTC, length))
+    return logits_BTV + change_BTV, after
 
 
 def _by_class(prob_BTV: jax.Array, class_map_V: jax.Array, n_classes: int) -> jax.Array:

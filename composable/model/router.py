@@ -326,6 +326,21 @@ def choose(score_BTE: jax.Array, key_E: jax.Array, k: int, floor: float = 0.0) -
     return Choice(jnp.where(is_kept_BTJ, expert_BTJ, n_experts), weight_BTJ)
 
 
+def leave_out(choice: Choice, is_kept_T: jax.Array, n_experts: int) -> Choice:
+    """Return a choice in which some tokens choose no expert.
+
+    Args:
+        choice: The choice.
+        is_kept_T: Which tokens choose.
+        n_experts: Entries of the bank (E).
+    """
+    is_kept_T1 = is_kept_T[:, None]
+    return Choice(
+        jnp.where(is_kept_T1, choice.expert_BTJ, n_experts),
+        jnp.where(is_kept_T1, choice.weight_BTJ, 0),
+    )
+
+
 def dense_weights(choice: Choice, n_experts: int) -> jax.Array:
     """Return a choice as one weight per expert, shape BTE, zero for those not chosen."""
     chosen_BTJE = jax.nn.one_hot(choice.expert_BTJ, n_experts, dtype=choice.weight_BTJ.dtype)

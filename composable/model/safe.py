@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from composable.model.bank import entry_slots
 from composable.model.body import SlotChanges, SlotMatrices
+from composable.model.chunks import Length, take_last
 from composable.model.composed import (
     Caches,
     Parts,
@@ -176,7 +177,7 @@ def mix_paths(
     """
     path_A, awake_BTE, log_prob_ABTV, is_finite_ABT = outputs
     weight_BTE, posterior_BE, occupancy_BEO = _posterior(
-        parts, log_prob_EBT, state, awake_BTE, is_drawn
+        parts, log_prob_EBT, state, awake_BTE, is_drawn, trunk.length
     )
     weight_EBT = jnp.moveaxis(weight_BTE, -1, 0)
     log_weight_ABT1 = jnp.take(weight_EBT, path_A, axis=0, fill_value=NEVER)[..., None]
@@ -195,7 +196,7 @@ def mix_paths(
         tally=tally,
         output_mixture=mixture,
         posterior_BE=posterior_BE,
-        awake_BE=awake_BTE[:, -1],
+        awake_BE=take_last(awake_BTE, trunk.length),
         occupancy_BEO=occupancy_BEO,
     )
     return log_prob_BTV, jnp.exp(weight_BTE)[..., entry_E], after
@@ -280,6 +281,7 @@ def _posterior(
     state: SafeState,
     awake_BTE: jax.Array,
     is_drawn: IsDrawn,
+    length: Length,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return each path's log weight, BTE, the last log posterior, BE, and the last occupancy."""
     predicted_BTE = jnp.concatenate([state.awake_BE[:, None], awake_BTE[:, :-1]], axis=1)
@@ -312,11 +314,12 @@ def _posterior(
         rate,
         state.occupancy_BEO,
         is_drawn,
+        length,
     )
     if is_drawn is not False:
         written_BTE = _normalise(posterior_BTE, awake_BTE)
         weight_BTE = jnp.where(is_drawn, written_BTE, weight_BTE)
-    return weight_BTE, posterior_BTE[:, -1], occupancy_BEO
+    return weight_BTE, take_last(posterior_BTE, length), occupancy_BEO
 
 
 def _normalise(log_weight_BE: jax.Array, mask_BE: jax.Array) -> jax.Array:

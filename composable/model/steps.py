@@ -24,6 +24,7 @@ import numpy as np
 
 from composable.model.bank import view_entry
 from composable.model.body import SlotChanges, SlotMatrices, backbone_slot
+from composable.model.chunks import Length, is_text, is_worth_a_chunk, take_last
 from composable.model.composed import (
     Caches,
     Parts,
@@ -51,13 +52,9 @@ from composable.model.writer import Writer
 
 T = TypeVar("T")
 
-# Tokens of a chunk; a prompt is read in chunks, and a path catches up in chunks.
-CHUNK: Final = 32
 # Experts that the tokens of a chunk may choose together before their bodies are sliced out of the
 # bank, which takes another program.
 _FEW: Final = 4
-# A chunk takes as long as about so many single tokens.
-_CHUNK_COST: Final = 4
 
 
 class _Structure:
@@ -154,12 +151,15 @@ class MixSteps:
         """Contributions of every expert so far."""
         return self._state.tally
 
-    def advance(self, tokens_BT: jax.Array, is_drawn: bool) -> tuple[jax.Array, jax.Array]:
+    def advance(
+        self, tokens_BT: jax.Array, is_drawn: bool, length: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Read tokens of one sequence.
 
         Args:
             tokens_BT: Token ids that continue it.
             is_drawn: Whether the model drew them.
+            length: How many there are before padding; None without room for padding.
 
         Returns:
             Logits of the next token, shape V, and the router weights for it, shape E.
@@ -167,7 +167,7 @@ class MixSteps:
         caches = self._state.caches
         assert caches is not None
         lower = self._state._replace(caches=caches._replace(upper=()))
-        reading, lower = _read(self._flat, tokens_BT, lower, is_drawn)
+        reading, lower = _read(self._flat, tokens_BT, lower, is_drawn, _on_device(length))
         chosen = np.unique(np.asarray(reading.choice.expert_BTJ))
         bodies = self._gather(chosen[chosen < self._bank.capacity].tolist())
         trunk = lower.caches.trunk
@@ -192,21 +192,21 @@ class MixSteps:
             return None
         n_full = self._n_few if self._bank.has_full else 0
         n_changed = self._n_few if self._bank.changes else 0
-        return Bodies(
-            *self._fill(full, n_full, self._entries.full),
-            *self._fill(changed, n_changed, self._entries.changes),
-        )
+        changed_A, changes = self._fill(changed, n_changed, self._entries.changes)
+        full_A, slots = self._fill(full, n_full, self._entries.full)
+        number_A = np.array([*([0] if changes else []), *changed_A, *full_A], np.int32)
+        return Bodies(jax.device_put(number_A), changes, slots)
 
     def _fill(
         self, experts: list[int], n: int, read: Callable[[int], T]
-    ) -> tuple[jax.Array, tuple[T, ...]]:
+    ) -> tuple[list[int], tuple[T, ...]]:
         """Return numbers and slots of `n` bodies: those of experts, then some that stand for none.
 
         The slots of those are not read.
         """
         missing = n - len(experts)
-        body_A = np.array([*self._body_E[experts], *[self._bank.n_bodies] * missing], np.int32)
-        return jax.device_put(body_A), tuple(read(e) for e in [*experts, *[0] * missing])
+        numbers = [*self._body_E[experts].tolist(), *[self._bank.n_bodies] * missing]
+        return numbers, tuple(read(e) for e in [*experts, *[0] * missing])
 
 
 class _Path(NamedTuple):
@@ -257,7 +257,7 @@ class SafeSteps:
         # Paths are numbered in the order of their experts' keys, as in `safe.py`.
         self._entry_of = np.argsort(np.asarray(parts.bank.key_E), kind="stable").tolist()
         self._n_awake = 1 + min(interface.top_k, capacity - 1)
-        self._cache_length, self._n_read = cache_length, 0
+        self._cache_length, self._n_read, self._chunk = cache_length, 0, 1
         self._trunk = tuple(self._empty_caches(range(parts.backbone.cfg.tap)))
         self._state: SafeState = _start_safe(self._flat)
         dtype = DTYPE_NAMES[parts.backbone.cfg.dtype]
@@ -274,7 +274,9 @@ class SafeSteps:
         """Contributions of every expert so far."""
         return self._state.tally
 
-    def advance(self, tokens_BT: jax.Array, is_drawn: bool) -> tuple[jax.Array, jax.Array]:
+    def advance(
+        self, tokens_BT: jax.Array, is_drawn: bool, length: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Read tokens of one sequence; arguments and results as for `MixSteps`.
 
         Tokens that the model drew are read by the path that writes alone.
@@ -286,16 +288,18 @@ class SafeSteps:
         position = self._n_read
         reading, self._trunk, self._x_BSD = _read_safe(
             *(self._flat, tokens_BT, self._state.router, self._trunk),
-            *(self._x_BSD, np.int32(position), is_drawn),
+            *(self._x_BSD, np.int32(position), is_drawn, _on_device(length)),
         )
-        self._n_read += tokens_BT.shape[1]
+        size = tokens_BT.shape[1]
+        n_tokens = size if length is None else length
+        self._n_read, self._chunk = position + n_tokens, max(self._chunk, size)
         self._shortlist_BTE = reading.awake_BTE
         if self._writer is not None:
             self._writer.move(self._n_read)
             reading = self._let_write(reading)
         awake_TE = np.asarray(reading.awake_BTE[0])
         outputs = {
-            path: self._run_path(path, reading.trunk.x_BTD, position)
+            path: self._run_path(path, reading.trunk.x_BTD, position, n_tokens)
             for path in np.flatnonzero(awake_TE.any(axis=0)).tolist()
         }
         width = self._n_awake if len(outputs) <= self._n_awake else len(self._entry_of)
@@ -303,9 +307,10 @@ class SafeSteps:
         self._piece = _Piece(tokens_BT, reading, self._state, self._before, now)
         logits_V, weight_E, self._state = _mix_paths(self._flat, *self._piece, is_drawn)
         self._weight_E = weight_E
+        at = np.int32(n_tokens - 1)
         last = {
-            path: (outputs[path][0][:, -1:], outputs[path][1][:, -1:])
-            for path in np.flatnonzero(awake_TE[-1]).tolist()
+            path: tuple(_slice_positions(x, at, 1) for x in outputs[path])
+            for path in np.flatnonzero(awake_TE[n_tokens - 1]).tolist()
         }
         self._before = self._gather(last, self._n_awake)
         return logits_V, weight_E
@@ -332,40 +337,44 @@ class SafeSteps:
     def _let_write(self, reading: _SafeReading) -> _SafeReading:
         """Return a reading in which only the path that writes predicts the token after it."""
         assert self._writer is not None
+        length = reading.trunk.length
+        last = -1 if length is None else int(length) - 1
         awake_BTE = np.array(reading.awake_BTE)
-        awake_BTE[:, -1] = np.arange(awake_BTE.shape[-1]) == self._writer.path
+        awake_BTE[:, last] = np.arange(awake_BTE.shape[-1]) == self._writer.path
         return reading._replace(awake_BTE=jax.device_put(awake_BTE))
 
     def _wake_paths(self) -> None:
         """Let all paths of the shortlist predict the next token, which is evidence again."""
-        awake_BE = np.asarray(self._shortlist_BTE[:, -1])
+        awake_BE = np.asarray(self._shortlist_BTE)[:, -1]
         last = self._n_read - 1
         x_BTD = _slice_positions(self._x_BSD, np.int32(last), 1)
         outputs = {
-            path: self._run_path(path, x_BTD, last) for path in np.flatnonzero(awake_BE[0]).tolist()
+            path: self._run_path(path, x_BTD, last, 1)
+            for path in np.flatnonzero(awake_BE[0]).tolist()
         }
         self._before = self._gather(outputs, self._n_awake)
         self._state = self._state._replace(awake_BE=jax.device_put(awake_BE))
         self._writer = None
 
-    def _run_path(self, path: int, x_BTD: jax.Array, position: int) -> tuple[jax.Array, jax.Array]:
+    def _run_path(
+        self, path: int, x_BTD: jax.Array, position: int, n_tokens: int
+    ) -> tuple[jax.Array, jax.Array]:
         """Return a path's log-probabilities and whether they are finite, after it caught up."""
         slots = self._entries[self._entry_of[path]]
         caches, n_filled = self._paths.get(path) or _Path(
             tuple(self._empty_caches(self._backbone.cfg.slots)), 0
         )
         while n_filled < position:
-            # The program for chunks is compiled by the first chunk of a prompt, not here.
-            is_chunk = position - n_filled >= _CHUNK_COST and position >= CHUNK
-            n_tokens = CHUNK if is_chunk else 1
+            # By the program for chunks that the prompt was read with, if there is one.
+            size = self._chunk if is_worth_a_chunk(position - n_filled, self._chunk) else 1
             # A chunk may repeat positions, or run ahead of those read; these are written again.
-            start = np.int32(min(n_filled, self._cache_length - n_tokens))
-            missed_BTD = _slice_positions(self._x_BSD, start, n_tokens)
+            start = np.int32(min(n_filled, self._cache_length - size))
+            missed_BTD = _slice_positions(self._x_BSD, start, size)
             _, _, caches = _run_path(self._flat, slots, missed_BTD, start, caches)
-            n_filled = int(start) + n_tokens
+            n_filled = int(start) + size
         at = np.int32(position)
         log_prob_BTV, is_finite_BT, caches = _run_path(self._flat, slots, x_BTD, at, caches)
-        self._paths[path] = _Path(caches, position + x_BTD.shape[1])
+        self._paths[path] = _Path(caches, position + n_tokens)
         return log_prob_BTV, is_finite_BT
 
     def _gather(self, outputs: dict[int, tuple[jax.Array, jax.Array]], n: int) -> _Predictions:
@@ -379,6 +388,11 @@ class SafeSteps:
 
     def _empty_caches(self, layers: Sequence[int]) -> list[KVCache]:
         return self._backbone.empty_caches(1, self._cache_length, layers)
+
+
+def _on_device(length: int | None) -> jax.Array | None:
+    """Return the length of a text as an argument of a program."""
+    return None if length is None else jax.device_put(np.int32(length))
 
 
 # One program each: array by array, every shape would need its own.
@@ -405,9 +419,13 @@ def _targets(flat: FlatParts, state: SafeState) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _read(
-    flat: FlatParts, tokens_BT: jax.Array, state: MixState, is_drawn: jax.Array
+    flat: FlatParts,
+    tokens_BT: jax.Array,
+    state: MixState,
+    is_drawn: jax.Array,
+    length: Length = None,
 ) -> tuple[Reading, MixState]:
-    return read_mix(flat.parts, tokens_BT, state, is_drawn)
+    return read_mix(flat.parts, tokens_BT, state, is_drawn, length=length)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -418,8 +436,10 @@ def _predict(
     is_drawn: jax.Array,
     bodies: Bodies | None,
 ) -> tuple[jax.Array, jax.Array, MixState]:
-    logits_BTV, weight_BTE, state = predict_mix(flat.parts, reading, state, is_drawn, bodies)
-    return logits_BTV[0, -1], weight_BTE[0, -1], state
+    logits_B1V, weight_B1E, state = predict_mix(
+        flat.parts, reading, state, is_drawn, bodies, is_next_alone=True
+    )
+    return logits_B1V[0, 0], weight_B1E[0, 0], state
 
 
 @functools.partial(jax.jit, donate_argnames=("trunk", "x_BSD"))
@@ -431,14 +451,17 @@ def _read_safe(
     x_BSD: jax.Array,
     position: jax.Array,
     is_drawn: jax.Array,
+    length: Length,
 ) -> tuple[_SafeReading, tuple[KVCache, ...], jax.Array]:
     """Run the trunk and the router, and keep the trunk's results for paths that sleep."""
     parts = flat.parts
     read, router, caches = run_trunk_and_scouts(
-        parts, tokens_BT, router, Caches(trunk, (), position), is_drawn
+        parts, tokens_BT, router, Caches(trunk, (), position), is_drawn, length=length
     )
     assert caches is not None
     awake_BTE = shortlist(parts, read.track_BTE)[..., jnp.argsort(parts.bank.key_E)]
+    if length is not None:
+        awake_BTE &= is_text(tokens_BT.shape[1], length)[:, None]
     x_BSD = jax.lax.dynamic_update_slice_in_dim(x_BSD, read.x_BTD, position, axis=1)
     return _SafeReading(read, awake_BTE, router), caches.trunk, x_BSD
 
@@ -492,4 +515,6 @@ def _mix_paths(
     log_prob_BTV, weight_BTE, state = mix_paths(
         flat.parts, reading.trunk, state, outputs, log_prob_EBT, is_drawn
     )
-    return log_prob_BTV[0, -1], weight_BTE[0, -1], state._replace(router=reading.router)
+    length = reading.trunk.length
+    log_prob_V, weight_E = take_last(log_prob_BTV, length)[0], take_last(weight_BTE, length)[0]
+    return log_prob_V, weight_E, state._replace(router=reading.router)

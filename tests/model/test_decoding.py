@@ -7,8 +7,8 @@ import pytest
 
 from composable.errors import ContributionWarning, ModelError, TextError
 from composable.interface import OutputMixture, SwitchingFilter
+from composable.model.chunks import CHUNKS
 from composable.model.decoding import (
-    PREFILL,
     Decoder,
     cache_length,
     continue_tokens,
@@ -37,7 +37,8 @@ STICKY = SwitchingFilter(power=0.35, backbone_prior=0.8, switch_rate=0.003)
 
 
 WHOLE = {"mix": lambda model, tokens_BT: model(tokens_BT), "safe": lambda model, x: model.safe(x)}
-LENGTH = PREFILL + 8
+CHUNK = CHUNKS[0]
+LENGTH = CHUNK + 8
 MODES = {"mix": (jax.jit(mix), mix_state), "safe": (jax.jit(safe), safe_state)}
 
 
@@ -64,7 +65,7 @@ def run_in_pieces(model, mode, tokens_BT):
     One length of text everywhere, so that tests share compiled programs.
     """
     state, outputs = start(model, mode), []
-    for piece_BT in np.split(tokens_BT, range(PREFILL, LENGTH), axis=1):
+    for piece_BT in np.split(tokens_BT, range(CHUNK, LENGTH), axis=1):
         output_BTV, state = MODES[mode][0](model.parts, piece_BT, state)
         outputs.append(np.asarray(output_BTV))
     return np.concatenate(outputs, axis=1), state

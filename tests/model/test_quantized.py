@@ -10,13 +10,15 @@ import pytest
 from composable.assembly.backbones import make_blank
 from composable.errors import ModelError
 from composable.kernels import Quantized
+from composable.model.chunks import CHUNKS
 from composable.model.model import Model
-from composable.model.steps import CHUNK, MixSteps, SafeSteps, _predict, _read
+from composable.model.steps import MixSteps, SafeSteps, _predict, _read
 from composable.model.tensors import from_tensors
 from composable.workflows.quantize_backbone import quantize_tensors
 
 # Sums in another order; logits are of order 5.
 REORDERED_SUMS = 1e-4
+CHUNK = CHUNKS[0]
 LENGTH = CHUNK + 8
 
 

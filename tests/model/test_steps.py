@@ -3,19 +3,24 @@
 import functools
 import re
 
+import chex
 import jax
 import numpy as np
 import pytest
 
+from composable.interface import OutputMixture, SwitchingFilter
 from composable.model import bank as banks
 from composable.model.bank import view_entry
+from composable.model.chunks import CHUNKS, cut_prompt, pad
 from composable.model.mix import mix_state, trace_mix
 from composable.model.model import Model
-from composable.model.steps import CHUNK, MixSteps, SafeSteps, _predict, _read
+from composable.model.steps import MixSteps, SafeSteps, _predict, _read
 
 # Cached attention sums over the whole cache, masked, where a full pass sums over the blocks in use;
 # logits are of order 5.
 REORDERED_SUMS = 1e-4
+STICKY = SwitchingFilter(power=0.35, backbone_prior=0.8, switch_rate=0.003)
+CHUNK = CHUNKS[0]
 LENGTH = CHUNK + 24
 # Instructions whose result is another one's memory.
 ALIASES = {"parameter", "get-tuple-element", "bitcast", "tuple"}
@@ -81,6 +86,75 @@ def test_safe_mode_in_steps_equals_a_full_pass(tiny, kinds, first):
     np.testing.assert_allclose(found_TV, expected_TV, atol=REORDERED_SUMS)
 
 
+STEPS = {"mix": MixSteps, "safe": SafeSteps}
+SCOUTS = {"output_mixture": OutputMixture(prior=0.3, rate=0.05)}
+N_READ = 21  # tokens of a chunk before its padding
+
+
+def read_padded(parts, mode, tokens_T, padding):
+    """Return the output after a chunk that ends in padding, and after single tokens."""
+    steps, outputs = STEPS[mode](parts, 128), []
+    chunk_T = np.concatenate([tokens_T[:N_READ], padding])
+    outputs.append(steps.advance(jax.numpy.asarray(chunk_T)[None], False, N_READ))
+    rest = tokens_T[N_READ:LENGTH]
+    outputs += [steps.advance(jax.numpy.full((1, 1), token), False) for token in rest]
+    start = steps.start_writing()
+    return jax.tree.map(np.asarray, [outputs, start, steps.tally])
+
+
+@pytest.mark.parametrize("mode", STEPS)
+@pytest.mark.parametrize("more", [{}, SCOUTS], ids=["alone", "output mixture"])
+def test_padding_changes_nothing(tiny, experts, mode, more):
+    """Not a bit depends on what it is, and outputs are those of the text without it."""
+    model = tiny.model(*experts, capacity=8, top_k=1, mix=STICKY, **more)
+    tokens_BT = tiny.tokens(batch=1, length=LENGTH)
+    n_padded = CHUNK - N_READ
+    found = read_padded(model.parts, mode, tokens_BT[0], np.full(n_padded, tokens_BT[0, 0]))
+    other = read_padded(model.parts, mode, tokens_BT[0], tiny.tokens(seed=9)[0, :n_padded])
+    chex.assert_trees_all_equal(found, other)
+    full = model if mode == "mix" else model.safe
+    expected_TV = np.asarray(full(tokens_BT))[0, N_READ - 1 :]
+    found_TV = np.stack([output_V for output_V, _ in found[0]])
+    np.testing.assert_allclose(found_TV, expected_TV, atol=REORDERED_SUMS)
+    tally = STEPS[mode](model.parts, 128)
+    for token in tokens_BT[0]:
+        tally.advance(jax.numpy.full((1, 1), token), False)
+    np.testing.assert_array_equal(found[2].made_E, tally.tally.made_E)
+
+
+def test_a_prompt_needs_the_programs_of_one_chunk():
+    for n_tokens in range(1, 600):
+        pieces = cut_prompt(n_tokens, room=1024)
+        assert sum(piece.n_tokens for piece in pieces) == n_tokens
+        assert len({piece.size for piece in pieces} - {1}) <= 1
+        assert sum(piece.size for piece in pieces) < n_tokens + CHUNKS[-1]
+
+
+def test_padding_stays_in_the_caches():
+    for room in range(100, 1100, 7):
+        position = 0
+        for piece in cut_prompt(100, room):
+            assert position + piece.size <= room
+            position += piece.n_tokens
+
+
+def test_texts_of_other_lengths_compile_nothing(tiny, experts):
+    model, tokens_T = tiny.model(*experts), tiny.tokens(batch=1, length=100)[0]
+
+    def read(n_tokens):
+        steps, start = MixSteps(model.parts, 128), 0
+        for n, size in cut_prompt(n_tokens, room=128):
+            piece_BT = jax.device_put(pad(tokens_T[start : start + n], size))
+            steps.advance(piece_BT, False, n if size > 1 else None)
+            start += n
+
+    read(33)  # a chunk and a single token
+    counts = [program._cache_size() for program in (_read, _predict)]
+    for n_tokens in (7, 32, 40, 63, 95):
+        read(n_tokens)
+    assert [program._cache_size() for program in (_read, _predict)] == counts
+
+
 def test_a_path_that_sleeps_is_not_run(tiny, experts):
     """Each path holds the positions up to the last one at which it was awake."""
     model = tiny.model(*experts, capacity=8, top_k=1)
@@ -103,27 +177,34 @@ def matrices_made(compiled, shape):
     return [name for name in found if name not in ALIASES]
 
 
+def compile_both(model, n_tokens=1):
+    """Return the two programs that read a token, or a chunk, in mix mode."""
+    steps = MixSteps(model.parts, 128)
+    tokens_BT, state = np.zeros((1, n_tokens), np.int32), steps._state
+    length = np.int32(n_tokens) if n_tokens > 1 else None
+    lower = state._replace(caches=state.caches._replace(upper=()))
+    upper = state._replace(caches=state.caches._replace(trunk=()))
+    read = _read.lower(steps._flat, tokens_BT, lower, True, length)
+    reading, _ = read.out_info
+    bodies = steps._gather([1, 2])
+    predict = _predict.lower(steps._flat, reading, upper, True, bodies)
+    return read.compile(), predict.compile()
+
+
 @pytest.fixture(scope="module")
 def compile_halves(tiny):
-    """Return a function that compiles, once, the two programs that read a token in mix mode."""
+    """Return a function that compiles, once, the two programs of a model with these bodies."""
 
     @functools.cache
-    def compile_both(kinds, n_tokens, capacity):
-        steps = MixSteps(model_of(tiny, kinds, capacity).parts, 128)
-        tokens_BT, state = np.zeros((1, n_tokens), np.int32), steps._state
-        lower = state._replace(caches=state.caches._replace(upper=()))
-        upper = state._replace(caches=state.caches._replace(trunk=()))
-        read = _read.lower(steps._flat, tokens_BT, lower, True)
-        reading, _ = read.out_info
-        bodies = steps._gather([1, 2])
-        predict = _predict.lower(steps._flat, reading, upper, True, bodies)
-        return read.compile(), predict.compile()
+    def compile_once(kinds, n_tokens, capacity):
+        return compile_both(model_of(tiny, kinds, capacity), n_tokens)
 
-    return lambda kinds, n_tokens=1, capacity=8: compile_both(kinds, n_tokens, capacity)
+    return lambda kinds, n_tokens=1, capacity=8: compile_once(kinds, n_tokens, capacity)
 
 
+# Nine and forty tokens: then no number of rows is another dimension.
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("n_tokens", [1, 8])
+@pytest.mark.parametrize("n_tokens", [1, 9])
 def test_no_matrix_is_copied(tiny, compile_halves, kinds, n_tokens):
     """Inside one program the bodies would be sliced out of the bank first."""
     d, f, rank = tiny.cfg.d_model, tiny.cfg.d_ff, BANK_RANK
@@ -138,6 +219,21 @@ def test_a_program_with_bodies_of_its_own_copies_matrices(tiny, experts):
     state = mix_state(model.parts, 1, 128)
     whole = jax.jit(trace_mix).lower(model.parts, np.zeros((1, 1), np.int32), state).compile()
     assert len(matrices_made(whole, shape)) >= 3 * len(model.interface.slots)
+
+
+def test_a_chunk_predicts_the_next_token_alone(tiny, experts):
+    """Except for the scouts' share, which depends on the prediction of every token."""
+    for more, is_there in ({}, False), (SCOUTS, True):
+        _, predict = compile_both(tiny.model(*experts, **more), CHUNK)
+        assert (f"f32[1,{CHUNK},{tiny.cfg.vocab_size}]" in predict.as_text()) == is_there
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_products_of_a_chunk_have_as_many_rows_as_tokens(tiny, compile_halves, kinds):
+    """A loop over blocks in use, which is one block where a text has one expert."""
+    _, predict = compile_halves(kinds, n_tokens=40)
+    rows = re.findall(rf"= f32\[(\d+),{tiny.cfg.d_ff}\]\S* dot\(", predict.as_text())
+    assert set(rows) == {"40"}
 
 
 @pytest.mark.parametrize("kinds", KINDS)
