@@ -98,8 +98,8 @@ def take_last(x_BT: jax.Array, length: Length) -> jax.Array:
     """
     if length is None:
         return x_BT[:, -1]
-    last: jax.Array = jax.lax.dynamic_index_in_dim(x_BT, length - 1, axis=1, keepdims=False)
-    return last
+    last_B: jax.Array = jax.lax.dynamic_index_in_dim(x_BT, length - 1, axis=1, keepdims=False)
+    return last_B
 
 
 def is_text(n_tokens: int, length: Length) -> jax.Array:
