@@ -293,7 +293,7 @@ class SafeSteps:
         size = tokens_BT.shape[1]
         n_tokens = size if length is None else length
         self._n_read, self._chunk = position + n_tokens, max(self._chunk, size)
-        self._shortlist_BTE = reading.awake_BTE
+        self._shortlist_BTE, self._last = reading.awake_BTE, n_tokens - 1
         if self._writer is not None:
             self._writer.move(self._n_read)
             reading = self._let_write(reading)
@@ -345,7 +345,7 @@ class SafeSteps:
 
     def _wake_paths(self) -> None:
         """Let all paths of the shortlist predict the next token, which is evidence again."""
-        awake_BE = np.asarray(self._shortlist_BTE)[:, -1]
+        awake_BE = np.asarray(self._shortlist_BTE)[:, self._last]
         last = self._n_read - 1
         x_BTD = _slice_positions(self._x_BSD, np.int32(last), 1)
         outputs = {
