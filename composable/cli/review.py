@@ -199,6 +199,7 @@ def review(
             )
         show_share(worker, shard, as_json=as_json, is_quiet=is_quiet)
         return
+    folder = out or default_folder(received)
     with (
         bars.show_counts("review", is_quiet=is_quiet) as progress,
         tempfile.TemporaryDirectory(prefix="composable-review-") as scratch,
@@ -216,8 +217,7 @@ def review(
             n_jobs=jobs,
             progress=progress,
         )
-    folder = out or default_folder(received)
-    path = write_verdict(folder, verdict)
+        path = write_verdict(folder, verdict, Path(scratch))
     page = write_page(folder, verdict)
     write_summary(folder, verdict)
     _show_verdict(verdict, path, page, as_json=as_json, is_quiet=is_quiet and verdict.passed)
@@ -257,11 +257,12 @@ def accept(
     from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
     from composable.packaging.registry.locations import open_inbox
     from composable.workflows.accept import accept_proposal
-    from composable.workflows.review import read_verdict
+    from composable.workflows.review import MERGED, read_verdict
 
     inbox = open_inbox(registry)
     received = inbox.find(proposal)
-    found, digest = read_verdict(verdict or default_folder(received))
+    place = verdict or default_folder(received)
+    found, digest = read_verdict(place)
     home = find_backbone(backbone or found.inputs.backbone)
     with (
         bars.show_bytes(is_quiet=is_quiet) as progress,
@@ -274,6 +275,7 @@ def accept(
             read_interface(home),
             found,
             digest,
+            merged=place / MERGED,
             may_be_worse=may_be_worse,
             progress=progress,
         )

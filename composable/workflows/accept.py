@@ -7,6 +7,7 @@ maintainer's own figures and a manifest that names who proposed it and what it w
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from composable.packaging.manifests.manifest import (
     BODY_FILE,
     EXPERT_FILE,
     SCOUT_FILE,
+    STATISTICS_FILE,
     Manifest,
     Provenance,
 )
@@ -45,6 +47,7 @@ def accept_proposal(
     verdict: ReviewVerdict,
     digest: str,
     *,
+    merged: Path | None = None,
     may_be_worse: bool = False,
     progress: ByteProgress | None = None,
 ) -> Manifest:
@@ -57,6 +60,8 @@ def accept_proposal(
         interface: The backbone's contract.
         verdict: The verdict of its review.
         digest: Digest of that verdict.
+        merged: What the review merged the proposal to, if another release than its base was the
+            newest; see `review.MERGED`.
         may_be_worse: Accept what is worse than its base and fails no other check, as a major
             version.
         progress: Called with a file's name, and the bytes done and in all.
@@ -76,9 +81,12 @@ def accept_proposal(
         require_open(received, inbox.registry.location)
         require_verdict(inbox, received, interface, verdict, may_be_worse=may_be_worse)
         assert newest is not None  # the verdict holds
-        manifest = inbox.fetch(received, folder)
-        if tensor_digests(folder) != verdict.tensors:
-            raise _refuse("is of other tensors", received)
+        inbox.fetch(received, folder)
+        if verdict.onto != verdict.base:
+            _take_merged(folder, merged, received)
+        manifest = dataclasses.replace(Manifest.read(folder), files=())
+        if tensor_digests(folder) != verdict.tensors or manifest.digest != verdict.manifest:
+            raise _refuse("is of another expert than this", received)
         _write_release(folder, manifest, interface, verdict, digest, newest)
         manifest = publish_expert(folder, interface, inbox.registry, progress=progress)
     assert manifest.provenance is not None
@@ -177,6 +185,16 @@ def _write_release(
             regressions=verdict.regressions,
         ),
     )
+
+
+def _take_merged(folder: Path, merged: Path | None, received: Received) -> None:
+    """Put what the review merged in the place of what was proposed."""
+    names = (EXPERT_FILE, BODY_FILE, SCOUT_FILE)
+    if merged is None or not all((merged / name).is_file() for name in names):
+        raise _refuse("is on a merge that is not beside it", received)
+    (folder / STATISTICS_FILE).unlink(missing_ok=True)
+    for name in names:
+        shutil.copyfile(merged / name, folder / name)
 
 
 def _find_published(inbox: Inbox, received: Received, newest: Release | None) -> Manifest | None:

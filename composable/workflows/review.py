@@ -8,6 +8,7 @@ Nothing is decided here; that is in `accept.py`.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +19,28 @@ import numpy as np
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
-from composable.errors import InterfaceError, ManifestError, ProposalError, TextError
+from composable.assembly.load import install_experts
+from composable.corpora.documents import read_documents
+from composable.errors import InterfaceError, ManifestError, MergeError, ProposalError, TextError
 from composable.files import atomic
 from composable.files.reading import read_bytes
 from composable.files.records import format_record, parse_record
 from composable.interface import RouterInterface, digest_bytes
+from composable.merging.methods import METHODS
 from composable.packaging.manifests.licenses import covers_license
-from composable.packaging.manifests.manifest import BODY_FILE, EXPERT_FILE, SCOUT_FILE, Manifest
-from composable.packaging.registry.compatibility import Bump, Change
+from composable.packaging.manifests.manifest import (
+    BODY_FILE,
+    EXPERT_FILE,
+    SCOUT_FILE,
+    STATISTICS_FILE,
+    Manifest,
+    Training,
+)
+from composable.packaging.registry.compatibility import Bump, Change, next_version
 from composable.packaging.registry.inbox import Inbox, Received
 from composable.packaging.registry.registry import Registry
 from composable.packaging.trust.proposal import Proposal
+from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
 from composable.progress import CountProgress
 from composable.vetting.card import Check, tensor_digests
@@ -36,6 +48,7 @@ from composable.vetting.checks import Verdict, figure
 from composable.vetting.evaluation import Score
 from composable.vetting.probes import vet_triggers
 from composable.vetting.statistics import ratio_interval
+from composable.workflows.merge import merge_experts
 from composable.workflows.peer_units import PeerWorker, make_job
 from composable.workflows.references import (
     ALL,
@@ -51,7 +64,11 @@ from composable.workflows.worker_pool import compute_units, vet_in_units
 from composable.workflows.workspace import vetted_texts
 
 VERDICT_FILE: Final = "verdict.json"
+# What a proposal was merged to, beside the verdict on it.
+MERGED: Final = "merged"
 SCHEMA: Final = 1
+# The folder of what is merged, while it is.
+_SIDES: Final = ".sides"
 # The check that nothing is worse than in the newest release.
 AGAINST: Final = "against"
 
@@ -99,6 +116,9 @@ class ReviewVerdict:
         name: The expert.
         base: The release that it is a change of, `NAME@VERSION`.
         base_manifest: Digest of that release's manifest.
+        onto: The newest release. If it is another one than the base, what was vetted is the merge
+            of both.
+        manifest: Digest of the manifest that was vetted.
         proposer: The public key that signed it; empty if unsigned.
         passed: Whether every check passed.
         summary: The outcome in words.
@@ -119,6 +139,8 @@ class ReviewVerdict:
     name: str
     base: str
     base_manifest: str
+    onto: str
+    manifest: str
     proposer: str
     passed: bool
     summary: str
@@ -183,18 +205,24 @@ def review_proposal(
     assert proposal is not None
     source = inbox.registry
     manifest = _unpack(folder, inbox.fetch(received, folder))
+    onto = _find_onto(source, loaded.interface, proposal)
+    conflict = None
+    if onto != proposal.base_release:
+        conflict = merge_onto(loaded, folder, proposal, onto, data, registry=registry)
+        manifest = Manifest.read(folder)
+    compared = proposal.base_release if conflict else onto
+    previous = find_previous(loaded, folder, compared, registry=registry)
     peers = _list_peers(loaded, manifest, beside, texts, registry)
     job = make_job(loaded, folder, peers, registry=registry, results=results)
     vet_peers = partial(vet_in_units, job, loaded, n_jobs) if peers else None
-    previous = find_previous(loaded, folder, proposal.base_release, registry=registry)
     vetted = _vet(loaded, folder, data, vet_peers, previous, progress)
     step = compare_releases(folder, loaded.interface, previous, vetted)
     checks = (
-        _check_provenance(source, manifest, folder),
+        _check_provenance(source, manifest, proposal),
         _check_license(previous.manifest, manifest),
         *vetted.checks,
-        *_check_against(proposal.base_release, vetted),
-        _check_base(source, loaded.interface, proposal),
+        *_check_against(compared, vetted),
+        _check_base(proposal.base_release, onto, conflict),
     )
     passed = all(check.passed for check in checks)
     warnings = (*_find_warnings(inbox, received), *vetted.warnings)
@@ -205,7 +233,9 @@ def review_proposal(
         base_manifest=proposal.base_manifest,
         proposer=proposal.key,
         passed=passed,
-        summary=_summarise(proposal.base_release, step.needed, str(step.version), checks, vetted),
+        onto=onto,
+        manifest=manifest.digest,
+        summary=_summarise(compared, step.needed, str(step.version), checks, vetted),
         checks=checks,
         warnings=warnings,
         needs=step.needed,
@@ -287,8 +317,18 @@ def list_releases(
     }
 
 
-def write_verdict(folder: Path, verdict: ReviewVerdict) -> Path:
-    """Write a verdict into a folder, and return its path."""
+def write_verdict(folder: Path, verdict: ReviewVerdict, expert: Path) -> Path:
+    """Write a verdict into a folder, and the expert if it was merged; return the verdict's path.
+
+    Args:
+        folder: Where to write.
+        verdict: The verdict.
+        expert: Folder of the expert that was vetted.
+    """
+    if verdict.onto != verdict.base and verdict.passed:
+        atomic.make_directory(folder / MERGED)
+        for name in (EXPERT_FILE, BODY_FILE, SCOUT_FILE):
+            shutil.copyfile(expert / name, folder / MERGED / name)
     path = folder / VERDICT_FILE
     atomic.write_text(path, format_record(verdict))
     return path
@@ -333,6 +373,93 @@ def _list_peers(
     return [dataclasses.replace(peer, source=Path(peer.source).name) for peer in found]
 
 
+def merge_onto(
+    loaded: LoadedBackbone,
+    folder: Path,
+    proposal: Proposal,
+    onto: str,
+    data: Sequence[Path],
+    *,
+    registry: str,
+) -> str | None:
+    """Merge a proposal with the release that was published since, in place.
+
+    Args:
+        loaded: The backbone.
+        folder: The proposed expert, unpacked; the merged one takes its place.
+        proposal: The proposal.
+        onto: The newest release.
+        data: The maintainer's text, on which methods are compared.
+        registry: Location of the registry.
+
+    Returns:
+        Why they do not merge; None if they did.
+    """
+    sides = folder / _SIDES
+    base, newest = (
+        _copy_release(loaded, release, sides / name, registry)
+        for release, name in ((proposal.base_release, "base"), (onto, "newest"))
+    )
+    proposed, out = sides / "proposed", sides / "merged"
+    shutil.copytree(folder, proposed, ignore=shutil.ignore_patterns(_SIDES))
+    manifest = Manifest.read(folder)
+    # What was published between base and newest release is one change of the base here; and the
+    # two sides need versions of their own.
+    version = next_version(Manifest.read(newest).version, "patch")
+    _edit(newest, derives_from=proposal.base_release)
+    _edit(proposed, version=version)
+    try:
+        report = merge_experts(
+            loaded,
+            base,
+            [newest, proposed],
+            out,
+            texts={"your text": read_documents(data)},
+            methods=METHODS,
+        )
+    except MergeError as error:
+        shutil.rmtree(sides)
+        return error.message
+    merged, old, newer = (Manifest.read(place) for place in (out, base, newest))
+    is_described = manifest.description != old.description
+    how = "; ".join(f"{part}: {choice}" for part, choice in report.chosen.items())
+    for name in (BODY_FILE, SCOUT_FILE):
+        shutil.copyfile(out / name, folder / name)
+    (folder / STATISTICS_FILE).unlink(missing_ok=True)  # it was that of the proposal alone
+    kept = dataclasses.replace(
+        merged,
+        version=manifest.version,
+        description=manifest.description if is_described else newer.description,
+        derives_from=onto,
+        merges=(),
+        training=Training(data=f"Merged from {onto} and a proposal ({how})."),
+    )
+    atomic.write_text(folder / EXPERT_FILE, kept.to_toml())
+    shutil.rmtree(sides)
+    return None
+
+
+def _copy_release(loaded: LoadedBackbone, release: str, folder: Path, registry: str) -> Path:
+    """Copy an installed release into a folder, where its manifest can be changed."""
+    wanted = Requirement.parse(release)
+    shutil.copytree(install_experts(loaded, [wanted], registry).expert_path(wanted.name), folder)
+    _edit(folder)
+    return folder
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    """Change the manifest in a folder, which lists no files any more."""
+    manifest = dataclasses.replace(Manifest.read(folder), files=(), **changes)
+    (folder / EXPERT_FILE).unlink()  # it may be read only
+    atomic.write_text(folder / EXPERT_FILE, manifest.to_toml())
+
+
+def _find_onto(source: Registry, interface: RouterInterface, proposal: Proposal) -> str:
+    """Return the newest release of the expert that is proposed to be changed."""
+    newest = find_newest(source, proposal.name, interface)
+    return proposal.base_release if newest is None else f"{newest.name}@{newest.version}"
+
+
 def _unpack(folder: Path, manifest: Manifest) -> Manifest:
     """Let the manifest in a folder list no files: vetting writes a card of its own."""
     unpacked = dataclasses.replace(manifest, files=())
@@ -375,9 +502,9 @@ def _vet(
     return dataclasses.replace(verdict, checks=tuple(checks), measured=measured)
 
 
-def _check_provenance(source: Registry, manifest: Manifest, folder: Path) -> Check:
-    """Check that no tensor file is that of a release of another package."""
-    own = tensor_digests(folder)
+def _check_provenance(source: Registry, manifest: Manifest, proposal: Proposal) -> Check:
+    """Check that no tensor file that was proposed is that of a release of another package."""
+    own = proposal.digests
     taken = [
         f"{file} is that of {release.name}@{release.version}"
         for name in source.names()
@@ -427,15 +554,19 @@ def _check_against(base: str, vetted: Verdict) -> Iterator[Check]:
     )
 
 
-def _check_base(source: Registry, interface: RouterInterface, proposal: Proposal) -> Check:
-    """Check that the base is still the newest release."""
-    newest = find_newest(source, proposal.name, interface)
-    found = "none" if newest is None else f"{newest.name}@{newest.version}"
+def _check_base(base: str, onto: str, conflict: str | None) -> Check:
+    """Check that the base is the newest release, or that the change merges with that one."""
+    if base == onto:
+        found = "it is the newest release"
+    elif conflict is None:
+        found = f"{onto} was published since; the change merges with it, and that was vetted"
+    else:
+        found = f"{onto} was published since, and the change does not merge with it: {conflict}"
     return Check(
         name="base",
-        passed=found == proposal.base_release,
-        found=f"the newest release is {found}",
-        expected=f"{proposal.base_release}, of which it is a change",
+        passed=conflict is None,
+        found=found,
+        expected=f"a change of {onto}, or one that merges with it",
     )
 
 

@@ -239,7 +239,7 @@ def reviewed_place(loaded, place, tmp_path_factory):
         [place / "text.jsonl"],
         registry=str(root / "registry"),
     )
-    write_verdict(root, verdict)
+    write_verdict(root, verdict, root / "scratch")
     return root
 
 
@@ -334,9 +334,11 @@ def test_verdicts_that_do_not_count(maintainer, place):
     assert "checks failed: provenance" in refuse(maintainer, verdict=failed)
     assert "checks failed" in refuse(maintainer, verdict=failed, may_be_worse=True)
     assert "none ran" in refuse(maintainer, verdict=dataclasses.replace(verdict, checks=()))
+    other = dataclasses.replace(verdict, manifest="sha256:" + "0" * 64)
+    assert "is of another expert than this" in refuse(maintainer, verdict=other)
     tensors = dict.fromkeys(verdict.tensors, "sha256:" + "0" * 64)
     other = dataclasses.replace(verdict, tensors=tensors)
-    assert "of other tensors" in refuse(maintainer, verdict=other)
+    assert "is of another expert than this" in refuse(maintainer, verdict=other)
     inputs = dataclasses.replace(verdict.inputs, interface="sha256:" + "1" * 64)
     other = dataclasses.replace(verdict, inputs=inputs)
     assert "for another interface" in refuse(maintainer, verdict=other)

@@ -33,9 +33,7 @@ from composable.files.reading import read_bytes
 from composable.files.records import parse_record, to_plain
 from composable.interface.digest import canonical_json, digest_bytes
 from composable.packaging.manifests.manifest import (
-    BODY_FILE,
     EXPERT_FILE,
-    SCOUT_FILE,
     Manifest,
     PackageFile,
 )
@@ -64,7 +62,7 @@ OUTCOME_FILE: Final = "outcome.json"
 # Undecided proposals that an inbox takes, and bytes of one.
 MAX_OPEN: Final = 100
 MAX_BYTES: Final = 8 << 30
-# Bytes of a card or a README of one: everything else has the size that the interface gives it.
+# Bytes of a manifest, a card or a README of one; tensors have the size of their interface.
 MAX_TEXT_BYTES: Final = 1 << 20
 # Proposals that are read of an inbox.
 MAX_LISTED: Final = 1000
@@ -468,13 +466,10 @@ def check_sizes(proposal: Proposal) -> None:
     Raises:
         ProposalError: When it has.
     """
-    limits = {name: MAX_TEXT_BYTES for name in proposal.sizes}
-    limits |= {BODY_FILE: MAX_BYTES, SCOUT_FILE: MAX_BYTES, EXPERT_FILE: MAX_TOML_BYTES}
     for name, size in proposal.sizes.items():
-        if size > limits[name]:
-            raise ProposalError(
-                f"{size:,} bytes, at most {limits[name]:,} can be proposed", where=name
-            )
+        limit = MAX_BYTES if name.endswith(".safetensors") else MAX_TEXT_BYTES
+        if size > limit:
+            raise ProposalError(f"{size:,} bytes, at most {limit:,} can be proposed", where=name)
     if proposal.n_bytes > MAX_BYTES:
         raise ProposalError(f"{proposal.n_bytes:,} bytes, at most {MAX_BYTES:,} can be proposed")
 
