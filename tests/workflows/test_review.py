@@ -23,7 +23,7 @@ from composable.packaging.versions.version import Version
 from composable.vetting.card import Check
 from composable.vetting.probes import measure_triggers, vet_triggers
 from composable.workflows.accept import accept_proposal
-from composable.workflows.review import read_verdict, review_proposal, write_verdict
+from composable.workflows.review import MERGED, read_verdict, review_proposal, write_verdict
 from composable.workflows.review_page import write_page
 from composable.workflows.workspace import vetted_texts
 from tests.support.tiny import PRIVATE_WORDS
@@ -100,8 +100,8 @@ def change_expert(loaded, folder, change):
     return folder
 
 
-def spoil_body(expert, noise):
-    rng = np.random.default_rng(0)
+def spoil_body(expert, noise, seed=0):
+    rng = np.random.default_rng(seed)
     for path, leaf in nnx.to_flat_state(nnx.state(expert.body)):
         if "w_down" in path:
             size = noise * float(np.std(np.asarray(leaf[...])))
@@ -369,6 +369,66 @@ def test_a_base_that_is_no_longer_the_newest(maintainer, place):
     maintainer.registry.publish(folder, interface=maintainer.interface)
     with pytest.raises(ProposalError, match=r"logic was 1\.0\.0, is 1\.0\.1"):
         maintainer.accept()
+
+
+def test_two_changes_of_one_release_are_merged(review, place, loaded, tmp_path):
+    """The second is merged with the first, which was published in the meantime, and both count."""
+    text = [place / "text.jsonl"]
+    registry = tmp_path / "registry"
+    first = shutil.copytree(place / "better", tmp_path / "first")
+    change_expert(loaded, first, lambda expert: spoil_body(expert, noise=0.05, seed=1))
+    edit(first, version=Version("1.0.1"), description="For proofs.", files=())
+    source = open_for_publishing(registry)
+    source.publish(first, interface=loaded.interface)
+    second = shutil.copytree(place / "better", tmp_path / "second")
+    change_expert(loaded, second, lambda expert: spoil_body(expert, noise=0.05, seed=2))
+    inbox = Inbox(source, Keyring(tmp_path / "none"))
+    proposal = inbox.propose(edit(second, domains=("proofs",)), BASE, interface=loaded.interface)
+    scratch, out = tmp_path / "scratch", tmp_path / "out"
+    scratch.mkdir()
+    verdict = review_proposal(
+        loaded, inbox, inbox.find(proposal.id), scratch, text, registry=str(registry)
+    )
+    assert verdict.passed, verdict.failed
+    assert (verdict.base, verdict.onto) == ("logic@1.0.0", "logic@1.0.1")
+    assert "merges with it" in found(verdict, "base").found
+    write_verdict(out, verdict, scratch)
+    verdict, digest = read_verdict(out)
+
+    def accept(**options):
+        folder = tmp_path / f"accept-{len(options)}"
+        folder.mkdir()
+        received = inbox.find(proposal.id)
+        return accept_proposal(
+            inbox, received, folder, loaded.interface, verdict, digest, **options
+        )
+
+    with pytest.raises(ProposalError, match="merge that is not beside it"):
+        accept()
+    manifest = accept(merged=out / MERGED)
+    assert (str(manifest.version), manifest.derives_from) == ("1.1.0", "logic@1.0.1")
+    assert manifest.domains == ("proofs",) and manifest.description == "For proofs."
+    assert manifest.provenance.base == "logic@1.0.0"
+    published = {file.digest for file in manifest.files}
+    sides = {
+        file.digest
+        for release in (source.versions("logic")[1],)
+        for file in release.files
+        if file.name.startswith("body")
+    } | {proposal.digests["body.safetensors"]}
+    assert not published & sides, "neither side, but both"
+
+
+def test_a_change_that_does_not_merge(review, folder, place, loaded, tmp_path):
+    """Its body undoes what the newest release has learnt."""
+    newer = shutil.copytree(place / "better", tmp_path / "newer")
+    edit(newer, version=Version("1.0.1"), files=())
+    change_expert(loaded, folder, lambda expert: spoil_body(expert, noise=30.0))
+    registry = open_for_publishing(tmp_path / "registry")
+    registry.publish(newer, interface=loaded.interface)
+    verdict = review(folder)
+    assert {"base", "against"} <= {*verdict.failed}
+    assert "does not merge with it: " in found(verdict, "base").found
 
 
 def test_what_is_worse_needs_consent_and_a_major_version(maintainer):
