@@ -19,7 +19,9 @@ from typing import IO, Any, Final
 from composable.corpora.recipe import shipped_folder
 from composable.demo.result import PublishedExpert
 from composable.errors import TrainingError
+from composable.files.blobs import STORE_VARIABLE
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
+from composable.packaging.trust.keys import KEYS_VARIABLE
 from composable.progress import UpdateBar
 
 # Bars of different steps line up in this many columns.
@@ -35,6 +37,7 @@ class Contribution:
         folder: The contributor's folder; its name is the expert's.
         backbone: Folder of the backbone.
         registry: Folder of the registry to publish to.
+        keys: Folder of the contributor's key, which only this contributor may read.
         steps: Training steps.
         seed: Seed of training.
         unreadable: Another contributor's text, which the process must not be able to read.
@@ -46,6 +49,7 @@ class Contribution:
     folder: Path
     backbone: Path
     registry: Path
+    keys: Path
     steps: int
     seed: int
     unreadable: Path
@@ -135,6 +139,9 @@ def _environment(contribution: Contribution) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "inf",
         "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+        KEYS_VARIABLE: str(contribution.keys),
+        # For the root keys of the registry, which every contributor pins for itself.
+        STORE_VARIABLE: str(contribution.folder / "store"),
     }
     return {**os.environ, **settings}
 

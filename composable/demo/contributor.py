@@ -1,4 +1,4 @@
-"""One contributor of the demo: a process that can read its own text and the backbone, no more.
+"""One contributor of the demo: a process that can read its own text and key, and the backbone.
 
 With the backbone come the programs that its owner compiled, in the folder that jax is configured
 to read them from. The process prints one JSON object per line: what it may not do, its progress,
@@ -33,8 +33,9 @@ def main(arguments: list[str]) -> None:
     shared = [path for path in (Path("/dev/shm"),) if path.exists()]
     compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     programs = [Path(compiled)] if compiled else []
+    keys = Path(os.environ["COMPOSABLE_KEYS"])
     mechanism = restrict(
-        read=[*python_paths(), backbone, *programs], write=[folder, registry, *shared]
+        read=[*python_paths(), backbone, keys, *programs], write=[folder, registry, *shared]
     )
     report(
         "confined",

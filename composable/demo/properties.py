@@ -1,7 +1,7 @@
 """Properties of composition that the demo shows.
 
-Experts can be removed, installed in any order, refused if they do not fit, and adversarial ones
-barely change the model.
+Experts can be removed, installed in any order and refused if they do not fit, their signatures can
+be verified, and adversarial ones barely change the model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from composable.assembly.experts import load_expert, make_expert, save_expert
 from composable.corpora.documents import Document, Spliced
 from composable.corpora.recipe import shipped_folder
 from composable.demo.measure import HeldOutTexts, truncate_documents
+from composable.demo.operator import REGISTRY, confirm_publications, keys_of
 from composable.demo.result import Property
 from composable.errors import ComposableError
 from composable.files import atomic
@@ -33,7 +34,9 @@ from composable.model.model import Model, Pluggable
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.project.locking import lock_project
 from composable.packaging.project.project import Project
+from composable.packaging.project.verification import verify_signatures
 from composable.packaging.registry.locations import open_for_publishing
+from composable.packaging.trust.keys import Keyring, format_public_key
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
 from composable.progress import CountProgress, StageProgress
@@ -87,6 +90,7 @@ def show_properties(
         "remove": lambda: _show_remove(loaded, plugged, texts.spliced),
         "reorder": lambda: _show_reorder(loaded, plugged, texts.spliced),
         "refuse": lambda: _show_refusal(folder, loaded.interface, project, plugged[0].name),
+        "verify": lambda: show_signatures(folder, project),
         "withstand": lambda: _show_withstand(loaded, plugged, texts.public, adversary),
     }
     done, lock = itertools.count(1), threading.Lock()
@@ -103,7 +107,7 @@ def show_properties(
 
     # Side by side, except where two need the same compiled programs.
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(run, (("remove", "reorder"), ("refuse", "withstand")))
+        first, second = pool.map(run, (("remove", "reorder"), ("refuse", "verify", "withstand")))
     return (*first, *second)
 
 
@@ -179,13 +183,14 @@ def _show_refusal(
         ),
     )
     atomic.write_text(future / EXPERT_FILE, manifest.to_toml())
-    open_for_publishing(folder / "registry").publish(future)
+    open_for_publishing(folder / REGISTRY, keys=keys_of(folder, name)).publish(future)
+    confirm_publications(folder)
     asked = Requirement.parse(f"{name}>=2.0")
     dependency = dataclasses.replace(project.experts[name], constraint=asked.constraint)
     asking = dataclasses.replace(
         project,
         experts={name: dependency},
-        registries={"demo": str(folder / "registry")},
+        registries={"demo": str(folder / REGISTRY)},
         root=folder / "refused",
     )
     try:
@@ -193,6 +198,32 @@ def _show_refusal(
     except ComposableError as error:
         return True, f"{asked} refused: {error}"
     return False, f"{asked} was not refused"
+
+
+def show_signatures(folder: Path, project: Project) -> tuple[bool, str]:
+    """Verify the statements and files of what is installed, each by its contributor's own key.
+
+    Args:
+        folder: The demo's folder.
+        project: The user's project.
+    """
+    checked = verify_signatures(project.root)
+    damaged = project.environment.verify()
+    problems = [f"{file} differs" for file in damaged]
+    for each in checked:
+        files = Keyring(keys_of(folder, each.name)).files()
+        own = {format_public_key(file.public) for file in files}
+        if each.problem is not None:
+            problems.append(f"{each.name}: {each.problem.message}")
+        elif each.signer is None or each.signer.key not in own:
+            problems.append(f"{each.name} is not signed by its contributor")
+    passed = len(checked) == len(project.experts) and not problems
+    names = ", ".join(f"{each.name} {each.version}" for each in checked)
+    return passed, (
+        f"{names}: every file is as its contributor signed it, each with a key of its own"
+        if passed
+        else "; ".join(problems) or "nothing is installed"
+    )
 
 
 def vet_adversary(

@@ -33,6 +33,7 @@ from composable.corpora.recipe import shipped_folder
 from composable.demo.contribution import LABEL_WIDTH, Contribution, run_contribution
 from composable.demo.figure import write_readme_figure
 from composable.demo.measure import PUBLIC, HeldOutTexts, list_claims, measure
+from composable.demo.operator import REGISTRY, confirm_publications, create_registry, keys_of
 from composable.demo.page import write_report
 from composable.demo.properties import CAPACITY, Adversary, show_properties, vet_adversary
 from composable.demo.result import DemoResult, PublishedExpert, write_result
@@ -246,11 +247,13 @@ def _contribute_all(
         Their experts by name, the adversarial one, and the peak memory of a process in bytes.
     """
     programs = use_compile_cache()
+    create_registry(folder, CONTRIBUTORS)
     contributions = [
         Contribution(
             folder=folder / "contributors" / name,
             backbone=loaded.folder,
-            registry=folder / "registry",
+            registry=folder / REGISTRY,
+            keys=keys_of(folder, name),
             steps=steps,
             seed=seed,
             unreadable=shipped_folder(other) / "text" / "train.jsonl",
@@ -271,6 +274,7 @@ def _contribute_all(
             progress=lambda done, total: update(label, done, total),
         )
         published = [future.result() for future in running]
+    confirm_publications(folder)
     for name, (expert, _) in zip(CONTRIBUTORS, published, strict=True):
         console.print(
             f"  published {name} {expert.version}, {expert.size_bytes / 1e6:.1f} MB; "

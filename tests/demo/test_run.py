@@ -35,6 +35,7 @@ def test_a_contributor_that_fails_is_reported_with_its_log(tmp_path: Path) -> No
         folder=tmp_path / CONTRIBUTORS[0],
         backbone=tmp_path / "no-backbone",
         registry=tmp_path / "registry",
+        keys=tmp_path / "keys",
         steps=1,
         seed=0,
         unreadable=tmp_path / "other.jsonl",
@@ -53,10 +54,12 @@ def test_a_contributor_reads_programs_and_cannot_write_them(
     """It starts, reports what confines it, and fails: the backbone is not the expert's."""
     programs = tmp_path / "programs"
     programs.mkdir()
+    (tmp_path / "keys").mkdir()
     contribution = Contribution(
         folder=tmp_path / CONTRIBUTORS[0],
         backbone=loaded.folder,
         registry=tmp_path / "registry",
+        keys=tmp_path / "keys",
         steps=1,
         seed=0,
         unreadable=tmp_path / "other.jsonl",

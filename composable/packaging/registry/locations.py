@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -182,6 +183,16 @@ def signatures_folder(storage: Storage) -> Path:
     if isinstance(storage, Folder):
         place = str(storage.root.absolute().resolve())
     return default_store() / "trust" / digest_bytes(place.encode())[7:39]
+
+
+def forget_keys(location: str | Path) -> None:
+    """Forget the pinned root keys of a registry, and what was verified with them.
+
+    Args:
+        location: As for `open_registry`.
+    """
+    folder = signatures_folder(_open_storage(location, Path(), ""))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def pin(location: str, commit: str | None) -> str:
