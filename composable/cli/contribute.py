@@ -349,6 +349,12 @@ def advise(
 
 def note_operator(registry: Registry, *, is_quiet: bool) -> None:
     """Say that a change of a signed registry is not visible yet, if its operator has to confirm."""
+    if registry.awaits_vetting:
+        note(
+            "in quarantine; once vetting has passed, list it with `composable registry sign "
+            f"{registry.location}`",
+            is_quiet=is_quiet,
+        )
     if registry.awaits_operator:
         note(
             "signed; clients see it once the operator has run `composable registry sign "

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 import anyio.to_thread
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -17,9 +18,17 @@ from starlette.routing import Route
 from composable import __version__
 from composable.errors import ComposableError
 from composable.server import layout
-from composable.server.api import accounts, openapi, packages, proposals, publications
+from composable.server.api import (
+    accounts,
+    openapi,
+    packages,
+    proposals,
+    publications,
+    signatures,
+)
 from composable.server.database import MAX_CONNECTIONS
 from composable.server.gateway import Gateway, to_response
+from composable.server.metrics import LOGGER
 from composable.server.pages import routes as pages
 from composable.server.refusal import RefusedError
 from composable.server.services import Services
@@ -31,7 +40,10 @@ OPERATIONS: Final = (
     *publications.OPERATIONS,
     *proposals.OPERATIONS,
     *packages.OPERATIONS,
+    *signatures.OPERATIONS,
 )
+# How often a server looks whether it has to confirm its registry again.
+RENEW_SECONDS: Final = 3600.0
 
 
 def make_app(services: Services) -> Starlette:
@@ -47,7 +59,10 @@ def make_app(services: Services) -> Starlette:
         anyio.to_thread.current_default_thread_limiter().total_tokens = MAX_CONNECTIONS
         with services.database.read() as session:
             services.search.refresh(session)  # so that the first visitor need not wait for it
-        yield
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_keep_confirmed, services)
+            yield
+            tasks.cancel_scope.cancel()
 
     app = Starlette(
         routes=[
@@ -65,6 +80,17 @@ def make_app(services: Services) -> Starlette:
     )
     app.state.services = services
     return app
+
+
+async def _keep_confirmed(services: Services) -> None:
+    """Confirm a signed registry again before what was confirmed ends."""
+    while True:
+        try:
+            await anyio.to_thread.run_sync(services.signing.renew)
+        except (ComposableError, SQLAlchemyError) as error:
+            # Clients accept what was confirmed for days more; the next attempt is in an hour.
+            LOGGER.error("not confirmed: %s", error)
+        await anyio.sleep(RENEW_SECONDS)
 
 
 def _describe_api(request: Request) -> Response:

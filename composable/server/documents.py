@@ -88,6 +88,7 @@ def _summarize(newest: Listed, release: Release, n_releases: int) -> dict[str, A
         "published": newest.published,
         "releases": n_releases,
         "yanked": newest.is_yanked,
+        "signer": release.signer,
     }
 
 

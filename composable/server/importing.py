@@ -9,6 +9,7 @@ from composable.packaging.manifests.manifest import CHUNK_BYTES, PackageFile
 from composable.packaging.manifests.toml import MAX_TOML_BYTES
 from composable.packaging.registry.registry import Registry
 from composable.packaging.registry.release import Release
+from composable.packaging.registry.signed import statement_path
 from composable.server.accounts import Caller
 from composable.server.services import Services
 
@@ -53,6 +54,9 @@ def import_registry(services: Services, caller: Caller, source: Registry) -> lis
 
 def _import_release(services: Services, caller: Caller, source: Registry, release: Release) -> None:
     publishing = services.publishing
+    signer = source.verify_release(release)
+    found = source.storage.read(statement_path(release.name, release.version)) if signer else None
+    statement = b"" if found is None else found.data
     text = source.read_blob(release.manifest, f"{release.name} expert.toml", MAX_TOML_BYTES)
     opened = publishing.start(caller, text.decode())
     if opened["is_published"]:
@@ -61,7 +65,7 @@ def _import_release(services: Services, caller: Caller, source: Registry, releas
     for file in release.files:
         if missing.get(file.digest):
             _send(services, caller, source, opened["id"], file)
-    publishing.commit(caller, opened["id"])
+    publishing.commit(caller, opened["id"], statement=statement)
 
 
 def _send(

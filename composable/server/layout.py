@@ -27,6 +27,7 @@ from composable.server.accounts import find_caller
 from composable.server.documents import CONFIG
 from composable.server.refusal import missing
 from composable.server.services import Services
+from composable.server.signatures import TIMESTAMP
 from composable.server.tables import File, Package
 
 _RANGE: Final = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
@@ -43,7 +44,22 @@ class BlobResponse(FileResponse):
 
 def get_config(request: Request) -> Response:
     """Return what kind of registry this is."""
-    return _send(request, CONFIG, "application/json", PUBLIC)
+    services: Services = request.app.state.services
+    with services.database.read() as session:
+        data = services.signing.read(session, CONFIG_FILE)
+    return _send(request, data or CONFIG, "application/json", PUBLIC)
+
+
+def get_signed(request: Request) -> Response:
+    """Return metadata of a signed registry, or the statement on a release."""
+    services: Services = request.app.state.services
+    path = request.url.path.lstrip("/")
+    with services.database.read() as session:
+        data = services.signing.read(session, path)
+    if data is None:
+        raise missing("signature of that name")
+    cache = PUBLIC if path == TIMESTAMP or path.startswith("statements/") else f"public, {FOREVER}"
+    return _send(request, data, "application/json", cache)
 
 
 def get_catalog(request: Request) -> Response:
@@ -85,7 +101,11 @@ def get_blob(request: Request) -> Response:
     with services.database.read() as session:
         caller = find_caller(session, request.headers.get("authorization"))
         if not can_read_blob(session, caller, digest):
-            raise missing("blob of that digest")
+            signed = services.signing.read(session, blob_path(digest))
+            if signed is None:
+                raise missing("blob of that digest")
+            kind = "application/octet-stream"
+            return _send(request, signed, kind, f"public, {FOREVER}", digest)
         is_public = is_blob_public(session, digest)
         size = session.scalar(select(File.size).where(File.digest == digest).limit(1))
     headers = {
@@ -174,6 +194,8 @@ def _known_tags(request: Request) -> list[str]:
 ROUTES: Final = (
     (f"/{CONFIG_FILE}", get_config),
     (f"/{CATALOG_FILE}", get_catalog),
+    ("/trust/{file}", get_signed),
+    ("/statements/{name}/{file}", get_signed),
     ("/index/{shard}/{name}.jsonl", get_index),
     ("/blobs/{shard}/{hex}", get_blob),
     (f"/{FOLDER}/{{id}}/{{name}}", get_proposed),

@@ -41,6 +41,7 @@ from composable.server.blobs import drop_unlisted
 from composable.server.database import Database, in_hours, now
 from composable.server.refusal import RefusedError, missing, status_of
 from composable.server.settings import Settings
+from composable.server.signatures import SigningService
 from composable.server.tables import (
     Account,
     File,
@@ -60,12 +61,20 @@ class Publishing:
         database: The database.
         storage: The storage of blobs and chunks.
         settings: Limits, and whether releases are quarantined.
+        signing: Verifies the statements of publishers.
     """
 
-    def __init__(self, database: Database, storage: WritableStorage, settings: Settings) -> None:
+    def __init__(
+        self,
+        database: Database,
+        storage: WritableStorage,
+        settings: Settings,
+        signing: SigningService,
+    ) -> None:
         self._database = database
         self._storage = storage
         self._settings = settings
+        self._signing = signing
 
     def start(self, caller: Caller, text: str, *, is_private: bool = False) -> dict[str, Any]:
         """Open a publication, or find the one that is open for the same manifest.
@@ -85,6 +94,12 @@ class Publishing:
         manifest = self._read_manifest(text)
         account = caller.require("publish", manifest.name)
         with self._database.read() as session:
+            if is_private and self._signing.is_signed(session):
+                raise RefusedError(
+                    422,
+                    "a signed registry has no private packages: its lists of names are public",
+                    where="private",
+                )
             published = claims.find_published(session, caller, manifest)
             if published is None:
                 claims.check_claim(session, caller, manifest)
@@ -167,8 +182,15 @@ class Publishing:
             session.delete(publication)
         self._drop_bytes(publication_id, manifest)
 
-    def commit(self, caller: Caller, publication_id: str) -> dict[str, Any]:
+    def commit(
+        self, caller: Caller, publication_id: str, *, statement: bytes = b""
+    ) -> dict[str, Any]:
         """Verify a publication and make it a release, at once and for good.
+
+        Args:
+            caller: Who publishes.
+            publication_id: The publication.
+            statement: The statement of the publisher, signed; only a signed registry needs it.
 
         Returns:
             The release: name, version, digest of the manifest, and its state.
@@ -177,17 +199,19 @@ class Publishing:
             RefusedError: When files are missing, or somebody else took the name or version.
             PackagingError: When the files are not what the manifest states.
             VettingError: When the card does not allow publishing.
+            SignatureError: When the registry is signed, and the statement not by the publisher.
         """
         with self._database.read() as session:
             publication, manifest = self._find(session, caller, publication_id)
             caller.require("publish", manifest.name)
+            self._check_statement(session, manifest, statement)
             known = {file.digest for file in manifest.files if self._knows(session, caller, file)}
         with _scratch_folder() as folder:
             for file in manifest.files:
                 target, is_known = folder / file.name, file.digest in known
                 uploads.assemble(self._storage, publication_id, file, target, is_known=is_known)
             try:
-                release = self._publish(caller, publication, manifest, folder)
+                release = self._publish(caller, publication, manifest, folder, statement)
             except ComposableError as error:
                 if status_of(error) < 500:  # sending the same again would not help
                     self.cancel(caller, publication_id)
@@ -201,7 +225,12 @@ class Publishing:
         }
 
     def _publish(
-        self, caller: Caller, publication: Publication, manifest: Manifest, folder: Path
+        self,
+        caller: Caller,
+        publication: Publication,
+        manifest: Manifest,
+        folder: Path,
+        statement: bytes,
     ) -> Release:
         """Verify the files in a folder, make them durable, and insert the release."""
         with self._database.read() as session:
@@ -216,9 +245,21 @@ class Publishing:
         for file in (*manifest.files, _describe_manifest(manifest)):
             self._storage.upload(blob_path(file.digest), LocalFile(folder / file.name), file, None)
         with self._database.write() as session:
-            release = self._insert(session, caller, manifest, publication, card, readme)
+            release = self._insert(session, caller, manifest, publication, card, readme, statement)
             session.execute(delete(Publication).where(Publication.id == publication.id))
         return release
+
+    def _check_statement(self, session: Session, manifest: Manifest, statement: bytes) -> None:
+        """Refuse, before files are put together, what its publisher has not signed."""
+        if not self._signing.is_signed(session):
+            return
+        if not statement:
+            raise RefusedError(
+                422,
+                f"{manifest.name} {manifest.version} is unsigned, and this registry is signed",
+                hint="publish it with `composable publish`, where the key of its publisher is",
+            )
+        self._signing.check_statement(session, Listed.of(manifest, now()), statement)
 
     def drop_expired(self) -> int:
         """Remove publications that were left unfinished; return how many."""
@@ -302,6 +343,7 @@ class Publishing:
         publication: Publication,
         card: str,
         readme: str,
+        statement: bytes,
     ) -> Release:
         """Insert the release, unless it is there; check again, now that nobody else changes it."""
         if (release := claims.find_published(session, caller, manifest)) is not None:
@@ -334,6 +376,8 @@ class Publishing:
         ]
         session.add(release)
         session.flush()
+        if self._signing.is_signed(session):
+            self._signing.store_statement(session, release, statement)
         subject = f"{manifest.name}@{manifest.version}"
         detail = {"manifest": manifest.digest, "state": state}
         number = audit.record(session, caller.name, "publish", subject, detail)

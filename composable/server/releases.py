@@ -13,7 +13,8 @@ from composable.server.accounts import Caller, is_owner
 from composable.server.blobs import drop_unlisted
 from composable.server.database import Database
 from composable.server.refusal import RefusedError, missing
-from composable.server.tables import Package, Release
+from composable.server.signatures import ROOT
+from composable.server.tables import Package, Release, SignedFile
 
 MAX_REASON_LENGTH = 500
 
@@ -157,6 +158,10 @@ def set_private(database: Database, caller: Caller, name: str, *, is_private: bo
     """
     with database.write() as session:
         package = find_owned(session, caller, name, "publish")
+        if is_private and session.get(SignedFile, ROOT) is not None:
+            raise RefusedError(
+                422, "a signed registry has no private packages: its lists of names are public"
+            )
         if package.is_private != is_private:
             package.is_private = is_private
             number = audit.record(

@@ -32,13 +32,14 @@ MAX_PAGE: Final = 1000
 MAX_ANSWERS: Final = 1000
 # What a word is worth, by where it is found.
 WEIGHTS: Final = {"name": 6.0, "tags": 3.0, "description": 1.0}
-FILTERS: Final = ("backbone", "language", "domain", "license")
+FILTERS: Final = ("backbone", "language", "domain", "license", "signed")
 _WORD: Final = re.compile(r"[^\W_]+")
 _FIELDS: Final = {
     "backbone": "interface",
     "language": "languages",
     "domain": "domains",
     "license": "license",
+    "signed": "signed",
 }
 
 
@@ -178,6 +179,8 @@ class SearchIndex:
         return self._private - set(seen)
 
     def _add(self, name: str, summary: dict[str, Any], is_private: bool) -> None:
+        # Summaries of before there were signatures have no signer.
+        summary = {**summary, "signed": "yes" if summary.get("signer") else "no"}
         self._summaries[name] = summary
         if is_private:
             self._private.add(name)

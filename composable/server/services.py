@@ -18,6 +18,7 @@ from composable.server.proposals import Proposals
 from composable.server.publishing import Publishing
 from composable.server.search import SearchIndex
 from composable.server.settings import Settings
+from composable.server.signatures import SigningService
 
 DATABASE_FILE: Final = "registry.sqlite"
 
@@ -32,6 +33,7 @@ class Services:
         settings: What is allowed.
         publishing: The steps of publishing.
         proposals: The inbox.
+        signing: Stores and confirms signatures.
         search: The index of words.
         identities: Verifies CI identities.
         reads: The limit on requests that change nothing.
@@ -44,6 +46,7 @@ class Services:
     settings: Settings
     publishing: Publishing
     proposals: Proposals
+    signing: SigningService
     search: SearchIndex
     identities: Identities
     reads: RateLimit
@@ -72,7 +75,11 @@ def database_url(location: str, database: str | None) -> str:
 
 
 def open_services(
-    location: str, database: str | None = None, settings: Settings | None = None
+    location: str,
+    database: str | None = None,
+    settings: Settings | None = None,
+    *,
+    keys: Path | None = None,
 ) -> Services:
     """Open a registry: its storage and its database, which is created or brought up to date.
 
@@ -80,6 +87,7 @@ def open_services(
         location: A folder, or the URL of a bucket, for the bytes.
         database: The database's URL; by default SQLite in the folder.
         settings: What is allowed.
+        keys: Folder of the online key of a signed registry; by default that of the user.
 
     Raises:
         RegistryError: When the storage or the database cannot be opened.
@@ -90,12 +98,14 @@ def open_services(
         Path(location).mkdir(parents=True, exist_ok=True)
     opened = Database(database_url(location, database))
     opened.migrate()
+    signing = SigningService(opened, keys, settings.title)
     return Services(
         database=opened,
         storage=storage,
         settings=settings,
-        publishing=Publishing(opened, storage, settings),
+        publishing=Publishing(opened, storage, settings, signing),
         proposals=Proposals(opened, storage, settings),
+        signing=signing,
         search=SearchIndex(),
         identities=Identities(settings),
         reads=RateLimit(settings.reads_per_minute),

@@ -105,7 +105,8 @@ class Owner(Base):
 class Release(Base):
     """A release. `stem` is its version without build metadata, which does not distinguish two.
 
-    `state` is `quarantined` until vetting passed, then `published`; or `removed`.
+    `state` is `quarantined` until vetting passed, then `published`; or `removed`. `signer` is the
+    publisher whose statement on it is stored, with `signer_key`; both are empty without one.
     """
 
     __tablename__ = "releases"
@@ -119,6 +120,8 @@ class Release(Base):
     reason: Mapped[str]
     published: Mapped[str]
     publisher: Mapped[str]
+    signer: Mapped[str] = mapped_column(Text, default="", server_default="")
+    signer_key: Mapped[str] = mapped_column(Text, default="", server_default="")
     row: Mapped[dict[str, Any]]
     manifest: Mapped[str] = mapped_column(Text, deferred=True)
     card: Mapped[str] = mapped_column(Text, deferred=True)
@@ -137,6 +140,17 @@ class File(Base):
     size: Mapped[int] = mapped_column(BigInteger)
     digest: Mapped[str] = mapped_column(String(71))
     release: Mapped[Release] = relationship(back_populates="files")
+
+
+class SignedFile(Base):
+    """A file of a signed registry: metadata, a signed document, or a statement on a release.
+
+    `path` is that of the static layout.
+    """
+
+    __tablename__ = "signed_files"
+    path: Mapped[str] = mapped_column(String(400), primary_key=True)
+    data: Mapped[bytes]
 
 
 class Publication(Base):

@@ -22,8 +22,7 @@ from composable.errors import ComposableError
 from composable.interface import RouterInterface, digest_bytes
 from composable.packaging import Registry
 from composable.packaging.registry.budget import TimeBudget
-from composable.packaging.registry.http import WebStorage
-from composable.packaging.registry.served import ServedRegistry
+from composable.packaging.registry.served import ServedRegistry, ServedStorage
 from composable.server import accounts, audit
 from composable.server.app import make_app
 from composable.server.services import open_services
@@ -150,7 +149,7 @@ def kill_in_mid_publish(
     def publish_on() -> None:
         done = set(acks.read_text().split())
         budget = TimeBudget(60, max_retries=1000, first_pause_seconds=0.01)
-        registry = ServedRegistry(WebStorage(url, token, budget=budget))
+        registry = ServedRegistry(ServedStorage(url, token, budget=budget))
         number = len(done)
         while True:
             name = f"expert-{number}"
@@ -179,7 +178,7 @@ def kill_in_mid_publish(
     serving = fork_server(location, None, port)
     try:
         acknowledged = set(acks.read_text().split())
-        whole, half = find_visible(ServedRegistry(WebStorage(url)))
+        whole, half = find_visible(ServedRegistry(ServedStorage(url)))
     finally:
         kill(serving)
     services = open_services(location)

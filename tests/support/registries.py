@@ -18,8 +18,7 @@ import uvicorn
 
 from composable.interface import RouterInterface, body_signature, scout_signature
 from composable.packaging import write_tensors
-from composable.packaging.registry.http import WebStorage
-from composable.packaging.registry.served import ServedRegistry
+from composable.packaging.registry.served import ServedRegistry, ServedStorage
 from composable.server import accounts
 from composable.server.app import make_app
 from composable.server.services import Services, open_services
@@ -50,7 +49,7 @@ class Served:
 
     def registry(self, token: str | None) -> ServedRegistry:
         """Open it for publishing."""
-        return ServedRegistry(WebStorage(self.url, token))
+        return ServedRegistry(ServedStorage(self.url, token))
 
     def ask(
         self,
@@ -91,10 +90,14 @@ def fetch(
 
 @contextlib.contextmanager
 def run_server(
-    location: Path | str, database: str | None = None, settings: Settings | None = None
+    location: Path | str,
+    database: str | None = None,
+    settings: Settings | None = None,
+    *,
+    keys: Path | None = None,
 ) -> Iterator[Served]:
     """Run a server in a thread."""
-    services = open_services(str(location), database, settings)
+    services = open_services(str(location), database, settings, keys=keys)
     port = free_port()
     config = uvicorn.Config(
         make_app(services), host="127.0.0.1", port=port, log_config=None, access_log=False

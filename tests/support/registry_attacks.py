@@ -98,7 +98,7 @@ def _add_release(world: World) -> None:
 
 def _add_under_other_name(world: World) -> None:
     """Let bob list german among his own packages, signed with his key and confirmed."""
-    signatory = world.signatures("bob")._signatory()
+    signatory = world.signatures("bob").signatory()
     _add_release(world)
     data = (world.folder / index_path("german")).read_bytes()
     held = signatory.load()
@@ -142,7 +142,7 @@ def _steal_online_key(world: World) -> None:
 def _steal_online_key_to_publish(world: World) -> None:
     """Sign a list of alice with the online key."""
     _copy_key(world, OPERATOR, "online", "thief")
-    thief = world.signatures("thief")._signatory()
+    thief = world.signatures("thief").signatory()
     held = thief.load()
     online = tuple(held.root.keys[keyid] for keyid in held.root.roles["timestamp"].keyids)
     _add_release(world)
@@ -188,7 +188,7 @@ def _publish_after_revocation(world: World) -> None:
     thief = world.signatures("thief")
     held = thief.authority().load()
     key = next(file.public for file in thief.keyring.files())
-    signatory = thief._signatory()
+    signatory = thief.signatory()
     _add_release(world)
     data = (world.folder / index_path("german")).read_bytes()
     signatory.sign_targets("publisher-alice", (key,), {"german": data}, None)

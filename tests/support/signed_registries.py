@@ -8,7 +8,7 @@ import datetime
 import http.server
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -215,16 +215,23 @@ def serve_folder(folder: Path) -> Iterator[str]:
 
 
 class Place:
-    """Where clients read the registry of a world: its folder, a web server, or a bucket.
+    """Where clients read the registry of a world: its folder, a web server, a bucket or a server.
 
     Args:
-        kind: `folder`, `http` or `bucket`.
+        kind: `folder`, `http`, `bucket` or `server`.
         url: The URL of the web server, or of the bucket.
+        fill: Makes the database of a server like a folder.
     """
 
-    def __init__(self, kind: str, url: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        url: str | None = None,
+        fill: Callable[[Mapping[str, bytes]], None] | None = None,
+    ) -> None:
         self.kind = kind
         self._url = url
+        self._fill = fill
         self._uploaded: dict[str, bytes] = {}
 
     def open(self, world: World) -> Storage:
@@ -232,7 +239,9 @@ class Place:
         if self.kind == "folder":
             return Folder(world.folder)
         assert self._url is not None
-        if self.kind == "http":
+        if self._fill is not None:
+            self._fill(_read_tree(world.folder))
+        if self.kind in ("http", "server"):
             return WebStorage(self._url)
         self._upload(_read_tree(world.folder))
         return BucketStorage(self._url)

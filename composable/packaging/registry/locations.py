@@ -98,11 +98,14 @@ def open_for_publishing(location: str | Path, *, keys: Path | None = None) -> Re
     """
     storage = _open_storage(location, Path(), PUBLISH_NAME)
     if storage.is_remote and not hasattr(storage, "create"):
+        from composable.packaging.registry.credentials import find_token
         from composable.packaging.registry.http import WebStorage
-        from composable.packaging.registry.served import ServedRegistry
+        from composable.packaging.registry.served import ServedRegistry, ServedStorage
 
         if isinstance(storage, WebStorage):
-            return ServedRegistry(storage)
+            server = ServedStorage(str(location), find_token(PUBLISH_NAME, str(location)))
+            settings = SignatureSettings(state=signatures_folder(server), keys=keys)
+            return ServedRegistry(server, signatures=settings)
     settings = SignatureSettings(state=signatures_folder(storage), keys=keys)
     if str(location).startswith(HUB):
         from composable.packaging.registry.hub import HubRegistry, HubStorage
@@ -138,7 +141,7 @@ def open_inbox(location: str | Path, *, keys: Path | None = None) -> Inbox:
             "to this registry from there",
         )
     registry = open_for_publishing(location, keys=keys)
-    if registry.storage.is_remote and not hasattr(registry.storage, "create"):
+    if registry.storage.is_remote:
         from composable.packaging.registry.served import ServedRegistry
         from composable.packaging.registry.served_inbox import ServedInbox
 

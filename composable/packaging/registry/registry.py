@@ -145,6 +145,11 @@ class Registry:
         """Whether clients see what was signed here only once the operator has confirmed it."""
         return self._signatures is not None and self._signatures.awaits_operator
 
+    @property
+    def awaits_vetting(self) -> bool:
+        """Whether what was published here is listed and signed only once vetting has passed."""
+        return self._signatures is not None and self._signatures.awaits_vetting
+
     def names(self) -> list[str]:
         """Return all package names, sorted.
 
@@ -510,6 +515,20 @@ class Registry:
             RegistryError: When the registry is read only, or its feed is damaged.
         """
         storage = self.writable_storage()
+        self.check_advisory(advisory)
+        signatures = self.find_signatures()
+        if signatures is not None:
+            signatures.check_advisor()
+        update_document(storage, ADVISORIES_FILE, lambda seen: compile_feed(advisory, seen))
+        if signatures is not None:
+            signatures.advise(advisory)
+
+    def check_advisory(self, advisory: Advisory) -> None:
+        """Refuse an advisory on what is not here.
+
+        Raises:
+            UnknownExpertError: When the registry has no such package, or none of these releases.
+        """
         known = self.versions(advisory.name)
         if not known:
             raise UnknownExpertError(
@@ -518,12 +537,6 @@ class Registry:
                 hint=did_you_mean(advisory.name, self.names()),
             )
         check_advisory(advisory, known, self.location)
-        signatures = self.find_signatures()
-        if signatures is not None:
-            signatures.check_advisor()
-        update_document(storage, ADVISORIES_FILE, lambda seen: compile_feed(advisory, seen))
-        if signatures is not None:
-            signatures.advise(advisory)
 
     @contextlib.contextmanager
     def _signing(self, name: str, version: Version, *, is_yanked: bool) -> Iterator[None]:
@@ -533,9 +546,13 @@ class Registry:
             signatures.check_publisher(name)
         yield
         if signatures is not None:
-            release = read_record(self.writable_storage(), name, version)
+            release = self._find_recorded(name, version)
             assert release is not None
             signatures.sign_index(name, [release.with_yank(is_yanked)])
+
+    def _find_recorded(self, name: str, version: Version) -> Release | None:
+        """Return a release as it was published, signed or not."""
+        return read_record(self.writable_storage(), name, version)
 
     def writable_storage(self) -> WritableStorage:
         """Return the storage for publishing.

@@ -51,7 +51,12 @@ from composable.packaging.registry.storage import (
 )
 from composable.packaging.trust.client import SignedDocuments, read_clock
 from composable.packaging.trust.keys import Keyring, create_key, format_public_key
-from composable.packaging.trust.metadata import ONLINE_DAYS, ROOT_KEYS, metadata_path
+from composable.packaging.trust.metadata import (
+    ONLINE_DAYS,
+    ROOT_KEYS,
+    Grant,
+    metadata_path,
+)
 from composable.packaging.trust.offline import Authority, Outcome
 from composable.packaging.trust.signing import Signatory
 from composable.packaging.trust.statement import (
@@ -89,6 +94,8 @@ class Signatures:
         self.keyring = Keyring(settings.keys)
         # Whether what was published waits for the operator, for the command to say so.
         self.awaits_operator = False
+        # Whether a server lists it only once vetting has passed, for its publisher to sign it then.
+        self.awaits_vetting = False
 
     def read_index(self, name: str) -> Document | None:
         """Return the signed index of a package; None if the registry has none of that name.
@@ -203,7 +210,17 @@ class Signatures:
             SignatureError: When nobody may publish that name, or its publisher has no keys.
             KeyFileError: When the key is not here, or its pass phrase is missing or wrong.
         """
-        self._signatory().find_publisher(name)
+        self.signatory().find_publisher(name)
+
+    def sign_release(self, release: Release) -> bytes:
+        """Return the statement on a release, signed with the key of its publisher.
+
+        Raises:
+            SignatureError: When nobody may publish that name, or its publisher has no keys.
+            KeyFileError: When the key is not here, or its pass phrase is missing or wrong.
+        """
+        _, keys = self.signatory().find_publisher(release.name)
+        return sign_statement(make_statement(release), keys[0])
 
     def publish(self, release: Release) -> None:
         """Sign a release that was published, and make it visible if the online key is here."""
@@ -213,7 +230,7 @@ class Signatures:
     def sign_index(self, name: str, releases: Iterable[Release]) -> None:
         """Add releases to the signed index of a package, or change whether they are yanked."""
         changed = list(releases)
-        self._signatory().sign_document(name, lambda seen: change_index(seen, name, changed))
+        self.signatory().sign_document(name, lambda seen: change_index(seen, name, changed))
         self._confirm_if_possible()
 
     def advise(self, advisory: Advisory) -> None:
@@ -226,7 +243,7 @@ class Signatures:
         def change(seen: bytes | None) -> bytes:
             return compile_feed(advisory, None if seen is None else Document(seen, None))
 
-        self._signatory().sign_document(ADVISORIES_FILE, change)
+        self.signatory().sign_document(ADVISORIES_FILE, change)
         self._confirm_if_possible()
 
     def check_advisor(self) -> None:
@@ -235,7 +252,7 @@ class Signatures:
         Raises:
             KeyFileError: When no root key is here.
         """
-        self._signatory().find_advisories_signers()
+        self.signatory().find_advisories_signers()
 
     # Commands on keys.
 
@@ -259,7 +276,7 @@ class Signatures:
             ]
             *root, online = [file.public for file in files]
             feed = storage.read(ADVISORIES_FILE)
-            self._authority().create(
+            self.authority().create(
                 root, online, {} if feed is None else {ADVISORIES_FILE: feed.data}
             )
         elif _is_marked(storage):
@@ -268,7 +285,7 @@ class Signatures:
                 where=self.documents.location,
                 hint="to change its keys, run `composable registry rotate`",
             )
-        self._signatory().confirm(_compile_catalog)
+        self.signatory().confirm(_compile_catalog)
         seen = storage.read(CONFIG_FILE)
         config = {} if seen is None else json.loads(seen.data)
         data = canonical_json({**config, "signed": True}) + b"\n"
@@ -278,7 +295,7 @@ class Signatures:
                 where=f"{self.documents.location}/{CONFIG_FILE}",
                 hint="run the same command again",
             )
-        held = self._authority().load()
+        held = self.authority().load()
         keys = [held.root.keys[keyid] for keyid in held.root.roles["root"].keyids]
         keys += [held.root.keys[keyid] for keyid in held.root.roles["timestamp"].keyids]
         return [format_public_key(key) for key in keys]
@@ -304,49 +321,49 @@ class Signatures:
             KeyFileError: When no key of this registry is here.
         """
         outcome = Outcome()
-        signatory = self._signatory()
+        signatory = self.signatory()
         for requirement in vouch:
             outcome.signed += self._vouch(requirement)
         for publisher in signatory.mine():
             outcome.signed += self._sign_again(publisher)
+            outcome.signed += self._sign_unlisted(publisher)
         if signatory.has_online_key():
-            renewed = self._authority().renew()
+            renewed = self.authority().renew()
             outcome.signed += renewed.signed
             outcome.waiting += renewed.waiting
             changed = signatory.confirm(_compile_catalog, days=days)
             outcome.signed += [f"releases of {publisher}" for publisher in changed]
             outcome.signed.append(f"the current state, for {days:g} days")
         else:
-            outcome.is_visible = False
+            outcome.is_visible = bool(outcome.signed) and self._is_confirmed_there()
             if not outcome.signed and not signatory.mine():
-                self._authority().require_key()
+                self.authority().require_key()
         return outcome
 
     def authority(self) -> Authority:
         """Return what changes grants and keys."""
-        return self._authority()
+        return Authority(self._writable(), self.documents, self.keyring, now=self._now)
 
     def _vouch(self, requirement: Requirement) -> list[str]:
         """Sign the recorded releases of a package that a range contains."""
         storage, name = self._writable(), requirement.name
         self.check_publisher(name)
-        releases = []
-        for version, is_yanked in sorted(list_records(storage, name).items()):
-            if requirement.constraint.contains(version):
-                found = read_record(storage, name, version)
-                if found is not None:
-                    releases.append(found.with_yank(is_yanked))
+        releases = [
+            release
+            for release in _list_recorded(storage, name)
+            if requirement.constraint.contains(release.version)
+        ]
         if not releases:
             raise UnknownExpertError(f"no release {requirement}", where=self.documents.location)
         for release in releases:
             self._state_release(release)
-        signatory = self._signatory()
+        signatory = self.signatory()
         signatory.sign_document(name, lambda seen: change_index(seen, name, releases))
         return [f"{release.name} {release.version}" for release in releases]
 
     def _sign_again(self, publisher: str) -> list[str]:
         """Sign what a publisher signed with another of its keys, with the key that is here."""
-        signatory = self._signatory()
+        signatory = self.signatory()
         signed = [
             f"{name} {release.version}"
             for name, data in signatory.targets_of(publisher).items()
@@ -357,10 +374,46 @@ class Signatures:
             signatory.resign(publisher)
         return signed
 
+    def _sign_unlisted(self, publisher: str) -> list[str]:
+        """List releases that were published with a valid statement, and are in no signed index.
+
+        An interrupted publication leaves such, and vetting on a server that passed later.
+        """
+        storage, signatory = self._writable(), self.signatory()
+        grant = self.authority().load().grants[publisher]
+        listed = signatory.targets_of(publisher)
+        catalog = storage.read(CATALOG_FILE)
+        names = {name for name in grant.names if not name.endswith("*")}
+        for number, line in enumerate(catalog.data.splitlines() if catalog else (), 1):
+            names.add(parse_entry(line, f"{CATALOG_FILE}:{number}").name)
+        signed = []
+        for name in sorted(filter(grant.covers, names)):
+            known = parse_index(listed.get(name, b""), name, index_path(name))
+            added = [
+                release
+                for release in _list_recorded(storage, name)
+                if release.version not in known and self._has_statement(release, grant)
+            ]
+            if added:
+                self.sign_index(name, added)
+                signed += [f"{name} {release.version}" for release in added]
+        return signed
+
+    def _has_statement(self, release: Release, grant: Grant) -> bool:
+        """Return whether a release has a statement by a key that its publisher has now."""
+        path = statement_path(release.name, release.version)
+        found = self._files.read(path)
+        with contextlib.suppress(PackagingError):
+            if found is not None and grant.keys:
+                expected = dataclasses.asdict(make_statement(release))
+                check_statement(found.data, expected, grant.publisher, grant.keys, path)
+                return True
+        return False
+
     def _state_release(self, release: Release, *, only_if_signed_by_others: bool = False) -> bool:
         """Write the statement on a release, signed; return whether there was none like it."""
         storage = self._writable()
-        publisher, keys = self._signatory().find_publisher(release.name)
+        publisher, keys = self.signatory().find_publisher(release.name)
         path = statement_path(release.name, release.version)
         expected = dataclasses.asdict(make_statement(release))
         seen = storage.read(path)
@@ -370,29 +423,37 @@ class Signatures:
                 check_statement(seen.data, expected, publisher, here, path)
                 return False
         if only_if_signed_by_others:
-            held = self._authority().load()
+            held = self.authority().load()
             all_keys = held.grants[publisher].keys
             try:
                 check_statement(seen.data if seen else b"", expected, publisher, all_keys, path)
             except SignatureError:
                 return False  # nobody vouches for it
-        data = sign_statement(make_statement(release), keys[0])
+        data = self.sign_release(release)
         while not storage.replace(path, data, seen):
             seen = storage.read(path)
         return True
 
+    def confirm(self, *, days: float = ONLINE_DAYS) -> bool:
+        """Confirm the current state if the online key is here; return whether it is."""
+        signatory = self.signatory()
+        if not signatory.has_online_key():
+            return False
+        signatory.confirm(_compile_catalog, days=days)
+        return True
+
     def _confirm_if_possible(self) -> bool:
-        signatory = self._signatory()
-        self.awaits_operator = not signatory.has_online_key()
-        if not self.awaits_operator:
-            signatory.confirm(_compile_catalog)
-        return not self.awaits_operator
+        is_confirmed = self.confirm() or self._is_confirmed_there()
+        self.awaits_operator = not is_confirmed
+        return is_confirmed
 
-    def _signatory(self) -> Signatory:
+    def _is_confirmed_there(self) -> bool:
+        """Return whether a server with the online key confirmed what was sent to it last."""
+        return bool(getattr(self._files, "has_confirmed", False))
+
+    def signatory(self) -> Signatory:
+        """Return what signs with the keys of this machine."""
         return Signatory(self._writable(), self.documents, self.keyring, now=self._now)
-
-    def _authority(self) -> Authority:
-        return Authority(self._writable(), self.documents, self.keyring, now=self._now)
 
     def _writable(self) -> WritableStorage:
         if not isinstance(self._files, WritableStorage):
@@ -479,6 +540,18 @@ def _compile_catalog(previous: bytes | None, indexes: Mapping[str, bytes]) -> by
 def _is_marked(storage: Storage) -> bool:
     document = storage.read(CONFIG_FILE)
     return document is not None and json.loads(document.data).get("signed") is True
+
+
+def _list_recorded(storage: WritableStorage, name: str) -> list[Release]:
+    """Return the releases of a package, signed or not; a server has them only in its index."""
+    if records := list_records(storage, name):
+        found = ((read_record(storage, name, v), is_yanked) for v, is_yanked in records.items())
+        releases = [record.with_yank(is_yanked) for record, is_yanked in found if record]
+    else:
+        index = storage.read(index_path(name))
+        data = b"" if index is None else index.data
+        releases = list(parse_index(data, name, index_path(name)).values())
+    return sorted(releases, key=lambda release: release.version)
 
 
 def _read_kept(path: Path) -> bytes | None:

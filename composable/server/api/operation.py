@@ -110,7 +110,7 @@ class Operation:
     def _parse(self, data: bytes) -> Any:
         if self.body is None or self.body is bytes:
             return data
-        record: Any = parse_record(self.body, data, "body", RegistryError)
+        record: Any = parse_record(self.body, data or b"{}", "body", RegistryError)
         if b"\\u0000" in data:  # PostgreSQL has no such character
             raise RefusedError(422, "has a character that is not text", where="body")
         return record

@@ -142,6 +142,9 @@ def describe_release(release: Release) -> dict[str, Any]:
         "state": release.state,
         "reason": release.reason,
         "publisher": release.publisher,
+        "signer": {"publisher": release.signer, "key": release.signer_key}
+        if release.signer
+        else None,
     }
 
 

@@ -19,6 +19,13 @@ class NewPublication:
     private: bool = False
 
 
+@dataclass(frozen=True)
+class Commit:
+    """The statement of the publisher, signed; empty where releases are unsigned."""
+
+    statement: str = ""
+
+
 def open_publication(call: Call) -> dict[str, Any]:
     """Open a publication, or find the one that is open for the same manifest."""
     return call.services.publishing.start(
@@ -41,7 +48,9 @@ def put_chunk(call: Call) -> None:
 
 def commit(call: Call) -> dict[str, Any]:
     """Verify all files and publish the release, at once and for good."""
-    return call.services.publishing.commit(call.caller, call.path["id"])
+    return call.services.publishing.commit(
+        call.caller, call.path["id"], statement=call.body.statement.encode()
+    )
 
 
 def cancel(call: Call) -> None:
@@ -68,6 +77,6 @@ OPERATIONS: Final = (
         status=204,
         max_bytes=CHUNK_BYTES,
     ),
-    Operation(method="POST", path=f"{_ONE}/commit", run=commit, scope="publish"),
+    Operation(method="POST", path=f"{_ONE}/commit", run=commit, body=Commit, scope="publish"),
     Operation(method="DELETE", path=_ONE, run=cancel, scope="publish", status=204),
 )
