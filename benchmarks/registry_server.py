@@ -40,8 +40,7 @@ from benchmarks.install import FLOOR, INSTALL, make_interface, run_measured
 from composable.errors import ComposableError
 from composable.interface import RouterInterface, body_signature, scout_signature
 from composable.packaging import Lock, Project, Requirement, lock_project, write_tensors
-from composable.packaging.registry.http import WebStorage
-from composable.packaging.registry.served import ServedRegistry
+from composable.packaging.registry.served import ServedRegistry, ServedStorage
 from composable.server import accounts
 from composable.server.services import open_services
 from composable.server.tables import Package
@@ -82,7 +81,7 @@ def measure_readers(home: Path, arguments: argparse.Namespace) -> dict[str, Any]
         token = create_publisher(location, database)
         with forked_servers(location, database, 1) as (url,):
             folder = make_vetted_expert(home / "german", small_interface(), needs="*")
-            ServedRegistry(WebStorage(url, token)).publish(folder, interface=small_interface())
+            ServedRegistry(ServedStorage(url, token)).publish(folder, interface=small_interface())
             began = time.perf_counter()
             seconds, errors = asyncio.run(
                 read_at_once(url, arguments.connections, arguments.requests)
@@ -154,7 +153,7 @@ def measure_races(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 barrier = threading.Barrier(2)
 
                 def publish(url: str, folder: Path, barrier: threading.Barrier = barrier) -> str:
-                    registry = ServedRegistry(WebStorage(url, token))
+                    registry = ServedRegistry(ServedStorage(url, token))
                     barrier.wait()
                     try:
                         return registry.publish(folder, interface=interface).digest
@@ -165,7 +164,7 @@ def measure_races(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 won = [answer for answer in answers if answer.startswith("sha256:")]
                 clear = [a for a in answers if a.endswith("already published with other content")]
                 shown = [
-                    [r.manifest for r in ServedRegistry(WebStorage(url)).versions(name)]
+                    [r.manifest for r in ServedRegistry(ServedStorage(url)).versions(name)]
                     for url in urls
                 ]
                 is_right = len(won) == len(clear) == 1 and shown == [won, won]
@@ -291,7 +290,7 @@ def measure_install(home: Path, arguments: argparse.Namespace) -> dict[str, Any]
     token = create_publisher(location)
     with forked_servers(location, None, 1) as (url,):
         began = time.perf_counter()
-        manifest = ServedRegistry(WebStorage(url, token)).publish(folder, interface=interface)
+        manifest = ServedRegistry(ServedStorage(url, token)).publish(folder, interface=interface)
         published = time.perf_counter() - began
         digest = next(f.digest for f in manifest.files if f.name == "body.safetensors")
         source = home / "served" / "blobs" / digest[7:9] / digest[7:]

@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
+from tuf.api.exceptions import LengthOrHashMismatchError
+from tuf.api.metadata import TargetFile
+
 from composable.errors import ComposableError
 from composable.files import atomic
 from composable.packaging.registry.http import WebStorage
@@ -42,12 +45,19 @@ def download(client: SignedDocuments, arguments: argparse.Namespace) -> None:
         atomic.write_bytes(target, document.data)
 
 
-def is_intact(file: object, data: bytes) -> bool:
+def is_intact(file: TargetFile, data: bytes) -> bool:
     try:
-        file.verify_length_and_hashes(data)  # type: ignore[attr-defined]
-    except ValueError:
+        file.verify_length_and_hashes(data)
+    except LengthOrHashMismatchError:
         return False
     return True
+
+
+class MetadataServer(WebStorage):
+    """A server of metadata whose names of roles are any text, and are quoted already."""
+
+    def _url_of(self, path: str) -> str:
+        return f"{self._base}/{path}"
 
 
 def main() -> None:
@@ -70,7 +80,7 @@ def main() -> None:
         )
         return
     base, _, folder = arguments.metadata_url.rstrip("/").rpartition("/")
-    client = SignedDocuments(WebStorage(base), arguments.metadata_dir, folder=folder)
+    client = SignedDocuments(MetadataServer(base), arguments.metadata_dir, folder=folder)
     try:
         client.refresh()
         if arguments.command == "download":

@@ -18,6 +18,7 @@ from composable.interface import canonical_json, digest_bytes
 from composable.model.model import Model, Pluggable
 from composable.packaging.install.environment import Environment
 from composable.packaging.project.locking import lock_project
+from composable.packaging.project.policy import Policy
 from composable.packaging.project.project import Project, Wanted
 from composable.packaging.project.sync import sync_project
 from composable.packaging.versions.constraint import Requirement
@@ -39,7 +40,7 @@ def load(
     Without `experts`, the experts installed in the project of the working directory; outside a
     project, the backbone alone. With them, the newest compatible releases from `registry`, or else
     from the project's registries, or else from the one in COMPOSABLE_REGISTRY; they are installed
-    once and reused afterwards.
+    once and reused afterwards. In a project, its policy holds for all of them, as it is now.
 
     Args:
         backbone: Name of a backbone that ships with composable, or the folder of one; by default
@@ -190,24 +191,31 @@ def find_registries(registry: str | Path | None) -> Project:
         PackagingError: If there is none.
     """
     location = registry or os.environ.get(REGISTRY_VARIABLE)
-    if registry is None:
-        project = _find_project()
-        if project is not None:
-            experts = {
-                name: dataclasses.replace(want, path=str(project.folder_of(name)))
-                if want.path
-                else want
-                for name, want in project.experts.items()
-            }
-            places = {n: _anchor(place, project.root) for n, place in project.registries.items()}
-            return dataclasses.replace(project, registries=places, experts=experts)
+    project = _find_project()
+    if registry is None and project is not None:
+        experts = {
+            name: dataclasses.replace(want, path=str(project.folder_of(name)))
+            if want.path
+            else want
+            for name, want in project.experts.items()
+        }
+        places = {n: _anchor(place, project.root) for n, place in project.registries.items()}
+        return dataclasses.replace(project, registries=places, experts=experts)
     if location is None:
         raise PackagingError(
             "no registry to install experts from",
             hint=f"give registry=LOCATION, set {REGISTRY_VARIABLE}, or work inside a project",
         )
     places = {"default": _anchor(str(location), Path.cwd())}
-    return Project(root=Path.cwd(), backbone="", registries=places, default_registry="default")
+    # What a project refuses, it refuses wherever it comes from.
+    policy = Policy() if project is None else project.policy
+    return Project(
+        root=Path.cwd(),
+        backbone="",
+        registries=places,
+        default_registry="default",
+        policy=policy,
+    )
 
 
 def _anchor(location: str, root: Path) -> str:

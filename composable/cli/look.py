@@ -126,6 +126,9 @@ def outdated(
 def search(
     word: Annotated[str, typer.Argument(metavar="WORD", show_default=False)],
     registry: LookupRegistry = None,
+    only_signed: Annotated[
+        bool, typer.Option("--signed", help="Search signed registries only.")
+    ] = False,
     is_offline: Offline = False,
     max_stale: MaxStale = 0,
     as_json: Json = False,
@@ -134,7 +137,8 @@ def search(
     """Search the registries by name, description and tags."""
     from composable.packaging.project.queries import search_experts
 
-    found = list(search_experts(_open_registries(registry, is_offline, max_stale), word))
+    project = _open_registries(registry, is_offline, max_stale)
+    found = list(search_experts(project, word, only_signed=only_signed))
     rows = [(r.name, r.version, name, r.description) for name, r in found]
     data = [
         {
@@ -401,6 +405,7 @@ def _facts(details: Details) -> Iterator[tuple[str, str]]:
         "data": manifest.training.data if manifest.training else "",
         "size": format_bytes(size),
         "published": release.published,
+        "signed by": f"{details.signer.publisher} ({details.signer.key})" if details.signer else "",
         "measured": format_measured(details.card),
         "versions": ", ".join(
             f"{r.version}{' (yanked)' if r.is_yanked else ''}" for r in details.versions
@@ -419,6 +424,7 @@ def _all_facts(details: Details) -> dict[str, Any]:
         "files": [dataclasses.asdict(file) for file in details.release.files],
         "versions": [str(release.version) for release in details.versions],
         "card": details.card,
+        "signer": dataclasses.asdict(details.signer) if details.signer else None,
     }
 
 

@@ -68,3 +68,30 @@ def test_guide_to_what_you_run(works, cli, fakes, tmp_path, monkeypatch):
             table, _, remedies = cli("audit").out.partition("german-2026-1:")
             assert table in page, "the table that the page shows is that of the command"
             assert "1.2.1" in remedies
+
+
+@pytest.mark.skipif(not GUIDE.exists(), reason="the guides are part of a checkout only")
+def test_guide_to_signing(works, make_fakes, tmp_path, monkeypatch):
+    """Every command of the page runs in its order, on one machine that has all keys."""
+    monkeypatch.setenv("COMPOSABLE_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("COMPOSABLE_PASSPHRASE", "secret")
+    monkeypatch.chdir(tmp_path)
+    page = (GUIDE.parent / "sign-your-registry.md").read_text()
+    sessions = read_sessions(page)
+    assert len(sessions) == 8
+    key, done = "", []
+    for command, _ in sessions:
+        if "revoke" in done and "ed25519:…" in command:
+            key = works("registry", "key", "alice-2").out.strip()
+        program, name, *arguments = shlex.split(command.replace("ed25519:…", key))
+        assert (program, name) == ("composable", "registry")
+        printed = works(name, *arguments).out
+        if arguments[0] == "key":
+            key = printed.strip()
+        done.append(arguments[0])
+        if arguments[0] == "grant" and "revoke" not in done:
+            make_fakes("registry").publish("german")  # "The publisher publishes as before"
+    assert done == ["init", "key", "grant", "sign", "sign", "revoke", "grant", "sign"]
+    works("init", "--registry", "registry")
+    works("install", "german")
+    assert f"german is signed by alice ({key})" in works("verify", "--signatures").out

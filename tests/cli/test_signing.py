@@ -51,6 +51,16 @@ def test_verification_needs_no_registry(works, cli, fakes, tmp_path):
     assert "is signed by alice" in works("verify", "--signatures").out
 
 
+def test_info_and_search_say_who_signed(works, fakes, make_fakes):
+    key = works("registry", "key", "alice").out.strip()
+    assert f"alice ({key})" in works("info", "german").out
+    assert works("info", "german", "--json").json["signer"] == {"publisher": "alice", "key": key}
+    assert "german" in works("search", "german", "--signed").out
+    make_fakes("plain").publish("german")
+    assert "nothing found" in works("search", "german", "--signed", "--registry", "plain").out
+    assert works("info", "german", "--registry", "plain", "--json").json["signer"] is None
+
+
 def test_an_unsigned_registry_is_named_once(works, make_fakes):
     make_fakes("plain").publish("german")
     works("init", "--registry", "plain")

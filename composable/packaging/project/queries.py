@@ -16,7 +16,7 @@ from composable.packaging.project.locking import lock_project
 from composable.packaging.project.project import Project
 from composable.packaging.project.sources import find_expert
 from composable.packaging.registry.index import Entry
-from composable.packaging.registry.release import Release, choose_newest
+from composable.packaging.registry.release import Release, Signer, choose_newest
 from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.version import Version
 
@@ -86,12 +86,14 @@ class Details:
         manifest: Its manifest.
         card: The content of its `card.json`; empty without one.
         versions: All releases of the expert, oldest first.
+        signer: Who signed the release; None in an unsigned registry.
     """
 
     release: Release
     manifest: Manifest
     card: dict[str, Any]
     versions: tuple[Release, ...]
+    signer: Signer | None = None
 
 
 def build_dependency_tree(project: Project, lock: Lock) -> list[Need]:
@@ -181,14 +183,24 @@ def diff_locks(before: Lock, after: Lock) -> Iterator[LockChange]:
             yield LockChange(name=name, before=old, after=new)
 
 
-def search_experts(project: Project, word: str) -> Iterator[tuple[str, Entry]]:
+def search_experts(
+    project: Project, word: str, *, only_signed: bool = False
+) -> Iterator[tuple[str, Entry]]:
     """Yield the registry and the catalogue entry of every expert that matches a word.
 
     Names, descriptions and tags are searched, ignoring case.
+
+    Args:
+        project: The project whose registries are searched.
+        word: The word.
+        only_signed: Whether unsigned registries are left out.
     """
     word = word.casefold()
     for registry in project.registries:
-        for entry in project.open_registry(registry).entries():
+        opened = project.open_registry(registry)
+        if only_signed and opened.find_signatures() is None:
+            continue
+        for entry in opened.entries():
             if word in " ".join((entry.name, entry.description, *entry.tags)).casefold():
                 yield registry, entry
 
@@ -198,6 +210,7 @@ def describe_expert(project: Project, wanted: Requirement) -> Details:
 
     Raises:
         UnknownExpertError: When there is no such expert, or no release in the range.
+        SignatureError: When its registry is signed, and the release not by its publisher.
     """
     releases = find_expert(project, wanted.name)
     fitting = [release for release in releases if wanted.constraint.contains(release.version)]
@@ -208,6 +221,7 @@ def describe_expert(project: Project, wanted: Requirement) -> Details:
         raise UnknownExpertError(f"no release {wanted}", hint=f"available: {have}")
     release = choose_newest(fitting)
     registry = project.open_registry(project.registry_of(wanted.name))
+    signer = registry.verify_release(release)
     manifest = registry.read_manifest(release)
     card: dict[str, Any] = {}
     for file in release.files:
@@ -216,4 +230,4 @@ def describe_expert(project: Project, wanted: Requirement) -> Details:
             data = registry.read_blob(file.digest, what, MAX_CARD_BYTES)
             with contextlib.suppress(ManifestError):
                 card = parse_table(data, what, ManifestError)
-    return Details(release=release, manifest=manifest, card=card, versions=releases)
+    return Details(release=release, manifest=manifest, card=card, versions=releases, signer=signer)

@@ -155,7 +155,7 @@ class WebStorage(RemoteStorage):
             with translate_errors(self._at(path), self._proxy):
                 response = self._open_pool().request(
                     method,
-                    f"{self._base}/{urllib.parse.quote(path, safe='/:')}",
+                    self._url_of(path),
                     body=body,
                     headers=headers,
                     redirect=False,
@@ -200,7 +200,7 @@ class WebStorage(RemoteStorage):
             for _ in range(2):
                 response = self._open_pool().request(
                     "GET",
-                    f"{self._base}/{urllib.parse.quote(path, safe='/:')}",
+                    self._url_of(path),
                     headers={**headers, **self._login_headers()},
                     preload_content=False,
                 )
@@ -216,6 +216,9 @@ class WebStorage(RemoteStorage):
             if response.status in (404, 410):
                 return None
             raise self._make_error(response, path)
+
+    def _url_of(self, path: str) -> str:
+        return f"{self._base}/{urllib.parse.quote(path, safe='/:')}"
 
     def _login_headers(self) -> dict[str, str]:
         """Return the headers that show who asks."""

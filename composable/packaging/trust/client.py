@@ -95,7 +95,17 @@ class Found:
 
     @property
     def digest(self) -> str:
-        """The digest of the document."""
+        """The digest of the document, by which it is stored.
+
+        Raises:
+            SignatureError: When it is listed with digests of other kinds alone.
+        """
+        if "sha256" not in self.file.hashes:
+            raise SignatureError(
+                f"{self.file.path} is listed without a SHA-256 digest",
+                kind="wrong-content",
+                hint="its publisher signs it again with `composable registry sign`",
+            )
         return f"sha256:{self.file.hashes['sha256']}"
 
 
@@ -357,13 +367,6 @@ class SignedDocuments:
             targets = self._load_targets(trusted, role, delegator)
             file = targets.targets.get(target)
             if file is not None:
-                if "sha256" not in file.hashes:
-                    raise SignatureError(
-                        f"{_describe_role(role)} lists {target} without a SHA-256 digest",
-                        kind="wrong-content",
-                        where=f"{self.location}/{self._folder}/{role}",
-                        hint="its publisher signs it again with `composable registry sign`",
-                    )
                 return self._describe(trusted, file, role, delegator)
             visited.add(role)
             children = []

@@ -254,6 +254,13 @@ def test_hash_algorithms(repo: Repository, client: Client, hashes: list[str]) ->
     assert client.read("file") == [b"content"]
 
 
+def test_a_document_needs_a_digest_to_be_stored_by(repo: Repository, client: Client) -> None:
+    """The specification demands none; documents of a registry are stored by SHA-256."""
+    repo.add_target("targets", "file", b"content", ["sha512"])
+    repo.publish(*ALL)
+    assert client.read("file") == ["wrong-content"]
+
+
 def test_unknown_hash_algorithm(repo: Repository, client: Client) -> None:
     repo.add_target("targets", "file", b"content")
     hashes = repo["targets"].targets["file"].hashes
