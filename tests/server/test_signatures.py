@@ -334,14 +334,18 @@ def test_the_online_key_is_rotated(lab: Lab, publish: Callable[..., ServedRegist
     """The new key is made on the server; the old one confirms nothing afterwards."""
     publish("alice", "german")
     assert lab.seen() == {"german": [("1.0.0", False)]}
+    rotate_online(lab)
+    publish("alice", "italian")
+    assert lab.seen() == {"german": [("1.0.0", False)], "italian": [("1.0.0", False)]}
+
+
+def rotate_online(lab: Lab) -> None:
     new = create_key(lab.keys("server"), "online-2", None)
     shutil.copy(new.path, lab.keys("operator"))
     operator = lab.open("operator").open_signatures()
     assert operator.change(operator.authority().rotate_online(new.public)).is_visible
     (lab.keys("operator") / "online-2.key").unlink()
     (lab.keys("server") / "online.key").unlink()
-    publish("alice", "italian")
-    assert lab.seen() == {"german": [("1.0.0", False)], "italian": [("1.0.0", False)]}
 
 
 # What a compromised server can and cannot do: docs/concepts/signatures.md.
@@ -365,12 +369,16 @@ def test_compromised_server_can_withhold(lab: Lab, publish: Callable[..., Served
     lab.seen()
     publish("alice", "german", "2.0.0", seed=1)
     lab.seen("witness")
-    for path, data in before.items():
-        tamper(lab, path, data)
+    with lab.server.services.database.read() as session:
+        after = set(session.scalars(select(SignedFile.path)))
+    for path in after:
+        tamper(lab, path, before.get(path))
     assert lab.seen("newcomer") == lab.seen() == {"german": [("1.0.0", False)]}
-    with pytest.raises(SignatureError) as caught:
-        lab.seen("witness")
-    assert caught.value.kind == "rollback"
+    assert _kind(lab, "witness") == "rollback"
+    # So it is after a backup was restored: a new online key starts where it likes.
+    shutil.rmtree(lab.home / "state" / "operator")
+    rotate_online(lab)
+    assert lab.seen("witness") == {"german": [("1.0.0", False)]}
 
 
 def test_compromised_server_cannot_change_what_clients_accept(
