@@ -43,6 +43,7 @@ from tests.support.oci_registries import (
     run_relay,
 )
 from tests.support.registries import fetch
+from tests.support.signed_registries import check_signed, check_signed_mirror
 from tests.support.storages import check_releases, read_files
 
 if TYPE_CHECKING:
@@ -656,3 +657,13 @@ def test_nobody_there() -> None:
     storage = OciStorage("oci://127.0.0.1:1/x", budget=TimeBudget(5, max_retries=0))
     with pytest.raises(UnreachableError, match="cannot be reached"):
         storage.read("config.json")
+
+
+def test_a_signed_registry(url: str, tmp_path: Path, interface: RouterInterface) -> None:
+    check_signed(url, tmp_path, interface)
+
+
+def test_a_mirror_of_a_signed_registry(
+    url: str, tmp_path: Path, interface: RouterInterface
+) -> None:
+    check_signed_mirror(url, tmp_path, interface)

@@ -15,9 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from composable.errors import SignatureError
 from composable.interface import RouterInterface, body_signature, scout_signature
-from composable.packaging import Registry, Version, write_tensors
+from composable.packaging import (
+    Registry,
+    Version,
+    open_for_publishing,
+    open_registry,
+    write_tensors,
+)
+from composable.packaging.install.mirror import mirror_registry
 from composable.packaging.registry.advisories import Advisory
 from composable.packaging.registry.bucket import BucketStorage
 from composable.packaging.registry.http import WebStorage
@@ -266,3 +275,56 @@ def _read_tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "locks" not in path.parts
     }
+
+
+def check_signed(url: str, home: Path, interface: RouterInterface) -> None:
+    """Sign an empty registry at a location, publish to it, verify it there, and mirror it.
+
+    Args:
+        url: Where it is.
+        home: A folder for keys and experts.
+        interface: The router interface.
+    """
+    world = World(home, interface)
+    keys = {name: home / "keys" / name for name in (OPERATOR, "alice", "bob")}
+
+    def confirm() -> None:
+        open_for_publishing(url, keys=keys[OPERATOR]).open_signatures().sign()
+
+    registry = open_for_publishing(url, keys=keys[OPERATOR])
+    registry.create()
+    signatures = registry.open_signatures()
+    signatures.create(None)
+    public = world.make_key("alice").public
+    assert signatures.change(signatures.authority().grant("alice", ["german"], [public])).is_visible
+
+    alice = open_for_publishing(url, keys=keys["alice"])
+    alice.publish(world.make_expert("german", "1.0.0"), interface=interface)
+    assert alice.awaits_operator and not open_registry(url).versions("german")
+    confirm()
+    (release,) = open_registry(url).versions("german")
+    signer = open_registry(url).verify_release(release)
+    assert signer is not None and signer.publisher == "alice"
+    with pytest.raises(SignatureError, match="no publisher may publish 'french'"):
+        open_for_publishing(url, keys=keys["bob"]).publish(
+            world.make_expert("french", "1.0.0"), interface=interface
+        )
+
+    open_for_publishing(url, keys=keys["alice"]).yank("german", release.version)
+    assert not open_registry(url).versions("german")[0].is_yanked
+    confirm()
+    assert open_registry(url).versions("german")[0].is_yanked
+
+    mirror_registry(open_registry(url), open_for_publishing(home / "copy"))
+    copy = open_registry(home / "copy")
+    assert copy.verify_release(copy.versions("german")[0]) == signer
+
+
+def check_signed_mirror(url: str, home: Path, interface: RouterInterface) -> None:
+    """Mirror a signed folder to a location, twice, and verify each state there."""
+    world = build_world(home / "world", interface)
+    for state in ("early", "late"):
+        world.restore(state)
+        mirror_registry(world.open("carrier"), open_for_publishing(url))
+        storage = open_registry(url)._files
+        assert use(world.open("client", storage)) == use(world.open("other-client"))

@@ -30,6 +30,7 @@ from composable.packaging.registry.budget import TimeBudget
 from composable.packaging.registry.hub import HubStorage
 from composable.packaging.registry.storage import Folder
 from tests.support.hub import Hub, run_hub
+from tests.support.signed_registries import check_signed, check_signed_mirror
 from tests.support.storages import read_files
 
 if TYPE_CHECKING:
@@ -354,3 +355,13 @@ def test_the_library_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegistryError, match="needs the package huggingface_hub") as caught:
         open_registry(URL)
     assert "composable[hub]" in str(caught.value)
+
+
+def test_a_signed_registry(hub: Hub, tmp_path: Path, interface: RouterInterface) -> None:
+    check_signed(URL, tmp_path, interface)
+
+
+def test_a_mirror_of_a_signed_registry(
+    hub: Hub, tmp_path: Path, interface: RouterInterface
+) -> None:
+    check_signed_mirror(URL, tmp_path, interface)
