@@ -541,6 +541,7 @@ NAMED = {
     ("packaging.registry.served", "yank"),  # what a server can do instead
     ("server.publishing", "publish"),  # a server's answer to what no command of ours sends
     ("server.rules", "check"),
+    ("server.signatures", "registry"),  # as the lines above: run in tests/server/test_signatures.py
 }
 
 
