@@ -324,9 +324,11 @@ class SigningService:
             self._check_by_root(files, "timestamp", None, data)
             return None
         if match := _BLOB.fullmatch(path):
-            return self._check_blob(session, caller, match[1], match[2], data)
+            self._check_blob(session, caller, match[1], match[2], data)
+            return None
         if match := _STATEMENT.fullmatch(path):
-            return self._check_new_statement(session, caller, match[1], match[2], data)
+            self._check_new_statement(session, caller, match[1], match[2], data)
+            return []
         match = _METADATA.fullmatch(path)
         if match is None:
             raise RefusedError(422, "is no file of a registry's signatures", where=path[:200])

@@ -248,15 +248,20 @@ class Ledger:
         keys: tuple[Key, ...],
         changes: Mapping[str, bytes],
         before: Targets | None,
+        number: int | None = None,
     ) -> bool:
-        """Create the next version of a delegated role; return False if another signer did."""
+        """Create the next version of a delegated role; return False if another signer did.
+
+        `number` is what `next_version` returned before `before` was read: a version that another
+        signer created since then has that number.
+        """
         signers = self.open_keys(keys, role)
         for data in changes.values():
             put_blob(self.files, digest_bytes(data), data)
         files = dict(before.targets) if before is not None else {}
         for name, data in changes.items():
             files[name] = TargetFile.from_data(name, data, ["sha256"])
-        number = self.next_version(role)
+        number = number or self.next_version(role)
         until = expiry(self.now(), PUBLISHER_DAYS)
         signed = Metadata(Targets(version=number, expires=until, targets=files))
         sign_metadata(signed, signers)

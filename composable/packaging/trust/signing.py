@@ -111,13 +111,14 @@ class Signatory(Ledger):
             role, keys = f"{PUBLISHER}{publisher}", held.grants[publisher].keys
         delegator = held.delegator_of(target)
         for _ in range(MAX_ATTEMPTS):
+            number = self.next_version(role)
             before = self.load_delegated(role, delegator)
             previous = None if before is None else before.targets.get(target)
             data = None if previous is None else self.read_document(previous)
             wanted = change(data)
             if wanted == data and before is not None:
                 return False
-            if self.sign_targets(role, keys, {target: wanted}, before):
+            if self.sign_targets(role, keys, {target: wanted}, before, number):
                 return True
         raise self.report_contention()
 
@@ -132,10 +133,11 @@ class Signatory(Ledger):
         role = f"{PUBLISHER}{publisher}"
         delegator = held.delegator_of(sample_of(grant))
         for _ in range(MAX_ATTEMPTS):
+            number = self.next_version(role)
             before = self.load_delegated(role, delegator)
             if before is None:
                 return False
-            if self.sign_targets(role, grant.keys, {}, before):
+            if self.sign_targets(role, grant.keys, {}, before, number):
                 return True
         raise self.report_contention()
 
@@ -280,13 +282,14 @@ class Signatory(Ledger):
     ) -> None:
         """Sign the catalogue again if it changes, or if it is signed by another key."""
         for _ in range(MAX_ATTEMPTS):
+            number = self.next_version(REGISTRY_ROLE)
             before = self.load_delegated(REGISTRY_ROLE, held.targets)
             file = None if before is None else before.targets.get(CATALOG)
             data = None if file is None else self.read_document(file)
             wanted = compile_catalog(data, indexes)
             if wanted == data:
                 return
-            if self.sign_targets(REGISTRY_ROLE, online, {CATALOG: wanted}, before):
+            if self.sign_targets(REGISTRY_ROLE, online, {CATALOG: wanted}, before, number):
                 return
         raise self.report_contention()
 
