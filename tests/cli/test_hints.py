@@ -517,6 +517,8 @@ NAMED = {
     # What the author of an expert does, who has its text; run in tests/cli/test_merge.py.
     ("packaging.manifests.statistics", "check"),
     ("workflows.merge", "check"),
+    ("workflows.merge", "merge"),
+    ("workflows.merge", "train"),
     ("workflows.statistics", "check"),
     ("packaging.registry.cache", "export"),
     ("packaging.registry.http", "registry"),  # what else could be published to
