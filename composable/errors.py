@@ -9,11 +9,13 @@
     │   ├── MissingProjectError   no composable.toml here or above
     │   ├── LockError             a bad or stale composable.lock
     │   ├── RegistryError         a registry that fails, or rejects a request
+    │   │   ├── MissingFileError  a file that a registry lacks
     │   │   └── UnreachableError  an unreachable registry, or a truncated response; retry
     │   ├── UnknownExpertError    no such package in any registry
     │   ├── ResolutionError       no set of versions satisfies the requirements
     │   ├── IntegrityError        bytes whose size or digest does not match
-    │   │   └── MissingBlobError  a file that is missing from the store
+    │   │   ├── MissingBlobError  a file that is missing from the store
+    │   │   └── DeltaError        a delta that is malformed, or whose base is missing
     │   ├── ProposalError         a proposal that was changed, or a verdict that no longer holds
     │   ├── SignatureError        a registry whose signatures or signed versions are wrong
     │   ├── KeyFileError          a signing key that is missing, locked or malformed
@@ -169,6 +171,10 @@ class RegistryError(PackagingError):
     """A registry that fails, or that rejects a request."""
 
 
+class MissingFileError(RegistryError):
+    """A file that a registry lacks."""
+
+
 class UnreachableError(RegistryError):
     """A registry that is unreachable, or whose response was truncated; a retry may succeed.
 
@@ -207,6 +213,10 @@ class IntegrityError(PackagingError):
 
 class MissingBlobError(IntegrityError):
     """A file that should be in the store and is missing."""
+
+
+class DeltaError(IntegrityError):
+    """A delta that is malformed, does not fit its base, or whose base is missing."""
 
 
 class ProposalError(PackagingError):

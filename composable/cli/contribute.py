@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from composable.progress import CountProgress
     from composable.vetting.checks import Verdict
     from composable.workflows.peer_units import PeerWorker
+    from composable.workflows.publish import Published
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -194,6 +195,9 @@ def check(
 def publish(
     folder: ExpertFolder,
     registry: PublishRegistry,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Send whole files, not what changed in them.")
+    ] = False,
     backbone: ExpertBackbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -201,6 +205,9 @@ def publish(
     """Publish a checked expert to a registry.
 
     Releases are immutable: publishing the same content again has no effect.
+
+    If the registry has the release that the expert derives from, or its previous one, only what
+    changed in its tensors is sent where that is smaller. The release is the same either way.
     """
     from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
     from composable.packaging.manifests.manifest import Manifest
@@ -210,19 +217,38 @@ def publish(
     home = find_backbone(backbone or Manifest.read(folder).backbone)
     target = open_for_publishing(registry)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
-        manifest = publish_expert(folder, read_interface(home), target, progress=progress)
+        published = publish_expert(
+            folder, read_interface(home), target, is_whole=whole, progress=progress
+        )
     note_operator(target, is_quiet=is_quiet)
+    manifest = published.manifest
     show(
-        f"published {manifest.name} {manifest.version} to {registry}",
+        f"published {manifest.name} {manifest.version} to {registry}{_describe_sent(published)}",
         {
             "name": manifest.name,
             "version": str(manifest.version),
             "manifest": manifest.digest,
             "registry": registry,
+            "parent": published.parent,
+            "deltas": dict(published.deltas),
+            "whole": dict(published.whole),
         },
         as_json=as_json,
         is_quiet=is_quiet,
     )
+
+
+def _describe_sent(published: Published) -> str:
+    """Return what was sent of a release that has a parent in its registry."""
+    if published.parent is None:
+        return ""
+    sizes = {file.name: file.size for file in published.manifest.files}
+    lines = [
+        f"{name}: {size:,} of {sizes[name]:,} bytes, as a change of {published.parent}"
+        for name, size in published.deltas.items()
+    ]
+    lines += [f"{name}: whole ({reason})" for name, reason in published.whole.items()]
+    return "".join(f"\n  {line}" for line in lines)
 
 
 @app.command()

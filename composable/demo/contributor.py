@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     verdict = check_expert(
         loaded, folder, progress=lambda done, total: _report_progress("check", done, total)
     )
-    manifest = publish_expert(folder, loaded.interface, open_for_publishing(registry))
+    manifest = publish_expert(folder, loaded.interface, open_for_publishing(registry)).manifest
     report(
         "published",
         name=manifest.name,

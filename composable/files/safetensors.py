@@ -33,7 +33,7 @@ MAX_TENSORS: Final = 4096
 MAX_RANK: Final = 8
 METADATA: Final = "__metadata__"
 # Bytes per element, and the exponent bits that are all set in NaN and infinity.
-_ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8, "U8": 1}
+ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8, "U8": 1}
 _EXPONENTS: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000}
 _NUMPY_NAMES: Final = {
     "F16": "<f2",
@@ -129,7 +129,7 @@ def check_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> None:
             done = 0
             for block in _blocks(file, info.stop - info.start, path):
                 _refuse_non_finite(block, info, name, path, done)
-                done += len(block) // _ITEM_BYTES[info.dtype]
+                done += len(block) // ITEM_BYTES[info.dtype]
 
 
 def read_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
@@ -216,7 +216,7 @@ def write_tensors(
         >>> read_header(path)["b_in"].shape
         (3,)
     """
-    names = {str(_numpy_dtype(dtype)): dtype for dtype in _ITEM_BYTES}
+    names = {str(_numpy_dtype(dtype)): dtype for dtype in ITEM_BYTES}
     specs: dict[str, TensorSpec] = {}
     for name, array in tensors.items():
         dtype = names.get(str(array.dtype.newbyteorder("=")))
@@ -253,9 +253,9 @@ def stream_tensors(
             _refuse(path, f"{name!r} is not a tensor name (expected {NAME.pattern})")
     infos: dict[str, TensorInfo] = {}
     position = 0
-    for name in sorted(specs, key=lambda name: (-_ITEM_BYTES[specs[name].dtypes[0]], name)):
+    for name in sorted(specs, key=lambda name: (-ITEM_BYTES[specs[name].dtypes[0]], name)):
         spec = specs[name]
-        size = math.prod(spec.shape) * _ITEM_BYTES[spec.dtypes[0]]
+        size = math.prod(spec.shape) * ITEM_BYTES[spec.dtypes[0]]
         infos[name] = TensorInfo(
             dtype=spec.dtypes[0], shape=spec.shape, start=position, stop=position + size
         )
@@ -286,7 +286,7 @@ def _read_array(file: BinaryIO, info: TensorInfo, name: str, path: Path) -> np.n
         _refuse(path, "was truncated while being read", name)
     for start in range(0, len(data), _BLOCK_BYTES):
         block = memoryview(data)[start : start + _BLOCK_BYTES]
-        _refuse_non_finite(block, info, name, path, start // _ITEM_BYTES[info.dtype])
+        _refuse_non_finite(block, info, name, path, start // ITEM_BYTES[info.dtype])
     return np.frombuffer(data, _numpy_dtype(info.dtype)).reshape(info.shape)
 
 
@@ -336,6 +336,27 @@ def _read_parts(
     text = file.read(header_bytes)
     if len(text) < header_bytes:
         _refuse(path, f"file is truncated: {file_bytes:,} bytes end inside the header")
+    return _check_header(text, file_bytes, path, pattern)
+
+
+def parse_header(data: bytes, file_bytes: int, where: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a file from its first bytes, checked as by `read_header`.
+
+    Args:
+        data: The length of the header, and the header.
+        file_bytes: The size of the whole file, which the tensors must fill.
+        where: What the header comes from, for errors.
+
+    Raises:
+        TensorFileError: For an invalid header, or tensors that do not fill the file.
+    """
+    return _check_header(data[8:], file_bytes, where, NAME)
+
+
+def _check_header(
+    text: bytes, file_bytes: int, path: Path, pattern: re.Pattern[str]
+) -> dict[str, TensorInfo]:
+    header_bytes = len(text)
     if not text.startswith(b"{"):
         _refuse(path, "is not a tensor file: the header does not start with '{'")
     table = _parse_json(text, path)
@@ -382,14 +403,14 @@ def _parse_info(name: str, entry: Any, data_start: int, path: Path) -> TensorInf
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, "needs exactly dtype, shape and data_offsets", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        _refuse(path, f"has dtype {dtype!r}, expected one of {', '.join(_ITEM_BYTES)}", name)
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        _refuse(path, f"has dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}", name)
     if not _is_sizes(shape) or len(shape) > MAX_RANK:
         _refuse(path, f"has shape {str(shape)[:80]}, expected at most {MAX_RANK} sizes", name)
     if not _is_sizes(offsets) or len(offsets) != 2:
         _refuse(path, f"has offsets {str(offsets)[:80]}, expected start and stop", name)
     start, stop = offsets
-    size = math.prod(shape) * _ITEM_BYTES[dtype]
+    size = math.prod(shape) * ITEM_BYTES[dtype]
     if stop - start != size:
         _refuse(path, f"spans {stop - start:,} bytes, but its shape needs {size:,}", name)
     return TensorInfo(
@@ -465,7 +486,7 @@ def _refuse_non_finite(
     exponent = _EXPONENTS.get(info.dtype)
     if exponent is None:
         return
-    bits = np.frombuffer(block, f"<u{_ITEM_BYTES[info.dtype]}")
+    bits = np.frombuffer(block, f"<u{ITEM_BYTES[info.dtype]}")
     bad = np.flatnonzero((bits & exponent) == exponent)
     if len(bad) == 0:
         return

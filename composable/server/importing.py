@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from composable.errors import ComposableError
+from composable.files.reading import open_file
+from composable.packaging.install.download import download_file
+from composable.packaging.install.store import Store
 from composable.packaging.manifests.manifest import CHUNK_BYTES, PackageFile
 from composable.packaging.manifests.toml import MAX_TOML_BYTES
 from composable.packaging.registry.registry import Registry
@@ -62,22 +67,20 @@ def _import_release(services: Services, caller: Caller, source: Registry, releas
     if opened["is_published"]:
         return
     missing = {entry["digest"]: entry["missing"] for entry in opened["files"]}
-    for file in release.files:
-        if missing.get(file.digest):
-            _send(services, caller, source, opened["id"], file)
+    with tempfile.TemporaryDirectory(prefix="composable-import-") as folder:
+        store = Store(folder)
+        for file in release.files:
+            if missing.get(file.digest):
+                # The source may have the file only as a delta.
+                download_file(source, store, file, label=f"{release.name} {file.name}")
+                _send(services, caller, store.path(file.digest), opened["id"], file)
     publishing.commit(caller, opened["id"], statement=statement)
 
 
 def _send(
-    services: Services, caller: Caller, source: Registry, publication: str, file: PackageFile
+    services: Services, caller: Caller, path: Path, publication: str, file: PackageFile
 ) -> None:
-    chunk, number = bytearray(), 0
-    for piece in source.stream(file.digest):
-        chunk += piece
-        while len(chunk) >= CHUNK_BYTES:
-            data = bytes(chunk[:CHUNK_BYTES])
+    with open_file(path) as source:
+        for number, _ in enumerate(range(0, file.size, CHUNK_BYTES)):
+            data = source.read(CHUNK_BYTES)
             services.publishing.receive(caller, publication, file.digest, number, data)
-            del chunk[:CHUNK_BYTES]
-            number += 1
-    if chunk:
-        services.publishing.receive(caller, publication, file.digest, number, bytes(chunk))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from composable.packaging.manifests.manifest import (
     CHUNK_BYTES,
     EXPERT_FILE,
     EXPERT_FILES,
+    Delta,
     Manifest,
     PackageFile,
 )
@@ -35,10 +37,18 @@ from composable.packaging.registry.release import Release as Listed
 from composable.packaging.registry.storage import LocalFile, WritableStorage
 from composable.packaging.versions.names import confusable_key
 from composable.server import audit, claims, documents, rules, uploads
-from composable.server.access import can_read_blob
+from composable.server.access import can_read_blob, is_blob_public
 from composable.server.accounts import Caller
 from composable.server.blobs import drop_unlisted
 from composable.server.database import Database, in_hours, now
+from composable.server.deltas import (
+    delta_file,
+    drop_offer,
+    keep_offer,
+    parse_offer,
+    read_offer,
+    rebuild,
+)
 from composable.server.refusal import RefusedError, missing, status_of
 from composable.server.settings import Settings
 from composable.server.signatures import SigningService
@@ -76,22 +86,31 @@ class Publishing:
         self._settings = settings
         self._signing = signing
 
-    def start(self, caller: Caller, text: str, *, is_private: bool = False) -> dict[str, Any]:
+    def start(
+        self,
+        caller: Caller,
+        text: str,
+        *,
+        is_private: bool = False,
+        deltas: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Open a publication, or find the one that is open for the same manifest.
 
         Args:
             caller: Who publishes.
             text: The packed manifest, in its canonical text.
             is_private: Whether a new package is private. Ignored for one that exists.
+            deltas: What the publisher can send in place of files, by their names.
 
         Returns:
-            What is still to be uploaded.
+            What is still to be uploaded: for each file its chunks, or those of its delta.
 
         Raises:
             ManifestError: For a manifest that is not packed, or not allowed.
             RefusedError: When the name or the version is not the caller's to publish.
         """
         manifest = self._read_manifest(text)
+        offer = parse_offer(manifest, deltas or {}, self._settings.max_file_bytes)
         account = caller.require("publish", manifest.name)
         with self._database.read() as session:
             if is_private and self._signing.is_signed(session):
@@ -124,6 +143,7 @@ class Publishing:
                     created=now(),
                 )
                 session.add(publication)
+        keep_offer(self._storage, publication.id, offer)
         return self.describe(caller, publication.id)
 
     def describe(self, caller: Caller, publication_id: str) -> dict[str, Any]:
@@ -134,25 +154,20 @@ class Publishing:
         """
         with self._database.read() as session:
             _, manifest = self._find(session, caller, publication_id)
-            known = {file.digest for file in manifest.files if self._knows(session, caller, file)}
+            known = self._find_known(session, caller, manifest)
+            deltas = self._find_usable(session, caller, publication_id, manifest, known)
+        files = []
+        for file in manifest.files:
+            is_here = file.digest in known or file.name in deltas
+            files.append(self._describe_file(publication_id, file, is_here=is_here))
+            if file.name in deltas:
+                sent = delta_file(file.name, deltas[file.name])
+                files.append(self._describe_file(publication_id, sent, is_here=False))
         return {
             "id": publication_id,
             "is_published": False,
             "chunk_bytes": CHUNK_BYTES,
-            "files": [
-                {
-                    "name": file.name,
-                    "digest": file.digest,
-                    "size": file.size,
-                    "missing": []
-                    if file.digest in known
-                    else sorted(
-                        set(range(len(uploads.chunk_sizes(file))))
-                        - set(uploads.list_chunks(self._storage, publication_id, file))
-                    ),
-                }
-                for file in manifest.files
-            ],
+            "files": files,
         }
 
     def receive(
@@ -167,6 +182,10 @@ class Publishing:
         with self._database.read() as session:
             _, manifest = self._find(session, caller, publication_id)
         file = next((file for file in manifest.files if file.digest == digest), None)
+        if file is None:
+            offer = self._read_offer(publication_id, manifest)
+            deltas = (delta_file(*item) for item in offer.items())
+            file = next((delta for delta in deltas if delta.digest == digest), None)
         if file is None:
             raise missing("file of that digest in the manifest")
         uploads.store_chunk(self._storage, publication_id, file, number, data)
@@ -205,18 +224,25 @@ class Publishing:
             publication, manifest = self._find(session, caller, publication_id)
             caller.require("publish", manifest.name)
             self._check_statement(session, manifest, statement)
-            known = {file.digest for file in manifest.files if self._knows(session, caller, file)}
+            known = self._find_known(session, caller, manifest)
+            deltas = self._find_usable(session, caller, publication_id, manifest, known)
         with _scratch_folder() as folder:
             for file in manifest.files:
+                if file.name in deltas:
+                    rebuild(self._storage, publication_id, file, deltas[file.name], folder)
+                    continue
                 target, is_known = folder / file.name, file.digest in known
                 uploads.assemble(self._storage, publication_id, file, target, is_known=is_known)
             try:
-                release = self._publish(caller, publication, manifest, folder, statement)
+                release = self._publish(
+                    caller, publication, manifest, deltas, folder, statement
+                )
             except ComposableError as error:
                 if status_of(error) < 500:  # sending the same again would not help
                     self.cancel(caller, publication_id)
                 raise
         uploads.drop_chunks(self._storage, publication_id, manifest.files)
+        drop_offer(self._storage, publication_id, deltas)
         return {
             "name": manifest.name,
             "version": str(manifest.version),
@@ -229,6 +255,7 @@ class Publishing:
         caller: Caller,
         publication: Publication,
         manifest: Manifest,
+        deltas: Mapping[str, Delta],
         folder: Path,
         statement: bytes,
     ) -> Release:
@@ -237,15 +264,21 @@ class Publishing:
             claims.check_claim(session, caller, manifest)
             previous = claims.find_previous(session, manifest)
             interface = claims.find_interface(session, manifest)
+            kept = {n: d for n, d in deltas.items() if is_blob_public(session, d.base)}
         atomic.write_text(folder / EXPERT_FILE, publication.manifest)
         card = rules.check_files(folder, manifest, interface)
         if previous is not None:
             rules.check_bump(rules.read_card(folder), previous, manifest)
         readme = _read_readme(folder)
-        for file in (*manifest.files, _describe_manifest(manifest)):
+        sent = (delta_file(*item) for item in kept.items())
+        for file in (*manifest.files, *sent, _describe_manifest(manifest)):
             self._storage.upload(blob_path(file.digest), LocalFile(folder / file.name), file, None)
         with self._database.write() as session:
-            release = self._insert(session, caller, manifest, publication, card, readme, statement)
+            # A base that was taken down meanwhile could be made from a delta again.
+            kept = {n: d for n, d in kept.items() if is_blob_public(session, d.base)}
+            release = self._insert(
+                session, caller, manifest, publication, kept, card, readme, statement
+            )
             session.execute(delete(Publication).where(Publication.id == publication.id))
         return release
 
@@ -279,8 +312,11 @@ class Publishing:
 
     def _drop_bytes(self, publication_id: str, manifest: Manifest) -> None:
         """Remove the chunks of a publication that came to nothing, and blobs that only it has."""
+        deltas = self._read_offer(publication_id, manifest)
         uploads.drop_chunks(self._storage, publication_id, manifest.files)
-        files = (*manifest.files, _describe_manifest(manifest))
+        drop_offer(self._storage, publication_id, deltas)
+        sent = (delta_file(*item) for item in deltas.items())
+        files = (*manifest.files, *sent, _describe_manifest(manifest))
         drop_unlisted(self._database, self._storage, (file.digest for file in files))
 
     def _read_manifest(self, text: str) -> Manifest:
@@ -331,9 +367,43 @@ class Publishing:
                 f"{self._settings.publication_hours:g} hours",
             )
 
-    def _knows(self, session: Session, caller: Caller, file: PackageFile) -> bool:
+    def _describe_file(
+        self, publication_id: str, file: PackageFile, *, is_here: bool
+    ) -> dict[str, Any]:
+        """Return which chunks of a file have not arrived; none of one that need not be sent."""
+        numbers = []
+        if not is_here:
+            here = uploads.list_chunks(self._storage, publication_id, file)
+            numbers = sorted(set(range(len(uploads.chunk_sizes(file)))) - set(here))
+        return {"name": file.name, "digest": file.digest, "size": file.size, "missing": numbers}
+
+    def _read_offer(self, publication_id: str, manifest: Manifest) -> dict[str, Delta]:
+        limit = self._settings.max_file_bytes
+        return read_offer(self._storage, publication_id, manifest, limit)
+
+    def _find_known(self, session: Session, caller: Caller, manifest: Manifest) -> set[str]:
+        """Return the digests of the files that need not be sent."""
+        return {f.digest for f in manifest.files if self._knows(session, caller, f.digest)}
+
+    def _find_usable(
+        self,
+        session: Session,
+        caller: Caller,
+        publication_id: str,
+        manifest: Manifest,
+        known: Collection[str],
+    ) -> dict[str, Delta]:
+        """Return the deltas that are sent in place of files, by the names of these."""
+        digests = {file.name: file.digest for file in manifest.files}
+        return {
+            name: delta
+            for name, delta in self._read_offer(publication_id, manifest).items()
+            if digests[name] not in known and self._knows(session, caller, delta.base)
+        }
+
+    def _knows(self, session: Session, caller: Caller, digest: str) -> bool:
         """Return whether the registry has a blob that the caller could download anyway."""
-        return can_read_blob(session, caller, file.digest)
+        return can_read_blob(session, caller, digest)
 
     def _insert(
         self,
@@ -341,6 +411,7 @@ class Publishing:
         caller: Caller,
         manifest: Manifest,
         publication: Publication,
+        deltas: Mapping[str, Delta],
         card: str,
         readme: str,
         statement: bytes,
@@ -365,14 +436,17 @@ class Publishing:
             reason="",
             published=published,
             publisher=caller.name,
-            row=Listed.of(manifest, published).to_row(),
+            row=Listed.of(manifest, published)
+            .with_deltas({name: (delta,) for name, delta in deltas.items()})
+            .to_row(),
             manifest=manifest.to_toml(),
             card=card,
             readme=readme,
         )
+        sent = (delta_file(*item) for item in deltas.items())
         release.files = [
             File(name=file.name, size=file.size, digest=file.digest)
-            for file in (*manifest.files, _describe_manifest(manifest))
+            for file in (*manifest.files, *sent, _describe_manifest(manifest))
         ]
         session.add(release)
         session.flush()

@@ -12,6 +12,7 @@ from composable.server.access import find_package
 from composable.server.accounts import Caller, is_owner
 from composable.server.blobs import drop_unlisted
 from composable.server.database import Database
+from composable.server.deltas import forget_bases
 from composable.server.refusal import RefusedError, missing
 from composable.server.signatures import ROOT
 from composable.server.tables import Package, Release, SignedFile
@@ -112,6 +113,9 @@ def take_down(
 ) -> int:
     """Remove a release, or a package, for good: its bytes are deleted and its name stays taken.
 
+    Deltas that start from its files go too, since they would give its bytes back. Releases that
+    were published with them stay: the server has their files whole.
+
     Args:
         database: The database.
         storage: Where the bytes are.
@@ -143,11 +147,13 @@ def take_down(
             release.state, release.reason = documents.REMOVED, reason
             release.readme = release.card = ""
         session.flush()
+        gone, changed = forget_bases(session, digests)
         subject = name if version is None else f"{name}@{version}"
         detail = {"reason": reason, "files": sorted(digests)}
         number = audit.record(session, caller.name, "takedown", subject, detail)
-        documents.refresh_package(session, package, number)
-    return len(drop_unlisted(database, storage, digests))
+        for other in {package, *changed}:
+            documents.refresh_package(session, other, number)
+    return len(drop_unlisted(database, storage, digests | gone))
 
 
 def set_private(database: Database, caller: Caller, name: str, *, is_private: bool) -> None:

@@ -7,13 +7,17 @@ reflects what changed. Nothing is measured here.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from composable.errors import ManifestError, PackagingError, VettingError
 from composable.interface import RouterInterface
+from composable.packaging.install.deltas import prepare_deltas
+from composable.packaging.install.store import Store
 from composable.packaging.manifests.licenses import parse_license
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
-from composable.packaging.manifests.packing import fit_interface
+from composable.packaging.manifests.packing import fit_interface, pack_expert
 from composable.packaging.manifests.template import find_template
 from composable.packaging.registry.compatibility import (
     Change,
@@ -24,6 +28,24 @@ from composable.packaging.registry.compatibility import (
 from composable.packaging.registry.registry import Registry
 from composable.progress import ByteProgress
 from composable.vetting.card import Card, find_regressions, require_passed
+from composable.workflows.updates import read_factors
+
+
+@dataclass(frozen=True)
+class Published:
+    """A release, and what was sent of it.
+
+    Args:
+        manifest: The manifest.
+        parent: The release that deltas start from, as `NAME@VERSION`; None without one.
+        deltas: Bytes of the deltas that were sent, by the name of the file.
+        whole: Why a tensor file was sent whole, by its name.
+    """
+
+    manifest: Manifest
+    parent: str | None = None
+    deltas: Mapping[str, int] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
 
 
 def publish_expert(
@@ -31,18 +53,25 @@ def publish_expert(
     interface: RouterInterface,
     registry: Registry,
     *,
+    store: Store | None = None,
+    is_whole: bool = False,
     progress: ByteProgress | None = None,
-) -> Manifest:
+) -> Published:
     """Publish an expert that passed vetting, if its version reflects what changed.
+
+    Where the registry has the release that it derives from, or its previous one, only what changed
+    is sent.
 
     Args:
         folder: The expert.
         interface: The router interface that it must fit and must have been vetted against.
         registry: Where to publish.
+        store: Where the files of the parent are kept; by default the user's store.
+        is_whole: Whether to send all files whole.
         progress: Called with a file's name, and the bytes done and in all.
 
     Returns:
-        The manifest as published.
+        The manifest, and what was sent.
 
     Raises:
         VettingError: If it was not vetted in this state, a check failed, or its version is a
@@ -55,7 +84,18 @@ def publish_expert(
     _require_own_texts(folder)
     _require_license(folder)
     _require_bump(folder, interface, registry, card)
-    return registry.publish(folder, interface=interface, progress=progress)
+    if is_whole:
+        return Published(registry.publish(folder, interface=interface, progress=progress))
+    packed = pack_expert(folder, interface=interface)
+    factors = read_factors(folder)
+    with prepare_deltas(
+        registry, folder, packed, store or Store(), factors=factors, progress=progress
+    ) as prepared:
+        manifest = registry.publish(
+            folder, interface=interface, deltas=prepared.deltas, progress=progress
+        )
+        sizes = {name: delta.file.size for name, delta in prepared.deltas.items()}
+        return Published(manifest, prepared.parent, sizes, prepared.reasons)
 
 
 def _require_own_texts(folder: Path) -> None:

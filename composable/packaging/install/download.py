@@ -5,6 +5,10 @@ file stays in the store. The next attempt, by any process, copies every chunk of
 right and requests the rest from the registry. Partial files are always verified, so another process
 may still be writing to one. Corrupt bytes are handled in the same way: only the chunks that contain
 them are requested again.
+
+Where the store has a file that a delta starts from, the delta is downloaded instead; where it has
+not, and the registry has the file only as deltas, a base is downloaded first. What deltas make is
+verified like what is downloaded.
 """
 
 from __future__ import annotations
@@ -18,11 +22,19 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
 
-from composable.errors import DiskError, IntegrityError, MissingBlobError, UnreachableError
+from composable.errors import (
+    DeltaError,
+    DiskError,
+    IntegrityError,
+    MissingBlobError,
+    MissingFileError,
+    UnreachableError,
+)
 from composable.files.atomic import Sink
+from composable.files.delta import apply_delta
 from composable.files.reading import open_file
 from composable.packaging.install.store import Store
-from composable.packaging.manifests.manifest import CHUNK_BYTES, PackageFile
+from composable.packaging.manifests.manifest import CHUNK_BYTES, Delta, PackageFile
 from composable.packaging.registry.budget import StoppedError, stop_with
 from composable.packaging.registry.registry import Registry
 from composable.progress import ByteProgress
@@ -44,12 +56,13 @@ def download_file(
     label: str,
     progress: ByteProgress | None = None,
 ) -> bool:
-    """Download a file into the store unless it is already there.
+    """Download a file, or what makes it, into the store unless it is already there.
 
     Args:
         registry: The registry that holds the file.
         store: The store that it is written to.
-        file: Its size and digest, and the digests of its chunks; without them it is not resumable.
+        file: Its size and digest, the digests of its chunks, without which it is not resumable,
+            and its deltas.
         label: Its name in errors and progress.
         progress: Called with `label`, bytes done and total bytes.
 
@@ -58,12 +71,115 @@ def download_file(
 
     Raises:
         IntegrityError: When the bytes do not match size and digest; no partial file is kept.
+        DeltaError: When the registry has only deltas of it, and none of the files that these start
+            from.
         UnreachableError: When the registry cannot be reached, or the connection broke too often;
             the partial file is kept.
         RegistryError: When the registry has no such file.
     """
     if store.has(file.digest, file.size):
         return False
+    steps = _find_steps(store, file)
+    if steps and sum(step.size for step in steps) < file.size:
+        try:
+            _apply_deltas(registry, store, file, steps, label, progress)
+            return True
+        except (IntegrityError, MissingFileError):
+            # What is damaged in the store is not used again; the registry may have the file whole.
+            for digest in {digest for step in steps for digest in (step.digest, step.base)}:
+                store.check(digest)
+    try:
+        _download_whole(registry, store, file, label, progress)
+    except MissingFileError:
+        if not file.deltas:
+            raise
+        _download_base(registry, store, file, label, progress)
+    return True
+
+
+def _find_steps(store: Store, file: PackageFile) -> tuple[Delta, ...]:
+    """Return the deltas from the nearest base in the store; none if it has no base."""
+    for n, delta in enumerate(file.deltas, 1):
+        if store.has(delta.base, delta.base_size):
+            return file.deltas[:n]
+    return ()
+
+
+def _download_base(
+    registry: Registry,
+    store: Store,
+    file: PackageFile,
+    label: str,
+    progress: ByteProgress | None,
+) -> None:
+    """Download a file that deltas start from, and apply them.
+
+    Raises:
+        DeltaError: When none of the files that they start from leads to the file.
+    """
+    problem: IntegrityError | MissingFileError | None = None
+    # The last base was whole when the release was published.
+    for n in range(len(file.deltas), 0, -1):
+        delta = file.deltas[n - 1]
+        base = PackageFile(name=file.name, size=delta.base_size, digest=delta.base)
+        try:
+            if not store.has(base.digest, base.size):
+                _download_whole(registry, store, base, f"{label} (base)", progress)
+            _apply_deltas(registry, store, file, file.deltas[:n], label, progress)
+            return
+        except (IntegrityError, MissingFileError) as error:
+            problem = error
+    is_gone = isinstance(problem, MissingFileError)
+    raise DeltaError(
+        f"{label} is in {registry.location} only as a change of another file, "
+        f"{'which is gone' if is_gone else 'which does not lead to it'}: {problem}",
+        hint="install another version, or from a registry that has it whole; its publisher can add "
+        "what is missing with `composable publish DIR --whole`",
+    ) from problem
+
+
+def _apply_deltas(
+    registry: Registry,
+    store: Store,
+    file: PackageFile,
+    steps: Sequence[Delta],
+    label: str,
+    progress: ByteProgress | None,
+) -> None:
+    """Make a file from one in the store, downloading the deltas.
+
+    Args:
+        registry: The registry that holds the deltas.
+        store: The store with the base of the last delta.
+        file: The file.
+        steps: The deltas; the last one is applied first.
+        label: The file's name in errors and progress.
+        progress: As for `download_file`.
+    """
+    for n in reversed(range(len(steps))):
+        step = steps[n]
+        delta = PackageFile(name=file.name, size=step.size, digest=step.digest)
+        if not store.has(delta.digest, delta.size):
+            _download_whole(registry, store, delta, f"{label} (delta)", progress)
+        digest, size = file.digest, file.size
+        if n > 0:
+            digest, size = steps[n - 1].base, steps[n - 1].base_size
+        if store.has(digest, size):
+            continue
+        with store.sink(digest, size) as sink:
+            for data in apply_delta(store.path(step.digest), store.path(step.base), size):
+                sink.write(data)
+        store.forget_partials(digest)
+
+
+def _download_whole(
+    registry: Registry,
+    store: Store,
+    file: PackageFile,
+    label: str,
+    progress: ByteProgress | None,
+) -> None:
+    """Download a file as it is."""
     for is_last in (False, True):
         partials = store.partials(file.digest) if file.chunks else []
         sink = store.sink(file.digest, file.size)
@@ -96,7 +212,6 @@ def download_file(
                 sink.discard()
             raise
     store.forget_partials(file.digest)
-    return True
 
 
 def download_files(

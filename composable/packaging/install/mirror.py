@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from composable.errors import IntegrityError, RegistryError, UnknownExpertError, did_you_mean
+from composable.errors import (
+    DeltaError,
+    IntegrityError,
+    RegistryError,
+    UnknownExpertError,
+    did_you_mean,
+)
 from composable.files.blobs import blob_path
 from composable.interface.digest import digest_bytes
 from composable.packaging.install.download import (
@@ -456,7 +462,11 @@ class _Mirror:
     def _copy_release(self, release: Release, *, is_new: bool) -> None:
         """Copy the files of a release and its manifest, and record it."""
         manifest, data = self.source.fetch_manifest(release)
-        sizes = [self._copy_file(release, file) for file in manifest.files]
+        deltas = release.deltas
+        sizes = [
+            self._copy_file(release, dataclasses.replace(file, deltas=deltas.get(file.name, ())))
+            for file in manifest.files
+        ]
         line = self.source.storage.read(record_path(release.name, release.version))
         unyanked = dataclasses.replace(release, is_yanked=False)
         is_usable = line is not None and is_record_of(line, unyanked)
@@ -466,8 +476,34 @@ class _Mirror:
                 self._copied[release.name, release.version] = sum(sizes) + len(data)
 
     def _copy_file(self, release: Release, file: PackageFile) -> int:
-        """Copy a file unless it is there, verified and, into a folder, resumable."""
+        """Copy a file as the source has it: whole, or as deltas with the file they start from.
+
+        Whatever else is copied, the target can make the file afterwards.
+        """
         label = f"{release.name} {release.version} {file.name}"
+        whole = dataclasses.replace(file, deltas=())
+        if not file.deltas or self.source.has_blob(file.digest):
+            size = self._copy_blob(whole, label)
+            for delta in file.deltas[:1]:
+                found = PackageFile(name=file.name, size=delta.size, digest=delta.digest)
+                if self.source.has_blob(delta.digest):
+                    size += self._copy_blob(found, f"{label} (delta)")
+            return size
+        size = 0
+        for delta in file.deltas:
+            found = PackageFile(name=file.name, size=delta.size, digest=delta.digest)
+            size += self._copy_blob(found, f"{label} (delta)")
+            if self.source.has_blob(delta.base):
+                base = PackageFile(name=file.name, size=delta.base_size, digest=delta.base)
+                return size + self._copy_blob(base, f"{label} (base)")
+        raise DeltaError(
+            f"{label} is in {self.source.location} only as a change of another file, which is gone",
+            hint="leave the release out, or have its publisher add what is missing with "
+            "`composable publish DIR --whole`",
+        )
+
+    def _copy_blob(self, file: PackageFile, label: str) -> int:
+        """Copy a blob unless it is there, verified and, into a folder, resumable."""
         if self._is_checking:
             self._drop_damaged(file)
         if isinstance(self._storage, Folder):

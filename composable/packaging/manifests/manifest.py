@@ -41,6 +41,23 @@ _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A way to make a file from another one, see `composable.files.delta`.
+
+    Args:
+        digest: `sha256:…` of the delta.
+        size: Bytes of the delta.
+        base: `sha256:…` of the file that it starts from.
+        base_size: Bytes of that file.
+    """
+
+    digest: str
+    size: int
+    base: str
+    base_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackageFile:
     """One file of a package.
 
@@ -50,12 +67,16 @@ class PackageFile:
         digest: `sha256:…` of its bytes.
         chunks: SHA-256 in hex of every 8 MiB of it; empty for a file of one chunk, or if only the
             digest is known. Ignored by equality, since the digest determines them.
+        deltas: How a registry that may not have the file makes it: the first delta makes it from
+            its base, the next one makes that base, and so on. A manifest lists none: they say how
+            a file is kept, not what it is. Ignored by equality.
     """
 
     name: str
     size: int
     digest: str
     chunks: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    deltas: tuple[Delta, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from composable.errors import MissingBlobError, SignatureError
+from composable.errors import MissingBlobError, RegistryError, SignatureError
 from composable.packaging.install.agreement import check_manifest
 from composable.packaging.install.download import (
     MAX_THREADS,
@@ -20,12 +21,13 @@ from composable.packaging.install.download import (
 from composable.packaging.install.environment import Environment
 from composable.packaging.install.lock import Lock, LockedExpert
 from composable.packaging.install.store import Store
-from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
+from composable.packaging.manifests.manifest import EXPERT_FILE, Delta, Manifest
 from composable.packaging.manifests.packing import describe_file
 from composable.packaging.manifests.toml import MAX_TOML_BYTES
 from composable.packaging.project.locking import check_lock
 from composable.packaging.project.project import Project
 from composable.packaging.registry.registry import Registry, parse_manifest
+from composable.packaging.registry.release import MIN_DELTA_BYTES
 from composable.progress import ByteProgress
 
 if TYPE_CHECKING:
@@ -158,8 +160,28 @@ def _fetch_manifests(
     for (expert, registry), manifest in zip(experts, manifests, strict=True):
         check_manifest(manifest, expert, lock)
         label = f"{expert.name} {expert.version}"
-        requests += [(registry, file, f"{label} {file.name}") for file in manifest.files]
+        deltas = _find_deltas(expert, registry, manifest)
+        for file in manifest.files:
+            whole = dataclasses.replace(file, deltas=deltas.get(file.name, ()))
+            requests.append((registry, whole, f"{label} {file.name}"))
     return requests
+
+
+def _find_deltas(
+    expert: LockedExpert, registry: Registry, manifest: Manifest
+) -> Mapping[str, tuple[Delta, ...]]:
+    """Return the deltas that make the files of an expert, by name; none if they are not known.
+
+    They are in the index of a registry, since they are a matter of how it keeps a release. What
+    they make is verified, so an index that cannot be read costs only bytes.
+    """
+    if not any(file.size >= MIN_DELTA_BYTES for file in manifest.files):
+        return {}
+    with contextlib.suppress(RegistryError, SignatureError):
+        for release in registry.versions(expert.name):
+            if release.version == expert.version and release.manifest == expert.manifest:
+                return release.deltas
+    return {}
 
 
 def _fetch_manifest(expert: LockedExpert, registry: Registry, store: Store) -> Manifest:

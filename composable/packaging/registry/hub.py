@@ -15,7 +15,7 @@ import contextlib
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -31,6 +31,7 @@ from composable.packaging.registry.credentials import web_url
 from composable.packaging.registry.http import WebStorage, translate_errors
 from composable.packaging.registry.hub_card import CARD_FILE, format_card, is_written_here
 from composable.packaging.registry.registry import Registry
+from composable.packaging.registry.release import PreparedDelta
 from composable.packaging.registry.remote import Answer
 from composable.packaging.registry.storage import Document, LocalFile, ReadFrom
 from composable.packaging.versions.version import Version
@@ -380,13 +381,14 @@ class HubRegistry(Registry):
         directory: Path,
         *,
         interface: RouterInterface | None = None,
+        deltas: Mapping[str, PreparedDelta] | None = None,
         progress: ByteProgress | None = None,
     ) -> Manifest:
         """Publish the expert in a directory, as `Registry.publish`, in one commit."""
         return self.change(
             f"Publish {directory.name}",
             lambda: super(HubRegistry, self).publish(
-                directory, interface=interface, progress=progress
+                directory, interface=interface, deltas=deltas, progress=progress
             ),
         )
 

@@ -265,7 +265,12 @@ class OciStorage(WebStorage):
             size = self._find_blob(release.manifest)
             if size is None:
                 raise RegistryError("its expert.toml was not uploaded", where=self._at(path))
-            manifest, config = make_release(data, release, size)
+            lacking = {
+                file.digest
+                for file in release.files
+                if file.deltas and self._find_blob(file.digest) is None
+            }
+            manifest, config = make_release(data, release, size, lacking)
             self._upload_bytes(config)
         else:
             manifest = make_document(path, data)

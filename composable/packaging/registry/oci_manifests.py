@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -113,16 +114,19 @@ def path_of(tag: str) -> str | None:
     return path if is_safe and tag_of(path) == tag else None
 
 
-def make_release(line: bytes, release: Release, manifest_bytes: int) -> tuple[bytes, bytes]:
+def make_release(
+    line: bytes, release: Release, manifest_bytes: int, lacking: Collection[str] = ()
+) -> tuple[bytes, bytes]:
     """Return the manifest of a release, and its configuration, which is a blob.
 
     Args:
         line: The record of the release.
         release: The same, parsed.
         manifest_bytes: The size of its `expert.toml`.
+        lacking: Digests of files that the registry does not have, but their deltas.
     """
     expert = PackageFile(name=EXPERT_FILE, size=manifest_bytes, digest=release.manifest)
-    files = (expert, *sorted(release.files, key=lambda file: file.name))
+    files = (expert, *_list_layers(release, lacking))
     config = {
         "descriptor": {
             "createdAt": release.published,
@@ -206,13 +210,45 @@ def parse_artifact(data: bytes, path: str, where: str) -> Artifact:
             hint="another program, or an attacker, has written this tag",
         ) from error
     release = Release.from_line(record, found[1], where)
-    if {layer.digest for layer in layers} != {*release.digests}:
+    if not _are_layers_of(release, {layer.digest for layer in layers}):
         raise RegistryError(
             "lists other files than the record of its release",
             where=where,
             hint="the registry is damaged or malicious",
         )
     return Artifact(digest=digest, layers=layers, record=record)
+
+
+def list_blobs(file: PackageFile) -> list[PackageFile]:
+    """Return the deltas that make a file, and what the last of them starts from.
+
+    All are layers of the release, so that no registry removes them while it has the release,
+    whatever becomes of the releases that they came from.
+    """
+    blobs = [
+        PackageFile(name=f"{file.name}.delta{n or ''}", size=delta.size, digest=delta.digest)
+        for n, delta in enumerate(file.deltas)
+    ]
+    last = file.deltas[-1]
+    return [*blobs, PackageFile(name=f"{file.name}.base", size=last.base_size, digest=last.base)]
+
+
+def _list_layers(release: Release, lacking: Collection[str]) -> list[PackageFile]:
+    """Return the layers of a release, without its manifest."""
+    layers = []
+    for file in sorted(release.files, key=lambda file: file.name):
+        if file.digest in lacking:
+            layers += list_blobs(file)
+        else:
+            layers += [file, *(list_blobs(file)[:1] if file.deltas else ())]
+    return layers
+
+
+def _are_layers_of(release: Release, digests: set[str]) -> bool:
+    """Return whether layers have what a release needs, and nothing else."""
+    lacking = {file.digest for file in release.files if file.deltas} - digests
+    expected = {release.manifest, *(layer.digest for layer in _list_layers(release, lacking))}
+    return digests == expected
 
 
 def _read_layer(layer: Any) -> PackageFile:

@@ -30,13 +30,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from composable.errors import (
     IntegrityError,
     ManifestError,
+    MissingFileError,
     RegistryError,
     UnknownExpertError,
     did_you_mean,
@@ -68,7 +69,13 @@ from composable.packaging.registry.index import (
 )
 from composable.packaging.registry.lines import ADVISORIES_FILE, CATALOG_FILE, check_extent
 from composable.packaging.registry.name_claims import check_name, claim_name, read_owner
-from composable.packaging.registry.release import TIME_FORMAT, Release, Signer, choose_newest
+from composable.packaging.registry.release import (
+    TIME_FORMAT,
+    PreparedDelta,
+    Release,
+    Signer,
+    choose_newest,
+)
 from composable.packaging.registry.signature_settings import SignatureSettings
 from composable.packaging.registry.storage import (
     CONFIG_FILE,
@@ -254,10 +261,26 @@ class Registry:
         """Yield the bytes of a blob from offset `start` on; the caller verifies them.
 
         Raises:
-            RegistryError: When there is no such blob.
+            MissingFileError: When there is no such blob.
             UnreachableError: When the registry cannot be reached, or the response is truncated.
         """
         return self.storage.stream(blob_path(digest), start)
+
+    def has_blob(self, digest: str) -> bool:
+        """Return whether a blob can be read; its bytes are not verified.
+
+        Raises:
+            RegistryError: When the registry cannot be read.
+        """
+        pieces = self.stream(digest)
+        try:
+            next(pieces, b"")
+            return True
+        except MissingFileError:
+            return False
+        finally:
+            if isinstance(pieces, Generator):
+                pieces.close()  # it may hold a connection
 
     def read_blob(self, digest: str, label: str, limit: int) -> bytes:
         """Return the bytes of a small blob, verified.
@@ -313,6 +336,7 @@ class Registry:
         directory: Path,
         *,
         interface: RouterInterface | None = None,
+        deltas: Mapping[str, PreparedDelta] | None = None,
         progress: ByteProgress | None = None,
     ) -> Manifest:
         """Publish the expert in a directory: its files, its manifest, then its index line.
@@ -324,6 +348,8 @@ class Registry:
                 optionally `card.json` and `README.md`; other files are ignored.
             interface: The router interface to check manifest and tensors against. Its digest is
                 recorded if the manifest has none.
+            deltas: What makes files from others that the registry has, by name; these files are
+                published as deltas. The release is the same as without.
             progress: Called with a file's name, bytes done and total bytes.
 
         Returns:
@@ -339,7 +365,9 @@ class Registry:
         storage = self.writable_storage()
         manifest = pack_expert(directory, interface=interface)
         now = datetime.datetime.now(datetime.UTC).strftime(TIME_FORMAT)
-        release = Release.of(manifest, now)
+        fitting = choose_deltas(manifest, deltas or {})
+        chains = {name: delta.chain for name, delta in fitting.items()}
+        release = Release.of(manifest, now).with_deltas(chains)
         _check_readable(manifest, release)
         self.create()
         signatures = self.find_signatures()
@@ -347,8 +375,13 @@ class Registry:
             signatures.check_publisher(manifest.name)
         self.check_admissible(release)
         for file in manifest.files:
-            source = LocalFile(directory / file.name)
-            storage.upload(blob_path(file.digest), source, file, progress)
+            delta = fitting.get(file.name)
+            if delta is not None:
+                path = blob_path(delta.file.digest)
+                storage.upload(path, LocalFile(delta.path), delta.file, progress)
+            if delta is None or delta.is_whole_needed:
+                source = LocalFile(directory / file.name)
+                storage.upload(blob_path(file.digest), source, file, progress)
         self.record(release, manifest.to_toml().encode())
         self.write_index(manifest.name)
         if signatures is not None:
@@ -641,6 +674,14 @@ class Registry:
             )
         self._says_signed = config.get(SIGNED_FIELD) is True
         self._is_checked = True
+
+
+def choose_deltas(
+    manifest: Manifest, deltas: Mapping[str, PreparedDelta]
+) -> dict[str, PreparedDelta]:
+    """Return the deltas that make files of a manifest, which may have changed since."""
+    digests = {file.name: file.digest for file in manifest.files}
+    return {name: d for name, d in deltas.items() if digests.get(name) == d.target}
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

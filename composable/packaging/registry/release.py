@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Self
 
 from composable.errors import ManifestError, PackagingError, RegistryError
@@ -17,6 +18,7 @@ from composable.packaging.manifests.manifest import (
     EXPERT_FILE,
     MAX_DESCRIPTION_LENGTH,
     MAX_FILES,
+    Delta,
     InterfaceNeed,
     Manifest,
     PackageFile,
@@ -31,6 +33,10 @@ from composable.packaging.versions.names import check_file_name, check_package_n
 from composable.packaging.versions.version import Version
 
 TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
+# Smaller files are always kept whole.
+MIN_DELTA_BYTES: Final = 1 << 16
+# How many deltas may have to be applied, one after the other, to make a file.
+MAX_CHAIN: Final = 8
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 
@@ -109,6 +115,24 @@ class Release:
         """Return this release, yanked or not."""
         return dataclasses.replace(self, is_yanked=is_yanked)
 
+    def with_deltas(self, deltas: Mapping[str, tuple[Delta, ...]]) -> Self:
+        """Return this release with other deltas.
+
+        Args:
+            deltas: The deltas of files, by name; other files have none.
+        """
+        files = (dataclasses.replace(file, deltas=deltas.get(file.name, ())) for file in self.files)
+        return dataclasses.replace(self, files=tuple(files))
+
+    def without_deltas(self) -> Self:
+        """Return this release as its manifest lists it."""
+        return self.with_deltas({})
+
+    @property
+    def deltas(self) -> dict[str, tuple[Delta, ...]]:
+        """The deltas of its files, by name of the file; only files that have any."""
+        return {file.name: file.deltas for file in self.files if file.deltas}
+
     def to_row(self) -> dict[str, Any]:
         """Return the fields of its line in the index."""
         files = sorted(self.files, key=lambda file: file.name)
@@ -121,7 +145,7 @@ class Release:
                 "digest": self.interface.digest,
             },
             "manifest": self.manifest,
-            "files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files],
+            "files": [_format_file(file) for file in files],
             "requires": _to_texts(self.requires),
             "extras": {extra: _to_texts(ranges) for extra, ranges in self.extras.items()},
             "conflicts": _to_texts(self.conflicts),
@@ -140,9 +164,10 @@ class Release:
         """Return how the index differs from the manifest of this release; None if it does not.
 
         Everything that an index repeats of a manifest is compared. The manifest is the truth: the
-        digest in the index is that of its bytes.
+        digest in the index is that of its bytes. Deltas are not in a manifest: a wrong one makes
+        bytes that do not match the digest of their file.
         """
-        listed = self.to_row()
+        listed = self.without_deltas().to_row()
         actual = type(self).of(manifest, self.published).to_row()
         for field in listed.keys() - {"manifest", "yanked"}:
             if listed[field] != actual[field]:
@@ -217,6 +242,30 @@ class Release:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedDelta:
+    """A delta that is ready to be published.
+
+    Args:
+        path: Where it is.
+        target: Digest of the file that it makes.
+        chain: Itself, and the deltas that make its base where the registry may not have that.
+        is_whole_needed: Whether the file is to be published whole as well.
+    """
+
+    path: Path
+    target: str
+    chain: tuple[Delta, ...]
+    is_whole_needed: bool
+
+    @property
+    def file(self) -> PackageFile:
+        """The delta as a file."""
+        return PackageFile(
+            name=self.path.name, size=self.chain[0].size, digest=self.chain[0].digest
+        )
+
+
 def parse_cutoff(text: str) -> str:
     """Parse the time after which releases are ignored into the format of registries.
 
@@ -265,9 +314,47 @@ def _read_files(table: Table) -> tuple[PackageFile, ...]:
         if name.lower() in files or name.lower() == EXPERT_FILE:
             raise ManifestError(f"{name!r} is listed twice", where=entry.where("name"))
         files[name.lower()] = PackageFile(
-            name=name, size=entry.integer("size"), digest=entry.value("digest", check_digest)
+            name=name,
+            size=entry.integer("size"),
+            digest=entry.value("digest", check_digest),
+            deltas=read_deltas(entry) if "deltas" in entry else (),
         )
     return tuple(files.values())
+
+
+def read_deltas(table: Table) -> tuple[Delta, ...]:
+    """Return the deltas of a file.
+
+    Raises:
+        ManifestError: For one that is malformed, or too many.
+    """
+    rows = table.tables("deltas")
+    if len(rows) > MAX_CHAIN:
+        raise ManifestError(
+            f"{len(rows)} deltas, expected at most {MAX_CHAIN}", where=table.where("deltas")
+        )
+    return tuple(
+        Delta(
+            digest=row.value("digest", check_digest),
+            size=row.integer("size"),
+            base=row.value("base", check_digest),
+            base_size=row.integer("base-size"),
+        )
+        for row in rows
+    )
+
+
+def format_deltas(deltas: Iterable[Delta]) -> list[dict[str, Any]]:
+    """Return the deltas of a file as `read_deltas` reads them."""
+    return [
+        {"digest": d.digest, "size": d.size, "base": d.base, "base-size": d.base_size}
+        for d in deltas
+    ]
+
+
+def _format_file(file: PackageFile) -> dict[str, Any]:
+    fields: dict[str, Any] = {"name": file.name, "size": file.size, "digest": file.digest}
+    return fields | ({"deltas": format_deltas(file.deltas)} if file.deltas else {})
 
 
 def check_time(text: str) -> str:

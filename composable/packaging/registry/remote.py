@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from composable.errors import RegistryError, UnreachableError
+from composable.errors import MissingFileError, RegistryError, UnreachableError
 from composable.packaging.registry.budget import (
     STOP_SECONDS,
     WAIT_VARIABLE,
@@ -103,11 +103,15 @@ class RemoteStorage(ABC):
             try:
                 answer = request.begin(partial(self._open_file, path, start))
                 if answer is None:
-                    raise RegistryError("has no such file", where=self._at(path))
+                    raise MissingFileError("has no such file", where=self._at(path))
                 for piece in answer.pieces:
                     start += len(piece)
                     yield piece
                 return
+            except DeniedError as error:
+                if not self._has_read:
+                    raise
+                raise MissingFileError(error.message, where=error.where, hint=error.hint) from error
             except UnreachableError as error:
                 request.pause(error, has_advanced=start > before)
 

@@ -22,8 +22,13 @@ from composable.packaging.manifests.manifest import CHUNK_BYTES, Manifest, Packa
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry.advisories import Advisory
 from composable.packaging.registry.http import WebStorage
-from composable.packaging.registry.registry import Registry
-from composable.packaging.registry.release import TIME_FORMAT, Release
+from composable.packaging.registry.registry import Registry, choose_deltas
+from composable.packaging.registry.release import (
+    TIME_FORMAT,
+    PreparedDelta,
+    Release,
+    format_deltas,
+)
 from composable.packaging.registry.signature_settings import SignatureSettings
 from composable.packaging.registry.storage import Document, ReadFrom
 from composable.packaging.versions.version import Version
@@ -126,6 +131,7 @@ class ServedRegistry(Registry):
         directory: Path,
         *,
         interface: RouterInterface | None = None,
+        deltas: Mapping[str, PreparedDelta] | None = None,
         progress: ByteProgress | None = None,
     ) -> Manifest:
         """Publish the expert in a directory. Publishing the same content again changes nothing.
@@ -133,6 +139,8 @@ class ServedRegistry(Registry):
         Args:
             directory: As for `Registry.publish`.
             interface: The router interface to check manifest and tensors against.
+            deltas: As for `Registry.publish`. The server makes the files, verifies and keeps them
+                whole; where it cannot, it asks for the files.
             progress: Called with a file's name, bytes done and total bytes.
 
         Returns:
@@ -153,7 +161,8 @@ class ServedRegistry(Registry):
         if signatures is not None:
             now = datetime.datetime.now(datetime.UTC).strftime(TIME_FORMAT)
             statement = signatures.sign_release(Release.of(manifest, now)).decode()
-        self._send_release(directory, manifest, statement, progress)
+        fitting = choose_deltas(manifest, deltas or {})
+        self._send_release(directory, manifest, fitting, statement, progress)
         if signatures is not None:
             release = self._find_recorded(manifest.name, manifest.version)
             if release is None:  # in quarantine: it is listed once vetting has passed
@@ -163,10 +172,18 @@ class ServedRegistry(Registry):
         return manifest
 
     def _send_release(
-        self, directory: Path, manifest: Manifest, statement: str, progress: ByteProgress | None
+        self,
+        directory: Path,
+        manifest: Manifest,
+        deltas: Mapping[str, PreparedDelta],
+        statement: str,
+        progress: ByteProgress | None,
     ) -> None:
         """Upload the files of a release and publish it, with the statement of its publisher."""
-        request = {"manifest": manifest.to_toml()}
+        request: dict[str, Any] = {"manifest": manifest.to_toml()}
+        if deltas:
+            chains = {name: format_deltas(delta.chain[:1]) for name, delta in deltas.items()}
+            request["deltas"] = chains
         publication = self.ask("POST", "publications", request)
         if publication["is_published"]:
             return
@@ -175,6 +192,9 @@ class ServedRegistry(Registry):
         for file in manifest.files:
             numbers = missing.get(file.digest, [])
             self.send_chunks(home, directory / file.name, file, numbers, progress)
+        for delta in deltas.values():
+            numbers = missing.get(delta.file.digest, [])
+            self.send_chunks(home, delta.path, delta.file, numbers, progress)
         seconds = sum(file.size for file in manifest.files) / VERIFIED_BYTES_PER_SECOND
         try:
             self.ask("POST", f"{home}/commit", {"statement": statement}, seconds)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
-from composable.errors import IntegrityError, RegistryError
+from composable.errors import IntegrityError, MissingFileError
 from composable.files import atomic
 from composable.files.blobs import blob_path
 from composable.files.reading import is_regular, open_file, read_bytes
@@ -70,7 +70,8 @@ class Storage(Protocol):
         """Yield the bytes of a file from offset `start` on.
 
         Raises:
-            RegistryError: When there is no such file, or access is denied.
+            MissingFileError: When there is no such file.
+            RegistryError: When access is denied.
             UnreachableError: When the storage cannot be reached, or the response is truncated.
         """
 
@@ -166,7 +167,7 @@ class Folder:
         try:
             yield from LocalFile(self.root / path)(start)
         except FileNotFoundError as error:
-            raise RegistryError("has no such file", where=f"{self.location}: {path}") from error
+            raise MissingFileError("has no such file", where=f"{self.location}: {path}") from error
 
     def names_in(self, folder: str) -> list[str]:
         """Return the names of the files directly in a folder, sorted."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from composable.errors import RegistryError
+from composable.errors import MissingFileError, RegistryError
 from composable.files import atomic
 from composable.files.reading import open_file
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document
@@ -57,7 +57,7 @@ class TarFile:
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from offset `start` on."""
         if path not in self._members:
-            raise RegistryError("has no such file", where=f"{self._path}: {path}")
+            raise MissingFileError("has no such file", where=f"{self._path}: {path}")
         offset, size = self._members[path]
         with open_file(self._path) as file, atomic.explained(self._path, "read"):
             file.seek(offset + start)

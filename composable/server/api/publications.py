@@ -13,10 +13,11 @@ from composable.server.refusal import missing
 
 @dataclass(frozen=True)
 class NewPublication:
-    """A packed manifest, and whether a new package is private."""
+    """A packed manifest, whether a new package is private, and deltas by the file they make."""
 
     manifest: str
     private: bool = False
+    deltas: dict[str, list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Commit:
 def open_publication(call: Call) -> dict[str, Any]:
     """Open a publication, or find the one that is open for the same manifest."""
     return call.services.publishing.start(
-        call.caller, call.body.manifest, is_private=call.body.private
+        call.caller,
+        call.body.manifest,
+        is_private=call.body.private,
+        deltas=call.body.deltas,
     )
 
 
