@@ -345,7 +345,7 @@ class _Section:
             DeltaError: When something is.
         """
         try:
-            is_more = bool(self._left) and self._reader.read(1)
+            is_more = self._reader.read(1)
         except self._error as error:
             raise DeltaError(f"is damaged: {error}", where=self.where) from error
         if is_more or self._left:

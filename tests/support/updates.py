@@ -1,0 +1,123 @@
+"""Generations of an expert that are large enough to be published as deltas, and counted reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from composable.files.delta import Factors, add_product
+from composable.interface import RouterInterface, body_signature, scout_signature
+from composable.packaging import Manifest, Registry, Store, write_tensors
+from composable.packaging.install.deltas import PreparedDeltas, prepare_deltas
+from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.registry.storage import Folder
+
+# A body of six matrices, 98,304 bytes in all; its scout is too small for a delta.
+LARGE = {"d_model": 64, "d_ff": 64, "slots": (1, 2)}
+BODY = "body.safetensors"
+
+
+def make_factors(interface: RouterInterface, rank: int, seed: int) -> Factors:
+    """Return the factors of a low-rank update of a body."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, int]) -> np.ndarray:
+        return (0.1 * rng.normal(size=shape)).astype(ml_dtypes.bfloat16)
+
+    specs = body_signature(interface, "ffn", None)
+    return {
+        name: (draw((spec.shape[0], rank)), draw((rank, spec.shape[1])))
+        for name, spec in specs.items()
+    }
+
+
+def make_generation(
+    home: Path,
+    interface: RouterInterface,
+    version: str,
+    body: Mapping[str, np.ndarray],
+    *,
+    name: str = "german",
+    derives_from: str | None = None,
+) -> Path:
+    """Write an expert with a full body, and return its folder."""
+    folder = home / f"{name}-{version}"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    scout = {
+        n: rng.normal(size=spec.shape).astype(np.float32)
+        for n, spec in scout_signature(interface, 8).items()
+    }
+    write_tensors(folder / BODY, body)
+    write_tensors(folder / "scout.safetensors", scout)
+    stated = "" if derives_from is None else f'derives-from = "{derives_from}"\n'
+    (folder / "expert.toml").write_text(
+        f'[expert]\nname = "{name}"\nversion = "{version}"\nbackbone = "tiny-bytes"\n{stated}'
+        '[interface]\nname = "tiny-bytes"\nrequires = "^1"\n'
+        '[body]\nkind = "ffn"\n[scout]\nwidth = 8\n'
+    )
+    return folder
+
+
+class Family:
+    """Generations 1.0.0, 1.1.0 and so on of an expert, each a low-rank update of the one before.
+
+    Args:
+        home: Where their folders are written.
+        interface: What they plug into; `LARGE`.
+        n: How many.
+    """
+
+    def __init__(self, home: Path, interface: RouterInterface, n: int = 3) -> None:
+        self.interface = interface
+        rng = np.random.default_rng(7)
+        specs = body_signature(interface, "ffn", None)
+        body = {k: rng.normal(size=s.shape).astype(np.float32) for k, s in specs.items()}
+        self.folders = [make_generation(home, interface, "1.0.0", body)]
+        self.factors: list[Factors] = [{}]
+        for number in range(1, n):
+            factors = make_factors(interface, 2, number)
+            body = {k: add_product(body[k], *factors[k]) for k in body}
+            self.folders.append(make_generation(home, interface, f"1.{number}.0", body))
+            self.factors.append(factors)
+
+    def publish(self, registry: Registry, store: Store, numbers: range | None = None) -> None:
+        """Publish generations as deltas."""
+        for number in numbers or range(len(self.folders)):
+            publish_update(
+                registry, self.folders[number], self.interface, store, self.factors[number]
+            )
+
+
+def publish_update(
+    registry: Registry,
+    folder: Path,
+    interface: RouterInterface,
+    store: Store,
+    factors: Factors | None = None,
+) -> tuple[Manifest, PreparedDeltas]:
+    """Publish an expert, as deltas where that is possible."""
+    packed = pack_expert(folder, interface=interface)
+    known = {} if factors is None else {BODY: factors}
+    with prepare_deltas(registry, folder, packed, store, factors=known) as prepared:
+        return registry.publish(folder, interface=interface, deltas=prepared.deltas), prepared
+
+
+class CountedFolder(Folder):
+    """A folder that counts the bytes of the blobs that are read from it.
+
+    Attributes:
+        sent: Bytes, by path.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.sent: dict[str, int] = {}
+
+    def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
+        for data in super().stream(path, start):
+            self.sent[path] = self.sent.get(path, 0) + len(data)
+            yield data
