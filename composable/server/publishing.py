@@ -234,9 +234,7 @@ class Publishing:
                 target, is_known = folder / file.name, file.digest in known
                 uploads.assemble(self._storage, publication_id, file, target, is_known=is_known)
             try:
-                release = self._publish(
-                    caller, publication, manifest, deltas, folder, statement
-                )
+                release = self._publish(caller, publication, manifest, deltas, folder, statement)
             except ComposableError as error:
                 if status_of(error) < 500:  # sending the same again would not help
                     self.cancel(caller, publication_id)

@@ -34,7 +34,7 @@ from composable.packaging.registry.budget import TimeBudget
 from composable.packaging.registry.oci import OciStorage
 from composable.packaging.registry.oci_manifests import MANIFEST_TYPE, path_of, tag_of
 from composable.packaging.registry.storage import Folder
-from tests.packaging.conftest import make_expert, registry, store  # noqa: F401
+from tests.packaging.conftest import make_expert, make_interface, registry, store  # noqa: F401
 from tests.support.oci_registries import (
     Exchange,
     Relay,
@@ -44,7 +44,8 @@ from tests.support.oci_registries import (
 )
 from tests.support.registries import fetch
 from tests.support.signed_registries import check_signed, check_signed_mirror
-from tests.support.storages import check_releases, read_files
+from tests.support.storages import check_deltas, check_releases, read_files
+from tests.support.updates import LARGE
 
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
@@ -95,6 +96,19 @@ def test_publish_find_yank_and_install(
     tmp_path: Path,
 ) -> None:
     check_releases(bucket, url, make_expert, interface, store, tmp_path)
+
+
+def test_deltas(bucket: Registry, url: str, host: str, repository: str, tmp_path: Path) -> None:
+    check_deltas(bucket, url, make_interface(**LARGE), tmp_path)
+    base = f"http://{host}/v2/{repository}"
+    _, data, _ = fetch(f"{base}/manifests/german-1.2.0", Accept=MANIFEST_TYPE)
+    titles = [
+        layer["annotations"]["org.opencontainers.image.title"]
+        for layer in json.loads(data)["layers"]
+    ]
+    # All that the release is made of, so that it does not depend on other tags.
+    made_of = ["body.safetensors.delta", "body.safetensors.delta1", "body.safetensors.base"]
+    assert titles == ["expert.toml", *made_of, "scout.safetensors"]
 
 
 def test_other_tools_see_a_model_with_its_files(

@@ -17,9 +17,12 @@ from composable.packaging import (
     Store,
     Version,
     lock_project,
+    open_for_publishing,
     open_registry,
     sync_project,
 )
+from composable.packaging.install.mirror import mirror_registry
+from tests.support.updates import BODY, Family
 
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
@@ -57,6 +60,33 @@ def check_releases(
         registry.publish(make_expert(seed=9), interface=interface)
     with pytest.raises(RegistryError, match="looks like 'german'"):
         registry.publish(make_expert("gerrnan"), interface=interface)
+
+
+def check_deltas(registry: Registry, url: str, interface: RouterInterface, home: Path) -> None:
+    """Publish generations of an expert as deltas, and install each where it is newer or alone."""
+    family = Family(home / "experts", interface)
+    family.publish(registry, Store(home / "publisher"))
+    releases = open_registry(url).versions("german")
+    bodies = [next(f for f in release.files if f.name == BODY) for release in releases]
+    assert [len(body.deltas) for body in bodies] == [0, 1, 2]
+    assert [open_registry(url).has_blob(body.digest) for body in bodies] == [True, False, False]
+    for versions in (["1.0.0", "1.2.0"], ["1.2.0"]):
+        place = home / "-".join(versions)
+        store = Store(place / "store")
+        project = Project.create(place / "project", "tiny-bytes", {"cloud": url})
+        for version in versions:
+            project = project.add(Requirement.parse(f"german@{version}"))
+            sync_project(project, lock_project(project, interface), store, interface=interface)
+            installed = project.environment.expert_path("german") / BODY
+            folder = next(f for f in family.folders if f.name.endswith(version))
+            assert installed.read_bytes() == (folder / BODY).read_bytes()
+        assert store.verify() == []
+    target = open_for_publishing(home / "mirror")
+    mirror_registry(open_registry(url), target)
+    mirror_registry(target, registry)  # and back, where nothing is new
+    assert [release.deltas for release in target.versions("german")] == [
+        release.deltas for release in releases
+    ]
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

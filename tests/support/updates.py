@@ -14,6 +14,7 @@ from composable.packaging import Manifest, Registry, Store, write_tensors
 from composable.packaging.install.deltas import PreparedDeltas, prepare_deltas
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry.storage import Folder
+from composable.vetting.card import Card, CardInterface, Check, format_card, tensor_digests
 
 # A body of six matrices, 98,304 bytes in all; its scout is too small for a delta.
 LARGE = {"d_model": 64, "d_ff": 64, "slots": (1, 2)}
@@ -62,26 +63,47 @@ def make_generation(
     return folder
 
 
+def vet(folder: Path, interface: RouterInterface) -> Path:
+    """Add what a server asks for: a licence, and a card that passes."""
+    manifest = folder / "expert.toml"
+    stated = 'description = "Knows."\nlicense = "MIT"\n[interface]'
+    manifest.write_text(manifest.read_text().replace("[interface]", stated))
+    known = Manifest.read(folder)
+    card = Card(
+        expert=f"{known.name}@{known.version}",
+        interface=CardInterface(name=interface.name, digest=interface.digest),
+        tensors=tensor_digests(folder),
+        passed=True,
+        checks=(Check(name="gain", passed=True, found="2.0 to 1.0", expected="at least 1% less"),),
+        measured={"gain": 0.5, "anchor_loss": 0.001},
+    )
+    (folder / "card.json").write_text(format_card(card))
+    return folder
+
+
 class Family:
-    """Generations 1.0.0, 1.1.0 and so on of an expert, each a low-rank update of the one before.
+    """Generations of an expert, each a low-rank update of the one before.
 
     Args:
         home: Where their folders are written.
         interface: What they plug into; `LARGE`.
         n: How many.
+        version: Their versions, with `{}` for the number.
     """
 
-    def __init__(self, home: Path, interface: RouterInterface, n: int = 3) -> None:
+    def __init__(
+        self, home: Path, interface: RouterInterface, n: int = 3, version: str = "1.{}.0"
+    ) -> None:
         self.interface = interface
         rng = np.random.default_rng(7)
         specs = body_signature(interface, "ffn", None)
         body = {k: rng.normal(size=s.shape).astype(np.float32) for k, s in specs.items()}
-        self.folders = [make_generation(home, interface, "1.0.0", body)]
+        self.folders = [make_generation(home, interface, version.format(0), body)]
         self.factors: list[Factors] = [{}]
         for number in range(1, n):
             factors = make_factors(interface, 2, number)
             body = {k: add_product(body[k], *factors[k]) for k in body}
-            self.folders.append(make_generation(home, interface, f"1.{number}.0", body))
+            self.folders.append(make_generation(home, interface, version.format(number), body))
             self.factors.append(factors)
 
     def publish(self, registry: Registry, store: Store, numbers: range | None = None) -> None:

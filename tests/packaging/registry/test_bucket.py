@@ -22,8 +22,10 @@ from composable.packaging import (
 from composable.packaging.manifests.manifest import PackageFile
 from composable.packaging.registry.bucket import BucketStorage
 from composable.packaging.registry.index import index_path
+from tests.packaging.conftest import make_interface
 from tests.support.servers import run_s3
-from tests.support.storages import check_releases
+from tests.support.storages import check_deltas, check_releases
+from tests.support.updates import LARGE
 
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
@@ -61,6 +63,10 @@ def test_publish_find_yank_and_install(
     tmp_path: Path,
 ) -> None:
     check_releases(bucket, url, make_expert, interface, store, tmp_path)
+
+
+def test_deltas(bucket: Registry, url: str, tmp_path: Path) -> None:
+    check_deltas(bucket, url, make_interface(**LARGE), tmp_path)
 
 
 def test_no_registry(url: str) -> None:

@@ -29,9 +29,11 @@ from composable.packaging.registry import hub as hub_module
 from composable.packaging.registry.budget import TimeBudget
 from composable.packaging.registry.hub import HubStorage
 from composable.packaging.registry.storage import Folder
+from tests.packaging.conftest import make_interface
 from tests.support.hub import Hub, run_hub
 from tests.support.signed_registries import check_signed, check_signed_mirror
-from tests.support.storages import read_files
+from tests.support.storages import check_deltas, read_files
+from tests.support.updates import LARGE
 
 if TYPE_CHECKING:
     from tests.packaging.conftest import MakeExpert
@@ -110,6 +112,12 @@ def test_publish_find_yank_and_install(
         remote.publish(make_expert(seed=9), interface=interface)
     with pytest.raises(RegistryError, match="looks like 'german'"):
         remote.publish(make_expert("gerrnan"), interface=interface)
+
+
+def test_deltas(hub: Hub, remote: Registry, tmp_path: Path) -> None:
+    check_deltas(remote, URL, make_interface(**LARGE), tmp_path)
+    last = hub.commits[NAME][-1]
+    assert last.message == "Publish german-1.2.0", "a mirror of what is there commits nothing"
 
 
 def test_a_location_with_a_commit_is_read_only(
