@@ -52,6 +52,8 @@ class TrainingRecord:
         last: Last logged figures; empty if no step ran.
         step_seconds: Wall time by stage: `trunk`, `body`, `scout`.
         derives_from: The release whose weights training started from.
+        update_rank: Rank of the products that training added to its parent; None where it changed
+            all numbers.
         cache: The cached trunk, where one was used.
         scout: The scout-only steps.
 
@@ -71,5 +73,6 @@ class TrainingRecord:
     last: dict[str, int | float] | None = None
     step_seconds: dict[str, float] | None = None
     derives_from: str | None = None
+    update_rank: int | None = None
     cache: CacheRecord | None = None
     scout: ScoutRecord | None = None

@@ -7,6 +7,8 @@ in `vet.py` and `publish.py`.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,11 +36,19 @@ from composable.errors import TextError, TrainingError
 from composable.files import atomic
 from composable.files.reading import read_bytes
 from composable.files.records import format_record
+from composable.files.safetensors import write_tensors
 from composable.interface import body_signature, digest_bytes, scout_signature
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.model.model import Pluggable
-from composable.packaging.manifests.manifest import Manifest
+from composable.model.tensors import shapes_of, to_tensors
+from composable.packaging.manifests.manifest import (
+    BODY_FILE,
+    EXPERT_FILE,
+    SCOUT_FILE,
+    BodySpec,
+    Manifest,
+)
 from composable.packaging.manifests.packing import fit_interface
 from composable.parallel import batch_share, fetch_tree, is_first_process, make_mesh
 from composable.progress import CountProgress, TrainingProgress
@@ -54,6 +64,12 @@ from composable.training.scouts import (
     ScoutFit,
     train_scout,
 )
+from composable.training.updates import (
+    add_factors,
+    approximate_change,
+    find_factors,
+    place_parent,
+)
 from composable.workflows.trunk_cache import (
     TrainingPlan,
     compute_features,
@@ -65,6 +81,7 @@ from composable.workflows.trunk_cache import (
     scout_features,
     trunk_features,
 )
+from composable.workflows.updates import remove_factors, write_factors
 from composable.workflows.workspace import HELDOUT_FILE, HELDOUT_FRACTION, TRAINING_FILE, WORK
 
 # Positions of a row.
@@ -123,6 +140,7 @@ def train_expert(
     cfg: TrainConfig,
     *,
     parent: Pluggable | None = None,
+    update_rank: int | None = None,
     optimizer: optax.GradientTransformation | None = None,
     trunk: Path | None = None,
     mesh: Mesh | None = None,
@@ -143,6 +161,8 @@ def train_expert(
         data: Text files, JSON-lines files or folders of them.
         cfg: How to train.
         parent: The release that the expert derives from; training starts from its weights.
+        update_rank: Rank of the products that training adds to the parent's matrices; by default
+            it changes all of them.
         optimizer: `muon(cfg)` by default.
         trunk: Folder for the trunk's outputs, which are then always kept there and read by every
             run on the same text; by default the run's own, if keeping them is worth while.
@@ -163,10 +183,12 @@ def train_expert(
     Raises:
         ManifestError, InterfaceError: If the manifest is invalid or for another interface.
         TextError: If there is no text, or only one document.
-        TrainingError: If an earlier run in this folder started with other text or settings, or the
-            backbone is quantized.
+        TrainingError: If an earlier run in this folder started with other text or settings, the
+            backbone is quantized, or the parent cannot be updated with such a rank.
     """
     manifest = _read_manifest(loaded, folder)
+    if update_rank is not None:
+        parent = _require_updatable(manifest, parent, update_rank)
     train, heldout = read_texts(data, salt or manifest.name)
     work = folder / WORK
     work.mkdir(exist_ok=True)
@@ -174,11 +196,14 @@ def train_expert(
         write_documents(work / HELDOUT_FILE, heldout)
     stream_M = token_stream(train, loaded.tokenizer)
     derives_from = None if parent is None else manifest.derives_from
-    _require_same_start(work, stream_M, derives_from)
+    _require_same_start(work, stream_M, derives_from, update_rank)
     plan = plan_training(loaded.backbone, cfg, len(stream_M), SCOUT_ROWS, n_sharing)
 
     start = time.perf_counter()
-    expert = _make_start(loaded.backbone, manifest, cfg.seed, parent)
+    if parent is not None and update_rank is not None:
+        placed = place_parent(loaded.backbone, parent.body)
+        loaded = dataclasses.replace(loaded, backbone=placed)
+    expert = _make_start(loaded.backbone, manifest, cfg.seed, parent, update_rank)
     show = progress or (lambda stage, done, total, figures: None)
     run = _Run(
         cfg=cfg,
@@ -196,9 +221,13 @@ def train_expert(
     fitted.expert.scout = scout.scout
 
     seconds = time.perf_counter() - start
-    record = _make_record(train, cfg, fitted, scout, seconds, derives_from)
+    record = _make_record(train, cfg, fitted, scout, seconds, derives_from, update_rank)
     if is_first_process():
-        save_expert(folder, fitted.expert, manifest)
+        if parent is not None and update_rank is not None:
+            save_update(folder, parent, fitted.expert, manifest, update_rank)
+        else:
+            save_expert(folder, fitted.expert, manifest)
+            remove_factors(folder)
         atomic.write_text(work / TRAINING_FILE, format_record(record))
     return record
 
@@ -265,8 +294,44 @@ def read_texts(data: Sequence[Path], salt: str) -> tuple[list[Document], list[Do
     return split_documents(documents, HELDOUT_FRACTION, salt=salt)
 
 
+def _require_updatable(manifest: Manifest, parent: Pluggable | None, rank: int) -> Pluggable:
+    """Return the parent, if training can change it by products of a rank.
+
+    Raises:
+        TrainingError: If there is none, its body is low-rank, or the rank is too large to be worth
+            it.
+    """
+    if parent is None:
+        raise TrainingError(
+            "an update changes a release, and none is named",
+            where=f"{EXPERT_FILE}: expert.derives-from",
+            hint=f'write derives-from = "{manifest.name}@VERSION", or train without --update',
+        )
+    if parent.body.kind != "ffn":
+        raise TrainingError(
+            f"the body of {manifest.derives_from} is already low-rank ({parent.body.rank}), and an "
+            f"update of rank {rank} would be no smaller than a new generation",
+            where="--update",
+            hint="train without --update: a changed low-rank body is small to send",
+        )
+    shapes = [shape for shape in shapes_of(parent.body).values() if len(shape) == 2]
+    largest = min(math.prod(shape) // (2 * sum(shape)) for shape in shapes)
+    if not 1 <= rank <= largest:
+        raise TrainingError(
+            f"rank {rank} is not from 1 to {largest}, above which factors have half the numbers of "
+            "the matrices that they change",
+            where="--update",
+            hint="choose a lower rank, or train without --update",
+        )
+    return parent
+
+
 def _make_start(
-    backbone: Backbone, manifest: Manifest, seed: int, parent: Pluggable | None
+    backbone: Backbone,
+    manifest: Manifest,
+    seed: int,
+    parent: Pluggable | None,
+    update_rank: int | None,
 ) -> Expert:
     """Return the expert that training starts from."""
     if backbone.cfg.matrix_dtype is not None:
@@ -275,10 +340,41 @@ def _make_start(
             where=f"{manifest.name}: backbone",
             hint="train for the release that it was made from, whose digest its card names",
         )
+    if parent is not None and update_rank is not None:
+        # The backbone has the parent's matrices, so a low-rank body starts as the parent.
+        spec = BodySpec(kind="lora", rank=update_rank)
+        expert = make_expert(backbone, dataclasses.replace(manifest, body=spec), seed)
+        expert.scout = nnx.clone(parent.scout)
+        return expert
     expert = make_expert(backbone, manifest, seed)
     if parent is not None:
         expert.body, expert.scout = nnx.clone((parent.body, parent.scout))
     return expert
+
+
+def save_update(
+    folder: Path, parent: Pluggable, expert: Expert, manifest: Manifest, rank: int
+) -> None:
+    """Write the tensors of an update, and the factors that make them from the parent's.
+
+    Args:
+        folder: The expert.
+        parent: The parent.
+        expert: A trained low-rank body on the parent's matrices, and a trained scout. The scout's
+            matrices are changed by products of the same rank.
+        manifest: The expert's manifest.
+        rank: The rank.
+    """
+    body, scout = to_tensors(parent.body, manifest.body.dtype), to_tensors(parent.scout)
+    trained = to_tensors(expert.scout)
+    factors = {
+        BODY_FILE: find_factors(to_tensors(expert.body)),
+        SCOUT_FILE: approximate_change(scout, trained, rank),
+    }
+    vectors = {name: array for name, array in trained.items() if array.ndim != 2}
+    write_tensors(folder / BODY_FILE, add_factors(body, factors[BODY_FILE]))
+    write_tensors(folder / SCOUT_FILE, add_factors({**scout, **vectors}, factors[SCOUT_FILE]))
+    write_factors(folder, factors)
 
 
 def _fit_on_stream(
@@ -395,6 +491,7 @@ def _make_record(
     scout: ScoutFit,
     seconds: float,
     derives_from: str | None,
+    update_rank: int | None,
 ) -> TrainingRecord:
     """Return the record of a run that took `seconds` of wall time."""
     last, bits = fitted.last, scout.heldout_bits
@@ -411,6 +508,7 @@ def _make_record(
         last=dict(last),
         step_seconds={name: round(value, 1) for name, value in stages.items()},
         derives_from=derives_from,
+        update_rank=update_rank,
         cache=fitted.cache,
         scout=ScoutRecord(
             tokens=fitted.features.classes_BT.size,
@@ -420,13 +518,17 @@ def _make_record(
     )
 
 
-def _require_same_start(work: Path, stream_M: np.ndarray, parent: str | None) -> None:
+def _require_same_start(
+    work: Path, stream_M: np.ndarray, parent: str | None, update_rank: int | None
+) -> None:
     """Refuse to resume a run in this folder that started from other text or another parent."""
     file = work / "text.digest"
-    start = " ".join([digest_bytes(stream_M.tobytes()), *([parent] if parent else [])])
+    update = None if update_rank is None else f"rank={update_rank}"
+    start = " ".join(filter(None, [digest_bytes(stream_M.tobytes()), parent, update]))
     if file.exists() and (begun := read_bytes(file).decode(errors="replace").strip()) != start:
-        is_text = begun.split()[0] != start.split()[0]
-        changed = "text" if is_text else "parent"
+        before, now = ([*text.split(), "", ""] for text in (begun, start))
+        names = ("text", "parent", "rank of the update")
+        changed = next(name for name, x, y in zip(names, before, now, strict=False) if x != y)
         raise TrainingError(
             f"the {changed} is not the one that training started with",
             where=str(work),
@@ -434,3 +536,22 @@ def _require_same_start(work: Path, stream_M: np.ndarray, parent: str | None) ->
         )
     if is_first_process():
         atomic.write_text(file, start + "\n")
+
+
+def parse_update(text: str) -> int:
+    """Return the rank of an update.
+
+    Args:
+        text: What follows `--update`.
+
+    Raises:
+        TrainingError: For other text than `rank=N`.
+
+    Example:
+        >>> parse_update("rank=8")
+        8
+    """
+    name, _, number = text.partition("=")
+    if name != "rank" or not (number.isascii() and number.isdigit()) or len(number) > 6:
+        raise TrainingError(f"{text[:80]!r} is not rank=N, such as rank=8", where="--update")
+    return int(number)

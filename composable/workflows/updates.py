@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from composable.errors import TensorFileError
+from composable.files import atomic
 from composable.files.delta import Factors
 from composable.files.safetensors import TensorFile, read_header, write_tensors
 from composable.interface.contract import TensorSpec
@@ -36,6 +37,11 @@ def write_factors(folder: Path, factors: Mapping[str, Factors]) -> None:
             prefix = f"{file.partition('.')[0]}.{tensor}"
             arrays |= {f"{prefix}.a": a_DR, f"{prefix}.b": b_RF}
     write_tensors(folder / WORK / UPDATE_FILE, arrays)
+
+
+def remove_factors(folder: Path) -> None:
+    """Remove the factors of an earlier update, if there are any."""
+    atomic.remove_file(folder / WORK / UPDATE_FILE)
 
 
 def read_factors(folder: Path) -> dict[str, Factors]:
