@@ -1,0 +1,190 @@
+"""Low-rank updates: trained on their factors alone, exact, resumed, small to send."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from composable.assembly.experts import load_expert
+from composable.errors import TrainingError
+from composable.files.delta import add_product
+from composable.files.safetensors import TensorFile
+from composable.interface import body_signature
+from composable.model.tensors import shapes_of, to_tensors
+from composable.packaging import Project, Registry, Requirement, Store, lock_project, sync_project
+from composable.packaging.install import deltas as deltas_module
+from composable.packaging.project import sync as sync_module
+from composable.packaging.registry.locations import open_for_publishing
+from composable.training.config import TrainConfig
+from composable.workflows import train as train_module
+from composable.workflows.publish import publish_expert
+from composable.workflows.train import parse_update, train_expert
+from composable.workflows.updates import UPDATE_FILE, read_factors
+from composable.workflows.vet import check_expert
+from composable.workflows.workspace import WORK
+from tests.support.updates import CountedFolder
+
+CFG = TrainConfig(
+    steps=6, batch_size=8, window=32, learning_rate=1e-2, checkpoint_every=2, log_every=2
+)
+FILES = ("body.safetensors", "scout.safetensors")
+
+
+@pytest.fixture
+def parent(loaded, trained_folder):
+    return load_expert(loaded, trained_folder)
+
+
+@pytest.fixture
+def make_update(trained_folder, tmp_path):
+    """Return a function that makes the folder of the next generation."""
+
+    def make(name="update"):
+        folder = tmp_path / name
+        folder.mkdir()
+        text = (trained_folder / "expert.toml").read_text().replace('"1.0.0"', '"2.0.0"')
+        derived = text.replace("description", 'derives-from = "logic@1.0.0"\ndescription')
+        (folder / "expert.toml").write_text(derived)
+        (folder / "README.md").write_text("An update.\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def text(trained_folder):
+    return trained_folder.parent / "logic.jsonl"
+
+
+def read(folder):
+    return [(folder / file).read_bytes() for file in FILES]
+
+
+def test_an_update_is_its_parent_plus_products(
+    loaded, trained_folder, parent, make_update, text, monkeypatch
+):
+    seen = {}
+    fit = train_module.fit
+
+    def watched(objective, trained, *args, **options):
+        seen["sizes"] = sum(x.size for x in jax.tree.leaves(trained))
+        state = jax.eval_shape(options["optimizer"].init, trained)
+        seen["state"] = sum(x.size for x in jax.tree.leaves(state))
+        return fit(objective, trained, *args, **options)
+
+    monkeypatch.setattr(train_module, "fit", watched)
+    folder = make_update()
+    record = train_expert(loaded, folder, [text], CFG, parent=parent, update_rank=2)
+    assert (record.update_rank, record.derives_from) == (2, "logic@1.0.0")
+
+    scout = sum(int(np.prod(shape)) for shape in shapes_of(parent.scout).values())
+    matrices = shapes_of(parent.body).values()
+    assert seen["sizes"] == scout + sum(2 * sum(shape) for shape in matrices)
+    assert seen["state"] < 3 * seen["sizes"], "there is state for factors, and for no matrix"
+
+    factors = read_factors(folder)
+    specs = body_signature(loaded.interface, "ffn", None)
+    files = [TensorFile(home / FILES[0], specs) for home in (trained_folder, folder)]
+    for name in specs:
+        before, after = (tensors[name] for tensors in files)
+        assert not np.array_equal(before, after)
+        np.testing.assert_array_equal(after, add_product(before, *factors[FILES[0]][name]))
+    # What is loaded and run is the sum, so no one needs to know of the factors.
+    updated = load_expert(loaded, folder)
+    assert updated.body.kind == "ffn"
+    changes = [
+        to_tensors(updated.scout)[name] - to_tensors(parent.scout)[name]
+        for name in ("w_in", "w_out")
+    ]
+    assert [np.linalg.matrix_rank(change, tol=1e-4) for change in changes] == [2, 2]
+
+
+def test_an_update_is_resumed(loaded, parent, make_update, text):
+    whole, broken = make_update("whole"), make_update("broken")
+    options = {"parent": parent, "update_rank": 2}
+    train_expert(loaded, whole, [text], CFG, salt="a", **options)
+
+    def interrupt(stage, step, steps, figures):
+        if stage == "body and scout" and step == 4:
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        train_expert(loaded, broken, [text], CFG, salt="a", progress=interrupt, **options)
+    assert not (broken / FILES[0]).exists()
+    train_expert(loaded, broken, [text], CFG, salt="a", **options)
+    assert read(broken) == read(whole)
+    train_expert(loaded, broken, [text], CFG, salt="a", **options)  # already complete
+    assert read(broken) == read(whole)
+    with pytest.raises(TrainingError, match="the rank of the update is not the one") as caught:
+        train_expert(loaded, broken, [text], CFG, salt="a", parent=parent, update_rank=3)
+    assert "use the same rank of the update to resume" in caught.value.hint
+    with pytest.raises(TrainingError, match="the rank of the update is not the one"):
+        train_expert(loaded, broken, [text], CFG, salt="a", parent=parent)
+
+
+def test_an_update_is_published_and_installed_as_its_factors(
+    loaded, trained_folder, parent, make_update, text, tmp_path, monkeypatch
+):
+    for module in (deltas_module, sync_module):
+        monkeypatch.setattr(module, "MIN_DELTA_BYTES", 1000)
+    target = open_for_publishing(tmp_path / "registry")
+    publish_expert(trained_folder, loaded.interface, target)
+    folder = make_update()
+    train_expert(loaded, folder, [text], CFG, parent=parent, update_rank=2)
+    check_expert(loaded, folder)
+    published = publish_expert(folder, loaded.interface, target)
+    assert published.parent == "logic@1.0.0" and not published.whole
+    sizes = {file.name: file.size for file in published.manifest.files}
+    assert published.deltas[FILES[0]] < 0.2 * sizes[FILES[0]], "a tiny body of 2 ranks of 32"
+
+    counted = CountedFolder(tmp_path / "registry")
+    project = Project.create(tmp_path / "project", str(loaded.folder), {"local": "../registry"})
+    store = Store(tmp_path / "store")
+    for version in ("1.0.0", "2.0.0"):
+        counted.sent.clear()
+        project = project.add(Requirement.parse(f"logic@{version}"))
+        lock = lock_project(project, loaded.interface)
+        sync_project(project, lock, store, source=Registry(counted))
+    others = sum(sizes[name] for name in sizes.keys() - {*FILES})
+    assert sum(counted.sent.values()) < sum(published.deltas.values()) + others + 3000
+    installed = project.environment.expert_path("logic")
+    assert read(installed) == read(folder)
+    # Without the factors, the same release is published, in more bytes.
+    (folder / WORK / UPDATE_FILE).unlink()
+    other = open_for_publishing(tmp_path / "other")
+    publish_expert(trained_folder, loaded.interface, other)
+    again = publish_expert(folder, loaded.interface, other)
+    assert again.manifest.digest == published.manifest.digest
+    assert again.deltas.get(FILES[0], sizes[FILES[0]]) > 2 * published.deltas[FILES[0]]
+
+
+def test_training_all_numbers_forgets_an_update(loaded, parent, make_update, text, tmp_path):
+    folder = make_update()
+    train_expert(loaded, folder, [text], CFG, parent=parent, update_rank=2)
+    assert read_factors(folder)
+    for name in ("checkpoints", "text.digest"):
+        (folder / WORK / name).rename(tmp_path / name)
+    train_expert(loaded, folder, [text], CFG, parent=parent)
+    assert read_factors(folder) == {}
+
+
+def test_what_cannot_be_updated(loaded, tiny, parent, make_update, trained_folder, text, tmp_path):
+    with pytest.raises(TrainingError, match="none is named") as caught:
+        train_expert(loaded, trained_folder, [text], CFG, update_rank=2)
+    assert 'derives-from = "logic@VERSION"' in caught.value.hint
+    for rank in (0, 1000):
+        with pytest.raises(TrainingError, match=f"rank {rank} is not from 1 to"):
+            train_expert(
+                loaded, make_update(str(rank)), [text], CFG, parent=parent, update_rank=rank
+            )
+    low = dataclasses.replace(parent, body=tiny.expert("low", kind="lora", rank=2).body)
+    with pytest.raises(TrainingError, match="already low-rank"):
+        train_expert(loaded, make_update(), [text], CFG, parent=low, update_rank=2)
+
+
+@pytest.mark.parametrize("text", ["8", "rank", "rank=", "rank=-1", "rank=8.5", "width=8"])
+def test_what_is_no_update(text):
+    with pytest.raises(TrainingError, match="is not rank=N"):
+        parse_update(text)
+    assert parse_update("rank=16") == 16
