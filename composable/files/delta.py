@@ -310,8 +310,7 @@ class _Section:
     """
 
     def __init__(self, source: BinaryIO, length: int, where: str) -> None:
-        import zstandard
-
+        zstandard = _load_zstandard()
         if length > _size_of(source) - source.tell():
             raise DeltaError("is truncated", where=where)
         self.where = where
@@ -389,10 +388,19 @@ def _read_exactly(source: BinaryIO, n_bytes: int, where: str) -> bytes:
 
 
 def _compress(pieces: Any) -> bytes:
-    import zstandard
-
-    compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
+    compressor = _load_zstandard().ZstdCompressor(level=_LEVEL).compressobj()
     return b"".join([*(compressor.compress(piece) for piece in pieces), compressor.flush()])
+
+
+def _load_zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:  # an environment of before 0.3, whose sources were updated
+        raise DeltaError(
+            "deltas need the package zstandard",
+            hint="install the dependencies again: `pip install .`, or `make setup` in a checkout",
+        ) from error
+    return zstandard
 
 
 def _block_lengths(info: TensorInfo) -> Iterator[int]:

@@ -88,7 +88,8 @@ def accept_proposal(
         if tensor_digests(folder) != verdict.tensors or manifest.digest != verdict.manifest:
             raise _refuse("is of another expert than this", received)
         _write_release(folder, manifest, interface, verdict, digest, newest)
-        manifest = publish_expert(folder, interface, inbox.registry, progress=progress)
+        published = publish_expert(folder, interface, inbox.registry, progress=progress)
+        manifest = published.manifest
     assert manifest.provenance is not None
     outcome = Outcome(
         state="accepted",

@@ -513,7 +513,7 @@ NAMED = {
     ("cli.contribute", "publish"),  # what will be done with statistics
     ("cli.project", "export"),  # the page of help that explains `sync --from`
     ("model.text", "generate"),  # what else there is for a model that cannot chat
-    # What the publisher of a delta whose base is gone does; run in packaging/install/test_deltas.py.
+    # What the publisher of a delta does whose base is gone; see packaging/install/test_deltas.py.
     ("packaging.install.download", "publish"),
     ("packaging.install.mirror", "publish"),
     ("packaging.install.mirror", "registry"),  # what an administrator of a server runs there

@@ -272,3 +272,11 @@ def test_exclusive_or_is_for_what_hardly_changed(tmp_path: Path) -> None:
     assert summary.kinds["xor"] == 1
     assert summary.size < 0.7 * w_DF.nbytes
     assert list(summary.kinds).index("xor") == XOR
+
+
+def test_without_the_library_the_error_says_what_to_do(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(DeltaError, match="need the package zstandard"):
+        write_delta(tmp_path / "delta", *pair)
