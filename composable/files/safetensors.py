@@ -350,12 +350,13 @@ def parse_header(data: bytes, file_bytes: int, where: Path) -> dict[str, TensorI
     Raises:
         TensorFileError: For an invalid header, or tensors that do not fill the file.
     """
-    return _check_header(data[8:], file_bytes, where, NAME)
+    return _check_header(data[8:], file_bytes, where, NAME)[1]
 
 
 def _check_header(
     text: bytes, file_bytes: int, path: Path, pattern: re.Pattern[str]
-) -> dict[str, TensorInfo]:
+) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Return metadata and tensors of the text of a header."""
     header_bytes = len(text)
     if not text.startswith(b"{"):
         _refuse(path, "is not a tensor file: the header does not start with '{'")
