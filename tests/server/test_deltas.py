@@ -20,8 +20,7 @@ from composable.packaging import (
 )
 from composable.packaging.install.deltas import prepare_deltas
 from composable.packaging.manifests.packing import pack_expert
-from composable.packaging.registry.http import WebStorage
-from composable.packaging.registry.served import ServedRegistry
+from composable.packaging.registry.served import ServedRegistry, ServedStorage
 from composable.server.accounts import find_caller
 from composable.server.importing import import_registry
 from tests.packaging.conftest import make_interface
@@ -29,7 +28,7 @@ from tests.support.registries import Served
 from tests.support.updates import BODY, LARGE, Family, publish_update, vet
 
 
-class CountedServer(WebStorage):
+class CountedServer(ServedStorage):
     """A server; `sent` has the bytes of the chunks that were sent to it, by digest."""
 
     def __init__(self, url: str, token: str) -> None:
