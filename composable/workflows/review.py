@@ -254,9 +254,7 @@ def review_proposal(
             texts={
                 "own": str(vetted.measured.get("documents", {}).get("own_digest", "")),
                 "anchor": loaded.interface.anchor,
-                **{
-                    peer.name: digest_bytes(b"\0".join(peer.texts)) for peer in peers if peer.texts
-                },
+                **{peer.name: digest_bytes(b"\0".join(peer.texts)) for peer in peers if peer.texts},
             },
         ),
     )
