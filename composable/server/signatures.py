@@ -328,7 +328,7 @@ class SigningService:
             return None
         if match := _STATEMENT.fullmatch(path):
             self._check_new_statement(session, caller, match[1], match[2], data)
-            return []
+            return None
         match = _METADATA.fullmatch(path)
         if match is None:
             raise RefusedError(422, "is no file of a registry's signatures", where=path[:200])

@@ -25,10 +25,10 @@ from composable.errors import (
     IntegrityError,
     RegistryError,
     UnknownExpertError,
+    UnreachableError,
     did_you_mean,
 )
 from composable.files.blobs import blob_path
-from composable.interface.digest import digest_bytes
 from composable.packaging.install.download import (
     MAX_THREADS,
     download_file,
@@ -60,6 +60,7 @@ from composable.packaging.registry.served import ServedRegistry
 from composable.packaging.registry.signed import statement_path
 from composable.packaging.registry.storage import (
     CONFIG_FILE,
+    MAX_DOCUMENT_BYTES,
     Document,
     Folder,
     Storage,
@@ -406,9 +407,13 @@ class _Mirror:
     def _copy_signed_blob(self, digest: str) -> None:
         """Copy a signed document; those of earlier states may be gone."""
         if self._storage.read(blob_path(digest)) is None:
-            document = self.source.storage.read(blob_path(digest))
-            if document is not None and digest_bytes(document.data) == digest:
-                put_blob(self._storage, digest, document.data)
+            try:
+                data = self.source.read_blob(digest, "a signed document", MAX_DOCUMENT_BYTES)
+            except UnreachableError:
+                raise
+            except RegistryError:
+                return
+            put_blob(self._storage, digest, data)
 
     def result(self) -> Mirrored:
         """Return what was changed."""
