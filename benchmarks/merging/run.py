@@ -24,15 +24,10 @@ from composable.packaging.manifests.manifest import EXPERT_FILE, STATISTICS_FILE
 from composable.vetting.evaluation import mix_scorer, score_documents
 from composable.vetting.evidence import MAX_BYTES
 from composable.workflows.expert_matrices import from_matrices, to_matrices
-from composable.workflows.merge import (
-    PARTS as MERGED_PARTS,
-)
-from composable.workflows.merge import (
-    Comparison,
-    MergeReport,
-    compare_methods,
-    judge_on_text,
-)
+from composable.workflows.merge import Comparison, compare_methods
+from composable.workflows.merge_choice import judge_on_text
+from composable.workflows.merge_report import PARTS as MERGED_PARTS
+from composable.workflows.merge_report import MergeReport
 from composable.workflows.statistics import read_statistics, write_statistics
 
 Log = Callable[[str], None]

@@ -15,7 +15,7 @@ from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
     from composable.corpora.documents import Document
-    from composable.workflows.merge import Conflict, Judgement, MergeReport, Tried
+    from composable.workflows.merge_report import Conflict, Judgement, MergeReport, Tried
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -84,7 +84,8 @@ def merge(
     from composable.cli.diff import find_expert
     from composable.errors import MergeConflictError
     from composable.files.records import to_plain
-    from composable.workflows.merge import merge_experts, require_published_base
+    from composable.workflows.merge import merge_experts
+    from composable.workflows.merge_sides import require_published_base
 
     texts = _read_texts(data or ())
     loaded = load_backbone(backbone or default_backbone())

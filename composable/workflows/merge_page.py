@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from composable.files import atomic
 from composable.printable import printable
-from composable.workflows.merge import MergeReport
+from composable.workflows.merge_report import MergeReport
 
 
 def write_page(path: Path, report: MergeReport) -> None:

@@ -520,8 +520,10 @@ NAMED = {
     # What the author of an expert does, who has its text; run in tests/cli/test_merge.py.
     ("packaging.manifests.statistics", "check"),
     ("workflows.merge", "check"),
-    ("workflows.merge", "merge"),
-    ("workflows.merge", "train"),
+    ("workflows.merge_choice", "check"),
+    ("workflows.merge_manifest", "merge"),
+    ("workflows.merge_sides", "check"),
+    ("workflows.merge_sides", "train"),
     ("workflows.statistics", "check"),
     ("packaging.registry.cache", "export"),
     ("packaging.registry.http", "registry"),  # what else could be published to

@@ -15,8 +15,9 @@ from composable.packaging.registry.locations import open_for_publishing
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.version import Version
 from composable.workflows.expert_matrices import to_matrices
-from composable.workflows.merge import merge_experts, require_published_base
+from composable.workflows.merge import merge_experts
 from composable.workflows.merge_page import write_page
+from composable.workflows.merge_sides import require_published_base
 from composable.workflows.statistics import write_statistics
 from tests.support.families import write_family
 from tests.support.tiny import PRIVATE_WORDS, PUBLIC_WORDS

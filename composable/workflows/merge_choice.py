@@ -1,0 +1,277 @@
+"""Choose among candidates by evidence: by text if there is any, and by statistics otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Final
+
+import numpy as np
+
+from composable.assembly.backbones import LoadedBackbone
+from composable.corpora.documents import Document
+from composable.errors import MergeError
+from composable.merging.methods import Candidate, list_candidates, merge_candidates
+from composable.merging.statistics import MatrixStatistics, predict_changes
+from composable.merging.updates import Matrices, find_updates
+from composable.model.model import Model, Pluggable
+from composable.progress import CountProgress
+from composable.vetting.evaluation import mix_scorer, score_documents
+from composable.vetting.evidence import MAX_BYTES
+from composable.vetting.regression import MAX_REGRESSION
+from composable.vetting.statistics import is_above
+from composable.workflows.expert_matrices import from_matrices, to_matrices
+from composable.workflows.merge_report import (
+    GROUP,
+    PARTS,
+    Conflict,
+    Judgement,
+    MergeReport,
+    Part,
+    Tried,
+)
+from composable.workflows.merge_scores import ScoredText
+from composable.workflows.merge_sides import Side
+
+# A side's loss may be predicted to grow by this share: what statistics cannot tell from nothing.
+MAX_PREDICTED: Final = 0.01
+# Documents of each text that candidates are compared on, and whole merged experts are judged on.
+MAX_DOCUMENTS: Final = 32
+
+
+class Judge:
+    """Compares candidates by text if there is any, and by statistics otherwise."""
+
+    def __init__(
+        self,
+        loaded: LoadedBackbone,
+        base: Side,
+        sides: Sequence[Side],
+        texts: Mapping[str, ScoredText],
+        progress: CountProgress | None,
+    ) -> None:
+        self._loaded, self._base, self._sides = loaded, base, sides
+        self._texts, self._progress = texts, progress
+        self._statistics: list[Mapping[str, MatrixStatistics]] = [
+            side.statistics.matrices for side in sides if side.statistics is not None
+        ]
+
+    def choose(self, methods: Sequence[str], name: str) -> tuple[MergeReport, Pluggable]:
+        """Return the report on all candidates, and the expert of the best one."""
+        has_statistics = len(self._statistics) == len(self._sides)
+        candidates = list_candidates(methods, has_statistics=has_statistics)
+        if not candidates:
+            raise MergeError(
+                f"{', '.join(methods)} needs the statistics of every side",
+                hint="their authors compute them with `composable check DIR --statistics`",
+            )
+        limits = {
+            part: {label: text.best(part, self._own(part)) for label, text in self._texts.items()}
+            for part in PARTS
+        }
+        tried: dict[Part, list[Tried]] = {part: [] for part in PARTS}
+        for candidate, matrices in self._merge(candidates):
+            for part in PARTS:
+                changes = self._measure(part, matrices, limits[part])
+                tried[part].append(
+                    Tried(
+                        method=candidate.method,
+                        scale=candidate.scale,
+                        setting=candidate.setting,
+                        changes=changes,
+                    )
+                )
+            if self._progress:
+                self._progress(len(tried["body"]), len(candidates))
+        ranked = {part: tuple(sorted(tried[part], key=lambda t: t.worst)) for part in PARTS}
+        best = {part: ranked[part][0] for part in PARTS}
+        chosen: Matrices = {}
+        for part in PARTS:
+            ((_, matrices),) = self._merge([best[part].candidate])
+            chosen |= {name: w for name, w in matrices.items() if name.startswith(part)}
+        expert = from_matrices(self._loaded, self._base.manifest, chosen)
+        report = MergeReport(
+            base=self._base.release,
+            sides=tuple(side.release for side in self._sides),
+            evidence="text" if self._texts else "statistics",
+            tried={part: ranked[part] for part in PARTS},
+            chosen={part: str(best[part].candidate) for part in PARTS},
+            judgements=tuple(self._judge(expert, chosen)),
+            conflicts=tuple(self._find_conflicts(chosen)),
+            release=name,
+        )
+        return report, expert
+
+    def _merge(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Matrices]]:
+        """Yield candidates with the matrices of the expert that each gives, as written."""
+        merged = merge_candidates(
+            self._base.matrices,
+            [side.matrices for side in self._sides],
+            candidates,
+            self._statistics,
+        )
+        for candidate, matrices in merged:
+            expert = from_matrices(self._loaded, self._base.manifest, matrices)
+            yield candidate, to_matrices(self._loaded, expert)
+
+    def _own(self, part: Part) -> list[Matrices]:
+        return [side.matrices for side in self._sides]
+
+    def _measure(
+        self, part: Part, matrices: Matrices, limits: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return the change of the loss of one part by text, as a share."""
+        if self._texts:
+            return {
+                label: text.score(part, matrices) / limits[label] - 1
+                for label, text in self._texts.items()
+            }
+        return {
+            side.release: sum(
+                change
+                for name, change in self._predict(side, matrices).items()
+                if name.startswith(part)
+            )
+            / _own_nats(side, part)
+            for side in self._sides
+        }
+
+    def _predict(self, side: Side, matrices: Matrices) -> dict[str, float]:
+        assert side.statistics is not None  # checked before
+        return predict_changes(side.statistics.matrices, side.matrices, matrices)
+
+    def _judge(self, expert: Pluggable, matrices: Matrices) -> Iterator[Judgement]:
+        """Yield judgements on the chosen expert."""
+        if self._texts:
+            yield from judge_on_text(
+                self._loaded.plug([expert]),
+                {side.release: self._loaded.plug([side.expert]) for side in self._sides},
+                {label: text.documents for label, text in self._texts.items()},
+            )
+            return
+        for side in self._sides:
+            # The loss of a scout is predicted in order, but many times too large: its changes are
+            # far outside the range of a quadratic (docs/results/merging.md).
+            before, change = _own_nats(side, "body"), self._measure("body", matrices, {})
+            grown = change[side.release]
+            yield Judgement(
+                text=side.release,
+                side=side.release,
+                before=before,
+                after=before * (1 + grown),
+                is_worse=grown > MAX_PREDICTED,
+            )
+
+    def _find_conflicts(self, matrices: Matrices) -> Iterator[Conflict]:
+        updates = [find_updates(self._base.matrices, side.matrices) for side in self._sides]
+        has_statistics = len(self._statistics) == len(self._sides)
+        losses = (
+            {side.release: self._predict(side, matrices) for side in self._sides}
+            if has_statistics
+            else {}
+        )
+        for name in self._base.matrices:
+            pairs = list(combinations([update[name] for update in updates], 2))
+            yield Conflict(
+                name=name,
+                cosine=min(_cosine(*pair) for pair in pairs),
+                opposed=max(_opposed(*pair) for pair in pairs),
+                losses={side: found[name] for side, found in losses.items()},
+            )
+
+
+def judge_on_text(
+    merged: Model, sides: Mapping[str, Model], texts: Mapping[str, Sequence[bytes]]
+) -> Iterator[Judgement]:
+    """Yield, for every text and side, whether a merged model is worse than the side beyond noise.
+
+    Documents are compared one by one, in mix mode, as between two releases: worse is a mean
+    difference above zero by a one-sided t test at 95 %, and above 0.5 % of the side's bits per
+    byte.
+
+    Args:
+        merged: A model with the merged expert installed.
+        sides: Models with one side installed each, by name.
+        texts: Documents by name of the text.
+    """
+    for label, documents in texts.items():
+        bits_B = _document_bits(merged, documents)
+        for side, model in sides.items():
+            before_B = _document_bits(model, documents)
+            yield Judgement(
+                text=label,
+                side=side,
+                before=float(before_B.mean()),
+                after=float(bits_B.mean()),
+                is_worse=is_above(bits_B - before_B, MAX_REGRESSION * float(before_B.mean())),
+            )
+
+
+def _document_bits(model: Model, documents: Sequence[bytes]) -> np.ndarray:
+    """Return bits per byte of the start of every document in mix mode, shape B."""
+    score = score_documents(
+        mix_scorer(model), documents, context=model.context, max_bytes=MAX_BYTES
+    )
+    bits_B: np.ndarray = score.nats_B / score.n_bytes_B / np.log(2)
+    return bits_B
+
+
+def judge_group(
+    loaded: LoadedBackbone,
+    base: Side,
+    sides: Sequence[Side],
+    texts: Mapping[str, Sequence[Document]],
+    name: str,
+    report: MergeReport | None,
+) -> MergeReport:
+    """Return the report on keeping every side; without text there is nothing to judge."""
+    names = [side.manifest.name for side in sides]
+    if len({*names, name}) <= len(names):
+        if report is not None:
+            return report
+        raise MergeError(
+            f"a group needs packages of different names, found {', '.join([name, *names])}",
+            hint="give the group another name with --name, or publish the sides under their own",
+        )
+    documents = {
+        label: [document.text.encode() for document in found[:MAX_DOCUMENTS]]
+        for label, found in texts.items()
+    }
+    judgements: tuple[Judgement, ...] = ()
+    if documents:
+        judgements = tuple(
+            judge_on_text(
+                loaded.plug([base.expert, *(side.expert for side in sides)]),
+                {side.release: loaded.plug([side.expert]) for side in sides},
+                documents,
+            )
+        )
+    return MergeReport(
+        base=base.release,
+        sides=tuple(side.release for side in sides),
+        evidence="text" if documents else "statistics",
+        tried=report.tried if report else {},
+        chosen=dict.fromkeys(PARTS, GROUP),
+        judgements=judgements,
+        conflicts=report.conflicts if report else (),
+        release=name,
+    )
+
+
+def _own_nats(side: Side, part: Part) -> float:
+    """Return a side's own loss in its statistics."""
+    assert side.statistics is not None  # checked before
+    record = side.statistics.record
+    return record.body_nats if part == "body" else record.scout_nats
+
+
+def _cosine(one_DF: np.ndarray, two_DF: np.ndarray) -> float:
+    norm = float(np.linalg.norm(one_DF) * np.linalg.norm(two_DF))
+    return float(np.vdot(one_DF, two_DF)) / norm if norm else 0.0
+
+
+def _opposed(one_DF: np.ndarray, two_DF: np.ndarray) -> float:
+    """Return the share of two updates, by magnitude, where their signs are opposite."""
+    size_DF = np.minimum(np.abs(one_DF), np.abs(two_DF))
+    total = float(size_DF.sum())
+    return float(size_DF[one_DF * two_DF < 0].sum()) / total if total else 0.0
