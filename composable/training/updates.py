@@ -58,39 +58,6 @@ def find_factors(tensors: Mapping[str, np.ndarray]) -> Factors:
     }
 
 
-def approximate_change(
-    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], rank: int
-) -> Factors:
-    """Return factors of the change of every matrix, the best ones of a rank.
-
-    Args:
-        before: Tensors by name.
-        after: The same tensors, changed.
-        rank: Rank of the factors at most; a smaller matrix has less.
-
-    References:
-        Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
-
-    Example:
-        >>> factors = approximate_change({"w": np.zeros((3, 2))}, {"w": np.ones((3, 2))}, rank=1)
-        >>> a_DR, b_RF = factors["w"]
-        >>> np.allclose(a_DR.astype(float) @ b_RF.astype(float), 1, atol=0.01)
-        True
-    """
-    factors = {}
-    for name, array in before.items():
-        if array.ndim == 2:
-            change_DF = after[name].astype(np.float64) - array.astype(np.float64)
-            u_DR, s_R, v_RF = np.linalg.svd(change_DF, full_matrices=False)
-            kept = min(rank, len(s_R))
-            root_R = np.sqrt(s_R[:kept])
-            factors[name] = (
-                (u_DR[:, :kept] * root_R).astype(ml_dtypes.bfloat16),
-                (root_R[:, None] * v_RF[:kept]).astype(ml_dtypes.bfloat16),
-            )
-    return factors
-
-
 def add_factors(tensors: Mapping[str, np.ndarray], factors: Factors) -> dict[str, np.ndarray]:
     """Return tensors plus the products of their factors; those without factors as they are."""
     return {

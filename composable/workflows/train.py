@@ -66,7 +66,6 @@ from composable.training.scouts import (
 )
 from composable.training.updates import (
     add_factors,
-    approximate_change,
     find_factors,
     place_parent,
 )
@@ -224,7 +223,7 @@ def train_expert(
     record = _make_record(train, cfg, fitted, scout, seconds, derives_from, update_rank)
     if is_first_process():
         if parent is not None and update_rank is not None:
-            save_update(folder, parent, fitted.expert, manifest, update_rank)
+            save_update(folder, parent, fitted.expert, manifest)
         else:
             save_expert(folder, fitted.expert, manifest)
             remove_factors(folder)
@@ -352,29 +351,22 @@ def _make_start(
     return expert
 
 
-def save_update(
-    folder: Path, parent: Pluggable, expert: Expert, manifest: Manifest, rank: int
-) -> None:
-    """Write the tensors of an update, and the factors that make them from the parent's.
+def save_update(folder: Path, parent: Pluggable, expert: Expert, manifest: Manifest) -> None:
+    """Write the tensors of an update, and the factors that make its body from the parent's.
 
     Args:
         folder: The expert.
         parent: The parent.
-        expert: A trained low-rank body on the parent's matrices, and a trained scout. The scout's
-            matrices are changed by products of the same rank.
+        expert: A trained low-rank body on the parent's matrices, and a trained scout, which is kept
+            as it is: it is small, and an approximation of its change by products lost more than
+            training had gained.
         manifest: The expert's manifest.
-        rank: The rank.
     """
-    body, scout = to_tensors(parent.body, manifest.body.dtype), to_tensors(parent.scout)
-    trained = to_tensors(expert.scout)
-    factors = {
-        BODY_FILE: find_factors(to_tensors(expert.body)),
-        SCOUT_FILE: approximate_change(scout, trained, rank),
-    }
-    vectors = {name: array for name, array in trained.items() if array.ndim != 2}
-    write_tensors(folder / BODY_FILE, add_factors(body, factors[BODY_FILE]))
-    write_tensors(folder / SCOUT_FILE, add_factors({**scout, **vectors}, factors[SCOUT_FILE]))
-    write_factors(folder, factors)
+    factors = find_factors(to_tensors(expert.body))
+    body = to_tensors(parent.body, manifest.body.dtype)
+    write_tensors(folder / BODY_FILE, add_factors(body, factors))
+    write_tensors(folder / SCOUT_FILE, to_tensors(expert.scout))
+    write_factors(folder, {BODY_FILE: factors})
 
 
 def _fit_on_stream(

@@ -166,7 +166,7 @@ def test_the_server_refuses_what_is_not_signed_by_the_right_key(
     forged_keys = forged.keyring.files()
     statement = _sign_with(forged, folder, interface, forged_keys[0])
     with pytest.raises(RegistryError, match="not signed by a key of its publisher"):
-        plain._send_release(folder, *_packed(folder, interface), statement, None)
+        plain._send_release(folder, *_packed(folder, interface), statement, None, {})
     # A list of alice that bob signed, and one of bob that has a package of alice.
     signatory = lab.open("bob").open_signatures().signatory()
     held = signatory.load()

@@ -11,7 +11,7 @@ from composable.errors import TrainingError
 from composable.files.delta import add_product
 from composable.files.safetensors import TensorFile
 from composable.interface import body_signature
-from composable.model.tensors import shapes_of, to_tensors
+from composable.model.tensors import shapes_of
 from composable.packaging import Project, Registry, Requirement, Store, lock_project, sync_project
 from composable.packaging.install import deltas as deltas_module
 from composable.packaging.project import sync as sync_module
@@ -93,11 +93,6 @@ def test_an_update_is_its_parent_plus_products(
     # What is loaded and run is the sum, so no one needs to know of the factors.
     updated = load_expert(loaded, folder)
     assert updated.body.kind == "ffn"
-    changes = [
-        to_tensors(updated.scout)[name] - to_tensors(parent.scout)[name]
-        for name in ("w_in", "w_out")
-    ]
-    assert [np.linalg.matrix_rank(change, tol=1e-4) for change in changes] == [2, 2]
 
 
 def test_an_update_is_resumed(loaded, parent, make_update, text):
@@ -134,7 +129,7 @@ def test_an_update_is_published_and_installed_as_its_factors(
     train_expert(loaded, folder, [text], CFG, parent=parent, update_rank=2)
     check_expert(loaded, folder)
     published = publish_expert(folder, loaded.interface, target)
-    assert published.parent == "logic@1.0.0" and not published.whole
+    assert published.parent == "logic@1.0.0" and FILES[0] not in published.whole
     sizes = {file.name: file.size for file in published.manifest.files}
     assert published.deltas[FILES[0]] < 0.2 * sizes[FILES[0]], "a tiny body of 2 ranks of 32"
 
@@ -146,8 +141,8 @@ def test_an_update_is_published_and_installed_as_its_factors(
         project = project.add(Requirement.parse(f"logic@{version}"))
         lock = lock_project(project, loaded.interface)
         sync_project(project, lock, store, source=Registry(counted))
-    others = sum(sizes[name] for name in sizes.keys() - {*FILES})
-    assert sum(counted.sent.values()) < sum(published.deltas.values()) + others + 3000
+    expected = {**sizes, **published.deltas}
+    assert sum(counted.sent.values()) < sum(expected.values()) + 3000
     installed = project.environment.expert_path("logic")
     assert read(installed) == read(folder)
     # Without the factors, the same release is published, in more bytes.

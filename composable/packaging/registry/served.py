@@ -162,7 +162,7 @@ class ServedRegistry(Registry):
             now = datetime.datetime.now(datetime.UTC).strftime(TIME_FORMAT)
             statement = signatures.sign_release(Release.of(manifest, now)).decode()
         fitting = choose_deltas(manifest, deltas or {})
-        self._send_release(directory, manifest, fitting, statement, progress)
+        self._send_release(directory, manifest, statement, progress, fitting)
         if signatures is not None:
             release = self._find_recorded(manifest.name, manifest.version)
             if release is None:  # in quarantine: it is listed once vetting has passed
@@ -175,9 +175,9 @@ class ServedRegistry(Registry):
         self,
         directory: Path,
         manifest: Manifest,
-        deltas: Mapping[str, PreparedDelta],
         statement: str,
         progress: ByteProgress | None,
+        deltas: Mapping[str, PreparedDelta],
     ) -> None:
         """Upload the files of a release and publish it, with the statement of its publisher."""
         request: dict[str, Any] = {"manifest": manifest.to_toml()}
