@@ -59,7 +59,7 @@ from composable.vetting.evaluation import (
     mix_scorer,
     score_documents,
 )
-from composable.vetting.evidence import MAX_BYTES
+from composable.vetting.evidence import MAX_BYTES, vetted_texts
 from composable.vetting.peers import Peer, PeerMeter
 from composable.workflows.peer_units import PeerJob, PeerWorker, make_job
 from composable.workflows.publish import publish_expert
@@ -67,7 +67,6 @@ from composable.workflows.ray_workers import compute_on_ray
 from composable.workflows.references import list_peers
 from composable.workflows.vet import check_expert
 from composable.workflows.worker_pool import compute_units
-from composable.workflows.workspace import vetted_texts
 from tests.support.tiny import PRIVATE_WORDS, PUBLIC_WORDS, Tiny, router_of
 
 MANIFEST = """[expert]

@@ -26,10 +26,9 @@ from composable.model.scout import Scout
 from composable.training.data import token_stream
 from composable.training.scouts import SCOUT_ROWS, Features, train_scout
 from composable.vetting.evaluation import measure_evidence
-from composable.vetting.evidence import MAX_BYTES
+from composable.vetting.evidence import MAX_BYTES, vetted_texts
 from composable.vetting.peers import correlate_scouts
 from composable.workflows.trunk_cache import cut_rows, trunk_features
-from composable.workflows.workspace import vetted_texts
 
 WIDTH: Final = 128
 _WINDOW: Final = 256

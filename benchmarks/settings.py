@@ -53,10 +53,10 @@ from composable.vetting.evaluation import (
     score_documents,
     trace_routing,
 )
+from composable.vetting.evidence import vetted_texts
 from composable.workflows.train import expert_config, train_expert
 from composable.workflows.trunk_cache import cut_rows, trunk_features
 from composable.workflows.vet import check_expert
-from composable.workflows.workspace import vetted_texts
 
 _WINDOW: Final = 256
 # Settings of safe mode: backbone prior, switch rate, discount of the track records behind its

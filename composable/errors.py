@@ -299,11 +299,14 @@ class MergeConflictError(MergeError):
     Args:
         message: What the best one loses.
         report: The `MergeReport`: what was tried, and what conflicts.
+        where: As of every error.
         hint: What else can be done.
     """
 
-    def __init__(self, message: str, *, report: Any, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(
+        self, message: str, *, report: Any, where: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
         self.report = report
 
 

@@ -15,8 +15,8 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_copy_of_an_error_is_the_error(kind):
-    needed = {"kind": "freeze"} if kind is errors.SignatureError else {}
-    error = kind("'x' is not a number", where="a.toml", hint="write 1", **needed)
+    needed = {errors.SignatureError: {"kind": "freeze"}, errors.MergeConflictError: {"report": {}}}
+    error = kind("'x' is not a number", where="a.toml", hint="write 1", **needed.get(kind, {}))
     error.within("experts[2]")
     found = pickle.loads(pickle.dumps(error))
     assert type(found) is kind

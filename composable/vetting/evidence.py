@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from composable.corpora.documents import truncate_utf8
+from composable.corpora.documents import Document, truncate_utf8
 from composable.model.model import BACKBONE, Model
 from composable.vetting.evaluation import (
     BATCH,
@@ -29,6 +29,8 @@ from composable.vetting.statistics import ratio_interval, upper_mean
 
 # Bytes of a document that are scored: enough to get past its first, uncertain ones.
 MAX_BYTES: Final = 1024
+# Documents of either text that are scored, at most.
+VETTED_DOCUMENTS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,19 @@ class ClassBits:
 
     body: float
     scout: float
+
+
+def vetted_texts(documents: Sequence[Document]) -> list[bytes]:
+    """Return what vetting scores: the start of the first documents, as UTF-8.
+
+    Args:
+        documents: Documents of either text.
+
+    Example:
+        >>> vetted_texts([Document("greeting", "Good morning!")])
+        [b'Good morning!']
+    """
+    return [truncate_utf8(doc.text.encode(), MAX_BYTES) for doc in documents[:VETTED_DOCUMENTS]]
 
 
 def gather_evidence(

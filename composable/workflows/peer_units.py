@@ -43,11 +43,10 @@ from composable.packaging.manifests.manifest import SCOUT_FILE, Manifest
 from composable.progress import CountProgress
 from composable.vetting.card import Check, tensor_digests
 from composable.vetting.evaluation import BATCH, Score
-from composable.vetting.evidence import MAX_BYTES
+from composable.vetting.evidence import MAX_BYTES, vetted_texts
 from composable.vetting.peers import Effect, Peer, PeerMeter, correlate_scouts, judge_effects
 from composable.workflows.references import PeerRelease, load_peer
 from composable.workflows.trunk_cache import StoredTrunk
-from composable.workflows.workspace import vetted_texts
 
 # Raise it with every change that may change a bit of a result.
 RULES: Final = 1

@@ -34,8 +34,9 @@ from composable.packaging.versions.constraint import Constraint, Requirement
 from composable.packaging.versions.version import Version
 from composable.vetting.card import tensor_digests
 from composable.vetting.checks import Verdict
+from composable.vetting.evidence import vetted_texts
 from composable.vetting.peers import Peer
-from composable.workflows.workspace import HELDOUT_FILE, WORK, vetted_texts
+from composable.workflows.workspace import HELDOUT_FILE, WORK
 
 # Stands for every expert in the registries that fits the backbone.
 ALL: Final = "all"

@@ -46,6 +46,7 @@ from composable.progress import CountProgress
 from composable.vetting.card import Check, tensor_digests
 from composable.vetting.checks import Verdict, figure
 from composable.vetting.evaluation import Score
+from composable.vetting.evidence import vetted_texts
 from composable.vetting.probes import vet_triggers
 from composable.vetting.statistics import ratio_interval
 from composable.workflows.merge import merge_experts
@@ -61,7 +62,6 @@ from composable.workflows.references import (
 )
 from composable.workflows.vet import VetPeers, check_expert
 from composable.workflows.worker_pool import compute_units, vet_in_units
-from composable.workflows.workspace import vetted_texts
 
 VERDICT_FILE: Final = "verdict.json"
 # What a proposal was merged to, beside the verdict on it.

@@ -27,11 +27,11 @@ from composable.progress import CountProgress
 from composable.training.record import TrainingRecord
 from composable.vetting.card import Against, Check, write_card
 from composable.vetting.checks import Verdict, vet
-from composable.vetting.evidence import gather_evidence
+from composable.vetting.evidence import gather_evidence, vetted_texts
 from composable.vetting.peers import Peer, vet_with_peers
 from composable.vetting.regression import compare_evidence
 from composable.workflows.statistics import write_statistics
-from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK, vetted_texts
+from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK
 
 if TYPE_CHECKING:
     from composable.workflows.references import PreviousRelease

@@ -9,8 +9,8 @@ from composable.assembly.experts import load_expert
 from composable.corpora.documents import read_documents
 from composable.errors import TextError
 from composable.vetting.checks import Check, Verdict, _check_routed_share, recovery, vet
+from composable.vetting.evidence import vetted_texts
 from composable.vetting.statistics import upper_mean
-from composable.workflows.workspace import vetted_texts
 
 
 @pytest.fixture(scope="module")

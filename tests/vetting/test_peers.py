@@ -11,6 +11,7 @@ from composable.corpora.documents import read_documents
 from composable.model.scout import Scout
 from composable.training.data import token_stream
 from composable.training.scouts import train_scout
+from composable.vetting.evidence import vetted_texts
 from composable.vetting.peers import (
     MAX_CORRELATION,
     Peer,
@@ -19,7 +20,6 @@ from composable.vetting.peers import (
     vet_with_peers,
 )
 from composable.workflows.trunk_cache import cut_rows, trunk_features
-from composable.workflows.workspace import vetted_texts
 
 MATRICES = ("w_in", "b_in", "w_out", "b_out")
 

@@ -18,13 +18,13 @@ from composable.corpora.documents import Document, write_documents
 from composable.errors import VettingError
 from composable.packaging.manifests.manifest import Manifest
 from composable.vetting.evaluation import measure_evidence, mix_scorer, score_documents
+from composable.vetting.evidence import vetted_texts
 from composable.vetting.peers import vet_with_peers
 from composable.workflows import peer_units, worker_pool
 from composable.workflows.peer_units import PeerWorker, list_units, make_job
 from composable.workflows.ray_workers import compute_on_ray
 from composable.workflows.references import find_peers, list_peers
 from composable.workflows.worker_pool import compute_units, count_processes, vet_in_units
-from composable.workflows.workspace import vetted_texts
 from tests.conftest import EXPERT_TOML
 from tests.support.tiny import PRIVATE_WORDS, PUBLIC_WORDS, router_of
 

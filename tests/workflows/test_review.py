@@ -21,11 +21,11 @@ from composable.packaging.trust.keys import Keyring, create_key
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
 from composable.vetting.card import Check
+from composable.vetting.evidence import vetted_texts
 from composable.vetting.probes import measure_triggers, vet_triggers
 from composable.workflows.accept import accept_proposal
 from composable.workflows.review import MERGED, read_verdict, review_proposal, write_verdict
 from composable.workflows.review_page import write_page
-from composable.workflows.workspace import vetted_texts
 from tests.support.tiny import PRIVATE_WORDS
 
 BASE = ("logic", Version("1.0.0"))
