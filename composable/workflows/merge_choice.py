@@ -65,8 +65,9 @@ class Judge:
                 f"{', '.join(methods)} needs the statistics of every side",
                 hint="their authors compute them with `composable check DIR --statistics`",
             )
+        sides = [side.matrices for side in self._sides]
         limits = {
-            part: {label: text.best(part, self._own(part)) for label, text in self._texts.items()}
+            part: {label: text.best(part, sides) for label, text in self._texts.items()}
             for part in PARTS
         }
         tried: dict[Part, list[Tried]] = {part: [] for part in PARTS}
@@ -113,9 +114,6 @@ class Judge:
         for candidate, matrices in merged:
             expert = from_matrices(self._loaded, self._base.manifest, matrices)
             yield candidate, to_matrices(self._loaded, expert)
-
-    def _own(self, part: Part) -> list[Matrices]:
-        return [side.matrices for side in self._sides]
 
     def _measure(
         self, part: Part, matrices: Matrices, limits: Mapping[str, float]
