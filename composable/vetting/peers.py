@@ -20,7 +20,6 @@ from typing import Any, Final, Protocol
 import jax
 import numpy as np
 from flax import nnx
-from scipy import stats
 
 from composable.interface import RouterInterface
 from composable.model.backbone import Backbone
@@ -307,7 +306,7 @@ def correlate_scouts(own_M: np.ndarray, other_M: np.ndarray, backbone_M: np.ndar
     for x_M, rest_M in zip(both, residuals, strict=True):
         if not rest_M @ rest_M > _ROUNDING * (x_M @ x_M):
             return 0.0
-    return float(stats.pearsonr(*residuals).statistic)
+    return float(np.corrcoef(*residuals)[0, 1])
 
 
 def _list_figures(effect: Effect) -> dict[str, Any]:

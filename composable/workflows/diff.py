@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from scipy import stats
 
 from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
@@ -28,7 +27,7 @@ from composable.vetting.evaluation import (
     trace_routing,
 )
 from composable.vetting.evidence import MAX_BYTES
-from composable.vetting.statistics import CONFIDENCE
+from composable.vetting.statistics import mean_interval
 
 # The rank of a change is the number of singular values that hold this share of its square norm.
 _ENERGY: Final = 0.99
@@ -321,8 +320,5 @@ def diff_on_text(
         for i, document in enumerate(documents)
     )
     change_B = bits_MB[2] - bits_MB[1]
-    interval = None
-    if n > 1:
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * stats.sem(change_B)
-        interval = float(change_B.mean() - half), float(change_B.mean() + half)
+    interval = mean_interval(change_B) if n > 1 else None
     return TextChange(documents=changed, change=float(change_B.mean()), interval=interval)
