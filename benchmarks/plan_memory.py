@@ -5,9 +5,9 @@
 
 The same training step is compiled for eight TPUs, as a plan does, and for eight simulated CPU
 devices, where it also runs. Weights, optimiser state and batch have the same sizes in all three, so
-these are compared with the plan itself. What is temporary depends on the compiler: of that, XLA's
-analysis of the CPU's program is compared with the most memory that the process held during steps,
-beyond what it held before its arguments were made.
+the bytes of these arrays on a device are compared with the plan itself. What is temporary depends
+on the compiler: of that, XLA's analysis of the CPU's program is compared with the most memory that
+the process held during steps, beyond what it held before its arguments were made.
 """
 
 from __future__ import annotations
@@ -114,9 +114,12 @@ def measure(kind: str) -> dict[str, Any]:
     gc.collect()
     before = read_memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the most so far starts again from now
-    state = fill()
-    jax.block_until_ready(state)
-    arguments = read_memory("VmRSS") - before
+    state = jax.block_until_ready(fill())
+    arguments = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves((state, rows))
+        for shard in leaf.addressable_shards
+    )
     new, opt_state, frozen_arrays = state
     del state
     for _ in range(STEPS):

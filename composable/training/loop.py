@@ -280,7 +280,9 @@ def _compile_step(
         figures = {"loss": loss, "grad_norm": optax.tree.norm(grads), **figures}
         return optax.apply_updates(trained, updates), opt_state, figures
 
-    return jax.jit(step_fn, donate_argnums=(0, 1))
+    # A full body takes the place of frozen matrices. These stay in the devices' memory though no
+    # step reads them, so the program's memory, which a plan names, has to count them.
+    return jax.jit(step_fn, donate_argnums=(0, 1), keep_unused=True)
 
 
 class _Log:

@@ -38,12 +38,16 @@ BY_HAND = 0.05
 
 
 def flops_per_token(objective, trained, frozen):
-    """Return the operations of the step that is compiled for this machine."""
+    """Return the operations of the step that is compiled for this machine.
+
+    Its arguments take the memory of all arrays, also of frozen ones that a full body replaces.
+    """
     rows = jax.ShapeDtypeStruct((TRAINING.batch_size, TRAINING.window + 1), jnp.int32)
-    lowered = lower_step(
-        objective, trained, frozen, rows, optimizer=adamw(TRAINING), mesh=make_mesh()
-    )
+    optimizer = adamw(TRAINING)
+    lowered = lower_step(objective, trained, frozen, rows, optimizer=optimizer, mesh=make_mesh())
     cost = measure_program(lowered.compile())
+    arrays = jax.tree.leaves((trained, jax.eval_shape(optimizer.init, trained), frozen, rows))
+    assert cost.arguments == pytest.approx(sum(a.size * a.dtype.itemsize for a in arrays), rel=1e-3)
     return cost.flops / (TRAINING.batch_size * TRAINING.window)
 
 
