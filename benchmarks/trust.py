@@ -30,7 +30,8 @@ from composable.packaging import Registry
 from composable.packaging.registry.signature_settings import SignatureSettings
 from composable.packaging.registry.storage import Folder
 from composable.packaging.trust.client import SignedDocuments
-from composable.packaging.trust.keys import Keyring, create_key
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import create_key
 from composable.packaging.trust.metadata import Grant
 from composable.packaging.trust.signing import Signatory
 from tests.packaging.conftest import make_interface

@@ -19,6 +19,7 @@
     │   ├── ProposalError         a proposal that was changed, or a verdict that no longer holds
     │   ├── SignatureError        a registry whose signatures or signed versions are wrong
     │   ├── KeyFileError          a signing key that is missing, locked or malformed
+    │   ├── IdentityError         an identity that cannot be signed with
     │   ├── DiskError             a disk that is full, read-only or failing
     │   └── TensorFileError       a safetensors file that failed its check
     │       └── StatisticsError   statistics that are damaged, or do not fit the tensors
@@ -64,6 +65,8 @@ SIGNATURE_RULES: Final = {
     "incomplete": "a registry that is only partly signed",
     "wrong-content": "bytes that differ from what was signed",
     "clock": "a clock that is wrong",
+    "unproven": "a signature of an identity that no log proves",
+    "unverifiable": "a signature that needs a library which is not installed",
 }
 
 
@@ -243,6 +246,10 @@ class SignatureError(PackagingError):
 
 class KeyFileError(PackagingError):
     """A signing key that is missing, locked or malformed."""
+
+
+class IdentityError(PackagingError):
+    """An identity that cannot be signed with: no credential, or sigstore unreachable or refusing."""
 
 
 class DiskError(PackagingError):

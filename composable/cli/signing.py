@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -129,19 +130,23 @@ def grant(
         list[str] | None,
         typer.Option(
             "--key",
-            metavar="ed25519:…",
-            help="A public key that it signs with; repeatable.",
+            metavar="KEY",
+            help="A public key that it signs with, ed25519:…, or an identity, "
+            "'sigstore:ISSUER#SUBJECT'; repeatable.",
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Let a publisher publish packages, or give it further names or keys.
+    """Let a publisher publish packages, or give it further names, keys or identities.
 
-    Needs two root keys. A name can belong to one publisher only.
+    Needs two root keys. A name can belong to one publisher only. An identity is an account of an
+    OpenID provider, exactly as sigstore writes it into certificates: a person,
+    'sigstore:https://accounts.google.com#alice@example.org', or a workflow on GitHub,
+    'sigstore:https://token.actions.githubusercontent.com#https://github.com/alice/german/.github/workflows/publish.yml@refs/heads/main'.
     """
-    from composable.packaging.trust.keys import parse_public_key
+    from composable.packaging.trust.identities import parse_signer
     from composable.packaging.trust.metadata import check_pattern
     from composable.packaging.versions.names import check_package_name
 
@@ -149,8 +154,38 @@ def grant(
     outcome = signatures.authority().grant(
         check_package_name(publisher),
         [check_pattern(name) for name in names or ()],
-        [parse_public_key(text) for text in keys or ()],
+        [parse_signer(text) for text in keys or ()],
     )
+    _report(signatures, signatures.change(outcome), location, as_json=as_json, is_quiet=is_quiet)
+
+
+@app.command()
+def sigstore(
+    location: Registry,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="A client trust configuration of another sigstore than the public one.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    is_quiet: Quiet = False,
+) -> None:
+    """Accept identities that sigstore proves: its certificates and keys become part of the registry.
+
+    Needs two root keys, and the extra composable[sigstore]. Run it again when the sigstore has new
+    keys; identities that only the previous ones prove are refused from then on. Clients use
+    nothing but what is stated here, so they verify without a network.
+    """
+    from composable.packaging.trust.identities import Sigstore
+    from composable.packaging.trust.sign_in import read_trusted_root
+
+    signatures = _open(location)
+    accepted = Sigstore(read_trusted_root(file))
+    accepted.check()
+    outcome = signatures.authority().accept_sigstore(accepted)
     _report(signatures, signatures.change(outcome), location, as_json=as_json, is_quiet=is_quiet)
 
 
@@ -162,15 +197,15 @@ def revoke(
         str | None,
         typer.Option(
             "--key",
-            metavar="ed25519:…",
-            help="Only this key, or the start of it. Default: all of them.",
+            metavar="KEY",
+            help="Only this key or identity, or the start of it. Default: all of them.",
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Take the keys of a publisher away, so that nothing they signed is accepted any more.
+    """Take keys or identities of a publisher away: nothing they signed is accepted any more.
 
     Needs two root keys. The names of the publisher stay its own: grant it a new key to continue.
     """
@@ -189,7 +224,13 @@ def rotate(
         ),
     ],
     new: Annotated[
-        str, typer.Option("--new", metavar="ed25519:…", help="The new key.", show_default=False)
+        str,
+        typer.Option(
+            "--new",
+            metavar="KEY",
+            help="The new key; for a publisher, also an identity, 'sigstore:ISSUER#SUBJECT'.",
+            show_default=False,
+        ),
     ],
     old: Annotated[
         str,
@@ -208,10 +249,12 @@ def rotate(
     Needs two root keys; for `online`, run it where the new key is. A publisher then signs its
     releases again with `composable registry sign`.
     """
+    from composable.packaging.trust.identities import parse_signer
     from composable.packaging.trust.keys import parse_public_key
 
     signatures = _open(location)
-    public, authority = parse_public_key(new), signatures.authority()
+    authority = signatures.authority()
+    public = parse_public_key(new) if who in ("root", "online") else parse_signer(new)
     if who == "root":
         if not old:
             raise typer.BadParameter("say which root key to replace", param_hint="--old")
@@ -241,14 +284,17 @@ def sign(
     discard: Annotated[
         bool, typer.Option("--discard", help="Drop the change that waits for signatures.")
     ] = False,
+    as_identity: Annotated[
+        bool, typer.Option("--identity", help="Sign in with sigstore, and sign as that identity.")
+    ] = False,
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
     """Sign whatever the keys on this machine are for.
 
     With the online key: make visible what publishers signed, and confirm that it is current. Run it
-    after publications, and at least every 30 days. With the key of a publisher: sign its releases
-    again after a change of keys. With a root key: see --approve.
+    after publications, and at least every 30 days. With the key or identity of a publisher: sign
+    its releases again after a change of keys. With a root key: see --approve.
     """
     from composable.packaging.versions.constraint import Requirement
 
@@ -272,7 +318,8 @@ def sign(
                 "--discard",
                 is_quiet=is_quiet,
             )
-        outcome = signatures.sign([Requirement.parse(text) for text in vouch or ()], days=days)
+        requirements = [Requirement.parse(text) for text in vouch or ()]
+        outcome = signatures.sign(requirements, days=days, as_identity=as_identity)
     _report(signatures, outcome, location, as_json=as_json, is_quiet=is_quiet)
 
 

@@ -36,7 +36,8 @@ from composable.packaging.project.locking import lock_project
 from composable.packaging.project.project import Project
 from composable.packaging.project.verification import verify_signatures
 from composable.packaging.registry.locations import open_for_publishing
-from composable.packaging.trust.keys import Keyring, format_public_key
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import format_public_key
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
 from composable.progress import CountProgress, StageProgress

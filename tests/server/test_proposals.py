@@ -13,7 +13,8 @@ from composable.interface import RouterInterface
 from composable.packaging import Version
 from composable.packaging.registry.inbox import Outcome
 from composable.packaging.registry.served_inbox import ServedInbox
-from composable.packaging.trust.keys import Keyring, create_key
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import create_key
 from composable.packaging.trust.proposal import Proposal, seal
 from composable.server.database import in_hours
 from composable.server.settings import Settings

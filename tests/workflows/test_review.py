@@ -17,7 +17,8 @@ from composable.files.records import format_record, to_plain
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.registry.inbox import Inbox
 from composable.packaging.registry.locations import open_for_publishing
-from composable.packaging.trust.keys import Keyring, create_key
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import create_key
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
 from composable.vetting.card import Check

@@ -27,6 +27,8 @@ from composable.packaging.versions.version import Version
 
 LOCK_FILE: Final = "composable.lock"
 SCHEMA: Final = 1
+# An identity is longer than a key.
+MAX_SIGNER_LENGTH: Final = 700
 _HEADER: Final = "# Written by composable. Change composable.toml and lock again.\n"
 
 
@@ -340,7 +342,7 @@ def _read_expert(table: Table, registries: Mapping[str, str]) -> LockedExpert:
 def _read_signer(table: Table) -> Signer:
     signer = Signer(
         publisher=check_package_name(table.text("publisher"), table.where("publisher")),
-        key=table.text("key", max_length=100),
+        key=table.text("key", max_length=MAX_SIGNER_LENGTH),
     )
     table.finish()
     return signer

@@ -42,7 +42,8 @@ from composable.packaging.manifests.toml import MAX_TOML_BYTES
 from composable.packaging.registry.registry import Registry, parse_manifest
 from composable.packaging.registry.release import Release
 from composable.packaging.registry.storage import LocalFile, WritableStorage
-from composable.packaging.trust.keys import Keyring, format_public_key, shorten_key
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import format_public_key, shorten_key
 from composable.packaging.trust.proposal import (
     MAX_ENVELOPE_BYTES,
     Proposal,

@@ -131,7 +131,7 @@ def open_inbox(location: str | Path, *, keys: Path | None = None) -> Inbox:
         RegistryError: When the registry can have none.
     """
     from composable.packaging.registry.inbox import Inbox
-    from composable.packaging.trust.keys import Keyring
+    from composable.packaging.trust.keyring import Keyring
 
     if str(location).startswith(_WITHOUT_INBOX):
         raise RegistryError(

@@ -374,6 +374,8 @@ class Registry:
         if signatures is not None:
             signatures.check_publisher(manifest.name)
         self.check_admissible(release)
+        if signatures is not None:
+            signatures.prepare(release)
         for file in manifest.files:
             delta = fitting.get(file.name)
             if delta is not None:

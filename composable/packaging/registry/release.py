@@ -46,7 +46,8 @@ class Signer:
 
     Args:
         publisher: The name of the publisher in the registry.
-        key: Its public key, as `ed25519:` and 64 hexadecimal digits.
+        key: Its public key, as `ed25519:` and 64 hexadecimal digits, or the identity that signed,
+            as `sigstore:ISSUER#SUBJECT`.
     """
 
     publisher: str

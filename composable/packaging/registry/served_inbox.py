@@ -15,7 +15,7 @@ from composable.files.records import convert, to_plain
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.registry.inbox import FOLDER, Inbox, Outcome, Received
 from composable.packaging.registry.served import VERIFIED_BYTES_PER_SECOND, ServedRegistry
-from composable.packaging.trust.keys import Keyring
+from composable.packaging.trust.keyring import Keyring
 from composable.packaging.trust.proposal import Proposal, open_envelope
 from composable.progress import ByteProgress
 

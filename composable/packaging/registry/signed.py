@@ -50,7 +50,8 @@ from composable.packaging.registry.storage import (
     WritableStorage,
 )
 from composable.packaging.trust.client import SignedDocuments, read_clock
-from composable.packaging.trust.keys import Keyring, create_key, format_public_key
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import create_key, format_public_key
 from composable.packaging.trust.metadata import (
     ONLINE_DAYS,
     ROOT_KEYS,
@@ -96,6 +97,8 @@ class Signatures:
         self.awaits_operator = False
         # Whether a server lists it only once vetting has passed, for its publisher to sign it then.
         self.awaits_vetting = False
+        # A statement that is signed and not stored yet.
+        self._prepared: tuple[Statement, bytes] | None = None
 
     def read_index(self, name: str) -> Document | None:
         """Return the signed index of a package; None if the registry has none of that name.
@@ -218,9 +221,24 @@ class Signatures:
         Raises:
             SignatureError: When nobody may publish that name, or its publisher has no keys.
             KeyFileError: When the key is not here, or its pass phrase is missing or wrong.
+            IdentityError: When its identity could not be signed in, or the signature not logged.
         """
         _, keys = self.signatory().find_publisher(release.name)
         return sign_statement(make_statement(release), keys[0])
+
+    def prepare(self, release: Release) -> None:
+        """Sign the statement on a release, unless the registry has it; `publish` stores it.
+
+        Signing may need the network, so this comes before anything is uploaded.
+
+        Raises:
+            SignatureError: When nobody may publish that name, or its publisher has no keys.
+            KeyFileError: When the key is not here, or its pass phrase is missing or wrong.
+            IdentityError: When its identity could not be signed in, or the signature not logged.
+        """
+        seen = self._files.read(statement_path(release.name, release.version))
+        if seen is None or not self._is_stated_here(release, seen.data):
+            self._prepared = make_statement(release), self.sign_release(release)
 
     def publish(self, release: Release) -> None:
         """Sign a release that was published, and make it visible if the online key is here."""
@@ -306,7 +324,13 @@ class Signatures:
             outcome.is_visible = self._confirm_if_possible()
         return outcome
 
-    def sign(self, vouch: Iterable[Requirement] = (), *, days: float = ONLINE_DAYS) -> Outcome:
+    def sign(
+        self,
+        vouch: Iterable[Requirement] = (),
+        *,
+        days: float = ONLINE_DAYS,
+        as_identity: bool = False,
+    ) -> Outcome:
         """Sign whatever this machine has keys for, and confirm it if it has the online key.
 
         Lists of its publishers that are signed by other keys of theirs are signed again, and
@@ -316,11 +340,15 @@ class Signatures:
             vouch: Releases to sign though they have no valid statement: published before the
                 registry was signed, or signed with a key that is revoked.
             days: How long the confirmation holds.
+            as_identity: Whether to sign in, and sign what that identity may.
 
         Raises:
             KeyFileError: When no key of this registry is here.
+            IdentityError: When no identity could be signed in.
         """
         outcome = Outcome()
+        if as_identity:
+            self.keyring.open_session()
         signatory = self.signatory()
         for requirement in vouch:
             outcome.signed += self._vouch(requirement)
@@ -410,26 +438,34 @@ class Signatures:
                 return True
         return False
 
-    def _state_release(self, release: Release, *, only_if_signed_by_others: bool = False) -> bool:
-        """Write the statement on a release, signed; return whether there was none like it."""
-        storage = self._writable()
+    def _is_stated_here(self, release: Release, data: bytes) -> bool:
+        """Return whether a statement on a release is valid, and by a key of this machine."""
         publisher, keys = self.signatory().find_publisher(release.name)
         path = statement_path(release.name, release.version)
         expected = dataclasses.asdict(make_statement(release))
+        with contextlib.suppress(PackagingError):
+            check_statement(data, expected, publisher, [key.public_key for key in keys], path)
+            return True
+        return False
+
+    def _state_release(self, release: Release, *, only_if_signed_by_others: bool = False) -> bool:
+        """Write the statement on a release, signed; return whether there was none like it."""
+        storage = self._writable()
+        path = statement_path(release.name, release.version)
         seen = storage.read(path)
-        here = [signer.public_key for signer in keys]
-        if seen is not None:
-            with contextlib.suppress(PackagingError):
-                check_statement(seen.data, expected, publisher, here, path)
-                return False
+        if seen is not None and self._is_stated_here(release, seen.data):
+            return False
         if only_if_signed_by_others:
-            held = self.authority().load()
-            all_keys = held.grants[publisher].keys
+            publisher, _ = self.signatory().find_publisher(release.name)
+            all_keys = self.authority().load().grants[publisher].keys
+            expected = dataclasses.asdict(make_statement(release))
             try:
                 check_statement(seen.data if seen else b"", expected, publisher, all_keys, path)
             except SignatureError:
                 return False  # nobody vouches for it
-        data = self.sign_release(release)
+        statement, data = self._prepared or (None, b"")
+        if statement != make_statement(release):
+            data = self.sign_release(release)
         while not storage.replace(path, data, seen):
             seen = storage.read(path)
         return True
@@ -475,6 +511,9 @@ def describe_signers(signatures: Signatures) -> list[dict[str, str]]:
             name = "root" if role == "root" else "online"
             key = format_public_key(root.keys[keyid])
             rows.append({"signer": name, "key": key, "for": what})
+    sigstore = signatures.documents.sigstore
+    if sigstore is not None:
+        rows.append({"signer": "sigstore", "key": sigstore.describe(), "for": "who identities are"})
     for grant in grants.values():
         texts = [format_public_key(key) for key in grant.keys] or ["revoked"]
         rows += [

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from securesystemslib.signer import Key
 from tuf.api import exceptions
-from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
@@ -29,6 +29,7 @@ from composable.files import atomic
 from composable.files.blobs import blob_path
 from composable.files.reading import read_bytes
 from composable.packaging.registry.storage import MAX_DOCUMENT_BYTES, Document, Storage
+from composable.packaging.trust.identities import Sigstore, explain_refusal
 from composable.packaging.trust.keys import fingerprint
 from composable.packaging.trust.metadata import (
     BIN,
@@ -36,9 +37,11 @@ from composable.packaging.trust.metadata import (
     ISSUED,
     PUBLISHER,
     Grant,
+    accept_identities_of,
     keys_of,
     metadata_path,
     read_grants,
+    read_sigstore,
     roles_for,
 )
 
@@ -156,6 +159,11 @@ class SignedDocuments:
         return self._get_trusted().root
 
     @property
+    def sigstore(self) -> Sigstore | None:
+        """The sigstore that proves the identities of publishers; None if it accepts none."""
+        return read_sigstore(self._get_trusted().targets)
+
+    @property
     def root_fingerprint(self) -> str:
         """One short text for the root keys, to compare with that of the operator."""
         root = self.root
@@ -261,8 +269,6 @@ class SignedDocuments:
     def known_versions(self) -> dict[str, int]:
         """Return the newest version of each role that this machine has seen listed."""
         with contextlib.suppress(OSError, exceptions.RepositoryError, KeyError, ValueError):
-            from tuf.api.metadata import Metadata
-
             snapshot = Metadata[Snapshot].from_bytes(read_bytes(self._local(_SNAPSHOT))).signed
             versions = {name.removesuffix(".json"): m.version for name, m in snapshot.meta.items()}
             return {**versions, _SNAPSHOT: snapshot.version}
@@ -336,6 +342,11 @@ class SignedDocuments:
     def _load_targets(self, trusted: TrustedMetadataSet, role: str, delegator: str) -> Targets:
         if trusted.contains(role, delegator):
             return cast(Targets, trusted[role])
+        targets = self._read_targets(trusted, role, delegator)
+        accept_identities_of(targets, read_sigstore(trusted.targets))
+        return targets
+
+    def _read_targets(self, trusted: TrustedMetadataSet, role: str, delegator: str) -> Targets:
         local = self._read_local(role)
         if local is not None:
             with contextlib.suppress(exceptions.RepositoryError):
@@ -352,7 +363,10 @@ class SignedDocuments:
             )
         with self._explained(role, trusted, delegator=delegator):
             data = self._fetch(role, meta.version if trusted.root.consistent_snapshot else None)
-            targets = trusted.update_delegated_targets(data, role, delegator)
+            try:
+                targets = trusted.update_delegated_targets(data, role, delegator)
+            except exceptions.UnsignedMetadataError as error:
+                raise self._refuse_signer(role, trusted, delegator, data) from error
             self._keep(role, data)
         return targets
 
@@ -519,7 +533,7 @@ class SignedDocuments:
         )
 
     def _refuse_signer(
-        self, role: str, trusted: TrustedMetadataSet | None, delegator: str
+        self, role: str, trusted: TrustedMetadataSet | None, delegator: str, data: bytes = b""
     ) -> SignatureError:
         where = f"{self.location}/{self._folder}/{role}"
         if role.startswith(PUBLISHER) and trusted is not None:
@@ -532,6 +546,18 @@ class SignedDocuments:
                     hint="do not use its releases; once the operator has granted a new key, the "
                     "publisher signs those that are genuine with `composable registry sign`",
                 )
+            if delegations is not None:
+                metadata: Metadata[Targets] = Metadata.from_bytes(data)
+                refusal = explain_refusal(
+                    keys_of(delegations, role), metadata.signatures.values(), metadata.signed_bytes
+                )
+                if refusal is not None:
+                    return SignatureError(
+                        f"the signature of {_describe_role(role)} is not valid: {refusal}",
+                        kind=refusal.kind,
+                        where=where,
+                        hint=f"somebody else wrote it, or the registry is damaged: {_ASK}",
+                    )
         return SignatureError(
             f"{_describe_role(role)} is not signed by the keys in charge of it",
             kind="wrong-signer",

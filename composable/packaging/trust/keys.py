@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
-from composable.errors import KeyFileError, PackagingError
+from composable.errors import KeyFileError
 from composable.files import atomic
 from composable.files.reading import read_bytes
 from composable.interface.digest import canonical_json, digest_bytes
@@ -30,6 +30,9 @@ from composable.packaging.versions.names import check_package_name
 SUFFIX: Final = ".key"
 KEYS_VARIABLE: Final = "COMPOSABLE_KEYS"
 PASSPHRASE_VARIABLE: Final = "COMPOSABLE_PASSPHRASE"
+# Of an identity in the place of a key, as `packaging.trust.identities` reads it.
+IDENTITY_TYPE: Final = "sigstore-oidc"
+IDENTITY_PREFIX: Final = "sigstore:"
 _KIND: Final = "composable-key"
 _PREFIX: Final = "ed25519:"
 _PUBLIC: Final = re.compile(r"ed25519:[0-9a-f]{64}", re.ASCII)
@@ -65,18 +68,22 @@ def parse_public_key(text: str) -> Key:
 
 
 def format_public_key(key: Key) -> str:
-    """Return a public key as one line of text."""
+    """Return a public key, or the identity in its place, as one line of text."""
+    if key.keytype == IDENTITY_TYPE:
+        return f"{IDENTITY_PREFIX}{key.keyval['issuer']}#{key.keyval['identity']}"
     return f"{key.scheme}:{key.keyval['public']}"
 
 
 def shorten_key(text: str) -> str:
-    """Return the start of a public key, for messages.
+    """Return the start of a public key, or the subject of an identity, for messages.
 
     Example:
         >>> shorten_key("ed25519:" + "0123456789abcdef" * 4)
         'ed25519:0123456789ab…'
+        >>> shorten_key("sigstore:https://accounts.google.com#alice@example.org")
+        'alice@example.org'
     """
-    return f"{text[:20]}…"
+    return text.partition("#")[2] if text.startswith(IDENTITY_PREFIX) else f"{text[:20]}…"
 
 
 @dataclass(frozen=True)
@@ -197,37 +204,6 @@ def read_passphrase(path: Path) -> str:
     import getpass  # late: only a terminal needs it
 
     return getpass.getpass(f"Pass phrase of {path}: ")
-
-
-class Keyring:
-    """The key files of a folder.
-
-    Args:
-        folder: The folder; by default that of the user. It need not exist.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or default_keys()
-        self._signers: dict[Path, CryptoSigner] = {}
-
-    def files(self) -> list[KeyFile]:
-        """Return the keys of the folder, by name; files that are no key files are skipped."""
-        found = []
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")) if self.folder.is_dir() else ():
-            with contextlib.suppress(PackagingError):
-                found.append(KeyFile.read(path))
-        return found
-
-    def find(self, keys: Iterable[str]) -> list[KeyFile]:
-        """Return the key files whose public key has one of these key identifiers."""
-        wanted = set(keys)
-        return [file for file in self.files() if file.public.keyid in wanted]
-
-    def unlock(self, file: KeyFile) -> CryptoSigner:
-        """Return the signer of a key file, which is decrypted once."""
-        if file.path not in self._signers:
-            self._signers[file.path] = file.unlock()
-        return self._signers[file.path]
 
 
 def fingerprint(keys: Iterable[Key]) -> str:

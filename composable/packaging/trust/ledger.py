@@ -32,15 +32,19 @@ from composable.files.blobs import blob_path
 from composable.interface.digest import digest_bytes
 from composable.packaging.registry.storage import WritableStorage, put_blob
 from composable.packaging.trust.client import Clock, SignedDocuments, read_clock
-from composable.packaging.trust.keys import Keyring, format_public_key, shorten_key
+from composable.packaging.trust.identities import IdentityKey
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import format_public_key, shorten_key
 from composable.packaging.trust.metadata import (
     FOLDER,
     PUBLISHER_DAYS,
     Grant,
+    accept_identities_of,
     expiry,
     has_bins,
     metadata_path,
     read_grants,
+    read_sigstore,
     roles_for,
     to_bytes,
 )
@@ -128,7 +132,8 @@ class Ledger:
                 where=f"{self.location}/{FOLDER}",
                 hint="restore the folder from a backup or a mirror; nothing was changed",
             )
-        bins = {}
+        sigstore, bins = read_sigstore(targets), {}
+        accept_identities_of(targets, sigstore)
         if has_bins(targets):
             for name in _bins_of(targets):
                 found = self.load_newest(name, targets, versions)
@@ -139,6 +144,7 @@ class Ledger:
                         where=f"{self.location}/{FOLDER}",
                         hint="restore the folder from a backup or a mirror; nothing was changed",
                     )
+                accept_identities_of(found, sigstore)
                 bins[name] = found
         return Held(root=root, targets=targets, bins=bins)
 
@@ -226,13 +232,16 @@ class Ledger:
         return document.data
 
     def open_keys(self, keys: Iterable[Key], what: str) -> list[Signer]:
-        """Return the signers of those keys that are on this machine.
+        """Return the signers of those keys that are on this machine, or of an identity.
 
         Raises:
-            KeyFileError: When none of them is.
+            KeyFileError: When none of the keys is here, and there are no identities.
+            IdentityError: When none of the keys is here, and no identity could be signed in.
         """
         keys = list(keys)
         files = self.keyring.find(key.keyid for key in keys)
+        if not files and (identities := [key for key in keys if isinstance(key, IdentityKey)]):
+            return [self.keyring.sign_in(identities, what)]
         if not files:
             names = ", ".join(shorten_key(format_public_key(key)) for key in keys)
             raise KeyFileError(

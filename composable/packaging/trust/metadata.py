@@ -29,6 +29,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from composable.errors import ManifestError
 from composable.interface.digest import digest_bytes
+from composable.packaging.trust.identities import Sigstore, accept_identities
 from composable.packaging.versions.names import check_package_name
 
 FOLDER: Final = "trust"
@@ -50,6 +51,8 @@ ONLINE_DAYS: Final = 30
 PUBLISHER_DAYS: Final = 3650
 # When the timestamp was signed: a clock that is before it is wrong.
 ISSUED: Final = "issued"
+# In the list of publishers: the sigstore that proves the identities among them.
+SIGSTORE: Final = "sigstore"
 _SERIALIZER: Final = JSONSerializer(compact=True)
 
 
@@ -59,7 +62,7 @@ class Grant:
 
     Args:
         publisher: Its name.
-        keys: Its keys, of which each is enough; none if they were revoked.
+        keys: Its keys or identities, of which each is enough; none if they were revoked.
         names: Package names, or the start of names followed by `*`.
     """
 
@@ -145,6 +148,18 @@ def keys_of(delegations: Delegations, role: str) -> tuple[Key, ...]:
     """Return the keys of a delegated role."""
     keyids = delegations.roles[role].keyids if delegations.roles is not None else []
     return tuple(delegations.keys[keyid] for keyid in keyids)
+
+
+def read_sigstore(targets: Targets) -> Sigstore | None:
+    """Return the sigstore that the list of publishers accepts; None if it accepts none."""
+    fields = targets.unrecognized_fields.get(SIGSTORE)
+    return None if fields is None else Sigstore(fields)
+
+
+def accept_identities_of(delegator: Targets, sigstore: Sigstore | None) -> None:
+    """Let the identities of the publishers in a list be proven by a sigstore."""
+    if delegator.delegations is not None:
+        accept_identities(delegator.delegations.keys.values(), sigstore)
 
 
 def read_grants(parts: Iterable[Targets]) -> dict[str, Grant]:

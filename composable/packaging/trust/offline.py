@@ -26,6 +26,7 @@ from composable.errors import (
     KeyFileError,
     RegistryError,
 )
+from composable.packaging.trust.identities import IdentityKey, Sigstore
 from composable.packaging.trust.keys import format_public_key, shorten_key
 from composable.packaging.trust.ledger import (
     VERSIONED,
@@ -44,12 +45,14 @@ from composable.packaging.trust.metadata import (
     REGISTRY_ROLE,
     ROOT_KEYS,
     ROOT_THRESHOLD,
+    SIGSTORE,
     Grant,
     delegate,
     expiry,
     has_bins,
     metadata_path,
     read_grants,
+    read_sigstore,
     to_bytes,
 )
 from composable.packaging.versions.names import confusable_key
@@ -145,6 +148,20 @@ class Authority(Ledger):
                 self._refuse_shared_key(other, all_keys)
         grant = Grant(publisher=publisher, keys=tuple(all_keys.values()), names=wanted)
         return self._commit(held, self._change_grants(held, {**before, publisher: grant}))
+
+    def accept_sigstore(self, sigstore: Sigstore) -> Outcome:
+        """Accept identities that a sigstore proves, and no other one any more.
+
+        Raises:
+            KeyFileError: When no offline key is here.
+        """
+        held = self.load()
+        if sigstore.trusted_root == held.targets.unrecognized_fields.get(SIGSTORE):
+            return Outcome()
+        assert held.targets.delegations is not None
+        return self._commit(
+            held, {"targets": self._delegate("targets", held.targets.delegations, sigstore)}
+        )
 
     def revoke(self, publisher: str, key: str | None = None) -> Outcome:
         """Take the keys of a publisher away; its names stay its own.
@@ -284,28 +301,53 @@ class Authority(Ledger):
             for key in [online] if role in ("snapshot", "timestamp") else offline:
                 root.add_key(key, role)
         delegations, bins = delegate(held.grants, _operators(offline, online))
+        sigstore = read_sigstore(held.targets)
         changes = {
-            role: self._delegate(role, wanted)
+            role: self._delegate(role, wanted, sigstore if role == "targets" else None)
             for role, wanted in {"targets": delegations, **bins}.items()
         }
         return self._commit(held, {"root": Metadata(root), **changes})
 
     def _change_grants(self, held: Held, grants: Mapping[str, Grant]) -> dict[str, Metadata[Any]]:
-        """Return the next version of every offline role that other grants change."""
+        """Return the next version of every offline role that other grants change.
+
+        Raises:
+            RegistryError: When they have an identity, and nothing would prove it.
+        """
+        sigstore = read_sigstore(held.targets)
+        identities = [
+            key for grant in grants.values() for key in grant.keys if isinstance(key, IdentityKey)
+        ]
+        if identities and sigstore is None:
+            raise RegistryError(
+                f"accepts no sigstore yet, which would prove the identity {identities[0].subject}",
+                where=self.location,
+                hint=f"state it first: `composable registry sigstore {self.location}`",
+            )
         operators = _operators(keys_in(held.root, "root"), keys_in(held.root, "timestamp")[0])
         delegations, bins = delegate(grants, operators)
         before = {"targets": held.targets, **held.bins}
         return {
-            role: self._delegate(role, wanted)
+            role: self._delegate(role, wanted, sigstore if role == "targets" else None)
             for role, wanted in {"targets": delegations, **bins}.items()
             if role not in before or before[role].delegations != wanted
         }
 
-    def _delegate(self, role: str, delegations: Delegations) -> Metadata[Any]:
+    def _delegate(
+        self, role: str, delegations: Delegations, sigstore: Sigstore | None
+    ) -> Metadata[Any]:
         """Return the next version of a role that says who may publish what."""
         until = expiry(self.now(), OFFLINE_DAYS)
         version = self.next_version(role)
-        return Metadata(Targets(version=version, expires=until, delegations=delegations))
+        fields = {} if sigstore is None else {SIGSTORE: sigstore.trusted_root}
+        return Metadata(
+            Targets(
+                version=version,
+                expires=until,
+                delegations=delegations,
+                unrecognized_fields=fields,
+            )
+        )
 
     def _commit(self, held: Held, changes: Mapping[str, Metadata[Any]]) -> Outcome:
         """Sign a change of offline metadata; write it, or keep it until it has all signatures."""
@@ -432,9 +474,9 @@ class Authority(Ledger):
     def _refuse_shared_key(self, other: Grant, keys: Mapping[str, Key]) -> None:
         if any(key.keyid in keys for key in other.keys):
             raise RegistryError(
-                f"the key belongs to publisher {other.publisher!r}",
+                f"the key or identity belongs to publisher {other.publisher!r}",
                 where=self.location,
-                hint="every publisher needs a key of its own: `composable registry key NAME`",
+                hint="every publisher needs one of its own: `composable registry key NAME`",
             )
 
 
@@ -471,6 +513,11 @@ def _describe_change(held: Held, changes: Mapping[str, Any]) -> list[str]:
             lines += [f"{name} {key} is new" for key in sorted(after - before)]
     parts = {**held.bins, **{r: s for r, s in changes.items() if r.startswith("bin-")}}
     targets = cast(Targets, changes.get("targets", held.targets))
+    sigstore = read_sigstore(targets)
+    if sigstore is not None and targets.unrecognized_fields[
+        SIGSTORE
+    ] != held.targets.unrecognized_fields.get(SIGSTORE):
+        lines.append(f"identities are proven by {sigstore.describe()}")
     after_grants = read_grants(
         cast(Iterable[Targets], parts.values()) if has_bins(targets) else [targets]
     )

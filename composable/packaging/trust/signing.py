@@ -63,6 +63,7 @@ class Signatory(Ledger):
         Raises:
             SignatureError: When nobody may publish that name, or its publisher has no keys.
             KeyFileError: When no key of the publisher is here.
+            IdentityError: When its identity could not be signed in.
         """
         held = self.load()
         grant = next((grant for grant in held.grants.values() if grant.covers(name)), None)
@@ -81,7 +82,8 @@ class Signatory(Ledger):
                 f"the keys of publisher {grant.publisher!r} were revoked",
                 kind="revoked",
                 where=self.location,
-                hint="make a new key with `composable registry key`, and send it to the operator",
+                hint="make a new key with `composable registry key`, or choose another identity, and "
+                "send it to the operator",
             )
         return grant.publisher, self.open_keys(grant.keys, f"publisher {grant.publisher!r}")
 
@@ -154,10 +156,13 @@ class Signatory(Ledger):
         return {name: self.read_document(file) for name, file in files.items()}
 
     def mine(self) -> list[str]:
-        """Return the publishers of whom this machine has a key."""
+        """Return the publishers of whom this machine has a key, or is signed in as an identity."""
         ids = {file.public.keyid for file in self.keyring.files()}
-        grants = self.load().grants.values()
-        return [grant.publisher for grant in grants if ids & {key.keyid for key in grant.keys}]
+        return [
+            grant.publisher
+            for grant in self.load().grants.values()
+            if any(key.keyid in ids or self.keyring.is_signed_in_as(key) for key in grant.keys)
+        ]
 
     def has_online_key(self) -> bool:
         """Return whether this machine has the online key."""

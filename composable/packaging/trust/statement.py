@@ -18,6 +18,7 @@ from securesystemslib.signer import Key, Signer
 
 from composable.errors import SignatureError
 from composable.interface.digest import canonical_json, is_digest
+from composable.packaging.trust.identities import explain_refusal
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Final = "https://composable.invalid/release/v1"
@@ -111,7 +112,7 @@ def verify_statement(data: bytes, keys: Collection[Key], where: str) -> tuple[St
 
     Args:
         data: The envelope.
-        keys: The keys of the publisher, of which one is enough.
+        keys: The keys or identities of the publisher, of which one is enough.
         where: Where the envelope comes from, for errors.
 
     Raises:
@@ -124,6 +125,15 @@ def verify_statement(data: bytes, keys: Collection[Key], where: str) -> tuple[St
         accepted = envelope.verify(list(keys), 1)
         statement = Statement.from_payload(envelope.payload)
     except VerificationError as error:
+        refusal = explain_refusal(keys, envelope.signatures.values(), envelope.pae())
+        if refusal is not None:
+            raise SignatureError(
+                f"its signature is not valid: {refusal}",
+                kind=refusal.kind,
+                where=where,
+                hint="do not use the release: somebody else put it there, or the publisher has to "
+                "sign again after a change of identities, with `composable registry sign --vouch`",
+            ) from error
         raise SignatureError(
             "is not signed by a key of its publisher",
             kind="wrong-signer",

@@ -27,7 +27,8 @@ from composable.packaging.install.mirror import mirror_registry
 from composable.packaging.registry import inbox as inboxes
 from composable.packaging.registry.inbox import Inbox, Outcome, Received, require_open
 from composable.packaging.registry.locations import open_inbox
-from composable.packaging.trust.keys import Keyring, create_key
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import create_key
 from composable.packaging.trust.proposal import Proposal, open_envelope, seal
 from tests.packaging.conftest import ANY_DIGEST, MakeExpert, make_interface
 from tests.support.signed_registries import OPERATOR, World
