@@ -249,7 +249,7 @@ class KeyFileError(PackagingError):
 
 
 class IdentityError(PackagingError):
-    """An identity that cannot be signed with: no credential, or sigstore unreachable or refusing."""
+    """An identity that cannot be signed with: no credential, or sigstore refuses or is down."""
 
 
 class DiskError(PackagingError):

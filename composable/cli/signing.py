@@ -173,7 +173,7 @@ def sigstore(
     as_json: Json = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Accept identities that sigstore proves: its certificates and keys become part of the registry.
+    """Accept identities that sigstore proves, by its certificates and keys as they are now.
 
     Needs two root keys, and the extra composable[sigstore]. Run it again when the sigstore has new
     keys; identities that only the previous ones prove are refused from then on. Clients use

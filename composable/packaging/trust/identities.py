@@ -31,6 +31,9 @@ INSTALL: Final = "pip install 'composable[sigstore]'"
 # The field of a signature that has the certificate, the entry of the log and its proof.
 BUNDLE: Final = "bundle"
 _SCHEME: Final = "Fulcio"
+_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+# Between the clocks of the operator, who grants, and of the certificate authority.
+_CLOCK_TOLERANCE: Final = datetime.timedelta(minutes=1)
 # Printable ASCII. Issuers have no fragment, by OpenID Connect Discovery 1.0, section 3.
 _TEXT: Final = re.compile(r"sigstore:(https?://[!-\"$-~]{1,200})#([!-)+-~]{1,400})", re.ASCII)
 
@@ -156,13 +159,15 @@ class IdentityKey(Key):
 
     Of a registry's metadata, `accept_identities` states which sigstore proves it; before that,
     nothing is verified. The format is that of `securesystemslib.signer.SigstoreKey`, which accepts
-    the public sigstore alone and verifies with the network.
+    the public sigstore alone and verifies with the network, with one more field: since when it is
+    granted. So an account that was stolen, revoked, recovered and granted again has not signed
+    what the thief did.
 
     Args:
         keyid: Its identifier.
         keytype: `sigstore-oidc`.
         scheme: `Fulcio`.
-        keyval: Its `issuer` and `identity`.
+        keyval: Its `issuer` and `identity`, and in a grant `since`, a time as RFC 3339 in UTC.
         unrecognized_fields: Further fields.
     """
 
@@ -177,6 +182,7 @@ class IdentityKey(Key):
         text = f"{IDENTITY_PREFIX}{keyval.get('issuer')}#{keyval.get('identity')}"
         if _TEXT.fullmatch(text) is None:
             raise ValueError(f"{text[:200]!r} is not an identity")
+        self.since = _parse_time(keyval["since"]) if "since" in keyval else None
         super().__init__(keyid, keytype, scheme, keyval, unrecognized_fields)
         self.sigstore: Sigstore | None = None
 
@@ -191,14 +197,27 @@ class IdentityKey(Key):
         return str(self.keyval["identity"])
 
     @classmethod
-    def of(cls, issuer: str, subject: str) -> IdentityKey:
-        """Return the identity of an account; its identifier follows from its content."""
-        content = {
-            "keytype": IDENTITY_TYPE,
-            "scheme": _SCHEME,
-            "keyval": {"identity": subject, "issuer": issuer},
-        }
+    def of(cls, issuer: str, subject: str, since: datetime.datetime | None = None) -> IdentityKey:
+        """Return the identity of an account; its identifier follows from its content.
+
+        Args:
+            issuer: The provider.
+            subject: The account.
+            since: Before which nothing that it signed is valid.
+        """
+        keyval = {"identity": subject, "issuer": issuer}
+        if since is not None:
+            keyval["since"] = since.strftime(_TIME)
+        content = {"keytype": IDENTITY_TYPE, "scheme": _SCHEME, "keyval": keyval}
         return cls.from_dict(digest_bytes(canonical_json(content))[7:], content)
+
+    def granted(self, now: datetime.datetime) -> IdentityKey:
+        """Return the identity as it is granted now."""
+        return self.of(self.issuer, self.subject, now)
+
+    def is_named_by(self, certificate: Any) -> bool:
+        """Return whether a certificate, an `x509.Certificate`, names this identity alone."""
+        return read_certificate(certificate) == (self.issuer, [self.subject])
 
     @classmethod
     def from_dict(cls, keyid: str, key_dict: dict[str, Any]) -> IdentityKey:
@@ -226,13 +245,13 @@ class IdentityKey(Key):
         self.sigstore.verify(self, bundle, data)
 
     def check_certificate(self, certificate: Any) -> None:
-        """Check that a certificate names this identity, and nothing else of it.
+        """Check that a certificate that was verified is of this identity, since it was granted.
 
         Args:
             certificate: An `x509.Certificate`.
 
         Raises:
-            SignatureRefusedError: When it names another issuer or subject.
+            SignatureRefusedError: When it is not.
         """
         issuer, subjects = read_certificate(certificate)
         if issuer != self.issuer:
@@ -244,6 +263,13 @@ class IdentityKey(Key):
             found = ", ".join(subjects)[:400] or "nobody"
             raise SignatureRefusedError(
                 f"it is of {found}, expected {self.subject}", "wrong-signer"
+            )
+        moment = certificate.not_valid_before_utc
+        if self.since is not None and moment < self.since - _CLOCK_TOLERANCE:
+            raise SignatureRefusedError(
+                f"it was made at {moment:%Y-%m-%d %H:%M} UTC, before this identity was granted at "
+                f"{self.since:%Y-%m-%d %H:%M}",
+                "revoked",
             )
 
 
@@ -356,7 +382,7 @@ class _Exactly:
 
 
 def _find_time_problem(bundle: Any, certificate: Any) -> str | None:
-    """Return what is wrong with the time of a signature; None if its log entry has a fitting one."""
+    """Return what is wrong with the time of a signature; None if its log entry has a good one."""
     try:
         seconds = int(bundle["verificationMaterial"]["tlogEntries"][0]["integratedTime"])
         moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
@@ -369,6 +395,10 @@ def _find_time_problem(bundle: Any, certificate: Any) -> str | None:
         f"it was made at {moment:%Y-%m-%d %H:%M:%S}, and its certificate was valid from "
         f"{start:%Y-%m-%d %H:%M:%S} to {end:%H:%M:%S} UTC"
     )
+
+
+def _parse_time(text: Any) -> datetime.datetime:
+    return datetime.datetime.strptime(str(text), _TIME).replace(tzinfo=datetime.UTC)
 
 
 def _is_about(bundle: Any, data: bytes) -> bool:

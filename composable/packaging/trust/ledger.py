@@ -22,6 +22,7 @@ from tuf.api.metadata import (
 )
 
 from composable.errors import (
+    ComposableError,
     KeyFileError,
     PackagingError,
     RegistryError,
@@ -301,9 +302,18 @@ def verify_metadata(delegator: Root | Targets, role: str, metadata: Metadata[Any
 
 
 def sign_metadata(metadata: Metadata[Any], signers: Iterable[Signer]) -> None:
-    """Add signatures to metadata."""
+    """Add signatures to metadata.
+
+    Raises:
+        IdentityError: When the identity could not sign.
+    """
     for signer in signers:
-        metadata.sign(signer, append=True)
+        try:
+            metadata.sign(signer, append=True)
+        except exceptions.UnsignedMetadataError as error:
+            raise (
+                error.__cause__ if isinstance(error.__cause__, ComposableError) else error
+            ) from None
 
 
 def describe_file(version: int, data: bytes) -> MetaFile:

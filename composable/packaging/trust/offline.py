@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -133,7 +133,9 @@ class Authority(Ledger):
         before = held.grants
         known = before.get(publisher) or Grant(publisher=publisher, keys=(), names=())
         wanted = tuple(sorted({*known.names, *names}))
-        all_keys = {key.keyid: key for key in (*known.keys, *keys)}
+        all_keys = {format_public_key(key): key for key in known.keys}
+        for key in keys:
+            all_keys.setdefault(format_public_key(key), self._date(key))
         if not wanted or not all_keys:
             lacks = "no name that it may publish" if not wanted else "no key"
             raise RegistryError(
@@ -145,7 +147,7 @@ class Authority(Ledger):
         for other in before.values():
             if other.publisher != publisher:
                 self._refuse_taken(other, wanted)
-                self._refuse_shared_key(other, all_keys)
+                self._refuse_shared_key(other, all_keys.keys())
         grant = Grant(publisher=publisher, keys=tuple(all_keys.values()), names=wanted)
         return self._commit(held, self._change_grants(held, {**before, publisher: grant}))
 
@@ -188,13 +190,13 @@ class Authority(Ledger):
         return self._commit(held, self._change_grants(held, {**held.grants, publisher: changed}))
 
     def rotate_publisher(self, publisher: str, key: Key) -> Outcome:
-        """Replace all keys of a publisher by one new key."""
+        """Replace all keys and identities of a publisher by a new one."""
         held = self.load()
         grant = self.find_grant(held, publisher)
         for other in held.grants.values():
             if other.publisher != publisher:
-                self._refuse_shared_key(other, {key.keyid: key})
-        changed = Grant(publisher=publisher, keys=(key,), names=grant.names)
+                self._refuse_shared_key(other, {format_public_key(key)})
+        changed = Grant(publisher=publisher, keys=(self._date(key),), names=grant.names)
         return self._commit(held, self._change_grants(held, {**held.grants, publisher: changed}))
 
     def rotate_root(self, old: str, new: Key) -> Outcome:
@@ -471,8 +473,12 @@ class Authority(Ledger):
                         "hyphens",
                     )
 
-    def _refuse_shared_key(self, other: Grant, keys: Mapping[str, Key]) -> None:
-        if any(key.keyid in keys for key in other.keys):
+    def _date(self, key: Key) -> Key:
+        """Return a key as it is granted now."""
+        return key.granted(self.now()) if isinstance(key, IdentityKey) else key
+
+    def _refuse_shared_key(self, other: Grant, keys: Collection[str]) -> None:
+        if any(format_public_key(key) in keys for key in other.keys):
             raise RegistryError(
                 f"the key or identity belongs to publisher {other.publisher!r}",
                 where=self.location,

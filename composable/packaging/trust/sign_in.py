@@ -34,7 +34,9 @@ SIGSTORE_VARIABLE: Final = "COMPOSABLE_SIGSTORE"
 # The name that sigstore's own command line gives it.
 TOKEN_VARIABLE: Final = "SIGSTORE_IDENTITY_TOKEN"
 _MAX_CONFIG_BYTES: Final = 1 << 20
-_NOTHING_LOST: Final = "nothing was published; run the same command again"
+_NOTHING_LOST: Final = (
+    "nothing was published that clients see, and nothing is lost: run the same command again"
+)
 
 
 def load_config(path: Path | None = None) -> Any:
@@ -93,12 +95,9 @@ class Session:
     def __init__(self) -> None:
         self._config = load_config()
         self._signer: Any = None
+        # What names the identity; those that follow it during a long upload name the same.
+        self.certificate: Any = None
         self._renew()
-
-    @property
-    def certificate(self) -> Any:
-        """The certificate that names the identity."""
-        return self._signer._signing_cert()
 
     def describe(self) -> str:
         """Return the identity as one line of text."""
@@ -107,13 +106,7 @@ class Session:
 
     def is_of(self, key: Key) -> bool:
         """Return whether it is of an identity."""
-        try:
-            if isinstance(key, IdentityKey):
-                key.check_certificate(self.certificate)
-                return True
-        except SignatureRefusedError:
-            pass
-        return False
+        return isinstance(key, IdentityKey) and key.is_named_by(self.certificate)
 
     def sign(self, data: bytes) -> Any:
         """Return a signature with its certificate and its log entry: JSON of a sigstore bundle.
@@ -140,7 +133,7 @@ class Session:
         with _explained("sigstore gives no certificate"):
             context = SigningContext.from_trust_config(self._config)
             with context.signer(token) as signer:
-                self._signer = signer
+                self._signer, self.certificate = signer, signer._signing_cert()
 
 
 class IdentitySigner(Signer):

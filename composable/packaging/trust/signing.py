@@ -82,8 +82,8 @@ class Signatory(Ledger):
                 f"the keys of publisher {grant.publisher!r} were revoked",
                 kind="revoked",
                 where=self.location,
-                hint="make a new key with `composable registry key`, or choose another identity, and "
-                "send it to the operator",
+                hint="make a new key with `composable registry key`, or choose another identity, "
+                "and send it to the operator",
             )
         return grant.publisher, self.open_keys(grant.keys, f"publisher {grant.publisher!r}")
 
