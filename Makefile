@@ -37,7 +37,8 @@ test-fast: setup
 	@$(PYTEST) -m "not slow" $(REST)
 
 # Tests of the registry server that need PostgreSQL (several replicas on one database and one bucket)
-# or Chromium (its pages), and of registries in an OCI registry (docker-registry); all from apt-get.
+# or Chromium (its pages), of registries in an OCI registry (docker-registry), all from apt-get, and
+# of publishers that sign with an identity (the sigstore library).
 test-server: .venv/.browser-ready
 	@$(PYTEST) tests/services
 

@@ -532,6 +532,9 @@ NAMED = {
     ("packaging.registry.signed", "registry"),
     ("packaging.trust.client", "registry"),
     ("packaging.trust.keys", "registry"),
+    # Run in tests/services/test_sigstore.py, since they need a sigstore.
+    ("packaging.trust.identities", "registry"),
+    ("packaging.trust.sign_in", "registry"),
     ("packaging.trust.offline", "registry"),
     ("packaging.trust.signing", "registry"),
     ("packaging.trust.statement", "registry"),

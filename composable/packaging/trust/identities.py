@@ -72,7 +72,7 @@ class Sigstore:
         Example:
             >>> subject = {"organization": "sigstore.dev", "commonName": "sigstore"}
             >>> Sigstore({"certificateAuthorities": [{"subject": subject}]}).describe()
-            'sigstore of sigstore.dev (cfcb31b1f22e3ec4)'
+            'sigstore of sigstore.dev (fed4b08120b6d497)'
         """
         try:
             subjects = [each["subject"] for each in self.trusted_root["certificateAuthorities"]]
