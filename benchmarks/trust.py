@@ -1,12 +1,15 @@
 """What do signatures refuse, and what do they cost?
 
-    python -m benchmarks.trust [attacks] [refresh] [publish] [--publishers 1000] [--json FILE]
+    python -m benchmarks.trust [attacks] [refresh] [publish] [identity] [--publishers 1000]
+                               [--json FILE]
 
 `attacks` runs every attack of `tests/support/registry_attacks.py` against clients of a folder, a
 web server and a bucket. `refresh` measures a client that has never seen a registry of many
 publishers with ten experts each: reading and verifying its metadata, and one index. `publish`
 measures how much longer publishing takes in a signed registry, keys with a pass phrase, than in an
-unsigned one, in turn.
+unsigned one, in turn. `identity` measures what a sigstore identity costs beyond a key, in turn: a
+publication, with a sigstore on loopback, and a client's verification, in a process that has loaded
+the library and in a new one. It needs the extra composable[sigstore].
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from tests.support.registry_attacks import ATTACKS, meet_attack
 from tests.support.servers import run_s3
 from tests.support.signed_registries import Place, World, build_world, serve_folder
 
-PARTS = ("attacks", "refresh", "publish")
+PARTS = ("attacks", "refresh", "publish", "identity")
 EXPERTS_EACH = 10
 TARGETS_SECONDS = {"refresh": 0.3, "publish": 0.2}
 COLD_START = """
@@ -52,6 +55,19 @@ COLD_START = """
     documents.refresh()
     assert documents.read(sys.argv[3]) is not None
     print(loaded - began, time.perf_counter() - loaded)
+"""
+VERIFY_COLD = """
+    import pathlib, sys, time
+    from composable.packaging.registry.registry import Registry
+    from composable.packaging.registry.signature_settings import SignatureSettings
+    from composable.packaging.registry.storage import Folder
+    import composable.packaging.registry.signed
+    began, used = time.perf_counter(), time.process_time()
+    settings = SignatureSettings(state=pathlib.Path(sys.argv[2]))
+    registry = Registry(Folder(pathlib.Path(sys.argv[1])), signatures=settings)
+    (*_, release) = registry.versions(sys.argv[3])
+    assert registry.verify_release(release) is not None
+    print(time.perf_counter() - began, time.process_time() - used, len(sys.modules))
 """
 
 
@@ -168,6 +184,66 @@ def measure_publish(home: Path, repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_identity(home: Path, repeats: int) -> dict[str, Any]:
+    """Return the seconds of publishing and verifying with a key and with an identity, in turn."""
+    from composable.packaging.trust.identities import Sigstore
+    from tests.support.sigstores import run_sigstore
+
+    world = World(home, make_interface(), now=datetime.datetime.now(datetime.UTC))
+    world.create()
+    names = {"key": "french", "identity": "german"}
+    kinds = tuple(names)
+    acts = ("publishing", "verifying", "verifying in a new process")
+    what = [f"{act}{how}" for act in acts for how in ("", ", processor")]
+    times: dict[str, list[float]] = {f"{kind}, {each}": [] for each in what for kind in kinds}
+    modules: dict[str, int] = {}
+    with run_sigstore() as local:
+        config = home / "sigstore.json"
+        config.write_text(json.dumps(local.config()))
+        account = local.account("alice@example.org")
+        os.environ["COMPOSABLE_SIGSTORE"] = str(config)
+        os.environ["SIGSTORE_IDENTITY_TOKEN"] = local.make_token(account)
+        signatures = world.signatures("operator")
+        authority = signatures.authority()
+        signatures.change(authority.accept_sigstore(Sigstore(local.trusted_root())))
+        signatures.change(authority.grant("alice", ["german"], [account.key]))
+        world.grant("bob", "french", key=create_key(home / "keys" / "operator", "bob", None))
+        for number in range(repeats + 1):
+            for kind, name in names.items():
+                folder = world.make_expert(name, f"1.{number}.0", seed=number)
+                registry = world.open("operator")
+                began, used = time.perf_counter(), time.process_time()
+                registry.publish(folder, interface=world.interface)
+                if number == 0:
+                    continue  # loads the library
+                times[f"{kind}, publishing"].append(time.perf_counter() - began)
+                times[f"{kind}, publishing, processor"].append(time.process_time() - used)
+                client = world.open(f"client{number}-{kind}")
+                began, used = time.perf_counter(), time.process_time()
+                client.verify_release(client.versions(name)[-1])
+                times[f"{kind}, verifying"].append(time.perf_counter() - began)
+                times[f"{kind}, verifying, processor"].append(time.process_time() - used)
+                state = home / f"cold{number}-{kind}"
+                command = [sys.executable, "-c", textwrap.dedent(VERIFY_COLD), str(world.folder)]
+                output = subprocess.check_output([*command, str(state), name]).split()
+                times[f"{kind}, verifying in a new process"].append(float(output[0]))
+                times[f"{kind}, verifying in a new process, processor"].append(float(output[1]))
+                modules[kind] = int(output[2])
+    statements = {
+        kind: (world.folder / f"statements/{name}/1.0.0.json").stat().st_size
+        for kind, name in names.items()
+    }
+    return {
+        **{each: describe(seconds) for each, seconds in times.items()},
+        **{
+            f"cost, {each}": describe(subtract(times[f"identity, {each}"], times[f"key, {each}"]))
+            for each in what
+        },
+        "bytes of a statement": statements,
+        "modules loaded": modules,
+    }
+
+
 def subtract(these: list[float], those: list[float]) -> list[float]:
     return [a - b for a, b in zip(these, those, strict=True)]
 
@@ -213,6 +289,9 @@ def main() -> None:
         if "publish" in parts:
             result["publish"] = measure_publish(home / "publish", arguments.repeats)
             print(json.dumps(result["publish"], indent=2))
+        if "identity" in parts:
+            result["identity"] = measure_identity(home / "identity", arguments.repeats)
+            print(json.dumps(result["identity"], indent=2))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if any(row["as expected"] != "True" for row in result.get("attacks", {}).values()):

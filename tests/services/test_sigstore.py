@@ -32,6 +32,9 @@ from composable.errors import (
 )
 from composable.packaging import Registry, Requirement, Version, open_for_publishing, open_registry
 from composable.packaging.install.mirror import mirror_registry
+from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.registry.release import Release
+from composable.packaging.registry.served import ServedRegistry, ServedStorage
 from composable.packaging.trust import metadata as metadata_module
 from composable.packaging.trust.identities import (
     BUNDLE,
@@ -44,6 +47,8 @@ from composable.packaging.trust.ledger import describe_file
 from composable.packaging.trust.metadata import metadata_path, to_bytes
 from tests.cli.conftest import Fakes, Outcome
 from tests.packaging.conftest import make_interface
+from tests.server.test_signatures import ADMIN, Lab
+from tests.support.registries import make_vetted_expert, run_server
 from tests.support.signed_registries import OPERATOR, World, make_advisory
 from tests.support.sigstores import Account, LocalSigstore, run_sigstore
 
@@ -439,6 +444,11 @@ FORGED: dict[str, tuple[Forge, str, str]] = {
         "unproven",
         "inclusion promise",
     ),
+    "an impossible time": (
+        change_entry(lambda entry: entry.update(integratedTime=str(2**64 - 1))),
+        "unproven",
+        "is not valid",
+    ),
     "a tampered log entry": (
         change_entry(
             lambda entry: entry.update(canonicalizedBody=shift(entry["canonicalizedBody"]))
@@ -802,6 +812,50 @@ def test_a_recovered_account_has_not_signed_what_the_thief_did(
     published.signatures("alice").sign([Requirement.parse("german")])
     published.confirm()
     assert use(published.open("client")) == ["1.0.0"]
+
+
+# A server.
+
+
+def test_a_server_verifies_identities(
+    local: LocalSigstore, alice: Account, in_ci: Callable[..., None], machine: Any, tmp_path: Path
+) -> None:
+    interface, home = make_interface(), tmp_path / "machines"
+    online = home / "keys" / "server"
+    with run_server(tmp_path / "served", keys=online) as server:
+        lab = Lab(server, home, {"alice": server.account("alice")})
+        lab.tokens["operator"] = server.account("operator", is_admin=True, scopes=ADMIN)
+        lab.open("operator").open_signatures().create(None)
+        online.mkdir(parents=True)
+        shutil.move(lab.keys("operator") / "online.key", online)
+        signatures = lab.open("operator").open_signatures()
+        authority = signatures.authority()
+        accepted = authority.accept_sigstore(Sigstore(local.trusted_root()))
+        assert signatures.change(accepted).is_visible
+        assert signatures.change(authority.grant("alice", ["german"], [alice.key])).is_visible
+
+        in_ci()
+        folder = make_vetted_expert(tmp_path / "german", interface)
+        lab.open("alice").publish(folder, interface=interface)
+        assert lab.seen() == {"german": [("1.0.0", False)]}
+        _, german = server.api("GET", "/packages/german/1.0.0")
+        assert german["signer"] == {"publisher": "alice", "key": alice.text}
+
+        in_ci(OTHER)
+        newer = make_vetted_expert(tmp_path / "newer", interface, version="1.1.0", seed=1)
+        with pytest.raises(IdentityError, match="which may not sign for publisher 'alice'"):
+            lab.open("alice").publish(newer, interface=interface)
+        # A client that does not check, and signs as somebody else.
+        manifest = pack_expert(newer, interface=interface)
+        with machine.context() as patch:
+            patch.setattr(IdentityKey, "is_named_by", lambda key, certificate: True)
+            patch.setattr(IdentityKey, "verify_signature", lambda key, signature, data: None)
+            signatures = lab.open("alice").open_signatures()
+            signed = signatures.sign_release(Release.of(manifest, "2026-11-30T00:00:00Z"))
+        dishonest = ServedRegistry(ServedStorage(server.url, lab.tokens["alice"]))
+        with pytest.raises(RegistryError, match=f"it is of {OTHER}, expected"):
+            dishonest._send_release(newer, manifest, signed.decode(), None, {})
+        assert lab.seen() == {"german": [("1.0.0", False)]}
 
 
 # The command line.

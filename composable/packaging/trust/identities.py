@@ -32,6 +32,8 @@ INSTALL: Final = "pip install 'composable[sigstore]'"
 BUNDLE: Final = "bundle"
 _SCHEME: Final = "Fulcio"
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+# Seconds that a time can have in Python.
+_LATEST: Final = 1 << 37
 # Between the clocks of the operator, who grants, and of the certificate authority.
 _CLOCK_TOLERANCE: Final = datetime.timedelta(minutes=1)
 # Printable ASCII. Issuers have no fragment, by OpenID Connect Discovery 1.0, section 3.
@@ -140,7 +142,7 @@ class Sigstore:
                     f"{_describe(error)}",
                     "unproven",
                 ) from error
-            if (reason := _find_time_problem(bundle, parsed.signing_certificate)) is not None:
+            if (reason := _find_time_problem(parsed)) is not None:
                 raise SignatureRefusedError(reason, "expired") from error
             if isinstance(error, CertValidationError):
                 raise SignatureRefusedError(
@@ -381,13 +383,20 @@ class _Exactly:
         self._key.check_certificate(cert)
 
 
-def _find_time_problem(bundle: Any, certificate: Any) -> str | None:
-    """Return what is wrong with the time of a signature; None if its log entry has a good one."""
-    try:
-        seconds = int(bundle["verificationMaterial"]["tlogEntries"][0]["integratedTime"])
+def _find_time_problem(bundle: Any) -> str | None:
+    """Return what is wrong with the time of a signature; None if its certificate was valid then.
+
+    The time is that of a timestamp authority, or else of the log; it may not be proven.
+    """
+    stamps = bundle.verification_material.timestamp_verification_data
+    seconds = bundle.log_entry._inner.integrated_time
+    if stamps is not None:
+        moment = stamps.rfc3161_timestamps[0].tst_info.gen_time
+    elif seconds is not None and seconds < _LATEST:
         moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, OSError):
+    else:
         return None
+    certificate = bundle.signing_certificate
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if start <= moment <= end:
         return None
