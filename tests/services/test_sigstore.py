@@ -693,6 +693,18 @@ def test_a_bad_configuration(
     assert refused.value.where == str(path)
 
 
+def test_the_public_sigstore_cannot_be_fetched(
+    world: World, in_ci: Callable[..., None], machine: pytest.MonkeyPatch
+) -> None:
+    in_ci()
+    machine.delenv("COMPOSABLE_SIGSTORE")
+    machine.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where nothing listens
+    before = read_tree(world.folder)
+    with pytest.raises(IdentityError, match="the configuration of the public sigstore cannot"):
+        world.publish("alice", "german", "1.0.0")
+    assert read_tree(world.folder) == before
+
+
 # What each compromise can and cannot do, and how to recover: docs/concepts/signatures.md.
 
 

@@ -56,7 +56,10 @@ def load_config(path: Path | None = None) -> Any:
     named = os.environ.get(SIGSTORE_VARIABLE)
     path = path or (Path(named) if named else None)
     if path is None:
-        with _explained("the configuration of the public sigstore cannot be fetched"):
+        with _explained(
+            "the configuration of the public sigstore cannot be fetched",
+            hint=f"this needs the network, or the file of a configuration in {SIGSTORE_VARIABLE}",
+        ):
             return ClientTrustConfig.production()
     try:
         return ClientTrustConfig.from_json(read_bytes(path, _MAX_CONFIG_BYTES).decode())
@@ -212,6 +215,10 @@ def _explained(what: str, hint: str = _NOTHING_LOST) -> Iterator[None]:
     except ComposableError:
         raise
     except Exception as error:
-        causes = [str(each) for each in (error, error.__cause__) if each is not None and str(each)]
-        text = " ".join(": ".join(causes or [type(error).__name__]).split())
+        causes: list[str] = []
+        cause: BaseException | None = error
+        while cause is not None:
+            causes.append(str(cause) or type(cause).__name__)
+            cause = cause.__cause__
+        text = " ".join(": ".join(causes).split())
         raise IdentityError(f"{what}: {text[:400]}", hint=hint) from error
