@@ -6,6 +6,7 @@ import base64
 import copy
 import datetime
 import json
+import re
 import shutil
 import socket
 import sys
@@ -584,6 +585,12 @@ def test_identities_need_a_sigstore(tmp_path: Path, genuine: World, alice: Accou
 def test_a_bad_identity(text: str) -> None:
     with pytest.raises(KeyFileError, match="is not an identity"):
         parse_signer(text)
+
+
+def test_identities_that_the_guide_shows() -> None:
+    guide = Path(__file__).parents[2] / "docs/guides/sign-your-registry.md"
+    shown = re.findall(r"--key '(sigstore:[^']+)'", guide.read_text())
+    assert shown and all(isinstance(parse_signer(text), IdentityKey) for text in shown)
 
 
 # What goes wrong while publishing.
