@@ -35,12 +35,13 @@ from composable.cli.options import (
 from composable.cli.output import format_table, note, show
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from composable.packaging.registry.compatibility import Step
     from composable.packaging.registry.registry import Registry
     from composable.progress import CountProgress
     from composable.vetting.checks import Verdict
     from composable.workflows.peer_units import PeerWorker
-    from composable.workflows.publish import Published
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -222,8 +223,10 @@ def publish(
         )
     note_operator(target, is_quiet=is_quiet)
     manifest = published.manifest
+    sizes = {file.name: file.size for file in manifest.files}
+    sent = describe_sent(published.parent, sizes, published.deltas, published.whole)
     show(
-        f"published {manifest.name} {manifest.version} to {registry}{_describe_sent(published)}",
+        f"published {manifest.name} {manifest.version} to {registry}{sent}",
         {
             "name": manifest.name,
             "version": str(manifest.version),
@@ -238,16 +241,27 @@ def publish(
     )
 
 
-def _describe_sent(published: Published) -> str:
-    """Return what was sent of a release that has a parent in its registry."""
-    if published.parent is None:
+def describe_sent(
+    parent: str | None,
+    sizes: Mapping[str, int],
+    deltas: Mapping[str, int],
+    whole: Mapping[str, str],
+) -> str:
+    """Return what was sent of an expert's files, on lines of their own; nothing without a parent.
+
+    Args:
+        parent: The release that deltas start from.
+        sizes: Bytes of the files, by name.
+        deltas: Bytes of the deltas that were sent.
+        whole: Why a file was sent whole, by its name.
+    """
+    if parent is None:
         return ""
-    sizes = {file.name: file.size for file in published.manifest.files}
     lines = [
-        f"{name}: {size:,} of {sizes[name]:,} bytes, as a change of {published.parent}"
-        for name, size in published.deltas.items()
+        f"{name}: {size:,} of {sizes[name]:,} bytes, as a change of {parent}"
+        for name, size in deltas.items()
     ]
-    lines += [f"{name}: whole ({reason})" for name, reason in published.whole.items()]
+    lines += [f"{name}: whole ({reason})" for name, reason in whole.items()]
     return "".join(f"\n  {line}" for line in lines)
 
 

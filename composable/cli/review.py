@@ -12,6 +12,7 @@ import typer
 
 from composable.cli import bars
 from composable.cli.contribute import (
+    describe_sent,
     note_operator,
     parse_pair,
     parse_release,
@@ -74,6 +75,9 @@ def propose(
             show_default=False,
         ),
     ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Send whole files, not what changed in them.")
+    ] = False,
     backbone: ExpertBackbone = None,
     as_json: Json = False,
     is_quiet: Quiet = False,
@@ -81,12 +85,14 @@ def propose(
     """Propose a change of a published expert to its maintainers.
 
     Puts the expert in DIR into the inbox of the registry, from which nothing is installed. Its
-    expert.toml must have derives-from = "NAME@VERSION". `composable review REGISTRY` shows what
-    became of it.
+    expert.toml must have derives-from = "NAME@VERSION". Only what changed in its tensors is sent
+    where that is smaller; its maintainers get the same files either way. `composable review
+    REGISTRY` shows what became of it.
     """
     from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
     from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
     from composable.packaging.registry.locations import open_inbox
+    from composable.workflows.propose import propose_expert
 
     manifest = Manifest.read(folder)
     wanted = base or manifest.derives_from
@@ -99,19 +105,32 @@ def propose(
     home = find_backbone(backbone or manifest.backbone)
     inbox = open_inbox(to)
     with bars.show_bytes(is_quiet=is_quiet) as progress:
-        proposal = inbox.propose(
+        proposal, reasons = propose_expert(
             folder,
             (name, version),
-            interface=read_interface(home),
+            read_interface(home),
+            inbox,
             message=message,
             key=key,
+            is_whole=whole,
             progress=progress,
         )
     if not proposal.key:
         note("unsigned: `composable registry key NAME` makes a key to sign with", is_quiet=is_quiet)
+    deltas = {name: delta.size for name, delta in proposal.deltas.items()}
+    sent = describe_sent(proposal.base_release, proposal.sizes, deltas, reasons)
     show(
-        f"proposed {proposal.id[: _shown_digits()]} to {to}: a change of {proposal.base_release}",
-        {"id": proposal.id, "base": proposal.base_release, "key": proposal.key, "registry": to},
+        f"proposed {proposal.id[: _shown_digits()]} to {to}: a change of "
+        f"{proposal.base_release}{sent}",
+        {
+            "id": proposal.id,
+            "base": proposal.base_release,
+            "key": proposal.key,
+            "registry": to,
+            "bytes": proposal.n_bytes,
+            "deltas": deltas,
+            "whole": dict(reasons),
+        },
         as_json=as_json,
         is_quiet=is_quiet,
     )

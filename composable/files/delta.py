@@ -135,9 +135,7 @@ def apply_delta(delta: Path, base: Path, size: int) -> Iterator[bytes]:
     where = str(delta)
     try:
         with open_file(delta) as source, open_file(base) as old:
-            if source.read(len(MAGIC)) != MAGIC:
-                raise DeltaError("is not a delta", where=where)
-            header = _read_new_header(source, size, where)
+            header = _read_start(source, size, where)
             yield header
             before = read_header(base)
             for name, info in parse_header(header, size, delta).items():
@@ -162,6 +160,43 @@ def apply_delta(delta: Path, base: Path, size: int) -> Iterator[bytes]:
         raise DeltaError(
             f"does not fit: {error.message}", where=where, hint="it was made for another file"
         ) from error
+
+
+def find_products(delta: Path, size: int) -> Factors:
+    """Return the factors that a delta has, by name of the tensor.
+
+    Args:
+        delta: The delta.
+        size: The size of the file that it makes, in bytes.
+
+    Raises:
+        DeltaError: When it is not a delta.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import ml_dtypes
+        >>> import numpy as np
+        >>> from composable.files.safetensors import write_tensors
+        >>> home = pathlib.Path(tempfile.mkdtemp())
+        >>> old_DF = np.zeros((8, 8), np.float32)
+        >>> factors = np.ones((8, 1), ml_dtypes.bfloat16), np.ones((1, 8), ml_dtypes.bfloat16)
+        >>> write_tensors(home / "old", {"w": old_DF})
+        >>> write_tensors(home / "new", {"w": add_product(old_DF, *factors)})
+        >>> _ = write_delta(home / "delta", home / "old", home / "new", {"w": factors})
+        >>> find_products(home / "delta", (home / "new").stat().st_size)["w"][0].shape
+        (8, 1)
+    """
+    where = str(delta)
+    factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    with open_file(delta) as source:
+        header = _read_start(source, size, where)
+        for name, info in parse_header(header, size, delta).items():
+            kind, rank, length = _SECTION.unpack(_read_exactly(source, _SECTION.size, where))
+            if kind == PRODUCT:
+                factors[name] = _read_factors(_Section(source, length, where), rank, info)
+            else:
+                source.seek(length, os.SEEK_CUR)
+    return factors
 
 
 def add_product(base_DF: np.ndarray, a_DR: np.ndarray, b_RF: np.ndarray) -> np.ndarray:
@@ -367,8 +402,10 @@ class _Limited:
         return self._section.take(n_bytes)
 
 
-def _read_new_header(source: BinaryIO, size: int, where: str) -> bytes:
+def _read_start(source: BinaryIO, size: int, where: str) -> bytes:
     """Read the header of the new file, with the length in front of it."""
+    if source.read(len(MAGIC)) != MAGIC:
+        raise DeltaError("is not a delta", where=where)
     (length,) = _LENGTH.unpack(_read_exactly(source, _LENGTH.size, where))
     section = _Section(source, length, where)
     prefix = section.read(_PREFIX_BYTES)

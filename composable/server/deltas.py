@@ -11,27 +11,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import String, cast, or_, select
 from sqlalchemy.orm import Session
 
 from composable.files.atomic import Sink
 from composable.files.delta import apply_delta
-from composable.packaging.manifests.manifest import Delta, Manifest, PackageFile
+from composable.packaging.manifests.manifest import DELTA_SUFFIX, Delta, Manifest, PackageFile
 from composable.packaging.manifests.packing import REQUIRED_FILES
 from composable.packaging.manifests.toml import Table
 from composable.packaging.registry.release import format_deltas, read_deltas
 from composable.packaging.registry.storage import WritableStorage
 from composable.server import documents, uploads
 from composable.server.tables import Package, Release
-
-SUFFIX: Final = ".delta"
-
-
-def delta_file(name: str, delta: Delta) -> PackageFile:
-    """Return the delta of a file as a file of its own."""
-    return PackageFile(name=f"{name}{SUFFIX}", size=delta.size, digest=delta.digest)
 
 
 def parse_offer(manifest: Manifest, offer: Mapping[str, Any], max_bytes: int) -> dict[str, Delta]:
@@ -79,7 +72,9 @@ def read_offer(
 
 def drop_offer(storage: WritableStorage, publication: str, deltas: Mapping[str, Delta]) -> None:
     """Remove what was kept, and the chunks of the deltas."""
-    uploads.drop_chunks(storage, publication, [delta_file(*item) for item in deltas.items()])
+    uploads.drop_chunks(
+        storage, publication, [delta.as_file(name) for name, delta in deltas.items()]
+    )
     storage.remove(_path(publication))
 
 
@@ -99,7 +94,7 @@ def rebuild(
         RefusedError: 409 when chunks are missing.
         IntegrityError: When delta, base or file do not match their digest.
     """
-    sent = delta_file(file.name, delta)
+    sent = delta.as_file(file.name)
     base = PackageFile(name=f"{file.name}.base", size=delta.base_size, digest=delta.base)
     uploads.assemble(storage, publication, sent, folder / sent.name, is_known=False)
     uploads.assemble(storage, publication, base, folder / base.name, is_known=True)
@@ -133,7 +128,7 @@ def forget_bases(session: Session, bases: Iterable[str]) -> tuple[set[str], set[
         release.row = {**release.row, "files": listed.with_deltas(kept).to_row()["files"]}
         changed.add(release.package)
         for file in list(release.files):
-            if file.name.removesuffix(SUFFIX) in gone and file.name.endswith(SUFFIX):
+            if file.name.removesuffix(DELTA_SUFFIX) in gone and file.name.endswith(DELTA_SUFFIX):
                 found.add(file.digest)
                 session.delete(file)
     return found, changed

@@ -2,8 +2,9 @@
 
 Whoever has an account may propose a change of a package that they can see. The proposal is seen by
 its proposer, the owners of the package and administrators; no index, search or page knows of it.
-Its files are under `inbox/` in the storage. How many and how large they may be is limited for every
-account, and for every package.
+Its files are under `inbox/` in the storage; where a delta was sent, the server makes the file to
+verify it, and keeps the delta. How many proposals there may be, and how much may be sent, is
+limited for every account, and for every package.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, func, or_, select, true
 from sqlalchemy.orm import Session
 
-from composable.errors import ManifestError
+from composable.errors import ManifestError, MissingFileError
 from composable.files import atomic
 from composable.interface.digest import digest_bytes
-from composable.packaging.manifests.manifest import CHUNK_BYTES, EXPERT_FILE, Manifest, PackageFile
+from composable.packaging.manifests.manifest import (
+    CHUNK_BYTES,
+    EXPERT_FILE,
+    Delta,
+    Manifest,
+    PackageFile,
+)
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry.inbox import (
     FOLDER,
     MAX_OPEN,
     Outcome,
     check_base,
+    check_deltas,
     check_sizes,
 )
 from composable.packaging.registry.registry import parse_manifest
@@ -36,6 +44,7 @@ from composable.server import audit, documents, releases, rules, uploads
 from composable.server.access import find_package
 from composable.server.accounts import Caller, is_owner
 from composable.server.database import Database, in_hours, now
+from composable.server.deltas import rebuild
 from composable.server.refusal import RefusedError, missing
 from composable.server.settings import Settings
 from composable.server.tables import Owner, Package, Proposal
@@ -100,21 +109,21 @@ class Proposals:
                 detail = proposal.outcome["release"] or proposal.outcome["reason"]
                 raise RefusedError(409, f"this was {proposal.state} already: {detail}")
             is_arriving = proposal.state == ARRIVING
-        return self._describe(statement.id, manifest, is_arriving=is_arriving)
+        return self._describe(statement, manifest, is_arriving=is_arriving)
 
     def receive(self, caller: Caller, id_: str, digest: str, number: int, data: bytes) -> None:
         """Keep a chunk of a file.
 
         Raises:
             RefusedError: 404 when there is no such proposal, file or chunk.
-            IntegrityError: When the bytes are not those of the manifest.
+            IntegrityError: When the bytes are not those that are proposed.
         """
-        manifest = self._find_own(caller, id_)
-        if manifest is None:
+        found = self._find_own(caller, id_)
+        if found is None:
             raise RefusedError(409, "all files of the proposal have arrived")
-        file = next((file for file in manifest.files if file.digest == digest), None)
+        file = next((file for file in _list_sent(*found) if file.digest == digest), None)
         if file is None:
-            raise missing("file of that digest in the manifest")
+            raise missing("file of that digest in the proposal")
         uploads.store_chunk(self._storage, id_, file, number, data)
 
     def commit(self, caller: Caller, id_: str) -> dict[str, Any]:
@@ -124,19 +133,24 @@ class Proposals:
             RefusedError: When files are missing.
             PackagingError: When the files are not what the manifest states.
         """
-        manifest = self._find_own(caller, id_)
-        if manifest is None:
+        found = self._find_own(caller, id_)
+        if found is None:
             return {"id": id_}
+        statement, manifest = found
+        sent = _list_sent(*found)
         with tempfile.TemporaryDirectory(prefix="composable-propose-") as name:
             folder = Path(name)
             for file in manifest.files:
-                uploads.assemble(self._storage, id_, file, folder / file.name, is_known=False)
+                delta = statement.deltas.get(file.name)
+                if delta is None:
+                    uploads.assemble(self._storage, id_, file, folder / file.name, is_known=False)
+                else:
+                    self._rebuild(statement, file, delta, folder)
             text = manifest.to_toml()
             atomic.write_text(folder / EXPERT_FILE, text)
             if pack_expert(folder).digest != manifest.digest:
                 raise ManifestError("does not match the files", where=EXPERT_FILE)
-            own = PackageFile(name=EXPERT_FILE, size=len(text.encode()), digest=manifest.digest)
-            for file in (*manifest.files, own):
+            for file in statement.sent:
                 path = f"{FOLDER}/{id_}/{file.name}"
                 self._storage.upload(path, LocalFile(folder / file.name), file, None)
         with self._database.write() as session:
@@ -145,8 +159,21 @@ class Proposals:
                 proposal.state = OPEN
                 package = proposal.package.name
                 audit.record(session, caller.name, "proposal.arrive", package, {"id": id_})
-        uploads.drop_chunks(self._storage, id_, manifest.files)
+        uploads.drop_chunks(self._storage, id_, sent)
         return {"id": id_}
+
+    def _rebuild(self, statement: Statement, file: PackageFile, delta: Delta, folder: Path) -> None:
+        """Make a file from its delta, which is left beside it."""
+        try:
+            rebuild(self._storage, statement.id, file, delta, folder)
+        except MissingFileError as error:
+            raise RefusedError(
+                409,
+                f"is sent as a change of {statement.base_release}, which is gone",
+                where=file.name,
+                hint="propose it as a change of a release that is there, or with `composable "
+                "propose DIR --whole`",
+            ) from error
 
     def list_all(self, caller: Caller) -> list[dict[str, Any]]:
         """Return the proposals that the caller made, or may decide on."""
@@ -178,9 +205,10 @@ class Proposals:
             proposal = self._find(session, caller, id_)
             statement = open_envelope(proposal.envelope.encode(), id_)
             is_there = proposal.state == OPEN
-        if not is_there or name not in statement.sizes:
+        sizes = {file.name: file.size for file in statement.sent}
+        if not is_there or name not in sizes:
             raise missing("file of that proposal")
-        return statement.sizes[name], self._storage.stream(f"{FOLDER}/{id_}/{name}")
+        return sizes[name], self._storage.stream(f"{FOLDER}/{id_}/{name}")
 
     def decide(self, caller: Caller, id_: str, outcome: Outcome) -> None:
         """Record what an owner of the package decided, and remove the files.
@@ -212,7 +240,7 @@ class Proposals:
             elif proposal.outcome != fields:
                 raise RefusedError(409, f"the proposal was {proposal.state} already")
             statement = open_envelope(proposal.envelope.encode(), id_)
-        self._drop_files(id_, statement.sizes)
+        self._drop_files(statement)
 
     def drop_expired(self) -> int:
         """Remove proposals whose files did not arrive in time; return how many."""
@@ -226,9 +254,9 @@ class Proposals:
             for proposal in found:
                 session.delete(proposal)
         for proposal in found:
-            manifest = parse_manifest(proposal.manifest.encode(), EXPERT_FILE)
-            uploads.drop_chunks(self._storage, proposal.id, manifest.files)
-            self._drop_files(proposal.id, [EXPERT_FILE, *(file.name for file in manifest.files)])
+            statement = open_envelope(proposal.envelope.encode(), proposal.id)
+            uploads.drop_chunks(self._storage, proposal.id, statement.sent)
+            self._drop_files(statement)
         return len(found)
 
     def _read(self, envelope: str, text: str) -> tuple[Statement, Manifest]:
@@ -240,6 +268,14 @@ class Proposals:
                 413,
                 f"{statement.n_bytes:,} bytes, at most {self._settings.max_proposal_bytes:,} can "
                 "be proposed",
+            )
+        largest, total = max(statement.sizes.values()), sum(statement.sizes.values())
+        if largest > self._settings.max_file_bytes or total > self._settings.max_release_bytes:
+            raise RefusedError(
+                413,
+                f"{total:,} bytes of whole files, the largest {largest:,}; at most "
+                f"{self._settings.max_release_bytes:,} and {self._settings.max_file_bytes:,} "
+                "can be published",
             )
         manifest = parse_manifest(text.encode(), EXPERT_FILE)
         if digest_bytes(text.encode()) != statement.digests[EXPERT_FILE]:
@@ -264,6 +300,7 @@ class Proposals:
         if base.state != documents.PUBLISHED or listed.manifest != statement.base_manifest:
             raise missing(f"release {statement.base_release} with that manifest")
         check_base(manifest, listed)
+        check_deltas(statement, listed)
 
     def _check_room(self, session: Session, account: int, package: Package) -> None:
         """Refuse one more proposal of an account, or for a package, that has enough."""
@@ -282,33 +319,36 @@ class Proposals:
                     hint="wait until the owners of the package have reviewed some",
                 )
 
-    def _describe(self, id_: str, manifest: Manifest, *, is_arriving: bool) -> dict[str, Any]:
+    def _describe(
+        self, statement: Statement, manifest: Manifest, *, is_arriving: bool
+    ) -> dict[str, Any]:
         files = [
             {
                 "digest": file.digest,
                 "missing": sorted(
                     set(range(len(uploads.chunk_sizes(file))))
-                    - set(uploads.list_chunks(self._storage, id_, file))
+                    - set(uploads.list_chunks(self._storage, statement.id, file))
                 ),
             }
-            for file in (manifest.files if is_arriving else ())
+            for file in (_list_sent(statement, manifest) if is_arriving else ())
         ]
         return {
-            "id": id_,
+            "id": statement.id,
             "is_complete": not is_arriving,
             "files": files,
             "chunk_bytes": CHUNK_BYTES,
         }
 
-    def _find_own(self, caller: Caller, id_: str) -> Manifest | None:
-        """Return the manifest of a proposal of the caller; None once all its files arrived."""
+    def _find_own(self, caller: Caller, id_: str) -> tuple[Statement, Manifest] | None:
+        """Return a proposal of the caller and its manifest; None once all its files arrived."""
         with self._database.read() as session:
             proposal = session.get(Proposal, id_)
             if proposal is None or proposal.account_id != caller.account:
                 raise missing("such proposal")
             if proposal.state != ARRIVING:
                 return None
-            return parse_manifest(proposal.manifest.encode(), EXPERT_FILE)
+            statement = open_envelope(proposal.envelope.encode(), id_)
+            return statement, parse_manifest(proposal.manifest.encode(), EXPERT_FILE)
 
     def _find(self, session: Session, caller: Caller, id_: str) -> Proposal:
         """Return a proposal that the caller may see."""
@@ -317,9 +357,17 @@ class Proposals:
             raise missing("such proposal")
         return proposal
 
-    def _drop_files(self, id_: str, names: Any) -> None:
-        for name in names:
-            self._storage.remove(f"{FOLDER}/{id_}/{name}")
+    def _drop_files(self, statement: Statement) -> None:
+        for file in statement.sent:
+            self._storage.remove(f"{FOLDER}/{statement.id}/{file.name}")
+
+
+def _list_sent(statement: Statement, manifest: Manifest) -> list[PackageFile]:
+    """Return the files that are uploaded, whole ones with the digests of their chunks."""
+    return [
+        statement.deltas[file.name].as_file(file.name) if file.name in statement.deltas else file
+        for file in manifest.files
+    ]
 
 
 def _can_see(caller: Caller) -> ColumnElement[bool]:

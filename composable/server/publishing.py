@@ -42,7 +42,6 @@ from composable.server.accounts import Caller
 from composable.server.blobs import drop_unlisted
 from composable.server.database import Database, in_hours, now
 from composable.server.deltas import (
-    delta_file,
     drop_offer,
     keep_offer,
     parse_offer,
@@ -161,7 +160,7 @@ class Publishing:
             is_here = file.digest in known or file.name in deltas
             files.append(self._describe_file(publication_id, file, is_here=is_here))
             if file.name in deltas:
-                sent = delta_file(file.name, deltas[file.name])
+                sent = deltas[file.name].as_file(file.name)
                 files.append(self._describe_file(publication_id, sent, is_here=False))
         return {
             "id": publication_id,
@@ -184,7 +183,7 @@ class Publishing:
         file = next((file for file in manifest.files if file.digest == digest), None)
         if file is None:
             offer = self._read_offer(publication_id, manifest)
-            deltas = (delta_file(*item) for item in offer.items())
+            deltas = (delta.as_file(name) for name, delta in offer.items())
             file = next((delta for delta in deltas if delta.digest == digest), None)
         if file is None:
             raise missing("file of that digest in the manifest")
@@ -268,7 +267,7 @@ class Publishing:
         if previous is not None:
             rules.check_bump(rules.read_card(folder), previous, manifest)
         readme = _read_readme(folder)
-        sent = (delta_file(*item) for item in kept.items())
+        sent = (delta.as_file(name) for name, delta in kept.items())
         for file in (*manifest.files, *sent, _describe_manifest(manifest)):
             self._storage.upload(blob_path(file.digest), LocalFile(folder / file.name), file, None)
         with self._database.write() as session:
@@ -313,7 +312,7 @@ class Publishing:
         deltas = self._read_offer(publication_id, manifest)
         uploads.drop_chunks(self._storage, publication_id, manifest.files)
         drop_offer(self._storage, publication_id, deltas)
-        sent = (delta_file(*item) for item in deltas.items())
+        sent = (delta.as_file(name) for name, delta in deltas.items())
         files = (*manifest.files, *sent, _describe_manifest(manifest))
         drop_unlisted(self._database, self._storage, (file.digest for file in files))
 
@@ -441,7 +440,7 @@ class Publishing:
             card=card,
             readme=readme,
         )
-        sent = (delta_file(*item) for item in deltas.items())
+        sent = (delta.as_file(name) for name, delta in deltas.items())
         release.files = [
             File(name=file.name, size=file.size, digest=file.digest)
             for file in (*manifest.files, *sent, _describe_manifest(manifest))

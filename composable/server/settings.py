@@ -25,7 +25,7 @@ class Settings:
         max_open_publications: How many unfinished publications an account may have.
         publication_hours: How long an unfinished publication or proposal is kept.
         max_open_proposals: How many undecided proposals an account may have.
-        max_proposal_bytes: Maximum size of all files of a proposal.
+        max_proposal_bytes: Maximum size of all that is sent with a proposal.
         reads_per_minute: Requests of one address or token, except changes.
         writes_per_minute: Requests of one address or token that change something.
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from composable.errors import ProposalError
 from composable.files import atomic
+from composable.files.delta import find_products
 from composable.interface import RouterInterface
+from composable.packaging.install.proposals import fetch_proposal
 from composable.packaging.manifests.manifest import (
     BODY_FILE,
     EXPERT_FILE,
@@ -37,6 +39,7 @@ from composable.vetting.card import Against, tensor_digests, write_card
 from composable.workflows.publish import publish_expert
 from composable.workflows.references import find_newest
 from composable.workflows.review import AGAINST, ReviewVerdict, list_releases
+from composable.workflows.updates import write_factors
 
 
 def accept_proposal(
@@ -81,13 +84,14 @@ def accept_proposal(
         require_open(received, inbox.registry.location)
         require_verdict(inbox, received, interface, verdict, may_be_worse=may_be_worse)
         assert newest is not None  # the verdict holds
-        inbox.fetch(received, folder)
+        fetch_proposal(inbox, received, folder)
         if verdict.onto != verdict.base:
             _take_merged(folder, merged, received)
         manifest = dataclasses.replace(Manifest.read(folder), files=())
         if tensor_digests(folder) != verdict.tensors or manifest.digest != verdict.manifest:
             raise _refuse("is of another expert than this", received)
         _write_release(folder, manifest, interface, verdict, digest, newest)
+        _keep_factors(folder, received)
         published = publish_expert(folder, interface, inbox.registry, progress=progress)
         manifest = published.manifest
     assert manifest.provenance is not None
@@ -185,6 +189,18 @@ def _write_release(
             tensors=tensors,
             regressions=verdict.regressions,
         ),
+    )
+
+
+def _keep_factors(folder: Path, received: Received) -> None:
+    """Let publishing find the factors of an update that was proposed as them."""
+    assert received.proposal is not None
+    write_factors(
+        folder,
+        {
+            name: find_products(folder / delta.as_file(name).name, received.proposal.sizes[name])
+            for name, delta in received.proposal.deltas.items()
+        },
     )
 
 

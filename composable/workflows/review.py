@@ -27,6 +27,7 @@ from composable.files.reading import read_bytes
 from composable.files.records import format_record, parse_record
 from composable.interface import RouterInterface, digest_bytes
 from composable.merging.methods import METHODS
+from composable.packaging.install.proposals import fetch_proposal
 from composable.packaging.manifests.licenses import covers_license
 from composable.packaging.manifests.manifest import (
     BODY_FILE,
@@ -191,7 +192,7 @@ def review_proposal(
         progress: Called with the number of passes over text done and in all.
 
     Raises:
-        ProposalError: If the proposal was changed since it was made.
+        ProposalError: If the proposal was changed since it was made, or cannot be rebuilt.
         ManifestError: If it is not a change of its base.
         TextError: If there is no text.
     """
@@ -204,7 +205,7 @@ def review_proposal(
     proposal = received.proposal
     assert proposal is not None
     source = inbox.registry
-    manifest = _unpack(folder, inbox.fetch(received, folder))
+    manifest = _unpack(folder, fetch_proposal(inbox, received, folder))
     onto = _find_onto(source, loaded.interface, proposal)
     conflict = None
     if onto != proposal.base_release:
@@ -289,7 +290,7 @@ def measure_share(
         n_jobs: Processes.
         progress: Called with the number of experts done and in all.
     """
-    manifest = _unpack(folder, inbox.fetch(received, folder))
+    manifest = _unpack(folder, fetch_proposal(inbox, received, folder))
     peers = _list_peers(loaded, manifest, beside, texts, registry)
     job = make_job(loaded, folder, peers, registry=registry, results=results, share=share)
     worker = PeerWorker(job, loaded)

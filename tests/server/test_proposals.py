@@ -11,6 +11,7 @@ import pytest
 from composable.errors import ManifestError, ProposalError, RegistryError
 from composable.interface import RouterInterface
 from composable.packaging import Version
+from composable.packaging.install.proposals import fetch_proposal
 from composable.packaging.registry.inbox import Outcome
 from composable.packaging.registry.served_inbox import ServedInbox
 from composable.packaging.trust.keyring import Keyring
@@ -70,7 +71,7 @@ def test_a_proposal_goes_from_a_contributor_to_a_maintainer(
     received = maintainer.find("german")
     assert (received.id, received.account, received.state) == (proposal.id, "ann", "open")
     assert maintainer.describe_proposer(received) == f"ann, {proposal.key[:20]}…"
-    manifest = maintainer.fetch(received, tmp_path / "out")
+    manifest = fetch_proposal(maintainer, received, tmp_path / "out")
     assert manifest.derives_from == "german@1.0.0"
     for name in ("body.safetensors", "card.json"):
         assert (tmp_path / "out" / name).read_bytes() == (changed / name).read_bytes()
@@ -84,7 +85,7 @@ def test_a_proposal_goes_from_a_contributor_to_a_maintainer(
     with pytest.raises(RegistryError, match="rejected already: worse on contracts"):
         people.propose(changed, message="more")
     with pytest.raises(ProposalError, match="is not the file that was proposed"):
-        maintainer.fetch(received, tmp_path / "again")
+        fetch_proposal(maintainer, received, tmp_path / "again")
     root = tmp_path / "served"
     assert not list((root / "inbox").rglob("*.safetensors"))
     left = [path.parts for path in (root / "uploads").rglob("*") if path.is_file()]

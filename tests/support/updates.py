@@ -10,10 +10,12 @@ import numpy as np
 
 from composable.files.delta import Factors, add_product
 from composable.interface import RouterInterface, body_signature, scout_signature
-from composable.packaging import Manifest, Registry, Store, write_tensors
+from composable.packaging import Manifest, Registry, Store, Version, write_tensors
 from composable.packaging.install.deltas import PreparedDeltas, prepare_deltas
 from composable.packaging.manifests.packing import pack_expert
+from composable.packaging.registry.inbox import Inbox
 from composable.packaging.registry.storage import Folder
+from composable.packaging.trust.proposal import Proposal
 from composable.vetting.card import Card, CardInterface, Check, format_card, tensor_digests
 
 # A body of six matrices, 98,304 bytes in all; its scout is too small for a delta.
@@ -89,10 +91,17 @@ class Family:
         interface: What they plug into; `LARGE`.
         n: How many.
         version: Their versions, with `{}` for the number.
+        is_derived: Whether each says that it derives from the one before.
     """
 
     def __init__(
-        self, home: Path, interface: RouterInterface, n: int = 3, version: str = "1.{}.0"
+        self,
+        home: Path,
+        interface: RouterInterface,
+        n: int = 3,
+        version: str = "1.{}.0",
+        *,
+        is_derived: bool = False,
     ) -> None:
         self.interface = interface
         rng = np.random.default_rng(7)
@@ -103,7 +112,11 @@ class Family:
         for number in range(1, n):
             factors = make_factors(interface, 2, number)
             body = {k: add_product(body[k], *factors[k]) for k in body}
-            self.folders.append(make_generation(home, interface, version.format(number), body))
+            parent = f"german@{version.format(number - 1)}" if is_derived else None
+            version_ = version.format(number)
+            self.folders.append(
+                make_generation(home, interface, version_, body, derives_from=parent)
+            )
             self.factors.append(factors)
 
     def publish(self, registry: Registry, store: Store, numbers: range | None = None) -> None:
@@ -126,6 +139,21 @@ def publish_update(
     known = {} if factors is None else {BODY: factors}
     with prepare_deltas(registry, folder, packed, store, factors=known) as prepared:
         return registry.publish(folder, interface=interface, deltas=prepared.deltas), prepared
+
+
+def propose_update(
+    inbox: Inbox, folder: Path, interface: RouterInterface, store: Store, factors: Factors
+) -> Proposal:
+    """Propose an expert as what changed of the release that it derives from."""
+    packed = pack_expert(folder, interface=interface)
+    assert packed.derives_from is not None
+    name, _, version = packed.derives_from.partition("@")
+    with prepare_deltas(
+        inbox.registry, folder, packed, store, factors={BODY: factors}, is_proposal=True
+    ) as prepared:
+        return inbox.propose(
+            folder, (name, Version(version)), interface=interface, deltas=prepared.deltas
+        )
 
 
 class CountedFolder(Folder):

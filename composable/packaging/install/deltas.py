@@ -62,6 +62,7 @@ def prepare_deltas(
     store: Store,
     *,
     factors: Mapping[str, Factors] | None = None,
+    is_proposal: bool = False,
     progress: ByteProgress | None = None,
 ) -> Iterator[PreparedDeltas]:
     """Write deltas of an expert's tensor files into a scratch folder, for the time of a block.
@@ -75,6 +76,7 @@ def prepare_deltas(
         manifest: Its packed manifest.
         store: Where the files of the parent are kept.
         factors: Factors of updates, by name of the file; see `write_delta`.
+        is_proposal: Whether they go to the inbox, where none is part of a chain.
         progress: Called with a label, bytes done and total bytes.
     """
     large = {
@@ -102,7 +104,8 @@ def prepare_deltas(
             try:
                 download_file(registry, store, base, label=label, progress=progress)
                 job = _Job(registry, store, folder / name, scratch / f"{name}.delta", file, base)
-                deltas[name] = job.prepare((factors or {}).get(name))
+                prepare = job.prepare_alone if is_proposal else job.prepare
+                deltas[name] = prepare((factors or {}).get(name))
             except PackagingError as error:
                 reasons[name] = f"no delta against {release}: {error.message}"
         yield PreparedDeltas(deltas=deltas, reasons=reasons, parent=release)
@@ -146,18 +149,33 @@ class _Job:
         """
         if self.file.digest == self.base.digest:
             return self._reuse()
+        has_base = self.registry.has_blob(self.base.digest)
+        chain = (self._write(factors), *(() if has_base else self.base.deltas))
+        return self._chain(chain, self.path)
+
+    def prepare_alone(self, factors: Factors | None) -> PreparedDelta:
+        """Return the delta, also of an unchanged file, and none of those that make its base.
+
+        Raises:
+            PackagingError: When it is not worth sending.
+        """
+        delta = self._write(factors)
+        return PreparedDelta(
+            path=self.path, target=self.file.digest, chain=(delta,), is_whole_needed=False
+        )
+
+    def _write(self, factors: Factors | None) -> Delta:
+        """Write a delta from the parent's file; errors as for `prepare_alone`."""
         base = self.store.path(self.base.digest)
         size = write_delta(self.path, base, self.source, factors).size
         if size > _MAX_DELTA_SHARE * self.file.size:
             raise PackagingError(
                 f"it would have {size:,} bytes, {size / self.file.size:.0%} of the file"
             )
-        delta = Delta(
+        return Delta(
             digest=digest_file(self.path), size=size, base=self.base.digest,
             base_size=self.base.size,
         )  # fmt: skip
-        has_base = self.registry.has_blob(self.base.digest)
-        return self._chain((delta, *(() if has_base else self.base.deltas)), self.path)
 
     def _reuse(self) -> PreparedDelta:
         """Return the delta that makes the same file of the parent."""

@@ -36,6 +36,8 @@ MAX_DESCRIPTION_LENGTH: Final = 500
 # Files are hashed in chunks of this size as well as whole, so that an interrupted download resumes
 # at a chunk, and damage is located to one.
 CHUNK_BYTES: Final = 8 << 20
+# What the name of a file's delta ends in, where that is kept beside other files.
+DELTA_SUFFIX: Final = ".delta"
 _TAG: Final = re.compile(r"[A-Za-z0-9]+([ ._+-][A-Za-z0-9]+)*")
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -55,6 +57,10 @@ class Delta:
     size: int
     base: str
     base_size: int
+
+    def as_file(self, name: str) -> PackageFile:
+        """Return the delta as a file, beside the file `name` that it makes."""
+        return PackageFile(name=f"{name}{DELTA_SUFFIX}", size=self.size, digest=self.digest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,20 @@
 """The inbox of a registry: proposals to change its experts, for its maintainers to review.
 
     inbox/<id>/proposal.json    the proposal, in its envelope; written last, created once
-    inbox/<id>/<file>           the files of the proposed release
+    inbox/<id>/<file>           the files of the proposed release, or
+    inbox/<id>/<file>.delta     what makes one from that of the release which it changes
     inbox/<id>/outcome.json     what a maintainer decided; the files are removed then
 
 Nothing else of a registry refers to these files: no index, no catalogue and no record, so no client
 resolves, finds, mirrors or installs them. Whoever can write to a folder or a bucket can fill it;
 what a maintainer reads of it is limited here, and a server limits what it accepts. An inbox says
 what was proposed and what was decided, not whether it is any good: that is measured in
-`workflows/review.py`.
+`workflows/review.py`. Reading the files of a proposal is in `install/proposals.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -23,13 +24,10 @@ from securesystemslib.signer import Signer
 from composable.errors import (
     KeyFileError,
     ManifestError,
-    PackagingError,
     ProposalError,
     RegistryError,
     UnknownExpertError,
 )
-from composable.files import atomic
-from composable.files.reading import read_bytes
 from composable.files.records import parse_record, to_plain
 from composable.interface.digest import canonical_json, digest_bytes
 from composable.packaging.manifests.manifest import (
@@ -38,9 +36,8 @@ from composable.packaging.manifests.manifest import (
     PackageFile,
 )
 from composable.packaging.manifests.packing import pack_expert
-from composable.packaging.manifests.toml import MAX_TOML_BYTES
-from composable.packaging.registry.registry import Registry, parse_manifest
-from composable.packaging.registry.release import Release
+from composable.packaging.registry.registry import Registry, choose_deltas
+from composable.packaging.registry.release import PreparedDelta, Release
 from composable.packaging.registry.storage import LocalFile, WritableStorage
 from composable.packaging.trust.keyring import Keyring
 from composable.packaging.trust.keys import format_public_key, shorten_key
@@ -137,6 +134,7 @@ class Inbox:
         interface: RouterInterface,
         message: str = "",
         key: str | None = None,
+        deltas: Mapping[str, PreparedDelta] | None = None,
         progress: ByteProgress | None = None,
     ) -> Proposal:
         """Put the expert in a directory into the inbox, as a change of a release.
@@ -150,6 +148,8 @@ class Inbox:
             message: Why.
             key: Name of the key file to sign with; by default that of a publisher of the registry,
                 or else the only one there is. Without any, the proposal is unsigned.
+            deltas: What makes files from those of the release, by name; they are sent in place of
+                these.
             progress: Called with a file's name, bytes done and total bytes.
 
         Raises:
@@ -165,6 +165,7 @@ class Inbox:
         check_base(manifest, release)
         data = manifest.to_toml().encode()
         files = [*manifest.files, _describe_manifest(data)]
+        fitting = choose_deltas(manifest, deltas or {})
         signer = self._find_signer(key)
         proposal = Proposal(
             name=manifest.name,
@@ -174,9 +175,17 @@ class Inbox:
             key="" if signer is None else format_public_key(signer.public_key),
             digests={file.name: file.digest for file in files},
             sizes={file.name: file.size for file in files},
+            deltas={name: delta.chain[0] for name, delta in fitting.items()},
         )
         check_sizes(proposal)
-        self._submit(proposal, seal(proposal, signer), directory, manifest, progress)
+        check_deltas(proposal, release)
+        sources = [
+            (fitting[file.name].chain[0].as_file(file.name), fitting[file.name].path)
+            if file.name in fitting
+            else (file, directory / file.name)
+            for file in manifest.files
+        ]
+        self._submit(proposal, seal(proposal, signer), manifest, sources, progress)
         return proposal
 
     def entries(self) -> list[Received]:
@@ -236,44 +245,6 @@ class Inbox:
             )
         return ids[0]
 
-    def fetch(
-        self, received: Received, folder: Path, progress: ByteProgress | None = None
-    ) -> Manifest:
-        """Write the files of a proposal into a folder, each verified, and return its manifest.
-
-        Args:
-            received: The proposal.
-            folder: An empty folder.
-            progress: Called with a file's name, bytes done and total bytes.
-
-        Raises:
-            ProposalError: When a file is missing, or was changed since it was proposed.
-            ManifestError: When its manifest is invalid, or not that of a change of its base.
-        """
-        proposal = received.proposal
-        assert proposal is not None
-        check_sizes(proposal)
-        for name, size in proposal.sizes.items():
-            where = f"{self.registry.location}/{FOLDER}/{received.id[:SHOWN_DIGITS]}…/{name}"
-            try:
-                with atomic.Sink(folder / name, digest=proposal.digests[name], size=size) as sink:
-                    for data in self._stream(received.id, name):
-                        sink.write(data)
-                        if progress is not None:
-                            progress(name, sink.size, size)
-            except PackagingError as error:
-                raise ProposalError(
-                    f"is not the file that was proposed: {error.message}",
-                    where=where,
-                    hint="nothing of it was used; ask its proposer to propose it again",
-                ) from error
-        manifest = parse_manifest(read_bytes(folder / EXPERT_FILE, MAX_TOML_BYTES), EXPERT_FILE)
-        listed = {file.name: file.digest for file in manifest.files}
-        if listed != {k: v for k, v in proposal.digests.items() if k != EXPERT_FILE}:
-            raise ProposalError("has a manifest that lists other files", where=received.id)
-        check_base(manifest, self.find_base(proposal.name, Version(proposal.base)))
-        return manifest
-
     def decide(self, received: Received, outcome: Outcome) -> None:
         """Record what was decided on a proposal, and remove its files.
 
@@ -284,8 +255,8 @@ class Inbox:
         if not self._storage.create(_path(received.id, OUTCOME_FILE), data):
             require_open(self._read(received.id), self.registry.location, allowed=outcome)
         assert received.proposal is not None
-        for name in received.proposal.digests:
-            self._storage.remove(_path(received.id, name))
+        for file in received.proposal.sent:
+            self._storage.remove(_path(received.id, file.name))
 
     def discard(self, id_: str) -> None:
         """Remove all files of a proposal that cannot be read."""
@@ -341,8 +312,8 @@ class Inbox:
         self,
         proposal: Proposal,
         envelope: bytes,
-        directory: Path,
         manifest: Manifest,
+        sources: Sequence[tuple[PackageFile, Path]],
         progress: ByteProgress | None,
     ) -> None:
         """Write the files of a proposal, then the proposal."""
@@ -357,9 +328,8 @@ class Inbox:
                 where=self.registry.location,
                 hint="ask its maintainers to review some",
             )
-        for file in manifest.files:
-            source = LocalFile(directory / file.name)
-            storage.upload(_path(proposal.id, file.name), source, file, progress)
+        for file, path in sources:
+            storage.upload(_path(proposal.id, file.name), LocalFile(path), file, progress)
         storage.create(_path(proposal.id, EXPERT_FILE), manifest.to_toml().encode())
         storage.create(_path(proposal.id, PROPOSAL_FILE), envelope)
 
@@ -391,7 +361,8 @@ class Inbox:
             outcome = parse_record(Outcome, decided.data, where, ProposalError)
         return Received(id=id_, proposal=proposal, outcome=outcome)
 
-    def _stream(self, id_: str, name: str) -> Iterator[bytes]:
+    def stream(self, id_: str, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a file that was sent with a proposal; the caller verifies them."""
         return self._storage.stream(_path(id_, name))
 
     def _try_to_read(self, id_: str) -> Received:
@@ -471,8 +442,26 @@ def check_sizes(proposal: Proposal) -> None:
         limit = MAX_BYTES if name.endswith(".safetensors") else MAX_TEXT_BYTES
         if size > limit:
             raise ProposalError(f"{size:,} bytes, at most {limit:,} can be proposed", where=name)
-    if proposal.n_bytes > MAX_BYTES:
-        raise ProposalError(f"{proposal.n_bytes:,} bytes, at most {MAX_BYTES:,} can be proposed")
+    # Of whole files, which a maintainer makes of deltas.
+    n_bytes = sum(proposal.sizes.values())
+    if n_bytes > MAX_BYTES:
+        raise ProposalError(f"{n_bytes:,} bytes, at most {MAX_BYTES:,} can be proposed")
+
+
+def check_deltas(proposal: Proposal, base: Release) -> None:
+    """Refuse deltas that start from other files than those of the base.
+
+    Raises:
+        ProposalError: When one does.
+    """
+    known = {file.name: (file.digest, file.size) for file in base.files}
+    for name, delta in proposal.deltas.items():
+        if known.get(name) != (delta.base, delta.base_size):
+            raise ProposalError(
+                f"is a change of {delta.base}, which is not {name} of {proposal.base_release}",
+                where=delta.as_file(name).name,
+                hint="ask its proposer to propose it again, with `composable propose DIR --whole`",
+            )
 
 
 def require_open(received: Received, location: str, allowed: Outcome | None = None) -> Received:

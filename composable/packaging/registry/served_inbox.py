@@ -6,13 +6,13 @@ server, and verified here like those of any inbox.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from composable.errors import ProposalError, RegistryError
 from composable.files.records import convert, to_plain
-from composable.packaging.manifests.manifest import Manifest
+from composable.packaging.manifests.manifest import Manifest, PackageFile
 from composable.packaging.registry.inbox import FOLDER, Inbox, Outcome, Received
 from composable.packaging.registry.served import VERIFIED_BYTES_PER_SECOND, ServedRegistry
 from composable.packaging.trust.keyring import Keyring
@@ -50,8 +50,8 @@ class ServedInbox(Inbox):
         self,
         proposal: Proposal,
         envelope: bytes,
-        directory: Path,
         manifest: Manifest,
+        sources: Sequence[tuple[PackageFile, Path]],
         progress: ByteProgress | None,
     ) -> None:
         request = {"envelope": envelope.decode(), "manifest": manifest.to_toml()}
@@ -61,10 +61,10 @@ class ServedInbox(Inbox):
             return
         missing = {entry["digest"]: entry["missing"] for entry in answer["files"]}
         home = f"proposals/{proposal.id}"
-        for file in manifest.files:
+        for file, path in sources:
             numbers = missing.get(file.digest, [])
-            self._served.send_chunks(home, directory / file.name, file, numbers, progress)
-        seconds = proposal.n_bytes / VERIFIED_BYTES_PER_SECOND
+            self._served.send_chunks(home, path, file, numbers, progress)
+        seconds = sum(proposal.sizes.values()) / VERIFIED_BYTES_PER_SECOND
         self._served.ask("POST", f"{home}/commit", {}, seconds)
 
     def _list_ids(self) -> list[str]:
@@ -81,7 +81,8 @@ class ServedInbox(Inbox):
             raise ProposalError(f"lacks {error}", where=where) from error
         return Received(id=id_, proposal=proposal, outcome=outcome, account=account)
 
-    def _stream(self, id_: str, name: str) -> Iterator[bytes]:
+    def stream(self, id_: str, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a file that was sent with a proposal; the caller verifies them."""
         return self._served.server.stream(f"{FOLDER}/{id_}/{name}")
 
     def _list(self) -> dict[str, dict[str, Any]]:

@@ -1,17 +1,17 @@
 """A proposal to change an expert: an in-toto statement in a DSSE envelope, signed or not.
 
-Its subjects are all files of the proposed release with their SHA-256. Its predicate says what it is
-a change of, why, and whose key signed it. The digest of the statement is the proposal's id, so
-nothing of a proposal can change under the same id. The key is part of the statement: neither can a
-signature be taken off, nor another one put in its place. Whether the key is that of a publisher is
-not decided here.
+Its subjects are all files of the proposed release with their SHA-256, also where a delta was sent
+in place of one. Its predicate says what it is a change of, why, what was sent, and whose key signed
+it. The digest of the statement is the proposal's id, so nothing of a proposal can change under the
+same id. The key is part of the statement: neither can a signature be taken off, nor another one put
+in its place. Whether the key is that of a publisher is not decided here.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from securesystemslib.dsse import Envelope
@@ -21,7 +21,13 @@ from securesystemslib.signer import Signer
 from composable.errors import KeyFileError, PackagingError, ProposalError
 from composable.files.records import convert_exactly, to_plain
 from composable.interface.digest import canonical_json, digest_bytes, is_digest
-from composable.packaging.manifests.manifest import EXPERT_FILE, EXPERT_FILES
+from composable.packaging.manifests.manifest import (
+    EXPERT_FILE,
+    EXPERT_FILES,
+    Delta,
+    PackageFile,
+)
+from composable.packaging.manifests.packing import REQUIRED_FILES
 from composable.packaging.trust.keys import parse_public_key
 from composable.packaging.trust.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from composable.packaging.versions.names import check_package_name
@@ -45,6 +51,7 @@ class Proposal:
         key: The proposer's public key, `ed25519:` and 64 hexadecimal digits; empty if unsigned.
         digests: Digest of every file, by name, with that of the manifest.
         sizes: Bytes of every file, by name.
+        deltas: What was sent in place of a file, by its name: a change of the base's file.
 
     Example:
         >>> digest = "sha256:" + "0" * 64
@@ -68,6 +75,7 @@ class Proposal:
     key: str
     digests: dict[str, str]
     sizes: dict[str, int]
+    deltas: dict[str, Delta] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -80,13 +88,25 @@ class Proposal:
         return f"{self.name}@{self.base}"
 
     @property
+    def sent(self) -> list[PackageFile]:
+        """The files that were sent: deltas, and files that are whole."""
+        return [
+            self.deltas[name].as_file(name)
+            if name in self.deltas
+            else PackageFile(name=name, size=self.sizes[name], digest=digest)
+            for name, digest in self.digests.items()
+        ]
+
+    @property
     def n_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(self.sizes.values())
+        """Bytes that were sent."""
+        return sum(file.size for file in self.sent)
 
     def to_payload(self) -> bytes:
         """Return the in-toto statement; the same proposal gives the same bytes."""
         predicate = to_plain(self)
+        if not self.deltas:
+            del predicate["deltas"]  # as statements were before there were any
         subjects = [
             {"name": file, "digest": {"sha256": digest.removeprefix("sha256:")}}
             for file, digest in sorted(predicate.pop("digests").items())
@@ -140,6 +160,13 @@ def _check_fields(proposal: Proposal) -> None:
         raise ProposalError("has a digest that is none")
     if proposal.sizes.keys() != proposal.digests.keys() or min(proposal.sizes.values()) < 0:
         raise ProposalError("does not state the size of every file")
+    for name, delta in proposal.deltas.items():
+        if name not in REQUIRED_FILES or name not in proposal.digests:
+            raise ProposalError(f"has a delta of {name[:80]!r}, which is no tensor file of it")
+        if not is_digest(delta.digest) or not is_digest(delta.base):
+            raise ProposalError(f"has a delta of {name} with a digest that is none")
+        if not 0 < delta.size < proposal.sizes[name] or delta.base_size < 0:
+            raise ProposalError(f"has a delta of {name} that is no smaller than the file")
 
 
 def check_message(text: str) -> str:

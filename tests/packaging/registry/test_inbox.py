@@ -24,6 +24,7 @@ from composable.interface import RouterInterface
 from composable.interface.digest import canonical_json, digest_bytes
 from composable.packaging import Registry, Version, open_for_publishing
 from composable.packaging.install.mirror import mirror_registry
+from composable.packaging.install.proposals import fetch_proposal
 from composable.packaging.registry import inbox as inboxes
 from composable.packaging.registry.inbox import Inbox, Outcome, Received, require_open
 from composable.packaging.registry.locations import open_inbox
@@ -89,7 +90,7 @@ def test_a_proposal_arrives_whole(
     assert (received.id, received.proposal, received.state) == (proposal.id, proposal, "open")
     assert inbox.describe_proposer(received) == "unsigned"
     assert inbox.find(proposal.id[:6]) == received
-    manifest = inbox.fetch(received, tmp_path / "out")
+    manifest = fetch_proposal(inbox, received, tmp_path / "out")
     assert (manifest.name, manifest.derives_from) == ("german", "german@1.0.0")
     for name in ("body.safetensors", "scout.safetensors", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (changed / name).read_bytes()
@@ -135,7 +136,7 @@ def test_a_bucket_has_an_inbox(
     proposal = inbox.propose(changed, BASE, interface=interface)
     received = only(inbox)
     assert received.proposal == proposal
-    inbox.fetch(received, tmp_path / "out")
+    fetch_proposal(inbox, received, tmp_path / "out")
     inbox.decide(received, Outcome(state="rejected", reason="no"))
     assert only(inbox).state == "rejected"
     with pytest.raises(RegistryError, match="no inbox"):
@@ -252,18 +253,18 @@ def test_any_byte_of_a_file_counts(inbox: Inbox, propose: Any, tmp_path: Path, n
     data[len(data) // 2] ^= 1
     write(inbox, proposal.id, name, bytes(data))
     with pytest.raises(ProposalError, match="is not the file that was proposed") as caught:
-        inbox.fetch(only(inbox), tmp_path / "out")
+        fetch_proposal(inbox, only(inbox), tmp_path / "out")
     assert name in str(caught.value.where)
     path.unlink()
     with pytest.raises(ProposalError, match="is not the file that was proposed"):
-        inbox.fetch(only(inbox), tmp_path / "again")
+        fetch_proposal(inbox, only(inbox), tmp_path / "again")
 
 
 def test_a_longer_file_is_not_read_to_its_end(inbox: Inbox, propose: Any, tmp_path: Path) -> None:
     proposal = propose()
     write(inbox, proposal.id, "README.md", b"x" * 100_000)
     with pytest.raises(ProposalError):
-        inbox.fetch(only(inbox), tmp_path / "out")
+        fetch_proposal(inbox, only(inbox), tmp_path / "out")
 
 
 def test_any_byte_of_the_proposal_counts(inbox: Inbox, propose: Any, keyring: Keyring) -> None:
@@ -361,7 +362,7 @@ def test_a_manifest_that_lists_other_files(inbox: Inbox, propose: Any, tmp_path:
     write(inbox, hostile.id, "proposal.json", seal(hostile))
     write(inbox, hostile.id, "expert.toml", text)
     with pytest.raises(ProposalError, match="lists other files"):
-        inbox.fetch(inbox.find(hostile.id), tmp_path / "out")
+        fetch_proposal(inbox, inbox.find(hostile.id), tmp_path / "out")
 
 
 # Decisions.
