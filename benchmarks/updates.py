@@ -101,7 +101,15 @@ def train_generation(
     cfg = expert_config(steps, seed, backbone=loaded.backbone)
     base = None if parent is None else load_expert(loaded, parent)
     record = train_expert(
-        loaded, folder, [texts], cfg, parent=base, update_rank=rank, salt=f"updates-{seed}"
+        loaded,
+        folder,
+        [texts],
+        cfg,
+        parent=base,
+        update_rank=rank,
+        # Generations on the same text read the same outputs of the trunk.
+        trunk=texts.parent / "trunk",
+        salt=f"updates-{seed}",
     )
     # Measured on text that no generation saw, rather than on what this one held out.
     write_documents(folder / WORK / HELDOUT_FILE, heldout)
@@ -209,39 +217,47 @@ def run_seed(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Return the figures as Markdown tables."""
+    """Return the figures as Markdown tables: the mean over seeds, and the least and the largest."""
     lines = [
-        "| seed | generation | held-out bits per byte | of the gain | scout bits | of its gain "
+        "| generation | held-out bits per byte | of the gain | scout bits | of its gain "
         "| sent: bytes | of the whole | installed over the first: bytes | alone: bytes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    times = [
-        "| seed | generation | MB | rebuild: ms | copy: ms | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for seed, rows in result["seeds"].items():
-        for name, row in rows.items():
-            cells = [seed, name, f"{row['bits']:.4f}"]
-            if "sent" not in row:
-                cells += ["", f"{row['scout_bits']:.4f}", "", f"{row['bytes']:,}", "", "", ""]
-            else:
-                cells += [
-                    f"{row['gain_share']:.1%}",
-                    f"{row['scout_bits']:.4f}",
-                    f"{row['scout_gain_share']:.1%}",
-                    f"{row['sent']:,}",
-                    f"{row['sent'] / row['bytes']:.2%}",
-                    f"{row['install']:,}",
-                    f"{row['install_alone']:,}",
-                ]
-                took = row["time"]
-                low, high = took["ratio_spread"]
-                spread = f"{took['ratio']:.1f} ({low:.1f} to {high:.1f})"
-                times.append(
-                    f"| {seed} | {name} | {took['megabytes']:.2f} | {1e3 * took['rebuild_s']:.1f} "
-                    f"| {1e3 * took['copy_s']:.1f} | {spread} |"
-                )
-            lines.append(f"| {' | '.join(cells)} |")
+    times = ["| generation | MB | rebuild: ms | copy: ms | ratio |", "|---|---|---|---|---|"]
+    seeds = list(result["seeds"].values())
+    for name in seeds[0]:
+        rows = [seed[name] for seed in seeds]
+
+        def show(figure: str, how: str, factor: float = 1, rows: Any = rows) -> str:
+            values = [factor * row[figure] for row in rows]
+            low, high = (format(end, how) for end in (min(values), max(values)))
+            spread = "" if low == high else f" ({low} to {high})"
+            return f"{statistics.fmean(values):{how}}{spread}"
+
+        bits = [name, show("bits", ".4f")]
+        if "sent" not in rows[0]:
+            cells = [*bits, "", show("scout_bits", ".4f"), "", show("bytes", ",.0f"), "", "", ""]
+        else:
+            shares = [{"sent": row["sent"] / row["bytes"]} for row in rows]
+            cells = [
+                *bits,
+                show("gain_share", ".1%"),
+                show("scout_bits", ".4f"),
+                show("scout_gain_share", ".1%"),
+                show("sent", ",.0f"),
+                show("sent", ".2%", rows=shares),
+                show("install", ",.0f"),
+                show("install_alone", ",.0f"),
+            ]
+            took = [row["time"] for row in rows]
+            low = min(one["ratio_spread"][0] for one in took)
+            high = max(one["ratio_spread"][1] for one in took)
+            ratio = statistics.fmean(one["ratio"] for one in took)
+            times.append(
+                f"| {name} | {took[0]['megabytes']:.2f} | {show('rebuild_s', '.1f', 1e3, took)} "
+                f"| {show('copy_s', '.1f', 1e3, took)} | {ratio:.1f} ({low:.1f} to {high:.1f}) |"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *times])
 
 
@@ -249,8 +265,8 @@ def main() -> None:
     """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m " + __spec__.name)
     parser.add_argument("--expert", default="python-code", help="whose text is used")
-    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of a generation")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="ranks of the updates")
+    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of a generation")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[32], help="ranks of the updates")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
@@ -269,7 +285,9 @@ def main() -> None:
                 loaded, arguments.expert, arguments.steps, arguments.ranks, seed, Path(folder)
             )
         result["seeds"][str(seed)] = rows
-    print(f"{result['machine']}; {result['date']}; {arguments.expert}, {arguments.steps} steps\n")
+    seeds = "1 seed" if arguments.seeds == 1 else f"{arguments.seeds} seeds"
+    print(f"{result['machine']}; {result['date']}; {arguments.expert}, {arguments.steps} steps")
+    print(f"{seeds}: mean (least to largest)\n")
     print(describe(result))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

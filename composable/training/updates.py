@@ -1,14 +1,18 @@
 """Low-rank updates: a new generation of an expert that is its parent plus products of factors.
 
 Training runs as for a low-rank body, on a backbone whose slots have the parent's matrices. So the
-parent is frozen, there is optimiser state for the factors only, and at the first step the update
-is the parent. Afterwards the factors are rounded to bfloat16, and the new tensors are *defined* as
-the parent's plus their products, see `composable.files.delta.add_product`.
+parent is frozen, there is optimiser state for the factors only, and at the first step the update is
+the parent. The scout, which is small, is trained in full.
+
+Afterwards factors are rounded to a few bits, and the new tensors are *defined* as the parent's plus
+their products, see `composable.files.delta.add_product`. The change of a scout's matrix is rounded
+alike: it is the product of itself and an identity, which takes next to no room in a delta.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,9 @@ from flax import nnx
 from composable.files.delta import Factors, add_product
 from composable.model.backbone import Backbone
 from composable.model.body import MATRICES, Body
+
+# Of every number of a factor: more take more bytes and gained nothing, fewer lost some of the gain.
+SIGNIFICANT_BITS: Final = 2
 
 
 def place_parent(backbone: Backbone, parent: Body) -> Backbone:
@@ -38,7 +45,7 @@ def place_parent(backbone: Backbone, parent: Body) -> Backbone:
 
 
 def find_factors(tensors: Mapping[str, np.ndarray]) -> Factors:
-    """Return the factors of a trained low-rank body, in bfloat16.
+    """Return the factors of a trained low-rank body, rounded.
 
     Args:
         tensors: Its tensors, by name.
@@ -50,12 +57,50 @@ def find_factors(tensors: Mapping[str, np.ndarray]) -> Factors:
     """
     names = [name.removesuffix(".a") for name in tensors if name.endswith(".a")]
     return {
-        name: (
-            tensors[f"{name}.a"].astype(ml_dtypes.bfloat16),
-            tensors[f"{name}.b"].astype(ml_dtypes.bfloat16),
-        )
+        name: (round_factor(tensors[f"{name}.a"]), round_factor(tensors[f"{name}.b"]))
         for name in names
     }
+
+
+def find_changes(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> Factors:
+    """Return the changes of matrices as factors of full rank: the rounded change and an identity.
+
+    Args:
+        before: The tensors of the parent.
+        after: The trained ones; those that are not matrices get no factors.
+
+    Example:
+        >>> before = {"w_in": np.zeros((2, 3), np.float32)}
+        >>> a_DR, b_RF = find_changes(before, {"w_in": np.ones((2, 3), np.float32)})["w_in"]
+        >>> a_DR.tolist(), b_RF.tolist()
+        ([[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    """
+    factors = {}
+    for name, new in after.items():
+        if new.ndim == 2:
+            change = round_factor(new.astype(np.float32) - before[name].astype(np.float32))
+            identity = np.eye(min(new.shape), dtype=ml_dtypes.bfloat16)
+            is_wide = new.shape[0] <= new.shape[1]
+            factors[name] = (identity, change) if is_wide else (change, identity)
+    return factors
+
+
+def round_factor(factor: np.ndarray) -> np.ndarray:
+    """Return a factor in bfloat16, every number rounded to `SIGNIFICANT_BITS`.
+
+    Its numbers then have few different bytes, which is what compresses in a delta.
+
+    Args:
+        factor: Any shape.
+
+    Example:
+        >>> round_factor(np.array([0.9, 1.1, 1.3, -5.0])).tolist()
+        [1.0, 1.0, 1.5, -4.0]
+    """
+    mantissa, exponent = np.frexp(factor.astype(np.float32))
+    whole = np.rint(np.ldexp(mantissa, SIGNIFICANT_BITS))
+    rounded: np.ndarray = np.ldexp(whole, exponent - SIGNIFICANT_BITS).astype(ml_dtypes.bfloat16)
+    return rounded
 
 
 def add_factors(tensors: Mapping[str, np.ndarray], factors: Factors) -> dict[str, np.ndarray]:

@@ -66,6 +66,7 @@ from composable.training.scouts import (
 )
 from composable.training.updates import (
     add_factors,
+    find_changes,
     find_factors,
     place_parent,
 )
@@ -357,16 +358,17 @@ def save_update(folder: Path, parent: Pluggable, expert: Expert, manifest: Manif
     Args:
         folder: The expert.
         parent: The parent.
-        expert: A trained low-rank body on the parent's matrices, and a trained scout, which is kept
-            as it is: it is small, and an approximation of its change by products lost more than
-            training had gained.
+        expert: A trained low-rank body on the parent's matrices, and a trained scout, whose change
+            is rounded and not approximated by products: that lost more than training had gained.
         manifest: The expert's manifest.
     """
-    factors = find_factors(to_tensors(expert.body))
-    body = to_tensors(parent.body, manifest.body.dtype)
-    write_tensors(folder / BODY_FILE, add_factors(body, factors))
-    write_tensors(folder / SCOUT_FILE, to_tensors(expert.scout))
-    write_factors(folder, {BODY_FILE: factors})
+    before, after = to_tensors(parent.scout), to_tensors(expert.scout)
+    body, changes = find_factors(to_tensors(expert.body)), find_changes(before, after)
+    own = to_tensors(parent.body, manifest.body.dtype)
+    write_tensors(folder / BODY_FILE, add_factors(own, body))
+    vectors = {name: array for name, array in after.items() if name not in changes}
+    write_tensors(folder / SCOUT_FILE, add_factors({**before, **vectors}, changes))
+    write_factors(folder, {BODY_FILE: body, SCOUT_FILE: changes})
 
 
 def _fit_on_stream(

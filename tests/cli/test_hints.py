@@ -544,11 +544,14 @@ NAMED = {
     ("cli.review", "registry"),
     ("cli.review", "review"),
     ("workflows.accept", "reject"),
+    ("packaging.install.proposals", "propose"),
+    ("packaging.registry.inbox", "propose"),
     ("packaging.registry.inbox", "publish"),
     ("packaging.registry.inbox", "registry"),
     ("packaging.registry.inbox", "review"),
     ("packaging.registry.locations", "registry"),
     ("packaging.registry.served", "yank"),  # what a server can do instead
+    ("server.proposals", "propose"),
     ("server.publishing", "publish"),  # a server's answer to what no command of ours sends
     ("server.rules", "check"),
     ("server.signatures", "registry"),  # as the lines above: run in tests/server/test_signatures.py

@@ -10,8 +10,10 @@ import pytest
 
 from composable.errors import ManifestError, ProposalError, RegistryError
 from composable.interface import RouterInterface
-from composable.packaging import Version
+from composable.packaging import Store, Version
+from composable.packaging.install.deltas import prepare_deltas
 from composable.packaging.install.proposals import fetch_proposal
+from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry.inbox import Outcome
 from composable.packaging.registry.served_inbox import ServedInbox
 from composable.packaging.trust.keyring import Keyring
@@ -20,8 +22,10 @@ from composable.packaging.trust.proposal import Proposal, seal
 from composable.server.database import in_hours
 from composable.server.settings import Settings
 from composable.server.tables import Proposal as Row
+from tests.packaging.conftest import make_interface
 from tests.server.conftest import MakeVetted
 from tests.support.registries import Served, run_server
+from tests.support.updates import BODY, LARGE, Family, propose_update, vet
 
 BASE = ("german", Version("1.0.0"))
 DERIVED = 'derives-from = "german@1.0.0"'
@@ -214,3 +218,110 @@ def test_quotas(
         (changed / "README.md").write_bytes(b"x" * 200_000)
         with pytest.raises(RegistryError, match="at most 100,000 can be proposed"):
             people.propose(changed)
+
+
+# Proposals that are sent as deltas.
+
+
+class Updated(People):
+    """People whose german is large enough for deltas; ann has a low-rank update of it."""
+
+    def __init__(self, server: Served, home: Path):
+        large = make_interface(**LARGE)
+        self.family = Family(home / "family", large, version="{}.0.0", is_derived=True)
+        for folder in self.family.folders:
+            vet(folder, large)
+        super().__init__(server, self.family.folders[0], home, large)
+
+    def update(self, name: str = "ann") -> Proposal:
+        store = Store(self.home / "stores" / name)
+        folder, factors = self.family.folders[1], self.family.factors[1]
+        return propose_update(self.inbox(name), folder, self.interface, store, factors)
+
+    def fetch(self, out: Path) -> None:
+        maintainer = self.inbox("maintainer")
+        store = Store(self.home / "stores" / "maintainer")
+        fetch_proposal(maintainer, maintainer.find("german"), out, store=store)
+
+
+def test_only_the_change_is_sent_and_kept(server: Served, tmp_path: Path) -> None:
+    people = Updated(server, tmp_path)
+    proposal = people.update()
+    assert people.update() == proposal, "the same again changes nothing"
+    kept = {path.name: path for path in (tmp_path / "served" / "inbox" / proposal.id).iterdir()}
+    assert f"{BODY}.delta" in kept and BODY not in kept
+    assert sum(path.stat().st_size for path in kept.values()) == proposal.n_bytes
+    assert proposal.n_bytes < 0.2 * sum(proposal.sizes.values())
+    (seen,) = people.inbox("maintainer").entries()
+    assert seen.proposal == proposal
+    people.fetch(tmp_path / "out")
+    assert (tmp_path / "out" / BODY).read_bytes() == (people.family.folders[1] / BODY).read_bytes()
+    path = f"/inbox/{proposal.id}/{BODY}.delta"
+    statuses = [server.ask("GET", path, token=people.tokens[who])[0] for who in ("eve", "ann")]
+    assert statuses == [404, 200]
+    people.inbox("maintainer").decide(seen, NO)
+    assert not any(path.exists() for path in kept.values())
+
+
+def test_the_quota_counts_what_is_sent(tmp_path: Path) -> None:
+    settings = Settings(max_proposal_bytes=50_000)
+    with run_server(tmp_path / "served", settings=settings) as server:
+        people = Updated(server, tmp_path)
+        with pytest.raises(RegistryError, match="at most 50,000 can be proposed"):
+            people.inbox("ann").propose(
+                people.family.folders[1],
+                ("german", Version("0.0.0")),
+                interface=people.interface,
+            )
+        people.update()
+    # What it makes is limited like a release.
+    settings = Settings(max_file_bytes=110_000, max_release_bytes=110_000)
+    with run_server(tmp_path / "small", settings=settings) as server:
+        people = Updated(server, tmp_path / "small-2")
+        (people.family.folders[1] / "README.md").write_bytes(b"x" * 10_000)
+        with pytest.raises(RegistryError, match="bytes of whole files"):
+            people.update()
+
+
+def test_a_base_that_is_taken_down(server: Served, tmp_path: Path) -> None:
+    people = Updated(server, tmp_path)
+    admin = server.account("root", is_admin=True, scopes=("admin",))
+    proposal = people.update()
+    with server.services.database.write() as session:
+        session.get_one(Row, proposal.id).state = "arriving"
+    body = {"reason": "court order"}
+    assert server.api("POST", "/packages/german/0.0.0/takedown", body, admin)[0] == 200
+    for file in proposal.sent:
+        if file.name != "expert.toml":  # it comes with the statement
+            data = (tmp_path / "served" / "inbox" / proposal.id / file.name).read_bytes()
+            path = f"/proposals/{proposal.id}/files/{file.digest}/0"
+            assert server.api("PUT", path, data, people.tokens["ann"])[0] == 204
+    commit = f"/proposals/{proposal.id}/commit"
+    status, answer = server.api("POST", commit, {}, people.tokens["ann"])
+    assert status == 409 and "which is gone" in answer["error"]["message"]
+    with server.services.database.write() as session:
+        session.get_one(Row, proposal.id).state = "open"
+    with pytest.raises(ProposalError, match=r"as a change of german@0\.0\.0, which is gone"):
+        people.fetch(tmp_path / "out")
+
+
+def test_a_delta_that_makes_another_file(server: Served, tmp_path: Path) -> None:
+    people = Updated(server, tmp_path)
+    _, second, third = people.family.folders
+    text = (third / "expert.toml").read_text().replace("german@1.0.0", "german@0.0.0")
+    (third / "expert.toml").write_text(text)
+    packed = [pack_expert(folder, interface=people.interface) for folder in (second, third)]
+    target = next(file.digest for file in packed[0].files if file.name == BODY)
+    inbox, store = people.inbox("ann"), Store(tmp_path / "store")
+    with prepare_deltas(inbox.registry, third, packed[1], store, is_proposal=True) as prepared:
+        wrong = dataclasses.replace(prepared.deltas[BODY], target=target)
+        with pytest.raises(RegistryError, match="have digest"):
+            inbox.propose(
+                second,
+                ("german", Version("0.0.0")),
+                interface=people.interface,
+                deltas={BODY: wrong},
+            )
+    assert people.ids("maintainer") == []
+    people.update()
+    assert len(people.ids("maintainer")) == 1

@@ -1,28 +1,38 @@
 """Low-rank updates: trained on their factors alone, exact, resumed, small to send."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from composable.assembly.experts import load_expert
+from composable.corpora.documents import Document, write_documents
 from composable.errors import TrainingError
 from composable.files.delta import add_product
-from composable.files.safetensors import TensorFile
+from composable.files.safetensors import TensorFile, write_tensors
 from composable.interface import body_signature
-from composable.model.tensors import shapes_of
+from composable.model.tensors import shapes_of, to_tensors
 from composable.packaging import Project, Registry, Requirement, Store, lock_project, sync_project
 from composable.packaging.install import deltas as deltas_module
 from composable.packaging.project import sync as sync_module
+from composable.packaging.registry.inbox import Inbox
 from composable.packaging.registry.locations import open_for_publishing
+from composable.packaging.trust.keys import Keyring
+from composable.packaging.versions.version import Version
 from composable.training.config import TrainConfig
+from composable.training.updates import add_factors, find_factors
 from composable.workflows import train as train_module
+from composable.workflows.accept import accept_proposal
+from composable.workflows.propose import propose_expert
 from composable.workflows.publish import publish_expert
+from composable.workflows.review import review_proposal
 from composable.workflows.train import parse_update, train_expert
-from composable.workflows.updates import UPDATE_FILE, read_factors
+from composable.workflows.updates import UPDATE_FILE, read_factors, write_factors
 from composable.workflows.vet import check_expert
 from composable.workflows.workspace import WORK
+from tests.support.tiny import PRIVATE_WORDS
 from tests.support.updates import CountedFolder
 
 CFG = TrainConfig(
@@ -152,6 +162,61 @@ def test_an_update_is_published_and_installed_as_its_factors(
     again = publish_expert(folder, loaded.interface, other)
     assert again.manifest.digest == published.manifest.digest
     assert again.deltas.get(FILES[0], sizes[FILES[0]]) > 2 * published.deltas[FILES[0]]
+
+
+def test_a_proposed_update_is_reviewed_and_published_as_its_factors(
+    loaded, trained_folder, parent, make_update, tiny, tmp_path, monkeypatch
+):
+    for module in (deltas_module, sync_module):
+        monkeypatch.setattr(module, "MIN_DELTA_BYTES", 1000)
+    target = open_for_publishing(tmp_path / "registry")
+    publish_expert(trained_folder, loaded.interface, target)
+    folder = make_update()
+    body = to_tensors(parent.body)
+    rng = np.random.default_rng(0)
+    # So small a change that nothing is worse beyond noise, and nothing better.
+    factors = find_factors(
+        {
+            f"{name}.{side}": 1e-3 * rng.normal(size=shape)
+            for name, array in body.items()
+            for side, shape in (("a", (len(array), 2)), ("b", (2, array.shape[1])))
+        }
+    )
+    write_tensors(folder / FILES[0], add_factors(body, factors))
+    shutil.copyfile(trained_folder / FILES[1], folder / FILES[1])
+    write_factors(folder, {FILES[0]: factors})
+
+    inbox, base = Inbox(target, Keyring(tmp_path / "keys")), ("logic", Version("1.0.0"))
+    store = Store(tmp_path / "proposer")
+    proposal, whole = propose_expert(folder, base, loaded.interface, inbox, store=store)
+    assert proposal.deltas.keys() == {*FILES} and not whole
+    assert proposal.deltas[FILES[0]].size < 0.2 * proposal.sizes[FILES[0]]
+    words = [tiny.text(PRIVATE_WORDS, seed=100 + i, length=300) for i in range(8)]
+    write_documents(tmp_path / "own.jsonl", [Document(f"{i}", x) for i, x in enumerate(words)])
+    received = inbox.find(proposal.id)
+    for name in ("review", "accept"):
+        (tmp_path / name).mkdir()
+    verdict = review_proposal(
+        loaded,
+        inbox,
+        received,
+        tmp_path / "review",
+        [tmp_path / "own.jsonl"],
+        registry=str(tmp_path / "registry"),
+    )
+    assert verdict.passed, verdict.failed
+    digest = "sha256:" + "0" * 64
+    accept_proposal(inbox, received, tmp_path / "accept", loaded.interface, verdict, digest)
+    release = target.versions("logic")[-1]
+    body_file = next(file for file in release.files if file.name == FILES[0])
+    assert body_file.digest == proposal.digests[FILES[0]]
+    assert body_file.deltas == (proposal.deltas[FILES[0]],), "what was sent is what clients get"
+    assert not target.has_blob(body_file.digest)
+
+    project = Project.create(tmp_path / "project", str(loaded.folder), {"local": "../registry"})
+    project = project.add(Requirement.parse(f"logic@{release.version}"))
+    sync_project(project, lock_project(project, loaded.interface), Store(tmp_path / "store"))
+    assert read(project.environment.expert_path("logic")) == read(folder)
 
 
 def test_training_all_numbers_forgets_an_update(loaded, parent, make_update, text, tmp_path):

@@ -25,6 +25,7 @@ from composable.interface.digest import canonical_json, digest_bytes
 from composable.packaging import Registry, Version, open_for_publishing
 from composable.packaging.install.mirror import mirror_registry
 from composable.packaging.install.proposals import fetch_proposal
+from composable.packaging.manifests.manifest import Delta
 from composable.packaging.registry import inbox as inboxes
 from composable.packaging.registry.inbox import Inbox, Outcome, Received, require_open
 from composable.packaging.registry.locations import open_inbox
@@ -35,6 +36,7 @@ from tests.packaging.conftest import ANY_DIGEST, MakeExpert, make_interface
 from tests.support.signed_registries import OPERATOR, World
 
 BASE = ("german", Version("1.0.0"))
+DELTA = Delta(digest=ANY_DIGEST, size=1, base=ANY_DIGEST, base_size=10)
 DERIVED = 'derives-from = "german@1.0.0"\n'
 
 
@@ -326,6 +328,9 @@ def test_a_signature_can_neither_be_removed_nor_replaced(
         {"base_manifest": "none"},
         {"key": "ed25519:none"},
         {"message": "x" * 5000},
+        {"deltas": {"expert.toml": DELTA}},
+        {"deltas": {"../body.safetensors": DELTA}},
+        {"deltas": {"body.safetensors": DELTA}},
     ],
     ids=lambda change: " ".join(change),
 )
