@@ -285,12 +285,12 @@ def main() -> None:
                 loaded, arguments.expert, arguments.steps, arguments.ranks, seed, Path(folder)
             )
         result["seeds"][str(seed)] = rows
+        if arguments.json is not None:  # a long run that is stopped leaves the seeds that are done
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     seeds = "1 seed" if arguments.seeds == 1 else f"{arguments.seeds} seeds"
     print(f"{result['machine']}; {result['date']}; {arguments.expert}, {arguments.steps} steps")
     print(f"{seeds}: mean (least to largest)\n")
     print(describe(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
