@@ -266,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m " + __spec__.name)
     parser.add_argument("--expert", default="python-code", help="whose text is used")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of a generation")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[32], help="ranks of the updates")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[30], help="ranks of the updates")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()

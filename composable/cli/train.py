@@ -98,7 +98,7 @@ def train(
     With --sweep, all combinations of the values are trained on one pass of the backbone's lower
     layers, and the best one on held-out text is kept.
 
-    With --update rank=32, the matrices of the release in derives-from are changed by products of
+    With --update rank=30, the matrices of the release in derives-from are changed by products of
     that rank only, which takes a few percent of its bytes to publish.
 
     With --report, nothing is trained: a table shows where the time of the training in DIR went

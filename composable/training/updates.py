@@ -24,8 +24,10 @@ from composable.files.delta import Factors, add_product
 from composable.model.backbone import Backbone
 from composable.model.body import MATRICES, Body
 
-# Of every number of a factor: more take more bytes and gained nothing, fewer lost some of the gain.
-SIGNIFICANT_BITS: Final = 2
+# Significant bits of every number of a factor: more take more bytes and gained nothing.
+FACTOR_BITS: Final = 2
+# The same for the change of a scout, whose loss is more sensitive: two bits lost most of its gain.
+SCOUT_BITS: Final = 5
 
 
 def place_parent(backbone: Backbone, parent: Body) -> Backbone:
@@ -57,13 +59,16 @@ def find_factors(tensors: Mapping[str, np.ndarray]) -> Factors:
     """
     names = [name.removesuffix(".a") for name in tensors if name.endswith(".a")]
     return {
-        name: (round_factor(tensors[f"{name}.a"]), round_factor(tensors[f"{name}.b"]))
+        name: (
+            round_factor(tensors[f"{name}.a"], FACTOR_BITS),
+            round_factor(tensors[f"{name}.b"], FACTOR_BITS),
+        )
         for name in names
     }
 
 
 def find_changes(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> Factors:
-    """Return the changes of matrices as factors of full rank: the rounded change and an identity.
+    """Return the changes of a scout's matrices as factors: the rounded change and an identity.
 
     Args:
         before: The tensors of the parent.
@@ -78,28 +83,30 @@ def find_changes(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarra
     factors = {}
     for name, new in after.items():
         if new.ndim == 2:
-            change = round_factor(new.astype(np.float32) - before[name].astype(np.float32))
+            change = new.astype(np.float32) - before[name].astype(np.float32)
+            change = round_factor(change, SCOUT_BITS)
             identity = np.eye(min(new.shape), dtype=ml_dtypes.bfloat16)
             is_wide = new.shape[0] <= new.shape[1]
             factors[name] = (identity, change) if is_wide else (change, identity)
     return factors
 
 
-def round_factor(factor: np.ndarray) -> np.ndarray:
-    """Return a factor in bfloat16, every number rounded to `SIGNIFICANT_BITS`.
+def round_factor(factor: np.ndarray, n_bits: int) -> np.ndarray:
+    """Return a factor in bfloat16, every number rounded to some significant bits.
 
     Its numbers then have few different bytes, which is what compresses in a delta.
 
     Args:
         factor: Any shape.
+        n_bits: How many, at most the 8 of bfloat16.
 
     Example:
-        >>> round_factor(np.array([0.9, 1.1, 1.3, -5.0])).tolist()
+        >>> round_factor(np.array([0.9, 1.1, 1.3, -5.0]), 2).tolist()
         [1.0, 1.0, 1.5, -4.0]
     """
     mantissa, exponent = np.frexp(factor.astype(np.float32))
-    whole = np.rint(np.ldexp(mantissa, SIGNIFICANT_BITS))
-    rounded: np.ndarray = np.ldexp(whole, exponent - SIGNIFICANT_BITS).astype(ml_dtypes.bfloat16)
+    whole = np.rint(np.ldexp(mantissa, n_bits))
+    rounded: np.ndarray = np.ldexp(whole, exponent - n_bits).astype(ml_dtypes.bfloat16)
     return rounded
 
 
