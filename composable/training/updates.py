@@ -83,31 +83,29 @@ def find_changes(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarra
     factors = {}
     for name, new in after.items():
         if new.ndim == 2:
-            change = new.astype(np.float32) - before[name].astype(np.float32)
-            change = round_factor(change, SCOUT_BITS)
+            change = round_factor(new - before[name], SCOUT_BITS)
             identity = np.eye(min(new.shape), dtype=ml_dtypes.bfloat16)
             is_wide = new.shape[0] <= new.shape[1]
             factors[name] = (identity, change) if is_wide else (change, identity)
     return factors
 
 
-def round_factor(factor: np.ndarray, n_bits: int) -> np.ndarray:
+def round_factor(array: np.ndarray, n_bits: int) -> np.ndarray:
     """Return a factor in bfloat16, every number rounded to some significant bits.
 
     Its numbers then have few different bytes, which is what compresses in a delta.
 
     Args:
-        factor: Any shape.
+        array: The factor.
         n_bits: How many, at most the 8 of bfloat16.
 
     Example:
         >>> round_factor(np.array([0.9, 1.1, 1.3, -5.0]), 2).tolist()
         [1.0, 1.0, 1.5, -4.0]
     """
-    mantissa, exponent = np.frexp(factor.astype(np.float32))
+    mantissa, exponent = np.frexp(array.astype(np.float32))
     whole = np.rint(np.ldexp(mantissa, n_bits))
-    rounded: np.ndarray = np.ldexp(whole, exponent - n_bits).astype(ml_dtypes.bfloat16)
-    return rounded
+    return np.asarray(np.ldexp(whole, exponent - n_bits), ml_dtypes.bfloat16)
 
 
 def add_factors(tensors: Mapping[str, np.ndarray], factors: Factors) -> dict[str, np.ndarray]:
