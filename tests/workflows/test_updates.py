@@ -12,17 +12,18 @@ from composable.corpora.documents import Document, write_documents
 from composable.errors import TrainingError
 from composable.files.delta import add_product
 from composable.files.safetensors import TensorFile, write_tensors
-from composable.interface import body_signature
+from composable.interface import body_signature, scout_signature
 from composable.model.tensors import shapes_of, to_tensors
 from composable.packaging import Project, Registry, Requirement, Store, lock_project, sync_project
 from composable.packaging.install import deltas as deltas_module
+from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.project import sync as sync_module
 from composable.packaging.registry.inbox import Inbox
 from composable.packaging.registry.locations import open_for_publishing
 from composable.packaging.trust.keys import Keyring
 from composable.packaging.versions.version import Version
 from composable.training.config import TrainConfig
-from composable.training.updates import add_factors, find_factors
+from composable.training.updates import FACTOR_BITS, SCOUT_BITS, add_factors, find_factors
 from composable.workflows import train as train_module
 from composable.workflows.accept import accept_proposal
 from composable.workflows.propose import propose_expert
@@ -88,18 +89,23 @@ def test_an_update_is_its_parent_plus_products(
     record = train_expert(loaded, folder, [text], CFG, parent=parent, update_rank=2)
     assert (record.update_rank, record.derives_from) == (2, "logic@1.0.0")
 
-    scout = sum(int(np.prod(shape)) for shape in shapes_of(parent.scout).values())
+    n_scout = sum(int(np.prod(shape)) for shape in shapes_of(parent.scout).values())
     matrices = shapes_of(parent.body).values()
-    assert seen["sizes"] == scout + sum(2 * sum(shape) for shape in matrices)
+    assert seen["sizes"] == n_scout + sum(2 * sum(shape) for shape in matrices)
     assert seen["state"] < 3 * seen["sizes"], "there is state for factors, and for no matrix"
 
     factors = read_factors(folder)
-    specs = body_signature(loaded.interface, "ffn", None)
-    files = [TensorFile(home / FILES[0], specs) for home in (trained_folder, folder)]
-    for name in specs:
-        before, after = (tensors[name] for tensors in files)
-        assert not np.array_equal(before, after)
-        np.testing.assert_array_equal(after, add_product(before, *factors[FILES[0]][name]))
+    body = body_signature(loaded.interface, "ffn", None)
+    scout = scout_signature(loaded.interface, Manifest.read(folder).scout_width)
+    for file, specs, n_bits in ((FILES[0], body, FACTOR_BITS), (FILES[1], scout, SCOUT_BITS)):
+        files = [TensorFile(home / file, specs) for home in (trained_folder, folder)]
+        assert factors[file].keys() == {n for n, spec in specs.items() if len(spec.shape) == 2}
+        for name, pair in factors[file].items():
+            before, after = (tensors[name] for tensors in files)
+            assert not np.array_equal(before, after)
+            np.testing.assert_array_equal(after, add_product(before, *pair))
+            whole = [np.frexp(factor.astype(np.float32))[0] * 2**n_bits for factor in pair]
+            assert all(np.array_equal(x, np.rint(x)) for x in whole)
     # What is loaded and run is the sum, so no one needs to know of the factors.
     updated = load_expert(loaded, folder)
     assert updated.body.kind == "ffn"
