@@ -7,6 +7,7 @@ again would go on; usage errors exit with 2; any other exception is a bug and ke
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from typing import Annotated, Any, Final
@@ -37,10 +38,7 @@ class Commands(TyperGroup):
         """Import the file of a command and return the command; None if there is none."""
         for panel in COMMANDS.values():
             if name in panel:
-                home = importlib.import_module(f"composable.cli.{panel[name][0]}")
-                command = get_command(home.app).commands[name]  # type: ignore[attr-defined]
-                _check_arguments(command)
-                return command
+                return _load_commands(panel[name][0])[name]
         return None
 
     def get_help(self, ctx: Any) -> str:
@@ -61,6 +59,16 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             report_to_group(error, ctx, _INTERRUPTED)
             raise
+
+
+@functools.cache
+def _load_commands(file: str) -> dict[str, Any]:
+    """Return the commands of a file, made once for all calls in a process."""
+    home = importlib.import_module(f"composable.cli.{file}")
+    commands: dict[str, Any] = get_command(home.app).commands  # type: ignore[attr-defined]
+    for command in commands.values():
+        _check_arguments(command)
+    return commands
 
 
 class _Text(click.types.StringParamType):

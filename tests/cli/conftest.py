@@ -1,6 +1,7 @@
 """A command line to call, and experts that fit a backbone and know nothing, made without jax."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -170,13 +171,35 @@ def make_fakes(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def publish_copies(tmp_path_factory):
+    """Return a function that publishes fakes to a new registry: once, and then copies of them."""
+    made = {}
+
+    def publish(fakes, *releases):
+        """Publish releases, each the arguments of `Fakes.publish`, all of them by name."""
+        key = repr(releases)
+        if key not in made:
+            made[key] = folder = tmp_path_factory.mktemp("published")
+            first = Fakes(folder / "experts", folder / "registry")
+            for release in releases:
+                first.publish(**release)
+        shutil.copytree(made[key] / "experts", fakes.root)
+        shutil.copytree(made[key] / "registry", fakes.registry.location)
+
+    return publish
+
+
 @pytest.fixture
-def project(works, fakes, tmp_path):
+def project(works, fakes, publish_copies, tmp_path):
     """Make the directory a project with a registry of three experts; return its path."""
-    fakes.publish("german", "1.0.0")
-    fakes.publish("german", "1.2.0", seed=1)
-    fakes.publish("german", "2.0.0", seed=2)
-    fakes.publish("physics", requires={"german": "^1.0"}, seed=3)
+    publish_copies(
+        fakes,
+        {"name": "german", "version": "1.0.0"},
+        {"name": "german", "version": "1.2.0", "seed": 1},
+        {"name": "german", "version": "2.0.0", "seed": 2},
+        {"name": "physics", "requires": {"german": "^1.0"}, "seed": 3},
+    )
     works("init", "--registry", "registry")
     return tmp_path
 

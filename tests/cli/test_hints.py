@@ -28,10 +28,9 @@ def fakes(make_fakes):
 
 
 @pytest.fixture
-def project(works, fakes):
+def project(works, fakes, publish_copies):
     """Make a project that has german 1.0.0 and physics installed."""
-    fakes.publish("german")
-    fakes.publish("physics", seed=1)
+    publish_copies(fakes, {"name": "german"}, {"name": "physics", "seed": 1})
     works("init", "--registry", "registry")
     works("install", "german", "physics")
     return fakes
