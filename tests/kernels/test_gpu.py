@@ -20,6 +20,7 @@ from composable.kernels import (
 )
 from composable.kernels.blocks import loop_blocks, product
 from tests.support.kernel_transfers import interpreted_kernels
+from tests.support.traces import trace_apart
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +35,8 @@ WIDTH, HIDDEN, EXPERTS, BLOCK, TOKENS = 72, 176, 5, 16, 48
 def on_gpu(monkeypatch):
     """Run what a program compiled for CUDA runs, its kernels interpreted."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, **others: cuda(*args))
-    jax.clear_caches()
-    with interpreted_kernels() as kernels:
+    with interpreted_kernels() as kernels, trace_apart(object()):
         yield kernels
-    jax.clear_caches()
     assert kernels.called
 
 

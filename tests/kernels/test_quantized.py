@@ -15,6 +15,7 @@ from composable.kernels.quantized import (
     take_rows,
     widen,
 )
+from tests.support.traces import trace_apart
 
 # Sums of a hundred terms in another order, relative to the largest output.
 REORDERED_SUMS = 3e-6
@@ -32,10 +33,8 @@ def path(request, monkeypatch):
         )
     elif not native.load_native().is_loaded:
         pytest.skip(native.load_native().reason)
-    # What was traced with the other path is not used again.
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+    with trace_apart(request.param):
+        yield request.param
 
 
 def draw(rows, inputs, outputs, dtype, is_transposed):

@@ -20,6 +20,7 @@ from composable.kernels import (
 from composable.kernels.blocks import loop_blocks
 from composable.kernels.grouped_swiglu import _stream_backward, _stream_body
 from tests.support.kernel_transfers import count_transfers, interpreted_kernels
+from tests.support.traces import trace_apart
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +41,8 @@ def pieces(request, monkeypatch):
 def on_tpu(monkeypatch):
     """Run what a program compiled for a TPU runs, its kernels interpreted."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, **others: tpu(*args))
-    jax.clear_caches()
-    with interpreted_kernels() as kernels:
+    with interpreted_kernels() as kernels, trace_apart(object()):
         yield
-    jax.clear_caches()
     assert kernels.called
 
 
