@@ -9,10 +9,12 @@ from composable.kernels.dispatch import (
     Dispatch,
     combine_rows,
     count_blocks,
+    count_up_to,
     default_block,
     gather_rows,
     group_blocks,
     make_dispatch,
+    run_in_least_room,
 )
 from composable.kernels.grouped_matmul import grouped_matmul
 from composable.kernels.grouped_swiglu import grouped_swiglu, swiglu_of_few
@@ -35,6 +37,7 @@ __all__ = [
     "changed_swiglu_of_few",
     "combine_rows",
     "count_blocks",
+    "count_up_to",
     "default_block",
     "describe_products",
     "gather_rows",
@@ -47,6 +50,7 @@ __all__ = [
     "multiply_transposed",
     "quantize",
     "quantize_like",
+    "run_in_least_room",
     "swiglu_of_few",
     "take_rows",
     "widen",

@@ -123,11 +123,13 @@ def _multiply_by_parts(x_PD: Array, weights: Arrays, dispatch: Dispatch) -> Arra
         dispatch,
         expert_Y=jnp.maximum(dispatch.expert_Y - n_others, 0),
         end_block_E=dispatch.end_block_E[n_others:],
+        end_row_E=dispatch.end_row_E[n_others:],
     )
     changed = dataclasses.replace(
         dispatch,
         expert_Y=jnp.minimum(dispatch.expert_Y, n_changes - 1),
         end_block_E=dispatch.end_block_E[:n_changes],
+        end_row_E=dispatch.end_row_E[:n_changes],
     )
 
     def run(index: int, x: Array) -> Array:

@@ -18,6 +18,8 @@ Data flow:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import chex
 import jax
@@ -25,6 +27,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from composable.errors import ModelError
+
+T = TypeVar("T")
+
+# Rows of tables that are worth a second program with shorter ones.
+_MANY_ROWS: Final = 1 << 12
+# Pairs that are compared in less time than the steps of a search take to start.
+_FEW_PAIRS: Final = 1 << 16
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +51,8 @@ class Dispatch:
             For blocks past `n_blocks_used` it is an arbitrary valid index.
         end_block_E: int32, one past the last block of each expert's group. An expert without
             tokens has an empty group.
+        end_row_E: int32, one past the last row of each group that may hold a choice; in the last
+            block of the group, if it has any.
         block: Rows per block; static.
 
     Example:
@@ -55,6 +66,7 @@ class Dispatch:
     position_MJ: Array
     expert_Y: Array
     end_block_E: Array
+    end_row_E: Array
     block: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -152,7 +164,7 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
     sorted_expert = flat_expert[order]
 
     # Ends of the groups, in choices (in sorted order) and in blocks.
-    end_E = jnp.searchsorted(sorted_expert, jnp.arange(n_experts), side="right").astype(jnp.int32)
+    end_E = count_up_to(sorted_expert, jnp.arange(n_experts, dtype=jnp.int32))
     begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_E[:-1]])
     blocks_E = -((begin_E - end_E) // block)  # ceil((end - begin) / block)
     end_block_E = jnp.cumsum(blocks_E, dtype=jnp.int32)
@@ -160,8 +172,8 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
 
     n_blocks = count_blocks(n, n_experts, block)
     n_rows = n_blocks * block
-    expert_Y = jnp.searchsorted(end_block_E, jnp.arange(n_blocks), side="right")
-    expert_Y = jnp.minimum(expert_Y, n_experts - 1).astype(jnp.int32)
+    expert_Y = count_up_to(end_block_E, jnp.arange(n_blocks, dtype=jnp.int32))
+    expert_Y = jnp.minimum(expert_Y, n_experts - 1)
 
     # Row p of expert e's group holds the sorted choice begin_E[e] + (p - first row of the group).
     shift_E = begin_E - begin_block_E * block
@@ -180,8 +192,57 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
         position_MJ=position.reshape(n_tokens, n_choices),
         expert_Y=expert_Y,
         end_block_E=end_block_E,
+        end_row_E=begin_block_E * block + end_E - begin_E,
         block=block,
     )
+
+
+def count_up_to(sorted_N: Array, most_Q: Array) -> Array:
+    """Return how many numbers are at most each of some others, by the search for the platform.
+
+    CPUs search by halves. Other platforms compare all pairs at once: their steps of a search are
+    launched one after the other, and wait for each other. Where pairs are few, all compare. The
+    counts are the same.
+
+    Args:
+        sorted_N: Integers in ascending order.
+        most_Q: Integers.
+
+    Returns:
+        int32, shape Q.
+
+    Example:
+        >>> count_up_to(jnp.array([0, 0, 2]), jnp.array([0, 1, 2])).tolist()
+        [2, 2, 3]
+    """
+
+    def compare(sorted_N: Array, most_Q: Array) -> Array:
+        return jnp.searchsorted(sorted_N, most_Q, side="right", method="compare_all")
+
+    def halve(sorted_N: Array, most_Q: Array) -> Array:
+        return jnp.searchsorted(sorted_N, most_Q, side="right")
+
+    if sorted_N.size * most_Q.size <= _FEW_PAIRS:
+        return compare(sorted_N, most_Q).astype(jnp.int32)
+    counts: Array = jax.lax.platform_dependent(
+        *(sorted_N, most_Q), cpu=halve, cuda=compare, default=compare
+    )
+    return counts.astype(jnp.int32)
+
+
+def describe_dispatch(platform: str) -> str:
+    """Return how a platform finds the rows of each expert, and why.
+
+    Args:
+        platform: As jax names it.
+
+    Example:
+        >>> describe_dispatch("cpu")
+        'one sort, then a search by halves'
+    """
+    if platform == "cpu":
+        return "one sort, then a search by halves"
+    return "one sort, then all compared at once, since steps of a search wait for each other"
 
 
 def group_blocks(expert_Y: Array, n_experts: int, block: int) -> Dispatch:
@@ -212,8 +273,58 @@ def group_blocks(expert_Y: Array, n_experts: int, block: int) -> Dispatch:
         by_block,
         choice_P=rows_of(by_block.choice_P),
         position_MJ=rows_of(by_block.position_MJ)[:, None],
+        end_row_E=by_block.end_row_E * block,
         block=block,
     )
+
+
+def run_in_least_room(
+    fn: Callable[[Dispatch, Array], T], dispatch: Dispatch, x_MD: Array, n_choices: int
+) -> T:
+    """Call a function with shorter tables, if the blocks in use leave most rows of a table empty.
+
+    Tables have room for every choice, also where most choices are of no expert. What moves rows,
+    and what a kernel writes, takes time for all of them. The shorter tables are another program
+    for the same rows, chosen when it runs. CPUs have the whole tables alone: they compile for
+    longer than the empty rows take.
+
+    Args:
+        fn: Function of a dispatch and the tokens. Its results do not have the dimension P.
+        dispatch: The whole tables.
+        x_MD: Tokens.
+        n_choices: Choices that the shorter tables have room for, however they are routed.
+
+    Returns:
+        The result of the function.
+
+    Example:
+        >>> dispatch = make_dispatch(jnp.array([[1, -1], [0, -1]]), n_experts=2, block=1)
+        >>> run_in_least_room(lambda d, x: gather_rows(x, d).sum(), dispatch, jnp.ones((2, 1)), 2)
+        Array(2., dtype=float32)
+    """
+    n_blocks = count_blocks(n_choices, dispatch.n_experts, dispatch.block)
+    if n_blocks >= len(dispatch.expert_Y) or dispatch.choice_P.size < _MANY_ROWS:
+        return fn(dispatch, x_MD)
+    # Blocks in use come first. A choice of no expert stays past the end.
+    short = dataclasses.replace(
+        dispatch,
+        choice_P=dispatch.choice_P[: n_blocks * dispatch.block],
+        expert_Y=dispatch.expert_Y[:n_blocks],
+    )
+
+    def is_enough(n_used: Array) -> Array:
+        return n_used <= n_blocks
+
+    is_short = jax.lax.platform_dependent(
+        dispatch.n_blocks_used,
+        cpu=lambda n_used: jnp.zeros_like(n_used, bool),
+        cuda=is_enough,
+        default=is_enough,
+    )
+    result: T = jax.lax.cond(
+        is_short, lambda x_MD: fn(short, x_MD), lambda x_MD: fn(dispatch, x_MD), x_MD
+    )
+    return result
 
 
 def _check_routing(expert_MJ: Array, n_experts: int, block: int) -> None:

@@ -29,7 +29,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from composable.kernels.dispatch import Dispatch
+from composable.kernels.dispatch import Dispatch, count_up_to
 from composable.kernels.tpu import Arrays, BlockFunction, BlockOutputs, Tiling
 
 # Where a window on an axis starts, and its size.
@@ -54,6 +54,7 @@ class Spans:
         expert_Z: int32, the expert of a span; E for rows of blocks not in use.
         begin_Z: int32, first row of a span.
         end_Z: int32, one past its last row.
+        held_Z: int32, how many of its rows, from the first on, may hold a choice.
         turn_Z: int32, first of the spans that take turns with this one.
         turns_Z: int32, how many those are.
         size: Rows of a span at most, padded to a power of two; static.
@@ -62,6 +63,7 @@ class Spans:
     expert_Z: Array
     begin_Z: Array
     end_Z: Array
+    held_Z: Array
     turn_Z: Array
     turns_Z: Array
     size: int = dataclasses.field(metadata={"static": True})
@@ -96,19 +98,19 @@ def make_spans(dispatch: Dispatch) -> Spans:
 
     span_Z = jnp.arange(n_spans, dtype=jnp.int32)
     is_used_Z = span_Z < end_span_E[-1]
-    # Compared with all: the steps of a binary search would be launched one by one.
-    expert_Z = jnp.searchsorted(end_span_E, span_Z, side="right", method="compare_all")
-    expert_Z = expert_Z.astype(jnp.int32)
+    expert_Z = count_up_to(end_span_E, span_Z)
     own_Z = jnp.minimum(expert_Z, dispatch.n_experts - 1)
     place_Z = jnp.where(is_used_Z, span_Z - begin_span_E[own_Z], span_Z - end_span_E[-1])
     first_Z = jnp.where(is_used_Z, begin_E[own_Z], end_E[-1]) + place_Z * per_span
     last_Z = jnp.minimum(first_Z + per_span, jnp.where(is_used_Z, end_E[own_Z], n_blocks))
+    held_Z = jnp.minimum(last_Z * block, dispatch.end_row_E[own_Z]) - first_Z * block
     turn_Z = jnp.where(is_used_Z, span_Z - place_Z % _TILES_IN_TURN, span_Z)
     turns_Z = jnp.where(is_used_Z, jnp.minimum(_TILES_IN_TURN, end_span_E[own_Z] - turn_Z), 1)
     return Spans(
         expert_Z=expert_Z,
         begin_Z=first_Z * block,
         end_Z=last_Z * block,
+        held_Z=jnp.where(is_used_Z, held_Z, 0),
         turn_Z=turn_Z,
         turns_Z=turns_Z,
         size=pl.next_power_of_2(per_span * block),
@@ -208,18 +210,26 @@ def sum_products(subscripts: str, left: Operand, right: Operand) -> Array:
         chunk = max(_LEAST, min(chunk, pl.next_power_of_2(end)))
     windows = dict(zip(of_result, left.windows, strict=True))
 
-    def add_chunk(k: Any, total: Any) -> Any:
-        own = {**windows, shared: (begin + k * chunk, chunk)}
-        x, y = (
-            operand.read([own[name] for name in letters]).astype(dtype)
-            for operand, letters in ((left, of_left), (right, of_right))
-        )
-        dimensions = (((axes[0],), (axes[1],)), ((), ()))
-        return total + lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+    def add_chunks(total: Any, start: Any, size: int, n_chunks: Any) -> Any:
+        def add_chunk(k: Any, total: Any) -> Any:
+            own = {**windows, shared: (start + k * size, size)}
+            x, y = (
+                operand.read([own[name] for name in letters]).astype(dtype)
+                for operand, letters in ((left, of_left), (right, of_right))
+            )
+            dimensions = (((axes[1],), (axes[0],)), ((), ()))
+            return total + lax.dot_general(y, x, dimensions, preferred_element_type=jnp.float32)
 
-    sizes = tuple(size for _, size in left.windows)
-    n_chunks = pl.cdiv(end - begin, chunk)
-    array: Array = lax.fori_loop(0, n_chunks, add_chunk, jnp.zeros(sizes, jnp.float32))
+        return lax.fori_loop(0, n_chunks, add_chunk, total)
+
+    n_rows, n_columns = (size for _, size in left.windows)
+    whole = (end - begin) // chunk
+    total = add_chunks(jnp.zeros((n_columns, n_rows), jnp.float32), begin, chunk, whole)
+    if not isinstance(end, int) or end % chunk:
+        # The rest in the steps that an instruction sums over.
+        start = begin + whole * chunk
+        total = add_chunks(total, start, _LEAST, pl.cdiv(end - start, _LEAST))
+    array: Array = total.T
     return array
 
 
@@ -274,11 +284,14 @@ def _stream_rows(
     spans = make_spans(dispatch)
     tile = choose_tile(width)
     n_tiles = pl.cdiv(width, tile)
-    tables = (spans.expert_Z, spans.begin_Z, spans.end_Z, spans.turn_Z, spans.turns_Z)
+    tables = (
+        *(spans.expert_Z, spans.begin_Z, spans.end_Z, spans.held_Z),
+        *(spans.turn_Z, spans.turns_Z),
+    )
 
     def run_program(*refs: Any) -> None:
-        expert_Z, begin_Z, end_Z, turn_Z, turns_Z = refs[:5]
-        inputs, results = refs[5 : -len(outs)], refs[-len(outs) :]
+        expert_Z, begin_Z, end_Z, held_Z, turn_Z, turns_Z = refs[:6]
+        inputs, results = refs[6 : -len(outs)], refs[-len(outs) :]
         span, column = find_span_and_tile(pl.program_id(0), n_tiles, turn_Z, turns_Z)
         expert, begin, end = expert_Z[span], begin_Z[span], end_Z[span]
 
@@ -289,17 +302,19 @@ def _stream_rows(
             values, _ = fn(tuple(own_rows), tuple(own_weights))  # type: ignore[arg-type]
             for ref, value in zip(results, values, strict=True):
                 _write(ref, windows, (end, width), value)
+            while n_rows < spans.size:  # rows of padding
+                write_zeros(begin + n_rows, n_rows)
+                n_rows *= 2
 
-        def write_zeros() -> None:
-            windows: tuple[Window, Window] = (begin, spans.size), (column * tile, tile)
+        def write_zeros(first: Any, n_rows: int) -> None:
+            windows: tuple[Window, Window] = (first, n_rows), (column * tile, tile)
             for ref in results:
-                value = jnp.zeros((spans.size, tile), ref.dtype)
-                _write(ref, windows, (end, width), value)
+                _write(ref, windows, (end, width), jnp.zeros((n_rows, tile), ref.dtype))
 
         is_used = expert < dispatch.n_experts
-        down = _choose_window(spans.size, end - begin)
+        down = _choose_window(spans.size, held_Z[span], spans.size // _LEAST)
         _run_one(run, down, _choose_window(tile, width - column * tile), is_used)
-        pl.when(~is_used)(write_zeros)
+        pl.when(~is_used)(functools.partial(write_zeros, begin, spans.size))
 
     call = _kernel(
         run_program,
@@ -321,8 +336,9 @@ def _stream_sums(
     ((height, width),) = {total.shape for total in sums}
     tiles = choose_tile(height), choose_tile(width)
     n_down, n_across = pl.cdiv(height, tiles[0]), pl.cdiv(width, tiles[1])
-    end_E = dispatch.end_block_E * dispatch.block
-    begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_E[:-1]])
+    end_block_E = dispatch.end_block_E
+    begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_block_E[:-1]]) * dispatch.block
+    end_E = dispatch.end_row_E
 
     def run_program(begin_E: Any, end_E: Any, *refs: Any) -> None:
         expert, down, across = find_expert_and_tiles(pl.program_id(0), n_down, n_across)
@@ -360,15 +376,25 @@ def choose_tile(width: int) -> int:
     return max(_LEAST, min(_TILE, pl.next_power_of_2(width)))
 
 
-def _choose_window(size: int, n_left: Any) -> list[tuple[int, Any]]:
-    """Return the sizes of a window, each with whether it is the one: half, if that holds the rest.
+def _choose_window(size: int, n_left: Any, most: int = 2) -> list[tuple[int, Any]]:
+    """Return the sizes of a window, each with whether it is the one: the least that holds the rest.
 
     The last window of an axis then has fewer rows or columns that are not there.
+
+    Args:
+        size: The largest.
+        n_left: Rows or columns from its start on.
+        most: The largest, over the least.
     """
-    half = size // 2
-    if half < _LEAST:
-        return [(size, True)]
-    return [(size, n_left > half), (half, n_left <= half)]
+    sizes = [size]
+    while sizes[-1] // 2 >= max(_LEAST, size // most):
+        sizes.append(sizes[-1] // 2)
+    is_less = [n_left <= own for own in sizes[1:]]
+    found = [
+        jnp.logical_and(is_not, jnp.logical_not(is_this))
+        for is_not, is_this in itertools.pairwise([True, *is_less])
+    ]
+    return list(zip(sizes, [*found, is_less[-1] if is_less else True], strict=True))
 
 
 def _run_one(

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from composable.errors import ContributionWarning
-from composable.kernels import Dispatch
 from composable.model.router import Choice
 
 
@@ -60,24 +59,20 @@ def exceeds(y_PD: jax.Array, bound: float) -> jax.Array:
     return ~(power_P <= bound**2)  # true for NaN and for a square that overflows
 
 
-def redistribute(
-    weight_MJ: jax.Array, zeroed_P: jax.Array, dispatch: Dispatch
-) -> tuple[jax.Array, jax.Array]:
+def redistribute(weight_MJ: jax.Array, zeroed_MJ: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Move the weight of contributions that count as zero to the token's other choices.
 
     It is shared in proportion to their weights, as by a softmax over the remaining choices.
 
     Args:
         weight_MJ: Weight of each choice, float32.
-        zeroed_P: Which rows count as zero in one slot.
-        dispatch: Which row holds which choice.
+        zeroed_MJ: Which contributions count as zero in one slot.
 
     Returns:
         Weights, shape MJ, unchanged bit for bit where a token lost no contribution; and which
         tokens have no choice left, shape M: their weights are zero, and they need the backbone's
         own block.
     """
-    zeroed_MJ = jnp.take(zeroed_P, dispatch.position_MJ, mode="fill", fill_value=False)
     lost_M1 = jnp.any(zeroed_MJ & (weight_MJ > 0), axis=-1, keepdims=True)
     kept_MJ = jnp.where(zeroed_MJ, 0, weight_MJ)
     kept_M1 = jnp.sum(kept_MJ, axis=-1, keepdims=True)
@@ -87,21 +82,17 @@ def redistribute(
     return jnp.where(lost_M1, shared_MJ, weight_MJ), (lost_M1 & ~is_kept_M1)[:, 0]
 
 
-def tally_rows(
-    tally: Tally, zeroed: Sequence[jax.Array], choice: Choice, dispatch: Dispatch
-) -> Tally:
+def tally_rows(tally: Tally, zeroed: Sequence[jax.Array], choice: Choice) -> Tally:
     """Return the tally with the contributions of one pass in mix mode added.
 
     Args:
         tally: The tally so far.
-        zeroed: For every slot, which rows counted as zero, shape P.
+        zeroed: For every slot, which contributions counted as zero, shape MJ.
         choice: Experts chosen at each token; a choice of weight zero makes no contribution.
-        dispatch: Which row holds which choice.
     """
-    expert_MJ = choice.expert_BTJ.reshape(dispatch.position_MJ.shape)
+    expert_MJ = choice.expert_BTJ.reshape(zeroed[0].shape)
     made_MJ = (choice.weight_BTJ.reshape(expert_MJ.shape) > 0).astype(jnp.int32)
-    zeroed_P = jnp.sum(jnp.stack(zeroed), axis=0, dtype=jnp.int32)
-    zeroed_MJ = jnp.take(zeroed_P, dispatch.position_MJ, mode="fill", fill_value=0)
+    zeroed_MJ = jnp.sum(jnp.stack(zeroed), axis=0, dtype=jnp.int32)
     return Tally(
         tally.made_E.at[expert_MJ].add(made_MJ * len(zeroed)),
         tally.zeroed_E.at[expert_MJ].add(made_MJ * zeroed_MJ),

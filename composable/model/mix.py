@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -17,6 +18,7 @@ from composable.kernels import (
     grouped_changed_swiglu,
     grouped_swiglu,
     make_dispatch,
+    run_in_least_room,
     swiglu_of_few,
 )
 from composable.model.backbone import FeedForwardFn
@@ -219,7 +221,7 @@ def predict_mix(
         As `trace_mix`; with one position if it is the next token alone.
     """
     trunk, choice, caches = reading.trunk, reading.choice, state.caches
-    feed_forward, dispatch, zeroed = _mixed_feed_forward(parts, choice, bodies)
+    feed_forward, zeroed = _mixed_feed_forward(parts, choice, bodies)
     backbone, upper = parts.backbone, None if caches is None else caches.upper
 
     def keep_next(x_BT: jax.Array) -> jax.Array:
@@ -238,7 +240,7 @@ def predict_mix(
     )
     if needs_all:
         logits_BTV = keep_next(logits_BTV)
-    counted = tally_rows(empty_tally(parts.bank.capacity), zeroed, choice, dispatch)
+    counted = tally_rows(empty_tally(parts.bank.capacity), zeroed, choice)
     tally = jax.tree.map(jnp.add, state.tally, sum_over_batch(counted))
     after = MixState(state.router, tally, mixture, caches)
     weight_BTE = keep_next(dense_weights(choice, parts.bank.capacity))
@@ -277,7 +279,7 @@ def choose_experts(parts: Parts, score_BTE: jax.Array) -> Choice:
 
 def _mixed_feed_forward(
     parts: Parts, choice: Choice, bodies: Bodies | None = None
-) -> tuple[FeedForwardFn, Dispatch, list[jax.Array]]:
+) -> tuple[FeedForwardFn, list[jax.Array]]:
     """Return a feed-forward function that mixes the chosen experts.
 
     Choices are grouped by expert once, for all slots. In each slot, the weight of a contribution
@@ -285,8 +287,8 @@ def _mixed_feed_forward(
     is left, as if the expert had not been chosen there.
 
     Returns:
-        The function, the groups, and a list to which every slot that runs appends which rows of
-        the groups counted as zero.
+        The function, and a list to which every slot that runs appends which contributions counted
+        as zero, shape MJ.
     """
     batch, n_tokens, n_choices = choice.expert_BTJ.shape
     expert_MJ = choice.expert_BTJ.reshape(-1, n_choices)
@@ -306,8 +308,6 @@ def _mixed_feed_forward(
     else:
         dispatch = make_dispatch(bank.number_bodies(expert_MJ), bank.n_bodies, block)
 
-    number_Y = dispatch.expert_Y if bodies is None else bodies.number_A[dispatch.expert_Y]
-    is_expert_P = jnp.repeat(number_Y, block) != 0
     zeroed: list[jax.Array] = []
 
     def run(layer: int, x_BTD: jax.Array) -> jax.Array:
@@ -315,18 +315,33 @@ def _mixed_feed_forward(
         bound = parts.interface.output_bounds[index]
         x_MD = x_BTD.reshape(batch * n_tokens, -1)
         own = backbone_slot(parts.backbone, layer)
-        if bodies is not None:
-            y_PD = _run_few(own, bodies, index, x_MD, dispatch)
-        elif n_shards > 1:
-            y_PD = run_split(bank, own, index, gather_rows(x_MD, dispatch), dispatch, routes)
+
+        def mix_rows(dispatch: Dispatch, x_MD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            if bodies is not None:
+                y_PD = _run_few(own, bodies, index, x_MD, dispatch)
+            elif n_shards > 1:
+                y_PD = run_split(bank, own, index, gather_rows(x_MD, dispatch), dispatch, routes)
+            else:
+                y_PD = _run_bodies(bank, index, gather_rows(x_MD, dispatch), dispatch)
+            number_Y = dispatch.expert_Y if bodies is None else bodies.number_A[dispatch.expert_Y]
+            zeroed_P = (jnp.repeat(number_Y, block) != 0) & exceeds(y_PD, bound)
+            position_MJ = dispatch.position_MJ
+            zeroed_MJ = jnp.take(zeroed_P, position_MJ, mode="fill", fill_value=False)
+            kept_MJ, dropped_M = redistribute(weight_MJ, zeroed_MJ)
+            # Out-of-bounds rows are not read, not given weight zero: zero times an infinite or NaN
+            # output is NaN.
+            in_bounds = dataclasses.replace(
+                dispatch, position_MJ=jnp.where(zeroed_MJ, len(y_PD), position_MJ)
+            )
+            y_MD = combine_rows(y_PD, kept_MJ.astype(y_PD.dtype), in_bounds)
+            return y_MD, zeroed_MJ, dropped_M
+
+        if bodies is None and n_shards == 1:
+            room = batch * n_tokens * 5 // 4
+            y_MD, zeroed_MJ, dropped_M = run_in_least_room(mix_rows, dispatch, x_MD, room)
         else:
-            y_PD = _run_bodies(bank, index, gather_rows(x_MD, dispatch), dispatch)
-        # Out-of-bounds rows are replaced by zeros, not given weight zero: zero times an infinite
-        # or NaN output is NaN.
-        zeroed.append(is_expert_P & exceeds(y_PD, bound))
-        y_PD = jnp.where(zeroed[-1][:, None], 0, y_PD)
-        kept_MJ, dropped_M = redistribute(weight_MJ, zeroed[-1], dispatch)
-        y_MD = combine_rows(y_PD, kept_MJ.astype(y_PD.dtype), dispatch)
+            y_MD, zeroed_MJ, dropped_M = mix_rows(dispatch, x_MD)
+        zeroed.append(zeroed_MJ)
 
         def fall_back(y_MD: jax.Array) -> jax.Array:
             own_MD = parts.backbone.own_feed_forward(layer, x_MD)
@@ -337,7 +352,7 @@ def _mixed_feed_forward(
         mixed_BTD: jax.Array = y_MD.reshape(x_BTD.shape)
         return mixed_BTD
 
-    return run, dispatch, zeroed
+    return run, zeroed
 
 
 def _run_bodies(bank: Bank, index: int, x_PD: jax.Array, dispatch: Dispatch) -> jax.Array:

@@ -169,7 +169,9 @@ def _map_scouts(
     n_experts, bound = scouts.b_in_EW.shape
     width_E = jnp.full(n_experts, bound) if width_E is None else width_E
     widths = sorted({max(1, bound // 2), bound})
-    program_E = jnp.where(width_E > 0, 1 + jnp.searchsorted(jnp.asarray(widths), width_E), 0)
+    program_E = jnp.where(
+        width_E > 0, 1 + jnp.searchsorted(jnp.asarray(widths), width_E, method="compare_all"), 0
+    )
 
     def score_first_units(width: int) -> Callable[[jax.Array], jax.Array]:
         return lambda e: score(*_first_units(scouts, e, width))

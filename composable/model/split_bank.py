@@ -21,6 +21,7 @@ from composable.kernels import (
     Dispatch,
     combine_rows,
     count_blocks,
+    count_up_to,
     gather_rows,
     group_blocks,
     grouped_changed_swiglu,
@@ -71,7 +72,7 @@ def plan_routes(bank: Bank, dispatch: Dispatch, n_shards: int) -> Routes:
     n_received = n_shards * count_blocks(n_choices, n_own, block)
     received_Y = jnp.arange(n_received)
     end_X = place_XX[:, index] + size_XX[:, index]
-    source_Y = jnp.minimum(jnp.searchsorted(end_X, received_Y, side="right"), n_shards - 1)
+    source_Y = jnp.minimum(count_up_to(end_X, received_Y), n_shards - 1)
     sent_Y = received_Y - place_XX[source_Y, index] + begin_XX[source_Y, index]
     entry_Y = jnp.sum(end_XE[source_Y] <= sent_Y[:, None], axis=-1)
     is_used_Y = received_Y < end_X[-1]
@@ -89,6 +90,7 @@ def plan_routes(bank: Bank, dispatch: Dispatch, n_shards: int) -> Routes:
             dispatch,
             expert_Y=jnp.zeros_like(dispatch.expert_Y),
             end_block_E=dispatch.end_block_E[:1],
+            end_row_E=dispatch.end_row_E[:1],
         ),
         full=group(~is_changed_Y) if bank.has_full else None,
         changed=group(is_changed_Y) if bank.changes else None,

@@ -12,6 +12,7 @@ import jax
 from composable.assembly.compile_cache import use_compile_cache
 from composable.kernels import describe_products
 from composable.kernels.blocks import describe_implementation
+from composable.kernels.dispatch import describe_dispatch
 from composable.parallel import make_mesh
 
 _PACKAGES: Final = (
@@ -49,6 +50,7 @@ def describe_environment(mesh: Mapping[str, int]) -> dict[str, str]:
         "mesh": ", ".join(f"{axis}={size}" for axis, size in sizes.items()),
         "compiled programs": str(folder) if folder else "not kept",
         "expert bodies": describe_implementation(devices[0].platform),
+        "dispatch": describe_dispatch(devices[0].platform),
         "quantized weights": describe_products(devices[0].platform),
     }
 

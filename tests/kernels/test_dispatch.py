@@ -16,10 +16,12 @@ from composable.kernels import (
     Dispatch,
     combine_rows,
     count_blocks,
+    count_up_to,
     default_block,
     gather_rows,
     make_dispatch,
     reference,
+    run_in_least_room,
 )
 
 pytestmark = pytest.mark.slow
@@ -112,6 +114,8 @@ def test_tables_hold_every_choice_once_in_order(routing: tuple[np.ndarray, int, 
             np.testing.assert_array_equal(own, own[0] + np.arange(own.size))
         blocks_of_experts += -(-own.size // block)
         assert dispatch.end_block_E[expert] == blocks_of_experts
+        if own.size:
+            assert dispatch.end_row_E[expert] == own[-1] + 1
     assert dispatch.n_blocks_used == blocks_of_experts
 
 
@@ -191,6 +195,45 @@ def test_dispatch_sorts_once() -> None:
     make = functools.partial(make_dispatch, n_experts=5, block=4)
     text = jax.jit(make).lower(jnp.zeros((16, 2), jnp.int32)).as_text()
     assert text.count('"stablehlo.sort"') == 1
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_counts_are_those_of_a_search_on_every_platform(platform, monkeypatch):
+    """Those that a CPU searches for, and others compare in one step."""
+    rng = np.random.default_rng(0)
+    sorted_N, most_Q = np.sort(rng.integers(0, 90, 4000, np.int32)), np.arange(100, dtype=np.int32)
+    lowered = jax.jit(count_up_to).trace(sorted_N, most_Q).lower(lowering_platforms=(platform,))
+    assert ("stablehlo.while" in lowered.as_text()) == (platform == "cpu")
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *args, default, **others: others.get(platform, default)(*args),
+    )
+    expected = np.searchsorted(sorted_N, most_Q, side="right")
+    np.testing.assert_array_equal(count_up_to(sorted_N, most_Q), expected)
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("n_each", [1, 3])
+def test_shorter_tables_change_no_bit(n_each, monkeypatch):
+    """Off a CPU, tokens of one choice fit the shorter tables, tokens of three do not."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args))
+    rng = np.random.default_rng(0)
+    expert_MJ = rng.integers(0, 5, (1500, 3)).astype(np.int32)
+    expert_MJ[:, n_each:] = 5
+    dispatch = dispatch_of(expert_MJ, 5, 16)
+    x_MD, weights_MJ = jnp.asarray(rng.normal(size=(1500, 4))), jnp.ones((1500, 3))
+    seen = []
+
+    def run(dispatch, x_MD):
+        seen.append(dispatch.choice_P.size)
+        x_PD = gather_rows(x_MD, dispatch)
+        return combine_rows(x_PD, weights_MJ, dispatch), jnp.float32(x_PD.shape[0])
+
+    y_MD, n_rows = jax.jit(run_in_least_room, static_argnums=(0, 3))(run, dispatch, x_MD, 1800)
+    assert seen[0] < 2000 < seen[1]
+    assert n_rows == seen[n_each > 1]
+    np.testing.assert_array_equal(y_MD, run(dispatch, x_MD)[0])
 
 
 def test_combining_never_reads_padding() -> None:

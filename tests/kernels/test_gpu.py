@@ -19,6 +19,8 @@ from composable.kernels import (
     reference,
 )
 from composable.kernels.blocks import loop_blocks, product
+from composable.kernels.grouped_matmul import _stream_multiply, _stream_outer_product
+from tests.support.gpu_work import Counted
 from tests.support.kernel_transfers import interpreted_kernels
 from tests.support.traces import trace_apart
 
@@ -256,3 +258,20 @@ def test_programs_of_sums_compute_each_tile_once_in_squares(n_down, n_across):
     first = found[: side * min(n_across, 8)]
     assert len({down for _, down, _ in first}) == side
     assert len({across for _, _, across in first}) == min(n_across, 8)
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("experts", [8, 64])
+def test_products_are_within_a_tenth_of_those_of_the_routed_rows(experts, choices):
+    """The rows of an expert are padded to 16, not to a block, also where they are summed over."""
+    n_tokens, width = 8192, 128
+    rng = np.random.default_rng(0)
+    expert_MJ = np.argsort(rng.random((n_tokens, experts)), axis=1)[:, :choices].astype(np.int32)
+    dispatch = dispatch_of(expert_MJ, experts, 64)
+    x_PD = jax.ShapeDtypeStruct((dispatch.choice_P.size, width), jnp.bfloat16)
+    w_EDF = jax.ShapeDtypeStruct((experts, width, width), jnp.bfloat16)
+    chip = Counted(cores=132, cache=25 << 20)
+    _stream_multiply(chip, (x_PD,), (w_EDF,), dispatch)
+    _stream_outer_product(chip, (x_PD, x_PD), (), dispatch)
+    routed = 2 * 2 * n_tokens * choices * width * width
+    assert 1 <= chip.flops / routed < 1.1

@@ -5,10 +5,12 @@ names for its extra `tpu`. `make parity` installs it.
 """
 
 import math
+import re
 
 import jax
 import numpy as np
 
+from composable.parallel import program
 from composable.parallel.chips import tpu_devices
 from composable.parallel.program import Collectives, count_operations
 
@@ -34,3 +36,50 @@ def shapes_on(mesh, tree, spec=jax.P()):  # noqa: B008
 def collectives_in(compiled) -> dict[str, Collectives]:
     """Return the operations between devices in a compiled program, by kind."""
     return count_operations(compiled.as_text())[1]
+
+
+# Operations that move nothing, and the second halves of asynchronous ones.
+_FREE = {
+    *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while", "conditional"),
+    *("copy-done", "slice-done", "async-done", "partition-id", "after-all"),
+}
+_MEMORY_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^{}]*\})?")
+
+
+def count_traffic(text):
+    """Return the bytes that a compiled program reads from and writes to memory, outside of loops.
+
+    Every operation reads its operands and writes its results once. What XLA keeps on a TPU's chip,
+    its memory space 1, is not counted, nor are branches.
+
+    Args:
+        text: The program, as XLA prints it.
+    """
+    computations, entry = program._split_computations(text)
+
+    def size(shape):
+        arrays = _MEMORY_ARRAY.findall(shape)
+        return sum(program._array_bytes(*array[:2]) for array in arrays if "S(1)" not in array[2])
+
+    def visit(name):
+        shapes = {one.name: one.result for one in computations[name]}
+        total = 0
+        for one in computations[name]:
+            if one.kind == "call":
+                total += visit(re.search(r"to_apply=%?([\w.-]+)", one.rest)[1])
+            elif one.kind.endswith("-start"):
+                # Operands, results, and what tells how far it is; a copy is one read or one write.
+                _, *copied = _MEMORY_ARRAY.findall(one.result)
+                total += program._array_bytes(*copied[0][:2]) if copied else 0
+            elif one.kind not in _FREE and not _is_marker(one):
+                operands = set(program._OPERAND.findall(one.rest.partition(")")[0]))
+                total += size(one.result) + sum(size(shapes.get(x, "")) for x in operands)
+        return total
+
+    return visit(entry)
+
+
+def _is_marker(one):
+    """Return whether an operation is a custom call that runs nothing."""
+    target = re.search(r'custom_call_target="([^"]+)"', one.rest)
+    return target is not None and not target[1].startswith(("tpu_custom_call", "__"))

@@ -71,13 +71,19 @@ class Counted:
         n_tiles = pl.cdiv(width, tile)
         programs = jnp.arange(len(spans.expert_Z) * n_tiles, dtype=jnp.int32)
         order = gpu.find_span_and_tile(programs, n_tiles, spans.turn_Z, spans.turns_Z)
-        expert, begin, end = map(np.asarray, (spans.expert_Z, spans.begin_Z, spans.end_Z))
+        tables = spans.expert_Z, spans.begin_Z, spans.end_Z, spans.held_Z
+        expert, begin, end, held = map(np.asarray, tables)
+        most = spans.size // gpu._LEAST
         reads = []
         for span, column in zip(*(np.asarray(part).tolist() for part in order), strict=True):
             if expert[span] == dispatch.n_experts:
                 continue
-            n_rows, n_columns = int(end[span] - begin[span]), min(tile, width - column * tile)
-            size = _window(spans.size, n_rows) * _window(tile, n_columns)
+            window, n_columns = (
+                _window(spans.size, held[span], most),
+                min(tile, width - column * tile),
+            )
+            n_rows = min(window, int(end[span] - begin[span]))
+            size = window * _window(tile, n_columns)
             own = {(id(a), span, column): n_rows * n_columns * _item(a) for a in elementwise}
             for left, right, depth in products:
                 own[id(left), span] = n_rows * depth * _item(left)
@@ -87,8 +93,8 @@ class Counted:
         self._read(reads)
 
     def _count_sums(self, products, shape, dispatch):
-        end_E = np.asarray(dispatch.end_block_E) * dispatch.block
-        n_rows_E = np.diff(end_E, prepend=0).tolist()
+        begin_E = np.append(0, np.asarray(dispatch.end_block_E)[:-1]) * dispatch.block
+        n_rows_E = (np.asarray(dispatch.end_row_E) - begin_E).tolist()
         tiles = tuple(map(gpu.choose_tile, shape))
         grid = tuple(map(pl.cdiv, shape, tiles))
         reads = []
@@ -129,16 +135,14 @@ def _item(array):
     return array.dtype.itemsize
 
 
-def _window(size, n_left):
+def _window(size, n_left, most=2):
     """Return the size of the window that is computed."""
-    return next(n for n, is_it in gpu._choose_window(size, n_left) if is_it)
+    return next(n for n, is_it in gpu._choose_window(size, n_left, most) if is_it)
 
 
 def _pad(depth, left, right):
-    """Return the length of an axis that is summed over, in whole chunks."""
-    itemsize = jnp.promote_types(left.dtype, right.dtype).itemsize
-    chunk = max(gpu._LEAST, gpu._CHUNK_BYTES // itemsize)
-    return pl.cdiv(depth, chunk) * chunk
+    """Return the length of an axis that is summed over, in whole steps."""
+    return pl.cdiv(depth, gpu._LEAST) * gpu._LEAST
 
 
 def _look_into(fn, rows, weights):
