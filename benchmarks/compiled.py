@@ -15,7 +15,8 @@ that routing; those of `ragged_dot`, whose hidden activations leave the chip, ar
 *Mix*: mix mode of `tiny-bytes` with three experts on 16 documents of 512 tokens, on one device and
 with the batch split over four. *Step*: the gradient of an expert on four devices. FLOPs and bytes
 are those of one device, as XLA counts them; a loop's body counts once where XLA does not know how
-often it runs. Operations between devices count as often as they run.
+often it runs. Operations between devices count as often as they run. *Traffic* are the arrays that
+operations outside of loops read from and write to the device's memory, without those on the chip.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from composable.model.body import Expert
 from composable.parallel import BATCH_SPEC
 from composable.parallel.mesh import AXES
 from composable.training.objectives import expert_objective
-from tests.support.compiled import collectives_in, shapes_on, tpu_mesh
+from tests.support.compiled import collectives_in, count_traffic, shapes_on, tpu_mesh
 from tests.support.kernel_transfers import count_transfers, total_bytes
 
 DOCUMENTS, LENGTH, CAPACITY = 16, 512, 4
@@ -164,13 +165,20 @@ def read_cost(compiled: Any) -> dict[str, float]:
     return {
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
+        "traffic": count_traffic(compiled.as_text()),
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
     }
 
 
 def describe(question: str, n_devices: int, compiled: Any, seconds: float) -> dict[str, Any]:
     between = {kind: dataclasses.asdict(c) for kind, c in collectives_in(compiled).items()}
-    row = {"question": question, "devices": n_devices, "compile_s": seconds, "between": between}
+    row = {
+        "question": question,
+        "date": datetime.date.today().isoformat(),
+        "devices": n_devices,
+        "compile_s": seconds,
+        "between": between,
+    }
     return row | read_cost(compiled)
 
 
@@ -189,7 +197,8 @@ def show(row: dict[str, Any]) -> None:
     between = ", ".join(f"{c['count']} {kind}" for kind, c in row["between"].items()) or "none"
     print(
         f"{row['question']:5} {row['devices']} devices  {row['flops'] / 1e9:8.1f} GFLOP"
-        f" {row['bytes'] / 1e9:7.2f} GB  {row['temporary_mb']:7.1f} MB temporary"
+        f" {row['bytes'] / 1e9:7.2f} GB, traffic {row['traffic'] / 1e9:.2f} GB"
+        f"  {row['temporary_mb']:7.1f} MB temporary"
         f"  between devices: {between}   ({row['compile_s']:.0f} s)",
         flush=True,
     )
@@ -212,10 +221,15 @@ def main() -> None:
         "jax": jax.__version__,
     }
     print(*(f"{key} {value}" for key, value in head.items()), sep=" | ")
+    # Rows of other questions stay, with the date of their run.
     report: dict[str, Any] = {"environment": head, "topologies": {}}
+    if arguments.json and arguments.json.exists():
+        report["topologies"] = json.loads(arguments.json.read_text())["topologies"]
     for topology in arguments.topologies:
         print(topology)
-        rows = report["topologies"][topology] = []
+        kept = report["topologies"].get(topology, [])
+        rows = [row for row in kept if row["question"] not in arguments.questions]
+        report["topologies"][topology] = rows
         for question in arguments.questions:
             if question == "body":
                 for shape in (shape for shape in SHAPES if shape.name in arguments.shapes):

@@ -292,6 +292,12 @@ def main() -> None:
         assert mesh is not None
         add([measure_mix(mesh, arguments.compiler)])
     if arguments.json:
+        # Rows of other questions stay, with the date of their run.
+        kept = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+        asked = arguments.questions
+        rows = [row for row in kept if row["question"] not in asked] + [
+            {**row, "date": head["date"]} for row in rows
+        ]
         report = {"environment": head, "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
