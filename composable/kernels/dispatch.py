@@ -197,7 +197,7 @@ def make_dispatch(expert_MJ: Array, n_experts: int, block: int) -> Dispatch:
     )
 
 
-def count_up_to(sorted_N: Array, most_Q: Array) -> Array:
+def count_up_to(sorted_P: Array, most_E: Array) -> Array:
     """Return how many numbers are at most each of some others, by the search for the platform.
 
     CPUs search by halves. Other platforms compare all pairs at once: their steps of a search are
@@ -205,29 +205,29 @@ def count_up_to(sorted_N: Array, most_Q: Array) -> Array:
     counts are the same.
 
     Args:
-        sorted_N: Integers in ascending order.
-        most_Q: Integers.
+        sorted_P: Integers in ascending order.
+        most_E: Integers.
 
     Returns:
-        int32, shape Q.
+        int32, one for each of `most_E`.
 
     Example:
         >>> count_up_to(jnp.array([0, 0, 2]), jnp.array([0, 1, 2])).tolist()
         [2, 2, 3]
     """
 
-    def compare(sorted_N: Array, most_Q: Array) -> Array:
-        return jnp.searchsorted(sorted_N, most_Q, side="right", method="compare_all")
+    def compare(sorted_P: Array, most_E: Array) -> Array:
+        return jnp.searchsorted(sorted_P, most_E, side="right", method="compare_all")
 
-    def halve(sorted_N: Array, most_Q: Array) -> Array:
-        return jnp.searchsorted(sorted_N, most_Q, side="right")
+    def halve(sorted_P: Array, most_E: Array) -> Array:
+        return jnp.searchsorted(sorted_P, most_E, side="right")
 
-    if sorted_N.size * most_Q.size <= _FEW_PAIRS:
-        return compare(sorted_N, most_Q).astype(jnp.int32)
-    counts: Array = jax.lax.platform_dependent(
-        *(sorted_N, most_Q), cpu=halve, cuda=compare, default=compare
+    if sorted_P.size * most_E.size <= _FEW_PAIRS:
+        return compare(sorted_P, most_E).astype(jnp.int32)
+    counts_E: Array = jax.lax.platform_dependent(
+        *(sorted_P, most_E), cpu=halve, cuda=compare, default=compare
     )
-    return counts.astype(jnp.int32)
+    return counts_E.astype(jnp.int32)
 
 
 def describe_dispatch(platform: str) -> str:
@@ -312,14 +312,11 @@ def run_in_least_room(
         expert_Y=dispatch.expert_Y[:n_blocks],
     )
 
-    def is_enough(n_used: Array) -> Array:
-        return n_used <= n_blocks
-
     is_short = jax.lax.platform_dependent(
         dispatch.n_blocks_used,
         cpu=lambda n_used: jnp.zeros_like(n_used, bool),
-        cuda=is_enough,
-        default=is_enough,
+        cuda=lambda n_used: n_used <= n_blocks,
+        default=lambda n_used: n_used <= n_blocks,
     )
     result: T = jax.lax.cond(
         is_short, lambda x_MD: fn(short, x_MD), lambda x_MD: fn(dispatch, x_MD), x_MD

@@ -201,16 +201,16 @@ def test_dispatch_sorts_once() -> None:
 def test_counts_are_those_of_a_search_on_every_platform(platform, monkeypatch):
     """Those that a CPU searches for, and others compare in one step."""
     rng = np.random.default_rng(0)
-    sorted_N, most_Q = np.sort(rng.integers(0, 90, 4000, np.int32)), np.arange(100, dtype=np.int32)
-    lowered = jax.jit(count_up_to).trace(sorted_N, most_Q).lower(lowering_platforms=(platform,))
+    sorted_P, most_E = np.sort(rng.integers(0, 90, 4000, np.int32)), np.arange(100, dtype=np.int32)
+    lowered = jax.jit(count_up_to).trace(sorted_P, most_E).lower(lowering_platforms=(platform,))
     assert ("stablehlo.while" in lowered.as_text()) == (platform == "cpu")
     monkeypatch.setattr(
         jax.lax,
         "platform_dependent",
         lambda *args, default, **others: others.get(platform, default)(*args),
     )
-    expected = np.searchsorted(sorted_N, most_Q, side="right")
-    np.testing.assert_array_equal(count_up_to(sorted_N, most_Q), expected)
+    expected = np.searchsorted(sorted_P, most_E, side="right")
+    np.testing.assert_array_equal(count_up_to(sorted_P, most_E), expected)
 
 
 @pytest.mark.bits
