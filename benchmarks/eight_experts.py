@@ -61,7 +61,7 @@ SCOUT_WIDTH: Final = 64
 TARGET: Final = 1.15
 H100: Final = "h100"
 # Layers that are compiled, and the trunk's; the share of slots is that of all 30.
-LAYERS, TAP = 8, 2
+LAYERS, TAP = 4, 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
