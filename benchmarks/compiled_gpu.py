@@ -2,7 +2,7 @@
 
     pip install --target .cuda-compiler --no-deps jax-cuda12-pjrt==0.10.2 \\
         nvidia-cuda-nvcc-cu12==12.9.86              # the compiler
-    python -m benchmarks.compiled_gpu [--questions work program mix] [--json FILE]
+    python -m benchmarks.compiled_gpu [--questions work dispatch program mix] [--json FILE]
 
 *Work*: the three legs of a grouped matmul, and a feed-forward body forward and trained (forward and
 backward, with weight gradients). FLOPs are those of the tiles that our kernels multiply in a random
@@ -11,6 +11,9 @@ memory and write, over the matrices in use and one read or write of each routed 
 body's arguments and results; *with hidden* adds to these, for a body, one write and one read of
 what is kept between its kernels. Both are counted program by program; the model of the cache is in
 `tests/support/gpu_work.py`.
+
+*Dispatch*: how many operations are launched one after the other to make the tables of 8,192 tokens'
+choices, by the search that GPUs have and by the one that CPUs have.
 
 *Program*: a body compiled for an H100, by our kernels and by `batch_blocks`, the portable path:
 temporary memory, and the largest array of copies of weights, per chunk of blocks. XLA has no count
@@ -54,10 +57,12 @@ from composable.kernels.grouped_swiglu import (
 from composable.model import bank as banks
 from composable.model import mix as mix_mode
 from tests.support import cuda_compiler
-from tests.support.compiled import shapes_on
+from tests.support.compiled import count_launches, shapes_on
 from tests.support.gpu_work import Counted
 
 GPU = cuda_compiler.H100
+# Bodies, and choices per token.
+DISPATCHES = ((16, 4), (64, 2), (128, 4))
 
 
 def route(shape: Shape, n_experts: int, n_choices: int) -> kernels.Dispatch:
@@ -216,6 +221,28 @@ def measure_program(
     ]
 
 
+def measure_dispatch(
+    n_tokens: int, n_experts: int, n_choices: int, mesh: jax.sharding.Mesh, folder: Path
+) -> dict[str, Any]:
+    """Compile the making of a dispatch, with either search."""
+    choose = jax.lax.platform_dependent
+
+    def as_on_cpu(*args: Any, cpu: Any, **_: Any) -> Any:
+        return choose(*args, default=cpu)
+
+    expert_MJ = jax.ShapeDtypeStruct((n_tokens, n_choices), jnp.int32)
+    block = kernels.default_block(n_tokens, n_choices)
+    row = {"question": "dispatch", "experts": n_experts, "choices": n_choices}
+    for name, chosen in (("compared", choose), ("halved", as_on_cpu)):
+        with mock.patch.object(jax.lax, "platform_dependent", chosen):
+            lowered = jax.jit(lambda e: kernels.make_dispatch(e, n_experts, block)).lower(
+                shapes_on(mesh, expert_MJ)
+            )
+        compiled = lowered.compile(compiler_options=cuda_compiler.compile_options(folder))
+        row[f"{name}_launches"] = count_launches(compiled.as_text())
+    return row
+
+
 def measure_mix(mesh: jax.sharding.Mesh, folder: Path) -> dict[str, Any]:
     """Compile mix mode of `tiny-bytes` with room for three experts."""
     parts = cx.load("tiny-bytes", experts=[]).parts
@@ -237,6 +264,12 @@ def show(row: dict[str, Any]) -> None:
             f"FLOPs {row['flops']:5.2f}  bytes {row['bytes']:5.2f}"
             f"  with hidden {row['bytes_with_hidden']:5.2f}  kernels {row['kernels']}"
         )
+    elif row["question"] == "dispatch":
+        bank = f"E={row['experts']:<3} J={row['choices']}"
+        figures = (
+            f"launched: {row['compared_launches']} comparing all,"
+            f" {row['halved_launches']} by halves"
+        )
     else:
         figures = "   ".join(
             f"{name}: {row[f'{name}_temporary_mb']:.0f} MB temporary,"
@@ -248,7 +281,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    questions = ["work", "program", "mix"]
+    questions = ["work", "dispatch", "program", "mix"]
     parser.add_argument("--questions", nargs="+", choices=questions, default=questions)
     names = [shape.name for shape in SHAPES]
     parser.add_argument("--shapes", nargs="+", choices=names, default=[names[0], names[2]])
@@ -288,6 +321,10 @@ def main() -> None:
             if "program" in arguments.questions:
                 assert mesh is not None
                 add(measure_program(shape, *bank, mesh, arguments.compiler))
+    if "dispatch" in arguments.questions:
+        assert mesh is not None
+        for n_experts, n_choices in DISPATCHES:
+            add([measure_dispatch(SHAPES[0].M, n_experts, n_choices, mesh, arguments.compiler)])
     if "mix" in arguments.questions:
         assert mesh is not None
         add([measure_mix(mesh, arguments.compiler)])

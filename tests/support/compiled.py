@@ -83,3 +83,23 @@ def _is_marker(one):
     """Return whether an operation is a custom call that runs nothing."""
     target = re.search(r'custom_call_target="([^"]+)"', one.rest)
     return target is not None and not target[1].startswith(("tpu_custom_call", "__"))
+
+
+def count_launches(text):
+    """Return how many operations a program launches one after the other, loops included.
+
+    Args:
+        text: The program, as XLA prints it.
+    """
+    computations, entry = program._split_computations(text)
+    runs = program._count_runs(computations, entry)
+    inside = set(
+        re.findall(r"\b(?:fusion|sort|reduce|scatter)\(.*?(?:calls|to_apply)=%?([\w.-]+)", text)
+    )
+    return sum(
+        runs[name]
+        for name, instructions in computations.items()
+        if name not in inside
+        for one in instructions
+        if one.kind not in _FREE and one.kind not in ("call", "compare", "add")
+    )
