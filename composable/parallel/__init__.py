@@ -1,6 +1,7 @@
 """Start-up of many hosts, the device mesh, and which dimension is split over which mesh axis."""
 
 from composable.parallel.batch import split_batch, sum_over_batch
+from composable.parallel.copies import map_parameters
 from composable.parallel.entries import (
     Traffic,
     any_device,
@@ -57,6 +58,7 @@ __all__ = [
     "keep_entries_split",
     "leave_group",
     "make_mesh",
+    "map_parameters",
     "parse_mesh",
     "place_batch",
     "place_rows",

@@ -165,7 +165,7 @@ def gather_weights(tree: _T) -> _T:
         (3,)
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not _is_split(mesh, "fsdp"):
+    if not is_split(mesh, "fsdp"):
         return tree
 
     def gather(leaf: Any) -> Any:
@@ -214,13 +214,24 @@ def axes_of_batch(n_rows: int) -> tuple[str, ...]:
         ()
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in BATCH_SPEC[0] if _is_split(mesh, axis, least=1))
+    axes = tuple(axis for axis in BATCH_SPEC[0] if is_split(mesh, axis, least=1))
     n_shards = math.prod(mesh.shape[axis] for axis in axes)
     return axes if n_shards > 1 and n_rows % n_shards == 0 else ()
 
 
-def _is_split(mesh: Any, axis: str, least: int = 2) -> bool:
-    """Return whether the compiler splits arrays over an axis of a mesh, of that many devices."""
+def is_split(mesh: Any, axis: str, least: int = 2) -> bool:
+    """Return whether the compiler splits arrays over an axis of a mesh, of that many devices.
+
+    Args:
+        mesh: The mesh in use.
+        axis: Its axis; may be missing.
+        least: Devices along it that count as a split.
+
+    Example:
+        >>> from composable.parallel import make_mesh
+        >>> is_split(make_mesh(fsdp=1), "fsdp", least=1)
+        True
+    """
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return axis in kinds and kinds[axis] != AxisType.Manual and mesh.shape[axis] >= least
 

@@ -1,0 +1,110 @@
+"""Muon on a mesh: the work of one device, shared out once, with the results of one device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from composable.parallel import map_parameters
+from composable.training.config import TrainConfig
+from composable.training.optimizers import muon
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = Path(__file__).with_name("copies_program.py")
+# Sums within a product are taken in another order; two updates move a number by up to 0.03.
+SAME = 1e-6
+# The matrix that is alone in its shape, which every group of devices updates.
+ALONE = 0.02
+STEPS, WIDTH, HIDDEN = 5, 64, 256
+# Two shapes, with eight matrices and with four.
+N_MATRICES = 12
+BY_HAND = N_MATRICES * STEPS * (4 * WIDTH**2 * HIDDEN + 2 * WIDTH**3)
+
+
+def run(*arguments):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(PROGRAM.parents[2]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+    }
+    command = [sys.executable, PROGRAM, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def require_shared(seen):
+    """Require that no group of devices repeats another's work, and idles only without any."""
+    for mesh, padded in [("four copies", 12), ("eight copies", 16)]:
+        expected = BY_HAND / N_MATRICES * padded / 8
+        assert seen[mesh]["flops"] == pytest.approx(expected, rel=ALONE), mesh
+        assert seen[mesh]["exchanged"]["all-gather"] > 0, mesh
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return run()
+
+
+def test_no_group_of_devices_repeats_what_another_does(seen):
+    require_shared(seen)
+
+
+@pytest.mark.parity
+def test_no_group_of_chips_repeats_what_another_does():
+    require_shared(run("v5e:2x4"))
+
+
+def test_the_parameters_are_those_of_one_device(seen):
+    for mesh, found in seen.items():
+        assert found["difference"] < SAME, mesh
+
+
+def test_without_a_mesh_it_is_a_plain_map():
+    tree = {"w": nnx.Param(jnp.ones((2, 3)), dims="DF"), "plain": jnp.ones(2)}
+    doubled = map_parameters(lambda x: 2 * x, tree)
+    assert doubled["w"].get_metadata()["dims"] == "DF"
+    assert [x.tolist() for x in (doubled["w"][...], doubled["plain"])] == [
+        [[2.0] * 3] * 2,
+        [2.0] * 2,
+    ]
+
+
+def test_on_one_device_it_is_the_muon_of_optax():
+    """To the bit, and with a state of the same structure, so that checkpoints stay readable."""
+    cfg = TrainConfig(steps=8, batch_size=8, window=8, learning_rate=1e-2)
+    params = {"w": jnp.arange(6.0).reshape(3, 2), "scale": jnp.ones(3)}
+    gradients = {"w": jnp.cos(params["w"]), "scale": jnp.arange(3.0)}
+    reference = optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.contrib.muon(
+            lambda step: jnp.ones_like(step, jnp.float32),
+            ns_coeffs=((3.4445, -4.7750, 2.0315),) * 5,
+            weight_decay=cfg.weight_decay,
+            consistent_rms=0.2,
+        ),
+        optax.stateless(lambda updates, _: updates),
+    )
+    found, expected = (
+        two_updates(optimizer, params, gradients) for optimizer in (muon(cfg), reference)
+    )
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, found, expected)))
+
+
+def two_updates(optimizer, params, gradients):
+    update = jax.jit(optax.with_extra_args_support(optimizer).update)
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = update(gradients, state, params, rate=1.0)
+    return updates, state
