@@ -27,7 +27,7 @@
     ├── InteropError              a foreign file that cannot be imported exactly
     ├── TextError                 text that cannot be trained on, scored or continued
     ├── TrainingError             training that cannot start, resume or continue
-    │   ├── PreemptedError        training that was asked to stop, and did; run again to resume
+    │   ├── PreemptedError        a command that was asked to stop, and did; run again to go on
     │   └── PeerError             another process of the run failed or is gone; run again
     ├── MergeError                experts that cannot be merged
     │   └── MergeConflictError    no method gives an expert that is good enough
@@ -281,9 +281,27 @@ class TrainingError(ComposableError):
 
 
 class PreemptedError(TrainingError):
-    """Training that was asked to stop and has kept its steps; run again to resume."""
+    """A command that was asked to stop and has kept what it had; run again to go on.
+
+    Args:
+        message: When it stopped.
+        where: As of every error.
+        hint: As of every error.
+        is_shared: Whether all processes of the run agreed to stop.
+    """
 
     exit_code = 75
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        is_shared: bool = False,
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.is_shared = is_shared
 
 
 class PeerError(TrainingError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composable.cli import bars
+from composable.cli.group import join_group, stop_on_request
 from composable.cli.options import (
     Against,
     Beside,
@@ -77,6 +78,7 @@ def new(
 
 
 @app.command()
+@stop_on_request()
 def check(
     folder: ExpertFolder,
     more: MoreData = None,
@@ -124,10 +126,9 @@ def check(
     from composable.packaging.manifests.manifest import Manifest
 
     manifest = Manifest.read(folder)
-    from composable.cli.group import join_group
     from composable.parallel import wait_for_all
 
-    if not join_group(coordinator, num_processes, process_id, init_timeout):
+    if not join_group(coordinator, num_processes, process_id, init_timeout, has_steps=False):
         wait_for_all("check")
         return
     from composable.assembly.backbones import load_backbone

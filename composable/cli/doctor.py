@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from composable.cli.group import join_group
+from composable.cli.group import join_group, stop_on_request
 from composable.cli.options import (
     Coordinator,
     InitTimeout,
@@ -25,6 +25,7 @@ def _group() -> None:
 
 
 @app.command()
+@stop_on_request()
 def doctor(
     mesh: MeshSizes = None,
     coordinator: Coordinator = None,
@@ -38,7 +39,7 @@ def doctor(
 
     In a run of many processes, run it in each: it joins the group as training does.
     """
-    is_first = join_group(coordinator, num_processes, process_id, init_timeout)
+    is_first = join_group(coordinator, num_processes, process_id, init_timeout, has_steps=False)
     from composable.parallel import parse_mesh
     from composable.workflows.doctor import describe_environment
 

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def stop_on_request() -> Iterator[None]:
-    """Let SIGTERM end a command that trains as documented also while no step is running.
+    """Let SIGTERM end a command with the documented exit code while no step is running.
 
-    During the steps `training.preemption` has the signal, and in a group of processes jax does.
+    During the steps `training.preemption` has the signal. In a group of processes that trains, jax
+    has it from the moment the group is joined.
 
     Raises:
         PreemptedError: On SIGTERM; only the main thread receives it.
@@ -39,7 +40,7 @@ def stop_on_request() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise PreemptedError(
             "asked to stop (SIGTERM) while no step was running",
-            hint="run again; it resumes from the newest checkpoint, or starts if there is none",
+            hint="run again; it goes on from what was kept, such as the newest checkpoint",
         )
 
     earlier = signal.signal(signal.SIGTERM, stop)
@@ -50,12 +51,27 @@ def stop_on_request() -> Iterator[None]:
 
 
 def join_group(
-    coordinator: str | None, n_processes: int | None, process: int | None, init_timeout: float
+    coordinator: str | None,
+    n_processes: int | None,
+    process: int | None,
+    init_timeout: float,
+    *,
+    has_steps: bool = True,
 ) -> bool:
-    """Join the processes of this run; return whether this one prints for all."""
+    """Join the processes of this run; return whether this one prints for all.
+
+    Args:
+        coordinator: Address of process 0.
+        n_processes: Number of processes.
+        process: Index of this one.
+        init_timeout: Seconds that all processes have to start.
+        has_steps: Whether the command trains: all processes then stop after the same step. Any
+            other ends on SIGTERM by `stop_on_request`, and the other processes with it.
+    """
     from composable.parallel import current_process, is_first_process, start_processes
 
     ctx: typer.Context = click.get_current_context()  # type: ignore[assignment]  # it is one
+    ctx.meta[PROCESS] = None  # until it has joined, perhaps on its own
     start_processes(
         coordinator,
         n_processes,
@@ -66,17 +82,23 @@ def join_group(
     if (index := current_process()) is not None:
         ctx.meta[PROCESS] = index
         _divert_output_of_libraries()
+        if not has_steps and threading.current_thread() is threading.main_thread():
+            # jax has put a handler of its own before the one that Python knows.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return is_first_process()
 
 
 def report_to_group(error: BaseException, ctx: click.Context, code: int) -> None:
     """Let the other processes of a run, if this is part of one, end after an error of this one.
 
-    Then it does not return.
+    Then it does not return, if they had met.
     """
-    if PROCESS in ctx.meta:
+    if PROCESS in ctx.meta:  # otherwise jax need not be there
         from composable.parallel import leave_group
 
+        if threading.current_thread() is threading.main_thread():
+            # A second one would end this process before it has told the others.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave_group(error, code)
 
 

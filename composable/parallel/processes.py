@@ -28,8 +28,8 @@ _VARIABLES: Final = ("COMPOSABLE_COORDINATOR", "COMPOSABLE_PROCESSES", "COMPOSAB
 # jax prefers this one to what a cluster's scheduler says.
 _JAX_COORDINATOR: Final = "JAX_COORDINATOR_ADDRESS"
 INIT_SECONDS: Final = 300.0
-# Long: a process that died ends the others by `peers`, not by a deadline here.
-_WAIT_MILLISECONDS: Final = 7 * 24 * 3600 * 1000
+# How often a process that waits for another looks whether it got a signal.
+_WAIT_MILLISECONDS: Final = 500
 _rounds = itertools.count()
 _peers: list[Peers] = []
 
@@ -117,7 +117,7 @@ def leave_group(error: BaseException | None = None, code: int = 1) -> None:
         >>> leave_group()  # one process: nobody to tell
     """
     for peers in _peers:
-        if error is None or isinstance(error, PreemptedError):
+        if error is None or (isinstance(error, PreemptedError) and error.is_shared):
             peers.leave()
         else:
             peers.fail(error, code)
@@ -142,14 +142,29 @@ def exchange(text: str) -> list[str]:
     mine, answer = f"composable/{number}/given", f"composable/{number}/all"
     client.key_value_set(f"{mine}/{jax.process_index()}", text)
     if is_first_process():
-        given = [client.blocking_key_value_get(f"{mine}/{i}", _WAIT_MILLISECONDS) for i in range(n)]
+        given = [_wait_for_key(f"{mine}/{i}") for i in range(n)]
         client.key_value_set(answer, json.dumps(given))
         # All have read the answer before they came here again.
         if number:
             client.key_value_delete(f"composable/{number - 1}/")
         return given
-    found: list[str] = json.loads(client.blocking_key_value_get(answer, _WAIT_MILLISECONDS))
+    found: list[str] = json.loads(_wait_for_key(answer))
     return found
+
+
+def _wait_for_key(key: str) -> str:
+    """Return what a process has set, however long it takes; signals are handled meanwhile.
+
+    A process that died ends the others by `peers`, not by a deadline here.
+    """
+    while True:
+        try:
+            value: str = global_state.client.blocking_key_value_get(key, _WAIT_MILLISECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        else:
+            return value
 
 
 def current_process() -> int | None:
@@ -176,14 +191,14 @@ def wait_for_all(what: str) -> None:
     """Return when every process of the run has called this for the same thing.
 
     Args:
-        what: What they wait for; each name once in a run.
+        what: What they wait for.
 
     Example:
         >>> wait_for_all("text")  # one process: nobody to wait for
     """
-    # Not by the devices: their collectives give up before another process is done.
-    if (client := global_state.client) is not None:
-        client.wait_at_barrier(f"composable: {what}", _WAIT_MILLISECONDS)
+    # Not by the devices: their collectives give up before another process is done. Nor by a barrier
+    # of jax: a process that waits in one handles no signal.
+    exchange(what)
 
 
 def _print_error(process: int, error: PeerError) -> None:

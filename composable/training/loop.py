@@ -185,6 +185,7 @@ def _describe_stop(step: int, cfg: TrainConfig, checkpoints: Checkpoints | None)
     """Return the error of a run that was asked to stop after a step."""
     return PreemptedError(
         f"asked to stop (SIGTERM) after step {step} of {cfg.steps}",
+        is_shared=True,
         hint=f"run again to resume from step {step}" if checkpoints else "run again",
     )
 

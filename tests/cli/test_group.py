@@ -1,5 +1,6 @@
 """`composable train` and `composable check` as one run of two processes, over loopback."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -32,29 +33,30 @@ def free_address():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def run_group(n_processes, *arguments):
-    """Run a command in every process of a group; return what each printed."""
+@contextlib.contextmanager
+def start_group(n_processes, *arguments, **environment):
+    """Start a command in every process of a group."""
     address = free_address()
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY), **environment}
+    group = ["--coordinator", address, "--num-processes", str(n_processes)]
+    command = [sys.executable, "-m", "composable.cli", *map(str, arguments), *group]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = []
     try:
         for index in range(n_processes):
-            group = ["--coordinator", address, "--num-processes", str(n_processes)]
-            command = [sys.executable, "-m", "composable.cli", *map(str, arguments)]
-            started.append(
-                subprocess.Popen(
-                    [*command, *group, "--process-id", str(index)],
-                    env=env,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        said = [process.communicate(timeout=600) for process in started]
+            process = subprocess.Popen([*command, "--process-id", str(index)], env=env, **pipes)
+            started.append(process)
+        yield started
     finally:
         for process in started:
             process.kill()
             process.wait()
+
+
+def run_group(n_processes, *arguments):
+    """Run a command in every process of a group; return what each printed."""
+    with start_group(n_processes, *arguments) as started:
+        said = [process.communicate(timeout=600) for process in started]
     for process, (_, errors) in zip(started, said, strict=True):
         assert process.returncode == 0, errors[-2000:]
     return [out for out, _ in said]
@@ -111,6 +113,28 @@ def test_sigterm_before_the_first_step_ends_with_its_own_exit_code(experts):
     assert "while no step was running" in stopped.stderr
     assert not (expert / "body.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("asked", [0, 1], ids=["checks", "waits"])
+def test_sigterm_ends_a_check_in_two_processes(trained_folder, loaded, tmp_path, asked):
+    """At once, in the process that checks as in the one that waits for it."""
+    folder = shutil.copytree(trained_folder, tmp_path / "logic")
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    command = ["check", folder, "--backbone", loaded.folder, "--data"]
+    text = trained_folder.parent / "logic.jsonl"
+    with start_group(2, *command, text, JAX_LOGGING_LEVEL="INFO") as started:
+        # They have met. For a moment jax has a handler of its own, which ignores the signal.
+        assert any("Connecting to JAX" in line for line in started[asked].stderr)
+        time.sleep(0.5)
+        while started[asked].poll() is None:
+            started[asked].send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started[asked].wait(5)
+        errors = [process.communicate(timeout=60)[1] for process in started]
+    assert [started[i].returncode for i in (asked, 1 - asked)] == [75, 76], "".join(errors)
+    assert "asked to stop (SIGTERM)" in errors[asked]
+    assert f"process {asked} " in errors[1 - asked]
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 
 
 def test_report_adds_up_the_ledger_of_a_run_and_draws_it(trained_folder, tmp_path):
