@@ -9,7 +9,8 @@ split over all chips, reading 512 tokens a chip, or writing a token of four docu
 shapes are made. Memory is XLA's, FLOPs are counted in the compiled program with every loop as often
 as it runs, and over those of the model. A case takes minutes of two cores to compile.
 
-With --docs the tables of `pods.md` are written again from the JSON.
+With --docs the tables of `pods.md` are written again from the JSON, and the plan that the guide
+shows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.demo_seeds import fill
-from composable.cli.group import show_plan
+from composable.cli.group import format_plan, show_plan
 from composable.cli.output import format_bytes
 from composable.model.backbone import Backbone
 from composable.model.bank import empty_bank
@@ -42,9 +43,10 @@ from composable.model.mix import mix_state, trace_mix
 from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
 from composable.parallel import BATCH_SPEC, make_mesh
 from composable.parallel.chips import find_chip, tpu_devices
-from composable.parallel.program import measure_program
+from composable.parallel.program import Collectives, ProgramCost, measure_program
 from composable.training.config import TrainConfig
 from composable.workflows.step_plan import (
+    StepPlan,
     compile_to_fit,
     count_numbers,
     plan_backbone,
@@ -94,6 +96,12 @@ TOPOLOGIES: Final = {
     "v6e-64": "v6e:8x8",
 }
 BODIES: Final = {"low-rank": ("lora", 16), "FFN": ("ffn", None)}
+# The case that the guide shows, and its command: of a low-rank expert on SmolLM2-135M.
+GUIDE_CASE: Final = "135M low-rank expert, v5e-16"
+GUIDE_COMMAND: Final = (
+    "composable train logic --backbone runs/smollm2-135m --rows 16 --window 2048 --mesh data=-1 "
+    "--plan v5e:4x4"
+)
 # Weights of these models are split over as many chips, which leaves each 128 columns or more.
 _FSDP: Final = {"135M": 1, "1B": 16, "7B": 16}
 
@@ -249,6 +257,16 @@ def tables(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {name: "".join(f"{line}\n" for line in lines) for name, lines in found.items()}
 
 
+def guide_text(cases: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the console of the guide: its command, and what that printed."""
+    case = cases[GUIDE_CASE]
+    cost = dict(case["cost"])
+    cost["collectives"] = {name: Collectives(**kind) for name, kind in cost["collectives"].items()}
+    fields = {field.name: case[field.name] for field in dataclasses.fields(StepPlan)}
+    plan = StepPlan(**fields | {"cost": ProgramCost(**cost)})
+    return f"```console\n$ {GUIDE_COMMAND}\n{format_plan(plan)}\n```\n"
+
+
 def _mesh(case: Mapping[str, Any]) -> str:
     return ", ".join(f"{axis}={n}" for axis, n in case["mesh"].items() if n > 1)
 
@@ -332,6 +350,9 @@ def main() -> None:
             arguments.json.write_text(json.dumps({"cases": ordered}, indent=2) + "\n")
     if arguments.docs:
         fill(arguments.docs / "pods.md", tables(cases))
+        guide = arguments.docs.parent / "guides" / "pods.md"
+        if guide.exists() and GUIDE_CASE in cases:
+            fill(guide, {"plan": guide_text(cases)})
 
 
 def _read_cases(file: Path) -> dict[str, Any]:

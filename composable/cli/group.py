@@ -112,6 +112,11 @@ def _divert_output_of_libraries() -> None:
 
 def show_plan(plan: StepPlan, *, as_json: bool) -> None:
     """Print what a training step costs on a topology."""
+    show(format_plan(plan), plan.to_dict(), as_json=as_json)
+
+
+def format_plan(plan: StepPlan) -> str:
+    """Return what a training step costs on a topology, as a table."""
     cost = plan.cost
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
     room = plan.chip_memory - cost.peak
@@ -144,7 +149,7 @@ def show_plan(plan: StepPlan, *, as_json: bool) -> None:
     rows.append(
         ("compiled in", f"{plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} s of CPU)")
     )
-    show(format_table((), rows), plan.to_dict(), as_json=as_json)
+    return format_table((), rows)
 
 
 def show_goodput(folder: Path, *, as_json: bool) -> None:
