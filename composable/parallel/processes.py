@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 from jax._src.clusters import ClusterEnv  # jax detects clusters only where it also joins them
@@ -142,24 +142,24 @@ def exchange(text: str) -> list[str]:
     mine, answer = f"composable/{number}/given", f"composable/{number}/all"
     client.key_value_set(f"{mine}/{jax.process_index()}", text)
     if is_first_process():
-        given = [_wait_for_key(f"{mine}/{i}") for i in range(n)]
+        given = [_wait_for_key(client, f"{mine}/{i}") for i in range(n)]
         client.key_value_set(answer, json.dumps(given))
         # All have read the answer before they came here again.
         if number:
             client.key_value_delete(f"composable/{number - 1}/")
         return given
-    found: list[str] = json.loads(_wait_for_key(answer))
+    found: list[str] = json.loads(_wait_for_key(client, answer))
     return found
 
 
-def _wait_for_key(key: str) -> str:
+def _wait_for_key(client: Any, key: str) -> str:
     """Return what a process has set, however long it takes; signals are handled meanwhile.
 
     A process that died ends the others by `peers`, not by a deadline here.
     """
     while True:
         try:
-            value: str = global_state.client.blocking_key_value_get(key, _WAIT_MILLISECONDS)
+            value: str = client.blocking_key_value_get(key, _WAIT_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
