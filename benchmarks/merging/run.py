@@ -187,7 +187,7 @@ def _count_worse(
             {name: [d.text.encode() for d in documents] for name, documents in tests.items()},
         )
     )
-    return {"worse": sum(judgement.is_worse for judgement in judged), "of": len(judged)}
+    return {"worse": sum(judgement.outcome == "worse" for judgement in judged), "of": len(judged)}
 
 
 def _measure_pair(

@@ -75,9 +75,12 @@ def merge(
     the text of any side: the text of --data, or else what the statistics that every side published
     predict.
 
-    If the merged expert would be worse than a side on any text, nothing is written and a conflict
-    is reported, with exit code 1. The method group keeps all sides: the release that it writes
-    requires them. It is the last resort where there is text, and can be asked for without.
+    The merged expert is written if it is shown to be not worse than any side on any text: the upper
+    95% confidence bound of the change in bits per byte is below 1%. Every fourth document of a text
+    chooses the method and the others judge it, 15 at least. Otherwise nothing is written and a
+    conflict is reported, with exit code 1. The method group keeps all sides: the release that it
+    writes requires them. It is tried last where there is text, by the same rule, and can be asked
+    for without.
     """
     from composable.assembly.backbones import load_backbone
     from composable.assembly.load import default_backbone
@@ -143,7 +146,7 @@ def _describe(report: MergeReport) -> Iterator[str]:
     if report.judgements:
         unit = "BITS PER BYTE" if report.evidence == "text" else "NATS PER TOKEN"
         yield format_table(
-            (unit, "SIDE", "OF THE SIDE", "MERGED", ""),
+            (unit, "SIDE", "OF THE SIDE", "MERGED", "95% BOUNDS", "DOCUMENTS", ""),
             [_judgement_row(judgement) for judgement in report.judgements],
         )
     if not report.is_good:
@@ -167,10 +170,14 @@ def _tried_row(row: Tried) -> tuple[str, ...]:
 
 
 def _judgement_row(judgement: Judgement) -> tuple[str, ...]:
+    bounds = ""
+    if judgement.low is not None and judgement.high is not None:
+        bounds = f"{judgement.low:+.1%} to {judgement.high:+.1%}"
+    needed = f", about {judgement.needed} documents needed" if judgement.needed else ""
     return (
         *(judgement.text, judgement.side),
         *(f"{judgement.before:.3f}", f"{judgement.after:.3f}"),
-        "WORSE" if judgement.is_worse else "ok",
+        *(bounds, str(judgement.documents or ""), f"{judgement.outcome}{needed}"),
     )
 
 

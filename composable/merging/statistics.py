@@ -103,8 +103,16 @@ class MatrixStatistics:
             >>> round(found.predict_change(np.array([[1.0], [0.0]])), 6)  # 1/2 c |U|^2, c = 2 / 2
             0.5
         """
+        return sum(self.predict_terms(change_DF))
+
+    def predict_terms(self, change_DF: np.ndarray) -> tuple[float, float]:
+        """Return the two terms of `predict_change`: of first and of second order.
+
+        Args:
+            change_DF: What is added to the expert's own matrix.
+        """
         first = float(np.sum((self.gradient_DR.T @ change_DF) * self.gradient_RF))
-        return first + 0.5 * float(self._input_norms(change_DF) @ self._sensitivity())
+        return first, 0.5 * float(self._input_norms(change_DF) @ self._sensitivity())
 
     def regression_error(self, change_DF: np.ndarray) -> float:
         """Return the mean square of what a change adds to the matrix's outputs, `E|x U|^2`.
@@ -133,6 +141,36 @@ class MatrixStatistics:
         norm = float((self.gram_DR**2).sum() + self.rest_D.sum()) or 1.0
         sensitivity_F: np.ndarray = self.column_F / norm
         return sensitivity_F
+
+
+def sum_terms(
+    statistics: Mapping[str, MatrixStatistics],
+    own: Mapping[str, np.ndarray],
+    merged: Mapping[str, np.ndarray],
+) -> float:
+    """Return the sum of the sizes of all terms of the predicted change, in nats per token.
+
+    Terms of opposite signs nearly cancel in the predicted change, but what the series leaves out
+    is as large as terms are, not as their sum is.
+
+    Args:
+        statistics: Of the side, by matrix.
+        own: The side's matrices.
+        merged: The matrices that would replace them.
+
+    Example:
+        >>> found = MatrixStatistics.of(np.eye(1), -np.ones((1, 1)), np.ones(1), np.ones(1))
+        >>> own, merged = {"w": np.zeros((1, 1))}, {"w": np.ones((1, 1))}
+        >>> round(predict_changes({"w": found}, own, merged)["w"], 6)  # -1 + 1/2
+        -0.5
+        >>> round(sum_terms({"w": found}, own, merged), 6)
+        1.5
+    """
+    return sum(
+        abs(term)
+        for name, found in statistics.items()
+        for term in found.predict_terms(merged[name] - own[name])
+    )
 
 
 def predict_changes(

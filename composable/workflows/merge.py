@@ -30,9 +30,10 @@ from composable.packaging.manifests.manifest import (
 )
 from composable.packaging.versions.names import check_package_name
 from composable.progress import CountProgress
-from composable.workflows.merge_choice import MAX_DOCUMENTS, Judge, judge_group
+from composable.vetting.noninferiority import MARGIN
+from composable.workflows.merge_choice import Judge, count_documents, judge_group, split_text
 from composable.workflows.merge_manifest import describe_merge, make_manifest
-from composable.workflows.merge_report import GROUP, MergeReport
+from composable.workflows.merge_report import GROUP, MergeReport, describe_judgement
 from composable.workflows.merge_scores import prepare_text
 from composable.workflows.merge_sides import read_sides, refuse_without_evidence
 from composable.workflows.workspace import HELDOUT_FILE, WORK
@@ -77,12 +78,8 @@ def merge_experts(
         loaded, base, sides, texts=texts, methods=methods, name=name, progress=progress
     )
     if not comparison.report.is_good:
-        raise MergeConflictError(
-            f"no method gives an expert that is not worse than a side: at best "
-            f"{_describe_losses(comparison.report)}",
-            report=comparison.report,
-            hint=_advise(comparison),
-        )
+        message, hint = _explain(comparison.report)
+        raise MergeConflictError(message, report=comparison.report, hint=hint)
     comparison.write(out)
     return comparison.report
 
@@ -95,7 +92,7 @@ class Comparison:
         report: What was tried, and what was chosen.
         manifest: Manifest of the merged expert.
         expert: The expert; of a group, the base.
-        texts: The text that it was judged on; none if statistics decided.
+        texts: The documents that it was judged on; none if statistics decided.
     """
 
     report: MergeReport
@@ -107,7 +104,7 @@ class Comparison:
         """Write the expert's folder.
 
         Args:
-            out: The folder. The text given is what `composable check` scores the expert on.
+            out: The folder. `composable check` scores the expert on the documents that judged it.
         """
         atomic.make_directory(out)
         write_tensors(out / BODY_FILE, to_tensors(self.expert.body, self.manifest.body.dtype))
@@ -142,20 +139,22 @@ def compare_methods(
     may_group = GROUP in wanted and (bool(texts) or methods is not None)
     if not texts and merged and any(side.statistics is None for side in members):
         refuse_without_evidence(members)
-    scored = {
-        label: prepare_text(loaded, documents[:MAX_DOCUMENTS]) for label, documents in texts.items()
-    }
+    split = {label: split_text(documents) for label, documents in texts.items()}
+    judged = {label: judge for label, (_, judge) in split.items()}
+    encoded = {label: [d.text.encode() for d in judge] for label, judge in judged.items()}
     report, expert = None, root.expert
     if merged:
-        report, expert = Judge(loaded, root, members, scored, progress).choose(merged, name)
+        scored = {label: prepare_text(loaded, choose) for label, (choose, _) in split.items()}
+        judge = Judge(loaded, root, members, scored, encoded, progress)
+        report, expert = judge.choose(merged, name)
     if (report is None or not report.is_good) and may_group:
-        grouped = judge_group(loaded, root, members, texts, name, report)
+        grouped = judge_group(loaded, root, members, encoded, name, report)
         if grouped.is_good or report is None:
             report, expert = grouped, root.expert
     assert report is not None  # there is a method
     manifest = make_manifest(loaded, root, members, name, report)
     report = dataclasses.replace(report, release=f"{manifest.name}@{manifest.version}")
-    return Comparison(report=report, manifest=manifest, expert=expert, texts=texts)
+    return Comparison(report=report, manifest=manifest, expert=expert, texts=judged)
 
 
 def _check_methods(methods: Sequence[str] | None) -> tuple[str, ...]:
@@ -166,20 +165,31 @@ def _check_methods(methods: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(methods) if methods else known
 
 
-def _describe_losses(report: MergeReport) -> str:
-    return "; ".join(
-        f"{row.before:.3f} to {row.after:.3f} on {row.text} against {row.side}"
-        for row in report.judgements
-        if row.is_worse
-    )
-
-
-def _advise(comparison: Comparison) -> str:
-    if comparison.texts:
-        return "install the sides one beside the other, or train one of them further"
+def _explain(report: MergeReport) -> tuple[str, str]:
+    """Return why a merged expert is refused, and what can be done about it."""
+    worse = [row for row in report.judgements if row.outcome == "worse"]
+    if worse:
+        return (
+            "no method gives an expert that is not worse than a side: at best "
+            f"{'; '.join(describe_judgement(row) for row in worse)}",
+            "install the sides one beside the other, or train one of them further"
+            if report.evidence == "text"
+            else "give held-out text with --data, by which more can be told apart, or keep all "
+            f"sides behind one name with --method {GROUP}",
+        )
+    unclear = [row for row in report.judgements if row.outcome == "undecided"]
+    found = "; ".join(describe_judgement(row) for row in unclear)
+    if report.evidence == "statistics":
+        return (
+            f"the changes are too large for statistics to predict their effect: {found}",
+            "give held-out text of every side with --data NAME=FILES, or keep all sides behind one "
+            f"name with --method {GROUP}",
+        )
     return (
-        "give held-out text with --data, by which more can be told apart, or keep all sides behind "
-        f"one name with --method {GROUP}"
+        "there is too little text to show that the merged expert is not worse than a side by "
+        f"{MARGIN:.0%}: {found}",
+        f"give at least {count_documents(max(row.needed for row in unclear))} documents of each "
+        "text with --data",
     )
 
 

@@ -12,14 +12,12 @@ from composable.assembly.backbones import LoadedBackbone
 from composable.corpora.documents import Document
 from composable.errors import MergeError
 from composable.merging.methods import Candidate, list_candidates, merge_candidates
-from composable.merging.statistics import MatrixStatistics, predict_changes
+from composable.merging.statistics import MatrixStatistics, predict_changes, sum_terms
 from composable.merging.updates import Matrices, find_updates
 from composable.model.model import Model, Pluggable
 from composable.progress import CountProgress
-from composable.vetting.evaluation import mix_scorer, score_documents
-from composable.vetting.evidence import MAX_BYTES
-from composable.vetting.regression import MAX_REGRESSION
-from composable.vetting.statistics import is_above
+from composable.vetting.evaluation import Score, mix_scorer, score_documents
+from composable.vetting.noninferiority import MARGIN, Outcome, compare_losses
 from composable.workflows.expert_matrices import from_matrices, to_matrices
 from composable.workflows.merge_report import (
     GROUP,
@@ -33,14 +31,24 @@ from composable.workflows.merge_report import (
 from composable.workflows.merge_scores import ScoredText
 from composable.workflows.merge_sides import Side
 
-# A side's loss may be predicted to grow by this share: what statistics cannot tell from nothing.
-MAX_PREDICTED: Final = 0.01
-# Documents of each text that candidates are compared on, and whole merged experts are judged on.
-MAX_DOCUMENTS: Final = 32
+# Documents of each text that candidates are compared on, and that the best one is judged on, at
+# most; and bytes of each of these.
+MAX_CHOOSING: Final = 32
+MAX_JUDGING: Final = 128
+JUDGED_BYTES: Final = 2048
 
 
 class Judge:
-    """Compares candidates by text if there is any, and by statistics otherwise."""
+    """Compares candidates by text if there is any, and by statistics otherwise.
+
+    Args:
+        loaded: The backbone.
+        base: The base.
+        sides: The sides.
+        texts: Text that candidates are compared on, by name.
+        judged: Other documents of the same texts, on which the best candidate is judged.
+        progress: Called with candidates compared and in all.
+    """
 
     def __init__(
         self,
@@ -48,10 +56,11 @@ class Judge:
         base: Side,
         sides: Sequence[Side],
         texts: Mapping[str, ScoredText],
+        judged: Mapping[str, Sequence[bytes]],
         progress: CountProgress | None,
     ) -> None:
         self._loaded, self._base, self._sides = loaded, base, sides
-        self._texts, self._progress = texts, progress
+        self._texts, self._judged, self._progress = texts, judged, progress
         self._statistics: list[Mapping[str, MatrixStatistics]] = [
             side.statistics.matrices for side in sides if side.statistics is not None
         ]
@@ -144,20 +153,28 @@ class Judge:
             yield from judge_on_text(
                 self._loaded.plug([expert]),
                 {side.release: self._loaded.plug([side.expert]) for side in self._sides},
-                {label: text.documents for label, text in self._texts.items()},
+                self._judged,
             )
             return
         for side in self._sides:
+            assert side.statistics is not None  # checked before
             # The loss of a scout is predicted in order, but many times too large: its changes are
             # far outside the range of a quadratic (docs/results/merging.md).
-            before, change = _own_nats(side, "body"), self._measure("body", matrices, {})
-            grown = change[side.release]
+            described, own, new = (
+                {name: x for name, x in found.items() if name.startswith("body")}
+                for found in (side.statistics.matrices, side.matrices, matrices)
+            )
+            before, grown = (
+                _own_nats(side, "body"),
+                self._measure("body", matrices, {})[side.release],
+            )
+            terms = sum_terms(described, own, new) / before
             yield Judgement(
                 text=side.release,
                 side=side.release,
                 before=before,
                 after=before * (1 + grown),
-                is_worse=grown > MAX_PREDICTED,
+                outcome=_judge_prediction(grown, terms),
             )
 
     def _find_conflicts(self, matrices: Matrices) -> Iterator[Conflict]:
@@ -178,14 +195,41 @@ class Judge:
             )
 
 
+def split_text(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Return the documents that candidates are chosen on, and those that the choice is judged on.
+
+    The best of many candidates looks better than it is on the text that it was chosen on. So every
+    fourth document, from the first, chooses and does not judge. Of equal documents one counts.
+
+    Args:
+        documents: All that there are; of a single one both use it, and nothing is shown.
+
+    Example:
+        >>> choose, judge = split_text([Document(str(i), f"text {i}") for i in range(5)])
+        >>> [document.id for document in choose], [document.id for document in judge]
+        (['0', '4'], ['1', '2', '3'])
+    """
+    different = list({document.text: document for document in documents}.values())
+    judge = [document for i, document in enumerate(different) if i % 4]
+    return different[::4][:MAX_CHOOSING], (judge or different)[:MAX_JUDGING]
+
+
+def count_documents(judged: int) -> int:
+    """Return how many documents are needed, if so many are to be left to judge on.
+
+    Example:
+        >>> count_documents(15)
+        20
+    """
+    return judged + -(-judged // 3)
+
+
 def judge_on_text(
     merged: Model, sides: Mapping[str, Model], texts: Mapping[str, Sequence[bytes]]
 ) -> Iterator[Judgement]:
-    """Yield, for every text and side, whether a merged model is worse than the side beyond noise.
+    """Yield, for every text and side, whether a merged model is shown to be not worse than it.
 
-    Documents are compared one by one, in mix mode, as between two releases: worse is a mean
-    difference above zero by a one-sided t test at 95 %, and above 0.5 % of the side's bits per
-    byte.
+    Documents are compared one by one, in mix mode, by `compare_losses`.
 
     Args:
         merged: A model with the merged expert installed.
@@ -193,32 +237,36 @@ def judge_on_text(
         texts: Documents by name of the text.
     """
     for label, documents in texts.items():
-        bits_B = _document_bits(merged, documents)
+        after = _score(merged, documents)
         for side, model in sides.items():
-            before_B = _document_bits(model, documents)
+            before = _score(model, documents)
+            found = compare_losses(before.nats_B, after.nats_B)
+            bounds = (found.low, found.high) if np.isfinite(found.high) else (None, None)
             yield Judgement(
                 text=label,
                 side=side,
-                before=float(before_B.mean()),
-                after=float(bits_B.mean()),
-                is_worse=is_above(bits_B - before_B, MAX_REGRESSION * float(before_B.mean())),
+                before=before.bits_per_byte,
+                after=after.bits_per_byte,
+                outcome=found.outcome,
+                low=bounds[0],
+                high=bounds[1],
+                documents=found.documents,
+                needed=found.needed if found.outcome == "undecided" else 0,
             )
 
 
-def _document_bits(model: Model, documents: Sequence[bytes]) -> np.ndarray:
-    """Return bits per byte of the start of every document in mix mode, shape B."""
-    score = score_documents(
-        mix_scorer(model), documents, context=model.context, max_bytes=MAX_BYTES
+def _score(model: Model, documents: Sequence[bytes]) -> Score:
+    """Score the starts of documents in mix mode."""
+    return score_documents(
+        mix_scorer(model), documents, context=model.context, max_bytes=JUDGED_BYTES
     )
-    bits_B: np.ndarray = score.nats_B / score.n_bytes_B / np.log(2)
-    return bits_B
 
 
 def judge_group(
     loaded: LoadedBackbone,
     base: Side,
     sides: Sequence[Side],
-    texts: Mapping[str, Sequence[Document]],
+    judged: Mapping[str, Sequence[bytes]],
     name: str,
     report: MergeReport | None,
 ) -> MergeReport:
@@ -231,29 +279,32 @@ def judge_group(
             f"a group needs packages of different names, found {', '.join([name, *names])}",
             hint="give the group another name with --name, or publish the sides under their own",
         )
-    documents = {
-        label: [document.text.encode() for document in found[:MAX_DOCUMENTS]]
-        for label, found in texts.items()
-    }
     judgements: tuple[Judgement, ...] = ()
-    if documents:
+    if judged:
         judgements = tuple(
             judge_on_text(
                 loaded.plug([base.expert, *(side.expert for side in sides)]),
                 {side.release: loaded.plug([side.expert]) for side in sides},
-                documents,
+                judged,
             )
         )
     return MergeReport(
         base=base.release,
         sides=tuple(side.release for side in sides),
-        evidence="text" if documents else "statistics",
+        evidence="text" if judged else "statistics",
         tried=report.tried if report else {},
         chosen=dict.fromkeys(PARTS, GROUP),
         judgements=judgements,
         conflicts=report.conflicts if report else (),
         release=name,
     )
+
+
+def _judge_prediction(change: float, terms: float) -> Outcome:
+    """Return what statistics show: they hold as far as every term of the series is small."""
+    if terms < MARGIN:
+        return "not worse"
+    return "worse" if change > MARGIN else "undecided"
 
 
 def _own_nats(side: Side, part: Part) -> float:

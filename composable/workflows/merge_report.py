@@ -8,6 +8,7 @@ from typing import Final, Literal
 import numpy as np
 
 from composable.merging.methods import Candidate
+from composable.vetting.noninferiority import Outcome
 
 Part = Literal["body", "scout"]
 PARTS: Final[tuple[Part, ...]] = ("body", "scout")
@@ -50,7 +51,7 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Whether the merged expert is worse than a side on a text.
+    """What the evidence shows of the merged expert, compared with a side on a text.
 
     Args:
         text: The text.
@@ -58,14 +59,29 @@ class Judgement:
         before: Loss of the side: bits per byte in mix mode, or from its statistics nats per token
             of its body.
         after: The same of the merged expert.
-        is_worse: Whether it is worse beyond noise and beyond what matters.
+        outcome: Whether it is shown to be not worse, or worse, or neither.
+        low: Lower 95 % confidence bound of the change, as a share; None from statistics, and where
+            there is too little text for one.
+        high: The upper one.
+        documents: Documents that it was measured on; 0 from statistics.
+        needed: Documents that would decide, if changes of further ones are like those of these; 0
+            if it is decided.
     """
 
     text: str
     side: str
     before: float
     after: float
-    is_worse: bool
+    outcome: Outcome
+    low: float | None = None
+    high: float | None = None
+    documents: int = 0
+    needed: int = 0
+
+    @property
+    def change(self) -> float:
+        """The change as a share of the side's loss."""
+        return self.after / self.before - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,5 +127,38 @@ class MergeReport:
 
     @property
     def is_good(self) -> bool:
-        """Whether the chosen one is worse than no side on any text."""
-        return not any(judgement.is_worse for judgement in self.judgements)
+        """Whether the chosen one is shown to be not worse than any side on any text."""
+        return all(judgement.outcome == "not worse" for judgement in self.judgements)
+
+
+def describe_judgement(row: Judgement) -> str:
+    """Return what was found in words.
+
+    Args:
+        row: The judgement.
+
+    Example:
+        >>> describe_judgement(
+        ...     Judgement(
+        ...         text="proofs",
+        ...         side="ours@1.0",
+        ...         before=2.0,
+        ...         after=2.01,
+        ...         outcome="undecided",
+        ...         low=-0.02,
+        ...         high=0.03,
+        ...         documents=15,
+        ...         needed=80,
+        ...     )
+        ... )
+        '2.000 to 2.010 on proofs against ours@1.0 (-2.0% to +3.0%, 15 documents, about 80 needed)'
+    """
+    notes = []
+    if row.low is not None and row.high is not None:
+        notes.append(f"{row.low:+.1%} to {row.high:+.1%}")
+    if row.documents:
+        notes.append(f"{row.documents} document{'s' * (row.documents > 1)}")
+    if row.needed:
+        notes.append(f"about {row.needed} needed")
+    found = f"{row.before:.3f} to {row.after:.3f} on {row.text} against {row.side}"
+    return f"{found} ({', '.join(notes)})" if notes else found

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from composable.assembly.experts import load_expert
-from composable.corpora.documents import Document
+from composable.corpora.documents import Document, read_documents
 from composable.errors import MergeConflictError, MergeError
 from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.manifests.packing import pack_expert
@@ -27,7 +27,7 @@ from tests.support.tiny import PRIVATE_WORDS, PUBLIC_WORDS
 def texts(tiny):
     words = {"ours": PRIVATE_WORDS, "theirs": PUBLIC_WORDS}
     return {
-        name: [Document(str(i), tiny.text(words[name], seed=i, length=30)) for i in range(4)]
+        name: [Document(str(i), tiny.text(words[name], seed=i, length=30)) for i in range(20)]
         for name in words
     }
 
@@ -58,7 +58,37 @@ def test_small_changes_merge_by_text(loaded, texts, tmp_path, kind):
     assert manifest.license == "(MIT) AND (Apache-2.0)" and manifest.domains == ("noise", "more")
     merged, root = (to_matrices(loaded, load_expert(loaded, folder)) for folder in (out, base))
     assert not np.array_equal(merged["scout.w_in"], root["scout.w_in"])
-    assert (out / ".work" / "heldout.jsonl").exists()
+    assert {(row.outcome, row.documents) for row in report.judgements} == {("not worse", 15)}
+    judged = read_documents([out / ".work" / "heldout.jsonl"])
+    assert len(judged) == 30 and not {"ours/0", "theirs/4"} & {document.id for document in judged}
+
+
+def test_too_little_text_shows_nothing(loaded, texts, tmp_path):
+    """Nor does the same text many times."""
+    base, *sides = write_family(tmp_path, loaded, noise=0.002)
+    few = {name: found[:8] for name, found in texts.items()}
+    repeated = {name: 4 * found for name, found in few.items()}
+    for given in (few, repeated):
+        with pytest.raises(MergeConflictError, match="too little text to show") as caught:
+            merge_experts(loaded, base, sides, tmp_path / "out", texts=given, methods=["linear"])
+        judgements = caught.value.report.judgements
+        assert {(row.outcome, row.documents) for row in judgements} == {("undecided", 6)}
+        assert "6 documents, about 15 needed" in str(caught.value)
+        assert "at least 20 documents of each text" in caught.value.hint
+    single = {name: found[:1] for name, found in texts.items()}
+    with pytest.raises(MergeConflictError) as caught:
+        merge_experts(loaded, base, sides, tmp_path / "out", texts=single, methods=["linear"])
+    assert caught.value.report.judgements[0].low is None
+
+
+def test_statistics_show_nothing_of_changes_that_they_cannot_predict(loaded, texts, tmp_path):
+    base, *sides = folders = write_family(tmp_path, loaded, noise=0.2)
+    describe(loaded, folders, texts)
+    with pytest.raises(MergeConflictError) as caught:
+        merge_experts(loaded, base, sides, tmp_path / "out")
+    outcomes = {row.outcome for row in caught.value.report.judgements}
+    assert "not worse" not in outcomes
+    assert "--data" in caught.value.hint and "--method group" in caught.value.hint
 
 
 def test_small_changes_merge_by_statistics(loaded, texts, tmp_path):
@@ -78,7 +108,7 @@ def test_a_conflict_is_reported_and_nothing_is_written(loaded, texts, tmp_path):
         merge_experts(loaded, base, sides, tmp_path / "out")
     report = caught.value.report
     assert not (tmp_path / "out").exists() and "--method group" in caught.value.hint
-    assert any(judgement.is_worse for judgement in report.judgements)
+    assert any(judgement.outcome == "worse" for judgement in report.judgements)
     assert {c.name.split(".")[0] for c in report.conflicts} == {"body", "scout"}
     assert max(max(c.losses.values()) for c in report.conflicts) > 0
     write_page(tmp_path / "page.html", report)
