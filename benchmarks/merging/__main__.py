@@ -4,8 +4,9 @@
     python -m benchmarks.merging --setting smollm2-135m --backbone FOLDER --seeds 0 --json FILE
 
 The merged expert beside the best single one, all four installed, and one trained on all parts with
-as many steps; every method; how well the statistics' choice agrees with the text's; and rounds of
-merging from a moving base. What FILE has already is not measured again, and trainings in the
+as many steps; every method; how well the statistics' choice agrees with the text's; which merges
+are written, grouped or refused, and whether that holds on other text; and rounds of merging from a
+moving base. What FILE has already is not measured again, and trainings in the
 working folder are not repeated, so a run that was stopped goes on.
 """
 
@@ -20,15 +21,22 @@ import platform
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 
 from benchmarks.merging.community import SETTINGS
 from benchmarks.merging.page import write_docs
-from benchmarks.merging.run import measure_one_merge, measure_rounds
+from benchmarks.merging.run import measure_decisions, measure_one_merge, measure_rounds
 from composable.assembly.backbones import load_backbone
 from composable.files import atomic
+
+# By the key in the file of results that each of them adds, with others.
+MEASUREMENTS: Final = {
+    "rows": measure_one_merge,
+    "decisions": measure_decisions,
+    "rounds": measure_rounds,
+}
 
 
 def main() -> None:
@@ -50,10 +58,9 @@ def main() -> None:
         parser.error(f"{arguments.json} has {arguments.setting} with another setting: remove it")
     loaded = load_backbone(arguments.backbone)
     start = time.perf_counter()
-    for seed, measure in product(arguments.seeds, (measure_one_merge, measure_rounds)):
+    for seed, (key, measure) in product(arguments.seeds, MEASUREMENTS.items()):
         found = known["seeds"].setdefault(str(seed), {})
-        is_rounds = measure is measure_rounds
-        if ("rounds" if is_rounds else "rows") in found or (is_rounds and not setting.rounds):
+        if key in found or (key == "rounds" and not setting.rounds):
             continue
 
         def log(line: str, seed: int = seed) -> None:

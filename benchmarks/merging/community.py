@@ -32,6 +32,8 @@ PARTS: Final = 4
 # Documents are cut into pieces of so many characters; every eighth is test text.
 PIECE: Final = 1100
 TEST_SHARE: Final = 8
+# Pieces of a part, at most, that merges are decided on and decisions are checked on.
+_MORE: Final = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +78,22 @@ class Part:
     Args:
         train: What its training is given.
         test: What nothing is trained or chosen on.
+        more: Other pieces of the same documents, which are neither: in turn of `kept` and `unseen`.
     """
 
     train: tuple[Document, ...]
     test: tuple[Document, ...]
+    more: tuple[Document, ...]
+
+    @property
+    def kept(self) -> tuple[Document, ...]:
+        """What its contributor keeps aside, besides what training holds out, to merge on."""
+        return self.more[::2]
+
+    @property
+    def unseen(self) -> tuple[Document, ...]:
+        """What decisions are checked on: the test text, and more of it."""
+        return self.test + self.more[1::2]
 
 
 def cut_parts(setting: Setting, seed: int) -> tuple[Part, list[Part]]:
@@ -108,10 +122,15 @@ def _cut(documents: Sequence[Document], n_bytes: int) -> Part:
         for start in range(0, len(document.text) - PIECE + 1, PIECE)
     ]
     step = max(1, len(pieces) * PIECE // n_bytes)  # pieces of all documents, if there are too many
-    pieces = pieces[::step][: n_bytes // PIECE]
-    test = pieces[TEST_SHARE // 2 :: TEST_SHARE]
-    taken = {piece.id for piece in test}
-    return Part(train=tuple(piece for piece in pieces if piece.id not in taken), test=tuple(test))
+    used = pieces[::step][: n_bytes // PIECE]
+    test = used[TEST_SHARE // 2 :: TEST_SHARE]
+    tested, taken = {piece.id for piece in test}, {piece.id for piece in used}
+    more = [piece for piece in pieces if piece.id not in taken]
+    return Part(
+        train=tuple(piece for piece in used if piece.id not in tested),
+        test=tuple(test),
+        more=tuple(more[:: max(1, len(more) // _MORE)][:_MORE]),
+    )
 
 
 def train(
@@ -165,5 +184,5 @@ def train(
 
 
 def heldout(folder: Path) -> list[Document]:
-    """Return what a contributor's training held out: statistics and choices are made on it."""
+    """Return what a contributor's training held out: statistics are made on it."""
     return read_documents([folder / WORK / HELDOUT_FILE])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import matplotlib
 
@@ -13,6 +14,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.demo_seeds import fill
+
+# What becomes of a merge, in the order of the table.
+_DECISIONS: Final = ("merged", "grouped", "refused")
 
 
 def write_docs(results: Mapping[str, Any], folder: Path) -> None:
@@ -25,6 +29,7 @@ def write_docs(results: Mapping[str, Any], folder: Path) -> None:
         texts[name] = (
             f"![Bits per byte of every way, and over rounds]({image})\n\n"
             + _methods_table(result)
+            + _decisions_table(result)
             + _agreement_table(result)
             + _rounds_table(result)
         )
@@ -54,26 +59,33 @@ def _methods_table(result: Mapping[str, Any]) -> str:
     ]
     for name, values in sorted(means.items(), key=lambda item: float(np.mean(item[1]))):
         lines.append(f"| {name} | {np.mean(values):.3f} | {min(values):.3f}–{max(values):.3f} |")
-    seeds = _seeds(result)
-    pairs = [pair for seed in seeds for pair in seed["pairs"]]
-    fours = [seed["worse_than_a_side"] for seed in seeds]
-    refused = [seed["refused"] for seed in seeds]
-    counts = [
-        f"Merges of two: {len(pairs)}, of which held-out text refuses "
-        f"{sum(pair['refused'] for pair in pairs)}. {_count(pairs)}",
-        f"Merges of four: {len(fours)}, of which held-out text refuses "
-        f"{sum(row['text'] for row in refused)} and statistics "
-        f"{sum(row['statistics'] for row in refused)}. {_count(fours)}",
+    return "\n".join(lines) + "\n"
+
+
+def _decisions_table(result: Mapping[str, Any]) -> str:
+    """Return what was decided, by number of sides; and how it holds on other text."""
+    rows = [row for seed in _seeds(result) for row in seed.get("decisions", [])]
+    if not rows:
+        return ""
+    lines = [
+        "\n| merges of | written | grouped | refused | merged alone: not worse, undecided, worse "
+        "| what was kept, on other text: not worse, undecided, worse |",
+        "|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, "", *counts]) + "\n"
+    for n in sorted({len(row["sides"]) for row in rows}):
+        own = [row for row in rows if len(row["sides"]) == n]
+        counts = [sum(row["outcome"] == what for row in own) for what in _DECISIONS]
+        kept = [row for row in own if row["outcome"] != "refused"]
+        lines.append(
+            f"| {n} | {' | '.join(map(str, counts))} | {_count_outcomes(own, 'merged')} "
+            f"| {_count_outcomes(kept, 'unseen')} |"
+        )
+    return "\n".join(lines) + "\n\nThe last two columns count pairs of text and side.\n"
 
 
-def _count(rows: list[Any]) -> str:
-    return (
-        f"On test text the merged expert is worse than a side, beyond noise, on "
-        f"{sum(row['worse'] for row in rows)} of {sum(row['of'] for row in rows)} pairs of text "
-        "and side."
-    )
+def _count_outcomes(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    found = Counter(judgement["outcome"] for row in rows for judgement in row[key])
+    return ", ".join(str(found[outcome]) for outcome in ("not worse", "undecided", "worse"))
 
 
 def _agreement_table(result: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from composable.assembly.backbones import LoadedBackbone
 from composable.assembly.experts import load_expert
 from composable.corpora.documents import Document
 from composable.files.folders import require_empty_folder
+from composable.files.records import to_plain
 from composable.merging.methods import METHODS, merge_candidates
 from composable.merging.updates import Matrices
 from composable.model.model import Model, Pluggable
@@ -25,9 +26,9 @@ from composable.vetting.evaluation import mix_scorer, score_documents
 from composable.vetting.evidence import MAX_BYTES
 from composable.workflows.expert_matrices import from_matrices, to_matrices
 from composable.workflows.merge import Comparison, compare_methods
-from composable.workflows.merge_choice import judge_on_text
+from composable.workflows.merge_choice import TextJudge
+from composable.workflows.merge_report import GROUP, MergeReport
 from composable.workflows.merge_report import PARTS as MERGED_PARTS
-from composable.workflows.merge_report import MergeReport
 from composable.workflows.statistics import read_statistics, write_statistics
 
 Log = Callable[[str], None]
@@ -71,7 +72,7 @@ def measure_one_merge(
         "all four installed": table.score(loaded.plug(experts)),
         "trained on all parts": table.score(loaded.plug([load_expert(loaded, every)])),
     }
-    dev = {f"part-{i}": heldout(side) for i, side in enumerate(sides)}
+    dev = {f"part-{i}": [*heldout(side), *parts[i].kept] for i, side in enumerate(sides)}
     by_text = compare_methods(loaded, root, sides, texts=dev, methods=METHODS)
     log("compared methods by text")
     by_statistics = compare_methods(loaded, root, sides)
@@ -92,16 +93,8 @@ def measure_one_merge(
             for part, tried in by_text.report.tried.items()
         },
         "chosen": {"text": by_text.report.chosen, "statistics": by_statistics.report.chosen},
-        "refused": {
-            "text": not by_text.report.is_good,
-            "statistics": not by_statistics.report.is_good,
-        },
+        "refused_by_statistics": not by_statistics.report.is_good,
         "agreement": _agreement(by_text.report, by_statistics.report),
-        "worse_than_a_side": _count_worse(loaded, by_text.expert, sides, tests),
-        "pairs": [
-            _measure_pair(loaded, root, [sides[i], sides[j]], dev, tests, (i, j))
-            for i, j in list(combinations(range(PARTS), 2))[:: PARTS + 1]
-        ],
         "bytes": {
             "expert": sum(
                 (sides[0] / f).stat().st_size for f in ("body.safetensors", "scout.safetensors")
@@ -109,7 +102,6 @@ def measure_one_merge(
             "statistics": (sides[0] / STATISTICS_FILE).stat().st_size,
         },
     }
-    log("measured pairs")
     return {**found, "seconds": round(time.perf_counter() - start)}
 
 
@@ -173,42 +165,42 @@ def _agreement(by_text: MergeReport, by_statistics: MergeReport) -> dict[str, An
     return found
 
 
-def _count_worse(
-    loaded: LoadedBackbone,
-    expert: Pluggable,
-    sides: Sequence[Path],
-    tests: Mapping[str, Sequence[Document]],
-) -> dict[str, int]:
-    """Return on how many pairs of test text and side a merged expert is worse beyond noise."""
-    judged = list(
-        judge_on_text(
-            loaded.plug([expert]),
-            {side.name: loaded.plug([load_expert(loaded, side)]) for side in sides},
+def measure_decisions(
+    loaded: LoadedBackbone, setting: Setting, seed: int, work: Path, log: Log
+) -> dict[str, Any]:
+    """Return what `composable merge` decides of four contributors and of two, and whether it holds.
+
+    It decides on what each contributor keeps aside; the trainings are those of `measure_one_merge`.
+    """
+    start = time.perf_counter()
+    _, parts = cut_parts(setting, seed)
+    dev = [[*heldout(work / f"part-{i}"), *part.kept] for i, part in enumerate(parts)]
+    rows = []
+    for numbers in (range(PARTS), *list(combinations(range(PARTS), 2))[:: PARTS + 1]):
+        sides = [work / f"part-{i}" for i in numbers]
+        texts = {f"part-{i}": dev[i] for i in numbers}
+        decided = compare_methods(loaded, work / "base", sides, texts=texts)
+        is_group = GROUP in decided.report.chosen.values()
+        outcome = "grouped" if is_group else "merged"
+        tests = {side.name: parts[i].unseen for side, i in zip(sides, numbers, strict=True)}
+        experts = [load_expert(loaded, side) for side in sides]
+        unseen = TextJudge(
+            {side.name: loaded.plug([e]) for side, e in zip(sides, experts, strict=True)},
             {name: [d.text.encode() for d in documents] for name, documents in tests.items()},
         )
-    )
-    return {"worse": sum(judgement.outcome == "worse" for judgement in judged), "of": len(judged)}
-
-
-def _measure_pair(
-    loaded: LoadedBackbone,
-    root: Path,
-    sides: Sequence[Path],
-    dev: Mapping[str, Sequence[Document]],
-    tests: Mapping[str, Sequence[Document]],
-    numbers: tuple[int, int],
-) -> dict[str, Any]:
-    """Return whether two contributors merge into one that is not worse than either."""
-    names = [f"part-{i}" for i in numbers]
-    merged = compare_methods(
-        loaded, root, sides, texts={name: dev[name] for name in names}, methods=METHODS
-    )
-    return {
-        "sides": names,
-        "refused": not merged.report.is_good,
-        "chosen": merged.report.chosen,
-        **_count_worse(loaded, merged.expert, sides, {name: tests[name] for name in names}),
-    }
+        kept = [decided.expert, *(experts if is_group else [])]
+        rows.append(
+            {
+                "sides": [side.name for side in sides],
+                "outcome": outcome if decided.report.is_good else "refused",
+                "chosen": decided.report.chosen,
+                # Of the best merged expert, whether it was written or not.
+                "merged": to_plain(decided.report.declined or decided.report.judgements),
+                "unseen": to_plain(list(unseen.judge(loaded.plug(kept)))),
+            }
+        )
+        log(f"decided on {', '.join(rows[-1]['sides'])}: {rows[-1]['outcome']}")
+    return {"decisions": rows, "decisions_seconds": round(time.perf_counter() - start)}
 
 
 def measure_rounds(
@@ -238,7 +230,7 @@ def measure_rounds(
             )
             for i, part in enumerate(parts)
         ]
-        dev = {side.name: heldout(side) for side in sides}
+        dev = {side.name: [*heldout(side), *parts[i].kept] for i, side in enumerate(sides)}
         merged = compare_methods(loaded, base, sides, texts=dev, methods=("linear", "low-rank"))
         base = _write_once(merged, work / "merged" / str(number))
         rows.append(

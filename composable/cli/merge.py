@@ -143,12 +143,13 @@ def _describe(report: MergeReport) -> Iterator[str]:
     if report.tried:
         yield f"{what}: change of the loss against the best side on each text; less is better"
     yield "\n".join(f"{part}: {choice}" for part, choice in report.chosen.items())
-    if report.judgements:
-        unit = "BITS PER BYTE" if report.evidence == "text" else "NATS PER TOKEN"
-        yield format_table(
-            (unit, "SIDE", "OF THE SIDE", "MERGED", "95% BOUNDS", "DOCUMENTS", ""),
-            [_judgement_row(judgement) for judgement in report.judgements],
-        )
+    unit = "BITS PER BYTE" if report.evidence == "text" else "NATS PER TOKEN"
+    for what, judgements in (("MERGED", report.declined), ("CHOSEN", report.judgements)):
+        if judgements:
+            yield format_table(
+                (unit, "SIDE", "OF THE SIDE", what, "95% BOUNDS", "DOCUMENTS", ""),
+                [_judgement_row(judgement) for judgement in judgements],
+            )
     if not report.is_good:
         worst = sorted(report.conflicts, key=_rank_conflict)[:_SHOWN]
         yield format_table(

@@ -31,11 +31,17 @@ from composable.packaging.manifests.manifest import (
 from composable.packaging.versions.names import check_package_name
 from composable.progress import CountProgress
 from composable.vetting.noninferiority import MARGIN
-from composable.workflows.merge_choice import Judge, count_documents, judge_group, split_text
+from composable.workflows.merge_choice import (
+    Judge,
+    TextJudge,
+    count_documents,
+    judge_group,
+    split_text,
+)
 from composable.workflows.merge_manifest import describe_merge, make_manifest
 from composable.workflows.merge_report import GROUP, MergeReport, describe_judgement
 from composable.workflows.merge_scores import prepare_text
-from composable.workflows.merge_sides import read_sides, refuse_without_evidence
+from composable.workflows.merge_sides import Side, read_sides, refuse_without_evidence
 from composable.workflows.workspace import HELDOUT_FILE, WORK
 
 
@@ -141,20 +147,29 @@ def compare_methods(
         refuse_without_evidence(members)
     split = {label: split_text(documents) for label, documents in texts.items()}
     judged = {label: judge for label, (_, judge) in split.items()}
-    encoded = {label: [d.text.encode() for d in judge] for label, judge in judged.items()}
+    text_judge = _make_text_judge(loaded, members, judged) if texts else None
     report, expert = None, root.expert
     if merged:
         scored = {label: prepare_text(loaded, choose) for label, (choose, _) in split.items()}
-        judge = Judge(loaded, root, members, scored, encoded, progress)
+        judge = Judge(loaded, root, members, scored, text_judge, progress)
         report, expert = judge.choose(merged, name)
     if (report is None or not report.is_good) and may_group:
-        grouped = judge_group(loaded, root, members, encoded, name, report)
+        grouped = judge_group(loaded, root, members, text_judge, name, report)
         if grouped.is_good or report is None:
             report, expert = grouped, root.expert
     assert report is not None  # there is a method
     manifest = make_manifest(loaded, root, members, name, report)
     report = dataclasses.replace(report, release=f"{manifest.name}@{manifest.version}")
     return Comparison(report=report, manifest=manifest, expert=expert, texts=judged)
+
+
+def _make_text_judge(
+    loaded: LoadedBackbone, sides: Sequence[Side], texts: Mapping[str, Sequence[Document]]
+) -> TextJudge:
+    return TextJudge(
+        {side.release: loaded.plug([side.expert]) for side in sides},
+        {label: [d.text.encode() for d in documents] for label, documents in texts.items()},
+    )
 
 
 def _check_methods(methods: Sequence[str] | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import combinations
 from typing import Final
 
@@ -34,7 +35,7 @@ from composable.workflows.merge_sides import Side
 # Documents of each text that candidates are compared on, and that the best one is judged on, at
 # most; and bytes of each of these.
 MAX_CHOOSING: Final = 32
-MAX_JUDGING: Final = 128
+MAX_JUDGING: Final = 256
 JUDGED_BYTES: Final = 2048
 
 
@@ -46,7 +47,8 @@ class Judge:
         base: The base.
         sides: The sides.
         texts: Text that candidates are compared on, by name.
-        judged: Other documents of the same texts, on which the best candidate is judged.
+        text_judge: Has other documents of the same texts, on which the best candidate is judged;
+            None if there is no text.
         progress: Called with candidates compared and in all.
     """
 
@@ -56,11 +58,11 @@ class Judge:
         base: Side,
         sides: Sequence[Side],
         texts: Mapping[str, ScoredText],
-        judged: Mapping[str, Sequence[bytes]],
+        text_judge: TextJudge | None,
         progress: CountProgress | None,
     ) -> None:
         self._loaded, self._base, self._sides = loaded, base, sides
-        self._texts, self._judged, self._progress = texts, judged, progress
+        self._texts, self._text_judge, self._progress = texts, text_judge, progress
         self._statistics: list[Mapping[str, MatrixStatistics]] = [
             side.statistics.matrices for side in sides if side.statistics is not None
         ]
@@ -149,12 +151,8 @@ class Judge:
 
     def _judge(self, expert: Pluggable, matrices: Matrices) -> Iterator[Judgement]:
         """Yield judgements on the chosen expert."""
-        if self._texts:
-            yield from judge_on_text(
-                self._loaded.plug([expert]),
-                {side.release: self._loaded.plug([side.expert]) for side in self._sides},
-                self._judged,
-            )
+        if self._text_judge is not None:
+            yield from self._text_judge.judge(self._loaded.plug([expert]))
             return
         for side in self._sides:
             assert side.statistics is not None  # checked before
@@ -224,35 +222,46 @@ def count_documents(judged: int) -> int:
     return judged + -(-judged // 3)
 
 
-def judge_on_text(
-    merged: Model, sides: Mapping[str, Model], texts: Mapping[str, Sequence[bytes]]
-) -> Iterator[Judgement]:
-    """Yield, for every text and side, whether a merged model is shown to be not worse than it.
-
-    Documents are compared one by one, in mix mode, by `compare_losses`.
+class TextJudge:
+    """Judges experts that would replace sides, in mix mode, document by document.
 
     Args:
-        merged: A model with the merged expert installed.
-        sides: Models with one side installed each, by name.
+        sides: Models with one side installed each, by name; each is scored once.
         texts: Documents by name of the text.
     """
-    for label, documents in texts.items():
-        after = _score(merged, documents)
-        for side, model in sides.items():
-            before = _score(model, documents)
-            found = compare_losses(before.nats_B, after.nats_B)
-            bounds = (found.low, found.high) if np.isfinite(found.high) else (None, None)
-            yield Judgement(
-                text=label,
-                side=side,
-                before=before.bits_per_byte,
-                after=after.bits_per_byte,
-                outcome=found.outcome,
-                low=bounds[0],
-                high=bounds[1],
-                documents=found.documents,
-                needed=found.needed if found.outcome == "undecided" else 0,
-            )
+
+    def __init__(self, sides: Mapping[str, Model], texts: Mapping[str, Sequence[bytes]]) -> None:
+        self._sides, self._texts = sides, texts
+
+    @cached_property
+    def _before(self) -> dict[str, dict[str, Score]]:
+        return {
+            label: {side: _score(model, documents) for side, model in self._sides.items()}
+            for label, documents in self._texts.items()
+        }
+
+    def judge(self, merged: Model) -> Iterator[Judgement]:
+        """Yield, for every text and side, what `compare_losses` finds.
+
+        Args:
+            merged: A model with what would replace the sides.
+        """
+        for label, documents in self._texts.items():
+            after = _score(merged, documents)
+            for side, before in self._before[label].items():
+                found = compare_losses(before.nats_B, after.nats_B)
+                is_bounded = bool(np.isfinite(found.high))
+                yield Judgement(
+                    text=label,
+                    side=side,
+                    before=before.bits_per_byte,
+                    after=after.bits_per_byte,
+                    outcome=found.outcome,
+                    low=found.low if is_bounded else None,
+                    high=found.high if is_bounded else None,
+                    documents=found.documents,
+                    needed=found.needed if found.outcome == "undecided" else 0,
+                )
 
 
 def _score(model: Model, documents: Sequence[bytes]) -> Score:
@@ -266,7 +275,7 @@ def judge_group(
     loaded: LoadedBackbone,
     base: Side,
     sides: Sequence[Side],
-    judged: Mapping[str, Sequence[bytes]],
+    text_judge: TextJudge | None,
     name: str,
     report: MergeReport | None,
 ) -> MergeReport:
@@ -280,22 +289,18 @@ def judge_group(
             hint="give the group another name with --name, or publish the sides under their own",
         )
     judgements: tuple[Judgement, ...] = ()
-    if judged:
-        judgements = tuple(
-            judge_on_text(
-                loaded.plug([base.expert, *(side.expert for side in sides)]),
-                {side.release: loaded.plug([side.expert]) for side in sides},
-                judged,
-            )
-        )
+    if text_judge is not None:
+        model = loaded.plug([base.expert, *(side.expert for side in sides)])
+        judgements = tuple(text_judge.judge(model))
     return MergeReport(
         base=base.release,
         sides=tuple(side.release for side in sides),
-        evidence="text" if judged else "statistics",
+        evidence="statistics" if text_judge is None else "text",
         tried=report.tried if report else {},
         chosen=dict.fromkeys(PARTS, GROUP),
         judgements=judgements,
         conflicts=report.conflicts if report else (),
+        declined=report.judgements if report else (),
         release=name,
     )
 

@@ -114,6 +114,7 @@ class MergeReport:
         judgements: Of the chosen one, by text and side.
         conflicts: Of every matrix.
         release: The proposed release.
+        declined: Judgements on the best merged expert, if a group was judged in its place.
     """
 
     base: str
@@ -124,6 +125,7 @@ class MergeReport:
     judgements: tuple[Judgement, ...]
     conflicts: tuple[Conflict, ...]
     release: str
+    declined: tuple[Judgement, ...] = ()
 
     @property
     def is_good(self) -> bool:

@@ -82,7 +82,7 @@ def test_too_little_text_shows_nothing(loaded, texts, tmp_path):
 
 
 def test_statistics_show_nothing_of_changes_that_they_cannot_predict(loaded, texts, tmp_path):
-    base, *sides = folders = write_family(tmp_path, loaded, noise=0.2)
+    base, *sides = folders = write_family(tmp_path, loaded, noise=1.0)
     describe(loaded, folders, texts)
     with pytest.raises(MergeConflictError) as caught:
         merge_experts(loaded, base, sides, tmp_path / "out")
@@ -128,6 +128,19 @@ def test_a_group_requires_its_sides_and_keeps_the_base(loaded, tmp_path):
     assert manifest.version == Version("1.1.0") and report.chosen["scout"] == "group"
     for file in ("body.safetensors", "scout.safetensors"):
         assert (out / file).read_bytes() == (base / file).read_bytes()
+
+
+def test_a_group_is_judged_by_the_same_rule(loaded, texts, tmp_path):
+    """Sides that do not merge, and that the router tells apart: the texts are of neither."""
+    base, *sides = write_family(tmp_path, loaded, noise=3.0)
+    try:
+        report = merge_experts(loaded, base, sides, tmp_path / "out", texts=texts)
+    except MergeConflictError as error:
+        report = error.report
+        assert "group" not in report.chosen.values() and not report.is_good
+    else:
+        assert report.chosen["body"] == "group" and report.is_good
+        assert any(row.outcome != "not worse" for row in report.declined)
 
 
 def test_a_group_of_releases_of_one_package_is_refused(loaded, tmp_path):
