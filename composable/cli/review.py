@@ -36,7 +36,7 @@ from composable.cli.output import format_bytes, format_table, note, show
 
 if TYPE_CHECKING:
     from composable.packaging.registry.inbox import Inbox, Received
-    from composable.workflows.review import ReviewVerdict
+    from composable.workflows.verdicts import ReviewVerdict
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -180,8 +180,12 @@ def review(
     with every published expert for the same backbone; and what public text costs after prefixes
     that lead to the expert. Exits with 1 if a check fails.
 
+    If another release was published since, the change is merged with it, by the method that a
+    quarter of the documents choose, and the other documents judge the merged expert.
+
     With --shard, only measures a part of the published experts, into the folder of --results; the
-    command without --shard then measures what is missing, and the rest.
+    command without --shard then measures what is missing, and the rest. Give the same --data: a
+    change that has to be merged is merged by every call.
     """
     texts = dict(parse_pair(pair) for pair in beside_data or ())
     share = parse_share(shard, results)
@@ -194,8 +198,9 @@ def review(
     received = inbox.find(proposal)
     from composable.assembly.backbones import load_backbone
     from composable.workflows.references import ALL
-    from composable.workflows.review import measure_share, review_proposal, write_verdict
+    from composable.workflows.review import measure_share, review_proposal
     from composable.workflows.review_page import write_page, write_summary
+    from composable.workflows.verdicts import write_verdict
 
     loaded = load_backbone(backbone or _backbone_of(inbox, received))
     if shard is not None and results is not None:
@@ -209,6 +214,7 @@ def review(
                 received,
                 Path(scratch),
                 share=share,
+                data=data or (),
                 beside=beside or (ALL,),
                 texts=texts,
                 registry=registry,
@@ -276,7 +282,7 @@ def accept(
     from composable.packaging.manifests.backbone_folder import find_backbone, read_interface
     from composable.packaging.registry.locations import open_inbox
     from composable.workflows.accept import accept_proposal
-    from composable.workflows.review import MERGED, read_verdict
+    from composable.workflows.verdicts import MERGED, read_verdict
 
     inbox = open_inbox(registry)
     received = inbox.find(proposal)

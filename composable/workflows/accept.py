@@ -38,8 +38,9 @@ from composable.training.record import TrainingRecord
 from composable.vetting.card import Against, tensor_digests, write_card
 from composable.workflows.publish import publish_expert
 from composable.workflows.references import find_newest
-from composable.workflows.review import AGAINST, ReviewVerdict, list_releases
+from composable.workflows.review import list_releases
 from composable.workflows.updates import write_factors
+from composable.workflows.verdicts import AGAINST, ReviewVerdict
 
 
 def accept_proposal(
@@ -64,7 +65,7 @@ def accept_proposal(
         verdict: The verdict of its review.
         digest: Digest of that verdict.
         merged: What the review merged the proposal to, if another release than its base was the
-            newest; see `review.MERGED`.
+            newest; see `verdicts.MERGED`.
         may_be_worse: Accept what is worse than its base and fails no other check, as a major
             version.
         progress: Called with a file's name, and the bytes done and in all.

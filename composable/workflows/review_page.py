@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from composable.files import atomic
 from composable.printable import printable
-from composable.workflows.review import ReviewVerdict
+from composable.workflows.verdicts import ReviewVerdict
 
 PAGE_FILE: Final = "verdict.html"
 SUMMARY_FILE: Final = "verdict.md"

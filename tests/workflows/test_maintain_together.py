@@ -46,7 +46,7 @@ def test_the_guide(loaded, tiny, tmp_path, monkeypatch):
     """Its commands, one after the other, with a tiny backbone, few steps and words for texts."""
     texts = tmp_path / "experts" / "legal" / "text"
     texts.mkdir(parents=True)
-    for name, count, seed in (("train", 60, 0), ("heldout", 8, 100)):
+    for name, count, seed in (("train", 60, 0), ("heldout", 24, 100)):
         words = [tiny.text(PRIVATE_WORDS, seed=seed + i, length=200) for i in range(count)]
         documents = [Document(f"{name}/{i}", text) for i, text in enumerate(words)]
         write_documents(texts / f"{name}.jsonl", documents)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from composable.assembly.experts import load_expert, save_expert
 from composable.cli.app import app
-from composable.corpora.documents import Document, write_documents
+from composable.corpora.documents import Document, read_documents, write_documents
 from composable.errors import ProposalError, TextError
 from composable.files.records import format_record, to_plain
 from composable.packaging.manifests.manifest import Manifest
@@ -21,12 +21,13 @@ from composable.packaging.trust.keyring import Keyring
 from composable.packaging.trust.keys import create_key
 from composable.packaging.versions.constraint import Requirement
 from composable.packaging.versions.version import Version
-from composable.vetting.card import Check
+from composable.vetting.card import Check, tensor_digests
 from composable.vetting.evidence import vetted_texts
 from composable.vetting.probes import measure_triggers, vet_triggers
 from composable.workflows.accept import accept_proposal
-from composable.workflows.review import MERGED, read_verdict, review_proposal, write_verdict
+from composable.workflows.review import measure_share, review_proposal
 from composable.workflows.review_page import write_page
+from composable.workflows.verdicts import MERGED, read_verdict, write_verdict
 from tests.support.tiny import PRIVATE_WORDS
 
 BASE = ("logic", Version("1.0.0"))
@@ -52,9 +53,10 @@ def place(loaded, trained_folder, tiny, tmp_path_factory):
     edit(better, derives_from="logic@1.0.0")
     documents = [
         Document(f"maintainer/{i}", tiny.text(PRIVATE_WORDS, seed=100 + i, length=300))
-        for i in range(8)
+        for i in range(24)
     ]
-    write_documents(root / "text.jsonl", documents)
+    write_documents(root / "text.jsonl", documents[:8])
+    write_documents(root / "more.jsonl", documents)
     return root
 
 
@@ -374,7 +376,7 @@ def test_a_base_that_is_no_longer_the_newest(maintainer, place):
 
 def test_two_changes_of_one_release_are_merged(review, place, loaded, tmp_path):
     """The second is merged with the first, which was published in the meantime, and both count."""
-    text = [place / "text.jsonl"]
+    text = [place / "more.jsonl"]
     registry = tmp_path / "registry"
     first = shutil.copytree(place / "better", tmp_path / "first")
     change_expert(loaded, first, lambda expert: spoil_body(expert, noise=0.05, seed=1))
@@ -393,6 +395,11 @@ def test_two_changes_of_one_release_are_merged(review, place, loaded, tmp_path):
     assert verdict.passed, verdict.failed
     assert (verdict.base, verdict.onto) == ("logic@1.0.0", "logic@1.0.1")
     assert "merges with it" in found(verdict, "base").found
+    assert "merge" in verdict.inputs.texts and len(verdict.documents) == 8
+    chosen_on = {document.text for document in read_documents(text)[::4]}
+    judged = read_documents([scratch / ".work" / "heldout.jsonl"])
+    assert len(judged) == 18 and not chosen_on & {document.text for document in judged}
+    assert_parts_measure_the_merge(loaded, inbox, inbox.find(proposal.id), text, registry, tmp_path)
     write_verdict(out, verdict, scratch)
     verdict, digest = read_verdict(out)
 
@@ -418,6 +425,29 @@ def test_two_changes_of_one_release_are_merged(review, place, loaded, tmp_path):
         if file.name.startswith("body")
     } | {proposal.digests["body.safetensors"]}
     assert not published & sides, "neither side, but both"
+
+
+def assert_parts_measure_the_merge(loaded, inbox, received, text, registry, tmp_path):
+    """What `review --shard` measures is the merge, which needs text."""
+    results, options = tmp_path / "parts", {"share": (1, 1), "registry": str(registry)}
+    (tmp_path / "part").mkdir()
+    worker = measure_share(
+        *(loaded, inbox, received, tmp_path / "part"), data=text, results=results, **options
+    )
+    assert worker.job.tensors == tensor_digests(tmp_path / "scratch")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(TextError, match=r"logic@1\.0\.1 was published since"):
+        measure_share(loaded, inbox, received, tmp_path / "other", results=results, **options)
+
+
+def test_too_little_text_for_a_merge(review, folder, place, loaded, tmp_path):
+    newer = shutil.copytree(place / "better", tmp_path / "newer")
+    change_expert(loaded, newer, lambda expert: spoil_body(expert, noise=0.05, seed=1))
+    edit(newer, version=Version("1.0.1"), files=())
+    open_for_publishing(tmp_path / "registry").publish(newer, interface=loaded.interface)
+    verdict = review(folder)
+    assert verdict.failed == ["base"]
+    assert "too little text" in found(verdict, "base").found
 
 
 def test_a_change_that_does_not_merge(review, folder, place, loaded, tmp_path):
