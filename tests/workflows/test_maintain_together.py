@@ -76,6 +76,19 @@ def test_the_guide(loaded, tiny, tmp_path, monkeypatch):
     assert "contracts@1.0.1" in printed["composable review registry"]
 
 
+def test_the_workflow_is_one(tmp_path):
+    """It fits GitHub's schema, and the check finds a misspelt key."""
+    command = [sys.executable, "-m", "check_jsonschema"]
+    schema = ["--builtin-schema", "vendor.github-workflows"]
+    broken = tmp_path / "broken.yml"
+    broken.write_text(WORKFLOW.read_text().replace("    runs-on:", "    run-on:"))
+    codes = [
+        subprocess.run([*command, *schema, str(file)], capture_output=True).returncode
+        for file in (WORKFLOW, broken)
+    ]
+    assert codes == [0, 1]
+
+
 @pytest.fixture
 def commands(tmp_path):
     """Return the environment of a shell that finds our `composable` and Python."""
