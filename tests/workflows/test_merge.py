@@ -131,16 +131,13 @@ def test_a_group_requires_its_sides_and_keeps_the_base(loaded, tmp_path):
 
 
 def test_a_group_is_judged_by_the_same_rule(loaded, texts, tmp_path):
-    """Sides that do not merge, and that the router tells apart: the texts are of neither."""
-    base, *sides = write_family(tmp_path, loaded, noise=3.0)
-    try:
-        report = merge_experts(loaded, base, sides, tmp_path / "out", texts=texts)
-    except MergeConflictError as error:
-        report = error.report
-        assert "group" not in report.chosen.values() and not report.is_good
-    else:
-        assert report.chosen["body"] == "group" and report.is_good
-        assert any(row.outcome != "not worse" for row in report.declined)
+    base, *sides = write_family(tmp_path, loaded, noise=0.002)
+    options = {"texts": texts, "methods": ["group"]}
+    report = merge_experts(loaded, base, sides, tmp_path / "out", **options)
+    assert {(row.outcome, row.documents) for row in report.judgements} == {("not worse", 15)}
+    options["texts"] = {name: found[:12] for name, found in texts.items()}
+    with pytest.raises(MergeConflictError, match="too little text"):
+        merge_experts(loaded, base, sides, tmp_path / "second", **options)
 
 
 def test_a_group_of_releases_of_one_package_is_refused(loaded, tmp_path):
