@@ -158,15 +158,14 @@ class Judge:
             assert side.statistics is not None  # checked before
             # The loss of a scout is predicted in order, but many times too large: its changes are
             # far outside the range of a quadratic (docs/results/merging.md).
-            described, own, new = (
-                {name: x for name, x in found.items() if name.startswith("body")}
-                for found in (side.statistics.matrices, side.matrices, matrices)
-            )
-            before, grown = (
-                _own_nats(side, "body"),
-                self._measure("body", matrices, {})[side.release],
-            )
-            terms = sum_terms(described, own, new) / before
+            described = {
+                name: found
+                for name, found in side.statistics.matrices.items()
+                if name.startswith("body")
+            }
+            before = _own_nats(side, "body")
+            grown = self._measure("body", matrices, {})[side.release]
+            terms = sum_terms(described, side.matrices, matrices) / before
             yield Judgement(
                 text=side.release,
                 side=side.release,
