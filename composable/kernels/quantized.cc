@@ -122,9 +122,17 @@ struct Product {
   float scaled(float sum, int64_t output) const { return scale ? sum * scale[output] : sum; }
 };
 
-constexpr int kInputs = 8;      // rows of the matrix that are added to the outputs at a time
-constexpr int kPanel = 64;      // outputs of a panel
-constexpr int kTile = 4;        // rows that share what was loaded of a panel
+constexpr int kInputs = 8;  // rows of the matrix that are added to the outputs at a time
+// Rows that share what was loaded of a panel, and registers that a panel is wide: their sums fill
+// most registers, so that a loaded number is used several times.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTile = 8;
+#else
+constexpr int kTile = 4;
+#endif
+constexpr int kParts = 3;
+constexpr int kPanel = kParts * kLanes;  // outputs of a panel
+constexpr int kSquare = 4;  // rows, and outputs, of a tile of a product with a transposed matrix
 constexpr int64_t kAhead = 12 << 10;  // bytes between what is read and what is prefetched
 
 // One row: adds `kInputs` rows of the matrix to the outputs at a time, which stay in cache.
@@ -174,13 +182,14 @@ void MultiplyRow(const Product<T>& p, int64_t begin, int64_t end) {
 // Several rows and a panel of outputs, which is widened once.
 template <int kRows>
 void MultiplyPanel(const float* x, int64_t inputs, const float* panel, Lanes* sums) {
-  constexpr int kParts = kPanel / kLanes;
   Lanes sum[kRows][kParts] = {};
   for (int64_t d = 0; d < inputs; ++d) {
-    for (int part = 0; part < kParts; ++part) {
-      const Lanes w = Load(panel + d * kPanel + part * kLanes);
-      for (int row = 0; row < kRows; ++row) {
-        sum[row][part] = MultiplyAdd(Spread(x[row * inputs + d]), w, sum[row][part]);
+    Lanes w[kParts];
+    for (int part = 0; part < kParts; ++part) w[part] = Load(panel + d * kPanel + part * kLanes);
+    for (int row = 0; row < kRows; ++row) {
+      const Lanes own = Spread(x[row * inputs + d]);
+      for (int part = 0; part < kParts; ++part) {
+        sum[row][part] = MultiplyAdd(own, w[part], sum[row][part]);
       }
     }
   }
@@ -190,7 +199,7 @@ void MultiplyPanel(const float* x, int64_t inputs, const float* panel, Lanes* su
 template <typename T>
 void MultiplyRows(const Product<T>& p, int64_t begin, int64_t end) {
   std::vector<float> panel(p.inputs * kPanel);
-  Lanes sums[kTile * kPanel / kLanes];
+  Lanes sums[kTile * kParts];
   for (int64_t first = begin; first < end; first += kPanel) {
     const int64_t width = std::min<int64_t>(kPanel, end - first);
     for (int64_t d = 0; d < p.inputs; ++d) {
@@ -202,11 +211,14 @@ void MultiplyRows(const Product<T>& p, int64_t begin, int64_t end) {
       for (; f < width; ++f) wide[f] = WidenOne(w[f]);
     }
     for (int64_t row = 0; row < p.rows;) {
-      const bool is_tile = row + kTile <= p.rows;
-      const int n_rows = is_tile ? kTile : 1;
       const float* x = p.x + row * p.inputs;
-      if (is_tile) {
+      int n_rows = 1;
+      if (row + kTile <= p.rows) {
+        n_rows = kTile;
         MultiplyPanel<kTile>(x, p.inputs, panel.data(), sums);
+      } else if (row + kTile / 2 <= p.rows) {
+        n_rows = kTile / 2;
+        MultiplyPanel<kTile / 2>(x, p.inputs, panel.data(), sums);
       } else {
         MultiplyPanel<1>(x, p.inputs, panel.data(), sums);
       }
@@ -220,14 +232,14 @@ void MultiplyRows(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// Rows of x by `kTile` rows of a transposed matrix, whose inputs are `W`.
+// Rows of x by `kSquare` rows of a transposed matrix, whose inputs are `W`.
 template <int kRows, typename W>
 void MultiplyTransposedTile(const float* x, int64_t stride, const W* w, int64_t inputs, bool is_ahead,
-                            float (*sums)[kTile]) {
-  Lanes sum[kRows][kTile] = {};
+                            float (*sums)[kSquare]) {
+  Lanes sum[kRows][kSquare] = {};
   for (int64_t d = 0; d + kLanes <= inputs; d += kLanes) {
-    Lanes wide[kTile];
-    for (int k = 0; k < kTile; ++k) {
+    Lanes wide[kSquare];
+    for (int k = 0; k < kSquare; ++k) {
       const W* values = w + k * inputs + d;
       if (is_ahead && d * sizeof(W) % 64 < kLanes * sizeof(W)) {
         __builtin_prefetch(reinterpret_cast<const char*>(values) + kAhead / 2);
@@ -240,11 +252,11 @@ void MultiplyTransposedTile(const float* x, int64_t stride, const W* w, int64_t 
     }
     for (int row = 0; row < kRows; ++row) {
       const Lanes own = Load(x + row * stride + d);
-      for (int k = 0; k < kTile; ++k) sum[row][k] = MultiplyAdd(own, wide[k], sum[row][k]);
+      for (int k = 0; k < kSquare; ++k) sum[row][k] = MultiplyAdd(own, wide[k], sum[row][k]);
     }
   }
   for (int row = 0; row < kRows; ++row) {
-    for (int k = 0; k < kTile; ++k) {
+    for (int k = 0; k < kSquare; ++k) {
       float total = Sum(sum[row][k]);
       for (int64_t d = inputs - inputs % kLanes; d < inputs; ++d) {
         float wide;
@@ -262,22 +274,22 @@ void MultiplyTransposedTile(const float* x, int64_t stride, const W* w, int64_t 
 
 template <typename T>
 void MultiplyTransposed(const Product<T>& p, int64_t begin, int64_t end) {
-  std::vector<float> panel(kTile * p.inputs);
-  float sums[kTile][kTile];
-  for (int64_t first = begin; first < end; first += kTile) {
+  std::vector<float> panel(kSquare * p.inputs);
+  float sums[kSquare][kSquare];
+  for (int64_t first = begin; first < end; first += kSquare) {
     const T* w = p.w + first * p.inputs;
-    const int64_t height = std::min<int64_t>(kTile, end - first);
+    const int64_t height = std::min<int64_t>(kSquare, end - first);
     // Rows of the panel beyond the height are multiplied as well, and not used.
-    const bool is_wide = p.rows > 1 || height < kTile;
+    const bool is_wide = p.rows > 1 || height < kSquare;
     if (is_wide) {
       for (int64_t i = 0; i < height * p.inputs; ++i) panel[i] = WidenOne(w[i]);
     }
     for (int64_t row = 0; row < p.rows;) {
-      const bool is_tile = row + kTile <= p.rows;
-      const int n_rows = is_tile ? kTile : 1;
+      const bool is_tile = row + kSquare <= p.rows;
+      const int n_rows = is_tile ? kSquare : 1;
       const float* x = p.x + row * p.inputs;
       if (is_tile) {
-        MultiplyTransposedTile<kTile>(x, p.inputs, panel.data(), p.inputs, false, sums);
+        MultiplyTransposedTile<kSquare>(x, p.inputs, panel.data(), p.inputs, false, sums);
       } else if (is_wide) {
         MultiplyTransposedTile<1>(x, p.inputs, panel.data(), p.inputs, false, sums);
       } else {
