@@ -196,16 +196,23 @@ void MultiplyPanel(const float* x, int64_t inputs, const float* panel, Lanes* su
   std::memcpy(sums, sum, sizeof(sum));
 }
 
+// Returns memory of this thread for a panel; the system would clear new pages for every piece.
+float* PanelOf(int64_t size) {
+  thread_local std::vector<float> panel;
+  if (panel.size() < static_cast<size_t>(size)) panel.resize(size);
+  return panel.data();
+}
+
 template <typename T>
 void MultiplyRows(const Product<T>& p, int64_t begin, int64_t end) {
-  std::vector<float> panel(p.inputs * kPanel);
+  float* panel = PanelOf(p.inputs * kPanel);
   Lanes sums[kTile * kParts];
   for (int64_t first = begin; first < end; first += kPanel) {
     const int64_t width = std::min<int64_t>(kPanel, end - first);
     for (int64_t d = 0; d < p.inputs; ++d) {
       const T* w = p.w + d * p.outputs + first;
       __builtin_prefetch(w + 2 * kInputs * p.outputs);
-      float* wide = panel.data() + d * kPanel;
+      float* wide = panel + d * kPanel;
       int64_t f = 0;
       for (; f + kLanes <= width; f += kLanes) Store(wide + f, Widen(w + f));
       for (; f < width; ++f) wide[f] = WidenOne(w[f]);
@@ -215,12 +222,12 @@ void MultiplyRows(const Product<T>& p, int64_t begin, int64_t end) {
       int n_rows = 1;
       if (row + kTile <= p.rows) {
         n_rows = kTile;
-        MultiplyPanel<kTile>(x, p.inputs, panel.data(), sums);
+        MultiplyPanel<kTile>(x, p.inputs, panel, sums);
       } else if (row + kTile / 2 <= p.rows) {
         n_rows = kTile / 2;
-        MultiplyPanel<kTile / 2>(x, p.inputs, panel.data(), sums);
+        MultiplyPanel<kTile / 2>(x, p.inputs, panel, sums);
       } else {
-        MultiplyPanel<1>(x, p.inputs, panel.data(), sums);
+        MultiplyPanel<1>(x, p.inputs, panel, sums);
       }
       const float* sum = reinterpret_cast<const float*>(sums);
       for (int i = 0; i < n_rows; ++i) {
@@ -274,7 +281,7 @@ void MultiplyTransposedTile(const float* x, int64_t stride, const W* w, int64_t 
 
 template <typename T>
 void MultiplyTransposed(const Product<T>& p, int64_t begin, int64_t end) {
-  std::vector<float> panel(kSquare * p.inputs);
+  float* panel = PanelOf(kSquare * p.inputs);
   float sums[kSquare][kSquare];
   for (int64_t first = begin; first < end; first += kSquare) {
     const T* w = p.w + first * p.inputs;
@@ -289,9 +296,9 @@ void MultiplyTransposed(const Product<T>& p, int64_t begin, int64_t end) {
       const int n_rows = is_tile ? kSquare : 1;
       const float* x = p.x + row * p.inputs;
       if (is_tile) {
-        MultiplyTransposedTile<kSquare>(x, p.inputs, panel.data(), p.inputs, false, sums);
+        MultiplyTransposedTile<kSquare>(x, p.inputs, panel, p.inputs, false, sums);
       } else if (is_wide) {
-        MultiplyTransposedTile<1>(x, p.inputs, panel.data(), p.inputs, false, sums);
+        MultiplyTransposedTile<1>(x, p.inputs, panel, p.inputs, false, sums);
       } else {
         MultiplyTransposedTile<1>(x, p.inputs, w, p.inputs, true, sums);
       }
