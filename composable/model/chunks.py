@@ -39,7 +39,9 @@ def cut_prompt(n_tokens: int, room: int) -> list[Piece]:
     """Return the pieces that a text is read in.
 
     All chunks have one size, so that a text needs the programs for one: the largest that it fills
-    at least once. Its last tokens are single ones if they are few. Short texts are single tokens.
+    at least once, or the smallest if it fills half of that. Its last tokens are single ones if they
+    are few. Shorter texts are single tokens: in a process that has not read a chunk yet, those take
+    less time than loading its programs.
 
     Args:
         n_tokens: Tokens of the text.
@@ -51,10 +53,13 @@ def cut_prompt(n_tokens: int, room: int) -> list[Piece]:
         [(128, 128), (22, 128)]
         >>> [tuple(piece) for piece in cut_prompt(130, room=1024)]
         [(128, 128), (1, 1), (1, 1)]
+        >>> [tuple(piece) for piece in cut_prompt(20, room=1024)]
+        [(20, 32)]
         >>> cut_prompt(9, room=1024) == 9 * [Piece(1, 1)]
         True
     """
-    sizes, pieces = [size for size in CHUNKS if size <= n_tokens], []
+    filled = max(n_tokens, CHUNKS[0]) if 2 * n_tokens >= CHUNKS[0] else n_tokens
+    sizes, pieces = [size for size in CHUNKS if size <= filled], []
     while n_tokens:
         size = max((size for size in sizes if size <= room), default=1)
         if not is_worth_a_chunk(n_tokens, size):

@@ -132,6 +132,8 @@ def test_a_prompt_needs_the_programs_of_one_chunk():
         assert sum(piece.n_tokens for piece in pieces) == n_tokens
         assert len({piece.size for piece in pieces} - {1}) <= 1
         assert sum(piece.size for piece in pieces) < n_tokens + CHUNKS[-1]
+        # Single tokens alone, of which each takes as long as a dozen in a chunk, are few.
+        assert any(piece.size > 1 for piece in pieces) == (2 * n_tokens >= CHUNKS[0])
 
 
 def test_padding_stays_in_the_caches():
@@ -154,7 +156,7 @@ def test_texts_of_other_lengths_compile_nothing(tiny, experts):
 
     read(33)  # a chunk and a single token
     counts = [program._cache_size() for program in (_read, _predict)]
-    for n_tokens in (7, 32, 40, 63, 95):
+    for n_tokens in (7, 20, 32, 40, 63, 95):
         read(n_tokens)
     assert [program._cache_size() for program in (_read, _predict)] == counts
 
