@@ -20,7 +20,7 @@ from composable.packaging.manifests.manifest import Manifest
 from composable.packaging.project import sync as sync_module
 from composable.packaging.registry.inbox import Inbox
 from composable.packaging.registry.locations import open_for_publishing
-from composable.packaging.trust.keys import Keyring
+from composable.packaging.trust.keyring import Keyring
 from composable.packaging.versions.version import Version
 from composable.training.config import TrainConfig
 from composable.training.updates import FACTOR_BITS, SCOUT_BITS, add_factors, find_factors

@@ -17,7 +17,8 @@ from composable.packaging.install.deltas import prepare_deltas
 from composable.packaging.install.proposals import fetch_proposal
 from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry.inbox import Inbox, Outcome
-from composable.packaging.trust.keys import Keyring, create_key
+from composable.packaging.trust.keyring import Keyring
+from composable.packaging.trust.keys import create_key
 from composable.packaging.trust.proposal import Proposal, seal
 from tests.packaging.conftest import ANY_DIGEST, make_interface
 from tests.support.updates import BODY, LARGE, Family, propose_update
