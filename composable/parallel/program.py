@@ -22,9 +22,9 @@ COLLECTIVES: Final = (
 )
 _COMPUTATION: Final = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION: Final = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
-_CALLED: Final = re.compile(
-    r"\b(?:body|calls|to_apply|branch_computations)=\{?([^\s{}]+(?:, %[^\s{}]+)*)"
-)
+_CALLED: Final = re.compile(r"\b(?:body|calls|to_apply)=\{?%?([\w.-]+)")
+_BRANCHES: Final = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_BRANCH: Final = re.compile(r"\b(?:true|false)_computation=%?([\w.-]+)")
 _CONDITION: Final = re.compile(r"\bcondition=%?([\w.-]+)")
 _KNOWN_TRIPS: Final = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _BODY: Final = re.compile(r"\bbody=%?([\w.-]+)")
@@ -113,10 +113,18 @@ def measure_program(compiled: Any) -> ProgramCost:
 def count_operations(text: str) -> tuple[int, dict[str, Collectives]]:
     """Return the FLOPs of products and the operations between devices of a program.
 
+    Of the branches of a condition the one that costs most is counted.
+
     Args:
         text: The program, as XLA prints it.
     """
-    computations, entry = _split_computations(text)
+    return _count_from(*_split_computations(text))
+
+
+def _count_from(
+    computations: Mapping[str, Sequence[_Instruction]], entry: str
+) -> tuple[int, dict[str, Collectives]]:
+    """Return FLOPs and operations between devices of one run of a computation."""
     runs = _count_runs(computations, entry)
     flops = 0
     # Parts of an asynchronous operation share its channel. So do all operations that a function
@@ -163,12 +171,23 @@ def _count_runs(computations: Mapping[str, Sequence[_Instruction]], entry: str) 
         runs[name] += times
         for one in computations.get(name, ()):
             trips = _count_trips(one, computations) if one.kind == "while" else 1
-            for called in _CALLED.findall(one.rest):
-                for callee in called.split(", "):
-                    visit(callee.strip("%,"), times * trips)
+            for callee in _CALLED.findall(one.rest):
+                visit(callee, times * trips)
+            if branches := _find_branches(one):
+                visit(max(branches, key=weigh), times)
+
+    def weigh(branch: str) -> tuple[int, int]:
+        flops, collectives = _count_from(computations, branch)
+        return flops, sum(found.bytes for found in collectives.values())
 
     visit(entry, 1)
     return runs
+
+
+def _find_branches(one: _Instruction) -> list[str]:
+    """Return the computations of which a condition runs one."""
+    listed = _BRANCHES.search(one.rest)
+    return _OPERAND.findall(listed[1]) if listed else _BRANCH.findall(one.rest)
 
 
 def _count_trips(loop: _Instruction, computations: Mapping[str, Sequence[_Instruction]]) -> int:

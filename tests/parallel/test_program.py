@@ -102,6 +102,25 @@ def test_a_scan_here_counts_all_its_steps():
     assert cost.peak >= cost.arguments
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("switch", ["cond", "switch"])
+def test_of_branches_the_most_expensive_is_counted(is_first, switch):
+    def once(x):
+        return x @ x
+
+    def twice(x):
+        return (x @ x) @ x
+
+    def run(which, x):
+        branches = (twice, once) if is_first else (once, twice)
+        if switch == "cond":
+            return jax.lax.cond(which > 0, *branches, x)
+        return jax.lax.switch(which, (*branches, jnp.tanh), x)
+
+    shapes = jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct((16, 16), "float32")
+    assert measure_program(jax.jit(run).lower(*shapes).compile()).flops == 2 * 2 * 16**3
+
+
 @pytest.mark.parametrize(("topology", "hint"), [("v5x:2x2", "'v5"), ("h100:8", "v5e:4x4")])
 def test_an_unknown_chip_is_refused(topology, hint):
     with pytest.raises(TrainingError, match="is not one of v4, v5e, v5p, v6e") as caught:
