@@ -1,4 +1,4 @@
-"""What would jax's splash attention save on TPUs, by their own compiler and interpreted here?
+"""What does jax's splash attention save on TPUs, by their own compiler and interpreted here?
 
     pip install 'libtpu==0.0.42.*'       # the TPU compiler; no TPU is needed
     python -m benchmarks.splash [--json FILE]
@@ -23,9 +23,8 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from composable.kernels import splash_attention
 from composable.model.causal_attention import causal_attention
 from composable.parallel.chips import tpu_devices
 from composable.parallel.program import measure_program
@@ -37,38 +36,6 @@ CASES: Final = {
     "1B, v5e": ("v5e:2x2", 32, 4, 64),
     "7B, v5p": ("v5p:2x2x1", 32, 32, 128),
 }
-_BLOCKS: Final = (
-    "block_q",
-    "block_kv",
-    "block_kv_compute",
-    "block_q_dkv",
-    "block_kv_dkv",
-    "block_kv_dkv_compute",
-    "block_q_dq",
-    "block_kv_dq",
-)
-
-
-def splash(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    block: int = BLOCK,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """Return what `causal_attention` does, by jax's kernel."""
-    n_tokens, n_heads, width = q_BTNH.shape[1:]
-    mask = masks.MultiHeadMask([masks.CausalMask((n_tokens, n_tokens))] * n_heads)
-    sizes = kernels.BlockSizes(**dict.fromkeys(_BLOCKS, block))
-    run = kernels.make_splash_mha(
-        mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
-    )
-    shared = n_heads // k_BTKH.shape[2]
-    k_BTNH, v_BTNH = (jnp.repeat(x, shared, axis=2) for x in (k_BTKH, v_BTKH))
-    heads_first = [x.swapaxes(1, 2) for x in (q_BTNH * width**-0.5, k_BTNH, v_BTNH)]
-    result: jax.Array = jax.vmap(run)(*heads_first).swapaxes(1, 2)
-    return result
 
 
 def compile_case(topology: str, n_heads: int, n_kv: int, width: int) -> dict[str, Any]:
@@ -81,7 +48,10 @@ def compile_case(topology: str, n_heads: int, n_kv: int, width: int) -> dict[str
     # Half of the blocks are masked whole. Backwards there are two kernels of two reads each.
     reads = (N_TOKENS // BLOCK + 1) / 2 * 2 * n_heads * N_TOKENS * width * 2
     found: dict[str, Any] = {}
-    paths: dict[str, Callable[..., jax.Array]] = {"portable": causal_attention, "splash": splash}
+    paths: dict[str, Callable[..., jax.Array]] = {
+        "portable": causal_attention,
+        "splash": splash_attention,
+    }
     for name, fn in paths.items():
         gradient = jax.grad(lambda *x, fn=fn: fn(*x).astype(jnp.float32).sum(), (0, 1, 2))
         for kind, run, times in (("forward", fn, 1), ("with gradient", gradient, 3)):
@@ -89,12 +59,12 @@ def compile_case(topology: str, n_heads: int, n_kv: int, width: int) -> dict[str
             found[f"{name}, {kind}"] = {
                 "temporary": measure_program(compiled).temporary,
                 "bytes": int(compiled.cost_analysis()["bytes accessed"]),
-                "by_hand": int(times * reads) if fn is splash else 0,
+                "by_hand": int(times * reads) if fn is splash_attention else 0,
             }
     return found
 
 
-def compare(n_tokens: int = 512, n_heads: int = 2, width: int = 128) -> dict[str, float]:
+def compare(n_tokens: int = 384, n_heads: int = 2, width: int = 128) -> dict[str, float]:
     """Return the largest differences of the kernel, interpreted in float32, from ours."""
     rng = np.random.default_rng(0)
     q, k, v, w = (
@@ -102,7 +72,7 @@ def compare(n_tokens: int = 512, n_heads: int = 2, width: int = 128) -> dict[str
     )
 
     def interpreted(*x: jax.Array) -> jax.Array:
-        return splash(*x, block=128, interpret=True)
+        return splash_attention(*x, interpret=True)
 
     def gradients(fn: Callable[..., jax.Array]) -> Any:
         return jax.jit(jax.grad(lambda *x: (fn(*x) * w).sum(), (0, 1, 2)))(q, k, v)

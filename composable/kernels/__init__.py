@@ -29,6 +29,12 @@ from composable.kernels.quantized import (
     take_rows,
     widen,
 )
+from composable.kernels.splash import (
+    count_splash_flops,
+    describe_attention,
+    splash_attention,
+    takes_splash,
+)
 
 __all__ = [
     "Dispatch",
@@ -37,8 +43,10 @@ __all__ = [
     "changed_swiglu_of_few",
     "combine_rows",
     "count_blocks",
+    "count_splash_flops",
     "count_up_to",
     "default_block",
+    "describe_attention",
     "describe_products",
     "gather_rows",
     "group_blocks",
@@ -51,7 +59,9 @@ __all__ = [
     "quantize",
     "quantize_like",
     "run_in_least_room",
+    "splash_attention",
     "swiglu_of_few",
     "take_rows",
+    "takes_splash",
     "widen",
 ]

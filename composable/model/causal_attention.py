@@ -7,11 +7,15 @@ of a forward pass it needs the result and, of every query, the logarithm of its 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from composable.kernels import splash_attention, takes_splash
+from composable.parallel import platform_in_use, split_heads
 
 # Queries are processed in blocks, each against the keys up to its own end: about half of the causal
 # square is never computed. 128 was the fastest block on two CPU cores at 512 positions.
@@ -21,6 +25,26 @@ _LONG_BLOCK: Final = 512
 # Name of what the gradient needs of the forward pass, for policies that keep it
 # (`jax.checkpoint_policies`).
 ATTENTION: Final = "attention"
+
+
+def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    """Return what `causal_attention` does, by the kernel for the devices of the mesh in use.
+
+    Without a mesh it is not known which device a program is for.
+
+    Args:
+        q_BTNH: Queries.
+        k_BTKH: Keys.
+        v_BTKH: Values.
+
+    Example:
+        >>> x_BTNH = jnp.arange(4.0).reshape(1, 4, 1, 1)
+        >>> attend(jnp.zeros((1, 4, 1, 1)), x_BTNH, x_BTNH).ravel().tolist()
+        [0.0, 0.5, 1.0, 1.5]
+    """
+    if takes_splash(platform_in_use(), q_BTNH):
+        return split_heads(partial(splash_attention, kept=ATTENTION), q_BTNH, k_BTKH, v_BTKH)
+    return causal_attention(q_BTNH, k_BTKH, v_BTKH)
 
 
 @jax.custom_vjp

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from composable.kernels import Matrix, Quantized, multiply
-from composable.model.causal_attention import causal_attention
+from composable.model.causal_attention import attend
 from composable.model.config import (
     DTYPE_NAMES,
     MATRIX_DTYPE_NAMES,
@@ -190,7 +190,7 @@ class Attention(nnx.Module):
         q_BTNH = rope(q_BTNH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
         k_BTKH = rope(k_BTKH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
         if cache is None:
-            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH)
+            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
         else:
             at = (0, 0, position, 0)
             cache = KVCache(

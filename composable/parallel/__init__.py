@@ -1,6 +1,6 @@
 """Start-up of many hosts, the device mesh, and which dimension is split over which mesh axis."""
 
-from composable.parallel.batch import split_batch, sum_over_batch
+from composable.parallel.batch import split_batch, split_heads, sum_over_batch
 from composable.parallel.copies import map_parameters
 from composable.parallel.entries import (
     Traffic,
@@ -31,6 +31,7 @@ from composable.parallel.sharding import (
     place_batch,
     place_rows,
     place_shapes,
+    platform_in_use,
     replicate_tree,
     require_divisible,
     shard_tree,
@@ -63,6 +64,7 @@ __all__ = [
     "place_batch",
     "place_rows",
     "place_shapes",
+    "platform_in_use",
     "read_entry",
     "replicate_tree",
     "require_divisible",
@@ -71,6 +73,7 @@ __all__ = [
     "spec_of",
     "spec_of_entries",
     "split_batch",
+    "split_heads",
     "split_rows",
     "start_processes",
     "sum_over_batch",

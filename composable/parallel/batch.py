@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 import jax
 from jax.sharding import PartitionSpec
 
-from composable.parallel.sharding import BATCH_SPEC, axes_of_batch
+from composable.parallel.sharding import BATCH_SPEC, axes_of_batch, is_split
 
 _T = TypeVar("_T")
 _WHOLE: Final = PartitionSpec()
@@ -65,6 +65,37 @@ def split_batch(fn: Callable[..., _T], shared: Any, *rows: Any, specs: Any = _WH
         check_vma=False,
     )
     result: _T = run(shared, *rows)
+    return result
+
+
+def split_heads(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Return `fn(*arrays)`, computed by every device on its own rows and heads.
+
+    Kernels of TPUs need it, which the compiler cannot split. A dimension that does not divide is
+    whole on every device. Without a mesh in use, or within `split_batch`, this is a plain call.
+
+    Args:
+        fn: Function whose result depends on rows and heads one by one.
+        arrays: Queries, shape BTNH, and keys and values, shape BTKH.
+
+    Returns:
+        The result of `fn`, shape BTNH.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> split_heads(lambda q, k: q + k, jnp.ones((2, 4, 2, 8)), jnp.ones((2, 4, 1, 8))).shape
+        (2, 4, 2, 8)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not any(is_split(mesh, axis) for axis in mesh.axis_names):
+        return fn(*arrays)
+    is_divided = is_split(mesh, "tensor") and all(
+        x.shape[2] % mesh.shape["tensor"] == 0 for x in arrays
+    )
+    rows = axes_of_batch(arrays[0].shape[0]) or None
+    spec = PartitionSpec(rows, None, "tensor" if is_divided else None)
+    run = jax.shard_map(fn, in_specs=spec, out_specs=spec, check_vma=False)
+    result: jax.Array = run(*arrays)
     return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -38,6 +38,10 @@ _ARRAY: Final = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CONTRACTED: Final = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
 _WINDOW: Final = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)")
 _LABELS: Final = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
+
+
+# Operations of a kernel, by its name in the program and the shapes of its operands.
+KernelCount = Callable[[str, Sequence[Sequence[int]]], int]
 
 
 class _Instruction(NamedTuple):
@@ -75,7 +79,8 @@ class ProgramCost:
         arguments: Bytes of the arguments, which stay in memory between runs.
         temporary: Bytes beyond arguments and results while it runs.
         peak: Bytes in memory at once, at most.
-        flops: Floating-point operations of products of matrices.
+        flops: Floating-point operations of products of matrices; of those within kernels, as many
+            as `measure_program` was told to count.
         collectives: Operations between devices, by kind.
     """
 
@@ -86,11 +91,13 @@ class ProgramCost:
     collectives: dict[str, Collectives]
 
 
-def measure_program(compiled: Any) -> ProgramCost:
+def measure_program(compiled: Any, count_kernel: KernelCount | None = None) -> ProgramCost:
     """Return what a compiled program costs.
 
     Args:
         compiled: What `jax.jit(...).lower(...).compile()` returns.
+        count_kernel: Counts the operations within a kernel, which XLA knows nothing of; without it
+            they are left out.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -100,7 +107,7 @@ def measure_program(compiled: Any) -> ProgramCost:
     """
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    flops, collectives = count_operations(compiled.as_text())
+    flops, collectives = count_operations(compiled.as_text(), count_kernel)
     return ProgramCost(
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
@@ -110,13 +117,16 @@ def measure_program(compiled: Any) -> ProgramCost:
     )
 
 
-def count_operations(text: str) -> tuple[int, dict[str, Collectives]]:
+def count_operations(
+    text: str, count_kernel: KernelCount | None = None
+) -> tuple[int, dict[str, Collectives]]:
     """Return the FLOPs of products and the operations between devices of a program.
 
     Of the branches of a condition the one that costs most is counted.
 
     Args:
         text: The program, as XLA prints it.
+        count_kernel: As of `measure_program`.
     """
     return _count_from(*_split_computations(text))
 
@@ -136,6 +146,10 @@ def _count_from(
             kind = one.kind.removesuffix("-start")
             if kind in ("dot", "convolution"):
                 flops += runs[name] * _product_flops(one, shapes)
+            elif kind == "custom-call" and count_kernel:
+                operands = _OPERAND.findall(one.rest.partition(")")[0])
+                sizes = [_sizes_of(shapes.get(operand, "")) for operand in operands]
+                flops += runs[name] * count_kernel(one.name, sizes)
             elif kind in COLLECTIVES and runs[name]:
                 channel = _CHANNEL.search(one.rest)
                 own = channel[1] if channel else _MANUAL_CHANNEL

@@ -219,6 +219,21 @@ def axes_of_batch(n_rows: int) -> tuple[str, ...]:
     return axes if n_shards > 1 and n_rows % n_shards == 0 else ()
 
 
+def platform_in_use() -> str | None:
+    """Return the platform of the devices of the mesh in use; None without one.
+
+    They may be devices that a program is compiled for and that are not here.
+
+    Example:
+        >>> from composable.parallel import make_mesh
+        >>> with jax.set_mesh(make_mesh()):
+        ...     platform_in_use()
+        'cpu'
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
+
+
 def is_split(mesh: Any, axis: str, least: int = 2) -> bool:
     """Return whether the compiler splits arrays over an axis of a mesh, of that many devices.
 

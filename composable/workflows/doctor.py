@@ -10,7 +10,7 @@ from typing import Final
 import jax
 
 from composable.assembly.compile_cache import use_compile_cache
-from composable.kernels import describe_products
+from composable.kernels import describe_attention, describe_products
 from composable.kernels.blocks import describe_implementation
 from composable.kernels.dispatch import describe_dispatch
 from composable.parallel import make_mesh
@@ -49,6 +49,7 @@ def describe_environment(mesh: Mapping[str, int]) -> dict[str, str]:
         "processes": f"{jax.process_count()}, this is {jax.process_index()}",
         "mesh": ", ".join(f"{axis}={size}" for axis, size in sizes.items()),
         "compiled programs": str(folder) if folder else "not kept",
+        "attention": describe_attention(devices[0].platform),
         "expert bodies": describe_implementation(devices[0].platform),
         "dispatch": describe_dispatch(devices[0].platform),
         "quantized weights": describe_products(devices[0].platform),

@@ -18,6 +18,7 @@ from flax import nnx
 
 from composable.errors import TrainingError
 from composable.interface import BodyKind
+from composable.kernels import count_splash_flops
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.model.config import BackboneConfig
@@ -321,7 +322,7 @@ def _plan(
         parameters=n_trained + n_frozen,
         trained=n_trained,
         own_flops_per_token=own_flops,
-        cost=measure_program(compiled),
+        cost=measure_program(compiled, count_splash_flops),
         chip_memory=chip.memory,
         chip_peak=chip.peak_flops,
         chip_link=chip.link_bytes,

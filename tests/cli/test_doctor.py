@@ -18,6 +18,7 @@ def test_it_reports_what_a_run_would_use():
     assert report["devices"] == "1 x cpu (cpu)"
     assert report["processes"] == "1, this is 0"
     assert report["mesh"] == "data=1, fsdp=1, tensor=1, expert=1"
+    assert report["attention"].startswith("blocks of queries")
     assert report["expert bodies"].startswith("loop_blocks")
     assert len(run().stdout.splitlines()) == len(report)
 

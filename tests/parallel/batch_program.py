@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,11 +16,14 @@ from flax import nnx
 from composable.model import mix as mix_mode
 from composable.model import safe as safe_mode
 from composable.model.body import Expert
-from composable.parallel import BATCH_SPEC, make_mesh, shard_tree
+from composable.model.causal_attention import causal_attention
+from composable.parallel import BATCH_SPEC, make_mesh, shard_tree, split_heads
 from composable.training.objectives import backbone_objective, expert_objective
 from tests.support.tiny import Tiny
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Rows, and heads of keys: rows and heads divide among two devices, or one of them does not.
+HEADS = ((2, 2), (2, 1), (3, 2))
 
 
 def mix_and_state(parts, tokens_BT):
@@ -119,6 +123,31 @@ def training(tiny, mesh, tokens_BU):
     }
 
 
+def heads(n_rows, n_kv):
+    """Return what attention and its gradient do on two by two devices, as `compare` does."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(n_rows, 16, n, 8)).astype(np.float32) for n in (4, n_kv, n_kv, 4)]
+
+    def run(attend, q_BTNH, k_BTKH, v_BTKH, dy_BTNH):
+        y_BTNH, pull = jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)
+        return y_BTNH, *pull(dy_BTNH)
+
+    expected = to_host(jax.jit(partial(run, causal_attention))(*arrays))
+    mesh = make_mesh(fsdp=2, tensor=2)
+    rows, whole = "fsdp" if n_rows % 2 == 0 else None, n_kv % 2
+    place = jax.NamedSharding(mesh, jax.P(rows, None, None if whole else "tensor"))
+    with jax.set_mesh(mesh):
+        attend = partial(split_heads, causal_attention)
+        placed = jax.device_put(arrays, place)
+        compiled = jax.jit(partial(run, attend)).lower(*placed).compile()
+        found = to_host(compiled(*placed))
+    return {
+        "collectives": collectives_in(compiled),
+        "difference": difference(expected, found),
+        "on_a_device": compiled.output_shardings[0].shard_shape((n_rows, 16, 4, 8)),
+    }
+
+
 def main():
     tiny, mesh = Tiny(), make_mesh()
     model = tiny.model(tiny.expert("a"), tiny.expert("b"))
@@ -126,6 +155,7 @@ def main():
     seen = {
         **compare(mesh, model.parts, tokens_BT),
         "isolation": isolation(tiny, mesh, tokens_BT),
+        "heads": {f"{n_rows} {n_kv}": heads(n_rows, n_kv) for n_rows, n_kv in HEADS},
         "training": training(tiny, mesh, tokens_BT),
     }
     json.dump(seen, sys.stdout)

@@ -55,6 +55,18 @@ def test_isolation_holds_on_a_mesh_bit_for_bit(seen):
     assert seen["isolation"]["restored"]
 
 
+@pytest.mark.parametrize(
+    ("case", "on_a_device"), [("2 2", [1, 2]), ("2 1", [1, 4]), ("3 2", [3, 2])]
+)
+def test_every_device_attends_with_its_own_rows_and_heads(seen, case, on_a_device):
+    """Dimensions that do not divide are whole on each, and gradients are then exchanged."""
+    found = seen["heads"][case]
+    assert found["difference"] < SAME
+    assert found["collectives"].keys() == (set() if case == "2 2" else {"all-reduce"})
+    rows, _, n_heads, _ = found["on_a_device"]
+    assert [rows, n_heads] == on_a_device
+
+
 def test_contributions_are_counted_over_all_devices(seen):
     n_slots, n_tokens, most = 2, 8 * 16, 2
     made = sum(seen["isolation"]["made"])
