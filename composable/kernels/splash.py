@@ -83,6 +83,11 @@ def splash_attention(
 
     References:
         Dao et al. 2022, arXiv:2205.14135.
+
+    Example:
+        >>> q_BTNH, k_BTKH = (jnp.zeros((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
+        >>> jax.eval_shape(splash_attention, q_BTNH, k_BTKH, k_BTKH).shape
+        (1, 256, 4, 64)
     """
     n_tokens, n_heads, width = q_BTNH.shape[1:]
     block = _block_of(n_tokens)

@@ -128,14 +128,16 @@ def count_operations(
         text: The program, as XLA prints it.
         count_kernel: As of `measure_program`.
     """
-    return _count_from(*_split_computations(text))
+    return _count_from(*_split_computations(text), count_kernel)
 
 
 def _count_from(
-    computations: Mapping[str, Sequence[_Instruction]], entry: str
+    computations: Mapping[str, Sequence[_Instruction]],
+    entry: str,
+    count_kernel: KernelCount | None = None,
 ) -> tuple[int, dict[str, Collectives]]:
     """Return FLOPs and operations between devices of one run of a computation."""
-    runs = _count_runs(computations, entry)
+    runs = _count_runs(computations, entry, count_kernel)
     flops = 0
     # Parts of an asynchronous operation share its channel. So do all operations that a function
     # within `jax.shard_map` asks for itself.
@@ -148,8 +150,8 @@ def _count_from(
                 flops += runs[name] * _product_flops(one, shapes)
             elif kind == "custom-call" and count_kernel:
                 operands = _OPERAND.findall(one.rest.partition(")")[0])
-                sizes = [_sizes_of(shapes.get(operand, "")) for operand in operands]
-                flops += runs[name] * count_kernel(one.name, sizes)
+                operand_sizes = [_sizes_of(shapes.get(operand, "")) for operand in operands]
+                flops += runs[name] * count_kernel(one.name, operand_sizes)
             elif kind in COLLECTIVES and runs[name]:
                 channel = _CHANNEL.search(one.rest)
                 own = channel[1] if channel else _MANUAL_CHANNEL
@@ -177,7 +179,11 @@ def _split_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry
 
 
-def _count_runs(computations: Mapping[str, Sequence[_Instruction]], entry: str) -> Counter[str]:
+def _count_runs(
+    computations: Mapping[str, Sequence[_Instruction]],
+    entry: str,
+    count_kernel: KernelCount | None = None,
+) -> Counter[str]:
     """Return how often every computation runs in one run of the program."""
     runs: Counter[str] = Counter()
 
@@ -191,7 +197,7 @@ def _count_runs(computations: Mapping[str, Sequence[_Instruction]], entry: str) 
                 visit(max(branches, key=weigh), times)
 
     def weigh(branch: str) -> tuple[int, int]:
-        flops, collectives = _count_from(computations, branch)
+        flops, collectives = _count_from(computations, branch, count_kernel)
         return flops, sum(found.bytes for found in collectives.values())
 
     visit(entry, 1)
