@@ -96,9 +96,6 @@ def report_to_group(error: BaseException, ctx: click.Context, code: int) -> None
     if PROCESS in ctx.meta:  # otherwise jax need not be there
         from composable.parallel import leave_group
 
-        if threading.current_thread() is threading.main_thread():
-            # A second one would end this process before it has told the others.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave_group(error, code)
 
 

@@ -9,7 +9,9 @@ import atexit
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -120,6 +122,9 @@ def leave_group(error: BaseException | None = None, code: int = 1) -> None:
         if error is None or (isinstance(error, PreemptedError) and error.is_shared):
             peers.leave()
         else:
+            if threading.current_thread() is threading.main_thread():
+                # SIGTERM now would end this process before it has told the others.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             peers.fail(error, code)
 
 

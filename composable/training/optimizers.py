@@ -141,17 +141,17 @@ def _scale_by_muon() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalize(x: jax.Array, coefficients: jax.Array) -> jax.Array:
+def _orthogonalize(x: jax.Array, coefficients: Any) -> jax.Array:
     """Return a matrix with the singular vectors of `x` and singular values near 1."""
     if x.shape[0] > x.shape[1]:
         return _orthogonalize(x.T, coefficients).T
 
-    def iterate(x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
+    def iterate(x: jax.Array, of_step: Any) -> tuple[jax.Array, None]:
         squared = x @ x.T
-        return c[0] * x + (c[1] * squared + c[2] * squared @ squared) @ x, None
+        return of_step[0] * x + (of_step[1] * squared + of_step[2] * squared @ squared) @ x, None
 
-    result: jax.Array = jax.lax.scan(iterate, x / (jnp.linalg.norm(x) + _EPSILON), coefficients)[0]
-    return result
+    y: jax.Array = jax.lax.scan(iterate, x / (jnp.linalg.norm(x) + _EPSILON), coefficients)[0]
+    return y
 
 
 def _full_rate(step: Any) -> jax.Array:
