@@ -329,6 +329,28 @@ def test_a_registry_whose_tags_may_not_change(
     assert not storage._put("records/german/1.0.0.json", other, seen.digest)
 
 
+def test_a_manifest_is_sent_again_while_another_publisher_writes_its_blobs(
+    storage: OciStorage,
+    relay: Relay,
+    make_expert: MakeExpert,  # noqa: F811
+    interface: RouterInterface,
+) -> None:
+    """As Docker's registry answers when it reads its link to a blob that is just written."""
+    refused: list[str] = []
+
+    def refuse_once(exchange: Exchange) -> None:
+        is_manifest = exchange.method == "PUT" and "/manifests/" in exchange.path
+        if is_manifest and exchange.path not in refused:
+            refused.append(exchange.path)
+            exchange.status = 400
+            exchange.data = b'{"errors":[{"code":"DIGEST_INVALID","message":"did not match"}]}'
+
+    relay.before = refuse_once
+    Registry(storage).publish(make_expert(), interface=interface)
+    assert [str(release.version) for release in Registry(storage).versions("german")] == ["1.0.0"]
+    assert refused
+
+
 @pytest.mark.parametrize(("when", "n_starts"), [("before", 1), ("change", 2)])
 def test_an_upload_that_is_interrupted(
     storage: OciStorage, relay: Relay, monkeypatch: pytest.MonkeyPatch, when: str, n_starts: int

@@ -301,7 +301,12 @@ class OciStorage(WebStorage):
                 expected=(200, 201, 202, 400, 403, 409, 412),
             )
             if response.status >= 400 and self._open_artifact(path, {}) is None:
-                raise self._explain(response, path)
+                error = self._explain(response, path)
+                if b"DIGEST_INVALID" in response.data:
+                    # The request has no digest of its own. Docker's registry answers so when it
+                    # reads its link to a blob while another publisher writes the same one.
+                    raise UnreachableError(error.message, where=self._at(path))
+                raise error
 
         self._call_again(path, ask)
 
