@@ -20,8 +20,21 @@ from tests.training.test_checkpoints import state_of
 pytest.importorskip("gcsfs")
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
 
+# Google's servers name the generation of what they send, and TensorStore needs it to write a file
+# again that it has read. The emulator leaves it out.
 SERVER = """
 import sys
+from gcp_storage_emulator.handlers import objects
+
+send = objects.download
+
+def download(request, response, storage, *rest, **options):
+    send(request, response, storage, *rest, **options)
+    if response.status in (200, 206):
+        names = request.params["bucket_name"], request.params["object_id"]
+        response["x-goog-generation"] = storage.get_file_obj(*names)["generation"]
+
+objects.download = download
 from gcp_storage_emulator.server import create_server
 create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
 """
