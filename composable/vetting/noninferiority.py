@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from composable.vetting.statistics import CONFIDENCE, ratio_interval
 
@@ -114,4 +114,4 @@ def compare_losses(before_B: np.ndarray, after_B: np.ndarray) -> LossChange:
 
 def _half_width(n: int) -> float:
     """Return the half width of the interval of a mean of n values with standard deviation 1."""
-    return float(stats.t.ppf(CONFIDENCE, df=n - 1) / np.sqrt(n))
+    return float(stdtrit(n - 1, CONFIDENCE) / np.sqrt(n))
