@@ -26,8 +26,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +38,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import composable as cx
+from benchmarks.environment import describe_environment
 from composable import kernels
 from composable.kernels import tpu
 from composable.kernels.grouped_swiglu import _stream_body
@@ -214,12 +213,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    head = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+    head = describe_environment()
     print(*(f"{key} {value}" for key, value in head.items()), sep=" | ")
     # Rows of other questions stay, with the date of their run.
     report: dict[str, Any] = {"environment": head, "topologies": {}}

@@ -26,10 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +40,7 @@ import numpy as np
 
 import composable as cx
 from benchmarks.compiled import BANKS, CAPACITY, DOCUMENTS, LENGTH, SHAPES, Shape
+from benchmarks.environment import describe_environment
 from composable import kernels
 from composable.kernels.grouped_matmul import (
     _stream_multiply,
@@ -296,10 +294,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     head = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
+        **describe_environment(),
         "compiled for": GPU.name,
     }
     print(*(f"{key} {value}" for key, value in head.items()), sep=" | ")

@@ -23,10 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -38,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.environment import describe_environment
 from benchmarks.router_cost import CFG
 from composable import kernels
 from composable.interface import RouterInterface
@@ -305,12 +303,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.compile:
         jax.config.update("jax_platforms", "cpu")
-    head = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+    head = describe_environment()
     print(*(f"{key} {value}" for key, value in head.items()), sep=" | ")
     rows = []
     if arguments.compile:

@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -34,6 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
+from benchmarks.environment import describe_environment
 from composable.corpora.recipe import shipped_folder
 from tests.support.servers import free_port
 
@@ -314,9 +313,7 @@ def main() -> None:
         train_member(arguments.member)
         return
     head = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
+        **describe_environment(),
         "backbone": BACKBONE,
     }
     print(*(f"{key} {value}" for key, value in head.items()), sep=" | ", flush=True)

@@ -13,11 +13,9 @@ one that comes 30 seconds after another.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -25,6 +23,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+
+from benchmarks.environment import describe_environment
 
 KINDS: Final = ("backbone", "FFN expert", "low-rank expert", "mix mode")
 ROWS, WINDOW, STEPS = 8, 16, 2
@@ -213,9 +213,7 @@ def main() -> None:
         run_member(arguments.kinds)
         return
     head = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
+        **describe_environment(),
         "devices": arguments.devices,
         "tolerance": TOLERANCE,
     }

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import gc
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -31,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.environment import describe_environment
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.model.config import BackboneConfig
@@ -158,9 +157,7 @@ def main() -> int:
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     figures: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "jax": jax.__version__,
+        **describe_environment(),
     }
     for kind in ("backbone", "FFN expert"):
         command = [sys.executable, "-m", __spec__.name, "--kind", kind]

@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,6 +30,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.demo_seeds import fill
+from benchmarks.environment import describe_environment
 from composable.cli.group import format_plan, show_plan
 from composable.cli.output import format_bytes
 from composable.model.backbone import Backbone
@@ -331,12 +329,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="compile them nevertheless")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    head = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+    head = describe_environment()
     print(*(f"{key} {value}" for key, value in head.items()), sep=" | ", flush=True)
     cases = _read_cases(arguments.json) if arguments.json else {}
     for name in arguments.cases:

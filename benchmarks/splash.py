@@ -12,10 +12,7 @@ or queries and their gradients, once for each block of 512 on the other side.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.environment import describe_environment
 from composable.kernels import splash_attention
 from composable.model.causal_attention import causal_attention
 from composable.parallel.chips import tpu_devices
@@ -92,9 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "jax": jax.__version__,
+        **describe_environment(),
         "differences": compare(),
         **{name: compile_case(*case) for name, case in CASES.items()},
     }
