@@ -269,14 +269,7 @@ class Proposals:
                 f"{statement.n_bytes:,} bytes, at most {self._settings.max_proposal_bytes:,} can "
                 "be proposed",
             )
-        largest, total = max(statement.sizes.values()), sum(statement.sizes.values())
-        if largest > self._settings.max_file_bytes or total > self._settings.max_release_bytes:
-            raise RefusedError(
-                413,
-                f"{total:,} bytes of whole files, the largest {largest:,}; at most "
-                f"{self._settings.max_release_bytes:,} and {self._settings.max_file_bytes:,} "
-                "can be published",
-            )
+        rules.check_sizes(statement.sizes.values(), self._settings)
         manifest = parse_manifest(text.encode(), EXPERT_FILE)
         if digest_bytes(text.encode()) != statement.digests[EXPERT_FILE]:
             raise ManifestError("is not the manifest that is proposed", where=EXPERT_FILE)

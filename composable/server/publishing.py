@@ -332,16 +332,7 @@ class Publishing:
                 f"lists {', '.join(sorted(names))}; expected {', '.join(EXPERT_FILES)}",
                 where=f"{EXPERT_FILE}: files",
             )
-        total = sum(file.size for file in manifest.files)
-        largest = max(file.size for file in manifest.files)
-        if largest > self._settings.max_file_bytes or total > self._settings.max_release_bytes:
-            raise RefusedError(
-                413,
-                f"{total:,} bytes, the largest file {largest:,}; at most "
-                f"{self._settings.max_release_bytes:,} and {self._settings.max_file_bytes:,} "
-                "are allowed",
-                where=f"{EXPERT_FILE}: files",
-            )
+        rules.check_sizes([file.size for file in manifest.files], self._settings)
         Listed.from_line(Listed.of(manifest, now()).to_line(), manifest.name, EXPERT_FILE)
         return manifest
 

@@ -6,7 +6,7 @@ can send anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -20,11 +20,35 @@ from composable.packaging.manifests.packing import pack_expert
 from composable.packaging.registry.compatibility import Change, Step, compare_manifests
 from composable.packaging.versions.names import confusable_key
 from composable.server.refusal import RefusedError
+from composable.server.settings import Settings
 from composable.vetting.card import CARD_FILE, Card, find_regressions, tensor_digests
 
 MAX_CARD_BYTES: Final = 1 << 20
 # Names shorter than this are alike by accident.
 MIN_TYPO_LENGTH: Final = 5
+
+
+def check_sizes(sizes: Collection[int], settings: Settings) -> None:
+    """Refuse a release whose files are larger than the server takes.
+
+    Args:
+        sizes: Bytes of each of its files, whole.
+        settings: The server's limits.
+
+    Raises:
+        RefusedError: For a file, or all of them, beyond a limit.
+
+    Example:
+        >>> check_sizes([1 << 20, 4096], Settings())
+    """
+    total, largest = sum(sizes), max(sizes)
+    if largest > settings.max_file_bytes or total > settings.max_release_bytes:
+        raise RefusedError(
+            413,
+            f"{total:,} bytes of whole files, the largest {largest:,}; at most "
+            f"{settings.max_release_bytes:,} and {settings.max_file_bytes:,} are allowed",
+            where=f"{EXPERT_FILE}: files",
+        )
 
 
 def check_license(expression: str) -> str:
