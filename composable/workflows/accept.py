@@ -92,7 +92,8 @@ def accept_proposal(
         if tensor_digests(folder) != verdict.tensors or manifest.digest != verdict.manifest:
             raise _refuse("is of another expert than this", received)
         _write_release(folder, manifest, interface, verdict, digest, newest)
-        _keep_factors(folder, received)
+        if verdict.onto == verdict.base:  # what was merged is no longer the sum that was proposed
+            _keep_factors(folder, received)
         published = publish_expert(folder, interface, inbox.registry, progress=progress)
         manifest = published.manifest
     assert manifest.provenance is not None
