@@ -134,13 +134,19 @@ def test_an_update_is_resumed(loaded, parent, make_update, text):
         train_expert(loaded, broken, [text], CFG, salt="a", parent=parent)
 
 
-def test_an_update_is_published_and_installed_as_its_factors(
-    loaded, trained_folder, parent, make_update, text, tmp_path, monkeypatch
-):
+@pytest.fixture
+def target(loaded, trained_folder, tmp_path, monkeypatch):
+    """Return a registry that has the parent, and takes deltas of small files."""
     for module in (deltas_module, sync_module):
         monkeypatch.setattr(module, "MIN_DELTA_BYTES", 1000)
-    target = open_for_publishing(tmp_path / "registry")
-    publish_expert(trained_folder, loaded.interface, target)
+    registry = open_for_publishing(tmp_path / "registry")
+    publish_expert(trained_folder, loaded.interface, registry)
+    return registry
+
+
+def test_an_update_is_published_and_installed_as_its_factors(
+    loaded, trained_folder, parent, target, make_update, text, tmp_path
+):
     folder = make_update()
     train_expert(loaded, folder, [text], CFG, parent=parent, update_rank=2)
     check_expert(loaded, folder)
@@ -171,12 +177,8 @@ def test_an_update_is_published_and_installed_as_its_factors(
 
 
 def test_a_proposed_update_is_reviewed_and_published_as_its_factors(
-    loaded, trained_folder, parent, make_update, tiny, tmp_path, monkeypatch
+    loaded, trained_folder, parent, target, make_update, tiny, tmp_path
 ):
-    for module in (deltas_module, sync_module):
-        monkeypatch.setattr(module, "MIN_DELTA_BYTES", 1000)
-    target = open_for_publishing(tmp_path / "registry")
-    publish_expert(trained_folder, loaded.interface, target)
     folder = make_update()
     body = to_tensors(parent.body)
     rng = np.random.default_rng(0)
