@@ -36,18 +36,30 @@ def stop_on_request() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    is_asked = False
 
     def stop(number: int, frame: object) -> None:
-        raise PreemptedError(
-            "asked to stop (SIGTERM) while no step was running",
-            hint="run again; it goes on from what was kept, such as the newest checkpoint",
-        )
+        nonlocal is_asked
+        is_asked = True
+        raise _Stop
 
     earlier = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except BaseException:
+        # The request can arrive in code that makes an error of its own of whatever is raised.
+        if not is_asked:
+            raise
+        raise PreemptedError(
+            "asked to stop (SIGTERM) while no step was running",
+            hint="run again; it goes on from what was kept, such as the newest checkpoint",
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, earlier)
+
+
+class _Stop(BaseException):
+    """Ends a command wherever it is, like KeyboardInterrupt: no handler of errors keeps it."""
 
 
 def join_group(

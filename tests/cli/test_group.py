@@ -95,6 +95,8 @@ def test_two_processes_train_and_check_one_expert(experts):
     assert {check["name"] for check in json.loads(first)["checks"]} > {"format"}
 
 
+# Python's own words about a file that the signal found between being opened and being in use.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_sigterm_before_the_first_step_ends_with_its_own_exit_code(experts):
     """As soon as the command listens, which is before it imports jax."""
     expert, _, text, backbone = experts
