@@ -20,9 +20,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 _BLOCKS: Final = (512, 256, 128)
 # Widths of a head that were compiled for TPUs.
 _WIDTHS: Final = (64, 128)
-# Products of two matrices in each kernel: of the result, of the gradients of keys and values, and
-# of that of queries. The last two make the scores again, each for itself.
+# Blocks of a row, up to which all gradients come from one kernel. It writes that of queries once for
+# each block of keys, to be added up: so many times the memory of queries, while a layer is at work.
+_MOST_PARTS: Final = 8
+# Products of two matrices in each kernel: of the result, and of all gradients if one makes them;
+# else of those of keys and values, and of that of queries, which make the scores each for itself.
 _PRODUCTS: Final = {"mha_fwd": 2, "mha_dkv": 4, "mha_dq": 3}
+_PRODUCTS_AT_ONCE: Final = {"mha_fwd": 2, "mha_dkv": 5}
 
 
 def takes_splash(platform: str | None, q_BTNH: jax.Array) -> bool:
@@ -90,7 +94,7 @@ def splash_attention(
         (1, 256, 4, 64)
     """
     n_tokens, n_heads, width = q_BTNH.shape[1:]
-    block = _block_of(n_tokens)
+    block, at_once = _block_of(n_tokens), _is_one_kernel(n_tokens)
     run = kernels.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((n_tokens, n_tokens))] * n_heads),
         head_shards=1,
@@ -100,8 +104,9 @@ def splash_attention(
             block_kv=block,
             block_q_dkv=block,
             block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q_dq=None if at_once else block,
+            block_kv_dq=None if at_once else block,
+            use_fused_bwd_kernel=at_once,
         ),
         residual_checkpoint_name=kept,
         interpret=interpret,
@@ -124,12 +129,18 @@ def count_splash_flops(name: str, shapes: Sequence[Sequence[int]]) -> int:
         >>> count_splash_flops("splash_mha_fwd_residuals", [(1, 1, 1), (2, 256, 64)])
         33554432
     """
-    products = [n for kind, n in _PRODUCTS.items() if f"splash_{kind}" in name]
-    if not products:
+    kinds = [kind for kind in _PRODUCTS if f"splash_{kind}" in name]
+    if not kinds:
         return 0
     *n_heads, n_tokens, width = max((s for s in shapes if len(s) > 2), key=math.prod)
+    products = (_PRODUCTS_AT_ONCE if _is_one_kernel(n_tokens) else _PRODUCTS)[kinds[0]]
     pairs = n_tokens * (n_tokens + _block_of(n_tokens)) // 2
-    return products[0] * 2 * math.prod(n_heads) * pairs * width
+    return products * 2 * math.prod(n_heads) * pairs * width
+
+
+def _is_one_kernel(n_tokens: int) -> bool:
+    """Return whether one kernel makes all gradients, for rows of so many positions."""
+    return n_tokens // _block_of(n_tokens) <= _MOST_PARTS
 
 
 def _block_of(n_tokens: int) -> int:

@@ -15,14 +15,15 @@ REORDERED_SUMS = 1e-5
 TOKENS = 384
 
 
-def normal(seed, n_heads):
-    shape = (2, TOKENS, n_heads, 64)
+def normal(seed, n_heads, n_tokens):
+    shape = (2, n_tokens, n_heads, 64)
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_the_kernel_and_its_gradient_are_those_of_the_portable_path():
-    arrays = normal(0, 4), normal(1, 2), normal(2, 2)  # two heads share each key head
-    dy_BTNH = normal(3, 4)
+@pytest.mark.parametrize("n_tokens", [TOKENS, 9 * 128], ids=["one kernel", "two kernels"])
+def test_the_kernels_and_their_gradients_are_those_of_the_portable_path(n_tokens):
+    q_BTNH, dy_BTNH = normal(0, 4, n_tokens), normal(3, 4, n_tokens)
+    arrays = q_BTNH, normal(1, 2, n_tokens), normal(2, 2, n_tokens)  # two heads share a key head
 
     def run(fn):
         def call(*x):
@@ -63,10 +64,23 @@ def test_on_cpus_the_program_is_that_of_the_portable_path():
     assert found == expected
 
 
-def test_operations_are_those_of_the_blocks_that_are_not_masked_whole():
-    n_pairs = 128 * 128 * 6  # of nine blocks
-    shapes = [(1, 3, 3), (2, 4, TOKENS, 64), (2, 2, TOKENS, 64)]
-    one = 2 * 2 * 4 * 64 * n_pairs
-    for kernel, products in (("fwd_residuals", 2), ("dkv_no_residuals", 4), ("dq_no_residuals", 3)):
-        assert count_splash_flops(f"jit(f)/splash_mha_{kernel}", shapes) == products * one
+@pytest.mark.parametrize(
+    ("n_tokens", "products"),
+    [(TOKENS, {"fwd": 2, "dkv": 5}), (9 * 128, {"fwd": 2, "dkv": 4, "dq": 3})],
+    ids=["gradients in one kernel", "a kernel for that of queries"],
+)
+def test_operations_are_those_of_the_blocks_that_are_not_masked_whole(n_tokens, products):
+    x = jax.ShapeDtypeStruct((2, n_tokens, 4, 64), jnp.float32)
+
+    def loss(*x):
+        return splash_attention(*x, interpret=True).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x))
+    assert {kind for kind in ("fwd", "dkv", "dq") if f"splash_mha_{kind}" in program} == {*products}
+    n_blocks = n_tokens // 128
+    n_pairs = 128 * 128 * n_blocks * (n_blocks + 1) // 2
+    shapes = [(1, 3, 3), (2, 4, n_tokens, 64), (2, 2, n_tokens, 64)]
+    for kind, number in products.items():
+        found = count_splash_flops(f"jit(f)/splash_mha_{kind}_residuals", shapes)
+        assert found == number * 2 * 2 * 4 * 64 * n_pairs
     assert count_splash_flops("grouped_swiglu", shapes) == 0
