@@ -43,7 +43,7 @@ def compile_case(topology: str, n_heads: int, n_kv: int, width: int) -> dict[str
         jax.ShapeDtypeStruct((1, N_TOKENS, n, width), jnp.bfloat16, sharding=place)
         for n in (n_heads, n_kv, n_kv)
     )
-    # Half of the blocks are masked whole. Forward and backward there is one kernel of two reads each.
+    # Half of the blocks are masked whole. There is one kernel each way, of two such reads.
     reads = (N_TOKENS // BLOCK + 1) / 2 * 2 * n_heads * N_TOKENS * width * 2
     found: dict[str, Any] = {}
     paths: dict[str, Callable[..., jax.Array]] = {

@@ -20,8 +20,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 _BLOCKS: Final = (512, 256, 128)
 # Widths of a head that were compiled for TPUs.
 _WIDTHS: Final = (64, 128)
-# Blocks of a row, up to which all gradients come from one kernel. It writes that of queries once for
-# each block of keys, to be added up: so many times the memory of queries, while a layer is at work.
+# Blocks of a row, up to which all gradients come from one kernel. It writes that of queries once
+# for each block of keys, to be added up: so many times their memory, while a layer is at work.
 _MOST_PARTS: Final = 8
 # Products of two matrices in each kernel: of the result, and of all gradients if one makes them;
 # else of those of keys and values, and of that of queries, which make the scores each for itself.
