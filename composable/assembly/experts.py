@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -15,15 +14,12 @@ from composable.errors import IntegrityError
 from composable.files.blobs import digest_file
 from composable.files.safetensors import read_tensors, write_tensors
 from composable.interface import body_signature, scout_signature
-from composable.interface.digest import digest_bytes
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.model.model import Pluggable
 from composable.model.tensors import from_tensors, to_tensors
 from composable.packaging.manifests.manifest import BODY_FILE, SCOUT_FILE, Manifest
 from composable.packaging.manifests.packing import fit_interface
-
-_TENSOR_FILES: Final = (BODY_FILE, SCOUT_FILE)
 
 
 def make_expert(backbone: Backbone, manifest: Manifest, seed: int | None = 0) -> Expert:
@@ -58,9 +54,8 @@ def load_expert(loaded: LoadedBackbone, folder: Path) -> Pluggable:
     """
     manifest = Manifest.read(folder)
     fit_interface(manifest, loaded.interface)
-    digests = {file.name: file.digest for file in manifest.files}
-    for name, digest in digests.items():
-        _check_digest(folder / name, digest)
+    for file in manifest.files:
+        _check_digest(folder / file.name, file.digest)
     body_spec = body_signature(loaded.interface, manifest.body.kind, manifest.body.rank)
     scout_spec = scout_signature(loaded.interface, manifest.scout_width)
     tensors: dict[str, np.ndarray[Any, Any]] = {
@@ -69,29 +64,24 @@ def load_expert(loaded: LoadedBackbone, folder: Path) -> Pluggable:
     }
     make = partial(make_expert, loaded.backbone, manifest, None)
     expert = from_tensors(nnx.eval_shape(make), tensors)
-    # The files of a folder that is not packed yet are not listed.
-    key = key_of({name: digests.get(name) or digest_file(folder / name) for name in _TENSOR_FILES})
+    key = key_of(manifest.digest)
     return Pluggable(name=manifest.name, body=expert.body, scout=expert.scout, key=key)
 
 
-def key_of(tensors: Mapping[str, str]) -> int:
-    """Return the number of an expert that settles ties: the same wherever its tensors are.
-
-    Neither the name nor the version counts, nor any text of the package: an expert predicts as
-    before when it is packed, and when its README is corrected.
+def key_of(manifest: str) -> int:
+    """Return the number of an expert that settles ties: the same for a release everywhere.
 
     Args:
-        tensors: Digests of its tensor files, by name.
+        manifest: Digest of its manifest.
 
     Returns:
-        32 bits of their digest, at least 1.
+        32 bits of it, at least 1.
 
     Example:
-        >>> key_of({"body.safetensors": "sha256:01", "scout.safetensors": "sha256:02"})
-        3006507458
+        >>> key_of("sha256:00000102" + 56 * "0")
+        258
     """
-    digest = digest_bytes("".join(tensors[name] for name in _TENSOR_FILES).encode())
-    return max(1, int(digest.removeprefix("sha256:")[:8], 16))
+    return max(1, int(manifest.removeprefix("sha256:")[:8], 16))
 
 
 def save_expert(folder: Path, expert: Expert, manifest: Manifest) -> None:

@@ -33,13 +33,13 @@ import numpy as np
 import platformdirs
 
 from composable.assembly.backbones import LoadedBackbone, load_backbone
-from composable.assembly.experts import load_expert
+from composable.assembly.experts import key_of, load_expert
 from composable.errors import VettingError
 from composable.files.records import format_record, parse_record
 from composable.files.results import LEASE_SECONDS, Results
 from composable.interface import canonical_json, digest_bytes
 from composable.model.model import Pluggable
-from composable.packaging.manifests.manifest import SCOUT_FILE
+from composable.packaging.manifests.manifest import SCOUT_FILE, Manifest
 from composable.progress import CountProgress
 from composable.vetting.card import Check, tensor_digests
 from composable.vetting.evaluation import BATCH, Score
@@ -118,6 +118,7 @@ class PeerJob:
         interface: Digest of its interface.
         folder: Folder of the new expert.
         tensors: Digests of its tensor files, by name.
+        manifest: Digest of its manifest.
         peers: The published experts.
         registry: Registry to load them from; by default as for `load`.
         results: Folder of the results.
@@ -129,6 +130,7 @@ class PeerJob:
     interface: str
     folder: str
     tensors: dict[str, str]
+    manifest: str
     peers: tuple[PeerRelease, ...]
     registry: str | None
     results: str
@@ -157,11 +159,13 @@ def make_job(
         lease_seconds: How long a process may be silent before others take over its unit.
         share: Which part of the peers to work on, from 1, and of how many.
     """
+    manifest = Manifest.read(folder)
     return PeerJob(
         backbone=str(loaded.folder.absolute()),
         interface=loaded.interface.digest,
         folder=str(folder.absolute()),
         tensors=tensor_digests(folder),
+        manifest=manifest.digest,
         peers=tuple(peers),
         registry=_anchor(registry),
         results=str((results or default_results()).absolute()),
@@ -215,11 +219,13 @@ def list_units(job: PeerJob, anchor: Sequence[bytes], window: int) -> list[list[
     for index in range(part - 1, len(job.peers), n_parts):
         peer = job.peers[index]
         alone = {"peer": dict(peer.tensors), "own": [digest_bytes(text) for text in peer.texts]}
+        # Sums over experts run in the order of their keys.
+        is_first = key_of(job.manifest) < key_of(peer.manifest)
         groups.append(
             [
                 make("scout", index, scout=peer.tensors[SCOUT_FILE]),
                 make("alone", index, **alone),
-                make("together", index, **alone, newcomer=newcomer),
+                make("together", index, **alone, newcomer=newcomer, is_newcomer_first=is_first),
             ]
         )
     return groups

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import composable as cx
 from composable.assembly.experts import load_expert
@@ -53,24 +52,12 @@ def test_what_was_published_is_what_is_loaded(loaded, trained_folder, registry):
     np.testing.assert_array_equal(model(tokens_BT), direct(tokens_BT))
 
 
-def test_ties_are_settled_by_the_tensors_alone(loaded, folder, registry):
-    """An expert predicts the same before it is published, and when its README is corrected."""
-    published = cx.expert("logic@1.0.0", backbone=str(loaded.folder), registry=registry)
-    assert load_expert(loaded, folder).key == published.key
-    with (folder / "README.md").open("a") as readme:
-        readme.write("One more line.\n")
-    assert load_expert(loaded, folder).key == published.key
-    scout = load_file(folder / "scout.safetensors")
-    save_file({**scout, "b_out": scout["b_out"] + 1}, folder / "scout.safetensors")
-    assert load_expert(loaded, folder).key != published.key
-
-
 def test_the_newest_release_that_fits_is_taken_and_found_again(loaded, registry):
     assert load(loaded, registry, "logic").experts == ["logic"]
     assert load(loaded, registry, "logic>=1.1,<2").experts == ["logic"]
     newest = cx.expert("logic", backbone=str(loaded.folder), registry=registry)
     older = cx.expert("logic@1.0.0", backbone=str(loaded.folder), registry=registry)
-    assert newest.key == older.key, "keys are of the tensors, not of the release"
+    assert newest.key != older.key, "keys are of the release, not of the tensors"
     for name in ("w_in", "b_out"):
         np.testing.assert_array_equal(
             getattr(newest.scout, name)[...], getattr(older.scout, name)[...]

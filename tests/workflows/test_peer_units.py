@@ -206,6 +206,14 @@ CHANGES = {
         )
     },
     "the peer's text": lambda job: {"peers": (dataclasses.replace(job.peers[0], texts=(b"x",)),)},
+    "the order of their keys": lambda job: {
+        "peers": (
+            dataclasses.replace(
+                job.peers[0],
+                manifest="sha256:" + ("0" if job.manifest < job.peers[0].manifest else "f") * 64,
+            ),
+        )
+    },
 }
 
 
