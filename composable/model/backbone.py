@@ -20,8 +20,10 @@ from composable.model.layers import (
     Attention,
     FeedForward,
     KVCache,
+    Positions,
     normal,
     ones,
+    place_tokens,
     rms_norm,
 )
 from composable.model.scout import Scout
@@ -44,7 +46,7 @@ class Layer(nnx.Module):
         self,
         x_BTD: jax.Array,
         feed_forward: Callable[[jax.Array], jax.Array],
-        position: jax.Array | int = 0,
+        positions: Positions,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Run the layer with the given feed-forward.
@@ -52,14 +54,14 @@ class Layer(nnx.Module):
         Args:
             x_BTD: Residual stream.
             feed_forward: Function that runs in the place of the layer's own.
-            position: Position of the first token.
+            positions: Those of the tokens.
             cache: Keys and values so far, when decoding.
 
         Returns:
             The residual stream, and the cache with these positions written.
         """
         h_BTD = self._norm(x_BTD, self.attention_norm, "before")
-        h_BTD, cache = self.attention(h_BTD, position, cache)
+        h_BTD, cache = self.attention(h_BTD, positions, cache)
         x_BTD = x_BTD + self._norm(h_BTD, self.attention_norm, "after")
         h_BTD = feed_forward(self._norm(x_BTD, self.ffn_norm, "before"))
         return x_BTD + self._norm(h_BTD, self.ffn_norm, "after"), cache
@@ -196,10 +198,11 @@ class Backbone(nnx.Module):
             The residual stream, shape BTD, and the new caches.
         """
         written = []
+        positions = place_tokens(self.cfg, x_BTD.shape[1], position)
         for i, index in enumerate(layers):
             cache = None if caches is None else caches[i]
             run = partial(feed_forward, index)
-            x_BTD, cache = self.layers[index](x_BTD, run, position, cache)
+            x_BTD, cache = self.layers[index](x_BTD, run, positions, cache)
             if cache is not None:
                 written.append(cache)
         return x_BTD, written

@@ -110,29 +110,60 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D
 
 
-def rope(
-    x_BTNH: jax.Array, position_T: jax.Array, theta: float, scaling: RopeScaling | None = None
-) -> jax.Array:
+class Positions(NamedTuple):
+    """Where T tokens in a row are in their sequence, and how queries and keys turn there.
+
+    Args:
+        first: Position of the first of them.
+        cos_T1I: Cosines of the angles by which pairs turn, one for each of the I pairs of a head.
+        sin_T1I: Sines.
+    """
+
+    first: jax.Array | int
+    cos_T1I: jax.Array
+    sin_T1I: jax.Array
+
+
+def place_tokens(cfg: BackboneConfig, n_tokens: int, first: jax.Array | int = 0) -> Positions:
+    """Return the positions of tokens, for all layers of a model.
+
+    Args:
+        cfg: The model.
+        n_tokens: Number of tokens (T).
+        first: Position of the first of them.
+
+    References:
+        Su et al. 2021, arXiv:2104.09864, eq. 34.
+    """
+    position_T = (first + jnp.arange(n_tokens)).astype(jnp.float32)
+    half = cfg.d_head // 2
+    frequency_I = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if cfg.rope_scaling is not None:
+        frequency_I = _stretch(frequency_I, cfg.rope_scaling)
+    angle_TI = position_T[:, None] * frequency_I
+    # In a loop, since XLA's CPU backend would fuse them into every use, and so make each sine again
+    # for every layer, head and row; it fuses nothing into a loop or out of it.
+    cos_TI, sin_TI = jax.lax.map(
+        lambda is_cos: jnp.where(is_cos, jnp.cos(angle_TI), jnp.sin(angle_TI)),
+        jnp.array([True, False]),
+    )
+    return Positions(first, cos_TI[:, None], sin_TI[:, None])
+
+
+def rope(x_BTNH: jax.Array, positions: Positions) -> jax.Array:
     """Rotate pairs (i, i + H/2) of every head by angles that grow with position.
 
     Args:
         x_BTNH: Queries or keys.
-        position_T: Position of each token.
-        theta: Base of the frequencies.
-        scaling: How they are stretched, if they are.
+        positions: Those of the T tokens.
 
     References:
         Su et al. 2021, arXiv:2104.09864, eq. 34, in the half-split layout of Llama checkpoints.
     """
-    half = x_BTNH.shape[-1] // 2
-    frequency_I = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling is not None:
-        frequency_I = _stretch(frequency_I, scaling)
-    angle = position_T[:, None].astype(jnp.float32) * frequency_I
-    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    _, cos_T1I, sin_T1I = positions
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
-    return rotated.astype(x_BTNH.dtype)
+    turned = [first * cos_T1I - second * sin_T1I, first * sin_T1I + second * cos_T1I]
+    return jnp.concatenate(turned, -1).astype(x_BTNH.dtype)
 
 
 def _stretch(frequency_I: jax.Array, scaling: RopeScaling) -> jax.Array:
@@ -165,20 +196,18 @@ class Attention(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self, x_BTD: jax.Array, position: jax.Array | int = 0, cache: KVCache | None = None
+        self, x_BTD: jax.Array, positions: Positions, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
         """Attend from T positions to themselves and all earlier ones.
 
         Args:
             x_BTD: Residual stream, normalised where the config says before.
-            position: Position of the first of the T tokens in its sequence.
+            positions: Those of the T tokens.
             cache: Keys and values so far; None when the T positions are the whole sequence.
 
         Returns:
             The attention output, shape BTD, and the cache with these positions written.
         """
-        n_tokens = x_BTD.shape[1]
-        position_T = position + jnp.arange(n_tokens)
         # Text that is scored whole keeps the bits that it had in earlier versions.
         project = partial(_project, is_whole=cache is None)
         q_BTNH = project(x_BTD, self.w_q[...], "BTD,DNH->BTNH")
@@ -187,16 +216,16 @@ class Attention(nnx.Module):
         if self.cfg.qk_norm != "none":
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.cfg.norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.cfg.norm_eps)
-        q_BTNH = rope(q_BTNH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
-        k_BTKH = rope(k_BTKH, position_T, self.cfg.rope_theta, self.cfg.rope_scaling)
+        q_BTNH, k_BTKH = rope(q_BTNH, positions), rope(k_BTKH, positions)
         if cache is None:
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
         else:
-            at = (0, 0, position, 0)
+            at = (0, 0, positions.first, 0)
             cache = KVCache(
                 jax.lax.dynamic_update_slice(cache.k_BKSH, k_BTKH.swapaxes(1, 2), at),
                 jax.lax.dynamic_update_slice(cache.v_BKSH, v_BTKH.swapaxes(1, 2), at),
             )
+            position_T = positions.first + jnp.arange(x_BTD.shape[1])
             y_BTNH = _cached_attention(q_BTNH, cache, position_T)
         return project(y_BTNH, self.w_o[...], "BTNH,NHD->BTD"), cache
 

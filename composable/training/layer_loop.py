@@ -19,7 +19,7 @@ from composable.model.backbone import Backbone
 from composable.model.body import FullSlot, LowRankSlot, layer_slot, run_slot
 from composable.model.causal_attention import ATTENTION
 from composable.model.config import DTYPE_NAMES, BackboneConfig
-from composable.model.layers import rms_norm
+from composable.model.layers import place_tokens, rms_norm
 from composable.parallel import count_batch_shards, gather_weights, keep_batch_split
 from composable.training.unembedding import unembedded_loss
 
@@ -138,13 +138,15 @@ def run_layer_loop(
     states = [cast_weights(nnx.state(module), backbone.cfg) for module in modules]
     stacked = jax.tree.map(lambda *weights: jnp.stack(weights), *states)
 
+    positions = place_tokens(backbone.cfg, x_BTD.shape[1])
+
     def run(x_BTD: jax.Array, state: Any) -> tuple[jax.Array, None]:
         layer, *slot = nnx.merge(graph, gather_weights(state))
 
         def feed_forward(x_BTD: jax.Array) -> jax.Array:
             return run_slot(slot[0], layer_slot(layer), x_BTD) if slot else layer.ffn(x_BTD)
 
-        x_BTD, _ = layer(keep_batch_split(x_BTD), feed_forward)
+        x_BTD, _ = layer(keep_batch_split(x_BTD), feed_forward, positions)
         return keep_batch_split(x_BTD), None
 
     policy = jax.checkpoint_policies.save_only_these_names(ATTENTION)

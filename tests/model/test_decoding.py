@@ -13,7 +13,7 @@ from composable.model.decoding import (
     cache_length,
     continue_tokens,
 )
-from composable.model.layers import CACHE_BLOCK, KVCache
+from composable.model.layers import CACHE_BLOCK, KVCache, place_tokens
 from composable.model.mix import mix, mix_state
 from composable.model.model import generate
 from composable.model.safe import safe, safe_state
@@ -367,7 +367,11 @@ def test_a_cache_is_read_as_far_as_it_is_filled_and_no_further(tiny):
     """Values in the cache beyond the sequence, over several blocks, change nothing."""
     cfg = tiny.cfg
     attention = tiny.backbone.layers[0].attention
-    attend = jax.jit(lambda attention, *args: attention(*args))
+
+    @jax.jit
+    def attend(attention, x_BTD, first=0, cache=None):
+        return attention(x_BTD, place_tokens(cfg, x_BTD.shape[1], first), cache)
+
     n_blocks = 3
     rng = np.random.default_rng(0)
     x_BTD = rng.normal(size=(1, 2 * CACHE_BLOCK, cfg.d_model)).astype(np.float32)

@@ -1,10 +1,12 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from composable.model.causal_attention import causal_attention
-from composable.model.layers import rms_norm, rope, swiglu
+from composable.model.layers import place_tokens, rms_norm, rope, swiglu
 
 # Float32 sums of a few hundred products, in another order than the reference's.
 REORDERED_SUMS = 2e-5
@@ -34,27 +36,34 @@ def test_rms_norm_computes_in_float32_whatever_comes_in():
 
 
 @pytest.mark.parametrize("shift", [1, 17, 400])
-def test_rope_scores_depend_on_the_distance_only(shift):
-    q_BTNH, k_BTNH = jnp.asarray(normal(1, 1, 6, 2, 16)), jnp.asarray(normal(2, 1, 6, 2, 16))
-    position_T = jnp.arange(6)
+def test_rope_scores_depend_on_the_distance_only(tiny, shift):
+    width = tiny.cfg.d_head
+    q_BTNH, k_BTNH = (jnp.asarray(normal(seed, 1, 6, 2, width)) for seed in (1, 2))
 
-    def scores(position_T):
-        turned = (rope(x, position_T, 10_000.0) for x in (q_BTNH, k_BTNH))
+    def scores(first):
+        turned = (rope(x, place_tokens(tiny.cfg, 6, first)) for x in (q_BTNH, k_BTNH))
         return np.einsum("BTNH,BSNH->BNTS", *turned)
 
     # Angles of some hundred radians are known to about 1e-5 in float32, times scores of order 10.
     angle_rounding = 2e-3
-    here, there = scores(position_T), scores(position_T + shift)
+    here, there = scores(0), scores(shift)
     np.testing.assert_allclose(here, there, atol=angle_rounding)
     assert not np.allclose(here, np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH), atol=0.1)
 
 
-def test_rope_keeps_lengths_and_leaves_position_zero_alone():
-    x_BTNH = jnp.asarray(normal(3, 1, 4, 2, 8))
-    y_BTNH = rope(x_BTNH, jnp.arange(4), 10_000.0)
+def test_rope_keeps_lengths_and_leaves_position_zero_alone(tiny):
+    x_BTNH = jnp.asarray(normal(3, 1, 4, 2, tiny.cfg.d_head))
+    y_BTNH = rope(x_BTNH, place_tokens(tiny.cfg, 4))
     np.testing.assert_array_equal(y_BTNH[:, 0], x_BTNH[:, 0])
     lengths = np.linalg.norm(x_BTNH, axis=-1)
     np.testing.assert_allclose(np.linalg.norm(y_BTNH, axis=-1), lengths, rtol=REORDERED_SUMS)
+
+
+def test_each_sine_is_made_once_for_all_layers_heads_and_rows(tiny):
+    tokens_BT = jnp.zeros((3, 24), jnp.int32)
+    program = jax.jit(lambda backbone: backbone(tokens_BT)).lower(tiny.backbone).compile().as_text()
+    found = re.findall(r"= f32\[([\d,]*)\]\S* sine\(", program)
+    assert found == [f"24,{tiny.cfg.d_head // 2}"]
 
 
 def plain_attention(q_BTNH, k_BTKH, v_BTKH):
