@@ -59,6 +59,7 @@ LATE_IMPORTS = {
     "packaging.resolution.explain": "only a failure needs suggestions",
     "packaging.resolution.resolver": "a caller may bring a solver, and only a failure is explained",
     "demo.contributor": "a process confines itself before it loads anything that starts threads",
+    "kernels.blocks": "only a program that a GPU or TPU may run needs Pallas",
     "interop.checkpoint": "each format needs a library that is installed on demand",
 }
 # Every file of the command line imports what its commands need when they run, so `--help` is fast.

@@ -24,15 +24,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from composable.kernels import gpu, tpu
+from composable.kernels.block_functions import Arrays, BlockFunction, BlockOutputs, Tiling
 from composable.kernels.dispatch import Dispatch
-from composable.kernels.tpu import Arrays, BlockFunction, BlockOutputs, Tiling
 
 
 class Accelerator(Protocol):
@@ -101,26 +100,6 @@ def run_blocks(
     return outputs
 
 
-def product(subscripts: str, left: Any, right: Any) -> Array:
-    """Multiply two arguments of a block function; the sum runs in float32.
-
-    Args:
-        subscripts: As of `jnp.einsum`: two axes each, and one that is summed over.
-        left: Rows.
-        right: Rows or weights.
-
-    Returns:
-        The product, or, inside the kernel of a GPU, the tile that a program computes.
-
-    Example:
-        >>> product("PD,DF->PF", jnp.ones((2, 3)), jnp.ones((3, 1))).tolist()
-        [[3.0], [3.0]]
-    """
-    if isinstance(left, gpu.Operand):
-        return gpu.sum_products(subscripts, left, right)
-    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
-
-
 def describe_implementation(platform: str) -> str:
     """Return which implementation of `run_blocks` a platform has, and why.
 
@@ -150,6 +129,7 @@ def _run_on_platform(
     shared: Arrays,
 ) -> BlockOutputs:
     """Do the work of `run_blocks`."""
+    from composable.kernels import gpu, tpu
 
     def take(shared: Arrays) -> BlockFunction:
         return lambda rows, weights: fn(rows, (*weights, *shared))

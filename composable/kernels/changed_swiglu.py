@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from composable.kernels.block_functions import Arrays, BlockOutputs
 from composable.kernels.blocks import Accelerator, run_blocks
 from composable.kernels.dispatch import Dispatch, gather_rows
 from composable.kernels.grouped_matmul import grouped_matmul
 from composable.kernels.quantized import Matrix, Quantized, multiply
-from composable.kernels.tpu import Arrays, BlockOutputs
 
 # Matrix name -> factors.
 Factors = Mapping[str, tuple[Array, Array]]

@@ -9,7 +9,7 @@ cache of the chip (L2), and each matrix in use is read from memory once.
 
 `stream_blocks` takes the pieces of a body that a TPU runs where a whole one does not fit its chip
 (`tpu.py`), and reads their products, not their tiling: in a kernel a function is given `Operand`s,
-and `blocks.product` sums those with `sum_products`. Compiled by Triton (Pallas), for CUDA.
+and `product` sums those with `sum_products`. Compiled by Triton (Pallas), for CUDA.
 
 It chooses no function and no platform (`blocks.py` does), and differentiates nothing.
 """
@@ -29,8 +29,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from composable.kernels.block_functions import (
+    Arrays,
+    BlockFunction,
+    BlockOutputs,
+    KernelOperand,
+    Tiling,
+)
 from composable.kernels.dispatch import Dispatch, count_up_to
-from composable.kernels.tpu import Arrays, BlockFunction, BlockOutputs, Tiling
 
 # Where a window on an axis starts, and its size.
 Window = tuple[Any, int]
@@ -157,7 +163,7 @@ def find_expert_and_tiles(program: Any, n_down: int, n_across: int) -> tuple[Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Operand:
+class Operand(KernelOperand):
     """An array in the device's memory; a block function reads from it what a program needs.
 
     Attributes:
@@ -180,6 +186,10 @@ class Operand:
     def astype(self, dtype: Any) -> Array:
         """Read the part that belongs to the results, for elementwise functions."""
         return self.read(self.windows).astype(dtype)
+
+    def multiply(self, subscripts: str, right: Any) -> Array:
+        """Return the tile of a product that the program computes."""
+        return sum_products(subscripts, self, right)
 
     def read(self, windows: Sequence[Window]) -> Array:
         """Read a part; zero past the bounds."""
@@ -251,7 +261,7 @@ def stream_blocks(
     Off a GPU it runs with `interpret=True`, program after program.
 
     Args:
-        fn: See `blocks.run_blocks`. It takes products of its arguments by `blocks.product` and
+        fn: See `blocks.run_blocks`. It takes products of its arguments by `product` and
             applies elementwise functions to those and, after `astype`, to its arguments. It returns
             rows out, all of one width, or sums, all of one shape; not both.
         rows: See `blocks.run_blocks`.

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from composable.kernels.blocks import Accelerator, product, run_blocks
+from composable.kernels.block_functions import Arrays, BlockOutputs, Tiling, product
+from composable.kernels.blocks import Accelerator, run_blocks
 from composable.kernels.dispatch import Dispatch
 from composable.kernels.quantized import Matrix, Quantized, group_leaves, multiply, widen
-from composable.kernels.tpu import Arrays, BlockOutputs, Tiling
 
 
 def grouped_swiglu(

@@ -14,24 +14,19 @@ It chooses no function and no platform (`blocks.py` does), and differentiates no
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from composable.kernels.block_functions import Arrays, BlockFunction, BlockOutputs, Tiling
 from composable.kernels.dispatch import Dispatch
 
-Arrays = tuple[Array, ...]
-BlockOutputs = tuple[Arrays, Arrays]
-# (rows of one block, weights of its expert) -> (rows out, contributions to per-expert sums).
-BlockFunction = Callable[[Arrays, Arrays], BlockOutputs]
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 # Memory for the blocks of a kernel, two of each array so that copies and products overlap. The
@@ -40,25 +35,6 @@ _BLOCK_BYTES: Final = 40 << 20
 _MEMORY_BYTES: Final = 60 << 20
 # Tiles are whole lanes of the chip's registers.
 _LANES: Final = 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """Along which axis the arrays of one block are cut; None for an array that is not.
-
-    The axis must be one that no product of the function sums over.
-
-    Attributes:
-        rows: One axis per array of rows, without the dimension P: 1 is the width.
-        weights: One axis per array of weights, without the dimension E.
-        outs: As `rows`, for the rows out.
-        sums: As `weights`, for the per-expert sums.
-    """
-
-    rows: tuple[int | None, ...] = ()
-    weights: tuple[int | None, ...] = ()
-    outs: tuple[int | None, ...] = ()
-    sums: tuple[int | None, ...] = ()
 
 
 def fits_on_chip(fn: BlockFunction, rows: Arrays, weights: Arrays, block: int) -> bool:

@@ -18,7 +18,8 @@ from composable.kernels import (
     make_dispatch,
     reference,
 )
-from composable.kernels.blocks import loop_blocks, product
+from composable.kernels.block_functions import product
+from composable.kernels.blocks import loop_blocks
 from composable.kernels.grouped_matmul import _stream_multiply, _stream_outer_product
 from tests.support.gpu_work import Counted
 from tests.support.kernel_transfers import interpreted_kernels
