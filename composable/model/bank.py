@@ -139,12 +139,14 @@ def make_entry(
     is_change, layers = 0 < body.rank <= rank, interface.slots
     slots = () if is_change else tuple(_merge(backbone, body, layer) for layer in layers)
     changes = tuple(body.changes(backbone, layer, rank) for layer in layers) if is_change else ()
+    # Put there as they are, which needs no program; `jnp.uint32` would.
+    width, number = jax.device_put((np.int32(_width(scout)), np.uint32(key)))
     return BankEntry(
         slots=slots,
         changes=changes,
         scout=pad_scout(scout, interface),
-        width=_width(scout),
-        key=jnp.uint32(key),
+        width=width,
+        key=number,
     )
 
 
@@ -182,7 +184,7 @@ def empty_bank(
         slots=tuple(backbone_slot(backbone, layer) for layer in interface.slots),
         changes=(),
         scout=pad_scout(backbone.scout, interface),
-        width=_width(backbone.scout),
+        width=jnp.int32(_width(backbone.scout)),
         key=jnp.uint32(0),
     )
 
@@ -372,11 +374,12 @@ def _view(stack: jax.Array, index: int) -> jax.Array:
     return own_DF
 
 
-def _width(scout: Scout) -> jax.Array:
-    width: jax.Array = jnp.int32(scout.b_in[...].shape[0])
-    return width
+def _width(scout: Scout) -> int:
+    return int(scout.b_in[...].shape[0])
 
 
+# One program: array by array, every shape would need its own.
+@functools.partial(jax.jit, static_argnames="interface")
 def pad_scout(scout: Scout, interface: RouterInterface) -> ScoutBank:
     """Return one scout's arrays, without E, its hidden width padded to the interface's bound.
 

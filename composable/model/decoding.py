@@ -79,8 +79,11 @@ class Decoder:
         self._draw = make_draw(sampling, _banned(tokenizer, vocab_size))
         self._seen_V = jax.device_put(np.zeros(vocab_size, bool), may_alias=False)
         self._n_fed = 0
+        self._token_BT: jax.Array | np.ndarray = _one_token(tokenizer.begin)  # the last one read
         self._last: int | None = None
         self._unfed: list[int] = []
+        # Logits and weights for the token that comes next, until it is drawn from them.
+        self._output: tuple[jax.Array, jax.Array] | None = None
         self._next: tuple[jax.Array, jax.Array] | None = None
 
     @property
@@ -108,13 +111,14 @@ class Decoder:
             )
         self._last = None
         tokens_T = np.asarray(tokens_T, np.int32)
+        self._note_seen([*self._unfed, *tokens_T.tolist()])
         for token in self._unfed:
-            self._advance(jax.device_put(np.full((1, 1), token, np.int32)), is_drawn=True)
+            self._read(jax.device_put(_one_token(token)), is_drawn=True)
         self._unfed = []
         start = 0
         for n_tokens, size in cut_prompt(len(tokens_T), self._n_cached - self._n_fed):
             piece_BT = jax.device_put(pad(tokens_T[start : start + n_tokens], size))
-            self._advance(piece_BT, is_drawn=False, length=n_tokens if size > 1 else None)
+            self._read(piece_BT, is_drawn=False, length=n_tokens if size > 1 else None)
             start += n_tokens
 
     def draw(self, n_tokens: int) -> Iterator[Drawn]:
@@ -135,43 +139,55 @@ class Decoder:
                 self._report(self._steps.tally)
 
     def _draw_tokens(self, n_tokens: int) -> Iterator[Drawn]:
-        if n_tokens and self._next is not None:
-            self._start_writing()
+        if n_tokens and self._output is not None:
+            # What writes need not be what predicts given text.
+            self._draw_from(self._steps.start_writing() or self._output)
         for i in range(n_tokens):
             if self._next is None:
                 raise TextError("no tokens to continue: feed at least one first")
             token_BT, weight_E = self._next
             self._next = None
-            if i + 1 < n_tokens:
-                self._advance(token_BT, is_drawn=True)
-                drawn = Drawn(np.asarray(token_BT).item(), np.asarray(weight_E))
-            else:
-                drawn = Drawn(np.asarray(token_BT).item(), np.asarray(weight_E))
-                self._unfed = [drawn.token]
+            # The next step runs while the host reads this token. The first token does not wait for
+            # that: the step may load programs that the prompt did not need.
+            is_ahead = 0 < i < n_tokens - 1
+            if is_ahead:
+                self._advance(token_BT)
+            drawn = Drawn(np.asarray(token_BT).item(), np.asarray(weight_E))
+            self._unfed = [] if is_ahead else [drawn.token]
             self._last = drawn.token
             if drawn.token in self._ends:
                 return
             yield drawn
+            if i == 0 and n_tokens > 1:
+                self._unfed = []
+                self._advance(token_BT)
 
-    def _advance(self, tokens_BT: jax.Array, *, is_drawn: bool, length: int | None = None) -> None:
-        output = self._steps.advance(tokens_BT, is_drawn, length)
+    def _advance(self, token_BT: jax.Array) -> None:
+        """Read a token that was drawn, and draw the next."""
+        self._read(token_BT, is_drawn=True)
+        self._token_BT = token_BT
+        assert self._output is not None
+        self._draw_from(self._output)
+
+    def _read(self, tokens_BT: jax.Array, *, is_drawn: bool, length: int | None = None) -> None:
+        self._output = self._steps.advance(tokens_BT, is_drawn, length)
         self._n_fed += tokens_BT.shape[1] if length is None else length
-        self._piece_BT = tokens_BT
-        self._draw_from(output)
 
-    def _start_writing(self) -> None:
-        """Draw the first token again, if what writes is not what predicts given text."""
-        output = self._steps.start_writing()
-        if output is not None:
-            self._draw_from(output)
+    def _note_seen(self, tokens: list[int]) -> None:
+        """Count tokens as seen that the host knows; the program that draws counts one at a time."""
+        if tokens:
+            seen_V = np.array(self._seen_V)
+            seen_V[tokens] = True
+            self._seen_V = jax.device_put(seen_V, may_alias=False)
+            self._token_BT = _one_token(tokens[-1])
 
     def _draw_from(self, output: tuple[jax.Array, jax.Array]) -> None:
         logits_V, weight_E = output
         position = np.int32(self._n_fed)
         token_BT, self._seen_V = _draw_next(
-            self._draw, self._seen_V, self._piece_BT, position, logits_V
+            self._draw, self._seen_V, self._token_BT, position, logits_V
         )
-        self._next = token_BT, weight_E
+        self._output, self._next = None, (token_BT, weight_E)
 
 
 def continue_tokens(
@@ -231,16 +247,21 @@ def _banned(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     return is_banned_V
 
 
+def _one_token(token: int) -> np.ndarray:
+    """Return a token as an array of shape BT."""
+    return np.full((1, 1), token, np.int32)
+
+
 @partial(jax.jit, donate_argnames="seen_V")
 def _draw_next(
     draw: Draw,
     seen_V: jax.Array,
-    tokens_BT: jax.Array,
+    token_BT: jax.Array,
     position: jax.Array,
     logits_V: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the next token, shape BT, and which were seen so far, those before it included."""
+    """Return the next token, shape BT, and which were seen so far, the one before it included."""
     # Whether or not there is a penalty: writing in place costs less than a condition.
-    seen_V = seen_V.at[tokens_BT[0]].set(True)
+    seen_V = seen_V.at[token_BT[0]].set(True)
     key = jax.random.fold_in(draw.key, position)
     return draw_token(draw._replace(key=key), seen_V, logits_V)[None, None], seen_V

@@ -247,6 +247,8 @@ def _project(x: jax.Array, w: Matrix, axes: str, *, is_whole: bool) -> jax.Array
     return y.reshape(*x.shape[:2], *w.shape[contracted:])
 
 
+# A program of its own where it is traced: once for all layers instead of for each.
+@jax.jit
 def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) -> jax.Array:
     """Attend to the cached positions up to each query, block by block.
 

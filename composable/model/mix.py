@@ -150,6 +150,12 @@ class Bodies(NamedTuple):
     changes: tuple[tuple[SlotChanges, ...], ...]
     slots: tuple[tuple[SlotMatrices, ...], ...]
 
+    def take_slot(self, index: int) -> Bodies:
+        """Return the bodies with one slot alone."""
+        changes = tuple((body[index],) for body in self.changes)
+        slots = tuple((body[index],) for body in self.slots)
+        return Bodies(self.number_A, changes, slots)
+
     def find_places(self, number_MJ: jax.Array, n_bodies: int) -> jax.Array:
         """Return the places of bodies by their numbers, one past the last for no body."""
         is_here_MJA = (number_MJ[..., None] == self.number_A) & (self.number_A < n_bodies)
@@ -318,7 +324,7 @@ def _mixed_feed_forward(
 
         def mix_rows(dispatch: Dispatch, x_MD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             if bodies is not None:
-                y_PD = _run_few(own, bodies, index, x_MD, dispatch)
+                y_PD = _run_few(own, bodies.take_slot(index), x_MD, dispatch)
             elif n_shards > 1:
                 y_PD = run_split(bank, own, index, gather_rows(x_MD, dispatch), dispatch, routes)
             else:
@@ -363,12 +369,12 @@ def _run_bodies(bank: Bank, index: int, x_PD: jax.Array, dispatch: Dispatch) -> 
     return grouped_swiglu(x_PD, slot["w_gate"], slot["w_up"], slot["w_down"], dispatch)
 
 
-def _run_few(
-    own: SlotMatrices, bodies: Bodies, index: int, x_MD: jax.Array, dispatch: Dispatch
-) -> jax.Array:
-    """Run tokens through the bodies that they choose in one slot, which are few."""
-    full = [[slots[index][name] for name in MATRICES] for slots in bodies.slots]
-    changes = [changes[index] for changes in bodies.changes]
+# Traced once for all slots.
+@jax.jit
+def _run_few(own: SlotMatrices, bodies: Bodies, x_MD: jax.Array, dispatch: Dispatch) -> jax.Array:
+    """Run tokens through the bodies that they choose, which are few and have one slot."""
+    full = [[slot[name] for name in MATRICES] for (slot,) in bodies.slots]
+    changes = [change for (change,) in bodies.changes]
     place_A = jnp.arange(len(bodies.number_A))
     first = 1 + len(changes) if changes else 0
     outputs = []

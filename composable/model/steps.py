@@ -142,9 +142,10 @@ class MixSteps:
         self._flat, self._entries = FlatParts(parts), Entries(parts)
         self._bank = parts.bank
         self._is_changed_E = np.asarray(parts.bank.is_changed_E)
-        self._body_E = np.asarray(parts.bank.number_bodies(np.arange(parts.bank.capacity)))
         self._n_few = min(parts.bank.capacity, max(parts.interface.n_mixed, _FEW))
-        self._state: MixState = _start_mix(self._flat, cache_length)
+        self._state: MixState
+        self._state, body_E = _start_mix(self._flat, cache_length)
+        self._body_E = np.asarray(body_E)
 
     @property
     def tally(self) -> Tally:
@@ -397,8 +398,10 @@ def _on_device(length: int | None) -> jax.Array | None:
 
 # One program each: array by array, every shape would need its own.
 @functools.partial(jax.jit, static_argnames="cache_length")
-def _start_mix(flat: FlatParts, cache_length: int) -> MixState:
-    return mix_state(flat.parts, 1, cache_length)
+def _start_mix(flat: FlatParts, cache_length: int) -> tuple[MixState, jax.Array]:
+    """Return the state before the first token, and the number of the body of every entry."""
+    bank = flat.parts.bank
+    return mix_state(flat.parts, 1, cache_length), bank.number_bodies(jnp.arange(bank.capacity))
 
 
 @jax.jit

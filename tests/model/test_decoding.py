@@ -414,6 +414,23 @@ def test_sampling_out_of_range_is_refused_by_name(field, value):
     assert caught.value.where == field
 
 
+@pytest.mark.parametrize("n_taken", [1, 2, 3])
+def test_a_text_that_is_broken_off_continues_with_what_was_taken(tiny, n_taken):
+    """The first token is handed out before it is read, the others while they are."""
+    model = tiny.model()
+    first_T, second_T = tiny.tokens(batch=2, length=9)
+    decoder = Decoder(model.parts, ByteTokenizer(), length=64)
+    decoder.feed(first_T)
+    drawing = decoder.draw(5)
+    taken = [next(drawing).token for _ in range(n_taken)]
+    drawing.close()
+    assert decoder.last == taken[-1]
+    assert decoder.room == 64 - 9 - n_taken
+    decoder.feed(second_T)
+    after = [token for token, _ in decoder.draw(3)]
+    assert after == draw(model, np.concatenate([first_T, taken, second_T]), 3)
+
+
 def test_decoding_without_tokens_or_without_room_is_refused(model):
     decoder = Decoder(model.parts, ByteTokenizer(), length=8)
     with pytest.raises(TextError, match="no tokens to continue"):
