@@ -167,8 +167,11 @@ class Ledger:
     def load_newest(self, role: str, delegator: Root | Targets, versions: Versions) -> Any:
         """Return the newest version of a role that its keys signed; None if there is none.
 
+        None, too, if a newer one is there that was listed, and is of keys which have been replaced
+        since: what its keys signed before that does not count again.
+
         Raises:
-            SignatureError: When this machine has seen a newer one listed.
+            SignatureError: When this machine has seen a newer one listed that is gone.
         """
         for version in sorted(versions.get(role, []), reverse=True):
             document = self.files.read(metadata_path(role, version))
@@ -181,6 +184,8 @@ class Ledger:
                 continue
             if metadata.signed.version == version:
                 known = self.find_known(role)
+                if version < known and known in versions[role]:
+                    return None
                 if version < known:
                     raise SignatureError(
                         f"has only version {version} of {role!r}, and this machine has seen "

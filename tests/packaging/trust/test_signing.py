@@ -248,6 +248,24 @@ def test_releases_older_than_the_signatures_are_vouched_for(tmp_path: Path, genu
     assert client.verify_release(client.versions("german")[0]) is not None
 
 
+def test_a_key_that_is_granted_again_vouches_again(world: World) -> None:
+    """What it listed before it was replaced is older than what this machine has seen."""
+    operator = world.signatures(OPERATOR)
+    authority = operator.authority()
+    (first,) = authority.find_grant(authority.load(), "alice").keys
+    operator.change(authority.rotate_publisher("alice", world.make_key("next").public))
+    world.signatures("next").sign([Requirement.parse("german")])
+    world.confirm()
+    assert "german" in use(world.open("alice"))
+    operator = world.signatures(OPERATOR)
+    operator.change(operator.authority().rotate_publisher("alice", first))
+    with pytest.raises(SignatureError, match="is not signed by the keys in charge"):
+        world.open("client").versions("german")
+    world.signatures("alice").sign([Requirement.parse("german")])
+    world.confirm()
+    assert "german" in use(world.open("client"))
+
+
 def test_signing_twice_is_refused(world: World) -> None:
     with pytest.raises(RegistryError, match="is signed already"):
         world.signatures(OPERATOR).create(None)
