@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from composable.cli.app import app
+from composable.cli.group import stop_on_request
 from composable.errors import PreemptedError
 
 pytestmark = pytest.mark.slow
@@ -115,6 +116,20 @@ def test_sigterm_before_the_first_step_ends_with_its_own_exit_code(experts):
     assert "while no step was running" in stopped.stderr
     assert not (expert / "body.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("caught", [Exception, BaseException])
+def test_sigterm_ends_code_that_makes_an_error_of_its_own_of_all_that_is_raised(caught):
+    with pytest.raises(PreemptedError, match="while no step was running"), stop_on_request():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except caught as error:
+            raise ValueError("damaged") from error
+
+
+def test_errors_of_a_command_that_nobody_asked_to_stop_stay_as_they_are():
+    with pytest.raises(ValueError, match="damaged"), stop_on_request():
+        raise ValueError("damaged")
 
 
 @pytest.mark.parametrize("asked", [0, 1], ids=["checks", "waits"])

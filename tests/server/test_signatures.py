@@ -266,7 +266,7 @@ def test_it_confirms_again_in_time_and_numbers_increase(
         settings = dataclasses.replace(lab.settings("watcher"), now=lambda: now)
         client = Registry(WebStorage(lab.server.url), signatures=settings).open_signatures()
         client.documents.refresh()
-        return client.documents.known_versions()["snapshot"]
+        return client.documents.known_files()["snapshot"].version
 
     start = datetime.datetime.now(datetime.UTC)
     before = version(start)

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from securesystemslib.signer import Key
 from tuf.api import exceptions
-from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
@@ -266,12 +266,15 @@ class SignedDocuments:
             atomic.write_bytes(kept, document.data)
         return document.data
 
-    def known_versions(self) -> dict[str, int]:
-        """Return the newest version of each role that this machine has seen listed."""
+    def known_files(self) -> dict[str, MetaFile]:
+        """Return version and digest of the newest file of each role that this machine saw listed.
+
+        Of the list itself, the snapshot, the version alone.
+        """
         with contextlib.suppress(OSError, exceptions.RepositoryError, KeyError, ValueError):
             snapshot = Metadata[Snapshot].from_bytes(read_bytes(self._local(_SNAPSHOT))).signed
-            versions = {name.removesuffix(".json"): m.version for name, m in snapshot.meta.items()}
-            return {**versions, _SNAPSHOT: snapshot.version}
+            files = {name.removesuffix(".json"): file for name, file in snapshot.meta.items()}
+            return {**files, _SNAPSHOT: MetaFile(snapshot.version)}
         return {}
 
     def load_root(self) -> TrustedMetadataSet:

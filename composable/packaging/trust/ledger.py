@@ -167,8 +167,8 @@ class Ledger:
     def load_newest(self, role: str, delegator: Root | Targets, versions: Versions) -> Any:
         """Return the newest version of a role that its keys signed; None if there is none.
 
-        None, too, if a newer one is there that was listed, and is of keys which have been replaced
-        since: what its keys signed before that does not count again.
+        None, too, if its keys signed an old one alone, and the newest that this machine has seen is
+        still there: other keys signed that, and were replaced since.
 
         Raises:
             SignatureError: When this machine has seen a newer one listed that is gone.
@@ -184,9 +184,9 @@ class Ledger:
                 continue
             if metadata.signed.version == version:
                 known = self.find_known(role)
-                if version < known and known in versions[role]:
-                    return None
                 if version < known:
+                    if self._has_known(role):
+                        return None
                     raise SignatureError(
                         f"has only version {version} of {role!r}, and this machine has seen "
                         f"version {known}",
@@ -205,7 +205,20 @@ class Ledger:
 
     def find_known(self, role: str) -> int:
         """Return the newest version of a role that this machine has seen listed; 0 for none."""
-        return self.documents.known_versions().get(role, 0)
+        known = self.documents.known_files().get(role)
+        return 0 if known is None else known.version
+
+    def _has_known(self, role: str) -> bool:
+        """Return whether the registry still has the newest file of a role that was seen listed."""
+        known = self.documents.known_files()[role]
+        document = self.files.read(metadata_path(role, known.version))
+        if document is None or not known.hashes:
+            return False
+        try:
+            known.verify_length_and_hashes(document.data)
+        except exceptions.LengthOrHashMismatchError:
+            return False
+        return True
 
     def list_versions(self) -> dict[str, list[int]]:
         """Return the versions of every role that have a file, signed or not."""

@@ -248,7 +248,8 @@ def test_releases_older_than_the_signatures_are_vouched_for(tmp_path: Path, genu
     assert client.verify_release(client.versions("german")[0]) is not None
 
 
-def test_a_key_that_is_granted_again_vouches_again(world: World) -> None:
+@pytest.mark.parametrize("is_genuine", [True, False], ids=["there", "replaced by another file"])
+def test_a_key_that_is_granted_again_vouches_again(world: World, is_genuine: bool) -> None:
     """What it listed before it was replaced is older than what this machine has seen."""
     operator = world.signatures(OPERATOR)
     authority = operator.authority()
@@ -261,6 +262,12 @@ def test_a_key_that_is_granted_again_vouches_again(world: World) -> None:
     operator.change(operator.authority().rotate_publisher("alice", first))
     with pytest.raises(SignatureError, match="is not signed by the keys in charge"):
         world.open("client").versions("german")
+    if not is_genuine:
+        newest = sorted((world.folder / "trust").glob("*.publisher-alice.json"))[-1]
+        newest.write_bytes(newest.read_bytes().replace(b"german", b"french"))
+        with pytest.raises(SignatureError, match="and this machine has seen"):
+            world.signatures("alice").sign([Requirement.parse("german")])
+        return
     world.signatures("alice").sign([Requirement.parse("german")])
     world.confirm()
     assert "german" in use(world.open("client"))
