@@ -32,7 +32,7 @@ from flax import nnx
 
 from composable.errors import ComposableError, ComposableWarning, TrainingError
 from composable.interface import canonical_json, digest_bytes
-from composable.parallel import exchange
+from composable.parallel import exchange, is_first_process
 
 if TYPE_CHECKING:
     from composable.training.config import TrainConfig
@@ -109,9 +109,14 @@ class Checkpoints:
         self._newest: int | None = None
         self._damaged: list[int] = []
         _silence_orbax()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
         with self._explain("the folder of checkpoints cannot be used"):
             self.directory.mkdir(parents=True, exist_ok=True)
+            if is_first_process():
+                # What a killed write left. By orbax's own option a thread removes it, which can
+                # outlast a manager that writes nothing, and disturb the next one.
+                for left in ocp.utils.tmp_checkpoints(self.directory):
+                    left.get().rmtree()
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Self:

@@ -208,8 +208,9 @@ def test_what_a_killed_write_left_is_removed(tmp_path):
     left = tmp_path / "2.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "1", left)
     assert restore(tmp_path).step == 1
-    save(tmp_path, 3)
     assert not left.exists()
+    save(tmp_path, 3)
+    assert restore(tmp_path).step == 3
 
 
 def test_positions_of_several_processes_are_kept(tmp_path):
