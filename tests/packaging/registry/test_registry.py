@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.numpy
@@ -524,7 +525,16 @@ def test_a_publisher_that_never_gets_its_turn_says_what_it_waits_for_and_gives_u
     budget = TimeBudget(0.4, notice_seconds=0.1)
     folder = make_expert("german", "1.1.0", seed=1)
     home = "composable.packaging.registry.updates"
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
     with monkeypatch.context() as patch:
+        # A clock that the pauses alone move, and pauses that are not drawn.
+        patch.setattr(f"{home}.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+        patch.setattr(f"{home}.random", SimpleNamespace(uniform=lambda low, high: min(high, 0.06)))
         patch.setattr(f"{home}.current_budget", lambda: budget)
         patch.setattr(f"{home}.MIN_ATTEMPTS", 3)
         replace = registry.storage.replace  # type: ignore[attr-defined]
