@@ -201,7 +201,8 @@ class Checkpoints:
         raise TrainingError(
             f"no checkpoint can be read: {'; '.join(reasons)}",
             where=str(self.directory),
-            hint=f"remove {self.directory} to start again",
+            hint=f"remove {self.directory} to start again; if an earlier version of composable "
+            "wrote it, that version can go on",
         )
 
     def close(self) -> None:
