@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,16 @@ from jax.sharding import PartitionSpec
 from composable.parallel.sharding import is_split, spec_of
 
 _T = TypeVar("_T")
+# On one device: parameters of one shape that are stacked, at most. The stack is a copy.
+_STACK_BYTES: Final = 64 * 10**6
 
 
 def map_parameters(fn: Callable[[jax.Array], jax.Array], tree: _T) -> _T:
     """Return `fn` of every parameter of a tree, each computed in one of the groups that hold it.
 
     Parameters of one shape and placement are stacked, and each group takes as many. Where there is
-    one of a kind, every group computes it; without copies on the mesh in use (`jax.set_mesh`), and
-    without a mesh, this is a plain map.
+    one of a kind, every group computes it; without copies on the mesh in use (`jax.set_mesh`) this
+    is a plain map. On one device small ones are stacked too, and one loop is compiled for all.
 
     Args:
         fn: Function of one parameter, whose result has the same shape. It may be run with
@@ -76,8 +78,11 @@ def _map_stack(
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in mesh.axis_names if axis not in spec and is_split(mesh, axis))
     n_groups = math.prod(mesh.shape[axis] for axis in axes)
-    if n_groups == 1 or len(arrays) == 1:
-        return [fn(x) for x in arrays]
+    if len(arrays) == 1:
+        return [fn(arrays[0])]
+    if n_groups == 1:
+        is_alone = not any(is_split(mesh, axis) for axis in mesh.axis_names)
+        return _map_in_loops(fn, arrays) if is_alone else [fn(x) for x in arrays]
     n_rounds = -(-len(arrays) // n_groups)
     filled = arrays + arrays[-1:] * (n_rounds * n_groups - len(arrays))
     rounds = jnp.stack(filled).reshape(n_rounds, n_groups, *arrays[0].shape)
@@ -93,3 +98,14 @@ def _map_stack(
     done = jax.lax.map(run, rounds)
     whole = jax.lax.with_sharding_constraint(done, PartitionSpec(None, None, *spec))
     return list(whole.reshape(-1, *arrays[0].shape)[: len(arrays)])
+
+
+def _map_in_loops(fn: Callable[[jax.Array], jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
+    """Return `fn` of arrays of one shape, one after the other."""
+    size = max(1, _STACK_BYTES // arrays[0].nbytes)
+    if size == 1:
+        return [fn(x) for x in arrays]
+    results: list[jax.Array] = []
+    for start in range(0, len(arrays), size):
+        results += jnp.unstack(jax.lax.map(fn, jnp.stack(arrays[start : start + size])))
+    return results

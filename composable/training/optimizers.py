@@ -143,20 +143,20 @@ def _scale_by_muon() -> optax.GradientTransformation:
         ahead = optax.tree.bias_correction(mu, _MOMENTUM, optax.safe_increment(count))
         now = optax.tree.bias_correction(updates, _MOMENTUM, count)
         ahead = jax.tree.map(lambda m, g: _MOMENTUM * m + (1 - _MOMENTUM) * g, ahead, now)
-        updates = map_parameters(partial(_orthogonalize, coefficients=state.ns_coeffs), ahead)
+        updates = map_parameters(partial(_orthogonalize, coefficients_PC=state.ns_coeffs), ahead)
         return updates, optax.contrib.MuonState(count, mu, state.ns_coeffs)
 
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalize(x: jax.Array, coefficients: jax.Array) -> jax.Array:
+def _orthogonalize(x: jax.Array, coefficients_PC: jax.Array) -> jax.Array:
     """Return a matrix with the singular vectors of `x` and singular values near 1.
 
     Two polynomials at a time are made of the Gram matrix, which is smaller than `x`. The next two
     get a new one, so that rounding in bfloat16, as TPUs multiply, cannot grow over all four.
     """
     if x.shape[0] > x.shape[1]:
-        return _orthogonalize(x.T, coefficients).T
+        return _orthogonalize(x.T, coefficients_PC).T
     eye = jnp.eye(x.shape[0], dtype=x.dtype)
 
     def multiply(x: jax.Array, of_pair: Any) -> tuple[jax.Array, None]:
@@ -170,7 +170,7 @@ def _orthogonalize(x: jax.Array, coefficients: jax.Array) -> jax.Array:
         second = d * eye + e * gram + f * gram @ gram
         return second @ first @ x / jnp.sqrt(bound), None
 
-    pairs = (jnp.array([True, False]), coefficients.reshape(2, 2, 3))
+    pairs = (jnp.array([True, False]), coefficients_PC.reshape(2, 2, 3))
     y: jax.Array = jax.lax.scan(multiply, x / (jnp.linalg.norm(x) + _EPSILON), pairs)[0]
     return y
 
