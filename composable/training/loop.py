@@ -149,6 +149,9 @@ def fit(
                     arguments = (trained, opt_state, frozen, batch, rate)
                     if step == done + 1:
                         _compile_together(run_step, arguments)
+                    elif jax.default_backend() == "cpu":
+                        # One step at a time: a second would hold its temporary memory already.
+                        jax.block_until_ready(trained)
                     trained, opt_state, figures = run_step(*arguments)
                 is_last = step == cfg.steps
                 is_stopped = not is_last and preemption.stops_after(step)
