@@ -18,6 +18,7 @@ from composable.corpora.documents import Document
 from composable.errors import TrainingError
 from composable.parallel import make_mesh
 from composable.parallel.program import measure_program
+from composable.training import loop
 from composable.training.config import TrainConfig
 from composable.training.data import batches, token_stream
 from composable.training.loop import fit, lower_step
@@ -216,6 +217,7 @@ import signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import jax.numpy as jnp, numpy as np
 from pathlib import Path
+from composable.training import loop
 from composable.training.config import TrainConfig
 from composable.training.loop import fit, lower_step
 
@@ -362,6 +364,32 @@ def test_the_step_compiles_once():
         fit_line(cfg, progress=lambda step, steps, figures: at_step.append(len(compiled)))
     assert at_step[0] > 0, "the first step compiles something"
     assert at_step[-1] == at_step[0]
+
+
+def test_on_a_cpu_a_step_starts_when_the_one_before_is_done(monkeypatch):
+    """Or its temporary memory is there twice."""
+    were_ready = []
+    compile_step = loop._compile_step
+
+    def watch(*args):
+        run = compile_step(*args)
+
+        def run_step(trained, *others):
+            were_ready.append(trained["w"].is_ready())
+            return run(trained, *others)
+
+        return run_step
+
+    def objective(params, _, batch_BU):
+        w_DD = params["w"]
+        for _ in range(30):
+            w_DD = jnp.tanh(w_DD @ w_DD)
+        return jnp.square(w_DD).mean(), {}
+
+    monkeypatch.setattr(loop, "_compile_step", watch)
+    cfg = dataclasses.replace(CFG, log_every=100)
+    fit(objective, {"w": jnp.full((512, 512), 0.01)}, {}, OneBadBatch(bad=None), cfg)
+    assert were_ready == [True] * cfg.steps
 
 
 def test_a_run_may_have_one_step_only():
