@@ -358,6 +358,7 @@ def test_the_learning_rate_is_that_of_optax():
 def test_the_step_compiles_once():
     """The optimiser's first state is placed like the step's outputs, or step 2 compiles again."""
     at_step = []
+    fit_line()  # what is not the step is compiled
     # A setting of its own, or the program of another test would do.
     cfg = dataclasses.replace(CFG, clip_norm=3.0)
     with counted_compiling() as compiled:
