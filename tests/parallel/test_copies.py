@@ -84,10 +84,12 @@ def test_without_a_mesh_it_is_a_plain_map():
 
 
 def make_gradients():
-    """Return gradients of a wide and a high matrix, far from orthogonal, and of a vector."""
+    """Return gradients of two wide matrices and a high one, far from orthogonal, and of a vector."""
     rng = np.random.default_rng(0)
-    wide = rng.normal(size=(16, 48)) * np.geomspace(1, 1e-2, 16)[:, None]
-    return jax.tree.map(jnp.float32, {"wide": wide, "high": wide.T, "scale": np.arange(3.0)})
+    scale = np.geomspace(1, 1e-2, 16)[:, None]
+    wide, other, high = (rng.normal(size=(16, 48)) * scale for _ in range(3))
+    tree = {"wide": wide, "other": other, "high": high.T, "scale": np.arange(3.0)}
+    return jax.tree.map(jnp.float32, tree)
 
 
 def test_on_one_device_it_is_the_muon_of_optax():
