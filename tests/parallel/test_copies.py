@@ -84,7 +84,7 @@ def test_without_a_mesh_it_is_a_plain_map():
 
 
 def make_gradients():
-    """Return gradients of two wide matrices and a high one, far from orthogonal, and of a vector."""
+    """Return gradients of two wide matrices and a high one, far from orthogonal, and a vector."""
     rng = np.random.default_rng(0)
     scale = np.geomspace(1, 1e-2, 16)[:, None]
     wide, other, high = (rng.normal(size=(16, 48)) * scale for _ in range(3))
