@@ -217,7 +217,6 @@ import signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import jax.numpy as jnp, numpy as np
 from pathlib import Path
-from composable.training import loop
 from composable.training.config import TrainConfig
 from composable.training.loop import fit, lower_step
 
