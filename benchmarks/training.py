@@ -40,6 +40,7 @@ from benchmarks.demo_seeds import fill
 from benchmarks.first_token import COUNT
 from composable.assembly.backbones import load_backbone
 from composable.assembly.compile_memory import schedule_for_memory
+from composable.assembly.huge_pages import ask_for_huge_pages
 from composable.corpora.documents import read_documents
 from composable.corpora.recipe import shipped_folder
 from composable.model.body import Expert
@@ -47,6 +48,7 @@ from composable.model.scout import Scout
 from composable.packaging.manifests.manifest import BodySpec, InterfaceNeed, Manifest
 from composable.packaging.versions.constraint import Constraint
 from composable.packaging.versions.version import Version
+from composable.parallel import make_mesh
 from composable.training.data import TappedRows, batches, token_stream
 from composable.training.loop import fit
 from composable.training.objectives import backbone_objective, scout_loss, tapped_objective
@@ -259,8 +261,10 @@ def measure_memory(arguments: argparse.Namespace, *, is_for_memory: bool) -> dic
         return optax.apply_updates(params, updates), state
 
     state = jax.eval_shape(optimizer.init, params)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, backbone, rows).compile()
-    found = compiled.memory_analysis()
+    # Within a mesh, as `fit` runs: native kernels are for a single CPU.
+    with jax.set_mesh(make_mesh()):
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, backbone, rows)
+    found = lowered.compile().memory_analysis()
     return {"temporary_mb": round(found.temp_size_in_bytes / 1e6)}
 
 
@@ -409,10 +413,15 @@ def run_child(name: str, arguments: argparse.Namespace, folder: Path, tap: int) 
     command = [sys.executable, "-m", "benchmarks.training", "--child", name]
     command += ["--backbone", str(arguments.backbone), "--steps", str(arguments.steps)]
     command += ["--folder", str(folder), "--tap", str(tap)]
-    # Every run compiles, as the first one of a contributor does. Without TPUs, their library, which
-    # the environment with PyTorch has for ahead-of-time compiling, is not loaded.
+    # Every run compiles, as the first one of a contributor does, unless it finds what another left.
+    # Without TPUs, their library, which the environment with PyTorch has for ahead-of-time
+    # compiling, is not loaded.
     settings = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
+    if arguments.compiled:
+        settings = {"JAX_COMPILATION_CACHE_DIR": str(arguments.compiled), "JAX_PLATFORMS": "cpu"}
     environment = {**os.environ, **settings}
+    if name.startswith("ours"):
+        environment |= ask_for_huge_pages(environment)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(done.stderr)
@@ -500,6 +509,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="steps of every run, at least 3")
     parser.add_argument("--rounds", type=int, default=2, help="how often each way is run")
     parser.add_argument("--only", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument(
+        "--compiled",
+        type=Path,
+        help="folder where our runs keep compiled programs; by default none",
+    )
     parser.add_argument("--json", type=Path, help="where figures are written")
     parser.add_argument("--docs", type=Path, help="folder whose training.md is filled in")
     parser.add_argument("--child", choices=CHILDREN, help="only this, in this process")

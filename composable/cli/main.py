@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 
+from composable.assembly.huge_pages import restart_with_huge_pages
 from composable.cli.commands import format_help
 
 
@@ -18,6 +19,8 @@ def run() -> None:
     if sys.argv[1:] in ([], ["-h"], ["--help"]) and "_COMPOSABLE_COMPLETE" not in os.environ:
         print(format_help(), end="")
         return
+    if sys.argv[1:2] == ["train"]:
+        restart_with_huge_pages()
     # Libraries make hundreds of thousands of objects while they load, of which few are garbage: to
     # look for it as often as Python does takes a tenth of the start of a command that needs jax.
     gc.set_threshold(10_000, 10, 10)

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from composable.assembly.huge_pages import ask_for_huge_pages
 from composable.corpora.recipe import shipped_folder
 from composable.demo.result import PublishedExpert
 from composable.errors import TrainingError
 from composable.files.blobs import STORE_VARIABLE
+from composable.kernels import KERNELS_VARIABLE, load_native
 from composable.packaging.manifests.manifest import EXPERT_FILE, Manifest
 from composable.packaging.trust.keys import KEYS_VARIABLE
 from composable.progress import UpdateBar
@@ -128,8 +130,12 @@ def _start_process(contribution: Contribution) -> Iterator[IO[str]]:
 
 
 def _environment(contribution: Contribution) -> dict[str, str]:
-    """Return the environment of the process: its threads, and a cache that it does not write."""
+    """Return the environment of the process: its threads, and a cache that it does not write.
+
+    Nor may it compile: native kernels are those that this process uses.
+    """
     programs = contribution.programs
+    kernels = load_native().library
     settings = {
         # The size of XLA's pool of threads on a CPU.
         "NPROC": str(contribution.n_threads),
@@ -139,11 +145,12 @@ def _environment(contribution: Contribution) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "inf",
         "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+        KERNELS_VARIABLE: str(kernels or "portable"),
         KEYS_VARIABLE: str(contribution.keys),
         # For the root keys of the registry, which every contributor pins for itself.
         STORE_VARIABLE: str(contribution.folder / "store"),
     }
-    return {**os.environ, **settings}
+    return {**os.environ, **ask_for_huge_pages(os.environ), **settings}
 
 
 def _describe_confinement(event: dict[str, Any], contribution: Contribution) -> str:

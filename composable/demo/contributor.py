@@ -33,9 +33,12 @@ def main(arguments: list[str]) -> None:
     shared = [path for path in (Path("/dev/shm"),) if path.exists()]
     compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     programs = [Path(compiled)] if compiled else []
+    chosen = os.environ["COMPOSABLE_KERNELS"]
+    kernels = [] if chosen == "portable" else [Path(chosen)]
     keys = Path(os.environ["COMPOSABLE_KEYS"])
     mechanism = restrict(
-        read=[*python_paths(), backbone, keys, *programs], write=[folder, registry, *shared]
+        read=[*python_paths(), backbone, keys, *kernels, *programs],
+        write=[folder, registry, *shared],
     )
     report(
         "confined",

@@ -18,6 +18,13 @@ from composable.kernels.dispatch import (
 )
 from composable.kernels.grouped_matmul import grouped_matmul
 from composable.kernels.grouped_swiglu import grouped_swiglu, swiglu_of_few
+from composable.kernels.native import KERNELS_VARIABLE, load_native, takes_native
+from composable.kernels.native_attention import (
+    native_attention,
+    native_attention_gradient,
+)
+from composable.kernels.native_muon import native_orthogonalize
+from composable.kernels.native_swiglu import native_swiglu
 from composable.kernels.quantized import (
     Matrix,
     Quantized,
@@ -37,6 +44,7 @@ from composable.kernels.splash import (
 )
 
 __all__ = [
+    "KERNELS_VARIABLE",
     "Dispatch",
     "Matrix",
     "Quantized",
@@ -53,15 +61,21 @@ __all__ = [
     "grouped_changed_swiglu",
     "grouped_matmul",
     "grouped_swiglu",
+    "load_native",
     "make_dispatch",
     "multiply",
     "multiply_transposed",
+    "native_attention",
+    "native_attention_gradient",
+    "native_orthogonalize",
+    "native_swiglu",
     "quantize",
     "quantize_like",
     "run_in_least_room",
     "splash_attention",
     "swiglu_of_few",
     "take_rows",
+    "takes_native",
     "takes_splash",
     "widen",
 ]

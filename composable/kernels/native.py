@@ -1,11 +1,12 @@
-"""The native kernel: C++ that is compiled once for this machine's processor, if it has a compiler.
+"""Native kernels: C++ that is compiled once for this machine's processor, if it has a compiler.
 
-`quantized.cc` is compiled on first use with the system's C++ compiler, for the processor at hand,
-into the user's cache folder. The file's name is a digest of all that it depends on: source,
-compiler, flags, processor and version of jaxlib. Without a compiler the portable path is used; it
-computes the same up to rounding, and a process never uses both.
+The sources beside this file are compiled on first use with the system's C++ compiler, for the
+processor at hand, into the user's cache folder. The file's name is a digest of all that it depends
+on: sources, compiler, flags, processor and version of jaxlib. Without a compiler the portable paths
+are used; they compute the same up to rounding, and a process never uses both.
 
-Which products run there is decided in `quantized.py`.
+What runs there is decided in `quantized.py` and the files beside it whose name begins with
+`native`.
 """
 
 from __future__ import annotations
@@ -17,58 +18,117 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jaxlib.version
 import platformdirs
+from jax.typing import DTypeLike
 
 from composable.interface.digest import canonical_json, digest_bytes
 
-# Name of the kernel in compiled programs.
-TARGET: Final = "composable_multiply"
-# "portable" turns the native kernel off.
-VARIABLE: Final = "COMPOSABLE_KERNELS"
-_SOURCE: Final = Path(__file__).with_name("quantized.cc")
-_SYMBOL: Final = "ComposableMultiply"
-_FLAGS: Final = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+# Names of the kernels in compiled programs.
+MULTIPLY: Final = "composable_multiply"
+ATTEND: Final = "composable_attend"
+ATTEND_BACKWARD: Final = "composable_attend_backward"
+GATE: Final = "composable_gate"
+GATE_BACKWARD: Final = "composable_gate_backward"
+ORTHOGONALIZE: Final = "composable_orthogonalize"
+# "portable" turns the native kernels off; a path names a library of them, for a process that may
+# not compile.
+KERNELS_VARIABLE: Final = "COMPOSABLE_KERNELS"
+_SYMBOLS: Final = {
+    MULTIPLY: "ComposableMultiply",
+    ATTEND: "ComposableAttend",
+    ATTEND_BACKWARD: "ComposableAttendBackward",
+    GATE: "ComposableGate",
+    GATE_BACKWARD: "ComposableGateBackward",
+    ORTHOGONALIZE: "ComposableOrthogonalize",
+}
+_FOLDER: Final = Path(__file__).parent
+_SOURCES: Final = tuple(
+    _FOLDER / f"{name}.cc"
+    for name in ("native_attention", "native_muon", "native_swiglu", "quantized")
+)
+_HEADERS: Final = tuple(_FOLDER / name for name in ("lanes.h", "products.h"))
+_FLAGS: Final = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
 _COMPILE_SECONDS: Final = 120
+# What threads and registers share has a width that is a multiple of this.
+_WIDTH: Final = 16
 
 
-class NativeKernel(NamedTuple):
-    """Whether the native kernel can be used, and why.
+class NativeKernels(NamedTuple):
+    """Whether the native kernels can be used, and why.
 
     Args:
-        is_loaded: Whether programs may call it.
-        reason: What it was compiled with, or why there is none.
+        library: The library that has them, which is loaded; None if programs may not call them.
+        reason: What they were compiled with, or why there are none.
     """
 
-    is_loaded: bool
+    library: Path | None
     reason: str
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether programs may call them."""
+        return self.library is not None
 
 
 @functools.cache
-def load_native() -> NativeKernel:
-    """Return the native kernel, compiled if this machine has not done so before.
+def load_native() -> NativeKernels:
+    """Return the native kernels, compiled if this machine has not done so before.
 
     Example:
         >>> load_native() is load_native()
         True
     """
-    if os.environ.get(VARIABLE) == "portable":
-        return NativeKernel(False, f"{VARIABLE}=portable")
+    choice = os.environ.get(KERNELS_VARIABLE)
+    if choice == "portable":
+        return NativeKernels(None, f"{KERNELS_VARIABLE}=portable")
+    if choice:
+        return _load(Path(choice), f"found in {KERNELS_VARIABLE}")
     compiler = next(filter(None, map(shutil.which, _compilers())), None)
     if compiler is None:
-        return NativeKernel(False, f"no C++ compiler ({', '.join(_compilers())})")
+        return NativeKernels(None, f"no C++ compiler ({', '.join(_compilers())})")
     try:
         version = _run(compiler, "--version").splitlines()[0]
-        library = ctypes.cdll.LoadLibrary(str(_compile(compiler, version)))
-        handler = jax.ffi.pycapsule(getattr(library, _SYMBOL))
-    except (OSError, subprocess.SubprocessError, AttributeError, IndexError) as error:
-        return NativeKernel(False, f"{compiler} made no library: {_explain(error)}")
-    jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
-    return NativeKernel(True, f"compiled for this processor with {version}")
+        library = _compile(compiler, version)
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        return NativeKernels(None, f"{compiler} made no library: {_explain(error)}")
+    return _load(library, f"compiled for this processor with {version}")
+
+
+def _load(library: Path, origin: str) -> NativeKernels:
+    """Load a library, and make what is in it known to jax."""
+    try:
+        functions = ctypes.cdll.LoadLibrary(str(library))
+        handlers = {
+            name: jax.ffi.pycapsule(getattr(functions, symbol)) for name, symbol in _SYMBOLS.items()
+        }
+    except (OSError, AttributeError) as error:
+        return NativeKernels(None, f"{library} cannot be used: {error}")
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return NativeKernels(library, origin)
+
+
+def takes_native(platform: str | None, dtype: DTypeLike, width: int = _WIDTH) -> bool:
+    """Return whether native kernels for training take arrays.
+
+    Args:
+        platform: That of the devices, as jax names it; None where it is not known.
+        dtype: Of the arrays.
+        width: Numbers of a head, or hidden units of a block; a kernel that takes any has none.
+
+    Example:
+        >>> takes_native("tpu", "float32", 64)
+        False
+    """
+    fits = jnp.dtype(dtype) == jnp.float32 and width % _WIDTH == 0
+    return platform == "cpu" and fits and load_native().is_loaded
 
 
 def _compilers() -> tuple[str, ...]:
@@ -77,12 +137,12 @@ def _compilers() -> tuple[str, ...]:
 
 
 def _compile(compiler: str, version: str) -> Path:
-    """Return the library of this source, compiler and processor."""
+    """Return the library of these sources, compiler and processor."""
     is_arm = platform.machine().lower() in ("arm64", "aarch64")
     flags = (*_FLAGS, "-mcpu=native" if is_arm else "-march=native")
-    source = _SOURCE.read_bytes()
+    sources = [digest_bytes(path.read_bytes()) for path in (*_SOURCES, *_HEADERS)]
     parts = [version, flags, _describe_processor(), jaxlib.version.__version__]
-    name = digest_bytes(canonical_json([digest_bytes(source), *parts])).removeprefix("sha256:")
+    name = digest_bytes(canonical_json([sources, *parts])).removeprefix("sha256:")
     folder = Path(platformdirs.user_cache_dir("composable", appauthor=False)) / "kernels"
     library = folder / f"{name}.so"
     if library.is_file():
@@ -90,7 +150,15 @@ def _compile(compiler: str, version: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / library.name
-        _run(compiler, *flags, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(made))
+        objects = [made.with_name(f"{source.stem}.o") for source in _SOURCES]
+        include = ("-I", jax.ffi.include_dir())
+
+        def compile_one(source: Path, compiled: Path) -> None:
+            _run(compiler, *flags, *include, "-c", str(source), "-o", str(compiled))
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compile_one, _SOURCES, objects))
+        _run(compiler, *flags, "-shared", *map(str, objects), "-o", str(made))
         made.replace(library)
     return library
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from composable.kernels.native import TARGET, load_native
+from composable.kernels.native import MULTIPLY, load_native
 
 # Largest whole number of an int8 that has a negative.
 _LARGEST: Final = 127
@@ -249,7 +249,7 @@ _product.defvjp(_forward, _backward)
 def _multiply_natively(x: Array, w: Array, scale: Array, *, is_transposed: bool) -> Array:
     shape = (x.shape[0], w.shape[0 if is_transposed else 1])
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    call = jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")
+    call = jax.ffi.ffi_call(MULTIPLY, result, vmap_method="sequential")
     y: Array = call(x, w, scale, is_transposed=is_transposed)
     return y
 

@@ -14,6 +14,8 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 
+from composable.kernels.native import load_native
+
 # Positions of a block; the largest that divides a row.
 _BLOCKS: Final = (512, 256, 128)
 # Widths of a head that were compiled for TPUs.
@@ -52,11 +54,16 @@ def describe_attention(platform: str) -> str:
         platform: As jax names it.
 
     Example:
-        >>> describe_attention("cpu")
+        >>> describe_attention("gpu")
         'blocks of queries against the keys up to each, scores made again for the gradient'
     """
+    blocks = "blocks of queries against the keys up to each, scores made again for the gradient"
+    if platform == "cpu":
+        native = load_native()
+        kernel = "by native kernels where a gradient follows" if native.is_loaded else "portable"
+        return f"{blocks}, {kernel}: {native.reason}"
     if platform != "tpu":
-        return "blocks of queries against the keys up to each, scores made again for the gradient"
+        return blocks
     return (
         f"splash attention, since scores never leave the chip: on a mesh, in bfloat16, heads of "
         f"{' or '.join(map(str, _WIDTHS))}, rows of a multiple of {_BLOCKS[-1]}; else blocks"

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from composable.kernels import splash_attention, takes_splash
+from composable.kernels import (
+    native_attention,
+    native_attention_gradient,
+    splash_attention,
+    takes_native,
+    takes_splash,
+)
 from composable.parallel import platform_in_use, split_heads
 
 # Queries are processed in blocks, each against the keys up to its own end: about half of the causal
@@ -44,6 +50,8 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array
     """
     if takes_splash(platform_in_use(), q_BTNH):
         return split_heads(partial(splash_attention, kept=ATTENTION), q_BTNH, k_BTKH, v_BTKH)
+    if takes_native(platform_in_use(), q_BTNH.dtype, q_BTNH.shape[-1]):
+        return split_heads(_differentiated_natively, q_BTNH, k_BTKH, v_BTKH)
     return causal_attention(q_BTNH, k_BTKH, v_BTKH)
 
 
@@ -148,6 +156,31 @@ def _backward(
 
 
 causal_attention.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _differentiated_natively(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    """Return `causal_attention`, to the bit; by the native kernel where a gradient follows."""
+    return causal_attention(q_BTNH, k_BTKH, v_BTKH)
+
+
+def _forward_natively(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y_BTNH, log_BNT = (
+        checkpoint_name(x, ATTENTION) for x in native_attention(q_BTNH, k_BTKH, v_BTKH)
+    )
+    return y_BTNH, (q_BTNH, k_BTKH, v_BTKH, y_BTNH, log_BNT)
+
+
+def _backward_natively(
+    kept: tuple[jax.Array, ...], dy_BTNH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q_BTNH, k_BTKH, v_BTKH, y_BTNH, log_BNT = kept
+    return native_attention_gradient(q_BTNH, k_BTKH, v_BTKH, y_BTNH, log_BNT, dy_BTNH)
+
+
+_differentiated_natively.defvjp(_forward_natively, _backward_natively)
 
 
 def _scale(q_BTNH: jax.Array) -> float:

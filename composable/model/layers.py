@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from composable.kernels import Matrix, Quantized, multiply
+from composable.kernels import Matrix, Quantized, multiply, native_swiglu, takes_native
 from composable.model.causal_attention import attend
 from composable.model.config import (
     DTYPE_NAMES,
@@ -25,9 +25,12 @@ from composable.model.config import (
     RopeScaling,
 )
 from composable.model.initial import draw
+from composable.parallel import is_alone, platform_in_use
 
 # Cached keys are read in blocks of this many positions, up to the last filled block.
 CACHE_BLOCK: Final = 128
+# Name of what the gradient of a feed-forward needs of its forward pass, for policies that keep it.
+GATED: Final = "gated"
 
 
 class KVCache(NamedTuple):
@@ -241,10 +244,37 @@ def _project(x: jax.Array, w: Matrix, axes: str, *, is_whole: bool) -> jax.Array
     if isinstance(w, Quantized):
         y = multiply(x.reshape(*x.shape[:2], rows), w.flatten(contracted))
     elif is_whole and x.shape[1] > 1:
+        if platform_in_use() == "cpu" and is_alone():
+            return _project_whole(x, w, axes)
         return jnp.einsum(axes, x, w)
     else:
         y = x.reshape(-1, rows) @ w.reshape(rows, -1)
     return y.reshape(*x.shape[:2], *w.shape[contracted:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project_whole(x: jax.Array, w: jax.Array, axes: str) -> jax.Array:
+    """Return the einsum, whose gradient is made of products of matrices, without copies of `w`."""
+    return jnp.einsum(axes, x, w)
+
+
+def _project_whole_forward(
+    x: jax.Array, w: jax.Array, axes: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _project(x, w, axes, is_whole=False), (x, w)
+
+
+def _project_whole_backward(
+    axes: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = kept
+    rows = math.prod(w.shape[: x.ndim - 2])
+    dy_matrix, w_matrix = dy.reshape(-1, w.size // rows), w.reshape(rows, -1)
+    dw = x.reshape(-1, rows).T @ dy_matrix
+    return (dy_matrix @ w_matrix.T).reshape(x.shape), dw.reshape(w.shape)
+
+
+_project_whole.defvjp(_project_whole_forward, _project_whole_backward)
 
 
 # A program of its own where it is traced: once for all layers instead of for each.
@@ -324,6 +354,9 @@ class FeedForward(nnx.Module):
 
 def swiglu(x_BTD: jax.Array, w_gate_DF: Matrix, w_up_DF: Matrix, w_down_FD: Matrix) -> jax.Array:
     """Return `(silu(x w_gate) * (x w_up)) w_down`, shape BTD."""
+    if _is_native(x_BTD, w_gate_DF):
+        matrices = {"w_gate": w_gate_DF, "w_up": w_up_DF, "w_down": w_down_FD}
+        return native_swiglu(x_BTD, matrices, kept=GATED)
     hidden_BTF = jax.nn.silu(multiply(x_BTD, w_gate_DF)) * multiply(x_BTD, w_up_DF)
     return multiply(hidden_BTF, w_down_FD)
 
@@ -341,6 +374,9 @@ def changed_swiglu(
         changes: Factors `a` and `b` for each of them.
     """
 
+    if _is_native(x_BTD, matrices["w_gate"]):
+        return native_swiglu(x_BTD, matrices, changes, kept=GATED)
+
     def run(name: str, x: jax.Array) -> jax.Array:
         w, (a, b) = matrices[name], changes[name]
         if isinstance(w, Quantized):
@@ -349,6 +385,13 @@ def changed_swiglu(
         return x
 
     return run("w_down", jax.nn.silu(run("w_gate", x_BTD)) * run("w_up", x_BTD))
+
+
+def _is_native(x_BTD: jax.Array, w_DF: Matrix) -> bool:
+    """Return whether the gradient of a block is made by native kernels: on a single CPU."""
+    is_kept_alike = not isinstance(w_DF, Quantized) and w_DF.dtype == x_BTD.dtype
+    fits = takes_native(platform_in_use(), x_BTD.dtype, w_DF.shape[-1])
+    return is_kept_alike and fits and is_alone()
 
 
 @jax.custom_vjp

@@ -16,14 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from composable.parallel.sharding import is_split, spec_of
+from composable.parallel.sharding import is_alone, is_split, spec_of
 
 _T = TypeVar("_T")
 # On one device: parameters of one shape that are stacked, at most. The stack is a copy.
 _STACK_BYTES: Final = 64 * 10**6
 
 
-def map_parameters(fn: Callable[[jax.Array], jax.Array], tree: _T) -> _T:
+def map_parameters(
+    fn: Callable[[jax.Array], jax.Array],
+    tree: _T,
+    fn_of_all: Callable[[list[jax.Array]], list[jax.Array]] | None = None,
+) -> _T:
     """Return `fn` of every parameter of a tree, each computed in one of the groups that hold it.
 
     Parameters of one shape and placement are stacked, and each group takes as many. Where there is
@@ -34,6 +38,7 @@ def map_parameters(fn: Callable[[jax.Array], jax.Array], tree: _T) -> _T:
         fn: Function of one parameter, whose result has the same shape. It may be run with
             `jax.vmap`.
         tree: Tree of arrays, or of `nnx.Variable` leaves that name their dimensions.
+        fn_of_all: Function of all parameters that does the same; called instead on one device.
 
     Returns:
         The same tree, its arrays placed as before.
@@ -51,6 +56,9 @@ def map_parameters(fn: Callable[[jax.Array], jax.Array], tree: _T) -> _T:
             values[i] = value
             kinds[value.shape, value.dtype, _spec_of(leaf, value)].append(i)
     results: dict[int, jax.Array] = {}
+    if fn_of_all and is_alone():
+        results |= dict(zip(values, fn_of_all(list(values.values())), strict=True))
+        kinds.clear()
     for (*_, spec), places in kinds.items():
         computed = _map_stack(fn, [values[i] for i in places], spec)
         results |= dict(zip(places, computed, strict=True))
@@ -81,8 +89,8 @@ def _map_stack(
     if len(arrays) == 1:
         return [fn(arrays[0])]
     if n_groups == 1:
-        is_alone = not any(is_split(mesh, axis) for axis in mesh.axis_names)
-        return _map_in_loops(fn, arrays) if is_alone else [fn(x) for x in arrays]
+        is_split_at_all = any(is_split(mesh, axis) for axis in mesh.axis_names)
+        return [fn(x) for x in arrays] if is_split_at_all else _map_in_loops(fn, arrays)
     n_rounds = -(-len(arrays) // n_groups)
     filled = arrays + arrays[-1:] * (n_rounds * n_groups - len(arrays))
     rounds = jnp.stack(filled).reshape(n_rounds, n_groups, *arrays[0].shape)

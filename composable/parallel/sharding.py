@@ -234,6 +234,17 @@ def platform_in_use() -> str | None:
     return None if device is None else device.platform
 
 
+def is_alone() -> bool:
+    """Return whether there is a mesh in use, and a single device in it.
+
+    Example:
+        >>> is_alone()
+        False
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size == 1
+
+
 def is_split(mesh: Any, axis: str, least: int = 2) -> bool:
     """Return whether the compiler splits arrays over an axis of a mesh, of that many devices.
 

@@ -17,6 +17,8 @@ from composable.model.tokenizer import Tokenizer
 
 # Practically endless; the length of grain's own endless repeat overflows an index.
 _EPOCHS: Final = 1 << 31
+# Batches that wait for their step. By default there are 500, which take as much as a small model.
+_READ_AHEAD: Final = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 class TappedRows(NamedTuple):
@@ -100,7 +102,7 @@ def batches(
 
     epoch = grain.MapDataset.range(max(1, last // window)).seed(seed).shuffle()
     rows = epoch.repeat(_EPOCHS).random_map(cut)[process::n_processes]
-    return iter(rows.batch(batch_size // n_processes).to_iter_dataset())
+    return iter(rows.batch(batch_size // n_processes).to_iter_dataset(_READ_AHEAD))
 
 
 def tapped_batches(
@@ -128,7 +130,7 @@ def tapped_batches(
 
     epoch = grain.MapDataset.range(len(rows.tokens_BU)).seed(seed).shuffle()
     mine = epoch.repeat(_EPOCHS).map(read)[process::n_processes]
-    return iter(mine.batch(batch_size // n_processes).to_iter_dataset())
+    return iter(mine.batch(batch_size // n_processes).to_iter_dataset(_READ_AHEAD))
 
 
 def _require_divisible(batch_size: int, n_processes: int) -> None:

@@ -18,6 +18,7 @@ from flax import nnx
 from composable.model.backbone import Backbone
 from composable.model.body import Body, Expert
 from composable.model.causal_attention import ATTENTION
+from composable.model.layers import GATED
 from composable.model.scout import Scout
 from composable.parallel import count_batch_shards, gather_weights, keep_batch_split
 from composable.training.class_loss import class_loss
@@ -190,7 +191,7 @@ def _run_slots(body: Body, backbone: Backbone, x_BTD: jax.Array) -> jax.Array:
 
 def _is_kept(primitive: Any, *operands: Any, **params: Any) -> bool:
     """Return whether a layer's backward pass keeps a result of its forward pass."""
-    if params.get("name") == ATTENTION:
+    if params.get("name") in (ATTENTION, GATED):
         return True
     if primitive is not jax.lax.dot_general_p:
         return False

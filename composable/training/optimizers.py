@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from composable.parallel import map_parameters
+from composable.kernels import native_orthogonalize, takes_native
+from composable.parallel import map_parameters, platform_in_use
 from composable.training.config import TrainConfig
 
 # Odd polynomials of degree 5. Composed, they are as close to 1 on [0.003, 1] as four can be (Amsel
@@ -143,7 +144,13 @@ def _scale_by_muon() -> optax.GradientTransformation:
         ahead = optax.tree.bias_correction(mu, _MOMENTUM, optax.safe_increment(count))
         now = optax.tree.bias_correction(updates, _MOMENTUM, count)
         ahead = jax.tree.map(lambda m, g: _MOMENTUM * m + (1 - _MOMENTUM) * g, ahead, now)
-        updates = map_parameters(partial(_orthogonalize, coefficients_PC=state.ns_coeffs), ahead)
+        coefficients_PC = state.ns_coeffs
+        is_native = takes_native(platform_in_use(), coefficients_PC.dtype)
+        updates = map_parameters(
+            partial(_orthogonalize, coefficients_PC=coefficients_PC),
+            ahead,
+            partial(native_orthogonalize, coefficients_PC=coefficients_PC) if is_native else None,
+        )
         return updates, optax.contrib.MuonState(count, mu, state.ns_coeffs)
 
     return optax.GradientTransformation(init, update)

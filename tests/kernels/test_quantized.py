@@ -29,7 +29,7 @@ def path(request, monkeypatch):
     """Run products by the native kernel, if there is a compiler, and by the portable loop."""
     if request.param == "portable":
         monkeypatch.setattr(
-            quantized, "load_native", lambda: native.NativeKernel(False, "not wanted")
+            quantized, "load_native", lambda: native.NativeKernels(None, "not wanted")
         )
     elif not native.load_native().is_loaded:
         pytest.skip(native.load_native().reason)
@@ -137,42 +137,3 @@ def test_int8_has_one_scale_for_each_output():
 def test_rows_of_embeddings_are_widened():
     _, w = draw(1, 8, 20, "I8", True)
     np.testing.assert_array_equal(take_rows(w, jnp.array([[3, 5]])), widen(w)[None, [3, 5]])
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """Return `load_native` as a process that has not called it has it."""
-    monkeypatch.delenv("CXX", raising=False)
-    return native.load_native.__wrapped__
-
-
-def test_without_a_compiler_the_portable_path_is_used(fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert fresh() == native.NativeKernel(False, "no C++ compiler (c++, g++, clang++)")
-    monkeypatch.setenv(native.VARIABLE, "portable")
-    assert fresh() == native.NativeKernel(False, "COMPOSABLE_KERNELS=portable")
-
-
-def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
-    broken = tmp_path / "broken"
-    fails = "{ echo 'error: no' >&2; exit 3; }"
-    broken.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 1 || {fails}\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    kernel = fresh()
-    assert not kernel.is_loaded
-    assert kernel.reason == f"{broken} made no library: error: no"
-
-
-def test_a_library_is_compiled_once_for_a_compiler_and_a_processor(monkeypatch, tmp_path):
-    compiler = tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
-    compiler.chmod(0o755)
-    made = native._compile(str(compiler), "version 1")
-    assert str(native._SOURCE) in made.read_text()
-    other = native._compile(str(compiler), "version 2")
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "_describe_processor", lambda: ["another"])
-        assert len({made, other, native._compile(str(compiler), "version 1")}) == 3
-    compiler.unlink()
-    assert native._compile(str(compiler), "version 1") == made

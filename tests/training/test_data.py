@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from composable.corpora.documents import Document
 from composable.errors import TextError
 from composable.model.tokenizer import ByteTokenizer
-from composable.training.data import batches, token_stream
+from composable.training.data import TappedRows, batches, tapped_batches, token_stream
 
 WINDOW = 8
 # Token i of the stream is i, so that a row tells where it was cut.
@@ -79,6 +80,22 @@ def test_a_stream_of_one_row_is_enough_and_less_is_not():
     np.testing.assert_array_equal(next(data), [row_T, row_T])
     with pytest.raises(TextError, match="8 tokens of text, but one row takes 9"):
         batches(row_T[:-1], window=WINDOW, batch_size=2, seed=0)
+
+
+def test_few_rows_are_in_memory_ahead_of_their_step():
+    read = []
+
+    class Stored:
+        def __getitem__(self, index):
+            read.append(index)
+            return np.zeros((WINDOW, 4), np.float32)
+
+    rows = TappedRows(np.zeros((1000, WINDOW + 1), np.int32), Stored())
+    data = tapped_batches(rows, batch_size=4, seed=0)
+    next(data)
+    time.sleep(0.5)
+    # Its own, two that wait, and one that waits for room.
+    assert 4 <= len(read) <= 4 * 4
 
 
 def test_every_document_begins_with_the_begin_token():

@@ -1,0 +1,193 @@
+// Causal grouped-query attention over whole rows of text and its gradient, in float32, for XLA's
+// foreign function interface.
+//
+// One head of one row at a time, one tile of queries after the other, against the keys up to its
+// end. Scores stay in a core's cache: they are made again for the gradient from the logarithm of
+// each softmax's sum (Dao et al. 2022, arXiv:2205.14135, appendix B.4). Heads of queries that share
+// a key head are computed each for itself, so no two threads write to the same numbers.
+
+#include <cmath>
+
+#include "products.h"
+
+namespace {
+
+constexpr int kQueries = 32;  // of a tile
+
+struct Sizes {
+  int64_t batch, positions, heads, key_heads, width;
+
+  Sizes(ffi::Span<const int64_t> q, ffi::Span<const int64_t> k)
+      : batch(q[0]), positions(q[1]), heads(q[2]), key_heads(k[2]), width(q[3]) {}
+
+  bool fit() const { return width % kLanes == 0 && heads % key_heads == 0; }
+  int64_t stride() const { return heads * width; }          // between positions of queries
+  int64_t key_stride() const { return key_heads * width; }  // and of keys
+  int64_t padded() const { return RoundUp(positions, kColumns); }
+  float scale() const { return 1.0f / std::sqrt(static_cast<float>(width)); }
+};
+
+// Where one head of one row begins, in queries and in keys.
+struct Head {
+  int64_t query, key;
+
+  Head(const Sizes& s, int64_t item) {
+    const int64_t row = item / s.heads, head = item % s.heads;
+    query = row * s.positions * s.stride() + head * s.width;
+    key = row * s.positions * s.key_stride() + head / (s.heads / s.key_heads) * s.width;
+  }
+};
+
+void Attend(const Sizes& s, int64_t item, const float* q, const float* k, const float* v, float* y,
+            float* log) {
+  const Head head(s, item);
+  q += head.query, y += head.query, k += head.key, v += head.key, log += item * s.positions;
+  float* keys = PanelOf(s.padded() * (s.width + kQueries));
+  float* scores = keys + s.padded() * s.width;
+  TransposeToPanels(k, s.key_stride(), s.positions, s.width, keys);
+  for (int64_t first = 0; first < s.positions; first += kQueries) {
+    const int64_t end = std::min(s.positions, first + kQueries), rows = end - first;
+    const int64_t columns = RoundUp(end, kLanes);
+    Multiply({q + first * s.stride(), s.stride(), 1}, {keys, s.width * kColumns, kColumns}, s.width,
+             scores, columns, rows, columns);
+    float totals[kQueries];
+    for (int64_t row = 0; row < rows; ++row) {
+      float* score = scores + row * columns;
+      std::fill(score + first + row + 1, score + columns, -INFINITY);
+      Lanes largest = Load(score);
+      for (int64_t j = kLanes; j < columns; j += kLanes) {
+        const Lanes next = Load(score + j);
+        largest = next > largest ? next : largest;
+      }
+      float most = largest[0];
+      for (int lane = 1; lane < kLanes; ++lane) most = std::max(most, largest[lane]);
+      Lanes total = {};
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        const Lanes e = Exp((Load(score + j) - most) * s.scale());
+        Store(score + j, e);
+      }
+      std::fill(score + first + row + 1, score + columns, 0.0f);
+      for (int64_t j = 0; j < columns; j += kLanes) total += Load(score + j);
+      totals[row] = Sum(total);
+      log[first + row] = most * s.scale() + std::log(totals[row]);
+    }
+    float* out = y + first * s.stride();
+    Multiply({scores, columns, 1}, {v, kColumns, s.key_stride()}, end, out, s.stride(), rows,
+             s.width);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float inverse = 1.0f / totals[row];
+      for (int64_t h = 0; h < s.width; h += kLanes) {
+        float* at = out + row * s.stride() + h;
+        Store(at, Load(at) * inverse);
+      }
+    }
+  }
+}
+
+struct Gradients {
+  float *dq, *dk, *dv;  // by heads of queries
+};
+
+void Differentiate(const Sizes& s, int64_t item, const float* q, const float* k, const float* v,
+                   const float* y, const float* log, const float* dy, Gradients out) {
+  const Head head(s, item);
+  q += head.query, y += head.query, dy += head.query, k += head.key, v += head.key;
+  float *dq = out.dq + head.query, *dk = out.dk + head.query, *dv = out.dv + head.query;
+  log += item * s.positions;
+  float* keys = PanelOf(s.padded() * 2 * (s.width + kQueries));
+  float* values = keys + s.padded() * s.width;
+  float* ps = values + s.padded() * s.width;
+  float* ds = ps + s.padded() * kQueries;
+  TransposeToPanels(k, s.key_stride(), s.positions, s.width, keys);
+  TransposeToPanels(v, s.key_stride(), s.positions, s.width, values);
+  for (int64_t row = 0; row < s.positions; ++row) {
+    std::fill_n(dk + row * s.stride(), s.width, 0.0f);
+    std::fill_n(dv + row * s.stride(), s.width, 0.0f);
+  }
+  for (int64_t first = 0; first < s.positions; first += kQueries) {
+    const int64_t end = std::min(s.positions, first + kQueries), rows = end - first;
+    const int64_t columns = RoundUp(end, kLanes), begin = first * s.stride();
+    const Right by_width{nullptr, s.width * kColumns, kColumns};
+    Multiply({q + begin, s.stride(), 1}, {keys, by_width.panel, by_width.term}, s.width, ps,
+             columns, rows, columns);
+    Multiply({dy + begin, s.stride(), 1}, {values, by_width.panel, by_width.term}, s.width, ds,
+             columns, rows, columns);
+    for (int64_t row = 0; row < rows; ++row) {
+      Lanes products = {};
+      for (int64_t h = 0; h < s.width; h += kLanes) {
+        const int64_t at = begin + row * s.stride() + h;
+        products += Load(y + at) * Load(dy + at);
+      }
+      const float mean = Sum(products), own = log[first + row], scale = s.scale();
+      float *p = ps + row * columns, *d = ds + row * columns;
+      const int64_t n = first + row + 1;
+      for (int64_t j = 0; j < n; j += kLanes) {
+        const Lanes e = Exp(Load(p + j) * scale - own);
+        Store(p + j, e);
+        Store(d + j, e * (Load(d + j) - mean) * scale);
+      }
+      std::fill(p + n, p + columns, 0.0f);
+      std::fill(d + n, d + columns, 0.0f);
+    }
+    Multiply({ds, columns, 1}, {k, kColumns, s.key_stride()}, end, dq + begin, s.stride(), rows,
+             s.width);
+    Multiply<true>({ds, 1, columns}, {q + begin, kColumns, s.stride()}, rows, dk, s.stride(), end,
+                   s.width);
+    Multiply<true>({ps, 1, columns}, {dy + begin, kColumns, s.stride()}, rows, dv, s.stride(), end,
+                   s.width);
+  }
+}
+
+using Array = ffi::Buffer<ffi::F32, 4>;
+using Sums = ffi::Buffer<ffi::F32, 3>;
+using Result = ffi::ResultBuffer<ffi::F32, 4>;
+using SumsResult = ffi::ResultBuffer<ffi::F32, 3>;
+
+ffi::Error RunForward(ffi::ThreadPool pool, Array q, Array k, Array v, Result y,
+                      SumsResult log) {
+  const Sizes s(q.dimensions(), k.dimensions());
+  if (!s.fit()) return ffi::Error::InvalidArgument("heads are not of a width that fits");
+  RunPieces(pool, s.batch * s.heads, [=, q = q.typed_data(), k = k.typed_data(),
+                                      v = v.typed_data(), y = y->typed_data(),
+                                      log = log->typed_data()](int64_t item) {
+    Attend(s, item, q, k, v, y, log);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error RunBackward(ffi::ThreadPool pool, Array q, Array k, Array v, Array y,
+                       Sums log, Array dy, Result dq, Result dk, Result dv) {
+  const Sizes s(q.dimensions(), k.dimensions());
+  if (!s.fit()) return ffi::Error::InvalidArgument("heads are not of a width that fits");
+  const Gradients out{dq->typed_data(), dk->typed_data(), dv->typed_data()};
+  RunPieces(pool, s.batch * s.heads, [=, q = q.typed_data(), k = k.typed_data(),
+                                      v = v.typed_data(), y = y.typed_data(),
+                                      log = log.typed_data(), dy = dy.typed_data()](int64_t item) {
+    Differentiate(s, item, q, k, v, y, log, dy, out);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ComposableAttend, RunForward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()                        // q
+                                  .Arg<Array>()                        // k
+                                  .Arg<Array>()                        // v
+                                  .Ret<Array>()                        // y
+                                  .Ret<Sums>());   // log
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ComposableAttendBackward, RunBackward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()                        // q
+                                  .Arg<Array>()                        // k
+                                  .Arg<Array>()                        // v
+                                  .Arg<Array>()                        // y
+                                  .Arg<Sums>()     // log
+                                  .Arg<Array>()                        // dy
+                                  .Ret<Array>()                        // dq
+                                  .Ret<Array>()                        // dk, by heads of queries
+                                  .Ret<Array>());                      // dv, by heads of queries

@@ -1,0 +1,60 @@
+"""Causal attention of CPUs in the native kernel, whose scores stay in a core's cache.
+
+The portable path is `model.causal_attention`; how rows and heads are split over devices is the
+matter of `parallel`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from composable.kernels.native import ATTEND, ATTEND_BACKWARD
+
+
+def native_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attend from every position to itself and all earlier ones.
+
+    Args:
+        q_BTNH: Queries; of the N heads, N / K in a row share a key head.
+        k_BTKH: Keys.
+        v_BTKH: Values.
+
+    Returns:
+        The weighted values, shape BTNH, and the logarithm of each softmax's sum, shape BNT.
+    """
+    batch, n_tokens, n_heads, _ = q_BTNH.shape
+    results = (_like(q_BTNH), jax.ShapeDtypeStruct((batch, n_heads, n_tokens), jnp.float32))
+    y_BTNH, log_BNT = jax.ffi.ffi_call(ATTEND, results)(q_BTNH, k_BTKH, v_BTKH)
+    return y_BTNH, log_BNT
+
+
+def native_attention_gradient(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    y_BTNH: jax.Array,
+    log_BNT: jax.Array,
+    dy_BTNH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients with respect to queries, keys and values.
+
+    Args:
+        q_BTNH: As for `native_attention`.
+        k_BTKH: As for `native_attention`.
+        v_BTKH: As for `native_attention`.
+        y_BTNH: Its first result.
+        log_BNT: Its second result.
+        dy_BTNH: The gradient with respect to the first result.
+    """
+    call = jax.ffi.ffi_call(ATTEND_BACKWARD, (_like(q_BTNH),) * 3)
+    dq_BTNH, dk_BTNH, dv_BTNH = call(q_BTNH, k_BTKH, v_BTKH, y_BTNH, log_BNT, dy_BTNH)
+    n_kv, width = k_BTKH.shape[2:]
+    dk, dv = (x.reshape(*x.shape[:2], n_kv, -1, width).sum(3) for x in (dk_BTNH, dv_BTNH))
+    return dq_BTNH, dk, dv
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

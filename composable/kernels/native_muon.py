@@ -1,0 +1,32 @@
+"""Muon's polynomials of CPUs in a native kernel: half of each symmetric product, no matrix copied.
+
+A program calls it once for all matrices, whatever their shapes, which threads take one by one. XLA
+compiles a loop for each shape, and multiplies one pair of matrices at a time with all threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from composable.kernels.native import ORTHOGONALIZE
+
+
+def native_orthogonalize(
+    matrices: Sequence[jax.Array], coefficients_PC: jax.Array
+) -> list[jax.Array]:
+    """Return matrices with the singular vectors of others and singular values near 1.
+
+    Args:
+        matrices: The others, of any shapes.
+        coefficients_PC: Coefficients of odd polynomials of degree 5, which are composed.
+
+    References:
+        Amsel et al. 2025, arXiv:2505.16932, section 4.4 (of the Gram matrix alone).
+    """
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in matrices]
+    in_place = {1 + i: i for i in range(len(results))}
+    call = jax.ffi.ffi_call(ORTHOGONALIZE, results, input_output_aliases=in_place)
+    return list(call(coefficients_PC, *matrices))
