@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -56,7 +57,9 @@ _SOURCES: Final = tuple(
 _HEADERS: Final = tuple(_FOLDER / name for name in ("lanes.h", "products.h"))
 _FLAGS: Final = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
 _COMPILE_SECONDS: Final = 120
-# What threads and registers share has a width that is a multiple of this.
+# Threads that ask at the same time wait for one of them to compile.
+_LOADING: Final = threading.Lock()
+# Widths of what a kernel keeps in registers are multiples of this.
 _WIDTH: Final = 16
 
 
@@ -77,7 +80,6 @@ class NativeKernels(NamedTuple):
         return self.library is not None
 
 
-@functools.cache
 def load_native() -> NativeKernels:
     """Return the native kernels, compiled if this machine has not done so before.
 
@@ -85,6 +87,13 @@ def load_native() -> NativeKernels:
         >>> load_native() is load_native()
         True
     """
+    with _LOADING:
+        return _find_native()
+
+
+@functools.cache
+def _find_native() -> NativeKernels:
+    """Return what `load_native` does; called once."""
     choice = os.environ.get(KERNELS_VARIABLE)
     if choice == "portable":
         return NativeKernels(None, f"{KERNELS_VARIABLE}=portable")

@@ -1,3 +1,6 @@
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -119,7 +122,7 @@ def test_only_a_single_cpu_trains_blocks_by_the_kernel():
 def fresh(monkeypatch):
     """Return `load_native` as a process that has not called it has it."""
     monkeypatch.delenv("CXX", raising=False)
-    return native.load_native.__wrapped__
+    return native._find_native.__wrapped__
 
 
 def test_a_process_that_may_not_compile_uses_what_another_compiled(fresh, monkeypatch, tmp_path):
@@ -131,6 +134,20 @@ def test_a_process_that_may_not_compile_uses_what_another_compiled(fresh, monkey
     monkeypatch.setenv(native.KERNELS_VARIABLE, str(other))
     assert not fresh().is_loaded
     assert str(other) in fresh().reason
+
+
+def test_threads_that_ask_together_compile_once(monkeypatch):
+    found = []
+
+    def find():
+        time.sleep(0.1)
+        found.append(None)
+        return native.NativeKernels(None, "of this test")
+
+    monkeypatch.setattr(native, "_find_native", functools.cache(find))
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: native.load_native(), range(4)))) == 1
+    assert len(found) == 1
 
 
 def test_without_a_compiler_the_portable_path_is_used(fresh, monkeypatch, tmp_path):
