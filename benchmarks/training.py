@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from jax.extend.core import jaxprs_in_params
 
 from benchmarks.demo_seeds import fill
 from benchmarks.first_token import COUNT
+from benchmarks.plan_memory import read_memory
 from composable.assembly.backbones import load_backbone
 from composable.assembly.compile_memory import schedule_for_memory
 from composable.assembly.huge_pages import ask_for_huge_pages
@@ -92,7 +92,8 @@ class Clock:
             "cpu_seconds": round(cpu, 2),
             "tokens_per_second": round(n_tokens / seconds, 1),
             "cpu_ms_per_token": round(1e3 * cpu / n_tokens, 3),
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+            # Not by `getrusage`, whose peak begins with that of the process that started this one.
+            "peak_mb": round(read_memory("VmHWM") / 1e6),
             **more,
         }
 
