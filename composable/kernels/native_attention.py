@@ -24,6 +24,12 @@ def native_attention(
 
     Returns:
         The weighted values, shape BTNH, and the logarithm of each softmax's sum, shape BNT.
+
+    Example:
+        >>> q_BTNH, k_BTKH = jnp.zeros((1, 3, 4, 16)), jnp.zeros((1, 3, 2, 16))
+        >>> y_BTNH, log_BNT = jax.eval_shape(native_attention, q_BTNH, k_BTKH, k_BTKH)
+        >>> y_BTNH.shape, log_BNT.shape
+        ((1, 3, 4, 16), (1, 4, 3))
     """
     batch, n_tokens, n_heads, _ = q_BTNH.shape
     results = (_like(q_BTNH), jax.ShapeDtypeStruct((batch, n_heads, n_tokens), jnp.float32))
@@ -48,6 +54,12 @@ def native_attention_gradient(
         y_BTNH: Its first result.
         log_BNT: Its second result.
         dy_BTNH: The gradient with respect to the first result.
+
+    Example:
+        >>> q_BTNH, k_BTKH = jnp.zeros((1, 3, 4, 16)), jnp.zeros((1, 3, 2, 16))
+        >>> arrays = (q_BTNH, k_BTKH, k_BTKH, q_BTNH, jnp.zeros((1, 4, 3)), q_BTNH)
+        >>> [x.shape for x in jax.eval_shape(native_attention_gradient, *arrays)]
+        [(1, 3, 4, 16), (1, 3, 2, 16), (1, 3, 2, 16)]
     """
     call = jax.ffi.ffi_call(ATTEND_BACKWARD, (_like(q_BTNH),) * 3)
     dq_BTNH, dk_BTNH, dv_BTNH = call(q_BTNH, k_BTKH, v_BTKH, y_BTNH, log_BNT, dy_BTNH)

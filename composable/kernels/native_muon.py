@@ -24,7 +24,13 @@ def native_orthogonalize(
         coefficients_PC: Coefficients of odd polynomials of degree 5, which are composed.
 
     References:
-        Amsel et al. 2025, arXiv:2505.16932, section 4.4 (of the Gram matrix alone).
+        Amsel et al. 2025, arXiv:2505.16932, algorithm 1.
+
+    Example:
+        >>> matrices = [jnp.ones((2, 3)), jnp.ones((5, 4))]
+        >>> found = jax.eval_shape(native_orthogonalize, matrices, jnp.ones((4, 3)))
+        >>> [x.shape for x in found]
+        [(2, 3), (5, 4)]
     """
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in matrices]
     in_place = {1 + i: i for i in range(len(results))}

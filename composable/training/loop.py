@@ -150,7 +150,7 @@ def fit(
                     if step == done + 1:
                         _compile_together(run_step, arguments)
                     elif jax.default_backend() == "cpu":
-                        # One step at a time: a second would hold its temporary memory already.
+                        # One step at a time: progress says what is done, and SIGTERM waits for one.
                         jax.block_until_ready(trained)
                     trained, opt_state, figures = run_step(*arguments)
                 is_last = step == cfg.steps

@@ -367,7 +367,7 @@ def test_the_step_compiles_once():
 
 
 def test_on_a_cpu_a_step_starts_when_the_one_before_is_done(monkeypatch):
-    """Or its temporary memory is there twice."""
+    """So progress is what is done, and SIGTERM waits for one step."""
     were_ready = []
     compile_step = loop._compile_step
 
