@@ -7,7 +7,7 @@ one document, greedy. Peers are measured where they are installed: transformers 
 weights in float32, and llama.cpp with the 4-bit file itself. Its package is built from source, for
 minutes, so it is in no environment of the project; `--llama PATH` names a folder with it:
 
-    pip install --no-deps --target PATH llama-cpp-python
+    pip install --no-deps --target PATH llama-cpp-python diskcache
 
 The floor is the time to read as many bytes as the weights have in float32. The backbone alone is
 measured with its matrices in float32, bfloat16 and int8, round by round in one process.
