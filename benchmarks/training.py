@@ -414,12 +414,9 @@ def run_child(name: str, arguments: argparse.Namespace, folder: Path, tap: int) 
     command = [sys.executable, "-m", "benchmarks.training", "--child", name]
     command += ["--backbone", str(arguments.backbone), "--steps", str(arguments.steps)]
     command += ["--folder", str(folder), "--tap", str(tap)]
-    # Every run compiles, as the first one of a contributor does, unless it finds what another left.
-    # Without TPUs, their library, which the environment with PyTorch has for ahead-of-time
-    # compiling, is not loaded.
+    # Every run compiles, as the first one of a contributor does. Without TPUs, their library, which
+    # the environment with PyTorch has for ahead-of-time compiling, is not loaded.
     settings = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
-    if arguments.compiled:
-        settings = {"JAX_COMPILATION_CACHE_DIR": str(arguments.compiled), "JAX_PLATFORMS": "cpu"}
     environment = {**os.environ, **settings}
     if name.startswith("ours"):
         environment |= ask_for_huge_pages(environment)
@@ -510,11 +507,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="steps of every run, at least 3")
     parser.add_argument("--rounds", type=int, default=2, help="how often each way is run")
     parser.add_argument("--only", nargs="+", choices=LABELS, default=list(LABELS))
-    parser.add_argument(
-        "--compiled",
-        type=Path,
-        help="folder where our runs keep compiled programs; by default none",
-    )
     parser.add_argument("--json", type=Path, help="where figures are written")
     parser.add_argument("--docs", type=Path, help="folder whose training.md is filled in")
     parser.add_argument("--child", choices=CHILDREN, help="only this, in this process")
