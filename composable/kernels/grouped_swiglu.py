@@ -28,7 +28,14 @@ from jax import Array
 from composable.kernels.block_functions import Arrays, BlockOutputs, Tiling, product
 from composable.kernels.blocks import Accelerator, run_blocks
 from composable.kernels.dispatch import Dispatch
-from composable.kernels.quantized import Matrix, Quantized, group_leaves, multiply, widen
+from composable.kernels.quantized import (
+    Matrix,
+    Quantized,
+    group_leaves,
+    is_one_row,
+    multiply,
+    widen,
+)
 
 
 def grouped_swiglu(
@@ -177,7 +184,8 @@ _grouped_swiglu.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _product(subscripts: str, left: Array, right: Matrix) -> Array:
-    if isinstance(right, Quantized):  # forwards only
+    is_row = isinstance(left, Array) and is_one_row(left, right)  # as in decoding
+    if isinstance(right, Quantized) or is_row:
         return multiply(left, right)
     return product(subscripts, left, right)
 

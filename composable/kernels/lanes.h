@@ -1,23 +1,21 @@
-// Vectors of float32, and pieces of work for threads, which the native kernels share.
+// Vectors of float32, which the native kernels share.
 
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
-#include <utility>
 #include <vector>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
+using composable::RunPieces;
 
 namespace {
 
@@ -71,37 +69,6 @@ inline float* PanelOf(int64_t size) {
   thread_local std::vector<float> panel;
   if (panel.size() < static_cast<size_t>(size)) panel.resize(size);
   return panel.data();
-}
-
-// What threads share: each takes pieces until none is left. The caller takes part and waits for
-// pieces that others have begun only, so it cannot wait for a thread that never starts.
-template <typename Run>
-struct Pieces {
-  Run run;
-  int64_t n_pieces;
-  std::atomic<int64_t> next{0}, done{0};
-
-  Pieces(Run run, int64_t n_pieces) : run(std::move(run)), n_pieces(n_pieces) {}
-
-  void Work() {
-    for (int64_t piece; (piece = next.fetch_add(1)) < n_pieces;) {
-      run(piece);
-      done.fetch_add(1, std::memory_order_release);
-    }
-  }
-};
-
-template <typename Run>
-void RunPieces(ffi::ThreadPool& pool, int64_t n_pieces, Run run) {
-  if (n_pieces <= 1) {
-    run(0);
-    return;
-  }
-  auto pieces = std::make_shared<Pieces<Run>>(std::move(run), n_pieces);
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), n_pieces) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([pieces] { pieces->Work(); });
-  pieces->Work();
-  while (pieces->done.load(std::memory_order_acquire) < n_pieces) std::this_thread::yield();
 }
 
 }  // namespace

@@ -52,9 +52,9 @@ _SYMBOLS: Final = {
 _FOLDER: Final = Path(__file__).parent
 _SOURCES: Final = tuple(
     _FOLDER / f"{name}.cc"
-    for name in ("native_attention", "native_muon", "native_swiglu", "quantized")
+    for name in ("native_attention", "native_muon", "native_product", "native_swiglu")
 )
-_HEADERS: Final = tuple(_FOLDER / name for name in ("lanes.h", "products.h"))
+_HEADERS: Final = tuple(_FOLDER / name for name in ("lanes.h", "products.h", "threads.h"))
 _FLAGS: Final = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
 _COMPILE_SECONDS: Final = 120
 # Threads that ask at the same time wait for one of them to compile.

@@ -144,10 +144,12 @@ def multiply(x: Array, w: Matrix) -> Array:
         >>> round(float(multiply(jnp.array([[3.0, 1.0]]), w)[0, 0]), 2)
         1.02
     """
-    return _multiply(x, w, is_transposed=False) if isinstance(w, Quantized) else x @ w
+    if isinstance(w, Quantized):
+        return _multiply(x, w, is_transposed=False)
+    return _multiply_row(x, w, is_transposed=False) if is_one_row(x, w) else x @ w
 
 
-def multiply_transposed(x: Array, w: Quantized) -> Array:
+def multiply_transposed(x: Array, w: Matrix) -> Array:
     """Return `x @ w.T`.
 
     Args:
@@ -159,7 +161,26 @@ def multiply_transposed(x: Array, w: Quantized) -> Array:
         >>> multiply_transposed(jnp.array([[3.0, 1.0]]), w).tolist()
         [[5.0]]
     """
-    return _multiply(x, w, is_transposed=True)
+    if isinstance(w, Quantized):
+        return _multiply(x, w, is_transposed=True)
+    if is_one_row(x, w):
+        return _multiply_row(x, w, is_transposed=True)
+    return jnp.einsum("...D,VD->...V", x, w)
+
+
+def is_one_row(x: Array, w: Matrix) -> bool:
+    """Return whether `multiply` reads an ordinary matrix for one row of float32, on one device.
+
+    Then the speed of memory is the limit, which the native kernel reaches and XLA does not.
+
+    Example:
+        >>> w = jnp.ones((2, 3))
+        >>> is_one_row(jnp.ones((1, 1, 2)), w), is_one_row(jnp.ones((5, 2)), w)
+        (True, False)
+    """
+    if isinstance(w, Quantized) or not x.dtype == w.dtype == jnp.float32:
+        return False
+    return math.prod(x.shape[:-1]) == 1 and _is_on_one_device()
 
 
 def take_rows(w: Matrix, index: Array) -> Array:
@@ -203,6 +224,11 @@ def describe_products(platform: str) -> str:
     return f"{'native kernel' if native.is_loaded else 'portable loop'}: {native.reason}"
 
 
+def _is_on_one_device() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.empty or mesh.size == 1)
+
+
 def _to_float(values: Array) -> Array:
     if values.dtype == jnp.int8:
         return values.astype(jnp.float32)
@@ -244,6 +270,41 @@ def _backward(
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _multiply_row(x: Array, w: Array, *, is_transposed: bool) -> Array:
+    """Return the product of one row and an ordinary matrix."""
+    y_MF = _row_product(x.reshape(1, -1), w, is_transposed)
+    return y_MF.reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _row_product(x_MD: Array, w: Array, is_transposed: bool) -> Array:
+    def portable(x_MD: Array, w: Array) -> Array:
+        return x_MD @ (w.T if is_transposed else w)
+
+    def native(x_MD: Array, w: Array) -> Array:
+        return _multiply_natively(x_MD, w, jnp.zeros(0), is_transposed=is_transposed)
+
+    if not load_native().is_loaded:
+        return portable(x_MD, w)
+    y_MF: Array = lax.platform_dependent(x_MD, w, cpu=native, default=portable)
+    return y_MF
+
+
+def _row_forward(x_MD: Array, w: Array, is_transposed: bool) -> tuple[Array, tuple[Array, Array]]:
+    return _row_product(x_MD, w, is_transposed), (x_MD, w)
+
+
+def _row_backward(
+    is_transposed: bool, residuals: tuple[Array, Array], dy_MF: Array
+) -> tuple[Array, Array]:
+    x_MD, w = residuals
+    dw = dy_MF.T @ x_MD if is_transposed else x_MD.T @ dy_MF
+    return _row_product(dy_MF, w, not is_transposed), dw
+
+
+_row_product.defvjp(_row_forward, _row_backward)
 
 
 def _multiply_natively(x: Array, w: Array, scale: Array, *, is_transposed: bool) -> Array:

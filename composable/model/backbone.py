@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from composable.kernels import Matrix, Quantized, multiply_transposed, take_rows
+from composable.kernels import Matrix, multiply_transposed, take_rows
 from composable.model.config import DTYPE_NAMES, BackboneConfig
 from composable.model.layers import (
     CACHE_BLOCK,
@@ -165,12 +165,7 @@ class Backbone(nnx.Module):
     def predict(self, x_BTD: jax.Array) -> jax.Array:
         """Return logits, shape BTV float32, from the residual stream after the last layer."""
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
-        w_VD = self.unembedding()
-        if isinstance(w_VD, Quantized):
-            logits_BTV = multiply_transposed(x_BTD, w_VD)
-        else:
-            logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_VD)
-        return logits_BTV.astype(jnp.float32)
+        return multiply_transposed(x_BTD, self.unembedding()).astype(jnp.float32)
 
     def unembedding(self) -> Matrix:
         """Return the matrix of shape VD that turns the last norm's output into logits."""

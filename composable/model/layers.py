@@ -248,7 +248,7 @@ def _project(x: jax.Array, w: Matrix, axes: str, *, is_whole: bool) -> jax.Array
             return _project_whole(x, w, axes)
         return jnp.einsum(axes, x, w)
     else:
-        y = x.reshape(-1, rows) @ w.reshape(rows, -1)
+        y = multiply(x.reshape(-1, rows), w.reshape(rows, -1))
     return y.reshape(*x.shape[:2], *w.shape[contracted:])
 
 

@@ -146,6 +146,9 @@ class MixSteps:
         self._state: MixState
         self._state, body_E = _start_mix(self._flat, cache_length)
         self._body_E = np.asarray(body_E)
+        # Where these are few, no step waits until the host knows which of them it chose.
+        self._bodies_of_all = self._gather(np.flatnonzero(parts.bank.alive_E).tolist())
+        self._last: tuple[list[int], Bodies | None] = ([], None)
 
     @property
     def tally(self) -> Tally:
@@ -169,8 +172,7 @@ class MixSteps:
         assert caches is not None
         lower = self._state._replace(caches=caches._replace(upper=()))
         reading, lower = _read(self._flat, tokens_BT, lower, is_drawn, _on_device(length))
-        chosen = np.unique(np.asarray(reading.choice.expert_BTJ))
-        bodies = self._gather(chosen[chosen < self._bank.capacity].tolist())
+        bodies = self._bodies_of_all or self._gather_chosen(reading.choice.expert_BTJ)
         trunk = lower.caches.trunk
         upper = lower._replace(caches=lower.caches._replace(trunk=(), upper=caches.upper))
         logits_V, weight_E, upper = _predict(self._flat, reading, upper, is_drawn, bodies)
@@ -179,6 +181,14 @@ class MixSteps:
 
     def start_writing(self) -> None:
         """Do nothing: mix mode writes with the logits that `advance` returned."""
+
+    def _gather_chosen(self, expert_BTJ: jax.Array) -> Bodies | None:
+        """Return the bodies of the experts that a reading chose; tokens often choose alike."""
+        chosen = np.unique(np.asarray(expert_BTJ))
+        experts = chosen[chosen < self._bank.capacity].tolist()
+        if experts != self._last[0]:
+            self._last = experts, self._gather(experts)
+        return self._last[1]
 
     def _gather(self, experts: list[int]) -> Bodies | None:
         """Return the bodies of experts, always as many; None if they are too many.

@@ -1,6 +1,10 @@
-"""Products with quantized matrices: values, rows on their own, gradients, and nothing inflated."""
+"""Products with matrices kept in fewer bytes, and of one row with ordinary ones.
+
+Values, rows on their own, gradients, threads, and nothing inflated.
+"""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +46,8 @@ def draw(rows, inputs, outputs, dtype, is_transposed):
     x = rng.normal(size=(rows, inputs)).astype(np.float32)
     shape = (outputs, inputs) if is_transposed else (inputs, outputs)
     w = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    if dtype == "F32":
+        return x, w
     return x, _quantize(w, dtype, (1,) if is_transposed else (0,))
 
 
@@ -52,7 +58,7 @@ def product_of(is_transposed):
     return jax.jit(multiply_transposed if is_transposed else multiply)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "F32"])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_products_are_those_of_the_widened_matrix(path, dtype, is_transposed):
     for shape in SHAPES:
@@ -84,11 +90,44 @@ def test_pieces_on_several_threads_cover_every_output():
     if not native.load_native().is_loaded:
         pytest.skip(native.load_native().reason)
     for rows, is_transposed in ((1, False), (1, True), (6, False), (6, True)):
-        x, w = draw(rows, 1024, 3000, "I8", is_transposed)
-        found = np.asarray(jax.jit(product_of(is_transposed))(x, w))
-        wide = np.asarray(widen(w))
-        expected = np.asarray(x) @ (wide.T if is_transposed else wide)
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        for dtype in ("I8", "F32"):
+            x, w = draw(rows, 1024, 3000, dtype, is_transposed)
+            product = product_of(is_transposed)
+            # Again and again, as in decoding: threads that helped stay for a moment.
+            for _ in range(20):
+                found = np.asarray(product(x, w))
+            wide = np.asarray(widen(w))
+            expected = np.asarray(x) @ (wide.T if is_transposed else wide)
+            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_products_of_several_callers_do_not_mix():
+    """Each program has its own pieces, whichever thread helps."""
+    if not native.load_native().is_loaded:
+        pytest.skip(native.load_native().reason)
+    cases = [draw(1, 512, 1024, dtype, False) for dtype in ("F32", "I8", "BF16", "F32")]
+    expected = [np.asarray(multiply(x, w)) for x, w in cases]
+
+    def run(case):
+        found = [np.asarray(multiply(*case)) for _ in range(100)]
+        return np.unique(np.stack(found), axis=0)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for found, value in zip(pool.map(run, cases), expected, strict=True):
+            np.testing.assert_array_equal(found, value[None])
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_gradients_of_one_row_are_those_of_an_ordinary_product(path, is_transposed):
+    x, w = draw(1, 20, 36, "F32", is_transposed)
+
+    def loss(x, w, product):
+        return jnp.sum(jnp.sin(product(x, w)))
+
+    found = jax.grad(loss, argnums=(0, 1))(x, w, product_of(is_transposed))
+    expected = jax.grad(loss, argnums=(0, 1))(x, w, lambda x, w: x @ (w.T if is_transposed else w))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_gradients_of_rows_are_those_of_the_widened_matrix(path):

@@ -15,6 +15,7 @@ from composable.model.chunks import CHUNKS, cut_prompt, pad
 from composable.model.mix import mix_state, trace_mix
 from composable.model.model import Model
 from composable.model.steps import MixSteps, SafeSteps, _predict, _read
+from tests.support.compiled import multiplied
 
 # Cached attention sums over the whole cache, masked, where a full pass sums over the blocks in use;
 # logits are of order 5.
@@ -255,10 +256,7 @@ def test_the_bytes_of_a_decoded_token_do_not_grow_with_the_bank(tiny, compile_ha
 
 def products_with(compiled, shape):
     """Return how many products of a program have a matrix of this shape."""
-    text = compiled.as_text()
-    names = set(re.findall(rf"(%[\w.-]+) = f32\[{shape[0]},{shape[1]}\]", text))
-    operands = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
-    return sum(bool(names & set(pair)) for pair in operands)
+    return sum(dims == shape for _, dims in multiplied(compiled))
 
 
 def test_low_rank_bodies_share_the_products_with_the_backbones_matrices(tiny, compile_halves):

@@ -10,6 +10,7 @@ import re
 import jax
 import numpy as np
 
+from composable.kernels.native import MULTIPLY
 from composable.parallel import program
 from composable.parallel.chips import tpu_devices
 from composable.parallel.program import Collectives, count_operations
@@ -36,6 +37,20 @@ def shapes_on(mesh, tree, spec=jax.P()):  # noqa: B008
 def collectives_in(compiled) -> dict[str, Collectives]:
     """Return the operations between devices in a compiled program, by kind."""
     return count_operations(compiled.as_text())[1]
+
+
+def multiplied(compiled) -> list[tuple[str, tuple[int, ...]]]:
+    """Return type and sizes of the second operand of every product in a program.
+
+    A product is XLA's, of two matrices, or the native kernel's.
+    """
+    text = compiled.as_text()
+    made = dict(re.findall(r"(%[\w.-]+) = (\w+\[[\d,]*\])", text))
+    found = [made[name] for name in re.findall(r" dot\(%[\w.-]+, (%[\w.-]+)\)", text)]
+    native = rf'custom_call_target="{MULTIPLY}", operand_layout_constraints={{\S+ (\w+\[[\d,]*\])'
+    found += re.findall(native, text)
+    matches = [re.fullmatch(r"(\w+)\[([\d,]*)\]", array) for array in found]
+    return [(m[1], tuple(int(n) for n in m[2].split(",") if n)) for m in matches]
 
 
 # Operations that move nothing, and the second halves of asynchronous ones.

@@ -1,13 +1,14 @@
-// Products of rows of float32 with a matrix that is kept in fewer bytes, for XLA's foreign function
-// interface.
+// Products of rows of float32 with a matrix, for XLA's foreign function interface.
 //
-// A matrix is int8, with one scale for each output, or bfloat16. It is widened to float32 in
+// A matrix is int8, with one scale for each output, bfloat16 or float32. It is widened to float32 in
 // registers, or in a panel that stays in cache, and never in memory. Each output is one sum over the
 // inputs in their order (or one for each lane of a register, if the outputs are the matrix's rows),
 // so it does not depend on how many rows there are, on the others, or on the number of threads.
 //
 // Weights are read once for every token, so the speed of memory is the limit. Where the processor
 // does not prefetch by itself, as in many virtual machines, prefetching here triples the speed.
+
+#include <chrono>
 
 #include "lanes.h"
 
@@ -17,6 +18,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+inline float WidenOne(float value) { return value; }
 inline float WidenOne(int8_t value) { return value; }
 inline float WidenOne(BFloat16 value) {
   uint32_t bits = uint32_t{value.bits} << 16;
@@ -24,6 +26,8 @@ inline float WidenOne(BFloat16 value) {
   std::memcpy(&wide, &bits, sizeof(wide));
   return wide;
 }
+
+inline Lanes Widen(const float* values) { return Load(values); }
 
 template <typename T>
 inline Lanes Widen(const T* values) {
@@ -184,11 +188,7 @@ void MultiplyTransposedTile(const float* x, int64_t stride, const W* w, int64_t 
       if (is_ahead && d * sizeof(W) % 64 < kLanes * sizeof(W)) {
         __builtin_prefetch(reinterpret_cast<const char*>(values) + kAhead / 2);
       }
-      if constexpr (sizeof(W) == sizeof(float)) {
-        wide[k] = Load(values);
-      } else {
-        wide[k] = Widen(values);
-      }
+      wide[k] = Widen(values);
     }
     for (int row = 0; row < kRows; ++row) {
       const Lanes own = Load(x + row * stride + d);
@@ -199,13 +199,7 @@ void MultiplyTransposedTile(const float* x, int64_t stride, const W* w, int64_t 
     for (int k = 0; k < kSquare; ++k) {
       float total = Sum(sum[row][k]);
       for (int64_t d = inputs - inputs % kLanes; d < inputs; ++d) {
-        float wide;
-        if constexpr (sizeof(W) == sizeof(float)) {
-          wide = w[k * inputs + d];
-        } else {
-          wide = WidenOne(w[k * inputs + d]);
-        }
-        total = MultiplyAdd(x[row * stride + d], wide, total);
+        total = MultiplyAdd(x[row * stride + d], WidenOne(w[k * inputs + d]), total);
       }
       sums[row][k] = total;
     }
@@ -245,16 +239,29 @@ void MultiplyTransposed(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// Weights times rows of a piece; starting another thread takes as long as some ten thousands.
+// A piece for another thread takes ten times as long as to call it: one row's reads this many bytes
+// of the matrix, and several rows multiply this many weights.
+constexpr int64_t kBytesOfPiece = 96 << 10;
 constexpr int64_t kWorkOfPiece = 1 << 20;
+// Between two products of one row there is attention at most.
+constexpr std::chrono::microseconds kStay{100};
+// One row's piece reads as many bytes of each of the matrix's rows, so that they are whole lines.
+constexpr int64_t kBytesOfRow = 256;
+
+template <typename T>
+int64_t CountPieces(const Product<T>& p, bool is_transposed, int64_t n_threads) {
+  const int64_t weights = p.inputs * p.outputs, bytes = weights * sizeof(T);
+  if (p.rows > 1) return p.rows * weights / kWorkOfPiece;
+  const int64_t most = std::min(bytes / kBytesOfPiece, n_threads);
+  return is_transposed ? most : std::min<int64_t>(most, p.outputs * sizeof(T) / kBytesOfRow);
+}
 
 template <typename T>
 void Multiply(ffi::ThreadPool& pool, const Product<T>& p, bool is_transposed) {
-  const int64_t work = p.rows * p.inputs * p.outputs;
   const int64_t units = (p.outputs + kPanel - 1) / kPanel;
-  const int64_t most = p.rows > 1 ? units : std::min<int64_t>(units, pool.num_threads());
-  const int64_t n_pieces = std::clamp<int64_t>(work / kWorkOfPiece, 1, std::max<int64_t>(1, most));
-  RunPieces(pool, n_pieces, [=](int64_t piece) {
+  const int64_t n_pieces =
+      std::clamp<int64_t>(CountPieces(p, is_transposed, pool.num_threads()), 1, units);
+  const auto run = [=](int64_t piece) {
     const int64_t begin = units * piece / n_pieces * kPanel;
     const int64_t end = std::min(p.outputs, units * (piece + 1) / n_pieces * kPanel);
     if (is_transposed) {
@@ -264,7 +271,8 @@ void Multiply(ffi::ThreadPool& pool, const Product<T>& p, bool is_transposed) {
     } else {
       MultiplyRows(p, begin, end);
     }
-  });
+  };
+  RunPieces(pool, n_pieces, run, p.rows == 1 ? kStay : kStay * 0);
 }
 
 ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
@@ -274,21 +282,23 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
   const int64_t rows = x.dimensions()[0];
   const float* scales = scale.element_count() ? scale.typed_data() : nullptr;
   if (y->element_count() == 0) return ffi::Error::Success();
+  const auto multiply = [&](auto kept) {
+    using T = decltype(kept);
+    Multiply(pool,
+             Product<T>{x.typed_data(), static_cast<const T*>(w.untyped_data()), scales,
+                        y->typed_data(), rows, inputs, outputs},
+             is_transposed);
+    return ffi::Error::Success();
+  };
   switch (w.element_type()) {
     case ffi::S8:
-      Multiply(pool,
-               Product<int8_t>{x.typed_data(), static_cast<const int8_t*>(w.untyped_data()), scales,
-                               y->typed_data(), rows, inputs, outputs},
-               is_transposed);
-      return ffi::Error::Success();
+      return multiply(int8_t{});
     case ffi::U16:  // bits of bfloat16
-      Multiply(pool,
-               Product<BFloat16>{x.typed_data(), static_cast<const BFloat16*>(w.untyped_data()),
-                                 scales, y->typed_data(), rows, inputs, outputs},
-               is_transposed);
-      return ffi::Error::Success();
+      return multiply(BFloat16{});
+    case ffi::F32:
+      return multiply(float{});
     default:
-      return ffi::Error::InvalidArgument("the matrix is neither int8 nor bits of bfloat16");
+      return ffi::Error::InvalidArgument("the matrix is not int8, bits of bfloat16, or float32");
   }
 }
 
