@@ -22,6 +22,7 @@ from composable.kernels.native import KERNELS_VARIABLE, load_native, takes_nativ
 from composable.kernels.native_attention import (
     native_attention,
     native_attention_gradient,
+    native_cached_attention,
 )
 from composable.kernels.native_muon import native_orthogonalize
 from composable.kernels.native_swiglu import native_swiglu
@@ -67,6 +68,7 @@ __all__ = [
     "multiply_transposed",
     "native_attention",
     "native_attention_gradient",
+    "native_cached_attention",
     "native_orthogonalize",
     "native_swiglu",
     "quantize",

@@ -35,6 +35,7 @@ from composable.interface.digest import canonical_json, digest_bytes
 MULTIPLY: Final = "composable_multiply"
 ATTEND: Final = "composable_attend"
 ATTEND_BACKWARD: Final = "composable_attend_backward"
+ATTEND_CACHED: Final = "composable_attend_cached"
 GATE: Final = "composable_gate"
 GATE_BACKWARD: Final = "composable_gate_backward"
 ORTHOGONALIZE: Final = "composable_orthogonalize"
@@ -45,6 +46,7 @@ _SYMBOLS: Final = {
     MULTIPLY: "ComposableMultiply",
     ATTEND: "ComposableAttend",
     ATTEND_BACKWARD: "ComposableAttendBackward",
+    ATTEND_CACHED: "ComposableAttendCached",
     GATE: "ComposableGate",
     GATE_BACKWARD: "ComposableGateBackward",
     ORTHOGONALIZE: "ComposableOrthogonalize",

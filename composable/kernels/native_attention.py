@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from composable.kernels.native import ATTEND, ATTEND_BACKWARD
+from composable.kernels.native import ATTEND, ATTEND_BACKWARD, ATTEND_CACHED
 
 
 def native_attention(
@@ -66,6 +66,30 @@ def native_attention_gradient(
     n_kv, width = k_BTKH.shape[2:]
     dk, dv = (x.reshape(*x.shape[:2], n_kv, -1, width).sum(3) for x in (dk_BTNH, dv_BTNH))
     return dq_BTNH, dk, dv
+
+
+def native_cached_attention(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, first: jax.Array | int
+) -> jax.Array:
+    """Attend from some positions to themselves and all earlier ones in a cache; no gradient.
+
+    Args:
+        q_BTNH: Queries of T positions in a row; N / K heads in a row share a key head.
+        k_BKSH: Keys, those of these positions included.
+        v_BKSH: Values.
+        first: Position of the first query; all T are below S.
+
+    Returns:
+        The weighted values, shape BTNH.
+
+    Example:
+        >>> q_BTNH, k_BKSH = jnp.zeros((1, 3, 4, 16)), jnp.zeros((1, 2, 9, 16))
+        >>> jax.eval_shape(native_cached_attention, q_BTNH, k_BKSH, k_BKSH, 5).shape
+        (1, 3, 4, 16)
+    """
+    call = jax.ffi.ffi_call(ATTEND_CACHED, _like(q_BTNH), vmap_method="sequential")
+    y_BTNH: jax.Array = call(q_BTNH, k_BKSH, v_BKSH, jnp.asarray(first, jnp.int32))
+    return y_BTNH
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from composable.kernels import Matrix, Quantized, multiply, native_swiglu, takes_native
+from composable.kernels import (
+    Matrix,
+    Quantized,
+    multiply,
+    native_cached_attention,
+    native_swiglu,
+    takes_native,
+)
 from composable.model.causal_attention import attend
 from composable.model.config import (
     DTYPE_NAMES,
@@ -280,6 +287,26 @@ _project_whole.defvjp(_project_whole_forward, _project_whole_backward)
 # A program of its own where it is traced: once for all layers instead of for each.
 @jax.jit
 def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) -> jax.Array:
+    """Attend to the cached positions up to each query; no gradient."""
+    platform, dtype = platform_in_use(), q_BTNH.dtype
+    is_on_one = platform is None or is_alone()
+    if not (is_on_one and takes_native(platform or "cpu", dtype, q_BTNH.shape[-1])):
+        return _attend_by_blocks(q_BTNH, *cache, position_T)
+
+    def attend_natively(
+        q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, position_T: jax.Array
+    ) -> jax.Array:
+        return native_cached_attention(q_BTNH, k_BKSH, v_BKSH, position_T[0])
+
+    y_BTNH: jax.Array = jax.lax.platform_dependent(
+        *(q_BTNH, *cache, position_T), cpu=attend_natively, default=_attend_by_blocks
+    )
+    return y_BTNH
+
+
+def _attend_by_blocks(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, position_T: jax.Array
+) -> jax.Array:
     """Attend to the cached positions up to each query, block by block.
 
     The number of blocks is known only at run time, so one program serves every length, and a long
@@ -290,8 +317,8 @@ def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) 
         Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3 (online softmax).
     """
     batch, n_tokens, n_heads, width = q_BTNH.shape
-    n_kv = cache.k_BKSH.shape[1]
-    block = min(CACHE_BLOCK, cache.k_BKSH.shape[2])
+    n_kv = k_BKSH.shape[1]
+    block = min(CACHE_BLOCK, k_BKSH.shape[2])
     rows = n_heads // n_kv * n_tokens
     # Query heads that share a key head, and the tokens, are the rows of one product per key head.
     q_BTKGH = (q_BTNH * width**-0.5).reshape(batch, n_tokens, n_kv, -1, width)
@@ -300,10 +327,8 @@ def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) 
 
     def add_block(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest_BKQ1, total_BKQ1, y_BKQH = sums
-        k_BKSH, v_BKSH = (jax.lax.dynamic_slice_in_dim(x, i * block, block, 2) for x in cache)
-        score_BKQS = jnp.einsum(
-            "BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32
-        )
+        k, v = (jax.lax.dynamic_slice_in_dim(x, i * block, block, 2) for x in (k_BKSH, v_BKSH))
+        score_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k, preferred_element_type=jnp.float32)
         is_before_QS = i * block + jnp.arange(block) <= position_Q1
         score_BKQS = jnp.where(is_before_QS, score_BKQS, -jnp.inf)
         new_BKQ1 = jnp.maximum(largest_BKQ1, score_BKQS.max(-1, keepdims=True))
@@ -312,8 +337,8 @@ def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) 
         total_BKQ1 = shrink_BKQ1 * total_BKQ1 + weight_BKQS.sum(-1, keepdims=True)
         part_BKQH = jnp.einsum(
             "BKQS,BKSH->BKQH",
-            weight_BKQS.astype(v_BKSH.dtype),
-            v_BKSH,
+            weight_BKQS.astype(v.dtype),
+            v,
             preferred_element_type=jnp.float32,
         )
         return new_BKQ1, total_BKQ1, shrink_BKQ1 * y_BKQH + part_BKQH
