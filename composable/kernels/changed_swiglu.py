@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -28,6 +29,8 @@ from composable.kernels.quantized import Matrix, Quantized, multiply
 # Matrix name -> factors.
 Factors = Mapping[str, tuple[Array, Array]]
 _NAMES: Final = ("w_gate", "w_up", "w_down")
+# Rows of one token, in decoding, for which products read their matrix once, at the speed of memory.
+_FEW: Final = 4
 
 
 def grouped_changed_swiglu(
@@ -184,6 +187,8 @@ def changed_swiglu_of_few(
         [0.73, 7.05]
     """
     end_E, block = dispatch.end_block_E, dispatch.block
+    # The rows of a token are as many as it mixes experts.
+    few = functools.partial(multiply, few=_FEW)
     row_P = jnp.arange(dispatch.choice_P.shape[0])
 
     def is_in(begin: Array | int, end: Array | int) -> Array:
@@ -202,19 +207,17 @@ def changed_swiglu_of_few(
             ) -> Sequence[Array]:
                 own_rows = jnp.where(own_P[:, None], x, 0)
                 pairs = (factors[name] for name in names)
-                return [y + own_rows @ a @ b for y, (a, b) in zip(ys, pairs, strict=True)]
+                return [y + few(few(own_rows, a), b) for y, (a, b) in zip(ys, pairs, strict=True)]
 
             ys = jax.lax.cond(begin_A[i] < end_A[i], add, lambda ys: ys, ys)
         return ys
 
     def run(x_MD: Array) -> Array:
         x_PD = gather_rows(x_MD, dispatch)
-        both = [
-            gather_rows(multiply(x_MD, matrices[name]), dispatch) for name in ("w_gate", "w_up")
-        ]
+        both = [gather_rows(few(x_MD, matrices[name]), dispatch) for name in ("w_gate", "w_up")]
         gate_PF, up_PF = add_changes(("w_gate", "w_up"), both, x_PD)
         hidden_PF = jax.nn.silu(gate_PF) * up_PF
-        (y_PD,) = add_changes(("w_down",), [multiply(hidden_PF, matrices["w_down"])], hidden_PF)
+        (y_PD,) = add_changes(("w_down",), [few(hidden_PF, matrices["w_down"])], hidden_PF)
         return jnp.where(is_in(0, end_E[n_changes])[:, None], y_PD, 0)
 
     def skip(x_MD: Array) -> Array:

@@ -31,8 +31,8 @@ from composable.kernels.dispatch import Dispatch
 from composable.kernels.quantized import (
     Matrix,
     Quantized,
+    are_few_rows,
     group_leaves,
-    is_one_row,
     multiply,
     widen,
 )
@@ -184,7 +184,7 @@ _grouped_swiglu.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _product(subscripts: str, left: Array, right: Matrix) -> Array:
-    is_row = isinstance(left, Array) and is_one_row(left, right)  # as in decoding
+    is_row = isinstance(left, Array) and are_few_rows(left, right)  # as in decoding
     if isinstance(right, Quantized) or is_row:
         return multiply(left, right)
     return product(subscripts, left, right)

@@ -127,7 +127,7 @@ def _load(library: Path, origin: str) -> NativeKernels:
 
 
 def takes_native(platform: str | None, dtype: DTypeLike, width: int = _WIDTH) -> bool:
-    """Return whether native kernels for training take arrays.
+    """Return whether native kernels of attention, SwiGLU and Muon take arrays.
 
     Args:
         platform: That of the devices, as jax names it; None where it is not known.

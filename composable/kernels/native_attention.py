@@ -1,7 +1,7 @@
 """Causal attention of CPUs in the native kernel, whose scores stay in a core's cache.
 
-The portable path is `model.causal_attention`; how rows and heads are split over devices is the
-matter of `parallel`.
+The portable paths are `model.causal_attention`, and `model.layers` for positions in a cache; how
+rows and heads are split over devices is the matter of `parallel`.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ struct Product {
 };
 
 constexpr int kInputs = 8;  // rows of the matrix that are added to the outputs at a time
+constexpr int kFew = 4;     // rows for which they are
 // Rows that share what was loaded of a panel, and registers that a panel is wide: their sums fill
 // most registers, so that a loaded number is used several times.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -79,13 +80,24 @@ constexpr int kPanel = kParts * kLanes;  // outputs of a panel
 constexpr int kSquare = 4;  // rows, and outputs, of a tile of a product with a transposed matrix
 constexpr int64_t kAhead = 12 << 10;  // bytes between what is read and what is prefetched
 
-// One row: adds `kInputs` rows of the matrix to the outputs at a time, which stay in cache.
-template <typename T>
-void MultiplyRow(const Product<T>& p, int64_t begin, int64_t end) {
-  float* y = p.y;
-  std::fill(y + begin, y + end, 0.0f);
+// Adds what one number of the matrix adds to an output of each row.
+template <int kRows, typename T>
+inline void AddOne(const Product<T>& p, int64_t d, int64_t f) {
+  const float wide = WidenOne(p.w[d * p.outputs + f]);
+  for (int row = 0; row < kRows; ++row) {
+    float& y = p.y[row * p.outputs + f];
+    y = MultiplyAdd(p.x[row * p.inputs + d], wide, y);
+  }
+}
+
+// Few rows: adds `kInputs` rows of the matrix to the outputs at a time, which stay in cache.
+template <int kRows, typename T>
+void MultiplyFew(const Product<T>& p, int64_t begin, int64_t end) {
   const int64_t width = (end - begin) * sizeof(T);
   const int64_t rows_ahead = std::max<int64_t>(1, kAhead / (width * kInputs)) * kInputs;
+  for (int row = 0; row < kRows; ++row) {
+    std::fill(p.y + row * p.outputs + begin, p.y + row * p.outputs + end, 0.0f);
+  }
   int64_t d = 0;
   for (; d + kInputs <= p.inputs; d += kInputs) {
     const T* w = p.w + d * p.outputs;
@@ -97,29 +109,29 @@ void MultiplyRow(const Product<T>& p, int64_t begin, int64_t end) {
           __builtin_prefetch(w + (rows_ahead + k) * p.outputs + f);
         }
       }
-      Lanes sum = Load(y + f);
+      Lanes sum[kRows];
+      for (int row = 0; row < kRows; ++row) sum[row] = Load(p.y + row * p.outputs + f);
 #pragma GCC unroll 8
       for (int k = 0; k < kInputs; ++k) {
-        sum = MultiplyAdd(Spread(x[k]), Widen(w + k * p.outputs + f), sum);
+        const Lanes wide = Widen(w + k * p.outputs + f);
+        for (int row = 0; row < kRows; ++row) {
+          sum[row] = MultiplyAdd(Spread(x[row * p.inputs + k]), wide, sum[row]);
+        }
       }
-      Store(y + f, sum);
+      for (int row = 0; row < kRows; ++row) Store(p.y + row * p.outputs + f, sum[row]);
     }
     for (; f < end; ++f) {
-      for (int k = 0; k < kInputs; ++k) {
-        y[f] = MultiplyAdd(x[k], WidenOne(w[k * p.outputs + f]), y[f]);
-      }
+      for (int k = 0; k < kInputs; ++k) AddOne<kRows>(p, d + k, f);
     }
   }
   for (; d < p.inputs; ++d) {
-    const T* w = p.w + d * p.outputs;
-    int64_t f = begin;
-    for (; f + kLanes <= end; f += kLanes) {
-      Store(y + f, MultiplyAdd(Spread(p.x[d]), Widen(w + f), Load(y + f)));
-    }
-    for (; f < end; ++f) y[f] = MultiplyAdd(p.x[d], WidenOne(w[f]), y[f]);
+    for (int64_t f = begin; f < end; ++f) AddOne<kRows>(p, d, f);
   }
   if (p.scale) {
-    for (int64_t f = begin; f < end; ++f) y[f] = p.scaled(y[f], f);
+    for (int row = 0; row < kRows; ++row) {
+      float* y = p.y + row * p.outputs;
+      for (int64_t f = begin; f < end; ++f) y[f] = p.scaled(y[f], f);
+    }
   }
 }
 
@@ -239,19 +251,19 @@ void MultiplyTransposed(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// A piece for another thread takes ten times as long as to call it: one row's reads this many bytes
-// of the matrix, and several rows multiply this many weights.
+// A piece for another thread takes ten times as long as to call it: few rows' reads this many
+// bytes of the matrix, and more rows multiply this many weights.
 constexpr int64_t kBytesOfPiece = 96 << 10;
 constexpr int64_t kWorkOfPiece = 1 << 20;
-// Between two products of one row there is attention at most.
+// Between two products of a token there is attention at most.
 constexpr std::chrono::microseconds kStay{100};
-// One row's piece reads as many bytes of each of the matrix's rows, so that they are whole lines.
+// Few rows' piece reads as many bytes of each of the matrix's rows, so that they are whole lines.
 constexpr int64_t kBytesOfRow = 256;
 
 template <typename T>
 int64_t CountPieces(const Product<T>& p, bool is_transposed, int64_t n_threads) {
   const int64_t weights = p.inputs * p.outputs, bytes = weights * sizeof(T);
-  if (p.rows > 1) return p.rows * weights / kWorkOfPiece;
+  if (p.rows > kFew || (p.rows > 1 && is_transposed)) return p.rows * weights / kWorkOfPiece;
   const int64_t most = std::min(bytes / kBytesOfPiece, n_threads);
   return is_transposed ? most : std::min<int64_t>(most, p.outputs * sizeof(T) / kBytesOfRow);
 }
@@ -267,12 +279,18 @@ void Multiply(ffi::ThreadPool& pool, const Product<T>& p, bool is_transposed) {
     if (is_transposed) {
       MultiplyTransposed(p, begin, end);
     } else if (p.rows == 1) {
-      MultiplyRow(p, begin, end);
+      MultiplyFew<1>(p, begin, end);
+    } else if (p.rows == 2) {
+      MultiplyFew<2>(p, begin, end);
+    } else if (p.rows == 3) {
+      MultiplyFew<3>(p, begin, end);
+    } else if (p.rows == 4) {
+      MultiplyFew<4>(p, begin, end);
     } else {
       MultiplyRows(p, begin, end);
     }
   };
-  RunPieces(pool, n_pieces, run, p.rows == 1 ? kStay : kStay * 0);
+  RunPieces(pool, n_pieces, run, p.rows <= kFew ? kStay : kStay * 0);
 }
 
 ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,

@@ -5,8 +5,9 @@ float32 where they are multiplied and never in memory, so a product reads a quar
 bytes. Rows and sums are float32. `multiply` and the other functions take ordinary arrays as well,
 so that a model's code does not branch on how its weights are kept.
 
-On a CPU, products run in the native kernel where there is one (`native.py`), which is the only
-choice made: it does not depend on shapes. Elsewhere a loop widens a block of the matrix at a time.
+On a CPU, products run in the native kernel where there is one (`native.py`), whatever their shapes,
+and so do those of one row and an ordinary matrix of float32: decoding waits for memory, which the
+kernel reads on all cores. Elsewhere a loop widens a block of the matrix at a time.
 XLA's CPU backend needs one: it widens the whole matrix in memory if the product is written as one,
 and the matrices of all layers if that is in a scan.
 
@@ -132,12 +133,13 @@ def widen(w: Matrix) -> Array:
     return wide if w.scale is None else wide * w.scale
 
 
-def multiply(x: Array, w: Matrix) -> Array:
+def multiply(x: Array, w: Matrix, *, few: int = 1) -> Array:
     """Return `x @ w`.
 
     Args:
         x: Rows.
         w: A matrix, whose inputs are its first dimension.
+        few: Rows of float32 up to which an ordinary matrix is multiplied by the native kernel.
 
     Example:
         >>> w = quantize(jnp.array([[1.0], [-2.0]]), "I8", inputs=(0,))
@@ -146,7 +148,9 @@ def multiply(x: Array, w: Matrix) -> Array:
     """
     if isinstance(w, Quantized):
         return _multiply(x, w, is_transposed=False)
-    return _multiply_row(x, w, is_transposed=False) if is_one_row(x, w) else x @ w
+    if are_few_rows(x, w, few):
+        return _multiply_few(x, w, is_transposed=False)
+    return x @ w
 
 
 def multiply_transposed(x: Array, w: Matrix) -> Array:
@@ -163,24 +167,29 @@ def multiply_transposed(x: Array, w: Matrix) -> Array:
     """
     if isinstance(w, Quantized):
         return _multiply(x, w, is_transposed=True)
-    if is_one_row(x, w):
-        return _multiply_row(x, w, is_transposed=True)
+    if are_few_rows(x, w):
+        return _multiply_few(x, w, is_transposed=True)
     return jnp.einsum("...D,VD->...V", x, w)
 
 
-def is_one_row(x: Array, w: Matrix) -> bool:
-    """Return whether `multiply` reads an ordinary matrix for one row of float32, on one device.
+def are_few_rows(x: Array, w: Matrix, few: int = 1) -> bool:
+    """Return whether an ordinary matrix is multiplied by few rows of float32, on one device.
 
     Then the speed of memory is the limit, which the native kernel reaches and XLA does not.
 
+    Args:
+        x: Rows.
+        w: A matrix.
+        few: The largest number of rows; the native kernel takes up to 4 at a time.
+
     Example:
         >>> w = jnp.ones((2, 3))
-        >>> is_one_row(jnp.ones((1, 1, 2)), w), is_one_row(jnp.ones((5, 2)), w)
+        >>> are_few_rows(jnp.ones((1, 1, 2)), w), are_few_rows(jnp.ones((5, 2)), w)
         (True, False)
     """
     if isinstance(w, Quantized) or not x.dtype == w.dtype == jnp.float32:
         return False
-    return math.prod(x.shape[:-1]) == 1 and _is_on_one_device()
+    return 1 <= math.prod(x.shape[:-1]) <= few and _is_on_one_device()
 
 
 def take_rows(w: Matrix, index: Array) -> Array:
@@ -272,14 +281,14 @@ def _backward(
 _product.defvjp(_forward, _backward)
 
 
-def _multiply_row(x: Array, w: Array, *, is_transposed: bool) -> Array:
-    """Return the product of one row and an ordinary matrix."""
-    y_MF = _row_product(x.reshape(1, -1), w, is_transposed)
+def _multiply_few(x: Array, w: Array, *, is_transposed: bool) -> Array:
+    """Return the product of few rows and an ordinary matrix."""
+    y_MF = _few_product(x.reshape(-1, x.shape[-1]), w, is_transposed)
     return y_MF.reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _row_product(x_MD: Array, w: Array, is_transposed: bool) -> Array:
+def _few_product(x_MD: Array, w: Array, is_transposed: bool) -> Array:
     def portable(x_MD: Array, w: Array) -> Array:
         return x_MD @ (w.T if is_transposed else w)
 
@@ -292,19 +301,19 @@ def _row_product(x_MD: Array, w: Array, is_transposed: bool) -> Array:
     return y_MF
 
 
-def _row_forward(x_MD: Array, w: Array, is_transposed: bool) -> tuple[Array, tuple[Array, Array]]:
-    return _row_product(x_MD, w, is_transposed), (x_MD, w)
+def _few_forward(x_MD: Array, w: Array, is_transposed: bool) -> tuple[Array, tuple[Array, Array]]:
+    return _few_product(x_MD, w, is_transposed), (x_MD, w)
 
 
-def _row_backward(
+def _few_backward(
     is_transposed: bool, residuals: tuple[Array, Array], dy_MF: Array
 ) -> tuple[Array, Array]:
     x_MD, w = residuals
     dw = dy_MF.T @ x_MD if is_transposed else x_MD.T @ dy_MF
-    return _row_product(dy_MF, w, not is_transposed), dw
+    return _few_product(dy_MF, w, not is_transposed), dw
 
 
-_row_product.defvjp(_row_forward, _row_backward)
+_few_product.defvjp(_few_forward, _few_backward)
 
 
 def _multiply_natively(x: Array, w: Array, scale: Array, *, is_transposed: bool) -> Array:

@@ -108,7 +108,11 @@ def draw_token(draw: Draw, seen_V: jax.Array, logits_V: jax.Array) -> jax.Array:
         return jax.random.categorical(draw.key, restrict_logits(draw, logits_V)).astype(jnp.int32)
 
     def take_likeliest(logits_V: jax.Array) -> jax.Array:
-        return jnp.argmax(logits_V).astype(jnp.int32)
+        # The first of the largest by two reductions: XLA runs `argmax` on CPUs one number after the
+        # other.
+        index_V = jnp.arange(logits_V.size, dtype=jnp.int32)
+        is_less_V = logits_V < logits_V.max()
+        return jnp.where(is_less_V, logits_V.size - 1, index_V).min()
 
     index: jax.Array = jax.lax.cond(draw.temperature > 0, sample, take_likeliest, logits_V)
     return index

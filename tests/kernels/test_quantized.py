@@ -117,6 +117,18 @@ def test_products_of_several_callers_do_not_mix():
             np.testing.assert_array_equal(found, value[None])
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, "F32"])
+def test_few_rows_are_multiplied_together_as_each_alone(dtype):
+    """To the bit, and all of an ordinary matrix's by the kernel where that is asked for."""
+    if not native.load_native().is_loaded:
+        pytest.skip(native.load_native().reason)
+    x, w = draw(4, 123, 1000, dtype, False)
+    for n_rows in (2, 3, 4):
+        together = np.asarray(jax.jit(multiply, static_argnames="few")(x[:n_rows], w, few=4))
+        alone = [np.asarray(jax.jit(multiply)(x[i : i + 1], w))[0] for i in range(n_rows)]
+        np.testing.assert_array_equal(together, alone)
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_gradients_of_one_row_are_those_of_an_ordinary_product(path, is_transposed):
     x, w = draw(1, 20, 36, "F32", is_transposed)
