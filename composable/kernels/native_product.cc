@@ -255,6 +255,8 @@ void MultiplyTransposed(const Product<T>& p, int64_t begin, int64_t end) {
 // bytes of the matrix, and more rows multiply this many weights.
 constexpr int64_t kBytesOfPiece = 96 << 10;
 constexpr int64_t kWorkOfPiece = 1 << 20;
+// With more threads, each would wait for memory, and look for more to do in between.
+constexpr int64_t kMostThreads = 16;
 // Between two products of a token there is attention at most.
 constexpr std::chrono::microseconds kStay{100};
 // Few rows' piece reads as many bytes of each of the matrix's rows, so that they are whole lines.
@@ -264,7 +266,7 @@ template <typename T>
 int64_t CountPieces(const Product<T>& p, bool is_transposed, int64_t n_threads) {
   const int64_t weights = p.inputs * p.outputs, bytes = weights * sizeof(T);
   if (p.rows > kFew || (p.rows > 1 && is_transposed)) return p.rows * weights / kWorkOfPiece;
-  const int64_t most = std::min(bytes / kBytesOfPiece, n_threads);
+  const int64_t most = std::min({bytes / kBytesOfPiece, n_threads, kMostThreads});
   return is_transposed ? most : std::min<int64_t>(most, p.outputs * sizeof(T) / kBytesOfRow);
 }
 
