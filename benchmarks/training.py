@@ -59,6 +59,8 @@ from composable.workflows.trunk_cache import cut_rows
 RANK: Final = 16
 ROWS: Final = 2
 WINDOW: Final = 256
+# Experts that are trained by one command.
+N_TOGETHER: Final = 8
 TEXT: Final = shipped_folder("legal") / "text" / "train.jsonl"
 # Ours and what it is compared with; every pair gives a ratio of time and one of memory.
 PAIRS: Final = (
@@ -393,6 +395,42 @@ def count_programs(_: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def measure_together(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of eight experts of one text, trained by one command and by eight.
+
+    The eight share a cache of compiled programs, as a user's commands do.
+    """
+    seeds = range(N_TOGETHER)
+    cli = [sys.executable, "-m", "composable.cli"]
+    backbone = ["--backbone", str(arguments.backbone.resolve())]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")}
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def run(*command: str) -> None:
+            subprocess.run(
+                [*cli, *command], cwd=scratch, env=environment, check=True, capture_output=True
+            )
+
+        def train(name: str, *options: str) -> None:
+            steps = ["--steps", str(arguments.steps), "--rows", str(ROWS)]
+            run("train", name, "--data", str(TEXT), *backbone, *steps, *options)
+
+        for way in ("apart", "together"):
+            environment["XDG_CACHE_HOME"] = str(Path(scratch) / f"cache-{way}")
+            names = [f"{way}-{seed}" for seed in seeds] if way == "apart" else [way]
+            for name in names:
+                run("new", name, *backbone)
+            start = time.perf_counter()
+            if way == "apart":
+                for seed, name in zip(seeds, names, strict=True):
+                    train(name, "--seed", str(seed))
+            else:
+                train(way, "--sweep", "seed=" + ",".join(map(str, seeds)))
+            found[way] = round(time.perf_counter() - start, 1)
+    return {"seconds": found, "speed": round(found["apart"] / found["together"], 2)}
+
+
 CHILDREN: Final[Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "ours-lora": lambda arguments: train_ours("lora", arguments),
     "ours-ffn": lambda arguments: train_ours("ffn", arguments),
@@ -406,6 +444,7 @@ CHILDREN: Final[Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]] = 
     "memory-plain": partial(measure_memory, is_for_memory=False),
     "work": measure_work,
     "programs": count_programs,
+    "together": measure_together,
 }
 
 
