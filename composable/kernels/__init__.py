@@ -18,7 +18,12 @@ from composable.kernels.dispatch import (
 )
 from composable.kernels.grouped_matmul import grouped_matmul
 from composable.kernels.grouped_swiglu import grouped_swiglu, swiglu_of_few
-from composable.kernels.native import KERNELS_VARIABLE, load_native, takes_native
+from composable.kernels.native import (
+    KERNELS_VARIABLE,
+    is_on_one_device,
+    load_native,
+    takes_native,
+)
 from composable.kernels.native_attention import (
     native_attention,
     native_attention_gradient,
@@ -62,6 +67,7 @@ __all__ = [
     "grouped_changed_swiglu",
     "grouped_matmul",
     "grouped_swiglu",
+    "is_on_one_device",
     "load_native",
     "make_dispatch",
     "multiply",

@@ -142,6 +142,17 @@ def takes_native(platform: str | None, dtype: DTypeLike, width: int = _WIDTH) ->
     return platform == "cpu" and fits and load_native().is_loaded
 
 
+def is_on_one_device() -> bool:
+    """Return whether no mesh of several devices is in use, whose arrays no kernel here can split.
+
+    Example:
+        >>> is_on_one_device()
+        True
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.empty or mesh.size == 1)
+
+
 def _compilers() -> tuple[str, ...]:
     """Return names of compilers, those of the environment first."""
     return (*filter(None, [os.environ.get("CXX")]), "c++", "g++", "clang++")

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from composable.kernels.native import MULTIPLY, load_native
+from composable.kernels.native import MULTIPLY, is_on_one_device, load_native
 
 # Largest whole number of an int8 that has a negative.
 _LARGEST: Final = 127
@@ -189,7 +189,7 @@ def are_few_rows(x: Array, w: Matrix, few: int = 1) -> bool:
     """
     if isinstance(w, Quantized) or not x.dtype == w.dtype == jnp.float32:
         return False
-    return 1 <= math.prod(x.shape[:-1]) <= few and _is_on_one_device()
+    return 1 <= math.prod(x.shape[:-1]) <= few and is_on_one_device()
 
 
 def take_rows(w: Matrix, index: Array) -> Array:
@@ -231,11 +231,6 @@ def describe_products(platform: str) -> str:
         return "portable loop: the native kernel is for CPUs"
     native = load_native()
     return f"{'native kernel' if native.is_loaded else 'portable loop'}: {native.reason}"
-
-
-def _is_on_one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return bool(mesh.empty or mesh.size == 1)
 
 
 def _to_float(values: Array) -> Array:

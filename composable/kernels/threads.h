@@ -126,17 +126,18 @@ class Helpers {
     n_staying_.fetch_sub(1, std::memory_order_acq_rel);
   }
 
-  // Returns what was called for since, or null if nothing comes.
+  // Returns what was called for since, or null if nothing comes. Looks once at least: another caller
+  // counted on this thread while it was busy.
   std::shared_ptr<Pieces> Await(int64_t& n_seen, Duration stay) {
     const auto end = Clock::now() + stay;
-    while (Clock::now() < end) {
+    do {
       for (int i = 0; i < kPauses; ++i, Pause()) {
         if (n_calls_.load(std::memory_order_acquire) == n_seen) continue;
         std::lock_guard<std::mutex> lock(mutex_);
         n_seen = n_calls_.load(std::memory_order_relaxed);
         return latest_;
       }
-    }
+    } while (Clock::now() < end);
     return nullptr;
   }
 
@@ -165,8 +166,7 @@ void RunPieces(xla::ffi::ThreadPool& pool, int64_t n_pieces, Body body,
     return;
   }
   auto pieces = std::make_shared<PiecesOf<Body>>(std::move(body), n_pieces);
-  Helpers::Get().Call(pool, pieces, std::min<int64_t>(pool.num_threads(), n_pieces) - 1,
-                      stay);
+  Helpers::Get().Call(pool, pieces, std::min<int64_t>(pool.num_threads(), n_pieces) - 1, stay);
   pieces->Work();
   pieces->Wait();
 }

@@ -19,6 +19,7 @@ from flax import nnx
 from composable.kernels import (
     Matrix,
     Quantized,
+    is_on_one_device,
     multiply,
     native_cached_attention,
     native_swiglu,
@@ -288,9 +289,9 @@ _project_whole.defvjp(_project_whole_forward, _project_whole_backward)
 @jax.jit
 def _cached_attention(q_BTNH: jax.Array, cache: KVCache, position_T: jax.Array) -> jax.Array:
     """Attend to the cached positions up to each query; no gradient."""
-    platform, dtype = platform_in_use(), q_BTNH.dtype
-    is_on_one = platform is None or is_alone()
-    if not (is_on_one and takes_native(platform or "cpu", dtype, q_BTNH.shape[-1])):
+    # Without a mesh the platform is known when the program is compiled.
+    fits = takes_native(platform_in_use() or "cpu", q_BTNH.dtype, q_BTNH.shape[-1])
+    if not (fits and is_on_one_device()):
         return _attend_by_blocks(q_BTNH, *cache, position_T)
 
     def attend_natively(

@@ -298,6 +298,14 @@ def test_a_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign(
     )
 
 
+@pytest.mark.parametrize(
+    ("logits", "token"),
+    [([1, 3, 2, 3], 1), ([3, 3], 0), ([-np.inf, -np.inf, 0], 2), ([-np.inf] * 3, 0)],
+)
+def test_the_first_of_the_likeliest_tokens_is_taken(logits, token):
+    assert drawn(np.array(logits, np.float32), 1, temperature=0).tolist() == [token]
+
+
 def test_a_repetition_penalty_of_one_changes_nothing():
     logits_V = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     same_V = penalize_seen(jnp.float32(1.0), np.ones(1000, bool), logits_V)

@@ -162,6 +162,19 @@ def test_texts_of_other_lengths_compile_nothing(tiny, experts):
     assert [program._cache_size() for program in (_read, _predict)] == counts
 
 
+@pytest.mark.parametrize(("n_experts", "waits"), [(3, False), (4, True)])
+def test_no_step_waits_for_the_router_where_bodies_are_few(
+    tiny, experts, monkeypatch, n_experts, waits
+):
+    asked, gather = [], MixSteps._gather_chosen
+    monkeypatch.setattr(
+        MixSteps, "_gather_chosen", lambda *args: asked.append(args) or gather(*args)
+    )
+    steps = MixSteps(tiny.model(*experts[:n_experts], capacity=8).parts, 128)
+    steps.advance(tiny.tokens(batch=1, length=1), False)
+    assert bool(asked) == waits
+
+
 def test_a_path_that_sleeps_is_not_run(tiny, experts):
     """Each path holds the positions up to the last one at which it was awake."""
     model = tiny.model(*experts, capacity=8, top_k=1)
