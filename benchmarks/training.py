@@ -422,8 +422,9 @@ def measure_together(arguments: argparse.Namespace) -> dict[str, Any]:
             for name in names:
                 run("new", name, *backbone)
                 expert = Path(scratch) / name / "expert.toml"
-                low_rank = f'kind = "lora"\nrank = {RANK}'
-                expert.write_text(expert.read_text().replace('kind = "ffn"', low_rank))
+                text, low_rank = expert.read_text(), f'kind = "lora"\nrank = {RANK}'
+                assert text.count('kind = "ffn"') == 1
+                expert.write_text(text.replace('kind = "ffn"', low_rank))
             start = time.perf_counter()
             if way == "apart":
                 for seed, name in zip(seeds, names, strict=True):
