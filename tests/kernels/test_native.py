@@ -124,13 +124,17 @@ def test_matrices_are_orthogonalized_as_by_the_portable_path():
     wide, tall, square, row, left, right, tiny = draw(
         (70, 200), (131, 48), (64, 64), (1, 9), (40, 3), (3, 90), (7, 5)
     )
-    matrices = [wide, tall, square, row, left @ right, 1e-12 * tiny, jnp.zeros((6, 8))]
+    low_rank = left @ right
+    matrices = [wide, tall, square, row, low_rank, 1e-12 * tiny, jnp.zeros((6, 8))]
     coefficients = jnp.asarray(MUON_COEFFICIENTS)
     found = jax.jit(native_orthogonalize)(matrices, coefficients)
     for x, y in zip(matrices, found, strict=True):
         expected = _orthogonalize(x, coefficients)
-        # Polynomials of a Gram matrix that is made once or twice differ by what is lost in it.
-        np.testing.assert_allclose(y, expected, atol=5e-3 * max(1e-6, np.abs(expected).max()))
+        # Polynomials of a Gram matrix that is made once or twice differ by what is lost in it: most
+        # where all but three directions are rounding, which differs between processors, too.
+        tolerance = 5e-3 if x is low_rank else 2e-3
+        largest = max(1e-6, np.abs(expected).max())
+        np.testing.assert_allclose(y, expected, atol=tolerance * largest)
     assert native_orthogonalize([], coefficients) == []
 
 
