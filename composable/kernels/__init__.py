@@ -30,6 +30,7 @@ from composable.kernels.native_attention import (
     native_cached_attention,
 )
 from composable.kernels.native_muon import native_orthogonalize
+from composable.kernels.native_scout import native_scout_loss
 from composable.kernels.native_swiglu import native_swiglu
 from composable.kernels.quantized import (
     Matrix,
@@ -76,6 +77,7 @@ __all__ = [
     "native_attention_gradient",
     "native_cached_attention",
     "native_orthogonalize",
+    "native_scout_loss",
     "native_swiglu",
     "quantize",
     "quantize_like",

@@ -39,6 +39,7 @@ ATTEND_CACHED: Final = "composable_attend_cached"
 GATE: Final = "composable_gate"
 GATE_BACKWARD: Final = "composable_gate_backward"
 ORTHOGONALIZE: Final = "composable_orthogonalize"
+SCOUT_LOSS: Final = "composable_scout_loss"
 # "portable" turns the native kernels off; a path names a library of them, for a process that may
 # not compile.
 KERNELS_VARIABLE: Final = "COMPOSABLE_KERNELS"
@@ -50,11 +51,18 @@ _SYMBOLS: Final = {
     GATE: "ComposableGate",
     GATE_BACKWARD: "ComposableGateBackward",
     ORTHOGONALIZE: "ComposableOrthogonalize",
+    SCOUT_LOSS: "ComposableScoutLoss",
 }
 _FOLDER: Final = Path(__file__).parent
 _SOURCES: Final = tuple(
     _FOLDER / f"{name}.cc"
-    for name in ("native_attention", "native_muon", "native_product", "native_swiglu")
+    for name in (
+        "native_attention",
+        "native_muon",
+        "native_product",
+        "native_scout",
+        "native_swiglu",
+    )
 )
 _HEADERS: Final = tuple(_FOLDER / name for name in ("lanes.h", "products.h", "threads.h"))
 _FLAGS: Final = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")

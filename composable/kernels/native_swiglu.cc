@@ -15,11 +15,6 @@ namespace {
 constexpr int kTokens = 32;  // at a time
 constexpr int kAhead = 8;   // tokens between what is read and what is prefetched
 
-inline Lanes Sigmoid(Lanes x) {
-  const Lanes e = Exp(x > 0.0f ? -x : x);
-  return (x > 0.0f ? Spread(1.0f) : e) / (e + 1.0f);
-}
-
 // A matrix of some rows, and a piece of it of some columns.
 inline Left Rows(const float* x, int64_t row, int64_t width) { return {x + row * width, width, 1}; }
 inline Left Transposed(const float* x, int64_t row, int64_t width) {

@@ -1,5 +1,5 @@
-// Products of matrices that are in cache, and exponentials, for native kernels that do more with the
-// results than to write them.
+// Products of matrices that are in cache, exponentials and sigmoids, for native kernels that do more
+// with the results than to write them.
 
 #pragma once
 
@@ -26,6 +26,11 @@ inline Lanes Exp(Lanes x) {
   p = MultiplyAdd(p, r, Spread(5.0000001201e-1f));
   p = MultiplyAdd(p, r * r, r + 1.0f);
   return p * (Lanes)(((Ints)shifted << 23) + (127 << 23));
+}
+
+inline Lanes Sigmoid(Lanes x) {
+  const Lanes e = Exp(x > 0.0f ? -x : x);
+  return (x > 0.0f ? Spread(1.0f) : e) / (e + 1.0f);
 }
 
 // Rows of a product in registers, and registers that they are wide: their sums, and what is loaded

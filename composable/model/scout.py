@@ -36,6 +36,11 @@ class Scout(nnx.Module):
             feature_BTD, self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...]
         )
 
+    @property
+    def width(self) -> int:
+        """The hidden width W."""
+        return int(self.b_in[...].shape[0])
+
     def hidden(self, feature_BTD: jax.Array) -> jax.Array:
         """Return the hidden units, shape BTW, float32."""
         return _hidden(feature_BTD, self.w_in[...], self.b_in[...])

@@ -15,12 +15,18 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from composable.kernels import is_on_one_device, native_scout_loss, takes_native
 from composable.model.backbone import Backbone
 from composable.model.body import Body, Expert
 from composable.model.causal_attention import ATTENTION
 from composable.model.layers import GATED
 from composable.model.scout import Scout
-from composable.parallel import count_batch_shards, gather_weights, keep_batch_split
+from composable.parallel import (
+    count_batch_shards,
+    gather_weights,
+    keep_batch_split,
+    platform_in_use,
+)
 from composable.training.class_loss import class_loss
 from composable.training.data import TappedRows
 from composable.training.layer_loop import (
@@ -70,6 +76,9 @@ def scout_loss(scout: Scout, feature_BTD: jax.Array, classes_BT: jax.Array) -> j
         # Parts are for a CPU's caches, and devices would sum their gradients once for each.
         log_prob_MC = scout(feature_MD)
         return -jnp.take_along_axis(log_prob_MC, classes_BT.reshape(-1, 1), axis=-1).mean()
+    weights = (scout.w_in, scout.b_in, scout.w_out, scout.b_out)
+    if takes_native(platform_in_use(), jnp.float32, scout.width) and is_on_one_device():
+        return native_scout_loss(feature_MD, *(x[...] for x in weights), classes_BT.ravel())
     hidden_BTW = scout.hidden(feature_MD).reshape(*classes_BT.shape, -1)
     # The bias as the weights of a unit that is always on.
     hidden_BTW = jnp.concatenate([hidden_BTW, jnp.ones_like(hidden_BTW[..., :1])], axis=-1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from composable.kernels import (
     native,
@@ -14,11 +15,14 @@ from composable.kernels import (
     native_attention_gradient,
     native_cached_attention,
     native_orthogonalize,
+    native_scout_loss,
     native_swiglu,
 )
 from composable.model.causal_attention import causal_attention
 from composable.model.layers import CACHE_BLOCK, _attend_by_blocks, changed_swiglu, swiglu
+from composable.model.scout import Scout, class_log_probs
 from composable.parallel import make_mesh
+from composable.training.objectives import scout_loss
 from composable.training.optimizers import MUON_COEFFICIENTS, _orthogonalize
 from tests.support.traces import trace_apart
 
@@ -29,6 +33,11 @@ REORDERED_SUMS = 5e-6
 ATTENTION = [(2, 1, 2, 1, 16), (1, 31, 3, 3, 32), (2, 32, 4, 2, 64), (1, 133, 4, 2, 128)]
 # Tokens, width, hidden units and rank, of blocks of SwiGLU.
 SWIGLU = [(1, 8, 16, 1), (32, 24, 64, 4), (75, 16, 80, 16), (130, 40, 208, 21)]
+
+
+# Tokens, features, hidden units and classes: fewer than a vector, uneven, more than are done at a
+# time, and in more than one piece.
+SCOUTS = [(1, 3, 16, 5), (47, 24, 64, 257), (100, 33, 80, 64), (700, 32, 48, 130)]
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +120,38 @@ def test_a_block_and_its_gradient_are_those_of_its_definition(sizes, is_low_rank
     assert_close(pull(dy), pull_plain(dy))
 
 
+def draw_scout(n_tokens, d, width, n_classes):
+    """Return features, weights and classes of tokens, some of which repeat."""
+    arrays = draw((n_tokens, d), (d, width), (width,), (width, n_classes), (n_classes,))
+    return *arrays, jnp.arange(n_tokens) ** 2 % n_classes
+
+
+@pytest.mark.parametrize("sizes", SCOUTS, ids=str)
+@pytest.mark.parametrize("shift", [0.0, -200.0, 200.0])
+def test_the_loss_of_a_scout_and_its_gradient_are_those_of_its_definition(sizes, shift):
+    """Wherever logits lie: those that only fill a vector are no classes."""
+    x, *weights, classes = draw_scout(*sizes)
+    weights[-1] += shift
+
+    def plain(w_in, b_in, w_out, b_out):
+        log_prob = class_log_probs(x, w_in, b_in, w_out, b_out)
+        return -jnp.take_along_axis(log_prob, classes[:, None], axis=1).mean()
+
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2, 3))(*weights)
+    step = jax.value_and_grad(native_scout_loss, argnums=(1, 2, 3, 4))
+    found = jax.jit(step)(x, *weights, classes)
+    tolerance = 1e-4 if shift else REORDERED_SUMS  # logits near 200 have fewer digits
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("number", [-1, 7])
+def test_a_class_that_is_none_is_refused(number):
+    *arrays, _ = draw_scout(3, 2, 16, 7)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="class is not among"):
+        jax.block_until_ready(jax.jit(native_scout_loss)(*arrays, jnp.array([0, number, 6])))
+
+
 def test_gates_far_from_zero_stay_finite():
     f = 16
     ones = {"w_gate": jnp.eye(f), "w_up": jnp.eye(f), "w_down": jnp.eye(f)}
@@ -152,6 +193,26 @@ def test_only_a_single_cpu_trains_blocks_by_the_kernel():
         assert "composable_gate" in gradient_of_block()
         assert "composable_gate" not in gradient_of_block(dtype=jnp.bfloat16)
         assert "composable_gate" not in gradient_of_block(f=24)
+
+
+def test_only_a_single_cpu_trains_scouts_by_the_kernel():
+    """With the loss and gradient of the portable path."""
+    x, classes = draw((2, 30, 8))[0], jnp.arange(60).reshape(2, 30) % 9
+    step = jax.value_and_grad(scout_loss)
+
+    def run(width):
+        scout = Scout(8, width, 9, rngs=nnx.Rngs(0))
+        with trace_apart(object()):
+            lowered = jax.jit(step).lower(scout, x, classes)
+        return native.SCOUT_LOSS in lowered.as_text(), lowered.compile()(scout, x, classes)
+
+    is_native, expected = run(width=32)
+    assert not is_native
+    with jax.set_mesh(make_mesh(jax.devices()[:1])):
+        is_native, found = run(width=32)
+        assert is_native
+        assert not run(width=24)[0]
+    assert_close(found, expected)
 
 
 @pytest.fixture
