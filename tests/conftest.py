@@ -8,6 +8,8 @@ import gc
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import filelock
@@ -39,6 +41,25 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
 TRAINED = {"loaded", "trained_folder"}
 # What tests marked `parity` need: libraries that `make parity` installs apart.
 APART = ("torch", "transformers", "peft", "lm_eval", "libtpu")
+
+
+def pytest_configure(config):
+    """Let all workers, and the processes that tests start, use native kernels compiled once.
+
+    They would be compiled in every test's empty home, for ten seconds of two cores.
+    """
+    if hasattr(config, "workerinput") or "COMPOSABLE_KERNELS" in os.environ:
+        return
+    find = "from composable.kernels import load_native; print(load_native().library or 'portable')"
+    cache = Path(__file__).parents[1] / ".cache"
+    done = subprocess.run(
+        [sys.executable, "-c", find],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    os.environ["COMPOSABLE_KERNELS"] = done.stdout.strip()
 
 
 @pytest.hookimpl(tryfirst=True)

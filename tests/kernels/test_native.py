@@ -218,7 +218,8 @@ def test_only_a_single_cpu_trains_scouts_by_the_kernel():
 @pytest.fixture
 def fresh(monkeypatch):
     """Return `load_native` as a process that has not called it has it."""
-    monkeypatch.delenv("CXX", raising=False)
+    for variable in ("CXX", native.KERNELS_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
     return native._find_native.__wrapped__
 
 
