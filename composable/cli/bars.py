@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 from composable.progress import (
@@ -22,6 +23,8 @@ from composable.progress import (
 # Bars of the stages of training line up in this many columns.
 _STAGE_WIDTH = 14
 _BITS_PER_NAT = 1.4426950408889634
+# What takes no longer than this is not shown.
+_SOON_SECONDS = 0.3
 
 
 @contextmanager
@@ -35,6 +38,22 @@ def show_wait(what: str, *, is_quiet: bool = False) -> Iterator[None]:
     finally:
         if is_shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def await_kernels(*, is_quiet: bool = False) -> None:
+    """Load native kernels, and show that they are compiled where no earlier command has done so.
+
+    It takes ten seconds; the first program that calls them would wait for it silently.
+    """
+    from composable.kernels import load_native, wants_native
+
+    if not wants_native():
+        return
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load_native)
+        if wait([loading], timeout=_SOON_SECONDS).not_done:
+            with show_wait("compiling kernels for this processor, once", is_quiet=is_quiet):
+                wait([loading])
 
 
 @contextmanager

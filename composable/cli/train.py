@@ -153,6 +153,7 @@ def train(
         for folder, manifest in manifests.items()
         if (parent := find_parent(loaded, manifest, registry=registry))
     }
+    bars.await_kernels(is_quiet=is_quiet or not is_first)
     cfg = expert_config(
         steps, seed, rows=rows, window=window, backbone=loaded.backbone, accumulate=accumulate
     )

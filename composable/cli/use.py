@@ -79,8 +79,7 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("expected either PROMPT or --prompts FILE")
-    with bars.show_wait("loading the model", is_quiet=as_json):
-        model = _load(backbone, experts, registry, is_alone)
+    model = _load(backbone, experts, registry, is_alone, is_quiet=as_json)
     display = choose_format(model.names, is_wanted=shows_routing)
     settings: dict[str, Any] = {
         "temperature": temperature,
@@ -136,8 +135,7 @@ def chat(
 
     Reads one turn per line from standard input.
     """
-    with bars.show_wait("loading the model"):
-        model = _load(backbone, experts, registry, is_alone)
+    model = _load(backbone, experts, registry, is_alone)
     conversation = model.converse(
         system,
         temperature=temperature,
@@ -154,11 +152,20 @@ def chat(
 
 
 def _load(
-    backbone: str | None, experts: list[str] | None, registry: str | None, is_alone: bool
+    backbone: str | None,
+    experts: list[str] | None,
+    registry: str | None,
+    is_alone: bool,
+    *,
+    is_quiet: bool = False,
 ) -> Model:
-    from composable.assembly.load import load
+    """Return the model of a project or of options, and show what is waited for."""
+    with bars.show_wait("loading the model", is_quiet=is_quiet):
+        from composable.assembly.load import load
 
-    return load(backbone, [] if is_alone else experts, registry=registry)
+        model = load(backbone, [] if is_alone else experts, registry=registry)
+    bars.await_kernels(is_quiet=is_quiet)
+    return model
 
 
 def _print_pieces(pieces: Iterable[Piece], display: PieceFormat) -> None:

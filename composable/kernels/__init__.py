@@ -23,6 +23,7 @@ from composable.kernels.native import (
     is_on_one_device,
     load_native,
     takes_native,
+    wants_native,
 )
 from composable.kernels.native_attention import (
     native_attention,
@@ -87,5 +88,6 @@ __all__ = [
     "take_rows",
     "takes_native",
     "takes_splash",
+    "wants_native",
     "widen",
 ]

@@ -150,6 +150,16 @@ def takes_native(platform: str | None, dtype: DTypeLike, width: int = _WIDTH) ->
     return platform == "cpu" and fits and load_native().is_loaded
 
 
+def wants_native() -> bool:
+    """Return whether this process computes on a CPU, which native kernels are for.
+
+    Example:
+        >>> isinstance(wants_native(), bool)
+        True
+    """
+    return jax.default_backend() == "cpu"
+
+
 def is_on_one_device() -> bool:
     """Return whether no mesh of several devices is in use, whose arrays no kernel here can split.
 

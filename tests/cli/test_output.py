@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import click
 import pytest
 from rich.console import Console
 
-from composable import progress
+from composable import kernels, progress
+from composable.cli import bars
 from composable.cli.options import AS_JSON, PROCESS
 from composable.cli.output import format_table, note, note_warnings, show, show_error
 from composable.cli.routing import choose_format
@@ -93,6 +95,18 @@ def test_generated_text_is_escaped_on_a_terminal_only(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _print_pieces(pieces, choose_format((), is_wanted=False))
     assert capsys.readouterr().out == "a\tb\\x1b[2J\n\n"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2], ids=["there", "compiling"])
+def test_kernels_are_said_to_compile_only_where_they_do(capsys, monkeypatch, seconds):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(bars, "_SOON_SECONDS", 0.05)
+    monkeypatch.setattr(kernels, "load_native", lambda: time.sleep(seconds))
+    bars.await_kernels()
+    said = capsys.readouterr().err
+    assert ("compiling kernels for this processor, once" in said) == bool(seconds)
+    bars.await_kernels(is_quiet=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_error_in_a_run_of_many_processes_names_the_one_that_failed(capsys):
