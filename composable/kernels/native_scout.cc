@@ -59,7 +59,7 @@ void FillPanels(const float* from, int64_t rows, int64_t columns, float* panels)
   }
 }
 
-// Returns the inner half of gelu(x) = x sigmoid(2 u), with tanh as its approximation has it.
+// Returns sigmoid(2 u) of gelu(x) = x sigmoid(2 u), as its approximation by tanh has it.
 inline Lanes GeluGate(Lanes x) {
   const Lanes cubed = x * x * x;
   return Sigmoid(MultiplyAdd(cubed, Spread(2 * kGeluScale * kGeluCubed), x * (2 * kGeluScale)));
@@ -128,7 +128,8 @@ void RunPiece(const Sizes& s, const Arrays& p, int64_t piece) {
     for (int64_t i = 0; i < rows * width; i += kLanes) {
       const Lanes y = Load(before + i), gate = GeluGate(y);
       // x sigmoid(2 u) differentiated, with u = scale (x + cubed x^3).
-      const Lanes du = MultiplyAdd(y * y, Spread(6 * kGeluScale * kGeluCubed), Spread(2 * kGeluScale));
+      const Lanes du =
+          MultiplyAdd(y * y, Spread(6 * kGeluScale * kGeluCubed), Spread(2 * kGeluScale));
       Store(dhidden + i, Load(dhidden + i) * MultiplyAdd(y * gate * (1.0f - gate), du, gate));
     }
     for (int64_t row = 0; row < rows; ++row) AddTo(db_in, dhidden + row * width, width);

@@ -48,15 +48,10 @@ def native_scout_loss(
     return _forward(feature_MD, w_in_DW, b_in_W, w_out_WC, b_out_C, classes_M)[0]
 
 
-def _forward(
-    feature_MD: jax.Array,
-    w_in_DW: jax.Array,
-    b_in_W: jax.Array,
-    w_out_WC: jax.Array,
-    b_out_C: jax.Array,
-    classes_M: jax.Array,
-) -> tuple[jax.Array, _Gradient]:
-    weights = [x.astype(jnp.float32) for x in (w_in_DW, b_in_W, w_out_WC, b_out_C)]
+def _forward(*arrays: Any) -> tuple[jax.Array, _Gradient]:
+    """Return the loss of the arguments of `native_scout_loss`, and its gradient in the weights."""
+    feature_MD, *weights, classes_M = arrays
+    weights = [x.astype(jnp.float32) for x in weights]
     like = [classes_M.shape, *(x.shape for x in weights)]
     call = jax.ffi.ffi_call(SCOUT_LOSS, [jax.ShapeDtypeStruct(x, jnp.float32) for x in like])
     nats_M, *sums = call(feature_MD.astype(jnp.float32), *weights, classes_M.astype(jnp.int32))
