@@ -55,7 +55,7 @@ def pytest_configure(config):
     done = subprocess.run(
         [sys.executable, "-c", find],
         env={**os.environ, "XDG_CACHE_HOME": str(cache)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )

@@ -33,8 +33,6 @@ REORDERED_SUMS = 5e-6
 ATTENTION = [(2, 1, 2, 1, 16), (1, 31, 3, 3, 32), (2, 32, 4, 2, 64), (1, 133, 4, 2, 128)]
 # Tokens, width, hidden units and rank, of blocks of SwiGLU.
 SWIGLU = [(1, 8, 16, 1), (32, 24, 64, 4), (75, 16, 80, 16), (130, 40, 208, 21)]
-
-
 # Tokens, features, hidden units and classes: fewer than a vector, uneven, more than are done at a
 # time, and in more than one piece.
 SCOUTS = [(1, 3, 16, 5), (47, 24, 64, 257), (100, 33, 80, 64), (700, 32, 48, 130)]

@@ -13,9 +13,9 @@ from composable.errors import TrainingError
 from composable.packaging.manifests.manifest import Manifest
 from composable.training.config import TrainConfig
 from composable.training.loop import _compile_step
+from composable.workflows import heldout, trunk_cache
 from composable.workflows import sweep as sweeps
 from composable.workflows import train as contribution
-from composable.workflows import trunk_cache
 from composable.workflows.sweep import parse_sweep, train_variants
 from composable.workflows.train import train_expert
 from tests.support.tiny import PRIVATE_WORDS
@@ -150,6 +150,23 @@ def test_the_best_on_held_out_text_becomes_the_expert(loaded, swept):
         np.testing.assert_array_equal(x, y)
     record = json.loads((swept.folder / ".work" / "training.json").read_text())
     assert f"seed={record['seed']}" in best.name
+
+
+@pytest.mark.parametrize(("steps", "n_tokens"), [(4, 32), (400, 64)], ids=["short", "long"])
+def test_a_quarter_of_the_tokens_of_a_short_training_is_measured(
+    loaded, swept, monkeypatch, tmp_path, steps, n_tokens
+):
+    measured = []
+
+    def count(loaded, tokens_BU, cache):
+        measured.append(tokens_BU[:, 1:].size)
+        return trunk_cache.run_trunk(loaded, tokens_BU, cache)
+
+    monkeypatch.setattr(heldout, "run_trunk", count)
+    monkeypatch.setattr(heldout, "_TOKENS", (16, 64))
+    cfg = dataclasses.replace(CFG, steps=steps)
+    heldout.measure_heldout(loaded, swept.variants[0].folder, cfg, tmp_path)
+    assert measured == [n_tokens]
 
 
 def test_ranks_of_a_full_body_are_refused(loaded, trained_folder, texts, tmp_path):
