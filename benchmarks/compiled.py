@@ -49,7 +49,7 @@ from composable.parallel import BATCH_SPEC
 from composable.parallel.mesh import AXES
 from composable.training.objectives import expert_objective
 from tests.support.compiled import collectives_in, count_traffic, shapes_on, tpu_mesh
-from tests.support.kernel_transfers import count_transfers, total_bytes
+from tests.support.kernel_transfers import count_rows, count_transfers, total_bytes
 
 DOCUMENTS, LENGTH, CAPACITY = 16, 512, 4
 
@@ -94,7 +94,8 @@ def measure_body(shape: Shape, n_experts: int, n_choices: int, topology: str) ->
     item = bank[0].dtype.itemsize
     needed_flops = 6 * n_routed * D * F
     needed_bytes = (3 * n_experts * D * F + 2 * n_routed * D) * item
-    copied = total_bytes(count_transfers(_stream_body, tpu, (array(n_rows, D),), bank, dispatch))
+    call = (_stream_body, tpu, (array(n_rows, D),), bank, dispatch)
+    copied = total_bytes(count_transfers(*call))
     mesh = tpu_mesh(topology)
     rows = jax.ShapeDtypeStruct((n_rows, D), shape.dtype)
     sorted_rows = jax.ShapeDtypeStruct((n_routed, D), shape.dtype)
@@ -109,7 +110,7 @@ def measure_body(shape: Shape, n_experts: int, n_choices: int, topology: str) ->
         "shape": shape.name,
         "experts": n_experts,
         "choices": n_choices,
-        "kernel_rows": int(dispatch.n_blocks_used) * dispatch.block / n_routed,
+        "kernel_rows": count_rows(*call) / n_routed,
         "kernel_bytes": copied / needed_bytes,
     }
     for name, (fn, arguments) in contenders.items():

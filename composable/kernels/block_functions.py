@@ -17,6 +17,8 @@ Arrays = tuple[Array, ...]
 BlockOutputs = tuple[Arrays, Arrays]
 # (rows of one block, weights of its expert) -> (rows out, contributions to per-expert sums).
 BlockFunction = Callable[[Arrays, Arrays], BlockOutputs]
+# (rows of one expert, a tile of each of its arrays) -> their part of a sum over tiles, float32.
+TileFunction = Callable[[Array, Arrays], Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

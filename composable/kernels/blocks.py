@@ -8,7 +8,8 @@ has one implementation per kind of platform, same meaning:
   row is multiplied by another expert's weights and blocks that hold nothing cost nothing. One
   expert's weights are sliced once per group, and what a block computes on the way stays in cache.
 - `tpu.stream_blocks` (TPU) and `gpu.stream_blocks` (CUDA): kernels that read the weights of each
-  expert in use once, the first from memory to the chip, the second through its cache.
+  expert in use once, the first from memory to the chip, the second through its cache. A TPU has
+  `tpu.sum_tiles` besides, for bodies of any size.
 - `batch_blocks` (everything else): one large batched product rather than many small ones in a row,
   each waiting for the host to check the loop condition. Blocks are processed in a few large
   chunks, each block with a copy of its expert's weights, and empty chunks are not computed.
@@ -30,12 +31,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from composable.kernels.block_functions import Arrays, BlockFunction, BlockOutputs, Tiling
+from composable.kernels.block_functions import (
+    Arrays,
+    BlockFunction,
+    BlockOutputs,
+    TileFunction,
+    Tiling,
+)
 from composable.kernels.dispatch import Dispatch
+
+SumTiles = Callable[[TileFunction, Array, Arrays, Dispatch, tuple[int, ...]], Array]
 
 
 class Accelerator(Protocol):
     """Kernels of a kind of device: the modules `tpu` and `gpu`."""
+
+    @property
+    def sum_tiles(self) -> SumTiles | None:
+        """Add up what a function returns for tiles of weights, in one kernel; see `tpu`."""
 
     def fits_on_chip(self, fn: BlockFunction, rows: Arrays, weights: Arrays, block: int) -> bool:
         """Return whether one kernel can run all that a function does."""
@@ -112,7 +125,7 @@ def describe_implementation(platform: str) -> str:
     """
     reasons = {
         "cpu": "loop_blocks: a loop over the blocks in use, whose number is known when it runs",
-        "tpu": "stream_blocks: one kernel that reads the weights of each expert in use once",
+        "tpu": "stream_blocks, sum_tiles: kernels that read each expert in use once",
         "cuda": "stream_blocks: one kernel for each leg, without a copy of weights",
     }
     return reasons.get(platform, "batch_blocks: few large products, since many small ones wait")

@@ -243,6 +243,10 @@ def sum_products(subscripts: str, left: Operand, right: Operand) -> Array:
     return array
 
 
+# A program has too little memory to keep the rows of an expert and their sums.
+sum_tiles: Final = None
+
+
 def fits_on_chip(fn: BlockFunction, rows: Arrays, weights: Arrays, block: int) -> bool:
     """Return whether one program can run a whole body: never, on a GPU."""
     del fn, rows, weights, block

@@ -9,9 +9,11 @@ which measured faster than computing them again; wrap the caller in `jax.checkpo
 time instead of the memory. Whether the weights are differentiated is known when the gradient is
 traced, and the backward pass is built for it: frozen experts get a pass without weight gradients.
 
-A TPU runs the same fused functions while one expert's matrices fit its memory (three of 2,048 by
-1,024 in bfloat16 do). Larger bodies are run in pieces, one product or two at a time, each cut along
-the axis that it does not sum over; the hidden activations then leave the chip.
+A TPU takes the body in tiles of its hidden units, whose parts of the output it adds up on the chip,
+so hidden activations stay there, of bodies of any size. Under differentiation it runs the same
+fused functions as a CPU while one expert's matrices fit its memory (three of 2,048 by 1,024 in
+bfloat16 do). Larger ones are run in pieces, one product or two at a time, each cut along the axis
+that it does not sum over; the hidden activations then leave the chip, as they do on a GPU.
 """
 
 from __future__ import annotations
@@ -223,6 +225,12 @@ def _run_hidden(rows: Arrays, weights: Arrays) -> BlockOutputs:
     return (hidden_PF,), ()
 
 
+def _run_hidden_tile(x_PD: Array, weights: Arrays) -> Array:
+    """What some hidden units add to the output of some rows: 3 products."""
+    (hidden_PF,), _ = _run_hidden((x_PD,), weights[:2])
+    return product("PF,FD->PD", hidden_PF, weights[2])
+
+
 def _run_down(rows: Arrays, weights: Sequence[Matrix]) -> BlockOutputs:
     """One block's output from its hidden activations: 1 product."""
     (hidden_PF,), (w_down_FD,) = rows, weights
@@ -292,8 +300,9 @@ def _stream_body(
     chip: Accelerator, rows: Arrays, weights: Arrays, dispatch: Dispatch
 ) -> BlockOutputs:
     """Forward on a chip with kernels."""
-    if chip.fits_on_chip(_run_body, rows, weights, dispatch.block):
-        return chip.stream_blocks(_run_body, rows, weights, dispatch)
+    if chip.sum_tiles:
+        (x_PD,) = rows
+        return (chip.sum_tiles(_run_hidden_tile, x_PD, weights, dispatch, (1, 1, 0)),), ()
     tiling = Tiling(rows=(None,), weights=(1, 1), outs=(1,))
     hidden, _ = chip.stream_blocks(_run_hidden, rows, weights[:2], dispatch, tiling)
     return _stream_down(chip, hidden, weights[2:], dispatch)

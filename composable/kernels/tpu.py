@@ -9,6 +9,11 @@ use, however many rows they have. Blocks that hold nothing are neither read nor 
 do not fit on the chip, the arrays are cut into tiles along an axis that no product sums over, and
 the blocks are run once for each tile.
 
+`sum_tiles` serves functions whose results for tiles of an expert's weights add up, as those of a
+feed-forward body do for tiles of its hidden units. It keeps the rows of an expert on the chip, and
+their sums, while tiles of the weights come and go, so what lies between two products never leaves
+the chip, of however many hidden units.
+
 It chooses no function and no platform (`blocks.py` does), and differentiates nothing.
 """
 
@@ -16,16 +21,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from composable.kernels.block_functions import Arrays, BlockFunction, BlockOutputs, Tiling
-from composable.kernels.dispatch import Dispatch
+from composable.kernels.block_functions import (
+    Arrays,
+    BlockFunction,
+    BlockOutputs,
+    TileFunction,
+    Tiling,
+)
+from composable.kernels.dispatch import Dispatch, count_blocks, count_up_to
 
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -35,6 +47,10 @@ _BLOCK_BYTES: Final = 40 << 20
 _MEMORY_BYTES: Final = 60 << 20
 # Tiles are whole lanes of the chip's registers.
 _LANES: Final = 128
+# Bytes of a column of those registers: 8 rows of float32, 16 of bfloat16.
+_SUBLANE_BYTES: Final = 32
+# Rows that `sum_tiles` multiplies at a time, at most: as many as the widest matrix unit holds.
+_MOST_ROWS: Final = 256
 
 
 def fits_on_chip(fn: BlockFunction, rows: Arrays, weights: Arrays, block: int) -> bool:
@@ -175,6 +191,249 @@ def _run_step(
 
 def _add(ref: Any, part: Any) -> None:
     ref[...] += part
+
+
+def sum_tiles(
+    fn: TileFunction, x_PD: Array, weights: Arrays, dispatch: Dispatch, axes: tuple[int, ...]
+) -> Array:
+    """Run `fn` on each expert's rows and every tile of its weights, and add up what it returns.
+
+    As many rows of an expert as fit on the chip are a *chunk*, and the expert's weights are read
+    once for each of its chunks. A chunk is multiplied 256 rows at a time, as matrix units want it,
+    and the rows that are left in the least tiles that hold them.
+
+    Off a TPU it runs interpreted, as `stream_blocks` does.
+
+    Args:
+        fn: Function of some rows of one expert and a tile of each of its arrays. Returns float32
+            of the shape of the rows; zeros for a tile of zeros.
+        x_PD: Rows.
+        weights: Arrays whose first axis is E.
+        dispatch: The expert of each block of rows.
+        axes: Along which axis an expert's array is cut, without the dimension E, for each of
+            `weights`. Those axes have one size.
+
+    Returns:
+        y_PD, in the type of x_PD; zero in blocks not in use. Padding rows of other blocks hold
+        what x_PD has there, or what `fn` returns for it.
+    """
+    block, n_blocks, width = dispatch.block, dispatch.expert_Y.shape[0], x_PD.shape[1]
+    own_weights = tuple(jax.ShapeDtypeStruct(w.shape[1:], w.dtype) for w in weights)
+    (size,) = {own.shape[axis] for own, axis in zip(own_weights, axes, strict=True)}
+    tile, most_blocks, heights = _share_memory(x_PD, own_weights, size, block, n_blocks)
+    n_tiles = -(-size // tile)
+    n_chunks, tables = _cut_into_chunks(dispatch, most_blocks)
+
+    def spec(own: jax.ShapeDtypeStruct, axis: int) -> pl.BlockSpec:
+        sizes = [tile if place == axis else n for place, n in enumerate(own.shape)]
+
+        def place_of(
+            chunk: Any, tile_index: Any, expert_C: Any, _: Any, rows_C: Any, *__: Any
+        ) -> tuple[Any, ...]:
+            # A step without rows asks for the tile that is there, which copies nothing.
+            tile_index = jnp.where(rows_C[chunk] > 0, tile_index, n_tiles - 1)
+            return (
+                expert_C[chunk],
+                *(tile_index if place == axis else 0 for place in range(len(sizes))),
+            )
+
+        return pl.BlockSpec((None, *sizes), place_of)
+
+    chunk_shape = (most_blocks, block, width)
+    run = pl.pallas_call(
+        functools.partial(_run_tile, fn, axes, size, heights),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tables),
+            grid=(n_chunks, n_tiles),
+            in_specs=[
+                pl.BlockSpec(memory_space=pl.ANY),
+                *(spec(own, axis) for own, axis in zip(own_weights, axes, strict=True)),
+            ],
+            out_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            scratch_shapes=[
+                pltpu.VMEM(chunk_shape, x_PD.dtype),
+                pltpu.VMEM(chunk_shape, jnp.float32),
+                pltpu.SemaphoreType.DMA,
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((n_blocks, block, width), x_PD.dtype)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_MEMORY_BYTES
+        ),
+        cost_estimate=_estimate_cost(
+            lambda rows, weights: ((fn(rows[0], weights).astype(x_PD.dtype),), ()),
+            (jax.ShapeDtypeStruct((block, width), x_PD.dtype),),
+            own_weights,
+            n_blocks,
+            dispatch.n_experts,
+        ),
+        name=getattr(fn, "__name__", "tiles").lstrip("_"),
+    )
+    (y_by_block,) = run(*tables, x_PD.reshape(n_blocks, block, width), *weights)
+    y_PD: Array = y_by_block.reshape(n_blocks * block, width)
+    return y_PD
+
+
+def _run_tile(
+    fn: TileFunction,
+    axes: tuple[int, ...],
+    size: int,
+    heights: tuple[int, ...],
+    expert_C: Any,
+    first_C: Any,
+    rows_C: Any,
+    used: Any,
+    x_all: Any,
+    *refs: Any,
+) -> None:
+    """Run the rows of a chunk by one tile of the weights: the body of the kernel.
+
+    Args:
+        fn: See `sum_tiles`.
+        axes: See `sum_tiles`.
+        size: Of those axes.
+        heights: How many rows are multiplied at a time; see `share_out`.
+        expert_C: Expert of each chunk; only the index maps need it.
+        first_C: First block of each chunk.
+        rows_C: Rows of each chunk, without padding.
+        used: The number of blocks in use.
+        x_all: Rows, in the device's memory.
+        refs: Tiles of the weights, rows out in the device's memory, a chunk's rows on the chip,
+            their sums, and the semaphore of copies.
+    """
+    del expert_C
+    *weight_refs, y_all, x_ref, sum_ref, copied = refs
+    chunk, tile_index = pl.program_id(0), pl.program_id(1)
+    is_first, is_last = tile_index == 0, tile_index == pl.num_programs(1) - 1
+    block, n_rows, first = x_ref.shape[1], rows_C[chunk], first_C[chunk]
+    n_own = lax.div(n_rows + block - 1, block)
+
+    def copy_blocks(source: Callable[[Any], Any], target: Callable[[Any], Any], n: Any) -> None:
+        def copy(index: Any) -> Any:
+            return pltpu.make_async_copy(source(index), target(index), copied)
+
+        lax.fori_loop(0, n, lambda index, _: copy(index).start(), None)
+        lax.fori_loop(0, n, lambda index, _: copy(index).wait(), None)
+
+    @pl.when(is_first)
+    def _() -> None:
+        copy_blocks(lambda index: x_all.at[first + index], lambda index: x_ref.at[index], n_own)
+
+    def multiply(height: int, start: Any, index: Any, state: None) -> None:
+        """Multiply some rows of the chunk: several blocks, or a part of one."""
+        del state
+        start += index * height
+        shape = (max(1, height // block), min(height, block), x_ref.shape[2])
+        row = 0 if height >= block else pl.multiple_of(lax.rem(start, block), height)
+        here = (pl.ds(lax.div(start, block), shape[0]), pl.ds(row, shape[1]))
+        tiles = tuple(
+            _clear_padding(ref[...], axis, size, tile_index)
+            for ref, axis in zip(weight_refs, axes, strict=True)
+        )
+        part = fn(x_ref[here].reshape(height, shape[2]), tiles).reshape(shape)
+        total = jnp.where(is_first, part, part + sum_ref[here])
+
+        @pl.when(is_last)
+        def _() -> None:
+            x_ref[here] = total.astype(x_ref.dtype)
+
+        @pl.when(~is_last)
+        def _() -> None:
+            sum_ref[here] = total
+
+    start = jnp.int32(0)
+    for height, n in share_out(n_rows, heights):
+        lax.fori_loop(0, n, functools.partial(multiply, height, start), None)
+        start += n * height
+
+    @pl.when(is_last)
+    def _() -> None:
+        copy_blocks(lambda index: x_ref.at[index], lambda index: y_all.at[first + index], n_own)
+
+    @pl.when(is_last & (chunk == pl.num_programs(0) - 1))
+    def _() -> None:
+        x_ref[0] = jnp.zeros_like(x_ref[0])
+        n_unused = y_all.shape[0] - used[0]
+        copy_blocks(lambda _: x_ref.at[0], lambda index: y_all.at[used[0] + index], n_unused)
+
+
+def _clear_padding(tile: Any, axis: int, size: int, tile_index: Any) -> Any:
+    """Return a tile of an array with zeros where it lies past the array's end."""
+    width = tile.shape[axis]
+    if size % width == 0:
+        return tile
+    place = tile_index * width + lax.broadcasted_iota(jnp.int32, tile.shape, axis)
+    return jnp.where(place < size, tile, 0)
+
+
+def share_out(n_rows: Any, heights: Sequence[int]) -> list[tuple[int, Any]]:
+    """Return how many tiles of each height the rows of a chunk are multiplied in.
+
+    As many of the greatest as the rows fill, and for the rest the least that hold it. They end
+    before the next multiple of the greatest.
+
+    Args:
+        n_rows: Rows of a chunk.
+        heights: In falling order, each twice the next.
+
+    Example:
+        >>> [(height, int(n)) for height, n in share_out(600, (256, 128, 64, 32, 16))]
+        [(256, 2), (128, 1), (64, 0), (32, 0), (16, 0)]
+    """
+    shares, left = [], n_rows
+    for height, smaller in zip(heights, (*heights[1:], 0), strict=True):
+        is_filled = height == heights[0] and smaller > 0
+        n = lax.div(left if is_filled else left + height - 1 - smaller, height)
+        shares.append((height, n))
+        left = jnp.maximum(left - n * height, 0)
+    return shares
+
+
+def _share_memory(
+    x_PD: Array, weights: Shapes, size: int, block: int, n_blocks: int
+) -> tuple[int, int, tuple[int, ...]]:
+    """Return the width of a tile of the weights, the blocks of a chunk, and heights of its tiles.
+
+    Two tiles of each array take a third of the memory at most, so that copies and products
+    overlap. The more rows the rest holds, the fewer times are weights read. Heights are a block,
+    and twice or half as many rows again and again, as long as they are whole registers.
+    """
+    per_column = 2 * sum(_bytes_of((own,)) // size for own in weights)
+    most = _BLOCK_BYTES // 3 // per_column
+    tile = size if size <= most else max(_LANES, most // _LANES * _LANES)
+    item = x_PD.dtype.itemsize
+    least = _SUBLANE_BYTES // item
+    rows = -(-block // least) * least
+    per_block = rows * x_PD.shape[1] * (item + jnp.dtype(jnp.float32).itemsize)
+    most_blocks = max(1, (_BLOCK_BYTES - tile * per_column) // per_block)
+    heights = [block]
+    if block % least == 0:
+        while 2 * heights[0] <= min(_MOST_ROWS, most_blocks * block):
+            heights.insert(0, 2 * heights[0])
+        while heights[-1] % (2 * least) == 0:
+            heights.append(heights[-1] // 2)
+    # Whole tiles, since the last rows of a chunk may be multiplied in a tile that they do not fill.
+    per_tile = heights[0] // block
+    most_blocks = min(most_blocks // per_tile, -(-n_blocks // per_tile)) * per_tile
+    return tile, most_blocks, tuple(heights)
+
+
+def _cut_into_chunks(dispatch: Dispatch, most_blocks: int) -> tuple[int, Arrays]:
+    """Return how many chunks of so many blocks there may be, and the tables of `_run_tile`."""
+    end_E, n_blocks = dispatch.end_block_E, dispatch.expert_Y.shape[0]
+    begin_E = jnp.concatenate([jnp.zeros(1, end_E.dtype), end_E[:-1]])
+    chunks_E = -((begin_E - end_E) // most_blocks)
+    end_chunk_E = jnp.cumsum(chunks_E, dtype=jnp.int32)
+    n_chunks = count_blocks(n_blocks, dispatch.n_experts, most_blocks)
+    place_C = jnp.arange(n_chunks, dtype=jnp.int32)
+    # Chunks not in use have the last expert in use, whose weights are there already, and no rows.
+    chunk_C = jnp.clip(place_C, 0, jnp.maximum(end_chunk_E[-1] - 1, 0))
+    expert_C = jnp.minimum(count_up_to(end_chunk_E, chunk_C), dispatch.n_experts - 1)
+    first_C = begin_E[expert_C] + (chunk_C - (end_chunk_E - chunks_E)[expert_C]) * most_blocks
+    block = dispatch.block
+    rows_C = jnp.clip(dispatch.end_row_E[expert_C] - first_C * block, 0, most_blocks * block)
+    rows_C = jnp.where(place_C < end_chunk_E[-1], rows_C, 0)
+    return n_chunks, (expert_C, first_C, rows_C, end_E[-1:])
 
 
 def _axes(axes: tuple[int | None, ...], shapes: Shapes) -> tuple[int | None, ...]:

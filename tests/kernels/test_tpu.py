@@ -19,7 +19,11 @@ from composable.kernels import (
 )
 from composable.kernels.blocks import loop_blocks
 from composable.kernels.grouped_swiglu import _stream_backward, _stream_body
-from tests.support.kernel_transfers import count_transfers, interpreted_kernels
+from tests.support.kernel_transfers import (
+    count_transfers,
+    counted_copies,
+    interpreted_kernels,
+)
 from tests.support.traces import trace_apart
 
 pytestmark = pytest.mark.slow
@@ -101,16 +105,23 @@ def test_a_batch_without_any_expert_is_zero(on_tpu):
 
 
 @pytest.mark.bits
-def test_the_entry_of_an_expert_and_what_others_hold_change_no_bit(on_tpu):
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_the_entry_of_an_expert_and_what_others_hold_change_no_bit(on_tpu, is_trained):
     """Entries move, and the other entries of a larger bank hold NaN."""
     x_PD, weights, dispatch = make_case()
-    y_PD = value_and_gradients(grouped_swiglu, x_PD, weights, dispatch)[0][1]
+
+    def run(x_PD, weights, dispatch):
+        if is_trained:
+            return value_and_gradients(grouped_swiglu, x_PD, weights, dispatch)[0][1]
+        return jax.jit(lambda x_PD: grouped_swiglu(x_PD, *weights, dispatch))(x_PD)
+
+    y_PD = run(x_PD, weights, dispatch)
     expert_MJ = np.random.default_rng(0).integers(-1, EXPERTS - 1, (24, 2))
     moved_E = np.array([6, 2, 7, 0, 5])
     bank = tuple(jnp.full((9, *w.shape[1:]), jnp.nan).at[moved_E].set(w) for w in weights)
     moved = dispatch_of(np.where(expert_MJ < 0, -1, moved_E[expert_MJ]), 9, BLOCK)
     x_MD = jnp.take(x_PD, dispatch.position_MJ.min(axis=1), axis=0, mode="fill", fill_value=0)
-    y_moved_PD = value_and_gradients(grouped_swiglu, gather(x_MD, moved), bank, moved)[0][1]
+    y_moved_PD = run(gather(x_MD, moved), bank, moved)
 
     def by_token(y_PD, dispatch):
         return jnp.take(y_PD, dispatch.position_MJ, axis=0, mode="fill", fill_value=0)
@@ -118,15 +129,62 @@ def test_the_entry_of_an_expert_and_what_others_hold_change_no_bit(on_tpu):
     np.testing.assert_array_equal(by_token(y_moved_PD, moved), by_token(y_PD, dispatch))
 
 
-def test_each_matrix_in_use_is_read_once():
+def run_body(x_PD, weights, dispatch):
+    """Run the forward pass of a body as a TPU does."""
+    ((y_PD,), _) = _stream_body(tpu, (x_PD,), weights, dispatch)
+    return y_PD
+
+
+# Bytes for the blocks of a kernel: one tile and one chunk of rows, or tiles of 128 hidden units, of
+# which the last is not full, beside all rows of an expert or one block.
+MEMORIES = {"whole": 4 << 20, "tiles": 2 << 20, "tiles and chunks": 432 << 10}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("block", [1, 4, 8, 16, 64])
+def test_sums_over_tiles_match_the_reference(monkeypatch, memory, block):
+    """Padding aside, which nobody reads, also where every group's last rows are few."""
+    monkeypatch.setattr(tpu, "_BLOCK_BYTES", MEMORIES[memory])
+    rng = np.random.default_rng(0)
+    expert_MJ = rng.choice([-1, 0, 1, 3], (150, 1), p=[0.1, 0.1, 0.1, 0.7]).astype(np.int32)
+    dispatch = dispatch_of(expert_MJ, EXPERTS, block)
+    x_PD = gather(jnp.asarray(rng.normal(size=(150, WIDTH)), jnp.float32), dispatch)
+    _, weights, _ = make_case()
+    with interpreted_kernels() as kernels, counted_copies() as copies, trace_apart(object()):
+        y_PD = jax.jit(run_body)(x_PD, weights, dispatch)
+    assert kernels.call_count == 1
+    assert_close(y_PD, reference.grouped_swiglu(x_PD, *weights, dispatch))
+    ((x, *matrices, y),) = count_transfers(run_body, x_PD, weights, dispatch)
+    assert copies == {(block, WIDTH): x.copies + y.copies}
+    tiles_of_experts = matrices[0].copies / 3  # that have rows
+    assert (tiles_of_experts == 1) == (memory == "whole")
+    assert (tiles_of_experts > 3) == (memory == "tiles and chunks")
+
+
+@pytest.mark.parametrize("memory", ["whole", "tiles"])
+def test_each_matrix_in_use_is_read_once(monkeypatch, memory):
+    monkeypatch.setattr(tpu, "_BLOCK_BYTES", MEMORIES[memory])
     x_PD, weights, dispatch = make_case()
-    ((x, gate, up, down, y),) = count_transfers(_stream_body, tpu, (x_PD,), weights, dispatch)
+    ((x, *matrices, y),) = count_transfers(run_body, x_PD, weights, dispatch)
     n_experts_used, n_blocks = 4, dispatch.expert_Y.shape[0]
     assert int(dispatch.n_blocks_used) < n_blocks, "no block to skip"
-    assert [t.copies for t in (gate, up, down)] == [n_experts_used] * 3
+    for transfer in matrices:
+        assert transfer.bytes == n_experts_used * weights[0][0].nbytes
+        assert transfer.copies == n_experts_used * {"whole": 1, "tiles": 3}[memory]
     assert x.copies == int(dispatch.n_blocks_used)
     assert y.copies == n_blocks
     assert y.bytes == x_PD.nbytes
+
+
+def test_rows_are_shared_out_with_little_padding():
+    heights = (256, 128, 64, 32, 16)
+    for n_rows in (0, 1, 16, 17, 64, 65, 128, 129, 192, 193, 255, 256, 257, 700):
+        shares = [(height, int(n)) for height, n in tpu.share_out(n_rows, heights)]
+        multiplied = sum(height * n for height, n in shares)
+        last = min((height for height, n in shares if n), default=0)
+        assert n_rows <= multiplied < n_rows + max(16, last // 2)
+        assert dict(shares)[256] == n_rows // 256
+        assert multiplied <= -(-n_rows // 256) * 256
 
 
 def test_in_pieces_each_matrix_is_still_read_once_and_written_once(monkeypatch):

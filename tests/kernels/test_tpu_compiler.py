@@ -23,12 +23,16 @@ def seen():
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_bodies_compile_whole_and_in_pieces(seen, chip):
-    """Forward and backward: fused, and for a body that is too large for the chip's memory."""
+    """Forward and backward: fused, and for a body that is too large for the chip's memory.
+
+    Forward alone, such a body is one kernel.
+    """
     assert seen[chip]["fused"]["kernels"] == 2
     assert seen[chip]["in pieces"]["kernels"] == 5
+    assert seen[chip]["forward"]["kernels"] == 1
 
 
-@pytest.mark.parametrize("body", ["fused", "in pieces"])
+@pytest.mark.parametrize("body", ["fused", "in pieces", "forward"])
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_the_compiled_program_multiplies_each_row_by_its_own_expert_only(seen, chip, body):
     """Blocks not in use are in XLA's count and not in the kernel's work."""

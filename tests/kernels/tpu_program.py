@@ -34,7 +34,7 @@ TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}
 TOKENS, CHOICES, EXPERTS, BLOCK = 4096, 2, 8, 64
 # Width and hidden units. Three matrices of the second are 75 MB in bfloat16.
 # The value of the forward pass is not used, so in pieces its last product is left out: 8, not 9.
-BODIES = {"fused": (256, 512, 9), "in pieces": (1536, 8192, 8)}
+BODIES = {"fused": (256, 512, 9), "in pieces": (1536, 8192, 8), "forward": (1536, 8192, None)}
 
 LAYERS = BackboneConfig(
     vocab_size=256,
@@ -53,10 +53,16 @@ LAYERS = BackboneConfig(
 
 
 def compile_body(mesh, width, hidden, products):
-    """Return kernels and FLOPs, over those needed, of a trained body forward and backward."""
+    """Return kernels and FLOPs, over those needed, of a trained body forward and backward.
 
-    def loss(x_PD, weights, dispatch):
-        return grouped_swiglu(x_PD, *weights, dispatch).astype(jnp.float32).sum()
+    With no number of products, those of the body forward alone.
+    """
+
+    def run(x_PD, weights, dispatch):
+        return grouped_swiglu(x_PD, *weights, dispatch)
+
+    def loss(*arguments):
+        return run(*arguments).astype(jnp.float32).sum()
 
     experts_MJ = jax.ShapeDtypeStruct((TOKENS, CHOICES), jnp.int32)
     dispatch = jax.eval_shape(lambda e: make_dispatch(e, EXPERTS, BLOCK), experts_MJ)
@@ -66,9 +72,9 @@ def compile_body(mesh, width, hidden, products):
         jax.ShapeDtypeStruct((n_rows, width), jnp.bfloat16),
         tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes),
     )
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    compiled = gradient.lower(*shapes_on(mesh, (*arguments, dispatch))).compile()
-    needed = products * 2 * TOKENS * CHOICES * width * hidden
+    program = jax.jit(jax.grad(loss, argnums=(0, 1)) if products else run)
+    compiled = program.lower(*shapes_on(mesh, (*arguments, dispatch))).compile()
+    needed = (products or 3) * 2 * TOKENS * CHOICES * width * hidden
     return {
         "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
         "flops": compiled.cost_analysis()["flops"] / needed,

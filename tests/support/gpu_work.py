@@ -42,6 +42,7 @@ class Counted:
     read: int = 0
     written: int = 0
     kernels: list[str] = dataclasses.field(default_factory=list)
+    sum_tiles = gpu.sum_tiles
 
     def fits_on_chip(self, fn, rows, weights, block):
         return gpu.fits_on_chip(fn, rows, weights, block)

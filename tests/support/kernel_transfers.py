@@ -1,10 +1,12 @@
-"""Count what a Pallas kernel copies between memory and chip, by running its index maps.
+"""Count what a Pallas kernel copies between memory and chip, without a device.
 
 Pallas copies a block to the chip when the index map names another block than at the step before,
 and a result back when it names another one after it. Both follow from the grid, the index maps and
-the tables that they read, so the count needs no device.
+the tables that they read. What a kernel copies itself, `tpu.sum_tiles` its rows, follows from its
+tables of chunks; `counted_copies` counts those of a kernel that is interpreted.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -15,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from composable.kernels import tpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,17 @@ class Transfer:
     bytes: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a kernel that was not run: its body, grid, tables, operands and results."""
+
+    kernel: functools.partial
+    grid_spec: pltpu.PrefetchScalarGridSpec
+    tables: tuple[jax.Array, ...]
+    operands: tuple[jax.Array, ...]
+    results: tuple[jax.Array, ...]
+
+
 def count_transfers(fn, *args):
     """Call a function whose kernels are not run, and count their copies.
 
@@ -42,23 +58,77 @@ def count_transfers(fn, *args):
     Returns:
         For every kernel, in order, one `Transfer` per operand that is not a table, and per result.
     """
-    kernels = []
+
+    def count(spec, array, call, *, is_result):
+        if spec.memory_space == pl.ANY:
+            return _count_own(array, call.tables, is_result=is_result)
+        return _count(call.grid_spec.grid, spec, array, call.tables)
+
+    def count_all(call):
+        specs = call.grid_spec
+        read = zip(specs.in_specs, call.operands, strict=True)
+        written = zip(specs.out_specs, call.results, strict=True)
+        return [
+            *(count(spec, array, call, is_result=False) for spec, array in read),
+            *(count(spec, array, call, is_result=True) for spec, array in written),
+        ]
+
+    return [count_all(call) for call in _record_calls(fn, *args)]
+
+
+def count_rows(fn, *args):
+    """Return how many rows the one kernel of a function multiplies, which is `tpu.sum_tiles`."""
+    (call,) = _record_calls(fn, *args)
+    *_, heights = call.kernel.args
+    _, _, rows_C, _ = call.tables
+    return sum(
+        int(n) * height for rows in np.asarray(rows_C) for height, n in tpu.share_out(rows, heights)
+    )
+
+
+def _record_calls(fn, *args):
+    """Call a function whose kernels are not run, and return the calls."""
+    calls = []
 
     def fake_call(kernel, *, grid_spec, out_shape, **_):
         def run(*operands):
             n_tables = grid_spec.num_scalar_prefetch
-            tables, arrays = operands[:n_tables], operands[n_tables:]
-            results = [jnp.zeros(shape.shape, shape.dtype) for shape in out_shape]
-            specs = [*grid_spec.in_specs, *grid_spec.out_specs]
-            pairs = zip(specs, [*arrays, *results], strict=True)
-            kernels.append([_count(grid_spec.grid, spec, array, tables) for spec, array in pairs])
+            results = tuple(jnp.zeros(shape.shape, shape.dtype) for shape in out_shape)
+            calls.append(
+                Call(
+                    kernel=kernel,
+                    grid_spec=grid_spec,
+                    tables=operands[:n_tables],
+                    operands=operands[n_tables:],
+                    results=results,
+                )
+            )
             return results
 
         return run
 
     with mock.patch.object(pl, "pallas_call", fake_call):
         fn(*args)
-    return kernels
+    return calls
+
+
+@contextlib.contextmanager
+def counted_copies():
+    """Count, by shape, the copies that interpreted kernels start themselves; yields the counter."""
+    counts, real_copy = collections.Counter(), pltpu.make_async_copy
+
+    def make_counted_copy(source, target, semaphore):
+        copy = real_copy(source, target, semaphore)
+
+        def start():
+            copy.start()
+            jax.debug.callback(lambda: counts.update([tuple(source.shape)]))
+
+        return mock.Mock(start=start, wait=copy.wait)
+
+    with mock.patch.object(pltpu, "make_async_copy", make_counted_copy):
+        yield counts
+        jax.effects_barrier()
 
 
 @contextlib.contextmanager
@@ -79,6 +149,16 @@ def _count(grid, spec, array, tables):
     inside = np.minimum(sizes, np.array(array.shape) - places[is_new] * sizes)
     n_bytes = int(inside.prod(axis=1).sum()) * array.dtype.itemsize
     return Transfer(shape=array.shape, copies=int(is_new.sum()), bytes=n_bytes)
+
+
+def _count_own(array, tables, *, is_result):
+    """Count what `tpu.sum_tiles` copies itself: blocks of chunks, and zeros to the other blocks."""
+    _, _, rows_C, used = map(np.asarray, tables)
+    n_blocks, block, _ = array.shape
+    copies = int((-(-rows_C // block)).sum())
+    if is_result:
+        copies += n_blocks - int(used[0])
+    return Transfer(shape=array.shape, copies=copies, bytes=copies * array[0].nbytes)
 
 
 def total_bytes(kernels):
