@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import jax.numpy as jnp
 from jax import Array
+
+# Numbers that a TPU keeps together, along the last axis.
+LANES: Final = 128
 
 Arrays = tuple[Array, ...]
 BlockOutputs = tuple[Arrays, Arrays]
@@ -46,6 +49,25 @@ class KernelOperand:
     def multiply(self, subscripts: str, right: Any) -> Array:
         """Return what `product` does."""
         raise NotImplementedError
+
+
+def lies_by_columns(array: Array) -> bool:
+    """Return whether an array's matrices lie by columns in a TPU's memory.
+
+    XLA chooses what needs less padding: rows, or columns, are filled up to whole lanes. A kernel
+    takes arrays by rows, so one that lies by columns is copied first, unless it is transposed.
+
+    Args:
+        array: At least two axes.
+
+    Example:
+        >>> lies_by_columns(jnp.ones((256, 100))), lies_by_columns(jnp.ones((100, 256)))
+        (True, False)
+    """
+    n_rows, n_columns = array.shape[-2:]
+    by_rows = -(-n_columns // LANES) * LANES * n_rows
+    by_columns = -(-n_rows // LANES) * LANES * n_columns
+    return by_columns < by_rows
 
 
 def product(subscripts: str, left: Any, right: Any) -> Array:

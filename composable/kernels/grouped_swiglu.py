@@ -27,7 +27,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from composable.kernels.block_functions import Arrays, BlockOutputs, Tiling, product
+from composable.kernels.block_functions import (
+    Arrays,
+    BlockOutputs,
+    Tiling,
+    lies_by_columns,
+    product,
+)
 from composable.kernels.blocks import Accelerator, run_blocks
 from composable.kernels.dispatch import Dispatch
 from composable.kernels.quantized import (
@@ -231,6 +237,12 @@ def _run_hidden_tile(x_PD: Array, weights: Arrays) -> Array:
     return product("PF,FD->PD", hidden_PF, weights[2])
 
 
+def _run_hidden_tile_by_columns(x_PD: Array, weights: Arrays) -> Array:
+    """The same, of a down matrix that is transposed."""
+    (hidden_PF,), _ = _run_hidden((x_PD,), weights[:2])
+    return product("PF,DF->PD", hidden_PF, weights[2])
+
+
 def _run_down(rows: Arrays, weights: Sequence[Matrix]) -> BlockOutputs:
     """One block's output from its hidden activations: 1 product."""
     (hidden_PF,), (w_down_FD,) = rows, weights
@@ -301,8 +313,13 @@ def _stream_body(
 ) -> BlockOutputs:
     """Forward on a chip with kernels."""
     if chip.sum_tiles:
-        (x_PD,) = rows
-        return (chip.sum_tiles(_run_hidden_tile, x_PD, weights, dispatch, (1, 1, 0)),), ()
+        (x_PD,), (w_gate_EDF, w_up_EDF, w_down_EFD) = rows, weights
+        fn, axes = _run_hidden_tile, (1, 1, 0)
+        if lies_by_columns(w_down_EFD):
+            # Taken as it lies, it is not copied before the kernel.
+            weights = w_gate_EDF, w_up_EDF, w_down_EFD.swapaxes(1, 2)
+            fn, axes = _run_hidden_tile_by_columns, (1, 1, 1)
+        return (chip.sum_tiles(fn, x_PD, weights, dispatch, axes),), ()
     tiling = Tiling(rows=(None,), weights=(1, 1), outs=(1,))
     hidden, _ = chip.stream_blocks(_run_hidden, rows, weights[:2], dispatch, tiling)
     return _stream_down(chip, hidden, weights[2:], dispatch)

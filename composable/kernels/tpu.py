@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from composable.kernels.block_functions import (
+    LANES,
     Arrays,
     BlockFunction,
     BlockOutputs,
@@ -45,9 +46,7 @@ Shapes = tuple[jax.ShapeDtypeStruct, ...]
 # chips from v5e on have 64 MiB or more; the rest is for what a function computes on the way.
 _BLOCK_BYTES: Final = 40 << 20
 _MEMORY_BYTES: Final = 60 << 20
-# Tiles are whole lanes of the chip's registers.
-_LANES: Final = 128
-# Bytes of a column of those registers: 8 rows of float32, 16 of bfloat16.
+# Bytes of a column of the chip's registers: 8 rows of float32, 16 of bfloat16.
 _SUBLANE_BYTES: Final = 32
 # Rows that `sum_tiles` multiplies at a time, at most: as many as the widest matrix unit holds.
 _MOST_ROWS: Final = 256
@@ -400,7 +399,7 @@ def _share_memory(
     """
     per_column = 2 * sum(_bytes_of((own,)) // size for own in weights)
     most = _BLOCK_BYTES // 3 // per_column
-    tile = size if size <= most else max(_LANES, most // _LANES * _LANES)
+    tile = size if size <= most else max(LANES, most // LANES * LANES)
     item = x_PD.dtype.itemsize
     least = _SUBLANE_BYTES // item
     rows = -(-block // least) * least
@@ -453,8 +452,8 @@ def _choose_tile(cut: Sequence[tuple[jax.ShapeDtypeStruct, int | None]]) -> tupl
     if size <= most:
         return size, 1
     # Tiles of one width, as few as fit: the last is not left with a remainder of a few columns.
-    n_tiles = -(-size // max(_LANES, most))
-    tile = -(-size // (n_tiles * _LANES)) * _LANES
+    n_tiles = -(-size // max(LANES, most))
+    tile = -(-size // (n_tiles * LANES)) * LANES
     return tile, -(-size // tile)
 
 

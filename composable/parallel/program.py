@@ -42,6 +42,8 @@ _LABELS: Final = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 
 # Operations of a kernel, by its name in the program and the shapes of its operands.
 KernelCount = Callable[[str, Sequence[Sequence[int]]], int]
+# `max` or `min`.
+ChooseBranch = Callable[..., str]
 
 
 class _Instruction(NamedTuple):
@@ -118,26 +120,26 @@ def measure_program(compiled: Any, count_kernel: KernelCount | None = None) -> P
 
 
 def count_operations(
-    text: str, count_kernel: KernelCount | None = None
+    text: str, count_kernel: KernelCount | None = None, *, choose: ChooseBranch = max
 ) -> tuple[int, dict[str, Collectives]]:
     """Return the FLOPs of products and the operations between devices of a program.
-
-    Of the branches of a condition the one that costs most is counted.
 
     Args:
         text: The program, as XLA prints it.
         count_kernel: As of `measure_program`.
+        choose: Which branch of a condition is counted, by its cost: by default the greatest.
     """
-    return _count_from(*_split_computations(text), count_kernel)
+    return _count_from(*_split_computations(text), count_kernel, choose)
 
 
 def _count_from(
     computations: Mapping[str, Sequence[_Instruction]],
     entry: str,
     count_kernel: KernelCount | None = None,
+    choose: ChooseBranch = max,
 ) -> tuple[int, dict[str, Collectives]]:
     """Return FLOPs and operations between devices of one run of a computation."""
-    runs = _count_runs(computations, entry, count_kernel)
+    runs = _count_runs(computations, entry, count_kernel, choose)
     flops = 0
     # Parts of an asynchronous operation share its channel. So do all operations that a function
     # within `jax.shard_map` asks for itself.
@@ -183,6 +185,7 @@ def _count_runs(
     computations: Mapping[str, Sequence[_Instruction]],
     entry: str,
     count_kernel: KernelCount | None = None,
+    choose: ChooseBranch = max,
 ) -> Counter[str]:
     """Return how often every computation runs in one run of the program."""
     runs: Counter[str] = Counter()
@@ -194,10 +197,10 @@ def _count_runs(
             for callee in _CALLED.findall(one.rest):
                 visit(callee, times * trips)
             if branches := _find_branches(one):
-                visit(max(branches, key=weigh), times)
+                visit(choose(branches, key=weigh), times)
 
     def weigh(branch: str) -> tuple[int, int]:
-        flops, collectives = _count_from(computations, branch, count_kernel)
+        flops, collectives = _count_from(computations, branch, count_kernel, choose)
         return flops, sum(found.bytes for found in collectives.values())
 
     visit(entry, 1)

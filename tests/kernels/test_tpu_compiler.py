@@ -30,6 +30,8 @@ def test_bodies_compile_whole_and_in_pieces(seen, chip):
     assert seen[chip]["fused"]["kernels"] == 2
     assert seen[chip]["in pieces"]["kernels"] == 5
     assert seen[chip]["forward"]["kernels"] == 1
+    for name in ("forward", "by columns"):
+        assert seen[chip][name]["copies"] == 0, "matrices are copied before the kernel"
 
 
 @pytest.mark.parametrize("body", ["fused", "in pieces", "forward"])
