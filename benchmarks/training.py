@@ -55,6 +55,7 @@ from composable.training.objectives import backbone_objective, scout_loss, tappe
 from composable.training.optimizers import muon
 from composable.workflows.train import expert_config, train_expert
 from composable.workflows.trunk_cache import cut_rows
+from composable.workflows.workspace import TRAINING_FILE, WORK
 
 RANK: Final = 16
 ROWS: Final = 2
@@ -401,13 +402,16 @@ def count_programs(_: argparse.Namespace) -> dict[str, Any]:
 def measure_together(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of some experts of one text, trained by one command and by one each.
 
-    Those share a cache of compiled programs, as a user's commands do.
+    Those share a cache of compiled programs, as a user's commands do. Stages are those of the
+    experts' records, added up; `rest` is what no record has: starting, features of text, reading
+    held-out text, writing.
     """
     seeds = range(N_TOGETHER)
     cli = [sys.executable, "-m", "composable.cli"]
     backbone = ["--backbone", str(arguments.backbone.resolve())]
     environment = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")}
-    found = {}
+    found: dict[str, float] = {}
+    stages: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
 
         def run(*command: str) -> None:
@@ -435,7 +439,16 @@ def measure_together(arguments: argparse.Namespace) -> dict[str, Any]:
             else:
                 train(way, "--sweep", "seed=" + ",".join(map(str, seeds)))
             found[way] = round(time.perf_counter() - start, 1)
-    return {"seconds": found, "speed": round(found["apart"] / found["together"], 2)}
+            # The best of a sweep is copied to where a run of its own has its record.
+            pattern = f"sweep/**/{TRAINING_FILE}" if way == "together" else TRAINING_FILE
+            paths = [path for name in names for path in Path(scratch, name, WORK).glob(pattern)]
+            parts = [json.loads(path.read_text())["step_seconds"] for path in paths]
+            assert len(parts) == N_TOGETHER
+            own = {stage: sum(part[stage] for part in parts) for stage in parts[0]}
+            own["rest"] = found[way] - sum(own.values())
+            stages[way] = {stage: round(seconds, 1) for stage, seconds in own.items()}
+    speed = round(found["apart"] / found["together"], 2)
+    return {"seconds": found, "stages": stages, "speed": speed}
 
 
 CHILDREN: Final[Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {

@@ -166,21 +166,26 @@ def mix_paths(
         parts: The model.
         trunk: Results of the trunk for the tokens.
         state: State before them.
-        outputs: Predictions of all paths that are awake at any of the tokens.
+        outputs: Predictions of all paths that are awake at any of the tokens; for the token after
+            the text alone, if the interface has no output mixture and only that one is wanted.
         log_prob_EBT: Log-probability of each of the tokens by each path, one position earlier, in
             the order of keys; of any value where a path was asleep.
         is_drawn: Whether the model drew the tokens.
 
     Returns:
-        Log-probabilities, shape BTV, weights of the paths, shape BTE, and the new state, whose
-        router, predictions and caches are those before.
+        Log-probabilities, shape BTV or B1V as those of the paths, weights of the paths, shape BTE,
+        and the new state, whose router, predictions and caches are those before.
     """
     path_A, awake_BTE, log_prob_ABTV, is_finite_ABT = outputs
     weight_BTE, posterior_BE, occupancy_BEO = _posterior(
         parts, log_prob_EBT, state, awake_BTE, is_drawn, trunk.length
     )
     weight_EBT = jnp.moveaxis(weight_BTE, -1, 0)
-    log_weight_ABT1 = jnp.take(weight_EBT, path_A, axis=0, fill_value=NEVER)[..., None]
+    predicted_EBT = weight_EBT
+    if log_prob_ABTV.shape[2] < awake_BTE.shape[1]:
+        assert parts.interface.output_mixture is None
+        predicted_EBT = jnp.moveaxis(take_last(weight_BTE, trunk.length), -1, 0)[..., None]
+    log_weight_ABT1 = jnp.take(predicted_EBT, path_A, axis=0, fill_value=NEVER)[..., None]
     log_prob_BTV = jax.nn.logsumexp(log_weight_ABT1 + log_prob_ABTV, axis=0)
     log_prob_BTV, mixture = mix_in_scouts(
         parts, log_prob_BTV, trunk, state.router.started_B, state.output_mixture, is_drawn

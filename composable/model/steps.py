@@ -40,7 +40,6 @@ from composable.model.mix import Bodies, MixState, Reading, mix_state, predict_m
 from composable.model.occupancy import empty_occupancy, switch_targets
 from composable.model.router import RouterState
 from composable.model.safe import (
-    PathOutput,
     PathOutputs,
     SafeState,
     mix_paths,
@@ -235,12 +234,19 @@ class _SafeReading(NamedTuple):
     router: RouterState  # after the tokens
 
 
+class _PathReading(NamedTuple):
+    """What is kept of one path's predictions for the tokens after some positions."""
+
+    given_BT: jax.Array  # log-probability of the token that follows; of any value at the last
+    log_prob_BTV: jax.Array  # after every position, or after the last alone where that suffices
+    is_finite_BT: jax.Array
+
+
 class _Predictions(NamedTuple):
     """Predictions of a fixed number of paths; a path of number E stands for none."""
 
     path_A: np.ndarray
-    log_prob_BTV: tuple[jax.Array, ...]
-    is_finite_BT: tuple[jax.Array, ...]
+    readings: tuple[_PathReading, ...]
 
 
 class _Piece(NamedTuple):
@@ -274,8 +280,12 @@ class SafeSteps:
         dtype = DTYPE_NAMES[parts.backbone.cfg.dtype]
         self._x_BSD = jnp.zeros((1, cache_length, interface.d_model), dtype)
         self._paths: dict[int, _Path] = {}
-        none_BTV = jnp.zeros((1, 1, interface.vocab_size), jnp.float32)
-        self._before = self._gather({0: (none_BTV, jnp.ones((1, 1), bool))}, self._n_awake)
+        none = _PathReading(
+            jnp.zeros((1, 1), jnp.float32),
+            jnp.zeros((1, 1, interface.vocab_size), jnp.float32),
+            jnp.ones((1, 1), bool),
+        )
+        self._before = self._gather({0: none}, self._n_awake)
         self._seed = seed
         self._writer: Writer | None = None
         self._piece: _Piece | None = None
@@ -310,7 +320,7 @@ class SafeSteps:
             reading = self._let_write(reading)
         awake_TE = np.asarray(reading.awake_BTE[0])
         outputs = {
-            path: self._run_path(path, reading.trunk.x_BTD, position, n_tokens)
+            path: self._run_path(path, reading.trunk.x_BTD, tokens_BT, position, n_tokens)
             for path in np.flatnonzero(awake_TE.any(axis=0)).tolist()
         }
         width = self._n_awake if len(outputs) <= self._n_awake else len(self._entry_of)
@@ -320,7 +330,7 @@ class SafeSteps:
         self._weight_E = weight_E
         at = np.int32(n_tokens - 1)
         last = {
-            path: tuple(_slice_positions(x, at, 1) for x in outputs[path])
+            path: _keep_last(outputs[path], at)
             for path in np.flatnonzero(awake_TE[n_tokens - 1]).tolist()
         }
         self._before = self._gather(last, self._n_awake)
@@ -360,7 +370,7 @@ class SafeSteps:
         last = self._n_read - 1
         x_BTD = _slice_positions(self._x_BSD, np.int32(last), 1)
         outputs = {
-            path: self._run_path(path, x_BTD, last, 1)
+            path: self._run_path(path, x_BTD, self._nothing_BT(1), last, 1)
             for path in np.flatnonzero(awake_BE[0]).tolist()
         }
         self._before = self._gather(outputs, self._n_awake)
@@ -368,9 +378,14 @@ class SafeSteps:
         self._writer = None
 
     def _run_path(
-        self, path: int, x_BTD: jax.Array, position: int, n_tokens: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return a path's log-probabilities and whether they are finite, after it caught up."""
+        self,
+        path: int,
+        x_BTD: jax.Array,
+        tokens_BT: jax.Array | np.ndarray,
+        position: int,
+        n_tokens: int,
+    ) -> _PathReading:
+        """Return what a path predicts after some tokens, when it has caught up."""
         slots = self._entries[self._entry_of[path]]
         caches, n_filled = self._paths.get(path) or _Path(
             tuple(self._empty_caches(self._backbone.cfg.slots)), 0
@@ -381,21 +396,25 @@ class SafeSteps:
             # A chunk may repeat positions, or run ahead of those read; these are written again.
             start = np.int32(min(n_filled, self._cache_length - size))
             missed_BTD = _slice_positions(self._x_BSD, start, size)
-            _, _, caches = _run_path(self._flat, slots, missed_BTD, start, caches)
+            nothing_BT, last = self._nothing_BT(size), np.int32(0)
+            _, caches = _run_path(self._flat, slots, missed_BTD, nothing_BT, last, start, caches)
             n_filled = int(start) + size
-        at = np.int32(position)
-        log_prob_BTV, is_finite_BT, caches = _run_path(self._flat, slots, x_BTD, at, caches)
+        at, last = np.int32(position), np.int32(n_tokens - 1)
+        reading: _PathReading
+        reading, caches = _run_path(self._flat, slots, x_BTD, tokens_BT, last, at, caches)
         self._paths[path] = _Path(caches, position + n_tokens)
-        return log_prob_BTV, is_finite_BT
+        return reading
 
-    def _gather(self, outputs: dict[int, tuple[jax.Array, jax.Array]], n: int) -> _Predictions:
+    def _gather(self, outputs: dict[int, _PathReading], n: int) -> _Predictions:
         """Return predictions by path as `n` of them, the last ones of no path."""
         missing = n - len(outputs)
         path_A = np.array([*outputs, *[len(self._entry_of)] * missing], np.int32)
         first = next(iter(outputs.values()))
-        columns = zip(*outputs.values(), *[first] * missing, strict=True)
-        log_prob_BTV, is_finite_BT = columns
-        return _Predictions(path_A, log_prob_BTV, is_finite_BT)
+        return _Predictions(path_A, (*outputs.values(), *[first] * missing))
+
+    def _nothing_BT(self, n_tokens: int) -> np.ndarray:  # noqa: N802
+        """Return tokens for a path whose predictions of them nobody reads."""
+        return np.zeros((1, n_tokens), np.int32)
 
     def _empty_caches(self, layers: Sequence[int]) -> list[KVCache]:
         return self._backbone.empty_caches(1, self._cache_length, layers)
@@ -484,10 +503,30 @@ def _run_path(
     flat: FlatParts,
     slots: tuple[SlotMatrices, ...] | tuple[SlotChanges, ...],
     x_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    last: jax.Array,
     position: jax.Array,
     caches: tuple[KVCache, ...],
-) -> PathOutput:
-    return run_path(flat.parts, slots, x_BTD, position, caches)
+) -> tuple[_PathReading, tuple[KVCache, ...]]:
+    """Run a path on tokens, of which the one at `last` is the last of the text."""
+    log_prob_BTV, is_finite_BT, caches = run_path(flat.parts, slots, x_BTD, position, caches)
+    next_BT1 = jnp.roll(tokens_BT, -1, axis=1)[..., None]
+    given_BT = jnp.take_along_axis(log_prob_BTV, next_BT1, axis=-1)[..., 0]
+    if flat.parts.interface.output_mixture is None:
+        log_prob_BTV = jax.lax.dynamic_slice_in_dim(log_prob_BTV, last, 1, axis=1)
+    return _PathReading(given_BT, log_prob_BTV, is_finite_BT), caches
+
+
+@jax.jit
+def _keep_last(reading: _PathReading, last: jax.Array) -> _PathReading:
+    """Return what is kept of a reading for the token after the last position of the text."""
+
+    def keep(x_BT: jax.Array) -> jax.Array:
+        # What has one position has that one.
+        return jax.lax.dynamic_slice_in_dim(x_BT, last, 1, axis=1)
+
+    kept: _PathReading = jax.tree.map(keep, reading)
+    return kept
 
 
 @functools.partial(jax.jit, static_argnames="n_tokens")
@@ -509,25 +548,21 @@ def _mix_paths(
     n_paths, n_tokens = reading.awake_BTE.shape[-1], tokens_BT.shape[1]
     log_prob_EBT = jnp.zeros((n_paths, 1, n_tokens), jnp.float32)
     # The prediction of token t is the one that each path made one position earlier.
-    for predictions, tokens, places in (
-        (before, tokens_BT[:, :1], slice(0, 1)),
-        (now, tokens_BT[:, 1:], slice(1, None)),
-    ):
-        rows = [
-            jnp.take_along_axis(log_prob_BTV[:, : tokens.shape[1]], tokens[..., None], axis=-1)
-            for log_prob_BTV in predictions.log_prob_BTV
+    first_ABT = jnp.stack(
+        [
+            jnp.take_along_axis(one.log_prob_BTV, tokens_BT[:, :1, None], axis=-1)[..., 0]
+            for one in before.readings
         ]
-        log_prob_ABT = jnp.stack(rows)[..., 0]
-        log_prob_EBT = log_prob_EBT.at[predictions.path_A, :, places].set(log_prob_ABT, mode="drop")
-    outputs = PathOutputs(
-        jnp.asarray(now.path_A),
-        reading.awake_BTE,
-        jnp.stack(now.log_prob_BTV),
-        jnp.stack(now.is_finite_BT),
     )
+    log_prob_EBT = log_prob_EBT.at[before.path_A, :, :1].set(first_ABT, mode="drop")
+    given_ABT, log_prob_ABTV, is_finite_ABT = jax.tree.map(lambda *x: jnp.stack(x), *now.readings)
+    log_prob_EBT = log_prob_EBT.at[now.path_A, :, 1:].set(given_ABT[:, :, :-1], mode="drop")
+    outputs = PathOutputs(jnp.asarray(now.path_A), reading.awake_BTE, log_prob_ABTV, is_finite_ABT)
     log_prob_BTV, weight_BTE, state = mix_paths(
         flat.parts, reading.trunk, state, outputs, log_prob_EBT, is_drawn
     )
     length = reading.trunk.length
-    log_prob_V, weight_E = take_last(log_prob_BTV, length)[0], take_last(weight_BTE, length)[0]
+    weight_E = take_last(weight_BTE, length)[0]
+    is_next_alone = log_prob_BTV.shape[1] == 1
+    log_prob_V = take_last(log_prob_BTV, None if is_next_alone else length)[0]
     return log_prob_V, weight_E, state._replace(router=reading.router)

@@ -175,6 +175,16 @@ def test_no_step_waits_for_the_router_where_bodies_are_few(
     assert bool(asked) == waits
 
 
+@pytest.mark.parametrize(("more", "n_mixed"), [({}, 1), (SCOUTS, CHUNK)])
+def test_safe_mode_mixes_what_follows_a_chunk_alone(tiny, experts, more, n_mixed):
+    """Only the scouts' share needs the mixture after every token of it."""
+    model = tiny.model(*experts, capacity=8, **more)
+    steps = SafeSteps(model.parts, 128)
+    steps.advance(jax.numpy.asarray(tiny.tokens(batch=1, length=CHUNK)), False)
+    shapes = {reading.log_prob_BTV.shape for reading in steps._piece.now.readings}
+    assert shapes == {(1, n_mixed, tiny.cfg.vocab_size)}
+
+
 def test_a_path_that_sleeps_is_not_run(tiny, experts):
     """Each path holds the positions up to the last one at which it was awake."""
     model = tiny.model(*experts, capacity=8, top_k=1)
