@@ -328,9 +328,8 @@ class SafeSteps:
         self._piece = _Piece(tokens_BT, reading, self._state, self._before, now)
         logits_V, weight_E, self._state = _mix_paths(self._flat, *self._piece, is_drawn)
         self._weight_E = weight_E
-        at = np.int32(n_tokens - 1)
         last = {
-            path: _keep_last(outputs[path], at)
+            path: _keep_last(outputs[path], np.int32(n_tokens))
             for path in np.flatnonzero(awake_TE[n_tokens - 1]).tolist()
         }
         self._before = self._gather(last, self._n_awake)
@@ -396,12 +395,12 @@ class SafeSteps:
             # A chunk may repeat positions, or run ahead of those read; these are written again.
             start = np.int32(min(n_filled, self._cache_length - size))
             missed_BTD = _slice_positions(self._x_BSD, start, size)
-            nothing_BT, last = self._nothing_BT(size), np.int32(0)
-            _, caches = _run_path(self._flat, slots, missed_BTD, nothing_BT, last, start, caches)
+            unread = missed_BTD, self._nothing_BT(size), np.int32(size)
+            _, caches = _run_path(self._flat, slots, *unread, start, caches)
             n_filled = int(start) + size
-        at, last = np.int32(position), np.int32(n_tokens - 1)
+        at, length = np.int32(position), np.int32(n_tokens)
         reading: _PathReading
-        reading, caches = _run_path(self._flat, slots, x_BTD, tokens_BT, last, at, caches)
+        reading, caches = _run_path(self._flat, slots, x_BTD, tokens_BT, length, at, caches)
         self._paths[path] = _Path(caches, position + n_tokens)
         return reading
 
@@ -504,26 +503,26 @@ def _run_path(
     slots: tuple[SlotMatrices, ...] | tuple[SlotChanges, ...],
     x_BTD: jax.Array,
     tokens_BT: jax.Array,
-    last: jax.Array,
+    length: Length,
     position: jax.Array,
     caches: tuple[KVCache, ...],
 ) -> tuple[_PathReading, tuple[KVCache, ...]]:
-    """Run a path on tokens, of which the one at `last` is the last of the text."""
+    """Run a path on tokens, as many of which as `length` says are text."""
     log_prob_BTV, is_finite_BT, caches = run_path(flat.parts, slots, x_BTD, position, caches)
     next_BT1 = jnp.roll(tokens_BT, -1, axis=1)[..., None]
     given_BT = jnp.take_along_axis(log_prob_BTV, next_BT1, axis=-1)[..., 0]
     if flat.parts.interface.output_mixture is None:
-        log_prob_BTV = jax.lax.dynamic_slice_in_dim(log_prob_BTV, last, 1, axis=1)
+        log_prob_BTV = take_last(log_prob_BTV, length)[:, None]
     return _PathReading(given_BT, log_prob_BTV, is_finite_BT), caches
 
 
 @jax.jit
-def _keep_last(reading: _PathReading, last: jax.Array) -> _PathReading:
+def _keep_last(reading: _PathReading, length: Length) -> _PathReading:
     """Return what is kept of a reading for the token after the last position of the text."""
 
     def keep(x_BT: jax.Array) -> jax.Array:
-        # What has one position has that one.
-        return jax.lax.dynamic_slice_in_dim(x_BT, last, 1, axis=1)
+        # What was kept after the last position alone has no other one.
+        return take_last(x_BT, length)[:, None]
 
     kept: _PathReading = jax.tree.map(keep, reading)
     return kept
