@@ -369,7 +369,7 @@ class SafeSteps:
         last = self._n_read - 1
         x_BTD = _slice_positions(self._x_BSD, np.int32(last), 1)
         outputs = {
-            path: self._run_path(path, x_BTD, self._nothing_BT(1), last, 1)
+            path: self._run_path(path, x_BTD, _unread(1), last, 1)
             for path in np.flatnonzero(awake_BE[0]).tolist()
         }
         self._before = self._gather(outputs, self._n_awake)
@@ -395,8 +395,10 @@ class SafeSteps:
             # A chunk may repeat positions, or run ahead of those read; these are written again.
             start = np.int32(min(n_filled, self._cache_length - size))
             missed_BTD = _slice_positions(self._x_BSD, start, size)
-            unread = missed_BTD, self._nothing_BT(size), np.int32(size)
-            _, caches = _run_path(self._flat, slots, *unread, start, caches)
+            length = np.int32(size)
+            _, caches = _run_path(
+                self._flat, slots, missed_BTD, _unread(size), length, start, caches
+            )
             n_filled = int(start) + size
         at, length = np.int32(position), np.int32(n_tokens)
         reading: _PathReading
@@ -411,12 +413,13 @@ class SafeSteps:
         first = next(iter(outputs.values()))
         return _Predictions(path_A, (*outputs.values(), *[first] * missing))
 
-    def _nothing_BT(self, n_tokens: int) -> np.ndarray:  # noqa: N802
-        """Return tokens for a path whose predictions of them nobody reads."""
-        return np.zeros((1, n_tokens), np.int32)
-
     def _empty_caches(self, layers: Sequence[int]) -> list[KVCache]:
         return self._backbone.empty_caches(1, self._cache_length, layers)
+
+
+def _unread(n_tokens: int) -> np.ndarray:
+    """Return tokens for a path, whose predictions of them nobody reads."""
+    return np.zeros((1, n_tokens), np.int32)
 
 
 def _on_device(length: int | None) -> jax.Array | None:
@@ -561,7 +564,6 @@ def _mix_paths(
         flat.parts, reading.trunk, state, outputs, log_prob_EBT, is_drawn
     )
     length = reading.trunk.length
-    weight_E = take_last(weight_BTE, length)[0]
-    is_next_alone = log_prob_BTV.shape[1] == 1
-    log_prob_V = take_last(log_prob_BTV, None if is_next_alone else length)[0]
+    # Of one position, the last is that one.
+    log_prob_V, weight_E = take_last(log_prob_BTV, length)[0], take_last(weight_BTE, length)[0]
     return log_prob_V, weight_E, state._replace(router=reading.router)
