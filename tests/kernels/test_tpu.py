@@ -20,9 +20,11 @@ from composable.kernels import (
 from composable.kernels.blocks import loop_blocks
 from composable.kernels.grouped_swiglu import _stream_backward, _stream_body
 from tests.support.kernel_transfers import (
+    count_rows,
     count_transfers,
     counted_copies,
     interpreted_kernels,
+    total_bytes,
 )
 from tests.support.traces import trace_apart
 
@@ -184,6 +186,23 @@ def test_each_matrix_in_use_is_read_once(monkeypatch, memory):
     assert x.copies == int(dispatch.n_blocks_used)
     assert y.copies == n_blocks
     assert y.bytes == x_PD.nbytes
+
+
+@pytest.mark.parametrize("n_choices", [1, 2])
+@pytest.mark.parametrize("n_experts", [8, 64])
+def test_a_body_too_large_for_the_chip_moves_its_matrices_and_rows_alone(n_experts, n_choices):
+    """Three matrices of 2,048 by 8,192 for each expert, and 8,192 tokens."""
+    n_tokens, width, hidden = 8192, 2048, 8192
+    rng = np.random.default_rng(0)
+    expert_MJ = np.argsort(rng.random((n_tokens, n_experts)), axis=1)[:, :n_choices]
+    dispatch = dispatch_of(expert_MJ.astype(np.int32), n_experts, 64)
+    x_PD = jnp.zeros((dispatch.choice_P.size, width), jnp.bfloat16)
+    sizes = ((width, hidden), (width, hidden), (hidden, width))
+    bank = tuple(jax.ShapeDtypeStruct((n_experts, *size), jnp.bfloat16) for size in sizes)
+    n_routed = n_tokens * n_choices
+    needed = 2 * (n_experts * 3 * width * hidden + 2 * n_routed * width)
+    assert total_bytes(count_transfers(run_body, x_PD, bank, dispatch)) < 1.2 * needed
+    assert count_rows(run_body, x_PD, bank, dispatch) < 1.1 * n_routed
 
 
 def test_rows_are_shared_out_with_little_padding():
