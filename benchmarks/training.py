@@ -43,6 +43,7 @@ from composable.assembly.compile_memory import schedule_for_memory
 from composable.assembly.huge_pages import ask_for_huge_pages
 from composable.corpora.documents import read_documents
 from composable.corpora.recipe import shipped_folder
+from composable.interface import BodyKind
 from composable.model.body import Expert
 from composable.model.scout import Scout
 from composable.packaging.manifests.manifest import BodySpec, InterfaceNeed, Manifest
@@ -101,7 +102,7 @@ class Clock:
         }
 
 
-def train_ours(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def train_ours(kind: BodyKind, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train an expert, as `composable train` does."""
     # TensorBoard's writer would load PyTorch, which a contributor's environment does not have.
     sys.modules["torch"] = None  # type: ignore[assignment]
@@ -118,7 +119,7 @@ def train_ours(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
         body=BodySpec(kind=kind, rank=RANK if kind == "lora" else None, dtype="F32"),
         scout_width=64,
     )
-    cfg = expert_config(arguments.steps, rows=ROWS, backbone=loaded.backbone)
+    cfg = expert_config(arguments.steps, rows=ROWS, backbone=loaded.backbone, kind=kind)
     ends: list[tuple[float, float]] = []
 
     def mark(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:

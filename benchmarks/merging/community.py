@@ -171,6 +171,7 @@ def train(
         rows=setting.rows,
         window=setting.window,
         backbone=loaded.backbone,
+        kind=setting.kind,
     )
     train_expert(
         loaded,

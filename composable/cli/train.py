@@ -54,11 +54,19 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps.")] = 300,
     rows: Annotated[int, typer.Option(min=1, help="Sequences per step, on all devices.")] = 4,
     seed: Annotated[int, typer.Option(help="Random seed for initial weights and data order.")] = 0,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate. Default: 0.01; less for full bodies of a wide backbone.",
+            show_default=False,
+        ),
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUES",
-            help="Train a variant per value of rank or seed, such as rank=4,16; repeatable.",
+            help="Train a variant per value of rank, seed or learning-rate, such as rank=4,16; "
+            "repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -154,12 +162,22 @@ def train(
         if (parent := find_parent(loaded, manifest, registry=registry))
     }
     bars.await_kernels(is_quiet=is_quiet or not is_first)
-    cfg = expert_config(
-        steps, seed, rows=rows, window=window, backbone=loaded.backbone, accumulate=accumulate
-    )
-    parent, files = parents.get(folder), texts[folder]
+    cfgs = {
+        folder: expert_config(
+            steps,
+            seed,
+            rows=rows,
+            window=window,
+            backbone=loaded.backbone,
+            kind=_plan_body(manifest, update).body.kind,
+            learning_rate=learning_rate,
+            accumulate=accumulate,
+        )
+        for folder, manifest in manifests.items()
+    }
+    cfg, parent, files = cfgs[folder], parents.get(folder), texts[folder]
     if len(folders) > 1:
-        _train_several(loaded, texts, cfg, parents, as_json, is_quiet)
+        _train_several(loaded, texts, cfgs, parents, as_json, is_quiet)
     elif sweep:
         _train_variants(loaded, folder, files, cfg, sweep, parent, as_json, is_quiet)
     else:
@@ -273,7 +291,7 @@ def _train_one(
 def _train_several(
     loaded: LoadedBackbone,
     texts: Mapping[Path, Sequence[Path]],
-    cfg: TrainConfig,
+    cfgs: Mapping[Path, TrainConfig],
     parents: Mapping[Path, Pluggable],
     as_json: bool,
     is_quiet: bool,
@@ -283,7 +301,7 @@ def _train_several(
     from composable.workflows.train_several import train_experts
 
     with bars.show_training(is_quiet=is_quiet) as progress:
-        experts = train_experts(loaded, texts, cfg, parents=parents, progress=progress)
+        experts = train_experts(loaded, texts, cfgs, parents=parents, progress=progress)
     rows = [
         (
             str(expert.folder),

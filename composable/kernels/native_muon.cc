@@ -4,8 +4,9 @@
 // Odd polynomials of degree 5, one after the other, are all made of the Gram matrix of the matrix
 // that comes first. They commute, so every product between is symmetric, and half of it is computed.
 //
-// A thread takes whole matrices. It multiplies panel by panel: what is multiplied is copied in the
-// order of use, and stays in the caches next to the core.
+// A thread takes whole blocks of a matrix: as many of its rows, or columns where it has fewer of
+// them. It multiplies panel by panel: what is multiplied is copied in the order of use, and stays in
+// the caches next to the core.
 
 #include <cmath>
 
@@ -95,10 +96,17 @@ void Combine(const float* abc, const Padded& g, const Padded& s, const Padded& x
   }
 }
 
-void Orthogonalize(const float* coefficients, int64_t n_polynomials, const float* from, float* to,
-                   int64_t rows, int64_t columns) {
-  const bool is_tall = rows > columns;
-  const int64_t n = std::min(rows, columns), width = std::max(rows, columns);
+// A block of a matrix, whose result may be in its place.
+struct Block {
+  const float* from;
+  float* to;
+  int64_t rows, columns, stride;
+  bool is_tall;  // the matrix has more rows than columns
+};
+
+void Orthogonalize(const float* coefficients, int64_t n_polynomials, const Block& block) {
+  const auto [from, to, rows, columns, stride, is_tall] = block;
+  const int64_t n = is_tall ? columns : rows, width = is_tall ? rows : columns;
   // Of this thread, for the matrices that follow, too.
   thread_local std::vector<float> memory;
   memory.resize(std::max<size_t>(memory.size(),
@@ -106,9 +114,9 @@ void Orthogonalize(const float* coefficients, int64_t n_polynomials, const float
   float* free = memory.data();
   Padded x(n, width, free), y(n, width, free);
   if (is_tall) {
-    Transpose(from, columns, rows, columns, x.row(0), x.stride);
+    Transpose(from, stride, rows, columns, x.row(0), x.stride);
   } else {
-    for (int64_t i = 0; i < n; ++i) std::copy_n(from + i * width, width, x.row(i));
+    for (int64_t i = 0; i < n; ++i) std::copy_n(from + i * stride, width, x.row(i));
   }
   Scale(x, 1.0f / (static_cast<float>(std::sqrt(SumOfSquares(x))) + kEpsilon));
   Padded gram(n, n, free), square(n, n, free), polynomial(n, n, free), product(n, n, free),
@@ -136,38 +144,41 @@ void Orthogonalize(const float* coefficients, int64_t n_polynomials, const float
   Scale(product, 1.0f / std::sqrt(bound));
   MultiplyMatrices<false, false>(product, x, y);
   if (is_tall) {
-    Transpose(y.row(0), y.stride, n, width, to, columns);
+    Transpose(y.row(0), y.stride, n, width, to, stride);
   } else {
-    for (int64_t i = 0; i < n; ++i) std::copy_n(y.row(i), width, to + i * width);
+    for (int64_t i = 0; i < n; ++i) std::copy_n(y.row(i), width, to + i * stride);
   }
 }
 
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 
-// Of one matrix, whose result may be in its place.
-struct Task {
-  const float* from;
-  float* to;
-  int64_t rows, columns;
-};
-
 ffi::Error Run(ffi::ThreadPool pool, Matrix coefficients, ffi::RemainingArgs xs,
-               ffi::RemainingRets ys) {
-  std::vector<Task> tasks;
+               ffi::RemainingRets ys, ffi::Span<const int64_t> n_blocks) {
+  if (n_blocks.size() != xs.size()) return ffi::Error::InvalidArgument("blocks of other matrices");
+  std::vector<Block> blocks;
   for (size_t i = 0; i < xs.size(); ++i) {
     auto x = xs.get<Matrix>(i);
     auto y = ys.get<Matrix>(i);
     if (!x.has_value() || !y.has_value()) return ffi::Error::InvalidArgument("not a matrix");
     const auto sizes = x->dimensions();
-    tasks.push_back({x->typed_data(), (*y)->typed_data(), sizes[0], sizes[1]});
+    const bool is_tall = sizes[0] > sizes[1];
+    const int64_t length = is_tall ? sizes[1] : sizes[0];
+    if (n_blocks[i] < 1 || length % n_blocks[i] != 0) {
+      return ffi::Error::InvalidArgument("a matrix is not whole blocks");
+    }
+    const int64_t n = length / n_blocks[i];
+    for (int64_t first = 0; first < length; first += n) {
+      const int64_t start = is_tall ? first : first * sizes[1];
+      blocks.push_back({x->typed_data() + start, (*y)->typed_data() + start,
+                        is_tall ? sizes[0] : n, is_tall ? n : sizes[1], sizes[1], is_tall});
+    }
   }
-  const int64_t n_tasks = tasks.size();
-  if (n_tasks == 0) return ffi::Error::Success();
+  if (blocks.empty()) return ffi::Error::Success();
+  const int64_t n_all = blocks.size();
   const float* values = coefficients.typed_data();
   const int64_t n_polynomials = coefficients.dimensions()[0];
-  RunPieces(pool, n_tasks, [=, tasks = std::move(tasks)](int64_t i) {
-    const Task& task = tasks[i];
-    Orthogonalize(values, n_polynomials, task.from, task.to, task.rows, task.columns);
+  RunPieces(pool, n_all, [=, blocks = std::move(blocks)](int64_t i) {
+    Orthogonalize(values, n_polynomials, blocks[i]);
   });
   return ffi::Error::Success();
 }
@@ -179,4 +190,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ComposableOrthogonalize, Run,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Matrix>()  // coefficients, polynomials by 3
                                   .RemainingArgs()
-                                  .RemainingRets());
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int64_t>>("n_blocks"));

@@ -26,7 +26,7 @@ def to_tensors(module: nnx.Module, dtype: str = "F32") -> dict[str, np.ndarray]:
 
     def to_host(array: np.ndarray) -> np.ndarray:
         is_integer = np.issubdtype(array.dtype, np.integer)
-        return array if is_integer else array.astype(jnp.dtype(DTYPE_NAMES[dtype]))
+        return array if is_integer else array.astype(jnp.dtype(DTYPE_NAMES[dtype]), copy=False)
 
     flat = nnx.to_flat_state(nnx.state(module))
     return {_name(path): to_host(np.asarray(variable[...])) for path, variable in flat}

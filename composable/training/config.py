@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from composable.errors import TrainingError
@@ -46,9 +47,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "window", "learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                value = getattr(self, name)
-                raise TrainingError(f"{value!r} is not positive", where=f"training.{name}")
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise TrainingError(
+                    f"{value!r} is not positive and finite", where=f"training.{name}"
+                )
 
     @property
     def tokens(self) -> int:

@@ -7,6 +7,7 @@ Learning rates are arguments of an update, so that one compiled step serves runs
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, Final
 
@@ -27,7 +28,12 @@ MUON_COEFFICIENTS: Final = (
     (2.4901, -1.8343, 0.4368),
 )
 _MOMENTUM: Final = 0.95
-# Root mean square of an update's numbers, that of AdamW (Liu et al. 2025).
+# A large matrix is orthogonalized in blocks of its shorter side: so many at most ...
+_BLOCKS: Final = 4
+# ... of no fewer rows or columns (ADR 45).
+_BLOCK_LENGTH: Final = 192
+# Root mean square of an update's numbers where a matrix is one block, that of AdamW (Liu et al.
+# 2025).
 _RMS: Final = 0.2
 # Keeps the norm of a matrix of zeros from dividing by zero.
 _EPSILON: Final = 1e-8
@@ -93,7 +99,8 @@ def muon(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
     References:
         Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the
         polynomials are of Amsel et al. 2025, arXiv:2505.16932; the update's scale follows Liu et
-        al. 2025, arXiv:2502.16982, section 2.2.
+        al. 2025, arXiv:2502.16982, section 2.2; blocks are those of Khaled et al. 2025,
+        arXiv:2510.16981, without their steps of whole matrices.
     """
     return _make_muon(cfg.clip_norm, cfg.weight_decay)
 
@@ -103,7 +110,7 @@ def _make_muon(clip_norm: float, weight_decay: float) -> optax.GradientTransform
     """Return one optimiser for equal settings, as `_make_adamw`."""
     matrices = optax.chain(
         _scale_by_muon(),
-        optax.stateless_with_tree_map(lambda x, _: jnp.sqrt(max(x.shape)) * _RMS * x),
+        optax.stateless_with_tree_map(lambda x, _: _update_scale(x.shape) * x),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(_full_rate),
     )
@@ -123,8 +130,9 @@ def _choose_part(params: Any) -> Any:
 def _scale_by_muon() -> optax.GradientTransformation:
     """Return Muon's momentum and orthogonalization, as of `optax.contrib.scale_by_muon`.
 
-    It takes fewer operations for the same polynomials, and on a mesh each matrix is orthogonalized
-    in one of the groups that hold it, not in all of them.
+    It takes fewer operations for the same polynomials, and of a large matrix each block is
+    orthogonalized by itself. On a mesh each matrix is orthogonalized in one of the groups that hold
+    it, not in all of them.
     """
 
     def init(params: Any) -> optax.contrib.MuonState:
@@ -149,21 +157,65 @@ def _scale_by_muon() -> optax.GradientTransformation:
         updates = map_parameters(
             partial(_orthogonalize, coefficients_PC=coefficients_PC),
             ahead,
-            partial(native_orthogonalize, coefficients_PC=coefficients_PC) if is_native else None,
+            partial(_orthogonalize_natively, coefficients_PC=coefficients_PC)
+            if is_native
+            else None,
         )
         return updates, optax.contrib.MuonState(count, mu, state.ns_coeffs)
 
     return optax.GradientTransformation(init, update)
 
 
+def count_blocks(shape: tuple[int, ...]) -> int:
+    """Return how many blocks a matrix is orthogonalized in.
+
+    Args:
+        shape: Shape of the matrix.
+
+    Example:
+        >>> [count_blocks(shape) for shape in ((192, 480), (1536, 576), (4096, 14336))]
+        [1, 3, 4]
+    """
+    length = min(shape)
+    fitting = (n for n in range(_BLOCKS, 0, -1) if length % n == 0)
+    return next((n for n in fitting if length // n >= _BLOCK_LENGTH), 1)
+
+
+def _update_scale(shape: tuple[int, ...]) -> jax.Array:
+    """Return what an orthogonalized matrix is multiplied with.
+
+    A whole matrix gets numbers of one root mean square, whatever its shape. With those of the same
+    size, n blocks would have up to the root of n times its largest singular value; with the same
+    largest singular value, numbers that are smaller by as much. Rates carry over halfway.
+    """
+    return jnp.sqrt(max(shape) / math.sqrt(count_blocks(shape))) * _RMS
+
+
+def _orthogonalize_natively(
+    matrices: Sequence[jax.Array], coefficients_PC: jax.Array
+) -> list[jax.Array]:
+    """Return what `_orthogonalize` makes of each matrix, by one native kernel."""
+    blocks = [count_blocks(x.shape) for x in matrices]
+    return native_orthogonalize(matrices, coefficients_PC, blocks)
+
+
 def _orthogonalize(x: jax.Array, coefficients_PC: jax.Array) -> jax.Array:
-    """Return a matrix with the singular vectors of `x` and singular values near 1.
+    """Return a matrix whose blocks have their singular vectors and singular values near 1."""
+    if x.shape[0] > x.shape[1]:
+        return _orthogonalize(x.T, coefficients_PC).T
+    n_blocks = count_blocks(x.shape)
+    if n_blocks == 1:
+        return _orthogonalize_block(x, coefficients_PC)
+    blocks = x.reshape(n_blocks, -1, x.shape[1])
+    return jax.vmap(_orthogonalize_block, (0, None))(blocks, coefficients_PC).reshape(x.shape)
+
+
+def _orthogonalize_block(x: jax.Array, coefficients_PC: jax.Array) -> jax.Array:
+    """Return a matrix, no taller than wide, with its singular vectors and singular values near 1.
 
     Two polynomials at a time are made of the Gram matrix, which is smaller than `x`. The next two
     get a new one, so that rounding in bfloat16, as TPUs multiply, cannot grow over all four.
     """
-    if x.shape[0] > x.shape[1]:
-        return _orthogonalize(x.T, coefficients_PC).T
     eye = jnp.eye(x.shape[0], dtype=x.dtype)
 
     def multiply(x: jax.Array, of_pair: Any) -> tuple[jax.Array, None]:

@@ -48,6 +48,7 @@ class TrainingRecord:
         tokens: Tokens predicted over all steps.
         seconds: Wall time of the whole run.
         seed: Seed of weights and data order.
+        learning_rate: Peak learning rate.
         device: Number and kind of devices, and the machine.
         last: Last logged figures; empty if no step ran.
         step_seconds: Wall time by stage: `trunk`, `body`, `scout`.
@@ -69,6 +70,7 @@ class TrainingRecord:
     tokens: int = 0
     seconds: float = 0.0
     seed: int | None = None
+    learning_rate: float | None = None
     device: str | None = None
     last: dict[str, int | float] | None = None
     step_seconds: dict[str, float] | None = None

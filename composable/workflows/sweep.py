@@ -1,4 +1,4 @@
-"""Train variants of one expert that differ in seed or rank, on one pass of the trunk.
+"""Train variants of one expert that differ in seed, rank or rate, on one pass of the trunk.
 
 The trunk's outputs depend on the text alone, so all variants read the same ones from disk, and
 variants of one rank run one compiled program. The best on held-out text becomes the expert.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,8 @@ from composable.workflows.heldout import HeldoutFigures, measure_heldout
 from composable.workflows.train import train_expert
 from composable.workflows.workspace import HELDOUT_FILE, TRAINING_FILE, WORK
 
-# What variants may differ in.
-SWEPT: Final = ("rank", "seed")
+# What variants may differ in, and what its values are.
+SWEPT: Final = {"rank": int, "seed": int, "learning-rate": float}
 _BLOCK: Final = 1 << 20
 
 
@@ -56,7 +57,7 @@ class Variant:
     heldout: HeldoutFigures
 
 
-def parse_sweep(options: Sequence[str]) -> dict[str, list[int]]:
+def parse_sweep(options: Sequence[str]) -> dict[str, list[Any]]:
     """Parse `NAME=VALUE,VALUE` options.
 
     Args:
@@ -66,20 +67,33 @@ def parse_sweep(options: Sequence[str]) -> dict[str, list[int]]:
         TrainingError: For another setting, one that is given twice, or a value that is no number.
 
     Example:
-        >>> parse_sweep(["rank=4,16", "seed=0,1"])
-        {'rank': [4, 16], 'seed': [0, 1]}
+        >>> parse_sweep(["rank=4,16", "learning-rate=3e-3,0.001"])
+        {'rank': [4, 16], 'learning-rate': [0.001, 0.003]}
     """
-    sweep: dict[str, list[int]] = {}
+    sweep: dict[str, list[Any]] = {}
     for option in options:
-        name, _, values = option.partition("=")
-        if name not in SWEPT or name in sweep or not all(v.isdecimal() for v in values.split(",")):
+        name, _, text = option.partition("=")
+        values = [_parse_value(name, value) for value in text.split(",")]
+        if name in sweep or None in values:
             raise TrainingError(
                 f"{option!r} is not a setting and its values",
                 where="--sweep",
-                hint="write --sweep rank=4,16 or --sweep seed=0,1, each setting once",
+                hint="write --sweep rank=4,16 or --sweep seed=0,1 or --sweep "
+                "learning-rate=0.001,0.003, each setting once",
             )
-        sweep[name] = sorted({int(value) for value in values.split(",")})
+        sweep[name] = sorted(set(values))
     return sweep
+
+
+def _parse_value(name: str, text: str) -> float | None:
+    """Return a value of a setting; None where it has none such."""
+    if SWEPT.get(name) is int:
+        return int(text) if text.isdecimal() else None
+    try:
+        rate = float(text) if name in SWEPT else 0.0
+    except ValueError:
+        return None
+    return rate if 0 < rate < math.inf else None
 
 
 def train_variants(
@@ -87,7 +101,7 @@ def train_variants(
     folder: Path,
     data: Sequence[Path],
     cfg: TrainConfig,
-    sweep: Mapping[str, Sequence[int]],
+    sweep: Mapping[str, Sequence[Any]],
     *,
     parent: Pluggable | None = None,
     progress: TrainingProgress | None = None,
@@ -100,7 +114,7 @@ def train_variants(
         loaded: The backbone.
         folder: The expert, with `expert.toml`.
         data: Text files, JSON-lines files or folders of them.
-        cfg: How to train; its seed is used where none is swept.
+        cfg: How to train; its seed and rate are used where none is swept.
         sweep: Values by setting, as `parse_sweep` returns.
         parent: The release that the expert derives from, as for `train_expert`.
         progress: As for `train_expert`; a stage has the variant's name in front.
@@ -118,7 +132,7 @@ def train_variants(
         raise TrainingError(
             "ranks can be swept only of a low-rank body that starts from the backbone",
             where=f"{folder / EXPERT_FILE}: body.kind",
-            hint='write kind = "lora" and no derives-from, or sweep seeds only',
+            hint='write kind = "lora" and no derives-from, or sweep seeds and rates only',
         )
     work = folder / WORK / "sweep"
     trained: list[tuple[str, Path, TrainingRecord]] = []
@@ -127,7 +141,11 @@ def train_variants(
         setting = dict(zip(sweep, values, strict=True))
         name = ",".join(f"{key}={value}" for key, value in setting.items())
         variant = _write_variant(work / name, manifest, setting.get("rank"))
-        run = dataclasses.replace(cfg, seed=setting.get("seed", cfg.seed))
+        run = dataclasses.replace(
+            cfg,
+            seed=setting.get("seed", cfg.seed),
+            learning_rate=setting.get("learning-rate", cfg.learning_rate),
+        )
         show = label_stages(progress, name) if progress else None
         record = train_expert(
             loaded,

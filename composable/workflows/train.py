@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -37,7 +36,7 @@ from composable.files import atomic
 from composable.files.reading import read_bytes
 from composable.files.records import format_record
 from composable.files.safetensors import write_tensors
-from composable.interface import body_signature, digest_bytes, scout_signature
+from composable.interface import BodyKind, body_signature, digest_bytes, scout_signature
 from composable.model.backbone import Backbone
 from composable.model.body import Expert
 from composable.model.model import Pluggable
@@ -86,6 +85,9 @@ from composable.workflows.workspace import HELDOUT_FILE, HELDOUT_FRACTION, TRAIN
 
 # Positions of a row.
 _WINDOW: Final = 256
+# Peak learning rates: of low-rank bodies, and of full ones at the width of `tiny-bytes` (ADR 45).
+_RATE: Final = 1e-2
+_RATE_WIDTH: Final = 192
 # Weights times tokens between two checkpoints: about two minutes on two cores.
 _CHECKPOINT_WORK: Final = 6e11
 
@@ -97,13 +99,17 @@ def expert_config(
     rows: int = 4,
     window: int = _WINDOW,
     backbone: Backbone | None = None,
+    kind: BodyKind = "lora",
+    learning_rate: float | None = None,
     n_devices: int | None = None,
     accumulate: int = 1,
 ) -> TrainConfig:
     """Return the settings that experts are trained with: rows of 256 tokens, for Muon.
 
     Many small steps learned more per second than few large ones. Windows of half the context lost
-    nothing: attention belongs to the backbone, which was trained on the full context.
+    nothing: attention belongs to the backbone, which was trained on the full context. The wider
+    the backbone, the smaller the steps of full bodies: at the rate of a small one, those of
+    SmolLM2-135M unlearned more than they learned (ADR 45).
 
     Args:
         steps: Optimiser steps.
@@ -111,23 +117,28 @@ def expert_config(
         rows: Rows per step, rounded up so that every device gets as many in each part.
         window: Positions of a row.
         backbone: The backbone: the larger, the fewer steps between checkpoints. Without it,
-            there are 400.
+            there are 400, and the rate is that of a small one.
+        kind: Kind of the body that is trained.
+        learning_rate: Peak learning rate, where it should be another one.
         n_devices: Number of devices, by default those that are here.
         accumulate: Parts that the rows of a step are run in.
 
     Example:
-        >>> expert_config(steps=300).window
-        256
+        >>> cfg = expert_config(steps=300)
+        >>> cfg.window, cfg.learning_rate
+        (256, 0.01)
     """
     n_shares = (n_devices or jax.device_count()) * accumulate
-    every = 400
+    every, rate = 400, _RATE
     if backbone is not None:
+        if kind == "ffn":
+            rate *= min(1.0, (_RATE_WIDTH / backbone.cfg.d_model) ** 2)
         every = max(1, round(_CHECKPOINT_WORK / (count_upper_parameters(backbone) * rows * window)))
     return TrainConfig(
         steps=steps,
         batch_size=-(-rows // n_shares) * n_shares,
         window=window,
-        learning_rate=1e-2,
+        learning_rate=rate if learning_rate is None else learning_rate,
         seed=seed,
         checkpoint_every=min(every, 400),
     )
@@ -452,7 +463,8 @@ def _fit_expert(
         checkpoints=run.checkpoints,
         progress=partial(run.progress, "body and scout"),
     )
-    trained: Expert = nnx.merge(graph, jax.tree.map(jnp.asarray, fetch_tree(fitted.trained)))
+    # On a CPU neither makes a copy.
+    trained: Expert = nnx.merge(graph, jax.device_put(fetch_tree(fitted.trained)))
     return trained, fitted
 
 
@@ -498,6 +510,7 @@ def _make_record(
         tokens=cfg.tokens,
         seconds=round(seconds, 1),
         seed=cfg.seed,
+        learning_rate=cfg.learning_rate,
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
         last=dict(last),
         step_seconds={name: round(value, 1) for name, value in stages.items()},

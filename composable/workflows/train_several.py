@@ -45,7 +45,7 @@ class TrainedExpert:
 def train_experts(
     loaded: LoadedBackbone,
     data: Mapping[Path, Sequence[Path]],
-    cfg: TrainConfig,
+    cfgs: Mapping[Path, TrainConfig],
     *,
     parents: Mapping[Path, Pluggable] | None = None,
     progress: TrainingProgress | None = None,
@@ -58,7 +58,7 @@ def train_experts(
     Args:
         loaded: The backbone.
         data: Text files, JSON-lines files or folders of them, by the folder of the expert.
-        cfg: How to train all of them.
+        cfgs: How to train each, by folder.
         parents: The releases that experts derive from, by folder.
         progress: As for `train_expert`; a stage has the expert's name in front.
 
@@ -77,6 +77,7 @@ def train_experts(
             )
     trained = []
     for folder, files in data.items():
+        cfg = cfgs[folder]
         sharing = [other for other in data if list(data[other]) == list(files)]
         shared = sharing[0] / WORK / "trunk"
         record = train_expert(

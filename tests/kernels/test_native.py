@@ -166,7 +166,7 @@ def test_matrices_are_orthogonalized_as_by_the_portable_path():
     low_rank = left @ right
     matrices = [wide, tall, square, row, low_rank, 1e-12 * tiny, jnp.zeros((6, 8))]
     coefficients = jnp.asarray(MUON_COEFFICIENTS)
-    found = jax.jit(native_orthogonalize)(matrices, coefficients)
+    found = jax.jit(native_orthogonalize, static_argnums=2)(matrices, coefficients, (1,) * 7)
     for x, y in zip(matrices, found, strict=True):
         expected = _orthogonalize(x, coefficients)
         # Polynomials of a Gram matrix that is made once or twice differ by what is lost in it: most
@@ -174,7 +174,19 @@ def test_matrices_are_orthogonalized_as_by_the_portable_path():
         tolerance = 5e-3 if x is low_rank else 2e-3
         largest = max(1e-6, np.abs(expected).max())
         np.testing.assert_allclose(y, expected, atol=tolerance * largest)
-    assert native_orthogonalize([], coefficients) == []
+    assert native_orthogonalize([], coefficients, []) == []
+
+
+def test_each_block_of_a_matrix_is_orthogonalized_by_itself():
+    wide, tall = draw((96, 150), (130, 64))
+    coefficients = jnp.asarray(MUON_COEFFICIENTS)
+    rows, columns = jnp.split(wide, 3), jnp.split(tall, 2, axis=1)
+    found = native_orthogonalize([wide, tall], coefficients, [3, 2])
+    parts = native_orthogonalize([*rows, *columns], coefficients, [1] * 5)
+    np.testing.assert_array_equal(found[0], jnp.concatenate(parts[:3]))
+    np.testing.assert_array_equal(found[1], jnp.concatenate(parts[3:], axis=1))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not whole blocks"):
+        jax.block_until_ready(native_orthogonalize([wide], coefficients, [5]))
 
 
 def gradient_of_block(*, dtype=jnp.float32, f=32):

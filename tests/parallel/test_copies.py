@@ -16,7 +16,7 @@ from flax import nnx
 
 from composable.parallel import map_parameters
 from composable.training.config import TrainConfig
-from composable.training.optimizers import MUON_COEFFICIENTS, muon
+from composable.training.optimizers import MUON_COEFFICIENTS, _orthogonalize, muon
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +121,25 @@ def two_updates(optimizer, params, gradients):
     for _ in range(2):
         updates, state = update(gradients, state, params, rate=1.0)
     return updates, state
+
+
+@pytest.mark.parametrize("shape", [(384, 400), (400, 384)])
+def test_a_large_matrix_is_updated_in_blocks_of_its_shorter_side(shape):
+    """As a matrix of its own would be, but for the scale; natively and by the portable path."""
+    optimizer = muon(TrainConfig(steps=8, batch_size=8, window=8, learning_rate=1e-2))
+    gradient = jnp.float32(np.random.default_rng(0).normal(size=shape))
+    axis = 0 if shape[0] < shape[1] else 1
+
+    def update(gradient):
+        params = jnp.zeros_like(gradient)
+        return optimizer.update(gradient, optimizer.init(params), params, rate=1.0)[0]
+
+    halves = [update(x) for x in jnp.split(gradient, 2, axis=axis)]
+    expected = jnp.concatenate(halves, axis=axis) * 2**-0.25
+    np.testing.assert_allclose(update(gradient), expected, rtol=1e-3, atol=1e-5)
+    whole = _orthogonalize(gradient, jnp.asarray(MUON_COEFFICIENTS)) * 0.2 * np.sqrt(400)
+    whole *= 2**-0.25
+    np.testing.assert_allclose(-whole, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_singular_values_come_near_1():

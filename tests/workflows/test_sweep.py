@@ -169,6 +169,18 @@ def test_a_quarter_of_the_tokens_of_a_short_training_is_measured(
     assert measured == [n_tokens]
 
 
+def test_rates_are_swept(loaded, trained_folder, texts, tmp_path):
+    folder = write_folder(trained_folder, tmp_path / "logic")
+    cfg = dataclasses.replace(CFG, learning_rate=0.5)
+    sweep = parse_sweep(["learning-rate=1e-3,.02"])
+    best, other = train_variants(loaded, folder, texts, cfg, sweep)
+    assert best.heldout.bits_per_token < other.heldout.bits_per_token
+    rates = {variant.name: variant.record.learning_rate for variant in (best, other)}
+    assert rates == {"learning-rate=0.001": 0.001, "learning-rate=0.02": 0.02}
+    kept = json.loads((folder / ".work" / "training.json").read_text())
+    assert kept["learning_rate"] == best.record.learning_rate
+
+
 def test_ranks_of_a_full_body_are_refused(loaded, trained_folder, texts, tmp_path):
     folder = write_folder(trained_folder, tmp_path / "logic")
     with pytest.raises(TrainingError, match="ranks can be swept only of a low-rank body"):
@@ -179,6 +191,12 @@ def test_ranks_of_a_full_body_are_refused(loaded, trained_folder, texts, tmp_pat
 def test_what_is_no_sweep_is_refused(option):
     with pytest.raises(TrainingError, match="is not a setting and its values"):
         parse_sweep([option])
+
+
+@pytest.mark.parametrize("rate", ["0", "-0.1", "nan", "1,inf", "x", ""])
+def test_what_is_no_rate_is_not_swept(rate):
+    with pytest.raises(TrainingError, match="is not a setting and its values"):
+        parse_sweep([f"learning-rate={rate}"])
 
 
 def test_a_setting_is_swept_once():

@@ -65,7 +65,7 @@ class Together:
             _compile_step.cache_clear()
             jax.monitoring.register_event_duration_secs_listener(listen)
             try:
-                self.experts = train_experts(loaded, self.data, CFG)
+                self.experts = train_experts(loaded, self.data, dict.fromkeys(self.data, CFG))
             finally:
                 jax.monitoring.unregister_event_duration_listener(listen)
 
@@ -123,4 +123,4 @@ def test_an_expert_is_what_training_it_alone_makes(
 def test_two_experts_of_one_name_are_refused(loaded, trained_folder, texts, tmp_path):
     folders = [write_folder(trained_folder, tmp_path / part, "same") for part in ("a", "b")]
     with pytest.raises(TrainingError, match="another expert that is trained with it has the name"):
-        train_experts(loaded, {folder: [texts[0]] for folder in folders}, CFG)
+        train_experts(loaded, {f: [texts[0]] for f in folders}, dict.fromkeys(folders, CFG))

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 
 # Two programs that sum in another order, in float32, over a few steps of an optimiser.
 SAME_MATHS = 1e-4
+KINDS = ("lora", "ffn")
 CFG = TrainConfig(steps=3, batch_size=2, window=16, learning_rate=1e-2, checkpoint_every=1)
 
 
@@ -191,6 +192,10 @@ def test_a_large_backbone_has_scout_only_steps_and_frequent_checkpoints():
     assert plan_training(large, CFG, 10**6, 2, n_sharing=10**6).scout_tokens == 8 * CFG.tokens
     assert expert_config(300, rows=4, backbone=large).checkpoint_every == 6
     assert expert_config(300).checkpoint_every == 400
+    rates = [expert_config(300, backbone=large, kind=kind).learning_rate for kind in KINDS]
+    assert rates == pytest.approx([1e-2, 1e-2 / 9])
+    assert expert_config(300, kind="ffn").learning_rate == 1e-2
+    assert expert_config(300, backbone=large, kind="ffn", learning_rate=0.5).learning_rate == 0.5
 
 
 @pytest.fixture
