@@ -88,8 +88,10 @@ _WINDOW: Final = 256
 # Peak learning rates: of low-rank bodies, and of full ones at the width of `tiny-bytes` (ADR 45).
 _RATE: Final = 1e-2
 _RATE_WIDTH: Final = 192
-# Weights times tokens between two checkpoints: about two minutes on two cores.
-_CHECKPOINT_WORK: Final = 6e11
+# Weights times tokens between two checkpoints, one to two minutes: on two cores ...
+_CHECKPOINT_WORK: Final = 3e12
+# ... and on each chip of an accelerator.
+_CHECKPOINT_CHIP_WORK: Final = 1.5e15
 
 
 def expert_config(
@@ -133,7 +135,9 @@ def expert_config(
     if backbone is not None:
         if kind == "ffn":
             rate *= min(1.0, (_RATE_WIDTH / backbone.cfg.d_model) ** 2)
-        every = max(1, round(_CHECKPOINT_WORK / (count_upper_parameters(backbone) * rows * window)))
+        is_cpu = jax.default_backend() == "cpu"
+        work = _CHECKPOINT_WORK if is_cpu else _CHECKPOINT_CHIP_WORK * jax.device_count()
+        every = max(1, round(work / (count_upper_parameters(backbone) * rows * window)))
     return TrainConfig(
         steps=steps,
         batch_size=-(-rows // n_shares) * n_shares,

@@ -166,7 +166,7 @@ def test_parameters_are_counted(tiny):
     assert count_upper_parameters(tiny.backbone) == 2 * per_layer + 256 * 32
 
 
-def test_a_large_backbone_has_scout_only_steps_and_frequent_checkpoints():
+def test_a_large_backbone_has_scout_only_steps_and_frequent_checkpoints(monkeypatch):
     from composable.model.backbone import Backbone
     from composable.model.config import BackboneConfig
 
@@ -190,8 +190,12 @@ def test_a_large_backbone_has_scout_only_steps_and_frequent_checkpoints():
     shared = plan_training(large, dataclasses.replace(CFG, steps=1000), 10**6, 2, n_sharing=8)
     assert 3 * plan.scout_tokens < shared.scout_tokens < 4 * plan.scout_tokens
     assert plan_training(large, CFG, 10**6, 2, n_sharing=10**6).scout_tokens == 8 * CFG.tokens
-    assert expert_config(300, rows=4, backbone=large).checkpoint_every == 6
+    assert expert_config(300, rows=4, backbone=large).checkpoint_every == 28
     assert expert_config(300).checkpoint_every == 400
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    assert expert_config(300, rows=16, window=2048, backbone=large).checkpoint_every == 400
+    monkeypatch.undo()
     rates = [expert_config(300, backbone=large, kind=kind).learning_rate for kind in KINDS]
     assert rates == pytest.approx([1e-2, 1e-2 / 9])
     assert expert_config(300, kind="ffn").learning_rate == 1e-2
