@@ -31,7 +31,8 @@ def native_orthogonalize(
 
     Example:
         >>> matrices = [jnp.ones((2, 3)), jnp.ones((5, 4))]
-        >>> found = jax.eval_shape(native_orthogonalize, matrices, jnp.ones((4, 3)), [1, 2])
+        >>> orthogonalize = lambda *xs: native_orthogonalize(*xs, n_blocks=[1, 2])
+        >>> found = jax.eval_shape(orthogonalize, matrices, jnp.ones((4, 3)))
         >>> [x.shape for x in found]
         [(2, 3), (5, 4)]
     """
