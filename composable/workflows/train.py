@@ -130,13 +130,14 @@ def expert_config(
         >>> cfg.window, cfg.learning_rate
         (256, 0.01)
     """
-    n_shares = (n_devices or jax.device_count()) * accumulate
+    n_devices = n_devices or jax.device_count()
+    n_shares = n_devices * accumulate
     every, rate = 400, _RATE
     if backbone is not None:
         if kind == "ffn":
             rate *= min(1.0, (_RATE_WIDTH / backbone.cfg.d_model) ** 2)
         is_cpu = jax.default_backend() == "cpu"
-        work = _CHECKPOINT_WORK if is_cpu else _CHECKPOINT_CHIP_WORK * jax.device_count()
+        work = _CHECKPOINT_WORK if is_cpu else _CHECKPOINT_CHIP_WORK * n_devices
         every = max(1, round(work / (count_upper_parameters(backbone) * rows * window)))
     return TrainConfig(
         steps=steps,

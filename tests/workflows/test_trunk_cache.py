@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -193,8 +194,8 @@ def test_a_large_backbone_has_scout_only_steps_and_frequent_checkpoints(monkeypa
     assert expert_config(300, rows=4, backbone=large).checkpoint_every == 28
     assert expert_config(300).checkpoint_every == 400
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 16)
-    assert expert_config(300, rows=16, window=2048, backbone=large).checkpoint_every == 400
+    on_chips = partial(expert_config, 300, rows=64, window=8192, backbone=large)
+    assert [on_chips(n_devices=n).checkpoint_every for n in (1, 4, 16)] == [27, 108, 400]
     monkeypatch.undo()
     rates = [expert_config(300, backbone=large, kind=kind).learning_rate for kind in KINDS]
     assert rates == pytest.approx([1e-2, 1e-2 / 9])
